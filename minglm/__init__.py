@@ -1,0 +1,22 @@
+"""minglm: the GLM-4.5 system (arXiv 2508.06471) as one readable PyTorch code base.
+
+Axis letters. A tensor's name ends in the letters of its axes, in order: `scores_TE` has tokens, then experts.
+
+    B  sequences in a batch          S  positions in a sequence      T  tokens (B and S made flat)
+    D  width of the model            N  query heads                  M  key/value heads
+    A  width of one head             V  vocabulary                   E  experts
+    K  experts chosen per token      F  width of one expert or FFN   G  samples per prompt
+    P  prompts                       C  positions held in a cache
+
+A name without such an ending is a scalar, a Python object, or a tensor whose docstring gives its shape.
+"""
+
+from minglm.common import use_threads as _use_threads
+
+_use_threads()  # before torch starts its thread pool: idle OpenMP threads that spin make two cores slower than one
+
+from minglm.config import load_config  # noqa: E402
+from minglm.model.glm import GLM  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = ["GLM", "load_config", "__version__"]

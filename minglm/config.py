@@ -1,0 +1,452 @@
+"""The configuration of a run: one tree of dataclasses, from the model's shape to the last reinforcement step.
+
+A config is a Python file (see `configs/`) with a function that returns a `Run`. The ladder from `nano` to the 355B
+model is made of the same fields with other numbers. Fields of `ModelConfig` carry Hugging Face's names, so a released
+`config.json` maps one to one. `check` refuses impossible values before anything starts.
+
+Paper: Table 1 (shapes), sections 2.2 to 2.4 (stages and hyper-parameters), 3.1 to 3.4 (post-training).
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import runpy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the network (paper 2.1, Table 1). Defaults are GLM-4.5, 355B-A32B."""
+
+    vocab_size: int = 151552
+    """Rows of the embedding and of the output head."""
+    hidden_size: int = 5120
+    """Width D of the residual stream."""
+    num_hidden_layers: int = 92
+    """Decoder layers, the MTP layer not counted."""
+    first_k_dense_replace: int = 3
+    """How many leading layers have a dense FFN in place of experts."""
+    num_nextn_predict_layers: int = 1
+    """MTP layers (0 or 1): a further layer that predicts the token after next."""
+    num_attention_heads: int = 96
+    """Query heads N: 2.5 times what the width suggests, which helps reasoning (paper 2.1)."""
+    num_key_value_heads: int = 8
+    """Key/value heads M; each serves N / M query heads."""
+    head_dim: int = 128
+    """Width A of one head; N * A need not equal the hidden size."""
+    partial_rotary_factor: float = 0.5
+    """Share of each head's dimensions that rotate with the position."""
+    rope_theta: float = 1_000_000.0
+    """Base of the rotary frequencies once trained; while training, the stage in progress sets it."""
+    intermediate_size: int = 12288
+    """FFN width of the dense layers."""
+    moe_intermediate_size: int = 1536
+    """FFN width F of one expert."""
+    n_routed_experts: int = 160
+    """Experts E the router chooses from."""
+    num_experts_per_tok: int = 8
+    """Experts K chosen for each token."""
+    n_shared_experts: int = 1
+    """Experts that every token visits, ungated."""
+    n_group: int = 1
+    """Groups the experts are divided into for group-limited routing (1: no limit)."""
+    topk_group: int = 1
+    """Groups a token may choose experts from."""
+    routed_scaling_factor: float = 2.5
+    """Factor on the normalised weights of the routed experts (GLM-4.5-Air: 1.0)."""
+    norm_topk_prob: bool = True
+    """Whether the chosen experts' scores are divided by their sum."""
+    use_qk_norm: bool = True
+    """RMSNorm on each query and key head (GLM-4.5: yes, Air: no)."""
+    attention_bias: bool = True
+    """Biases on the q, k and v projections."""
+    tie_word_embeddings: bool = False
+    """Whether the output head is the embedding table."""
+    rms_norm_eps: float = 1e-5
+    """Epsilon of every RMSNorm."""
+    max_position_embeddings: int = 131072
+    """Longest sequence, in tokens."""
+    initializer_range: float = 0.02
+    """Standard deviation of initial weights."""
+
+    def check(self):
+        """Raise ValueError for a shape that cannot be built, naming the field, its value and the remedy."""
+
+        def refuse(name, why):
+            raise ValueError(f"model.{name} = {getattr(self, name)}: {why}")
+
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            least = 0 if f.name in ("first_k_dense_replace", "num_nextn_predict_layers", "n_shared_experts") else 1
+            if f.type in ("int", int) and value < least:
+                refuse(f.name, f"must be at least {least}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            refuse("num_attention_heads", f"must be a multiple of num_key_value_heads = {self.num_key_value_heads}")
+        if self.num_experts_per_tok > self.n_routed_experts:
+            refuse("num_experts_per_tok", f"cannot exceed n_routed_experts = {self.n_routed_experts}")
+        if self.num_experts_per_tok == 1 and self.norm_topk_prob:
+            refuse("num_experts_per_tok", "with norm_topk_prob every weight is 1 and the router gets no gradient; use 2")
+        if self.n_routed_experts % self.n_group:
+            refuse("n_group", f"must divide n_routed_experts = {self.n_routed_experts}")
+        if self.topk_group > self.n_group:
+            refuse("topk_group", f"cannot exceed n_group = {self.n_group}")
+        if self.topk_group * (self.n_routed_experts // self.n_group) < self.num_experts_per_tok:
+            refuse("topk_group", f"leaves fewer experts than num_experts_per_tok = {self.num_experts_per_tok}")
+        if not 0 <= self.partial_rotary_factor <= 1 or round(self.head_dim * self.partial_rotary_factor) % 2:
+            refuse("partial_rotary_factor", f"times head_dim = {self.head_dim} must be an even number of dimensions")
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            refuse("first_k_dense_replace", f"cannot exceed num_hidden_layers = {self.num_hidden_layers}")
+        if self.num_nextn_predict_layers > 1:
+            refuse("num_nextn_predict_layers", "GLM-4.5 has one MTP layer, applied repeatedly; use 0 or 1")
+        if self.initializer_range <= 0 or self.rms_norm_eps <= 0 or self.rope_theta <= 0:
+            raise ValueError("model.initializer_range, model.rms_norm_eps and model.rope_theta must be positive")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it becomes tokens (paper 2.2, 2.3)."""
+
+    tokenizer: str = ""
+    """Path of a tokenizer.json to use, a released GLM one for instance; empty: train one on the corpus."""
+    corpus_megabytes: float = 12.0
+    """Upper bound on the text read from each built-in source."""
+    files: tuple[str, ...] = ()
+    """Your own data: paths of .txt, .md, .jsonl or .parquet files, or folders of code."""
+    fim_rate: float = 0.5
+    """Share of source files rewritten for fill-in-the-middle. The paper applies it to all code but gives no rate."""
+    heldout: float = 0.02
+    """Share of documents kept for validation, chosen by a hash of the document's name."""
+    synthetic_documents: int = 2000
+    """Documents drawn from each procedural generator (mathematics, science, question and answer, trajectories)."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of pre- or mid-training (paper Figure 3)."""
+
+    teaches: str
+    """What the stage is for, in a few words."""
+    tokens: int
+    """Tokens trained on in this stage."""
+    sequence_length: int
+    """Positions S of a training sequence."""
+    mixture: dict[str, float]
+    """Relative weight, in tokens, of each source of the corpus."""
+    packing: str = "truncate"
+    """truncate: concatenate and cut at random (pre-training); best_fit: whole documents (mid-training)."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary frequencies: 10,000 at first, 1,000,000 from the first long stage on."""
+
+
+@dataclass(frozen=True)
+class StagesConfig:
+    """The five stages of the paper, in order (Figure 3; 15 : 7 : 0.5 : 0.5 : 0.1 trillion tokens)."""
+
+    general: StageConfig = StageConfig("general text", 15 * 10**12, 4096, {"prose": 1.0, "code": 1.0})
+    code_reasoning: StageConfig = StageConfig("code and reasoning", 7 * 10**12, 4096, {"code": 1.0, "math": 1.0})
+    repository: StageConfig = StageConfig(
+        "code across files", 5 * 10**11, 32768, {"repository": 1.0}, "best_fit", 1_000_000.0
+    )
+    reasoning: StageConfig = StageConfig(
+        "synthetic reasoning", 5 * 10**11, 32768, {"reasoning": 1.0}, "best_fit", 1_000_000.0
+    )
+    long_agent: StageConfig = StageConfig(
+        "long context, agents", 10**11, 131072, {"long": 1.0, "agent": 1.0}, "best_fit", 1_000_000.0
+    )
+
+    def items(self):
+        """(name, StageConfig) pairs in training order."""
+        return [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
+
+    @property
+    def total_tokens(self):
+        """Tokens of all stages together."""
+        return sum(stage.tokens for _, stage in self.items())
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Muon, its companion AdamW, and the schedule (paper 2.4). Every schedule is a function of tokens seen."""
+
+    peak_lr: float = 2.5e-4
+    """Learning rate after the warm-up. Muon's update is scaled to AdamW's RMS, so both share it."""
+    final_lr_ratio: float = 0.1
+    """Last learning rate as a share of the peak; the cosine reaches it at the end of mid-training."""
+    warmup_tokens: int = 200 * 10**9
+    """Tokens of linear warm-up. The paper gives no value."""
+    batch_tokens_start: int = 16 * 10**6
+    """Tokens per step at the beginning."""
+    batch_tokens_end: int = 64 * 10**6
+    """Tokens per step after the ramp."""
+    batch_ramp_tokens: int = 500 * 10**9
+    """Tokens over which the batch grows linearly."""
+    microbatch_tokens: int = 32768
+    """Most tokens in one forward pass on one device; larger batches are accumulated."""
+    muon_momentum: float = 0.95
+    """Momentum of Muon (Nesterov)."""
+    newton_schulz_steps: int = 5
+    """Iterations of the orthogonalisation."""
+    update_rms: float = 0.2
+    """RMS of a Muon update before the learning rate; 0 turns the rule off."""
+    muon_output_head: bool = False
+    """Whether Muon also trains the output head. The paper does not say; others leave it to AdamW."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices and the embedding; biases and norms have none."""
+    adam_beta1: float = 0.9
+    """AdamW's first decay, for embeddings, output head, norms and biases."""
+    adam_beta2: float = 0.95
+    """AdamW's second decay."""
+    clip_norm: float = 1.0
+    """Bound on the global gradient norm; 0 turns it off."""
+
+
+@dataclass(frozen=True)
+class BalanceConfig:
+    """Expert balance and multi-token prediction over training (paper 2.4)."""
+
+    bias_rate: float = 0.001
+    """Step of the router's selection bias, once per optimizer step, during the first stage; 0 afterwards."""
+    sequence_loss_weight: float = 1e-4
+    """Weight of the sequence-level balance loss."""
+    mtp_weight: float = 0.3
+    """Weight of the MTP loss during the first stage."""
+    mtp_weight_late: float = 0.1
+    """Weight of the MTP loss afterwards."""
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """One supervised fine-tuning phase (paper 3.1)."""
+
+    samples: int = 1_000_000
+    """Conversations to train on."""
+    epochs: float = 1.0
+    """Passes over them."""
+    batch_tokens: int = 1_000_000
+    """Tokens per optimizer step."""
+    sequence_length: int = 131072
+    """Positions of a packed row."""
+    peak_lr: float = 2e-5
+    """Learning rate after a warm-up over the first 5% of tokens; then cosine to a tenth."""
+
+
+@dataclass(frozen=True)
+class RLConfig:
+    """One reinforcement phase: GRPO without the KL term (paper 3.2, 3.3, 3.4)."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    prompts: int = 64
+    """Prompts P per step."""
+    samples: int = 16
+    """Samples G per prompt."""
+    max_new_tokens: int = 65536
+    """Bound on the tokens of one assistant turn. The paper trains at the full length from the start."""
+    max_turns: int = 1
+    """Bound on the assistant turns of an episode."""
+    temperature: float = 1.0
+    """Sampling temperature; the loss divides the logits by the same number."""
+    peak_lr: float = 1e-6
+    """Learning rate, constant after five steps of warm-up."""
+    clip_low: float = 0.2
+    """The probability ratio is clipped below at 1 - clip_low."""
+    clip_high: float = 0.28
+    """And above at 1 + clip_high."""
+    aggregation: str = "token"
+    """Mean of the loss over all tokens (token), over samples (sequence), or over a constant (constant)."""
+    normalize_std: bool = True
+    """Divide advantages by the group's standard deviation (GRPO); the agentic objective does not."""
+    updates_per_rollout: int = 1
+    """Optimizer steps that share one batch of rollouts."""
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """One expert of stage one (paper 3.1): cold-start SFT, then RL on its own tasks."""
+
+    environments: tuple[str, ...]
+    """Environments whose solutions the cold start shows."""
+    rl_environments: tuple[str, ...]
+    """Environments the expert is reinforced on."""
+    sft: SFTConfig = SFTConfig()
+    """The cold start: a small set with long chains of thought."""
+    rl: RLConfig = RLConfig()
+    """The reinforcement phase."""
+
+
+@dataclass(frozen=True)
+class PostTrainingConfig:
+    """Experts, unified model, general RL (paper 3.1 to 3.4)."""
+
+    reasoning: ExpertConfig = ExpertConfig(("arithmetic", "code"), ("arithmetic",))
+    agent: ExpertConfig = ExpertConfig(("retail",), ("retail",), rl=RLConfig(max_turns=8, normalize_std=False))
+    chat: ExpertConfig = ExpertConfig(("instructions",), ("instructions",))
+    unified: SFTConfig = SFTConfig()
+    """Overall SFT, from the base, on rejection-sampled answers of the experts."""
+    responses_per_prompt: int = 4
+    """Answers drawn per prompt for rejection sampling (paper 3.1)."""
+    thinking_share: float = 0.5
+    """Share of the unified data that keeps its reasoning; the rest answers directly."""
+    general_rl: RLConfig = RLConfig(max_turns=8)
+    """RL on a mix of all tasks."""
+    pathology_rl: RLConfig = RLConfig()
+    """RL on prompts chosen because they provoke language mixing, repetition and broken format."""
+
+    def experts(self):
+        """(name, ExpertConfig) pairs."""
+        return [(name, getattr(self, name)) for name in ("reasoning", "agent", "chat")]
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How a checkpoint is scored (paper 4; sampler of the public evaluation harness)."""
+
+    problems: int = 198
+    """Held-out problems per environment."""
+    samples: int = 8
+    """Answers k per problem, for avg@k and pass@k."""
+    temperature: float = 0.6
+    """Sampling temperature."""
+    top_p: float = 0.95
+    """Nucleus of the sampler."""
+    max_new_tokens: int = 81920
+    """Bound on the tokens of one assistant turn."""
+    heldout_tokens: int = 1_000_000
+    """Held-out tokens per source for bits per byte."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides a run's result."""
+
+    name: str
+    """Name of the run, and of its folder under runs/ unless --out is given."""
+    model: ModelConfig
+    stages: StagesConfig = StagesConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    balance: BalanceConfig = BalanceConfig()
+    posttraining: PostTrainingConfig = PostTrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    seed: int = 0
+    """Seed of every random draw."""
+    device: str = "auto"
+    """auto: the GPU where there is one; else cpu or cuda."""
+    dtype: str = "float32"
+    """Precision of the matrix products: float32 or bfloat16. Weights and optimizer stay float32."""
+    threads: int = 0
+    """CPU threads; 0: the cores of this machine divided by the ranks on it."""
+    checkpoint_seconds: float = 60.0
+    """Seconds of training between checkpoints inside a stage."""
+
+    def hash(self):
+        """Twelve hex digits of the whole config: equal exactly when two runs ask for the same result."""
+        return hashlib.sha256(json.dumps(to_dict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def to_dict(config):
+    """A config as nested plain dictionaries, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def _check_stages(stages):
+    previous = 0
+    for name, stage in stages.items():
+        where = f"stages.{name}"
+        if stage.packing not in ("truncate", "best_fit"):
+            raise ValueError(f"{where}.packing = {stage.packing!r}: must be truncate or best_fit")
+        if stage.tokens < 0 or stage.sequence_length < 2:
+            raise ValueError(f"{where}: tokens must not be negative and sequence_length at least 2")
+        if stage.sequence_length < previous:
+            raise ValueError(
+                f"{where}.sequence_length = {stage.sequence_length}: shorter than the stage before ({previous})"
+            )
+        if not stage.mixture or min(stage.mixture.values()) < 0 or sum(stage.mixture.values()) <= 0:
+            raise ValueError(f"{where}.mixture = {stage.mixture}: needs at least one source with a positive weight")
+        previous = stage.sequence_length
+    return previous
+
+
+def _check_phases(post, longest):
+    phases = {"unified": post.unified, "general_rl": post.general_rl, "pathology_rl": post.pathology_rl}
+    for name, expert in post.experts():
+        phases |= {f"{name}.sft": expert.sft, f"{name}.rl": expert.rl}
+    for name, phase in phases.items():
+        where = f"posttraining.{name}"
+        if phase.peak_lr < 0:
+            raise ValueError(f"{where}.peak_lr = {phase.peak_lr}: must not be negative")
+        if isinstance(phase, SFTConfig):
+            if phase.sequence_length > longest:
+                raise ValueError(f"{where}.sequence_length = {phase.sequence_length}: the model holds only {longest}")
+            continue
+        if phase.aggregation not in ("token", "sequence", "constant"):
+            raise ValueError(f"{where}.aggregation = {phase.aggregation!r}: must be token, sequence or constant")
+        if phase.samples < 2:
+            raise ValueError(f"{where}.samples = {phase.samples}: a group of one has no advantage; use 2 or more")
+        if phase.temperature <= 0:
+            raise ValueError(f"{where}.temperature = {phase.temperature}: must be positive to explore")
+    if not 0 <= post.thinking_share <= 1:
+        raise ValueError(f"posttraining.thinking_share = {post.thinking_share}: must lie between 0 and 1")
+
+
+def check(run):
+    """Raise ValueError, one line naming field, value and remedy, for a run that cannot work. Returns the run."""
+    run.model.check()
+    longest = _check_stages(run.stages)
+    if longest > run.model.max_position_embeddings:
+        raise ValueError(
+            f"model.max_position_embeddings = {run.model.max_position_embeddings}: a stage trains on {longest} positions"
+        )
+    _check_phases(run.posttraining, run.model.max_position_embeddings)
+    opt = run.optimizer
+    if not 0 < opt.batch_tokens_start <= opt.batch_tokens_end:
+        raise ValueError(
+            f"optimizer.batch_tokens_start = {opt.batch_tokens_start}: "
+            f"must be positive and at most batch_tokens_end = {opt.batch_tokens_end}"
+        )
+    if not math.isfinite(opt.peak_lr) or opt.peak_lr < 0:
+        raise ValueError(f"optimizer.peak_lr = {opt.peak_lr}: must be a finite number, not negative")
+    if run.dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype = {run.dtype!r}: must be float32 or bfloat16")
+    if not 0 <= run.data.heldout < 1 or not 0 <= run.data.fim_rate <= 1:
+        raise ValueError("data.heldout and data.fim_rate are shares: they must lie between 0 and 1")
+    return run
+
+
+def load_config(path, overrides=()):
+    """Read a config file and apply overrides.
+
+    path: `configs/toy.py`, or `configs/glm45_355b.py:glm46` for another function of the file.
+    overrides: command-line words such as ["--model.hidden_size", "64"].
+    Returns a checked `Run`. Raises ValueError, in one line, for a missing file, an unknown field or a bad value.
+    """
+    file, _, variant = str(path).partition(":")
+    if not Path(file).is_file():
+        raise ValueError(f"no config file at {file}; the ladder is in configs/, for example configs/toy.py")
+    variant = variant or Path(file).stem
+    functions = runpy.run_path(file)
+    if not callable(functions.get(variant)):
+        raise ValueError(f"{file} has no function {variant}(); a config is a function that returns a minglm.config.Run")
+    run = functions[variant]()
+    return check(override(run, overrides) if overrides else run)
+
+
+def override(run, words):
+    """Apply `--section.field value` words to a Run. Raises ValueError naming the word that does not fit."""
+    import contextlib
+    import io
+
+    import tyro
+
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
+            return tyro.cli(type(run), default=run, args=list(words), prog="overrides", config=(tyro.conf.AvoidSubcommands,))
+    except SystemExit as stop:
+        if stop.code == 0:  # --help
+            raise ValueError(printed.getvalue()) from None
+        lines = [line.strip("│╭╮╰╯─ ") for line in printed.getvalue().splitlines()]
+        why = "; ".join(line for line in lines if line and "Parsing error" not in line and "For full" not in line)
+        raise ValueError(f"cannot apply {' '.join(words)}: {why}") from None
