@@ -15,8 +15,8 @@ from minglm.common import use_threads as _use_threads
 
 _use_threads()  # before torch starts its thread pool: idle OpenMP threads that spin make two cores slower than one
 
-from minglm.config import load_config  # noqa: E402
-from minglm.model.glm import GLM  # noqa: E402
+from minglm.config import load_config
+from minglm.model.glm import GLM
 
 __version__ = "0.1.0"
 __all__ = ["GLM", "load_config", "__version__"]

@@ -1,4 +1,4 @@
-"""Small things every floor uses: threads, seeds, devices, atomic files, the JSON-lines log. No counterpart in the paper."""
+"""Small things every floor uses: threads, seeds, devices, atomic files, JSON-lines log. No counterpart in the paper."""
 
 import contextlib
 import json
@@ -60,7 +60,9 @@ def atomic_path(path):
             os.fsync(written.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}; free space or choose another --out") from error
+        raise ValueError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another --out"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,0 +1,39 @@
+"""What every test shares: one thread for each worker, no display, and how many examples hypothesis draws.
+
+`pytest` draws the same 25 examples of each property every time; `HYPOTHESIS_PROFILE=nightly pytest` draws 300 new ones.
+"""
+
+import os
+from pathlib import Path
+
+# Before torch and matplotlib are imported. The workers of pytest-xdist share the cores, so each gets one thread.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# No deadline and no complaint about slow data: a shared machine may stop a test for a second at any time.
+settings.register_profile(
+    "ci", max_examples=25, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("nightly", parent=settings.get_profile("ci"), max_examples=300, derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One worker per core, eight at most; none when files are named, so that prints and the debugger work."""
+    if any(".py" in Path(word).name for word in config.args):
+        return 0
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+
+
+def pytest_collection_modifyitems(items):
+    """Skip tests marked `gpu` where there is no CUDA device."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
