@@ -12,8 +12,10 @@ import hashlib
 import json
 import math
 import runpy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+from minglm.overrides import override
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,9 @@ class ModelConfig:
         if self.num_experts_per_tok > self.n_routed_experts:
             refuse("num_experts_per_tok", f"cannot exceed n_routed_experts = {self.n_routed_experts}")
         if self.num_experts_per_tok == 1 and self.norm_topk_prob:
-            refuse("num_experts_per_tok", "with norm_topk_prob every weight is 1 and the router gets no gradient; use 2")
+            refuse(
+                "num_experts_per_tok", "with norm_topk_prob every weight is 1 and the router gets no gradient; use 2"
+            )
         if self.n_routed_experts % self.n_group:
             refuse("n_group", f"must divide n_routed_experts = {self.n_routed_experts}")
         if self.topk_group > self.n_group:
@@ -342,8 +346,14 @@ class Run:
     """Seconds of training between checkpoints inside a stage."""
 
     def hash(self):
-        """Twelve hex digits of the whole config: equal exactly when two runs ask for the same result."""
-        return hashlib.sha256(json.dumps(to_dict(self), sort_keys=True).encode()).hexdigest()[:12]
+        """Twelve hex digits of the config: equal exactly when two runs ask for the same result.
+
+        Where and how comfortably a run is computed does not count: device, threads, seconds between checkpoints.
+        """
+        values = to_dict(self)
+        for name in ("device", "threads", "checkpoint_seconds"):
+            del values[name]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def to_dict(config):
@@ -397,7 +407,8 @@ def check(run):
     longest = _check_stages(run.stages)
     if longest > run.model.max_position_embeddings:
         raise ValueError(
-            f"model.max_position_embeddings = {run.model.max_position_embeddings}: a stage trains on {longest} positions"
+            f"model.max_position_embeddings = {run.model.max_position_embeddings}: "
+            f"the longest stage has sequence_length = {longest}"
         )
     _check_phases(run.posttraining, run.model.max_position_embeddings)
     opt = run.optimizer
@@ -431,22 +442,3 @@ def load_config(path, overrides=()):
         raise ValueError(f"{file} has no function {variant}(); a config is a function that returns a minglm.config.Run")
     run = functions[variant]()
     return check(override(run, overrides) if overrides else run)
-
-
-def override(run, words):
-    """Apply `--section.field value` words to a Run. Raises ValueError naming the word that does not fit."""
-    import contextlib
-    import io
-
-    import tyro
-
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
-            return tyro.cli(type(run), default=run, args=list(words), prog="overrides", config=(tyro.conf.AvoidSubcommands,))
-    except SystemExit as stop:
-        if stop.code == 0:  # --help
-            raise ValueError(printed.getvalue()) from None
-        lines = [line.strip("│╭╮╰╯─ ") for line in printed.getvalue().splitlines()]
-        why = "; ".join(line for line in lines if line and "Parsing error" not in line and "For full" not in line)
-        raise ValueError(f"cannot apply {' '.join(words)}: {why}") from None
