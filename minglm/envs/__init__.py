@@ -1,0 +1,6 @@
+"""Environments: tasks with verifiable rewards for reinforcement learning (paper 3.2 to 3.4)."""
+
+from minglm.envs.arithmetic import Arithmetic
+
+ENVIRONMENTS = {environment.name: environment for environment in (Arithmetic(),)}
+"""Every environment by name."""
