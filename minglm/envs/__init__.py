@@ -1,6 +1,7 @@
 """Environments: tasks with verifiable rewards for reinforcement learning (paper 3.2 to 3.4)."""
 
 from minglm.envs.arithmetic import Arithmetic
+from minglm.envs.retail import Retail
 
-ENVIRONMENTS = {environment.name: environment for environment in (Arithmetic(),)}
+ENVIRONMENTS = {environment.name: environment for environment in (Arithmetic(), Retail())}
 """Every environment by name."""

@@ -67,6 +67,8 @@ class Episode:
         self.turns = 0
         self.done = False
         self.fault = None
+        self.calls = 0
+        self.valid_calls = 0
 
     def step(self, message):
         """Take one assistant message (the shape `chat.parse` returns); give the new messages, none at the end.
@@ -76,6 +78,11 @@ class Episode:
         assert not self.done, "step after the end of the episode"
         self.turns += 1
         self.fault = message_fault(message, self.task.tools)
+        if self.fault:
+            self.calls += 1  # what came of a malformed message is one attempt, however it was meant
+        else:
+            count = len(message.get("tool_calls") or ())
+            self.calls, self.valid_calls = self.calls + count, self.valid_calls + count
         replies = [] if self.fault else self.respond(message)
         self.done = not replies or self.turns >= self.max_turns
         return [] if self.done else replies
@@ -99,7 +106,7 @@ class Episode:
 
     def parts(self):
         """Numbers that are reported with every score, faulty ones included."""
-        return {}
+        return {"turns": self.turns, "calls": self.calls, "valid_calls": self.valid_calls}
 
 
 class Environment:
