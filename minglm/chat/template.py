@@ -1,0 +1,274 @@
+"""The GLM-4.5 chat template: messages to text, token ids and loss mask in one walk (paper section 3.1, figure 4).
+
+    text = [gMASK]<sop>  {<|system|> tools}  turn turn turn ...  {<|assistant|>}
+    turn = <|role|> newline body           (several tool results in a row share one <|observation|>)
+    assistant body = <think>reasoning</think> newline content newline <tool_call>...</tool_call> ...
+
+`segments` walks the conversation once and yields pieces, each plain text or one special token, each marked as trained
+or not. Ids, mask and text are three readings of the same pieces, so they cannot drift apart. The text is that of the
+template published with the model, character by character (tests/goldens holds its renderings).
+
+What a reader should know:
+- There is no end-of-turn token. The role token of the next turn ends an assistant turn, so it is trained with it:
+  <|observation|> after a tool call, <|user|> otherwise. A model that never learns it never stops.
+- Reasoning is kept only after the last user message; in older turns the think tags are empty. So adding a tool result
+  extends the rendering, and adding a user message rewrites it.
+- Think tags that the model would not have written are no targets: with thinking off the prompt already holds the
+  empty pair, and in an older turn whose reasoning was cut the pair stands where the model wrote something else.
+- Tags become special tokens only where the template writes them. Message text that spells `<|user|>` stays plain
+  text, so nobody can forge a turn. (Tokenizing the rendered string, as most servers do, would let them.)
+- Argument values: strings are written as they are, everything else as JSON. Code needs no escaping.
+
+Deviations, all on input that the published template fails on or garbles: content None is empty instead of "None",
+arguments may be a JSON string, text parts in a tool result are joined, and an unknown role or part raises.
+Not here: the other dialects (4.7 drops the newlines and can keep old reasoning); they replace the turn writers below.
+"""
+
+import json
+import re
+from itertools import groupby
+from typing import NamedTuple
+
+ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>", "tool": "<|observation|>"}
+STOPS = ("<|endoftext|>", "<|user|>", "<|observation|>")  # what ends a sampled turn
+TAGS = tuple(f"<{slash}{name}>" for name in ("think", "tool_call", "arg_key", "arg_value") for slash in ("", "/"))
+NO_THINK = "/nothink"
+
+# The wording the released model was trained on: data of the format, equal to the published one byte by byte.
+TOOLS_BEFORE = """
+# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+"""
+TOOLS_AFTER = """</tools>
+
+For each function call, output the function name and arguments within the following XML format:
+<tool_call>{function-name}
+<arg_key>{arg-key-1}</arg_key>
+<arg_value>{arg-value-1}</arg_value>
+<arg_key>{arg-key-2}</arg_key>
+<arg_value>{arg-value-2}</arg_value>
+...
+</tool_call>"""
+
+
+class Segment(NamedTuple):
+    """A piece of the rendering: plain text, or (special) the name of one special token; trained = a target."""
+
+    text: str
+    special: bool = False
+    trained: bool = False
+
+
+class Rendered(NamedTuple):
+    """Token ids, a mask of the same length (True = the model must produce this token), and the text they spell."""
+
+    ids: list
+    mask: list
+    text: str
+
+
+def render(tokenizer, messages, tools=None, thinking=True, generation_prompt=False, close=True):
+    """Conversation to `Rendered(ids, mask, text)`.
+
+    messages: dicts {"role": system|user|assistant|tool, "content", "reasoning_content", "tool_calls"}; content is text
+    or a list of text parts; a tool call is {"name", "arguments"} or OpenAI's {"function": {...}}. tools: JSON-schema
+    function objects, written as given. thinking False adds `/nothink` to user turns. generation_prompt asks for the
+    next assistant turn. close adds the role token that ends a last assistant turn, as training needs it.
+    mask[i] says that ids[i] is a target: everything the model writes after <|assistant|> and the token that ends it.
+    Raises ValueError for messages that the template cannot express.
+    """
+    pieces = _joined(segments(messages, tools, thinking, generation_prompt, close and not generation_prompt))
+    ids, mask = [], []
+    for text, special, trained in pieces:
+        new = [_special_id(tokenizer, text)] if special else tokenizer.encode(text)
+        ids += new
+        mask += [trained] * len(new)
+    return Rendered(ids, mask, "".join(piece.text for piece in pieces))
+
+
+def render_text(messages, tools=None, thinking=True, generation_prompt=False):
+    """The text of the published template, with nothing added: for people, logs, and engines that tokenize themselves."""
+    return "".join(piece.text for piece in segments(messages, tools, thinking, generation_prompt))
+
+
+def continuation(tokenizer, messages, thinking=True):
+    """Ids to append after a *sampled* turn, whose last id is the stop token, when `messages` arrive.
+
+    messages: the new tool results, or a user turn. Their first role token is left out, because the model has sampled
+    it already; a generation prompt follows. Within one user turn, prompt + sampled + continuation spells the rendering
+    of the whole conversation, so sampled tokens are never tokenized again.
+    """
+    if not messages or messages[0].get("role") not in ("user", "tool"):
+        raise ValueError("continuation: the first new message must have role user or tool, which a sampled stop opens")
+    _, _, opening, *rest = _joined(segments(messages, None, thinking, generation_prompt=True))
+    assert opening.text in STOPS
+    return [i for text, special, _ in rest for i in ([_special_id(tokenizer, text)] if special else tokenizer.encode(text))]
+
+
+def segments(messages, tools=None, thinking=True, generation_prompt=False, close=False):
+    """Walk the conversation and yield its `Segment`s in order; neighbouring text pieces are still to be joined."""
+    yield Segment("[gMASK]", True)
+    yield Segment("<sop>", True)
+    if tools:
+        yield from _tools(tools)
+    roles = [_role(message, index) for index, message in enumerate(messages)]
+    last_user = max((index for index, role in enumerate(roles) if role == "user"), default=-1)
+    for index, (role, message) in enumerate(zip(roles, messages, strict=True)):
+        previous = roles[index - 1] if index else None
+        if role != "tool" or previous != "tool" or _tool_outputs(message) is not None:
+            # The token that opens a turn is what ended the assistant turn before it.
+            yield Segment(ROLES[role], True, trained=previous == "assistant" and ROLES[role] in STOPS)
+        if role == "system":
+            yield Segment("\n" + _content(message, index))
+        elif role == "user":
+            yield from _user(_content(message, index), thinking)
+        elif role == "tool":
+            yield from _tool_results(message, index)
+        else:
+            yield from _assistant(message, index, current=index > last_user, thinking=thinking)
+    if generation_prompt:
+        yield Segment(ROLES["assistant"], True)
+        if not thinking:
+            yield from _think("", trained=False)
+    elif close and roles and roles[-1] == "assistant":
+        yield Segment(ROLES["tool" if messages[-1].get("tool_calls") else "user"], True, trained=True)
+
+
+def _tools(tools):
+    yield Segment(ROLES["system"], True)
+    yield Segment(TOOLS_BEFORE)
+    for tool in tools:
+        yield Segment(_json(tool) + "\n")
+    for piece in re.split(f"({'|'.join(TAGS)})", TOOLS_AFTER):
+        yield Segment(piece, special=piece in TAGS)
+
+
+def _user(content, thinking):
+    """The switch is one special token, also where the user has typed it at the end."""
+    typed = content.endswith(NO_THINK)
+    yield Segment("\n" + content.removesuffix(NO_THINK))
+    if typed or not thinking:
+        yield Segment(NO_THINK, True)
+
+
+def _assistant(message, index, current, thinking):
+    reasoning, content = _reasoning_and_content(message, index)
+    dropped = bool(reasoning) and not current
+    yield from _think(reasoning if current else "", trained=thinking and not dropped)
+    if content:
+        yield Segment("\n" + content, trained=True)
+    for call in message.get("tool_calls") or ():
+        name, arguments = _call(call, index)
+        yield Segment("\n", trained=True)
+        yield Segment("<tool_call>", True, True)
+        yield Segment(name + "\n", trained=True)
+        for key, value in arguments.items():
+            yield Segment("<arg_key>", True, True)
+            yield Segment(key, trained=True)
+            yield Segment("</arg_key>", True, True)
+            yield Segment("\n", trained=True)
+            yield Segment("<arg_value>", True, True)
+            yield Segment(value if isinstance(value, str) else _json(value), trained=True)
+            yield Segment("</arg_value>", True, True)
+            yield Segment("\n", trained=True)
+        yield Segment("</tool_call>", True, True)
+
+
+def _think(reasoning, trained):
+    yield Segment("\n", trained=trained)
+    yield Segment("<think>", True, trained)
+    yield Segment(reasoning, trained=trained)
+    yield Segment("</think>", True, trained)
+
+
+def _tool_results(message, index):
+    outputs = _tool_outputs(message)
+    for output in [_content(message, index)] if outputs is None else outputs:
+        yield Segment("\n")
+        yield Segment("<tool_response>", True)
+        yield Segment(f"\n{output}\n")
+        yield Segment("</tool_response>", True)
+
+
+def _tool_outputs(message):
+    """A tool message may carry a list of results, {"output": ...} or strings; None when it is one result."""
+    content = message.get("content")
+    if not isinstance(content, (list, tuple)) or all(isinstance(item, dict) and "text" in item for item in content):
+        return None
+    return [item.get("output", item) if isinstance(item, dict) else item for item in content]
+
+
+def _reasoning_and_content(message, index):
+    """Reasoning from its own field, or else cut out of a content that still holds the think tags; both stripped."""
+    reasoning, content = message.get("reasoning_content"), _content(message, index)
+    if not isinstance(reasoning, str):
+        reasoning = ""
+        if "</think>" in content:
+            parts = content.split("</think>")
+            reasoning, content = parts[0].split("<think>")[-1], parts[-1]
+    return reasoning.strip(), content.strip()
+
+
+def _content(message, index):
+    content = message.get("content")
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, (list, tuple)):
+        raise ValueError(f"messages[{index}]: content must be text or a list of text parts, not {type(content).__name__}")
+    parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"messages[{index}]: content has a part that is not text; GLM-4.5 reads text only")
+    return "".join(parts)
+
+
+def _call(call, index):
+    """(name, arguments) of a tool call in either form; arguments may be a dict, a JSON object as text, or absent."""
+    call = call.get("function") or call
+    name, arguments = call.get("name"), call.get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            raise ValueError(f"messages[{index}]: arguments of {name!r} are not JSON: {error}") from error
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise ValueError(f"messages[{index}]: a tool call needs a name and an object of arguments, got {call!r:.80}")
+    return name, arguments
+
+
+def _role(message, index):
+    role = message.get("role") if isinstance(message, dict) else None
+    if role not in ROLES:
+        raise ValueError(f"messages[{index}]: role must be one of {', '.join(ROLES)}, got {role!r}")
+    return role
+
+
+def _json(value):
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _joined(pieces):
+    """Join neighbouring text, because a tokenizer may merge across the seam; drop empty text.
+
+    The mask never changes between two text pieces: a special token stands at every such border.
+    """
+    joined = []
+    for special, run in groupby((piece for piece in pieces if piece.text), key=lambda piece: piece.special):
+        run = list(run)
+        if special:
+            joined += run
+        else:
+            assert len({piece.trained for piece in run}) == 1, run
+            joined.append(Segment("".join(piece.text for piece in run), False, run[0].trained))
+    return joined
+
+
+def _special_id(tokenizer, name):
+    if name not in tokenizer.special:
+        raise ValueError(f"the tokenizer has no special token {name}; use one trained by minglm, or a GLM-4.5 tokenizer")
+    return tokenizer.special[name]
