@@ -1,0 +1,92 @@
+"""The expert layer as grouped matrix products: every expert multiplies the rows that were sent to it (paper 2.1).
+
+    y_t = sum over the K experts e chosen for token t of  w_te * down_e( silu(gate_e x_t) * (up_e x_t) )
+
+`experts_loop` is the plain form, a loop over experts; the oracle. `grouped_experts` sorts the (token, expert) pairs by
+expert once, so that each expert's rows are contiguous, and needs no padding and no atomic addition: the inverse
+permutation brings results and gradients back, which makes it bitwise repeatable. Its backward keeps only the inputs,
+the two pre-activations and the indices. The router's weight enters at the second product, so its gradient is the row
+sum of activation times the gradient of the activation, and the expert's output need not be kept.
+
+On a GPU the products are `torch.nn.functional.grouped_mm`; on a CPU a loop over contiguous slices is as fast.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def experts_loop(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF):
+    """Plain form. x (T, D); experts int (T, K); weights (T, K) float32; returns (T, D) in x's dtype."""
+    y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+    for e in range(gate_EFD.shape[0]):
+        token, slot = (experts_TK == e).nonzero(as_tuple=True)
+        x = x_TD[token]
+        out = (F.silu(x @ gate_EFD[e].T) * (x @ up_EFD[e].T)) @ down_EDF[e].T
+        y_TD = y_TD.index_add(0, token, out.float() * weights_TK[token, slot, None])
+    return y_TD.to(x_TD.dtype)
+
+
+def grouped_mm(x_TD, w_EDF, ends_E):
+    """Rows ends[e-1] to ends[e] of x times w[e]: (T, D) by (E, D, F) gives (T, F). ends_E: int32, on x's device."""
+    if x_TD.is_cuda:
+        return F.grouped_mm(x_TD, w_EDF, offs=ends_E)
+    y = x_TD.new_empty(x_TD.shape[0], w_EDF.shape[2])
+    start = 0
+    for e, end in enumerate(ends_E.tolist()):
+        if end > start:
+            torch.mm(x_TD[start:end], w_EDF[e], out=y[start:end])
+        start = end
+    return y
+
+
+def grouped_outer(x_TD, y_TF, ends_E):
+    """For each expert x' y over its rows: (T, D) and (T, F) give (E, D, F); zeros for an expert without rows."""
+    if x_TD.is_cuda:
+        return F.grouped_mm(x_TD.T, y_TF, offs=ends_E)
+    out = x_TD.new_zeros(len(ends_E), x_TD.shape[1], y_TF.shape[1])
+    start = 0
+    for e, end in enumerate(ends_E.tolist()):
+        if end > start:
+            torch.mm(x_TD[start:end].T, y_TF[start:end], out=out[e])
+        start = end
+    return out
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF):
+        K, E = experts_TK.shape[1], gate_EFD.shape[0]
+        flat = experts_TK.reshape(-1)
+        order = flat.argsort(stable=True)  # row i of the sorted pairs is pair order[i]
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        ends_E = torch.bincount(flat, minlength=E).cumsum(0).to(torch.int32)
+        x = x_TD[order // K]
+        weight = weights_TK.reshape(-1)[order, None]
+        g, u = grouped_mm(x, gate_EFD.mT, ends_E), grouped_mm(x, up_EFD.mT, ends_E)
+        y = grouped_mm((F.silu(g) * u * weight).to(x.dtype), down_EDF.mT, ends_E)
+        ctx.save_for_backward(x, weight, g, u, order, inverse, ends_E, gate_EFD, up_EFD, down_EDF)
+        return y[inverse].view(-1, K, y.shape[1]).sum(1)
+
+    @staticmethod
+    def backward(ctx, grad_TD):
+        x, weight, g, u, order, inverse, ends_E, gate_EFD, up_EFD, down_EDF = ctx.saved_tensors
+        K = len(order) // len(grad_TD)
+        grad = grad_TD[order // K]
+        sigmoid = g.sigmoid()
+        silu = g * sigmoid
+        activation = silu * u
+        dweighted = grouped_mm(grad, down_EDF, ends_E)
+        ddown = grouped_outer(grad, (activation * weight).to(x.dtype), ends_E)
+        dweight = (dweighted * activation).sum(1, dtype=torch.float32)
+        dactivation = dweighted * weight.to(x.dtype)
+        du = dactivation * silu
+        dg = dactivation.mul_(u).mul_(sigmoid.add_(silu * (1 - sigmoid)))
+        dx = grouped_mm(dg, gate_EFD, ends_E).add_(grouped_mm(du, up_EFD, ends_E))
+        dgate, dup = grouped_outer(dg, x, ends_E), grouped_outer(du, x, ends_E)
+        dx_TD = dx[inverse].view(-1, K, dx.shape[1]).sum(1)
+        return dx_TD, None, dweight[inverse].view(-1, K), dgate, dup, ddown
+
+
+def grouped_experts(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF):
+    """The same as `experts_loop`, sorted and grouped. Same arguments and result; differentiable in all but experts."""
+    return _Experts.apply(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF)

@@ -1,0 +1,63 @@
+"""Output head and cross-entropy together, never holding the logits of the whole batch (no section in the paper).
+
+    loss = sum_t weight_t * ( logsumexp_v(h_t . W_v) - h_t . W_target(t) )
+
+The weight of each token is known beforehand (a mask over a denominator), so the gradients can be computed in the same
+walk over chunks as the loss, and the logits of a chunk are dropped at once. The plain form is the two lines of
+`cross_entropy`. Tokens of weight zero cost nothing: they are left out before the product.
+"""
+
+import torch
+import torch.nn.functional as F
+
+CHUNK = 2048
+
+
+def cross_entropy(hidden_TD, head_VD, targets_T, weights_T):
+    """Plain form. hidden (T, D); head (V, D); targets int64 (T,); weights float32 (T,). Returns a float32 scalar."""
+    losses_T = F.cross_entropy((hidden_TD @ head_VD.T).float(), targets_T, reduction="none")
+    return (losses_T * weights_T).sum()
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_TD, head_VD, targets_T, weights_T):
+        dhidden_TD = torch.empty_like(hidden_TD)
+        dhead_VD = torch.zeros_like(head_VD, dtype=torch.float32)
+        loss = hidden_TD.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(hidden_TD), CHUNK):
+            rows = slice(start, start + CHUNK)
+            hidden, target, weight = hidden_TD[rows], targets_T[rows, None], weights_T[rows, None]
+            logits = (hidden @ head_VD.T).float()
+            p = logits.softmax(1)
+            lse = logits.amax(1, keepdim=True) - p.amax(1, keepdim=True).log()  # the largest p is exp(largest - lse)
+            loss += ((lse - logits.gather(1, target)) * weight).sum()
+            dlogits = p.scatter_add_(1, target, torch.full_like(weight, -1.0)).mul_(weight).to(hidden.dtype)
+            torch.mm(dlogits, head_VD, out=dhidden_TD[rows])
+            dhead_VD += dlogits.T @ hidden
+        ctx.save_for_backward(dhidden_TD, dhead_VD.to(head_VD.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        dhidden_TD, dhead_VD = ctx.saved_tensors
+        return dhidden_TD * grad.to(dhidden_TD.dtype), dhead_VD * grad.to(dhead_VD.dtype), None, None
+
+
+def linear_cross_entropy(hidden_TD, head_VD, targets_T, weights_T):
+    """The same as `cross_entropy`, chunked. All weights zero gives exactly 0 with zero gradients, never NaN."""
+    (kept,) = weights_T.nonzero(as_tuple=True)
+    return _LinearCrossEntropy.apply(hidden_TD[kept], head_VD, targets_T[kept], weights_T[kept].float())
+
+
+def token_log_probabilities(hidden_TD, head_VD, targets_T, temperature=1.0):
+    """Log-probability of each target and entropy of each distribution, (T,) and (T,) float32, at a temperature.
+
+    Differentiable by autograd; used by reinforcement learning, whose loss is not linear in the log-probability.
+    The entropy carries no gradient.
+    """
+    logits = (hidden_TD @ head_VD.T).float() / temperature
+    log_p = logits.log_softmax(-1)
+    with torch.no_grad():
+        entropy_T = -(log_p.exp() * log_p).sum(-1)
+    return log_p.gather(1, targets_T[:, None]).squeeze(1), entropy_T

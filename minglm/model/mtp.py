@@ -1,0 +1,54 @@
+"""Multi-token prediction: one more layer that guesses the token after next (paper 2.1, 2.4).
+
+    z_t = eh_proj [ enorm(emb(token_{t+1})) ; hnorm(h_t) ];   z -> one MoE decoder layer -> shared_head.norm -> lm_head
+    predicts token_{t+2}
+
+h_t is the trunk's output after its final norm; embedding and output head are the trunk's own. The embedding half comes
+first. In training this is a denser signal, weighted 0.3 and later 0.1; in generation the layer drafts tokens that the
+trunk then accepts or rejects. A target counts only inside its own document.
+"""
+
+import torch
+from torch import nn
+
+from minglm.model.layers import Linear, RMSNorm
+
+
+def shift(x_BS, by, fill):
+    """x moved `by` positions to the left, `fill` entering at the end: what lies `by` tokens ahead of each position."""
+    return torch.cat([x_BS[:, by:], x_BS.new_full((x_BS.shape[0], by), fill)], 1)
+
+
+def targets(tokens_BS, mask_BS, documents_BS, ahead):
+    """What a position is to predict `ahead` tokens on, and whether it counts.
+
+    Returns tokens int64 (B, S) and a bool mask (B, S): the target exists, is a training target, and lies in the same
+    document as the position. ahead is 1 for the trunk, 2 for the MTP layer.
+    """
+    counts_BS = shift(mask_BS, ahead, False)
+    if documents_BS is not None:
+        counts_BS = counts_BS & (shift(documents_BS, ahead, -1) == documents_BS)
+    return shift(tokens_BS, ahead, 0), counts_BS
+
+
+class MTPLayer(nn.Module):
+    """The MTP layer around a decoder layer; its parameters have the names of the released checkpoints."""
+
+    def __init__(self, config, decoder_layer):
+        super().__init__()
+        D, eps = config.hidden_size, config.rms_norm_eps
+        self.enorm, self.hnorm = RMSNorm(D, eps), RMSNorm(D, eps)
+        self.eh_proj = Linear(2 * D, D)
+        self.shared_head = nn.ModuleDict({"norm": RMSNorm(D, eps)})
+        for name, part in decoder_layer.named_children():  # checkpoints store both parts under one layer index
+            self.add_module(name, part)
+        self.decode = type(decoder_layer).forward.__get__(self)
+
+    def forward(self, hidden_BSD, next_embeddings_BSD, *arguments):
+        """Hidden states and the embeddings of the tokens after them, both (B, S, D), to normed states (B, S, D).
+
+        `arguments` are those of the decoder layer. Returns (states, Routing).
+        """
+        z_BSD = self.eh_proj(torch.cat([self.enorm(next_embeddings_BSD), self.hnorm(hidden_BSD)], -1))
+        z_BSD, routing = self.decode(z_BSD, *arguments)
+        return self.shared_head["norm"](z_BSD), routing

@@ -1,0 +1,52 @@
+"""The sigmoid router with a selection bias (paper 2.1; loss-free balancing of arXiv 2408.15664).
+
+    s = sigmoid(W x);   chosen = top-k of (s + b);   w_e = scale * s_e / sum over chosen of s
+
+Everything is float32. The bias b decides only who is chosen; the weights come from the scores without it, or else
+balancing would change what the experts say. Equal scores go to the lower expert index, so that decoding with a cache,
+in any batch, takes the same experts as one full pass. With expert groups only the best `topk_group` groups compete,
+a group being as good as its two best biased scores together.
+"""
+
+import torch
+from torch import nn
+
+
+def choose(scores_TE, bias_E, top_k, groups=1, top_groups=1):
+    """The K experts of each token: int64 (T, K), best first, ties to the lower index. scores, bias float32."""
+    biased_TE = scores_TE + bias_E
+    if groups > 1:
+        grouped = biased_TE.unflatten(1, (groups, -1))
+        strength = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+        best = strength.sort(dim=-1, descending=True, stable=True).indices[:, :top_groups]
+        out = torch.ones_like(strength, dtype=torch.bool).scatter_(1, best, False)
+        biased_TE = grouped.masked_fill(out[..., None], float("-inf")).flatten(1)
+    return biased_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+
+
+def mix(scores_TE, experts_TK, normalize=True, scale=1.0):
+    """The weights (T, K) float32 of the chosen experts, from the unbiased scores; differentiable in the scores."""
+    weights_TK = scores_TE.gather(1, experts_TK)
+    if normalize:
+        weights_TK = weights_TK / (weights_TK.sum(1, keepdim=True) + 1e-20)
+    return weights_TK * scale
+
+
+class Router(nn.Module):
+    """Chooses K of E experts for each token. The bias is a buffer: no gradient moves it, `minglm.model.balance` does."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.empty(config.n_routed_experts, dtype=torch.float32))
+
+    def forward(self, x_TD):
+        """x (T, D) to experts int64 (T, K), weights float32 (T, K), scores float32 (T, E)."""
+        c = self.config
+        scores_TE = (x_TD.float() @ self.weight.float().T).sigmoid()
+        with torch.no_grad():
+            experts_TK = choose(
+                scores_TE, self.e_score_correction_bias, c.num_experts_per_tok, c.n_group, c.topk_group
+            )
+        return experts_TK, mix(scores_TE, experts_TK, c.norm_topk_prob, c.routed_scaling_factor), scores_TE
