@@ -1,7 +1,8 @@
 """Environments: tasks with verifiable rewards for reinforcement learning (paper 3.2 to 3.4)."""
 
 from minglm.envs.arithmetic import Arithmetic
+from minglm.envs.instructions import Instructions
 from minglm.envs.retail import Retail
 
-ENVIRONMENTS = {environment.name: environment for environment in (Arithmetic(), Retail())}
+ENVIRONMENTS = {environment.name: environment for environment in (Arithmetic(), Retail(), Instructions())}
 """Every environment by name."""
