@@ -83,15 +83,15 @@ def render(tokenizer, messages, tools=None, thinking=True, generation_prompt=Fal
     """
     pieces = _joined(segments(messages, tools, thinking, generation_prompt, close and not generation_prompt))
     ids, mask = [], []
-    for text, special, trained in pieces:
-        new = [_special_id(tokenizer, text)] if special else tokenizer.encode(text)
+    for piece in pieces:
+        new = _ids(tokenizer, piece)
         ids += new
-        mask += [trained] * len(new)
+        mask += [piece.trained] * len(new)
     return Rendered(ids, mask, "".join(piece.text for piece in pieces))
 
 
 def render_text(messages, tools=None, thinking=True, generation_prompt=False):
-    """The text of the published template, with nothing added: for people, logs, and engines that tokenize themselves."""
+    """The text of the published template, nothing added: for people, logs, and engines that tokenize themselves."""
     return "".join(piece.text for piece in segments(messages, tools, thinking, generation_prompt))
 
 
@@ -106,7 +106,7 @@ def continuation(tokenizer, messages, thinking=True):
         raise ValueError("continuation: the first new message must have role user or tool, which a sampled stop opens")
     _, _, opening, *rest = _joined(segments(messages, None, thinking, generation_prompt=True))
     assert opening.text in STOPS
-    return [i for text, special, _ in rest for i in ([_special_id(tokenizer, text)] if special else tokenizer.encode(text))]
+    return [token for piece in rest for token in _ids(tokenizer, piece)]
 
 
 def segments(messages, tools=None, thinking=True, generation_prompt=False, close=False):
@@ -220,7 +220,7 @@ def _content(message, index):
     if isinstance(content, str):
         return content
     if not isinstance(content, (list, tuple)):
-        raise ValueError(f"messages[{index}]: content must be text or a list of text parts, not {type(content).__name__}")
+        raise ValueError(f"messages[{index}]: content must be text or a list of parts, not {type(content).__name__}")
     parts = [part.get("text") if isinstance(part, dict) else part for part in content]
     if not all(isinstance(part, str) for part in parts):
         raise ValueError(f"messages[{index}]: content has a part that is not text; GLM-4.5 reads text only")
@@ -268,7 +268,9 @@ def _joined(pieces):
     return joined
 
 
-def _special_id(tokenizer, name):
-    if name not in tokenizer.special:
-        raise ValueError(f"the tokenizer has no special token {name}; use one trained by minglm, or a GLM-4.5 tokenizer")
-    return tokenizer.special[name]
+def _ids(tokenizer, piece):
+    if not piece.special:
+        return tokenizer.encode(piece.text)
+    if piece.text not in tokenizer.special:
+        raise ValueError(f"the tokenizer has no special token {piece.text}; train one with minglm or load GLM-4.5's")
+    return [tokenizer.special[piece.text]]
