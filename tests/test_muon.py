@@ -1,5 +1,7 @@
 """Muon and Newton-Schulz: against the singular value decomposition, torch.optim and the shared contract."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from minglm.config import OptimizerConfig
 from minglm.kernels.newton_schulz import BAND, COEFFICIENTS, SMALLEST, orthogonalize
 from minglm.optim.muon import Muon, assign
+from minglm.testing.optim import check_optimizer
 
 sizes = st.integers(2, 24)
 seeds = st.integers(0, 2**31)
@@ -47,7 +50,7 @@ def test_singular_vectors_stay_and_values_follow_the_scalar_map(rows, columns, s
 
 @given(st.integers(0, 70), sizes, sizes, seeds)
 def test_stack_is_a_loop_and_transposition_commutes(count, rows, columns, seed):
-    """A stack of any length, none included, gives what each matrix gives, and transposing before or after is the same."""
+    """A stack of any length, even none, gives what each matrix gives; transposing before or after is the same."""
     stack = draw(seed, count, rows, columns)
     together = orthogonalize(stack)
     assert together.shape == stack.shape
@@ -115,7 +118,7 @@ def test_adamw_part_equals_torch_adamw(seed):
     groups = [{"params": values[:2], "weight_decay": 0.3}, {"params": values[2:], "weight_decay": 0.0}]
     expected = train(torch.optim.AdamW(groups, betas=(0.9, 0.95)), theirs, seed)
     for name, value in train(Muon(ours.items(), config), ours, seed).items():
-        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-5)  # same formula, another order of factors
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-5)  # another order of factors
 
 
 def test_assignment_follows_the_paper():
@@ -162,3 +165,56 @@ def test_rms_rule_off_leaves_the_orthogonal_matrix():
     optimizer = Muon(weights.items(), OptimizerConfig(update_rms=0.0, weight_decay=0.0, peak_lr=0.5))
     optimizer.step()
     torch.testing.assert_close(start - weights["a.weight"].detach(), 0.5 * orthogonalize(gradient), atol=1e-5, rtol=0)
+
+
+def test_muon_keeps_the_contract():
+    """Our optimizer passes what any optimizer can be held to."""
+    check_optimizer(Muon)
+
+
+def muon_of_two_axes(named_parameters, config):
+    """The trap: stacks of experts, having three axes, go to AdamW."""
+    return Muon([("embed_tokens" if p.ndim == 3 else name, p) for name, p in named_parameters], config)
+
+
+class CoupledDecay(Muon):
+    """The trap of L2 regularisation: the decay is added to the gradient, and orthogonalised with it."""
+
+    def step(self):
+        for group in self.param_groups:
+            decay = group.setdefault("coupled", group["weight_decay"])
+            group["weight_decay"] = 0.0
+            for parameter in group["params"]:
+                parameter.grad = parameter.grad + decay * parameter.detach()
+        super().step()
+
+
+class ForgetsMomentum(Muon):
+    """A checkpoint without the momentum continues, but not as before."""
+
+    def load_state_dict(self, state):
+        for values in state["state"].values():
+            for key in {"momentum", "first"} & set(values):
+                values[key].zero_()
+        super().load_state_dict(state)
+
+
+def without_rms_rule(named_parameters, config):
+    """Update sizes depend on the shape."""
+    return Muon(named_parameters, dataclasses.replace(config, update_rms=0.0))
+
+
+@pytest.mark.parametrize(
+    ("twin", "message"),
+    [
+        (muon_of_two_axes, "not trained as a matrix"),
+        (without_rms_rule, "update RMS"),
+        (CoupledDecay, "decay of"),
+        (ForgetsMomentum, "saving, loading"),
+        (lambda named, config: torch.optim.AdamW([p for _, p in named], weight_decay=0.1), "update RMS"),
+    ],
+)
+def test_contract_refuses_broken_twins(twin, message):
+    """Each known way to get Muon wrong fails the contract, for its own reason."""
+    with pytest.raises(AssertionError, match=message):
+        check_optimizer(twin)
