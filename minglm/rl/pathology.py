@@ -84,7 +84,7 @@ def language_mixing(text, language):
 
 def _longest_run(text, longest_piece=256):
     """Characters in the longest run of three or more adjacent copies of a piece, and characters of the shrunk text."""
-    text = re.sub(r"[-\s=_*~#|+:.]+", " ", _TAG.sub(" ", text)).strip()
+    text = re.sub(r"[-\s=_*~#|+:.]+", " ", _TAG.sub(" ", text)).strip() + " "  # so the last copy ends as the others do
     codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     best = 0
     for piece in range(1, min(longest_piece, len(codes) // 3) + 1):

@@ -1,0 +1,150 @@
+"""GRPO: advantages within groups, the clipped surrogate, and what they amount to together."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minglm.rl.aggregation import aggregate
+from minglm.rl.grpo import advantages, live_groups, policy_loss
+from minglm.testing.rl import check_advantages, check_policy_loss, numbers, seeds, shapes
+
+
+def test_advantages_keep_the_contract():
+    """Zero sum, independence of other groups and of the level, exact silence of equal rewards."""
+    check_advantages(advantages)
+
+
+def test_policy_loss_keeps_the_contract():
+    """REINFORCE on policy, the clip on the right side, nothing read under the mask."""
+    check_policy_loss(policy_loss)
+
+
+def global_mean(rewards_PG, normalize_std, valid_PG):
+    """Compares with the mean of the whole batch."""
+    rewards_PG = torch.where(valid_PG, rewards_PG, 0.0)
+    return torch.where(valid_PG, rewards_PG - rewards_PG.sum() / valid_PG.sum().clamp(min=1), 0.0)
+
+
+def counts_failures(rewards_PG, normalize_std, valid_PG):
+    """Lets infrastructure failures into the statistics as zeros."""
+    return torch.where(valid_PG, advantages(torch.where(valid_PG, rewards_PG, 0.0), normalize_std), 0.0)
+
+
+def divides_noise(rewards_PG, normalize_std, valid_PG):
+    """Divides by the deviation plus a tiny epsilon without asking whether anything differs."""
+    centred_PG = torch.where(valid_PG, rewards_PG - (rewards_PG * valid_PG).sum(1, True) / valid_PG.sum(1, True), 0.0)
+    return centred_PG / (centred_PG.std(1, keepdim=True, correction=0) + 1e-12)
+
+
+@pytest.mark.parametrize("broken", [global_mean, counts_failures, divides_noise])
+def test_contract_finds_broken_advantages(broken):
+    """Each mistake others have made is found."""
+    with pytest.raises(AssertionError):
+        check_advantages(broken)
+
+
+def wrong_side(logprobs_BS, behaviour_BS, advantages_B, low, high, mask_BS):
+    """Takes the larger of the two objectives: the clip holds the policy where it should let it return."""
+    return policy_loss(logprobs_BS, behaviour_BS, -advantages_B, low, high, mask_BS)[0] * -1, policy_loss(
+        logprobs_BS, behaviour_BS, advantages_B, low, high, mask_BS
+    )[1]
+
+
+def no_clip(logprobs_BS, behaviour_BS, advantages_B, low, high, mask_BS):
+    """Never stops."""
+    return policy_loss(logprobs_BS, behaviour_BS, advantages_B, 1.0, 1e9, mask_BS)
+
+
+def swapped_bounds(logprobs_BS, behaviour_BS, advantages_B, low, high, mask_BS):
+    """Uses the upper range below and the lower one above."""
+    return policy_loss(logprobs_BS, behaviour_BS, advantages_B, high, low, mask_BS)
+
+
+def reads_masked(logprobs_BS, behaviour_BS, advantages_B, low, high, mask_BS):
+    """Masks after the exponential: an infinite ratio times zero."""
+    loss_BS, metrics = policy_loss(logprobs_BS, behaviour_BS, advantages_B, low, high)
+    return loss_BS * (1.0 if mask_BS is None else mask_BS), metrics
+
+
+def recomputed(logprobs_BS, behaviour_BS, advantages_B, low, high, mask_BS):
+    """Takes the ratio against itself: always 1, so stale samples are never corrected or clipped."""
+    return policy_loss(logprobs_BS, logprobs_BS.detach(), advantages_B, low, high, mask_BS)
+
+
+@pytest.mark.parametrize("broken", [wrong_side, no_clip, swapped_bounds, reads_masked, recomputed])
+def test_contract_finds_broken_policy_loss(broken):
+    """Each mistake others have made is found."""
+    with pytest.raises(AssertionError):
+        check_policy_loss(broken)
+
+
+@given(seed=seeds, shape=st.tuples(st.integers(1, 5), st.integers(1, 6)), level=st.floats(0, 1, width=32))
+def test_live_groups_are_those_with_an_advantage(seed, shape, level):
+    """A group is live exactly when it has a non-zero advantage; NaN rewards of failed samples are not looked at."""
+    rewards_PG = torch.where(torch.rand(shape, generator=numbers(seed)) < 0.3, 1.0, level)
+    valid_PG = torch.rand(shape, generator=numbers(seed + 1)) < 0.7
+    rewards_PG[~valid_PG] = torch.nan
+    live_P = live_groups(rewards_PG, valid_PG)
+    for normalize in (True, False):
+        assert torch.equal(live_P, advantages(rewards_PG, normalize, valid_PG).abs().amax(1) > 0)
+
+
+@given(seed=seeds, arms=st.integers(2, 4), samples=st.integers(2, 4))
+def test_expected_group_gradient_is_the_policy_gradient(seed, arms, samples):
+    """Over every group that a small bandit can draw, the agentic form's gradient is (G-1)/G of the true one.
+
+    The factor is that of a group mean which contains the sample itself; it only rescales the step.
+    """
+    scores_V = torch.randn(arms, generator=numbers(seed)).requires_grad_()
+    rewards_V = torch.rand(arms, generator=numbers(seed + 1))
+    logprobs_V = scores_V.log_softmax(0)
+    expected = 0.0
+    for drawn in itertools.product(range(arms), repeat=samples):
+        chosen_B = torch.tensor(drawn)
+        logprobs_B1 = logprobs_V[chosen_B][:, None]
+        advantages_B = advantages(rewards_V[chosen_B][None], normalize_std=False)[0]
+        loss_B1, _ = policy_loss(logprobs_B1, logprobs_B1.detach(), advantages_B, 0.2, 0.2)
+        expected += logprobs_B1.detach().sum().exp() * aggregate(loss_B1, torch.ones_like(loss_B1).bool(), "token")
+    (found_V,) = torch.autograd.grad(expected, scores_V, retain_graph=True)
+    (true_V,) = torch.autograd.grad(-(rewards_V * logprobs_V.exp()).sum(), scores_V)
+    torch.testing.assert_close(found_V, true_V * (samples - 1) / samples, atol=1e-5, rtol=1e-4)  # sum of 256 float32
+
+
+@given(seed=seeds, shape=shapes)
+def test_mute_batch_leaves_no_gradient(seed, shape):
+    """When every group has equal rewards, the gradient is exactly zero, so the step can be skipped."""
+    rewards_PG = torch.full((shape[0], 4), 0.1)
+    logprobs_BS = -torch.rand(shape[0] * 4, shape[1], generator=numbers(seed))
+    logprobs_BS.requires_grad_()
+    loss_BS, _ = policy_loss(logprobs_BS, logprobs_BS.detach() - 0.1, advantages(rewards_PG).flatten(), 0.2, 0.2)
+    aggregate(loss_BS, torch.ones_like(loss_BS).bool(), "sequence").backward()
+    assert not live_groups(rewards_PG).any() and not logprobs_BS.grad.any()
+
+
+@given(seed=seeds, shape=shapes, cap=st.floats(0.5, 3))
+def test_truncated_importance_sampling_bounds_the_weight(seed, shape, cap):
+    """With a cap the first gradient is -min(pi / mu, cap) * advantage: corrected, and never above the cap."""
+    logprobs_BS = -torch.rand(shape, generator=numbers(seed)).requires_grad_()
+    behaviour_BS = -2 * torch.rand(shape, generator=numbers(seed + 1))
+    advantages_B = torch.randn(shape[0], generator=numbers(seed + 2))
+    loss_BS, _ = policy_loss(logprobs_BS, behaviour_BS, advantages_B, 0.2, 0.2, tis_cap=cap)
+    (gradient_BS,) = torch.autograd.grad(loss_BS.sum(), logprobs_BS)
+    weight_BS = (logprobs_BS.detach() - behaviour_BS).exp().clamp(max=cap)
+    torch.testing.assert_close(gradient_BS, -weight_BS * advantages_B[:, None])
+
+
+@given(seed=seeds, shape=shapes)
+def test_later_updates_clip_against_the_trainer(seed, shape):
+    """With a cap and the proximal log-probabilities the clip counts from them, not from the rollout's."""
+    proximal_BS = -torch.rand(shape, generator=numbers(seed))
+    behaviour_BS = proximal_BS - 1.0  # the rollout thought these tokens far less likely: weight e, cut to 2
+    logprobs_BS = (proximal_BS + 0.1).requires_grad_()
+    loss_BS, _ = policy_loss(
+        logprobs_BS, behaviour_BS, torch.ones(shape[0]), 0.2, 0.2, tis_cap=2.0, proximal_BS=proximal_BS
+    )
+    torch.testing.assert_close(
+        loss_BS, torch.full(shape, -2 * 1.1051709), atol=1e-5, rtol=0
+    )  # e^0.1 is inside the clip
