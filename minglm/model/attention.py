@@ -16,19 +16,19 @@ from minglm.model.layers import Linear, RMSNorm
 from minglm.model.rope import rotate
 
 
-def attend_cached(q_BSNA, k_BCMA, v_BCMA, positions_BS):
+def attend_cached(q_BSNA, k_BMCA, v_BMCA, positions_BS):
     """Attention over a cache in which slot c holds position c: a query at position p sees slots 0 to p.
 
     The one rule serves prefill, chunked prefill and decoding, and hides slots that are stale or not yet written.
-    q (B, S, N, A); k, v (B, C, M, A); positions int (B, S). Returns (B, S, N, A).
+    q (B, S, N, A); k, v (B, M, C, A); positions int (B, S). Returns (B, S, N, A).
     """
     B, S, N, A = q_BSNA.shape
-    C, M = k_BCMA.shape[1:3]
+    M, C = k_BMCA.shape[1:3]
     q = q_BSNA.view(B, S, M, N // M, A).permute(0, 2, 3, 1, 4).reshape(B, M, -1, A)
-    scores = (q @ k_BCMA.permute(0, 2, 3, 1)).view(B, M, N // M, S, C).float() * A**-0.5
+    scores = (q @ k_BMCA.mT).view(B, M, N // M, S, C).float() * A**-0.5
     hidden = torch.arange(C, device=q.device) > positions_BS[..., None]
     weights = scores.masked_fill_(hidden[:, None, None], HIDDEN).softmax(-1).to(q.dtype)
-    out = weights.view(B, M, -1, C) @ v_BCMA.transpose(1, 2)
+    out = weights.view(B, M, -1, C) @ v_BMCA
     return out.view(B, M, N // M, S, A).permute(0, 3, 1, 2, 4).reshape(B, S, N, A)
 
 
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         """x (B, S, D) to (B, S, D).
 
         rotation: cos and sin of `minglm.model.rope.angles`. documents_BS: ids that attention must not cross.
-        cache: an object with `.write(k, v) -> (k_BCMA, v_BCMA)` and `.positions_BS`; with it, attention is over all
+        cache: an object with `.write(k, v) -> (k_BMCA, v_BMCA)` and `.positions_BS`; with it, attention is over all
         positions held there.
         """
         q_BSNA, k_BSMA = self.queries_keys(x_BSD, rotation)
@@ -67,6 +67,6 @@ class Attention(nn.Module):
         if cache is None:
             out_BSNA = self.attend(q_BSNA, k_BSMA, v_BSMA, documents_BS)
         else:
-            k_BCMA, v_BCMA = cache.write(k_BSMA, v_BSMA)
-            out_BSNA = attend_cached(q_BSNA, k_BCMA, v_BCMA, cache.positions_BS)
+            k_BMCA, v_BMCA = cache.write(k_BSMA, v_BSMA)
+            out_BSNA = attend_cached(q_BSNA, k_BMCA, v_BMCA, cache.positions_BS)
         return self.o_proj(out_BSNA.flatten(2))

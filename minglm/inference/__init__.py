@@ -1,0 +1,5 @@
+"""Floor 3: generation. `Engine(model, tokenizer).generate(requests)` is the one entry for chat, evaluation and RL."""
+
+from minglm.inference.engine import Completion, Engine, Request
+
+__all__ = ["Completion", "Engine", "Request"]

@@ -1,0 +1,146 @@
+"""The training loop: pre-training, mid-training and supervised fine-tuning are the same loop (paper 2.4, 3.1).
+
+    loss = CE(trunk, next token) + mtp_weight * CE(MTP layer, token after next) + balance_weight * balance loss
+
+Every number that changes over time is a function of the tokens seen, given by the `Phase`. A batch is cut into
+micro-batches that fit the memory; each token's weight in the loss is one over the targets of the whole batch, so the
+cut does not change the gradient. A batch without any target has loss exactly zero. The router's selection bias steps
+once per optimizer step, from the loads of all micro-batches, the MTP layer's router included.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from minglm.kernels.linear_cross_entropy import linear_cross_entropy
+from minglm.model.balance import step_bias
+from minglm.model.mtp import targets
+from minglm.train.checkpoint import Interrupted, stop_between_steps
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What the loop needs to know of one stage. The callables take the tokens seen since training began."""
+
+    name: str
+    tokens: int
+    """Tokens to train on in this phase."""
+    start: int
+    """Tokens seen before it."""
+    sequence_length: int
+    learning_rate: Callable[[int], float]
+    batch_tokens: Callable[[int], int]
+    mtp_weight: Callable[[int], float]
+    bias_rate: Callable[[int], float]
+    balance_weight: float = 1e-4
+    microbatch_tokens: int = 32768
+    clip_norm: float = 1.0
+
+
+def accumulate(model, batch, phase, mtp_weight):
+    """Gradients of one batch, micro-batch by micro-batch. Returns the loss terms and the loads of every router."""
+    parts = batch.split(max(1, phase.microbatch_tokens // batch.tokens_BS.shape[1]))
+    ahead = (1, 2) if model.mtp is not None and mtp_weight else (1,)
+    total = [0, 0, 0]
+    for part in parts:
+        for a in ahead:
+            total[a] += int(targets(part.tokens_BS, part.mask_BS, part.documents_BS, a)[1].sum())
+    sums, loads = {"loss": 0.0, "mtp_loss": 0.0, "balance_loss": 0.0}, None
+    for part in parts:
+        out = model.hidden(part.tokens_BS, part.positions_BS, part.documents_BS, mtp=len(ahead) == 2)
+        share = len(part.tokens_BS) / len(batch.tokens_BS)
+        balance = sum(r.balance_loss for r in out.routing) / max(1, len(out.routing)) * share
+        loss = phase.balance_weight * balance
+        for a, hidden_BSD, weight in zip(ahead, (out.hidden_BSD, out.mtp_hidden_BSD), (1.0, mtp_weight), strict=False):
+            target_BS, counts_BS = targets(part.tokens_BS, part.mask_BS, part.documents_BS, a)
+            weights_T = counts_BS.flatten().float() / max(1, total[a])
+            term = linear_cross_entropy(hidden_BSD.flatten(0, 1), model.lm_head.weight, target_BS.flatten(), weights_T)
+            sums["loss" if a == 1 else "mtp_loss"] += term.item()
+            loss = loss + weight * term
+        loss.backward()
+        sums["balance_loss"] += float(balance)
+        found = torch.stack([r.load_E for r in out.routing]) if out.routing else None
+        loads = found if loads is None else loads + found
+    return sums, loads
+
+
+def step(model, optimizer, batch, phase, seen):
+    """One optimizer step at `seen` tokens. Returns the metrics that are logged (see the README's table)."""
+    rate, mtp_weight = phase.learning_rate(seen), phase.mtp_weight(seen)
+    sums, loads = accumulate(model, batch, phase, mtp_weight)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    if not math.isfinite(norm):
+        optimizer.zero_grad()  # a bad batch must not poison the weights; the log shows it as a step without an update
+    elif phase.clip_norm:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), phase.clip_norm, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    metrics = {**sums, "learning_rate": rate, "grad_norm": float(norm), "mtp_weight": mtp_weight}
+    if loads is None:
+        return metrics
+    for router, load_E in zip(model.routers(), loads, strict=False):
+        step_bias(router.e_score_correction_bias, load_E, phase.bias_rate(seen))
+    share = loads / loads.sum(1, keepdim=True)
+    metrics["load_max_over_mean"] = [round(v, 3) for v in (share.amax(1) * share.shape[1]).tolist()]
+    metrics["load_entropy"] = [round(v, 4) for v in (torch.special.entr(share).sum(1) / math.log(share.shape[1])).tolist()]
+    metrics["dead_experts"] = int((loads == 0).sum())
+    metrics["bias_rate"] = phase.bias_rate(seen)
+    return metrics
+
+
+def train(model, optimizer, stream, phase, checkpoints, log, quiet=False):
+    """Train on `stream` for `phase.tokens` tokens, resuming from `checkpoints` where a partial state is there.
+
+    Ctrl-C saves and raises `Interrupted`. Leaves a partial checkpoint behind; the caller marks the stage final.
+    """
+    device = model.lm_head.weight.device
+    done, number = 0, 0
+    if (state := checkpoints.load()) is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        stream.load_state_dict(state["stream"])
+        done, number = state["tokens"], state["step"]
+    bar = tqdm(total=phase.tokens, initial=done, desc=phase.name, unit="tok", unit_scale=True, disable=quiet or None)
+
+    def save():
+        checkpoints.save(
+            {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "stream": stream.state_dict(),
+                "tokens": done,
+                "step": number,
+            }
+        )
+
+    with stop_between_steps() as stop, bar:
+        while done < phase.tokens:
+            began = time.perf_counter()
+            rows = max(1, round(phase.batch_tokens(phase.start + done) / phase.sequence_length))
+            batch = stream.next(rows)
+            metrics = step(model, optimizer, batch.to(device), phase, phase.start + done)
+            count = batch.tokens_BS.numel()
+            done, number = done + count, number + 1
+            speed = round(count / (time.perf_counter() - began))
+            log.write(
+                "step", stage=phase.name, step=number, tokens=phase.start + done, batch_tokens=count,
+                tokens_per_second=speed, **metrics,
+            )  # fmt: skip
+            load = max(metrics.get("load_max_over_mean", [0]))
+            bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {speed / 1000:.1f}k tok/s, load {load:.1f}", refresh=False)
+            bar.update(min(count, bar.total - bar.n))
+            try:
+                stop()
+            except Interrupted:
+                save()
+                raise
+            if checkpoints.due():
+                save()
+    save()
