@@ -1,0 +1,163 @@
+"""The report card: verdicts follow the log, figures are redrawn to the byte, and a killed run still has a report."""
+
+import json
+import math
+
+import pytest
+from fake_log import fake_log
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minglm import figures, report
+
+LOG = fake_log()
+
+
+def verdicts(records):
+    """{claim function's name: verdict}"""
+    return {claim.__name__: claim(records).verdict for claim in report.CLAIMS}
+
+
+def changed(keep=lambda r: True, **values):
+    """The made-up log with `values` set in the evaluation or pathology records that `keep` chooses."""
+    return [{**r, **values} if r["kind"] in ("evaluation", "pathology") and keep(r) else r for r in LOG]
+
+
+def write_log(folder, records):
+    """Store records as a run's log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+def test_claims_of_the_made_up_log_are_met():
+    """The made-up run shows everything a run must show."""
+    assert set(verdicts(LOG).values()) == {"met"}
+
+
+BROKEN = {
+    "claim_gain": changed(lambda r: r["stage"] == "reasoning.rl", avg=0.5, low=0.49, high=0.51),
+    "claim_kept": changed(lambda r: r["stage"] == "unified" and r["env"] == "retail", avg=0.6),
+    "claim_calls": changed(lambda r: r["stage"] == "pathology_rl" and r.get("env") == "retail", valid_calls=0.949),
+    "claim_pathology": changed(lambda r: r.get("when") == "after", incidence={"any": 0.0841}),
+    "claim_switch": changed(lambda r: r["stage"] == "pathology_rl" and not r.get("thinking"), switch_ok=0.999),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_claim_fails_alone(name):
+    """Each claim turns to 'not met' when its own number misses the bound by little, and no other claim moves."""
+    assert verdicts(BROKEN[name]) == {**verdicts(LOG), name: "not met"}
+
+
+def test_gain_needs_intervals_apart():
+    """A gain of 29 points with overlapping intervals is not a gain that was shown."""
+    wide = changed(lambda r: r["stage"] == "reasoning.rl" and r["env"] == "arithmetic", low=0.40, high=0.99)
+    assert verdicts(wide)["claim_gain"] == "not met"
+
+
+def test_no_pathology_left_is_a_fall_and_none_before_is_not():
+    """Division by zero is neither infinite praise nor a crash: from some to none is met, from none to none is not."""
+    none = {"language_mixing": 0.0, "repetition": 0.0, "format": 0.0, "any": 0.0}
+    assert verdicts(changed(lambda r: r.get("when") == "after", incidence=none))["claim_pathology"] == "met"
+    assert verdicts(changed(lambda r: r["kind"] == "pathology", incidence=none))["claim_pathology"] == "not met"
+
+
+def test_an_empty_log_claims_nothing():
+    """What was not measured is called so, and nothing is drawn."""
+    assert set(verdicts([]).values()) == {"not measured"}
+    assert all(draw([], "nowhere.png") is None for draw in figures.FIGURES.values())
+
+
+@given(st.integers(0, len(LOG)))
+def test_report_of_a_killed_run(length):
+    """Whatever record a run was killed after, its log makes a report."""
+    text = report.markdown(LOG[:length])
+    assert "## Claims" in text
+    assert report.summary(LOG[:length])
+
+
+@settings(max_examples=4)
+@given(length=st.integers(1, len(LOG)))
+def test_figures_of_a_killed_run(length, tmp_path_factory):
+    """Whatever record a run was killed after, its log makes figures, and the report links exactly those drawn."""
+    folder = write_log(tmp_path_factory.mktemp("run"), LOG[:length])
+    report.write(folder)
+    drawn = {path.stem for path in (folder / "figures").glob("*.png")}
+    text = (folder / "report.md").read_text()
+    assert drawn == {name for name in figures.FIGURES if f"(figures/{name}.png)" in text}
+
+
+def test_whole_report_and_redrawing_to_the_byte(tmp_path):
+    """A run's figures come from its log alone: drawn again elsewhere they are the same bytes."""
+    first, second = (write_log(tmp_path / name, LOG) for name in ("first", "second"))
+    assert "report.md" in report.write(first)
+    drawn = report.redraw([second])
+    assert len(drawn) == len(figures.FIGURES)
+    for path in drawn:
+        assert path.read_bytes() == (first / "figures" / path.name).read_bytes()
+    text = (first / "report.md").read_text()
+    for word in ("abcdef012345", "2.13.0+cpu", "One seed", "MTP drafts accepted", "bits per byte", "13.5 minutes"):
+        assert word in text
+
+
+@given(st.text("`~ab\n|", max_size=60))
+def test_samples_stay_inside_their_fence(text):
+    """No dialogue, whatever fences it writes, ends the block it is shown in."""
+    shown = report.sample_text([{"kind": "sample", "stage": "unified", "title": "t", "text": text}])
+    lines = shown.split("\n")
+    fence = lines[2]
+    assert set(fence) == {"`"}
+    assert [i for i, line in enumerate(lines) if line.startswith(fence)] == [2, 3 + text.count("\n") + 1]
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=50), st.floats(0.01, 0.5))
+def test_running_mean_stays_in_range(values, share):
+    """A running mean is as long as its series and never leaves its range."""
+    means = figures.running_mean(values, share)
+    assert len(means) == len(values)
+    # sums of 50 values of at most 1e3 round by less than 1e-9
+    assert all(min(values) - 1e-9 <= mean <= max(values) + 1e-9 for mean in means)
+
+
+@given(st.lists(st.integers(1, 10**9), min_size=1, max_size=7), st.floats(0.02, 0.3))
+def test_bands_tile_the_axis(counts, least):
+    """Stages lie side by side in order, none narrower than the least width, and every step inside its own."""
+    records = []
+    for number, count in enumerate(counts):
+        records += [{"kind": "step", "stage": f"s{number}", "tokens": count * i} for i in (1, 2, 5)]
+        records.append({"kind": "stage_end", "stage": f"s{number}", "tokens": count, "seconds": 1})
+    placed = figures.bands(records, figures.stages_of(records, "step"), least)
+    edge = 0.0
+    for stage, (left, right, _) in placed.items():
+        assert left == edge
+        assert right - left > least - 1e-9  # rounding of a sum of seven
+        assert all(left < x < right + 1e-9 for x in figures.along(records, stage, placed[stage]))
+        edge = right
+
+
+@given(st.floats(1, 1e15))
+def test_thousands_keep_three_figures(tokens):
+    """A count of tokens is rounded by less than half a percent above a thousand, and to a whole number below."""
+    number, _, unit = figures.thousands(tokens).partition(" ")
+    value = float(number) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[unit]
+    assert math.isclose(value, tokens, rel_tol=5e-3, abs_tol=0.5)
+
+
+def test_redraw_runs_a_lessons_own_draw_and_refuses_the_rest(tmp_path):
+    """A lesson's log is drawn by the lesson; anything that is neither is refused by name."""
+    for name in ("lessons", "figures"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "lessons" / "01_x.py").write_text("def draw(path):\n    return path.with_suffix('.png')\n")
+    log = tmp_path / "figures" / "01_x.json"
+    log.write_text("{}")
+    assert report.redraw([log]) == [log.with_suffix(".png")]
+    with pytest.raises(ValueError, match=r"other\.json"):
+        report.redraw([tmp_path / "figures" / "other.json"])
+    with pytest.raises(ValueError, match=r"no log\.jsonl"):
+        report.redraw([tmp_path])
+
+
+def test_tables_escape_bars():
+    """A bar inside a cell is text and not the end of the cell."""
+    assert report.table(("a",), [("x|y",)]).splitlines()[-1] == "| x\\|y |"
