@@ -45,7 +45,7 @@ def test_singular_vectors_stay_and_values_follow_the_scalar_map(rows, columns, s
     torch.testing.assert_close(orthogonalize(matrix.float()), expected.float(), atol=1e-4, rtol=0)
     # bfloat16 keeps 8 bits, and 15 products in a row each round once
     error = orthogonalize(matrix, dtype=torch.bfloat16) - expected
-    assert error.norm() < 0.06 * expected.norm()
+    assert error.norm() < 0.12 * expected.norm()
 
 
 @given(st.integers(0, 70), sizes, sizes, seeds)
