@@ -28,9 +28,11 @@ def use_threads(count=0):
 
 
 def pick_device(name="auto"):
-    """`auto` is the GPU where there is one. Raises ValueError when cuda is asked for and absent."""
+    """`auto` is the GPU where there is one. Raises ValueError for another name, and when cuda is absent."""
     import torch
 
+    if name.partition(":")[0] not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device = {name!r}: must be auto, cpu or cuda")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -70,7 +72,7 @@ def atomic_path(path):
 def write_json(path, value):
     """Write `value` as indented JSON, atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_jsonl(path):
@@ -78,8 +80,8 @@ def read_jsonl(path):
     if not Path(path).exists():
         return []
     records = []
-    for line in Path(path).read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in Path(path).read_bytes().split(b"\n"):  # splitlines would also split at U+2028 inside a text
+        with contextlib.suppress(ValueError):  # torn inside a number, a string, or a character
             records.append(json.loads(line))
     return records
 
@@ -94,7 +96,9 @@ class Log:
     def __init__(self, path):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        whole = self.path.read_bytes().rfind(b"\n") + 1 if self.path.exists() else 0
         self.file = open(self.path, "ab")
+        self.cut(whole)  # a line torn by a crash would swallow the next record
 
     def write(self, kind, **values):
         """Append one record, `{"kind": kind, ...}`, and flush it."""
