@@ -1,0 +1,107 @@
+"""Rejection sampling: filters that commute and re-check, and a length rule that drops exactly its share."""
+
+import itertools
+from statistics import fmean
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minglm.rl.distill import Sample, correct, drop_shortest, obeys_protocol, reject, rewarded, well_formed
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+RESULT = {"role": "tool", "content": "1"}
+REPLY = {"role": "assistant", "content": "done"}
+USER = {"role": "user", "content": "go"}
+
+texts = st.sampled_from(["fine", "", "<think>open", "again and " * 30, "\n<think>yes</think>\nGood answer."])
+conversations = st.sampled_from([(), (USER, REPLY), (USER, CALL, RESULT, REPLY), (USER, CALL, REPLY), (USER, RESULT)])
+samples = st.lists(
+    st.builds(
+        Sample,
+        prompt=st.sampled_from("abcdefg"),
+        text=texts,
+        messages=conversations,
+        score=st.none() | st.floats(0, 1),
+        status=st.sampled_from(["ok", "wrong", "format", "infrastructure"]),
+        truncated=st.booleans(),
+        n_tokens=st.integers(0, 50),
+    ),
+    max_size=25,
+)
+FILTERS = {
+    "form": well_formed(min_tokens=5, language="en"),
+    "correct": correct(0.5),
+    "reward": rewarded(lambda sample: sample.n_tokens / 50, 0.3),
+    "protocol": obeys_protocol(),
+}
+
+
+@given(samples)
+def test_filters_commute_and_recheck(drawn):
+    """Any order of the filters, and any split into passes, keeps the same samples, which pass every filter again."""
+    kept, report = reject(drawn, FILTERS)
+    assert all(keep(sample) for sample in kept for keep in FILTERS.values())
+    for order in itertools.permutations(FILTERS):
+        rest = drawn
+        for name in order:
+            rest, _ = reject(rest, {name: FILTERS[name]})
+        assert rest == kept
+    assert reject(kept, FILTERS)[0] == kept
+    assert report["samples"] == len(drawn) and report["kept"] == len(kept)
+    assert report["rejected"] == {name: sum(not keep(s) for s in drawn) for name, keep in FILTERS.items()}
+
+
+def test_commutation_test_would_find_a_filter_with_memory():
+    """A filter that looks at its neighbours (first answer of each prompt) does not pass the test above."""
+    drawn = [Sample("a", "no", n_tokens=1), Sample("a", "yes", n_tokens=9)]
+
+    def first_only():
+        seen = set()
+        return lambda sample: not (sample.prompt in seen or seen.add(sample.prompt))
+
+    long = well_formed(min_tokens=5)
+    one_way = reject(reject(drawn, {"first": first_only()})[0], {"long": long})[0]
+    other_way = reject(reject(drawn, {"long": long})[0], {"first": first_only()})[0]
+    assert one_way != other_way
+
+
+@pytest.mark.parametrize(
+    "change, failed",
+    [
+        ({}, []),
+        ({"truncated": True}, ["form"]),
+        ({"n_tokens": 1}, ["form"]),
+        ({"text": "again and " * 30}, ["form"]),
+        ({"text": "<think>no end"}, ["form"]),
+        ({"text": "这是 a 中文 answer"}, ["form"]),
+        ({"score": 0.2}, ["correct"]),
+        ({"score": None, "n_tokens": 9}, ["reward"]),
+        ({"messages": (USER, CALL, REPLY)}, ["protocol"]),
+        ({"messages": (USER, RESULT, REPLY)}, ["protocol"]),
+        ({"messages": (USER, CALL, RESULT, CALL)}, []),
+        ({"messages": (USER, CALL, RESULT, REPLY), "status": "wrong"}, ["protocol"]),
+        ({"status": "format"}, ["protocol"]),
+    ],
+)
+def test_each_fault_meets_its_filter(change, failed):
+    """One fault, one filter; an act that ends the episode needs no answer."""
+    sample = Sample(**({"prompt": "a", "text": "A fine answer.", "score": 1.0, "n_tokens": 20} | change))
+    assert [name for name, keep in FILTERS.items() if not keep(sample)] == failed
+
+
+@given(samples, st.integers(0, 100))
+def test_length_rule_drops_exactly_its_share(drawn, percent):
+    """floor(share * prompts) prompts go, with all samples; none that goes is longer than one that stays."""
+    kept = drop_shortest(drawn, percent / 100)
+    prompts, staying = {s.prompt for s in drawn}, {s.prompt for s in kept}
+    assert len(prompts) - len(staying) == percent * len(prompts) // 100
+    assert kept == [s for s in drawn if s.prompt in staying]
+    length = {p: fmean(s.n_tokens for s in drawn if s.prompt == p) for p in prompts}
+    assert max((length[p] for p in prompts - staying), default=0) <= min((length[p] for p in staying), default=50)
+
+
+def test_share_outside_the_unit_interval_is_one_line():
+    """A share is between 0 and 1."""
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        drop_shortest([], 50)
