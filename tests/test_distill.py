@@ -79,6 +79,7 @@ def test_commutation_test_would_find_a_filter_with_memory():
         ({"score": None, "n_tokens": 9}, ["reward"]),
         ({"messages": (USER, CALL, REPLY)}, ["protocol"]),
         ({"messages": (USER, RESULT, REPLY)}, ["protocol"]),
+        ({"messages": (USER, RESULT)}, ["protocol"]),
         ({"messages": (USER, CALL, RESULT, CALL)}, []),
         ({"messages": (USER, CALL, RESULT, REPLY), "status": "wrong"}, ["protocol"]),
         ({"status": "format"}, ["protocol"]),

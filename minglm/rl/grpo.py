@@ -93,13 +93,11 @@ def policy_loss(
     loss_BS = torch.where(mask_BS, -torch.minimum(free_BS, clipped_BS) * weight_BS, 0.0)
 
     with torch.no_grad():
-        tokens = mask_BS.sum()
-        log_rho_BS = logprobs_BS - behaviour_BS
-        kl_BS = torch.where(mask_BS, torch.expm1(log_rho_BS) - log_rho_BS, 0.0)
+        tokens, log_rho_BS = mask_BS.sum(), logprobs_BS - behaviour_BS  # 0 where the mask is False
         metrics = {
             "ratio_max": torch.where(mask_BS, log_rho_BS.exp(), 0.0).amax(),
-            "clip_share": ((clipped_BS < free_BS) & mask_BS).sum() / tokens.clamp(min=1),
-            "kl": kl_BS.sum() / tokens.clamp(min=1),
+            "clip_share": (clipped_BS < free_BS).sum() / tokens.clamp(min=1),
+            "kl": (torch.expm1(log_rho_BS) - log_rho_BS).sum() / tokens.clamp(min=1),
             "tokens": tokens,
         }
     return loss_BS, metrics
