@@ -361,19 +361,41 @@ def to_dict(config):
     return dataclasses.asdict(config)
 
 
+# Fields that end a run with a division by zero, or an endless one, when they are 0; and shares that stay in [0, 1].
+POSITIVE = {"prompts", "problems", "max_new_tokens", "max_turns", "updates_per_rollout", "responses_per_prompt"}
+POSITIVE |= {"samples", "batch_tokens", "microbatch_tokens", "top_p", "corpus_megabytes"}
+SHARES = {"muon_momentum", "adam_beta1", "adam_beta2", "final_lr_ratio", "clip_low", "top_p", "heldout", "fim_rate"}
+SHARES |= {"thinking_share"}
+
+
+def _check_numbers(config, where=""):
+    """Every number is finite and not negative; those in POSITIVE are not 0, those in SHARES at most 1."""
+    for f in dataclasses.fields(config):
+        name, value = where + f.name, getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            _check_numbers(value, name + ".")
+        elif isinstance(value, int | float):
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"{name} = {value}: must be a finite number, not negative")
+            if value == 0 and f.name in POSITIVE:
+                raise ValueError(f"{name} = {value}: must be positive")
+            if value > 1 and f.name in SHARES:
+                raise ValueError(f"{name} = {value}: must lie between 0 and 1")
+
+
 def _check_stages(stages):
     previous = 0
     for name, stage in stages.items():
         where = f"stages.{name}"
         if stage.packing not in ("truncate", "best_fit"):
             raise ValueError(f"{where}.packing = {stage.packing!r}: must be truncate or best_fit")
-        if stage.tokens < 0 or stage.sequence_length < 2:
-            raise ValueError(f"{where}: tokens must not be negative and sequence_length at least 2")
+        if stage.sequence_length < 2:
+            raise ValueError(f"{where}.sequence_length = {stage.sequence_length}: must be at least 2")
         if stage.sequence_length < previous:
             raise ValueError(
                 f"{where}.sequence_length = {stage.sequence_length}: shorter than the stage before ({previous})"
             )
-        if not stage.mixture or min(stage.mixture.values()) < 0 or sum(stage.mixture.values()) <= 0:
+        if not all(0 <= w < math.inf for w in stage.mixture.values()) or sum(stage.mixture.values()) <= 0:
             raise ValueError(f"{where}.mixture = {stage.mixture}: needs at least one source with a positive weight")
         previous = stage.sequence_length
     return previous
@@ -385,11 +407,12 @@ def _check_phases(post, longest):
         phases |= {f"{name}.sft": expert.sft, f"{name}.rl": expert.rl}
     for name, phase in phases.items():
         where = f"posttraining.{name}"
-        if phase.peak_lr < 0:
-            raise ValueError(f"{where}.peak_lr = {phase.peak_lr}: must not be negative")
         if isinstance(phase, SFTConfig):
-            if phase.sequence_length > longest:
-                raise ValueError(f"{where}.sequence_length = {phase.sequence_length}: the model holds only {longest}")
+            if not 2 <= phase.sequence_length <= longest:
+                raise ValueError(
+                    f"{where}.sequence_length = {phase.sequence_length}: "
+                    f"must lie between 2 and model.max_position_embeddings = {longest}"
+                )
             continue
         if phase.aggregation not in ("token", "sequence", "constant"):
             raise ValueError(f"{where}.aggregation = {phase.aggregation!r}: must be token, sequence or constant")
@@ -397,13 +420,12 @@ def _check_phases(post, longest):
             raise ValueError(f"{where}.samples = {phase.samples}: a group of one has no advantage; use 2 or more")
         if phase.temperature <= 0:
             raise ValueError(f"{where}.temperature = {phase.temperature}: must be positive to explore")
-    if not 0 <= post.thinking_share <= 1:
-        raise ValueError(f"posttraining.thinking_share = {post.thinking_share}: must lie between 0 and 1")
 
 
 def check(run):
     """Raise ValueError, one line naming field, value and remedy, for a run that cannot work. Returns the run."""
     run.model.check()
+    _check_numbers(run)
     longest = _check_stages(run.stages)
     if longest > run.model.max_position_embeddings:
         raise ValueError(
@@ -417,12 +439,8 @@ def check(run):
             f"optimizer.batch_tokens_start = {opt.batch_tokens_start}: "
             f"must be positive and at most batch_tokens_end = {opt.batch_tokens_end}"
         )
-    if not math.isfinite(opt.peak_lr) or opt.peak_lr < 0:
-        raise ValueError(f"optimizer.peak_lr = {opt.peak_lr}: must be a finite number, not negative")
     if run.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype = {run.dtype!r}: must be float32 or bfloat16")
-    if not 0 <= run.data.heldout < 1 or not 0 <= run.data.fim_rate <= 1:
-        raise ValueError("data.heldout and data.fim_rate are shares: they must lie between 0 and 1")
     return run
 
 
