@@ -218,7 +218,7 @@ class Parser:
         self._events.append(("call", self.calls[-1]))
 
     def _take(self, tags):
-        """Take (text, tag) off the buffer: what stands before the first of `tags`, or all that can be no tag, and None."""
+        """Take (text, tag) off the buffer: up to the first of `tags`, or else all that can be no tag, and None."""
         found = _pattern(tags).search(self._buffer)
         if found:
             text, tag, end = self._buffer[: found.start()], found.group(), found.end()
@@ -285,6 +285,7 @@ def _typed(text, spec):
         return text, True
     try:
         value = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        json.dumps(value, ensure_ascii=False).encode()  # an escaped half of a surrogate pair could never be written
     except (ValueError, RecursionError):  # RecursionError: brackets nested thousands deep
         return text, not types or "string" in types
     if isinstance(value, float) and value.is_integer() and "integer" in types and "number" not in types:

@@ -229,8 +229,8 @@ def _content(message, index):
 
 def _call(call, index):
     """(name, arguments) of a tool call in either form; arguments may be a dict, a JSON object as text, or absent."""
-    call = call.get("function") or call
-    name, arguments = call.get("name"), call.get("arguments") or {}
+    inner = (call.get("function") or call) if isinstance(call, dict) else {}
+    name, arguments = inner.get("name"), inner.get("arguments") or {}
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
