@@ -7,6 +7,7 @@ problems, with 95% intervals as `minglm.evaluate` logged them (paper section 4 r
 Simplifies: a run is one seed. Intervals speak of problems and samples, and say nothing of another seed.
 """
 
+import json
 import math
 import runpy
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from minglm.common import atomic_path, read_jsonl
 from minglm.config import load_config
 from minglm.diagram import draw_stages
-from minglm.figures import FIGURES, label, select, stages_of, thousands
+from minglm.figures import FIGURES, label, save, select, stages_of, thousands
 
 GAIN, KEPT, VALID, FALL = 0.15, 0.90, 0.95, 5.0
 EXPERTS = ("reasoning", "agent", "chat")
@@ -273,7 +274,7 @@ def summary(records):
 def redraw(paths):
     """Redraw figures from what is stored, and return the paths of the PNGs. Raises ValueError for anything else.
 
-    A run folder: its figures, from its log. A lesson's log `figures/NN_name.json`: by the `draw(log path)` of
+    A run folder: its figures, from its log. A lesson's log `figures/NN_name.json`: with `draw(log)` of
     `lessons/NN_name.py`. A config `configs/NAME.py`: the picture of its stages, `figures/stages.png`.
     """
     drawn = []
@@ -282,7 +283,8 @@ def redraw(paths):
         if path.is_dir():
             drawn += [path / "figures" / f"{name}.png" for name in draw_all(path)]
         elif path.suffix == ".json" and path.is_file() and lesson.is_file():
-            drawn.append(runpy.run_path(str(lesson))["draw"](path))
+            figure = runpy.run_path(str(lesson))["draw"](json.loads(path.read_text(encoding="utf-8")))
+            drawn.append(save(figure, path.with_suffix(".png")))
         elif path.suffix == ".py" and path.is_file():
             drawn.append(draw_stages(load_config(path), path.parent.parent / "figures" / "stages.png"))
         else:

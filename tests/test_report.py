@@ -1,5 +1,6 @@
 """The report card: verdicts follow the log, figures are redrawn to the byte, and a killed run still has a report."""
 
+import dataclasses
 import json
 import math
 
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minglm import figures, report
+from minglm.config import ModelConfig, Run, StagesConfig
 
 LOG = fake_log()
 
@@ -148,14 +150,26 @@ def test_redraw_runs_a_lessons_own_draw_and_refuses_the_rest(tmp_path):
     """A lesson's log is drawn by the lesson; anything that is neither is refused by name."""
     for name in ("lessons", "figures"):
         (tmp_path / name).mkdir()
-    (tmp_path / "lessons" / "01_x.py").write_text("def draw(path):\n    return path.with_suffix('.png')\n")
+    lesson = "from minglm.figures import canvas\ndef draw(log):\n    return canvas(log['rows'])[0]\n"
+    (tmp_path / "lessons" / "01_x.py").write_text(lesson)
     log = tmp_path / "figures" / "01_x.json"
-    log.write_text("{}")
+    log.write_text('{"rows": 2}')
     assert report.redraw([log]) == [log.with_suffix(".png")]
+    assert log.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"other\.json"):
         report.redraw([tmp_path / "figures" / "other.json"])
     with pytest.raises(ValueError, match=r"no log\.jsonl"):
         report.redraw([tmp_path])
+
+
+def test_the_stages_are_drawn_from_the_config(tmp_path):
+    """The picture of the stages shows another config's numbers: it is drawn and not stored."""
+    pictures = []
+    for tokens in (1_000_000, 2_000_000):
+        general = dataclasses.replace(StagesConfig().general, tokens=tokens)
+        run = Run("x", ModelConfig(), dataclasses.replace(StagesConfig(), general=general))
+        pictures.append(report.draw_stages(run, tmp_path / f"{tokens}.png").read_bytes())
+    assert pictures[0] != pictures[1]
 
 
 def test_tables_escape_bars():
