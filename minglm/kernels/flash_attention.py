@@ -12,6 +12,7 @@ Packed documents need no second code path: a chunk starts at the first key of it
 """
 
 import torch
+import torch.nn.functional as F
 
 CHUNK = 64
 HIDDEN = -1e4  # score of a pair that must not see each other; finite, because exp(-inf) takes a slow path on CPUs
@@ -46,7 +47,7 @@ def _first_keys(documents_BS, S):
         return [0 for _ in starts]
     changed = documents_BS[:, 1:] != documents_BS[:, :-1]
     index = torch.arange(1, S, device=documents_BS.device) * changed
-    begin_BS = torch.cat([torch.zeros_like(index[:, :1]), index], 1).cummax(1).values
+    begin_BS = F.pad(index, (1, 0)).cummax(1).values
     return begin_BS.min(0).values[list(starts)].tolist()
 
 
