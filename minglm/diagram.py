@@ -65,7 +65,7 @@ def draw_finishing(axis, run):
         arrow(axis, (7.6, 12.7), (10.9, middle))
         box(axis, 11, y, 15, 5.8, f"{name}.sft", f"{name} expert\ncold-start SFT")
         arrow(axis, (26.1, middle), (29.4, middle))
-        box(axis, 29.5, y, 15, 5.8, f"{name}.rl", "RL\n" + ", ".join(expert.rl_environments[:2]))
+        box(axis, 29.5, y, 15, 5.8, f"{name}.rl", "RL\n" + ", ".join(expert.rl.environments[:2]))
         arrow(axis, (44.6, middle), (48.4, 12.7 + (middle - 12.7) / 3))
     left, width = 48.5, 15.2
     direct = f"{1 - run.posttraining.thinking_share:.0%}"

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from minglm.common import atomic_path, read_jsonl
 from minglm.config import load_config
+from minglm.curves import FIGURES
 from minglm.diagram import draw_stages
-from minglm.figures import FIGURES, label, save, select, stages_of, thousands
+from minglm.figures import label, save, select, stages_of, thousands
 
 GAIN, KEPT, VALID, FALL = 0.15, 0.90, 0.95, 5.0
 EXPERTS = ("reasoning", "agent", "chat")
@@ -187,7 +188,8 @@ def rl_rows(records):
     for stage in stages_of(records, "rl"):
         steps = select(records, "rl", stage=stage)
         first, last = ([r["reward"] for r in part] for part in (steps[:5], steps[-5:]))
-        mean = [sum(r[name] for r in steps) / len(steps) for name in ("live_groups", "truncated", "clip_share")]
+        known = [[r[name] for r in steps if name in r] for name in ("live_groups", "truncated", "clip_share")]
+        mean = [sum(values) / len(values) if values else None for values in known]  # a skipped step clips nothing
         skipped = sum(bool(r["skipped"]) for r in steps)
         rows.append((label(stage), len(steps), f"{sum(first) / len(first):.3f}", f"{sum(last) / len(last):.3f}",
                      percent(mean[0]), percent(mean[1]), percent(mean[2], 2), skipped))  # fmt: skip

@@ -63,6 +63,9 @@ def reinforcement(rng, stage, rewards, steps=60):
             "clip_share": 0.02, "live_groups": max(0.1, 0.8 - 0.4 * t + rng.gauss(0, 0.05)), "truncated": 0.01,
             "skipped": False, "valid_calls": 0.97,
         }  # fmt: skip
+        if i % 9 == 8:  # a step without two live groups has no update to tell of
+            record = {k: v for k, v in record.items() if k not in ("entropy", "grad_norm", "ratio_max", "clip_share")}
+            record["skipped"] = True
         if stage == "pathology_rl":
             record["incidence"] = {name: 0.2 * (1 - t) + 0.01 for name in PATHOLOGIES}
         yield record

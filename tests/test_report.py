@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import math
+from itertools import pairwise
 
 import pytest
 from fake_log import fake_log
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minglm import figures, report
+from minglm import curves, figures, report
 from minglm.config import ModelConfig, Run, StagesConfig
 
 LOG = fake_log()
@@ -68,7 +69,7 @@ def test_no_pathology_left_is_a_fall_and_none_before_is_not():
 def test_an_empty_log_claims_nothing():
     """What was not measured is called so, and nothing is drawn."""
     assert set(verdicts([]).values()) == {"not measured"}
-    assert all(draw([], "nowhere.png") is None for draw in figures.FIGURES.values())
+    assert all(draw([], "nowhere.png") is None for draw in curves.FIGURES.values())
 
 
 @given(st.integers(0, len(LOG)))
@@ -87,7 +88,7 @@ def test_figures_of_a_killed_run(length, tmp_path_factory):
     report.write(folder)
     drawn = {path.stem for path in (folder / "figures").glob("*.png")}
     text = (folder / "report.md").read_text()
-    assert drawn == {name for name in figures.FIGURES if f"(figures/{name}.png)" in text}
+    assert drawn == {name for name in curves.FIGURES if f"(figures/{name}.png)" in text}
 
 
 def test_whole_report_and_redrawing_to_the_byte(tmp_path):
@@ -95,7 +96,7 @@ def test_whole_report_and_redrawing_to_the_byte(tmp_path):
     first, second = (write_log(tmp_path / name, LOG) for name in ("first", "second"))
     assert "report.md" in report.write(first)
     drawn = report.redraw([second])
-    assert len(drawn) == len(figures.FIGURES)
+    assert len(drawn) == len(curves.FIGURES)
     for path in drawn:
         assert path.read_bytes() == (first / "figures" / path.name).read_bytes()
     text = (first / "report.md").read_text()
@@ -129,13 +130,24 @@ def test_bands_tile_the_axis(counts, least):
     for number, count in enumerate(counts):
         records += [{"kind": "step", "stage": f"s{number}", "tokens": count * i} for i in (1, 2, 5)]
         records.append({"kind": "stage_end", "stage": f"s{number}", "tokens": count, "seconds": 1})
-    placed = figures.bands(records, figures.stages_of(records, "step"), least)
+    placed = curves.bands(records, figures.stages_of(records, "step"), least)
     edge = 0.0
     for stage, (left, right, _) in placed.items():
         assert left == edge
         assert right - left > least - 1e-9  # rounding of a sum of seven
-        assert all(left < x < right + 1e-9 for x in figures.along(records, stage, placed[stage]))
+        assert all(left < x < right + 1e-9 for x in curves.along(records, stage, placed[stage]))
         edge = right
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=6), st.floats(0.01, 0.5))
+def test_labels_stand_apart_in_order(heights, least):
+    """Labels never overlap, stay in the order of their lines, and stay put where there is room."""
+    placed = figures.spread(heights, least)
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    gaps = [placed[b] - placed[a] for a, b in pairwise(order)]
+    assert all(gap > 0.9 * least for gap in gaps)  # pushing converges geometrically; a tenth of a gap is not seen
+    if all(heights[b] - heights[a] >= least for a, b in pairwise(order)):
+        assert placed == heights
 
 
 @given(st.floats(1, 1e15))
