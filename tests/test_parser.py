@@ -199,6 +199,15 @@ def test_extra_and_repeated_arguments():
     assert parse(f"<tool_call>f\n{twice}{twice}</tool_call>", [tool])["error"] == "bad_argument"
 
 
+def test_a_broken_call_is_skipped():
+    """What is left of a malformed call is no content, what follows it is read, and the first error is the one named."""
+    broken = "<tool_call>f\n<arg_key>x</arg_key>\n1</arg_value>\n</tool_call>"
+    message = parse(broken + call("g", x="1") + call("h"), [{"name": "g", "parameters": {"properties": {"x": {}}}}])
+    assert (message["content"], message["error"]) == ("", "bad_tool_call")
+    assert message["tool_calls"] == [{"name": "g", "arguments": {"x": 1}}, {"name": "h", "arguments": {}}]
+    assert parse("<tool_call>f<tool_call>g</tool_call>")["tool_calls"] == [{"name": "g", "arguments": {}}]
+
+
 def test_a_long_stream_takes_linear_time():
     """Reading 100,000 pieces costs little, in reasoning and in a value alike."""
     for opening in ("<think>", "<tool_call>f\n<arg_key>x</arg_key>\n<arg_value>"):

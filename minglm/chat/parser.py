@@ -131,7 +131,7 @@ class Parser:
         text, tag = self._take(("<think>", "</think>", *STOPS))
         self._say("reasoning", text)
         if tag == "</think>":
-            self._state, self._blank = self._content, ""
+            self._state = self._content
         elif tag == "<think>":
             self._fail("stray_tag")
             self._say("reasoning", tag)
