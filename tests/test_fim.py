@@ -1,0 +1,87 @@
+"""Fill in the middle: reversible for any text, and off when the rate is zero."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minglm.data.fim import fim, rewrite, spans, unfim
+from minglm.data.tokenizer import Tokenizer
+from minglm.testing.data import check_fim, texts
+
+TOKENIZER = Tokenizer.train(["def f(x):\n    return x\n"] * 5, 320)
+CODE = texts(["a = 1\n", "\n", "# <|code_prefix|>\n"])
+
+
+def test_contract_holds():
+    """Our rewriting keeps the contract."""
+    check_fim(fim, unfim, TOKENIZER)
+
+
+def drops_suffix(text, tokenizer, rng):
+    ids = fim(text, tokenizer, rng)
+    return ids if len(text) < 3 else ids[: len(ids) // 2] + ids[-2:]
+
+
+def psm_only(text, tokenizer, rng):
+    ids = fim(text, tokenizer, rng)
+    while ids[0] != tokenizer.special["<|code_prefix|>"]:
+        ids = fim(text, tokenizer, rng)
+    return ids
+
+
+def never_cuts(text, tokenizer, rng):
+    names = ("prefix", "suffix") if rng.random() < 0.5 else ("suffix", "prefix")
+    first, second = (tokenizer.special[f"<|code_{name}|>"] for name in names)
+    return [first, second, tokenizer.special["<|code_middle|>"], *tokenizer.encode(text)]
+
+
+@pytest.mark.parametrize("broken", [drops_suffix, psm_only, never_cuts])
+def test_contract_rejects_a_broken_twin(broken):
+    """Losing text, one order only, or cuts that never fall inside fail the contract."""
+    with pytest.raises((AssertionError, ValueError)) as caught:
+        check_fim(broken, unfim, TOKENIZER)
+    assert caught.type is AssertionError or broken is drops_suffix
+
+
+@given(CODE, st.integers(0, 40))
+def test_spans_join_to_the_text(text, characters):
+    """Spans are whole lines, at most as long as asked unless a single line is longer, and joined they are the text."""
+    found = spans(text, characters)
+    assert "".join(found) == text
+    if characters:
+        assert all(len(span) <= characters or len(span.splitlines()) == 1 for span in found if span)
+
+
+@given(CODE, st.floats(0, 1), st.integers(0, 40), st.integers(0, 2**31))
+def test_rewriting_keeps_the_text_and_the_order(text, rate, characters, seed):
+    """Undoing each sequence of a rewritten text, in order, gives the text."""
+    sequences = rewrite(text, TOKENIZER, np.random.default_rng(seed), rate, characters)
+    assert "".join(unfim(ids, TOKENIZER) for ids in sequences) == text
+
+
+@given(CODE, st.integers(0, 40), st.integers(0, 2**31))
+def test_rate_zero_is_plain_and_rate_one_is_everything(text, characters, seed):
+    """At rate 0 the ids are those of the text; at rate 1 every span carries the markers."""
+    rng = np.random.default_rng(seed)
+    plain = rewrite(text, TOKENIZER, rng, 0.0, characters)
+    assert plain == ([TOKENIZER.encode(text)] if text else [])
+    rewritten = rewrite(text, TOKENIZER, rng, 1.0, characters)
+    assert len(rewritten) == len(spans(text, characters))
+    assert all(TOKENIZER.special["<|code_middle|>"] in ids for ids in rewritten)
+
+
+def test_rate_is_the_share_of_spans():
+    """Over 4,000 spans at rate 0.3 the share rewritten is 0.3 within four standard deviations (0.029)."""
+    text = "a = 1\n" * 4000
+    sequences = rewrite(text, TOKENIZER, np.random.default_rng(0), 0.3, 6)
+    share = sum(TOKENIZER.special["<|code_middle|>"] in ids for ids in sequences) / 4000
+    assert abs(share - 0.3) < 0.029
+
+
+def test_unfim_refuses_what_is_not_one_rewritten_text():
+    """A missing or repeated part, or text before the first marker, is a ValueError."""
+    ids = fim("abcdef", TOKENIZER, np.random.default_rng(0))
+    for wrong in (ids[1:], ids + ids, [5, *ids]):
+        with pytest.raises(ValueError, match="not a fill-in-the-middle sequence"):
+            unfim(wrong, TOKENIZER)

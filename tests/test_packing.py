@@ -1,0 +1,136 @@
+"""Packing: the contract of best fit, conservation of tokens, and the layout of batches."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minglm.data.packing import best_fit, cut, fill, pieces, utilisation
+from minglm.testing.data import check_batch, check_packer
+
+lengths = st.lists(st.integers(0, 50), min_size=1, max_size=20)
+capacities = st.integers(1, 40)
+
+
+def test_contract_holds():
+    """Our best fit keeps the contract."""
+    check_packer(best_fit)
+
+
+def next_fit(lengths, capacity):
+    """Broken: only the last row is looked at."""
+    rows, room = [], 0
+    for i, length in enumerate(lengths):
+        if length > room:
+            rows.append([])
+            room = capacity
+        rows[-1].append(i)
+        room -= length
+    return rows
+
+
+def worst_fit(lengths, capacity):
+    """Broken: the row with the most room, which leaves many rows half full."""
+    rows, rooms = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = max(range(len(rows)), key=rooms.__getitem__, default=None)
+        if row is None or rooms[row] < lengths[i]:
+            row = len(rows)
+            rows.append([])
+            rooms.append(capacity)
+        rows[row].append(i)
+        rooms[row] -= lengths[i]
+    return rows
+
+
+BROKEN = {
+    "one row each": lambda lengths, capacity: [[i] for i in range(len(lengths))],
+    "all in one row": lambda lengths, capacity: [list(range(len(lengths)))] if lengths else [],
+    "drops the last": lambda lengths, capacity: best_fit(lengths[:-1], capacity),
+    "next fit": next_fit,
+    "worst fit": worst_fit,
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_contract_rejects_a_broken_twin(name):
+    """Each broken packer fails the contract."""
+    with pytest.raises(AssertionError):
+        check_packer(BROKEN[name])
+
+
+def test_best_fit_is_fast_and_tight():
+    """20,000 documents pack within 1 % of the bound total / capacity: small documents fill the gaps of large ones."""
+    rng = random.Random(0)
+    some = [rng.randint(1, 512) for _ in range(20_000)]
+    rows = best_fit(some, 512)
+    assert len(rows) <= 1.01 * sum(some) / 512 + 1
+
+
+@pytest.mark.parametrize("wrong", [[3, 0], [3, 11]])
+def test_best_fit_refuses_lengths_that_fit_no_row(wrong):
+    """An empty or too long document is a ValueError that names it."""
+    with pytest.raises(ValueError, match=f"document 1 has {wrong[1]} tokens"):
+        best_fit(wrong, 10)
+
+
+@given(lengths, capacities)
+def test_pieces_cover_every_document_once(some, capacity):
+    """Spans of at most the capacity, in order, cover each document without gap or overlap."""
+    spans = pieces(some, capacity).tolist()
+    assert [(d, t) for d, a, b in spans for t in range(a, b)] == [(d, t) for d, n in enumerate(some) for t in range(n)]
+    assert all(0 < b - a <= capacity for _, a, b in spans)
+    assert sum(b - a < capacity for _, a, b in spans) <= len(some)  # only a document's last span may be short
+
+
+@given(lengths.filter(sum), capacities, st.integers(0, 100), st.integers(0, 2**31))
+def test_cut_rows_are_consecutive_parts_of_one_ring(some, capacity, offset, seed):
+    """Rows are full, follow one another in the stream of documents, and leave out fewer tokens than one row."""
+    order = np.random.default_rng(seed).permutation(len(some))
+    stream = [(int(d), t) for d in order for t in range(some[d])]
+    rows = cut(some, order, capacity, offset)
+    read = [[(d, t) for d, a, b in row for t in range(a, b)] for row in rows]
+    assert all(len(row) == capacity for row in read)
+    flat = [token for row in read for token in row]
+    assert flat == [stream[(offset + n) % len(stream)] for n in range(len(flat))]
+    assert len(stream) - capacity < len(flat) <= max(capacity, len(stream))
+    if len(stream) >= capacity:
+        assert len(set(flat)) == len(flat)  # no token twice in an epoch
+
+
+@given(st.lists(st.lists(st.integers(1, 8), max_size=4), min_size=1, max_size=5), st.booleans(), st.integers(0, 2**31))
+def test_fill_lays_documents_out(rows, separate, seed):
+    """Tokens stand in order, then padding; masks follow them; ids and positions tell the documents apart."""
+    rng = np.random.default_rng(seed)
+    spans = [
+        [(rng.integers(1, 99, n), rng.random(n) < 0.5 if rng.random() < 0.7 else None) for n in row] for row in rows
+    ]
+    batch = fill(spans, 32, separate, pad=7)
+    check_batch(batch)
+    for row, parts in enumerate(spans):
+        tokens = np.concatenate([t for t, _ in parts]) if parts else np.zeros(0)
+        assert batch.tokens_BS[row].tolist() == tokens.tolist() + [7] * (32 - len(tokens))
+        targets = [True if m is None else m[n] for t, m in parts for n in range(len(t))]
+        starts = np.cumsum([0] + [len(t) for t, _ in parts][:-1]) if separate else [0]
+        expected = [bool(m) and n not in starts for n, m in enumerate(targets)] + [False] * (32 - len(targets))
+        assert batch.mask_BS[row].tolist() == expected
+        if separate:
+            ids = [i for i, (t, _) in enumerate(parts) for _ in t]
+            assert batch.documents_BS[row].tolist() == ids + [-1] * (32 - len(ids))
+    if separate:
+        assert utilisation(batch) == pytest.approx(sum(map(sum, rows)) / (32 * len(rows)))  # float32 mean
+
+
+@given(st.integers(1, 9), st.integers(1, 5), st.booleans())
+def test_split_parts_join_to_the_batch(rows, size, separate):
+    """Splitting a batch keeps every row, in order, at most `size` in a part."""
+    spans = [[(np.arange(row + 1, row + 4), None)] for row in range(rows)]
+    batch = fill(spans, 4, separate)
+    parts = batch.to("cpu").split(size)
+    assert torch.equal(torch.cat([part.tokens_BS for part in parts]), batch.tokens_BS)
+    assert torch.equal(torch.cat([part.mask_BS for part in parts]), batch.mask_BS)
+    assert all(len(part.tokens_BS) <= size for part in parts)
+    assert all((part.documents_BS is None) == (not separate) for part in parts)

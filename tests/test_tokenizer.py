@@ -1,0 +1,175 @@
+"""The tokenizer: identity on any text, special tokens out of reach of text, exchange with Hugging Face's format."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minglm.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from minglm.testing.data import check_tokenizer, texts
+
+CORPUS = [f"def add_{n}(a, b):\n    return a + b + {n}  # the sum, 总和\n" for n in range(50)] + [
+    "Add 12 to 345.\n"
+] * 50
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(CORPUS, 512)
+
+
+def test_contract_holds(tokenizer):
+    """Our tokenizer keeps the contract."""
+    check_tokenizer(tokenizer)
+
+
+class Broken(Tokenizer):
+    """Twins that each break the contract in one way people do."""
+
+    @classmethod
+    def of(cls, tokenizer, fault):
+        twin = cls({**tokenizer._specification, "added_tokens": tokenizer._added})
+        twin.fault = fault
+        return twin
+
+    def encode(self, text):
+        if self.fault == "text makes special tokens":
+            parts = map(super().encode, text.split("<|user|>"))
+            return [i for ids in parts for i in [self.special["<|user|>"], *ids]][1:]
+        if self.fault == "normalises":
+            import unicodedata
+
+            text = unicodedata.normalize("NFC", text)
+        if self.fault == "strips":
+            text = text.strip()
+        return super().encode(text)
+
+    def decode(self, ids, skip_special=False):
+        return super().decode(ids, skip_special and self.fault != "keeps special")
+
+
+@pytest.mark.parametrize("fault", ["text makes special tokens", "normalises", "strips", "keeps special"])
+def test_contract_rejects_a_broken_twin(tokenizer, fault):
+    """Each broken twin fails the contract."""
+    with pytest.raises(AssertionError):
+        check_tokenizer(Broken.of(tokenizer, fault))
+
+
+def test_special_tokens_have_the_published_order(tokenizer):
+    """The 36 special tokens take the last ids, at the published distances from <|endoftext|>."""
+    assert len(SPECIAL_TOKENS) == 36 and tokenizer.vocab_size == 512
+    assert [tokenizer.special[name] for name in SPECIAL_TOKENS] == list(range(512 - 36, 512))
+    published = {"[gMASK]": 151331, "<sop>": 151333, "<|user|>": 151336, "<|observation|>": 151338, "<|video|>": 151364}
+    for name, released in published.items():
+        assert tokenizer.special[name] - tokenizer.end == released - 151329
+    assert tokenizer.stop_ids == (tokenizer.end, tokenizer.special["<|user|>"], tokenizer.special["<|observation|>"])
+
+
+@given(st.integers(0, 10**12))
+def test_digits_are_single_tokens(number):
+    """A number of n digits is n tokens, the same ten everywhere."""
+    tokenizer = Tokenizer.train(["2024 2024 2024 12 12"], 292 + 20)
+    assert tokenizer.encode(str(number)) == [tokenizer.encode(digit)[0] for digit in str(number)]
+
+
+@given(st.lists(texts(), max_size=5))
+def test_batch_encoding_is_encoding_one_by_one(some):
+    """encode_batch gives what encode gives for each text, and bytes() the exact UTF-8."""
+    tokenizer = Tokenizer.train(CORPUS[:5], 400)
+    assert tokenizer.encode_batch(some) == [tokenizer.encode(text) for text in some]
+    assert [tokenizer.bytes(ids) for ids in tokenizer.encode_batch(some)] == [text.encode() for text in some]
+
+
+def test_training_is_deterministic_in_any_order_of_texts():
+    """The same texts, in another order or cut to a sample, give the same merges every time."""
+    forwards, backwards = Tokenizer.train(CORPUS, 400), Tokenizer.train(reversed(CORPUS), 400)
+    assert forwards._specification == backwards._specification
+    small = [Tokenizer.train(some, 330, sample_bytes=700)._specification for some in (CORPUS, CORPUS[::-1])]
+    assert small[0] == small[1] != forwards._specification
+
+
+def test_save_and_load(tokenizer, tmp_path):
+    """A saved tokenizer loads to the same ids, here and in the tokenizers library."""
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert loaded.special == tokenizer.special and loaded.encode(CORPUS[3]) == tokenizer.encode(CORPUS[3])
+    other = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert other.get_vocab_size() == 512
+    assert {name: other.token_to_id(name) for name in SPECIAL_TOKENS} == tokenizer.special
+    text = "<|user|>\nWhat is 12?<|assistant|>"
+    assert other.encode(text).ids == [
+        tokenizer.special["<|user|>"],
+        *tokenizer.encode("\nWhat is 12?"),
+        tokenizer.special["<|assistant|>"],
+    ]
+
+
+def released(tokenizer, folder):
+    """A file laid out like a released one: more ids, <think> an ordinary added token, a prefix added to every text."""
+    specification = {**tokenizer._specification, "added_tokens": [dict(token) for token in tokenizer._added]}
+    for token in specification["added_tokens"]:
+        token["special"] = token["content"] not in ("<think>", "</think>", "<tool_call>", "/nothink")
+    prefix = {"[gMASK]": tokenizer.special["[gMASK]"], "<sop>": tokenizer.special["<sop>"]}
+    specification["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            *({"SpecialToken": {"id": n, "type_id": 0}} for n in prefix),
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {name: {"id": name, "ids": [token], "tokens": [name]} for name, token in prefix.items()},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(specification))
+    return folder / "tokenizer.json"
+
+
+def test_a_released_layout_loads(tokenizer, tmp_path):
+    """A released file keeps the contract too: ordinary added tokens and a prefix do not leak into text."""
+    loaded = Tokenizer.load(released(tokenizer, tmp_path))
+    assert loaded.special == tokenizer.special
+    check_tokenizer(loaded)
+
+
+def test_unused_ids_fill_a_vocabulary_the_text_is_too_short_for(tmp_path):
+    """Asked for more merges than the text has, training still gives exactly vocab_size ids."""
+    tokenizer = Tokenizer.train(["ab ab"], 400)
+    assert tokenizer.vocab_size == 400 and tokenizer.end == 400 - 36
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).token_to_id("<|endoftext|>") == 400 - 36
+
+
+def test_ids_may_be_arrays_and_half_characters_decode(tokenizer):
+    """decode takes lists, arrays and tensors; half a character becomes U+FFFD; half a surrogate pair can be read."""
+    ids = tokenizer.encode("sum é")
+    assert tokenizer.decode(np.array(ids, dtype=np.uint16)) == tokenizer.decode(torch.tensor(ids)) == "sum é"
+    assert tokenizer.decode(tokenizer.encode("界")[:1]).startswith("\ufffd")
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+
+
+def test_bad_input_is_one_clear_line(tokenizer, tmp_path):
+    """What a user can do wrong raises ValueError that names the value and the remedy."""
+    with pytest.raises(ValueError, match=r"vocab_size = 100: .* at least 292"):
+        Tokenizer.train(CORPUS, 100)
+    with pytest.raises(ValueError, match=r"cannot read tokenizer .*absent"):
+        Tokenizer.load(tmp_path / "absent.json")
+    (tmp_path / "torn.json").write_text('{"model": ')
+    with pytest.raises(ValueError, match=r"torn\.json"):
+        Tokenizer.load(tmp_path / "torn.json")
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"list\.json"):
+        Tokenizer.load(tmp_path / "list.json")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    words.save(str(tmp_path / "words.json"))
+    with pytest.raises(ValueError, match=r"words\.json: not a byte-level"):
+        Tokenizer.load(tmp_path / "words.json")
+    bare = {**tokenizer._specification, "added_tokens": tokenizer._added[:3]}
+    (tmp_path / "bare.json").write_text(json.dumps(bare))
+    with pytest.raises(ValueError, match=r"bare\.json: .*<\|user\|> is missing"):
+        Tokenizer.load(tmp_path / "bare.json")
+    for token in (512, -1):
+        with pytest.raises(ValueError, match=f"token id {token}"):
+            tokenizer.decode([1, token])
