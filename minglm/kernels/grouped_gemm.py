@@ -64,13 +64,14 @@ class _Experts(torch.autograd.Function):
         weight = weights_TK.reshape(-1)[order, None]
         g, u = grouped_mm(x, gate_EFD.mT, ends_E), grouped_mm(x, up_EFD.mT, ends_E)
         y = grouped_mm((F.silu(g) * u * weight).to(x.dtype), down_EDF.mT, ends_E)
+        ctx.choices = K
         ctx.save_for_backward(x, weight, g, u, order, inverse, ends_E, gate_EFD, up_EFD, down_EDF)
         return y[inverse].view(-1, K, y.shape[1]).sum(1)
 
     @staticmethod
     def backward(ctx, grad_TD):
         x, weight, g, u, order, inverse, ends_E, gate_EFD, up_EFD, down_EDF = ctx.saved_tensors
-        K = len(order) // len(grad_TD)
+        K = ctx.choices
         grad = grad_TD[order // K]
         sigmoid = g.sigmoid()
         silu = g * sigmoid

@@ -1,0 +1,83 @@
+"""The contract of a sampler: how one uniform number becomes a token (sampler settings of paper 4).
+
+    from minglm.testing.inference import check_sampler
+    check_sampler(my_sample)
+
+With evenly spaced uniform numbers in place of random ones, the share of them that gives a token is its probability, up
+to the spacing: the distribution is enumerated and not estimated, and a failure is a fault and not bad luck.
+"""
+
+import math
+
+import torch
+from hypothesis import strategies as st
+
+from minglm.testing.rl import holds, numbers, seeds
+
+GRID = 1000
+
+
+def distribution(logits_V, temperature, top_p):
+    """The probabilities a sampler must have, a list over the vocabulary, from the definition in plain Python.
+
+    None where rounding decides what is in the nucleus.
+    """
+    largest = max(logits_V)
+    p = [math.exp((x - largest) / temperature) for x in logits_V]
+    p = [x / sum(p) for x in p]
+    kept, mass = [], 0.0
+    for v in sorted(range(len(p)), key=lambda v: (-p[v], v)):
+        if mass >= top_p and kept:
+            break
+        kept.append(v)
+        mass += p[v]
+        if abs(mass - top_p) < 1e-5 and top_p < 1:
+            return None
+    return [x / mass if v in kept else 0.0 for v, x in enumerate(p)]
+
+
+def check_sampler(sample):
+    """`sample(logits_BV, temperature_B, top_p_B, uniform_B) -> (tokens_B, logprobs_B)` like `minglm.inference`'s.
+
+    The tokens follow the softmax at the temperature, cut to the nucleus and normalised again; the log-probability is
+    that of the softmax before the cut; temperature 0 takes the largest logit, the lower index of equals, whatever the
+    uniform number; rows do not influence each other.
+    """
+
+    @holds(
+        seed=seeds, V=st.integers(1, 6), temperature=st.floats(0.2, 3), top_p=st.sampled_from([1.0, 0.9, 0.5, 0.1, 0.0])
+    )
+    def enumerated(seed, V, temperature, top_p):
+        """Each token gets its share of a fine grid of uniform numbers."""
+        logits_V = (2 * torch.randn(V, generator=numbers(seed))).round(decimals=2)
+        expected = distribution(logits_V.double().tolist(), temperature, top_p)
+        if expected is None:
+            return
+        grid_B = (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID
+        rows = (logits_V.expand(GRID, V), torch.full((GRID,), temperature), torch.full((GRID,), top_p), grid_B)
+        tokens_B, logprobs_B = sample(*rows)
+        counts = torch.bincount(tokens_B, minlength=V).tolist()
+        for v, (count, p) in enumerate(zip(counts, expected, strict=True)):
+            # an interval of length p holds p * GRID points of the grid, give or take one at each end
+            assert abs(count - p * GRID) <= 2, f"token {v}: {count} of {GRID} draws, probability {p:.4f}"
+            assert p or not count, f"token {v} is outside the nucleus and was drawn"
+        full_V = (logits_V.double() / temperature).log_softmax(0)
+        torch.testing.assert_close(logprobs_B.double(), full_V[tokens_B], atol=1e-5, rtol=0)  # float32 logits up to 40
+
+    @holds(seed=seeds, B=st.integers(1, 5), V=st.integers(1, 6))
+    def greedy_and_mixed(seed, B, V):
+        """Rows of all settings in one batch: each as if alone, greedy rows deterministic."""
+        logits_BV = torch.randn(B, V, generator=numbers(seed)).round()  # whole numbers: ties for the largest are common
+        temperature_B = torch.tensor([0.0, 1.0, 0.5, 0.0, 2.0])[:B]
+        top_p_B = torch.tensor([1.0, 0.7, 1.0, 0.3, 0.95])[:B]
+        uniform_B = torch.rand(B, generator=numbers(seed + 1), dtype=torch.float64)
+        tokens_B, logprobs_B = sample(logits_BV, temperature_B, top_p_B, uniform_B)
+        for b in range(B):
+            alone = sample(*(x[b : b + 1] for x in (logits_BV, temperature_B, top_p_B, uniform_B)))
+            assert tokens_B[b] == alone[0][0], "a row's token depends on the other rows"
+            torch.testing.assert_close(logprobs_B[b], alone[1][0])
+            if temperature_B[b] == 0:
+                row = logits_BV[b].tolist()
+                assert tokens_B[b] == row.index(max(row)), "temperature 0 must take the first of the largest logits"
+                expected = logits_BV[b].log_softmax(0)[tokens_B[b]]
+                torch.testing.assert_close(logprobs_B[b], expected)

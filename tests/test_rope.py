@@ -1,0 +1,87 @@
+"""Rotary embedding: the shared contract, and the precision its angles are kept in."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minglm.model.rope import angles, rotate
+from minglm.testing.model import check_rope, normal
+from minglm.testing.rl import seeds
+
+
+def ours(x_BSNA, positions_BS, rotary_dim, theta):
+    """Our two functions as one."""
+    return rotate(x_BSNA, *angles(positions_BS, rotary_dim, theta))
+
+
+def test_rope_keeps_the_contract():
+    """Half-split rotation of the first dimensions, by float32 angles; dot products see only distance."""
+    check_rope(ours)
+
+
+def interleaved(x_BSNA, positions_BS, rotary_dim, theta):
+    """Pairs neighbours, the layout of other GLM models; right for them and wrong for these checkpoints."""
+    cos, sin = angles(positions_BS, rotary_dim, theta)
+    a, b = x_BSNA[..., 0:rotary_dim:2], x_BSNA[..., 1:rotary_dim:2]
+    turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+    return torch.cat([turned, x_BSNA[..., rotary_dim:]], -1)
+
+
+def last_dimensions(x_BSNA, positions_BS, rotary_dim, theta):
+    """Rotates the end of each head and not its beginning."""
+    return ours(x_BSNA.flip(-1), positions_BS, rotary_dim, theta).flip(-1)
+
+
+def frequencies_over_the_head(x_BSNA, positions_BS, rotary_dim, theta):
+    """Spreads the frequencies over the whole head although only a part rotates."""
+    cos, sin = angles(positions_BS, x_BSNA.shape[-1], theta)
+    return rotate(x_BSNA, cos[..., : rotary_dim // 2], sin[..., : rotary_dim // 2])
+
+
+def backwards(x_BSNA, positions_BS, rotary_dim, theta):
+    """Turns the other way; dot products do not show it, released weights do."""
+    return ours(x_BSNA, -positions_BS, rotary_dim, theta)
+
+
+def positions_of_the_row(x_BSNA, positions_BS, rotary_dim, theta):
+    """Counts 0, 1, 2, ... and never reads the positions, so packed documents do not restart."""
+    return ours(x_BSNA, torch.arange(x_BSNA.shape[1])[None], rotary_dim, theta)
+
+
+@pytest.mark.parametrize(
+    "broken", [interleaved, last_dimensions, frequencies_over_the_head, backwards, positions_of_the_row]
+)
+def test_contract_finds_broken_rope(broken):
+    """Each mistake others have made is found."""
+    with pytest.raises(AssertionError):
+        check_rope(broken)
+
+
+@given(position=st.integers(0, 131_072), theta=st.sampled_from([10_000.0, 1_000_000.0]))
+def test_angles_hold_at_the_longest_position(position, theta):
+    """At 131,072 tokens the angles still tell neighbouring positions apart, whatever dtype the model computes in."""
+    cos, sin = angles(torch.tensor([[position]]), 64, theta)
+    assert cos.dtype == sin.dtype == torch.float32
+    exact = position * theta ** -(torch.arange(0, 64, 2).double() / 64)
+    # a float32 of up to 131,072 is exact to 2^-7 = 0.008, once as a product and once from rounding the frequency
+    assert (cos.flatten() - exact.cos()).abs().max() < 0.02 and (sin.flatten() - exact.sin()).abs().max() < 0.02
+
+
+@given(seed=seeds)
+def test_bfloat16_in_bfloat16_out(seed):
+    """Activations keep their dtype, and a rotation keeps the length of every pair up to bfloat16's 8 bits."""
+    x_BSNA = normal(seed, 1, 5, 2, 8).bfloat16()
+    y_BSNA = ours(x_BSNA, torch.arange(5)[None] * 1000, 8, 10_000.0)
+    assert y_BSNA.dtype == torch.bfloat16
+    before, after = (x.float().unflatten(-1, (2, 4)).norm(dim=-2) for x in (x_BSNA, y_BSNA))
+    torch.testing.assert_close(before, after, atol=0.02, rtol=0.02)
+
+
+def test_largest_wavelength_of_the_released_model():
+    """With base 1,000,000 and 64 rotary dimensions the slowest pair needs four million positions for a turn."""
+    cos, _ = angles(torch.tensor([[1]]), 64, 1e6)
+    slowest = 2 * math.pi * 1e6 ** (62 / 64)
+    assert slowest > 4e6 and cos.shape == (1, 1, 1, 32)
