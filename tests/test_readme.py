@@ -1,0 +1,173 @@
+"""README is true: its commands run, its paths exist, and its first screen is what continuous integration does.
+
+Every command in a `sh` block is run as a new user would type it, made small: a config becomes `configs/nano.py` with a
+few steps per stage, a lesson gets `--smoke`, `pip` is only compared with `.ci/run`, and `pytest` only collects.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+PHASE = {"samples": 12, "epochs": 1}
+ROLLOUT = {"steps": 1, "prompts": 2, "samples": 2, "max_new_tokens": 16}
+SMALL = {
+    **{
+        f"stages.{name}.tokens": 4096 for name in ("general", "code_reasoning", "repository", "reasoning", "long_agent")
+    },
+    **{f"posttraining.{name}.sft.{k}": v for name in ("reasoning", "agent", "chat") for k, v in PHASE.items()},
+    **{f"posttraining.{name}.rl.{k}": v for name in ("reasoning", "agent", "chat") for k, v in ROLLOUT.items()},
+    **{f"posttraining.{name}.{k}": v for name in ("general_rl", "pathology_rl") for k, v in ROLLOUT.items()},
+    **{f"posttraining.unified.{k}": v for k, v in PHASE.items()},
+    "posttraining.prompts_per_environment": 4,
+    "posttraining.responses_per_prompt": 1,
+    "data.corpus_megabytes": 0.3,
+    "data.synthetic_documents": 60,
+    "data.trajectories": 60,
+    "evaluation.problems": 2,
+    "evaluation.samples": 1,
+    "evaluation.max_new_tokens": 16,
+    "evaluation.heldout_tokens": 2000,
+}
+
+
+def commands(text):
+    """Every command of the `sh` blocks, `&&` taken apart."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.strip()]
+    return [command.strip() for line in lines for command in line.split("&&")]
+
+
+COMMANDS = list(dict.fromkeys(commands(README)))
+
+
+def run(command, **options):
+    """Run a command of README in the root of the project with this Python. Returns what it printed."""
+    words = [sys.executable if word == "python" else word for word in command]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HYPOTHESIS_PROFILE": "ci"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, **options)
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def small_run(folder, extra=()):
+    """`minglm run` of the nano config with a few steps per stage."""
+    overrides = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+    return run(["python", "-m", "minglm", "run", "configs/nano.py", "--out", str(folder), *overrides, *extra])
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A run folder that every command which needs one shares."""
+    folder = tmp_path_factory.mktemp("readme") / "run"
+    small_run(folder)
+    return folder
+
+
+def test_the_blocks_are_found():
+    """An empty list of commands would make every test below true."""
+    assert len(COMMANDS) >= 10
+    assert commands("```sh\na && b\n```\n```python\nc\n```\n") == ["a", "b"]
+
+
+def test_first_screen_is_what_ci_does():
+    """`.ci/run` installs and tests with README's second command, and runs its first at nano scale."""
+    steps = (ROOT / ".ci" / "run").read_text()
+    assert COMMANDS[:4] == [
+        "pip install -e .",
+        "python -m minglm run configs/toy.py",
+        "pip install -e '.[test]'",
+        "pytest",
+    ]
+    assert re.search(r"^pip install (--quiet )?-e '\.\[test\]'$", steps, re.MULTILINE)
+    assert re.search(r"^pytest$", steps, re.MULTILINE)
+    assert re.search(r"^python -m minglm run configs/nano\.py ", steps, re.MULTILINE)
+
+
+def test_paths_exist():
+    """Every file and folder that README names is there."""
+    named = set(re.findall(r"(?:minglm|lessons|tests|figures|configs)/[\w/]*\w+\.\w+", README))
+    named = {name for name in named if not name.startswith("runs")}
+    assert named
+    assert not [name for name in sorted(named) if not (ROOT / name).exists()]
+
+
+def test_the_map_leaves_nothing_out():
+    """Every module, lesson and figure that exists stands in README's map or is support that no section describes."""
+    support = "__init__ __main__ common config overrides figures curves diagram layers tables"  # no section's component
+    files = [p for p in (ROOT / "minglm").rglob("*.py") if p.stem not in support.split() and "testing" not in p.parts]
+    files += [*(ROOT / "lessons").glob("*.py"), *(ROOT / "figures").glob("*.png")]
+    names = [str(path.relative_to(ROOT)) for path in files]
+    assert not [name for name in sorted(names) if name not in README]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("readme")
+def test_logged_metrics_are_explained(finished):
+    """Every number that a run logs at its steps has a row in README's tables."""
+    from minglm.common import read_jsonl
+
+    bookkeeping = {
+        "kind",
+        "stage",
+        "step",
+        "tokens",
+        "batch_tokens",
+        "seconds",
+        "learning_rate",
+        "mtp_weight",
+        "bias_rate",
+    }
+    records = [r for r in read_jsonl(finished / "log.jsonl") if r["kind"] in ("step", "rl")]
+    names = {name for record in records for name in record} - bookkeeping - {"reward_by_env", "switch_ok"}
+    assert names
+    assert not [name for name in sorted(names) if f"| `{name}` |" not in README]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("readme")
+@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("pip ")])
+def test_command_runs(command, finished, tmp_path):
+    """Every command of README runs to its end without an error."""
+    words = shlex.split(command.replace("HYPOTHESIS_PROFILE=nightly ", ""))
+    if words[0] == "pytest":
+        assert "test" in run(["python", "-m", "pytest", "-n", "0", "--collect-only", "-q", *(words[1:] or ["tests"])])
+    elif words[1].startswith("lessons/"):
+        run([*words, *(["--smoke"] if "--smoke" not in words else [])])
+    elif words[1:4] == ["-m", "minglm", "run"]:
+        if "--help" in words:
+            assert "--model.hidden_size" in run(words)
+        else:
+            check_run(words[4:], finished, tmp_path)
+    elif words[1:4] == ["-m", "minglm", "chat"]:
+        run(["python", "-m", "minglm", "chat", str(finished)], input="/nothink\nhello\n/tools\n/think\nhello\n")
+    else:
+        config = tmp_path / "configs" / "nano.py"  # a copy: the picture of the stages is drawn beside its folder
+        config.parent.mkdir()
+        shutil.copy(ROOT / "configs" / "nano.py", config)
+        small = {"runs/toy": str(finished), "configs/toy.py": str(config)}
+        assert run([small.get(word, word) for word in words])
+
+
+def check_run(words, finished, tmp_path):
+    """README's variations of `minglm run`: the same options with a small config, in a folder of their own."""
+    options = words[1:]
+    if "--out" in options:
+        at = options.index("--out")
+        options = options[:at] + options[at + 2 :]
+    if not options:
+        assert (finished / "report.md").exists()
+        assert list((finished / "figures").glob("*.png"))
+        return
+    if "--until" not in options:
+        options += ["--until", "general"]
+    small_run(tmp_path / "run", options)
+    assert (tmp_path / "run" / "log.jsonl").exists()
