@@ -2,7 +2,10 @@
 
 from minglm.envs.arithmetic import Arithmetic
 from minglm.envs.instructions import Instructions
+from minglm.envs.provocation import Provocation
 from minglm.envs.retail import Retail
 
-ENVIRONMENTS = {environment.name: environment for environment in (Arithmetic(), Retail(), Instructions())}
+ENVIRONMENTS = {
+    environment.name: environment for environment in (Arithmetic(), Retail(), Instructions(), Provocation())
+}
 """Every environment by name."""

@@ -21,7 +21,7 @@ Simplification: calls are synchronous; a slow environment is run in threads by t
 import hashlib
 import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 TEST_SHARE = 10
 """One task in this many belongs to the test split."""
@@ -92,7 +92,8 @@ class Episode:
         if self.fault:
             return Score(0.0, "format", self.parts(), self.fault)
         try:
-            return self.grade()
+            score = self.grade()
+            return replace(score, parts=self.parts() | score.parts)
         except Exception as error:  # one reward per sample, whatever a grader meets in model-written text
             return Score(0.0, "infrastructure", self.parts(), f"{type(error).__name__}: {error}")
 
@@ -106,7 +107,8 @@ class Episode:
 
     def parts(self):
         """Numbers that are reported with every score, faulty ones included."""
-        return {"turns": self.turns, "calls": self.calls, "valid_calls": self.valid_calls}
+        format_fault = float(bool(self.fault))
+        return {"turns": self.turns, "calls": self.calls, "valid_calls": self.valid_calls, "format": format_fault}
 
 
 class Environment:

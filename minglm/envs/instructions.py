@@ -150,7 +150,7 @@ def fill(constraints, column):
 
 
 def spoken(constraints, asked):
-    """The constraints that are put into words. English asked in English goes unsaid; so does that of a word to repeat."""
+    """The constraints put into words. The language is not when asked for in itself (English) or shown by a word."""
     unsaid = "repeat" in constraints or constraints["language"] == asked == "en"
     return {kind: value for kind, value in constraints.items() if kind != "language" or not unsaid}
 

@@ -158,7 +158,7 @@ class RetailEpisode(Episode):
                 goal[number] = AFTER[ACTION[before[number]]]
         told = outcomes_told(self.reply, wanted) == {number: OUTCOME[before[str(number)]] for number in wanted}
         state, looked = self.orders == goal, set(wanted) <= self.looked_up
-        parts = self.parts() | {"state": float(state), "told": float(told), "violations": self.violations}
+        parts = {"state": float(state), "told": float(told), "violations": self.violations}
         return verdict(self.done and state and looked and told and not self.violations, parts)
 
 
