@@ -21,6 +21,7 @@ settings.register_profile("nightly", parent=settings.get_profile("ci"), max_exam
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
     """One worker per core, eight at most; none when files are named, so that prints and the debugger work."""
     if any(".py" in Path(word).name for word in config.args):
