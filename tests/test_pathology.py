@@ -1,9 +1,13 @@
 """Detectors of language mixing, repetition and broken format: silent on clean turns, sure to find an inserted fault."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minglm.chat.template import segments
+from minglm.envs import ENVIRONMENTS
 from minglm.rl.pathology import (
     FAULTS,
     broken_format,
@@ -142,3 +146,19 @@ def test_unknown_language_is_one_line():
     """Two languages are known."""
     with pytest.raises(ValueError, match="must be one of en, zh"):
         language_mixing("bonjour", "fr")
+
+
+@given(name=st.sampled_from(sorted(ENVIRONMENTS)), index=st.integers(0, 10**6), thinking=st.booleans())
+def test_demonstrations_in_the_template_are_clean(name, index, thinking):
+    """What the oracles say, rendered by the template, raises no flag: the detectors and the template agree."""
+    environment = ENVIRONMENTS[name]
+    task = environment.task(index, seed=0)
+    messages = environment.demonstrate(task, thinking=thinking)
+    text = "".join(piece.text for piece in segments(messages, list(task.tools), thinking, close=True))
+    turns = [turn for turn in re.split(r"<\|(?:user|observation|system)\|>", text) if "<|assistant|>" in turn]
+    assert len(turns) == sum(message["role"] == "assistant" for message in messages)
+    # provocations name the language of the reply; instructions may ask in one language for words of the other
+    language = {"provocation": task.label, "instructions": None}.get(name, "en")
+    for turn in turns:
+        flags = detect(turn.split("<|assistant|>")[1], language)
+        assert not any(flags.values()), (turn, flags)
