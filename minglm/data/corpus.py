@@ -20,6 +20,7 @@ Simplified: no web, no languages but these two, no model-based filter, exact dup
 import hashlib
 import inspect
 import json
+import math
 import sysconfig
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -63,12 +64,20 @@ def is_heldout(name, share):
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < share * 2**64
 
 
-def python_library(share=0.0):
+@dataclass(frozen=True)
+class _File:
+    name: str
+    repository: str | None
+    path: Path
+
+
+def python_library(share=0.0, megabytes=math.inf):
     """Documents of source "code": the files of the running Python's standard library, without its tests, in order.
 
     share: how much is held out. A package is a repository, and its files are held out one by one.
+    megabytes: bound on what is read, as `bounded` understands it.
     """
-    root = Path(sysconfig.get_path("stdlib"))
+    root, files = Path(sysconfig.get_path("stdlib")), []
     for path in sorted(root.rglob("*.py")):
         inside = path.relative_to(root)
         folders = inside.parts[:-1]
@@ -76,14 +85,15 @@ def python_library(share=0.0):
             continue
         if any(part.startswith(("config-", "_sysconfigdata")) for part in inside.parts):  # differ between machines
             continue
-        if not 0 < path.stat().st_size <= LARGEST_FILE:
-            continue
+        if 0 < path.stat().st_size <= LARGEST_FILE:
+            files.append(_File(f"python/{inside.as_posix()}", f"python/{folders[0]}" if folders else None, path))
+    for file in bounded(files, megabytes, lambda file: file.path.stat().st_size):
         try:
-            text = path.read_text(encoding="utf-8")
+            text = file.path.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):  # a few files show other encodings on purpose
             continue
-        name, package = f"python/{inside.as_posix()}", f"python/{folders[0]}" if folders else None
-        yield Document(text, "code", "python", quality.score(text, "python"), name, package, is_heldout(name, share))
+        score, heldout = quality.score(text, "python"), is_heldout(file.name, share)
+        yield Document(text, "code", "python", score, file.name, file.repository, heldout)
 
 
 def docstrings(files):
@@ -94,7 +104,7 @@ def docstrings(files):
     found, training = {}, set()
     for file in files:
         for line, docstring in getattr(outline(file.text), "docstrings", ()):
-            text = inspect.cleandoc(docstring)
+            text = inspect.cleandoc(docstring).strip()
             if len(text) >= SHORTEST_DOCSTRING:
                 name = f"{file.name}:{line}"
                 found.setdefault(text, Document(text, "prose", "en", quality.score(text), name, None, True))
@@ -210,17 +220,21 @@ def _row(path, where, row, share):
     return Document(row["text"], source, language, score, name, None, is_heldout(name, share))
 
 
-def bounded(documents, megabytes):
-    """At most `megabytes` of text, chosen by a hash of the name (a repository as a whole), in the given order."""
-    documents = list(documents)
-    digests = {d: hashlib.sha256((d.repository or d.name).encode()).digest() for d in documents}
-    room, kept = megabytes * 1e6, set()
-    for document in sorted(documents, key=lambda d: (digests[d], d.name)):
-        size = len(document.text.encode("utf-8", "replace"))
-        if size <= room:
-            room -= size
-            kept.add(document)
-    return [document for document in documents if document in kept]
+def _bytes(document):
+    return len(document.text.encode("utf-8", "replace"))
+
+
+def bounded(items, megabytes, size=_bytes):
+    """At most `megabytes` of the items, by a hash of name or repository (which so stays together), in the given order.
+
+    items: with `name` and `repository`; size: bytes of an item. An item that does not fit any more is passed over.
+    """
+    items, room, kept = list(items), megabytes * 1e6, set()
+    for item in sorted(items, key=lambda i: (hashlib.sha256((i.repository or i.name).encode()).digest(), i.name)):
+        if size(item) <= room:
+            room -= size(item)
+            kept.add(id(item))
+    return [item for item in items if id(item) in kept]
 
 
 def build(config, seed=0):
@@ -230,7 +244,7 @@ def build(config, seed=0):
     """
     share, megabytes = config.heldout, config.corpus_megabytes
     own = list(user_files(config.files, share))
-    code = bounded(python_library(share), megabytes)
+    code = list(python_library(share, megabytes))
     documents = [*own, *code, *bounded(docstrings(code), megabytes)]
     for kind in SYNTHETIC:
         documents += bounded(generated(kind, config.synthetic_documents, seed, share), megabytes)
