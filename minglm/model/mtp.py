@@ -42,7 +42,7 @@ class MTPLayer(nn.Module):
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(D, eps)})
         for name, part in decoder_layer.named_children():  # checkpoints store both parts under one layer index
             self.add_module(name, part)
-        self.decode = type(decoder_layer).forward.__get__(self)
+        self.decode = type(decoder_layer).forward  # a function, not a bound method: those do not survive pickling
 
     def forward(self, hidden_BSD, next_embeddings_BSD, *arguments):
         """Hidden states and the embeddings of the tokens after them, both (B, S, D), to normed states (B, S, D).
@@ -50,5 +50,5 @@ class MTPLayer(nn.Module):
         `arguments` are those of the decoder layer. Returns (states, Routing).
         """
         z_BSD = self.eh_proj(torch.cat([self.enorm(next_embeddings_BSD), self.hnorm(hidden_BSD)], -1))
-        z_BSD, routing = self.decode(z_BSD, *arguments)
+        z_BSD, routing = self.decode(self, z_BSD, *arguments)
         return self.shared_head["norm"](z_BSD), routing

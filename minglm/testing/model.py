@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 
 from minglm.config import ModelConfig
+from minglm.model.glm import GLM
 from minglm.testing.rl import holds, numbers, seeds
 
 # Longer than a chunk of `flash_attention`, shorter, and exactly one or two; a few of each are enough.
@@ -33,6 +34,27 @@ def drawn_documents(seed, B, S):
     documents_BS = starts_BS.cumsum(1).int()
     padding_B1 = (torch.rand(B, 1, generator=numbers(seed + 1)) * 1.5 * S).int()
     return documents_BS.masked_fill(torch.arange(S)[None] >= padding_B1.clamp(min=1), -1)
+
+
+def tiny_model(seed, **changes):
+    """A GLM of one dense and two MoE layers, width 16 and 24 tokens, with changes to its config.
+
+    Every value is drawn, biases, norm weights and selection biases too, and large enough that attention is sharp and
+    the router decided: with values as small as at the start of training most mistakes change nothing visible.
+    """
+    config = ModelConfig(
+        **{
+            **{"vocab_size": 24, "hidden_size": 16, "num_hidden_layers": 3, "first_k_dense_replace": 1},
+            **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rope_theta": 1e4},
+            **{"intermediate_size": 20, "moe_intermediate_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2},
+            **{"max_position_embeddings": 256, **changes},
+        }
+    )
+    model = GLM(config)
+    with torch.no_grad():
+        for i, (name, tensor) in enumerate([*model.named_parameters(), *model.named_buffers()]):
+            tensor.copy_(normal(seed + i, *tensor.shape, scale=0.3) + ("norm" in name))
+    return model
 
 
 def plain_choice(scores_E, bias_E, config):

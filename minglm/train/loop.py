@@ -62,9 +62,10 @@ def accumulate(model, batch, phase, mtp_weight):
             sums["loss" if a == 1 else "mtp_loss"] += term.item()
             loss = loss + weight * term
         loss.backward()
-        sums["balance_loss"] += float(balance)
-        found = torch.stack([r.load_E for r in out.routing]) if out.routing else None
-        loads = found if loads is None else loads + found
+        if out.routing:
+            sums["balance_loss"] += balance.item()
+            found = torch.stack([r.load_E for r in out.routing])
+            loads = found if loads is None else loads + found
     return sums, loads
 
 
