@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minglm.model.attention import Attention
-from minglm.model.layers import MLP, Linear, RMSNorm
+from minglm.model.layers import MLP, RMSNorm
 from minglm.model.moe import MoE, Routing
 from minglm.model.mtp import MTPLayer, shift
 from minglm.model.rope import angles

@@ -18,7 +18,7 @@ def angles(positions_BS, rotary_dim, theta):
 
 
 def rotate(x_BSNA, cos, sin):
-    """Turn the first dimensions of every head: x (B, S, N, A) with cos, sin (B, S, 1, R/2); returns x's shape, dtype."""
+    """Turn the first dimensions of every head: x (B, S, N, A), cos and sin (B, S, 1, R/2), to x's shape and dtype."""
     half = cos.shape[-1]
     a, b, rest = x_BSNA.split([half, half, x_BSNA.shape[-1] - 2 * half], -1)
     cos, sin = cos.to(x_BSNA.dtype), sin.to(x_BSNA.dtype)
