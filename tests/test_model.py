@@ -1,6 +1,7 @@
 """The whole model: what a position may see, the same numbers in every layout, and the published parameter counts."""
 
 import dataclasses
+import itertools
 import time
 
 import pytest
@@ -95,7 +96,7 @@ def test_cached_decoding_equals_the_full_pass(seed, shape, cuts):
     with torch.no_grad():
         full = model(tokens_BS)
         pieces = []
-        for start, end in zip(borders, borders[1:]):
+        for start, end in itertools.pairwise(borders):
             positions_BS = torch.arange(start, end).expand(shape[0], -1)
             pieces.append(model(tokens_BS[:, start:end], positions_BS, cache=cache.at(positions_BS)))
     torch.testing.assert_close(torch.cat(pieces, 1), full, atol=ROUNDING, rtol=1e-4)

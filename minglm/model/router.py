@@ -33,7 +33,7 @@ def mix(scores_TE, experts_TK, normalize=True, scale=1.0):
 
 
 class Router(nn.Module):
-    """Chooses K of E experts for each token. The bias is a buffer: `minglm.model.balance` moves it, no gradient does."""
+    """Chooses K of E experts for each token. The bias is a buffer: no gradient moves it, but `minglm.model.balance`."""
 
     def __init__(self, config):
         super().__init__()
