@@ -1,11 +1,12 @@
 """Environments: tasks with verifiable rewards for reinforcement learning (paper 3.2 to 3.4)."""
 
 from minglm.envs.arithmetic import Arithmetic
+from minglm.envs.code import Code
 from minglm.envs.instructions import Instructions
 from minglm.envs.provocation import Provocation
 from minglm.envs.retail import Retail
 
 ENVIRONMENTS = {
-    environment.name: environment for environment in (Arithmetic(), Retail(), Instructions(), Provocation())
+    environment.name: environment for environment in (Arithmetic(), Code(), Retail(), Instructions(), Provocation())
 }
 """Every environment by name."""
