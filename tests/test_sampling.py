@@ -85,7 +85,7 @@ def test_hashed_draws_follow_the_softmax(seed, V, temperature):
 
 @given(seed=seeds, rows=st.integers(1, 4), V=st.integers(1, 9), top_p=st.floats(0, 1))
 def test_nucleus_is_the_smallest_set_with_the_mass(seed, rows, V, top_p):
-    """What stays has at least the mass asked for, would not without its least token, and nothing likelier is left out."""
+    """What stays has the mass asked for, would not without its least token, and nothing likelier is left out."""
     p_BV = torch.randn(rows, V, generator=numbers(seed)).softmax(-1)
     kept_BV = nucleus(p_BV, torch.full((rows,), top_p))
     for p_V, kept_V in zip(p_BV, kept_BV):
@@ -111,7 +111,7 @@ def test_uniforms_are_uniform(start, index):
     range_B, same_B = torch.arange(n), torch.zeros(n, dtype=torch.int64)
     for seeds_B, index_B in ((start + range_B, same_B + index), (same_B + start, index + range_B)):
         u_B = uniforms(seeds_B, index_B)
-        assert u_B.dtype == torch.float64 and 0 <= u_B.min() and u_B.max() < 1
+        assert u_B.dtype == torch.float64 and u_B.min() >= 0 and u_B.max() < 1
         # standard deviations: of the mean 0.0029, of the variance 0.0007, of the correlation 0.01; five of each
         assert abs(u_B.mean() - 0.5) < 0.0145 and abs(u_B.var() - 1 / 12) < 0.0038
         assert abs(torch.corrcoef(torch.stack([u_B[1:], u_B[:-1]]))[0, 1]) < 0.05

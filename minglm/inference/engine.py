@@ -57,10 +57,10 @@ class Engine:
         """
         done = [Completion([], []) for _ in requests]
         stops = [self._check(i, request) for i, request in enumerate(requests)]
-        waiting, rows, cache = deque(range(len(requests))), [], None
+        waiting, rows, cache = deque(self._live(range(len(requests)), requests, done)), [], None
         while waiting or rows:
-            alive = [b for b, i in enumerate(rows) if done[i].finish_reason != "stop" and not self._full(requests[i], done[i])]
-            if len(alive) < len(rows) * SHRINK or not alive or len(alive) + len(waiting) == len(rows) == 0:
+            alive = self._live(rows, requests, done)
+            if not alive or len(alive) < len(rows) * SHRINK:
                 cache, rows, logits_BV = self._rebatch(cache, rows, alive, waiting, requests, done)
                 if not rows:
                     break
@@ -73,19 +73,25 @@ class Engine:
         limit = self.model.config.max_position_embeddings
         if not request.prompt or len(request.prompt) >= limit:
             raise ValueError(
-                f"request {index}: a prompt of {len(request.prompt)} tokens; it must have 1 to {limit - 1} for this model"
+                f"request {index}: a prompt of {len(request.prompt)} tokens; this model takes 1 to {limit - 1}"
             )
         if request.stop_ids is not None:
             return set(request.stop_ids)
         return set(self.tokenizer.stop_ids) if self.tokenizer is not None else set()
 
-    def _full(self, request, completion):
-        room = self.model.config.max_position_embeddings - len(request.prompt)
-        return len(completion.tokens) >= min(request.max_new_tokens, room)
+    def _live(self, rows, requests, done):
+        """Which of these rows (request numbers) still generate, by their place in `rows`."""
+        limit = self.model.config.max_position_embeddings
+
+        def wants_more(request, completion):
+            most = min(request.max_new_tokens, limit - len(request.prompt))
+            return completion.finish_reason != "stop" and len(completion.tokens) < most
+
+        return [b for b, i in enumerate(rows) if wants_more(requests[i], done[i])]
 
     def _draw(self, logits_BV, rows, requests, done, stops, on_token):
         device = logits_BV.device
-        live = [b for b, i in enumerate(rows) if done[i].finish_reason != "stop" and not self._full(requests[i], done[i])]
+        live = self._live(rows, requests, done)
         chosen = [requests[rows[b]] for b in live]
         seeds = torch.tensor([r.seed for r in chosen], device=device)
         index = torch.tensor([len(done[rows[b]].tokens) for b in live], device=device)
@@ -140,7 +146,8 @@ class Engine:
         shared = min(shared, shortest - 1) if len(unique) > 1 else 0  # each row keeps at least one token of its own
         cache = KVCache.empty(self.model, 1, max(capacity, 1))
         if shared:
-            prefix_BS, positions_BS = torch.tensor([unique[0][:shared]], device=device), torch.arange(shared, device=device)[None]
+            prefix_BS = torch.tensor([unique[0][:shared]], device=device)
+            positions_BS = torch.arange(shared, device=device)[None]
             self.model.hidden(prefix_BS, positions_BS, cache=cache.at(positions_BS))
         cache = cache.select([0] * len(unique))
         longest = max(map(len, unique))

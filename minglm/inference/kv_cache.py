@@ -13,15 +13,14 @@ class LayerCache:
 
     def __init__(self, keys_BMCA, values_BMCA):
         self.keys_BMCA, self.values_BMCA = keys_BMCA, values_BMCA
-        self.positions_BS = None
+        self.positions_BS, self.end = None, 0
 
     def write(self, k_BSMA, v_BSMA):
         """Store keys and values (B, S, M, A) at `positions_BS`; return all (B, M, C, A) up to the largest position."""
         rows = torch.arange(len(k_BSMA), device=k_BSMA.device)[:, None]
         self.keys_BMCA[rows, :, self.positions_BS] = k_BSMA
         self.values_BMCA[rows, :, self.positions_BS] = v_BSMA
-        end = int(self.positions_BS.max()) + 1
-        return self.keys_BMCA[:, :, :end], self.values_BMCA[:, :, :end]
+        return self.keys_BMCA[:, :, : self.end], self.values_BMCA[:, :, : self.end]
 
 
 class KVCache(list):
@@ -39,8 +38,9 @@ class KVCache(list):
 
     def at(self, positions_BS):
         """This cache, set to write at these positions next."""
+        end = int(positions_BS.max()) + 1  # once for all layers: on a GPU this waits for the device
         for layer in self:
-            layer.positions_BS = positions_BS
+            layer.positions_BS, layer.end = positions_BS, end
         return self
 
     def select(self, rows, capacity=None):

@@ -28,7 +28,7 @@ def uniforms(seeds_B, index_B):
 
 
 def nucleus(probabilities_BV, top_p_B):
-    """Probabilities with everything outside the nucleus set to 0, not renormalised. The likeliest token always stays."""
+    """Probabilities with 0 for everything outside the nucleus, not renormalised. The likeliest token always stays."""
     ordered, index = probabilities_BV.sort(dim=-1, descending=True, stable=True)
     outside = (ordered.cumsum(-1) - ordered >= top_p_B[:, None]) & (top_p_B < 1)[:, None]  # a sum may round up to one
     outside[:, 0] = False

@@ -1,0 +1,189 @@
+"""The engine: in any batch, in any order, every request gets what it would get alone from plain forward passes."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minglm.inference import Completion, Engine, Request
+from minglm.inference.sampling import sample, uniforms
+from minglm.testing.model import tiny_model
+from minglm.testing.rl import numbers, seeds
+
+
+def drawn_requests(seed, count):
+    """Prompts of 1 to 9 tokens, many sharing a beginning or equal, with different lengths, samplers and stops."""
+
+    def pick(values, i):
+        return values[int(torch.randint(len(values), (1,), generator=numbers(seed + i)))]
+
+    stem = torch.randint(0, 24, (6,), generator=numbers(seed)).tolist()
+    requests = []
+    for i in range(count):
+        tail = torch.randint(0, 24, (3,), generator=numbers(seed + 100 + i)).tolist()
+        requests.append(
+            Request(
+                prompt=stem[: pick([1, 4, 6], 7 * i)] + tail[: pick([0, 0, 1, 3], 7 * i + 1)],
+                max_new_tokens=pick([0, 1, 3, 8], 7 * i + 2),
+                temperature=pick([0.0, 0.7, 1.0], 7 * i + 3),
+                top_p=pick([1.0, 0.8], 7 * i + 4),
+                seed=pick([0, 1, 12345], 7 * i + 5),
+                stop_ids=tuple(range(pick([0, 4], 7 * i + 6))),
+            )
+        )
+    return requests
+
+
+@torch.no_grad()
+def alone(model, request):
+    """Generation written out: a full forward pass for every token, no cache, no batch."""
+    done = Completion([], [])
+    while len(done.tokens) < request.max_new_tokens and done.finish_reason != "stop":
+        text = torch.tensor([request.prompt + done.tokens])
+        if text.shape[1] >= model.config.max_position_embeddings:
+            break
+        number = uniforms(torch.tensor([request.seed]), torch.tensor([len(done.tokens)]))
+        settings_1 = torch.tensor([request.temperature]), torch.tensor([request.top_p])
+        token, logprob = sample(model(text)[:, -1], *settings_1, number)
+        done.tokens.append(token.item())
+        done.logprobs.append(logprob.item())
+        if token.item() in request.stop_ids:
+            done.finish_reason = "stop"
+    return done
+
+
+@settings(max_examples=15)
+@given(seed=seeds, count=st.integers(0, 9), max_batch=st.sampled_from([1, 2, 3, 256]))
+def test_batched_equals_one_by_one(seed, count, max_batch):
+    """Tokens, log-probabilities and the reason to end are those of each request alone, for any batch size."""
+    model, requests = tiny_model(seed), drawn_requests(seed, count)
+    found = Engine(model, max_batch=max_batch).generate(requests)
+    assert len(found) == count
+    for request, completion in zip(requests, found):
+        expected = alone(model, request)
+        assert completion.tokens == expected.tokens and completion.finish_reason == expected.finish_reason
+        # float32 logits of size 10, and each row's expert products round with the others of its batch
+        torch.testing.assert_close(completion.logprobs, expected.logprobs, atol=1e-4, rtol=0)
+
+
+@settings(max_examples=10)
+@given(seed=seeds)
+def test_order_of_requests_does_not_matter(seed):
+    """Requests in another order get the same answers in that order."""
+    engine, requests = Engine(tiny_model(seed), max_batch=3), drawn_requests(seed, 6)
+    order = torch.randperm(6, generator=numbers(seed)).tolist()
+    answers = engine.generate(requests)
+    moved = engine.generate([requests[i] for i in order])
+    assert [a.tokens for a in moved] == [answers[i].tokens for i in order]
+
+
+@settings(max_examples=10)
+@given(seed=seeds)
+def test_logprobs_are_those_of_the_training_pass(seed):
+    """The stored log-probability of each token is what the model gives for the whole text, at the temperature."""
+    model, requests = tiny_model(seed), drawn_requests(seed, 4)
+    for request, answer in zip(requests, Engine(model).generate(requests)):
+        if not answer.tokens:
+            continue
+        text = torch.tensor([request.prompt + answer.tokens])
+        with torch.no_grad():
+            logits = model(text)[0, len(request.prompt) - 1 : -1] / (request.temperature or 1.0)
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=1e-4, rtol=0)  # as above
+
+
+class Counting:
+    """A model that notes how many rows and tokens each pass has."""
+
+    def __init__(self, model):
+        self.model, self.passes = model, []
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def hidden(self, tokens_BS, *arguments, **options):
+        """Pass through."""
+        self.passes.append(tuple(tokens_BS.shape))
+        return self.model.hidden(tokens_BS, *arguments, **options)
+
+
+def test_a_prompt_is_computed_once_and_a_shared_beginning_once():
+    """Eight samples of one prompt cost one prefill row; what all prompts begin with is one row before that."""
+    model = Counting(tiny_model(1))
+    Engine(model).generate([Request([1, 2, 3, 4], 3, seed=i) for i in range(8)])
+    assert model.passes[0] == (1, 4) and set(model.passes[1:]) == {(8, 1)}
+    model.passes.clear()
+    Engine(model).generate([Request([1, 2, 3, tail], 1) for tail in (5, 6, 5)])
+    assert model.passes == [(1, 3), (2, 1)]
+    model.passes.clear()
+    Engine(model).generate([Request([1, 2, 3], 1), Request([1, 2, 3, 4, 5], 1)])  # one prompt begins the other
+    assert model.passes == [(1, 2), (2, 3)]
+
+
+def test_finished_rows_make_room():
+    """Never more rows than allowed; short answers leave, waiting requests enter before the long ones are done."""
+    model = Counting(tiny_model(1))
+    Engine(model, max_batch=4).generate([Request([1], n, seed=n) for n in (2, 2, 2, 20, 2, 2)])
+    assert max(rows for rows, _ in model.passes) <= 4
+    assert len(model.passes) < 30  # one after the other it would be more than 30, and in two batches 22 of four rows
+    assert sum(rows * tokens for rows, tokens in model.passes) < 60
+
+
+def test_stop_ids():
+    """The stop id is kept, ends the answer, and comes from the tokenizer unless the request names its own."""
+
+    class Tokenizer:
+        stop_ids = tuple(range(24))
+
+    model = tiny_model(1)
+    (answer,) = Engine(model, Tokenizer).generate([Request([1, 2], 5)])
+    assert answer.finish_reason == "stop" and len(answer.tokens) == len(answer.logprobs) == 1
+    (answer,) = Engine(model, Tokenizer).generate([Request([1, 2], 5, stop_ids=())])
+    assert answer.finish_reason == "length" and len(answer.tokens) == 5
+    (answer,) = Engine(model).generate([Request([1, 2], 5)])
+    assert answer.finish_reason == "length"
+
+
+def test_the_longest_sequence_bounds_the_answer():
+    """A prompt that leaves room for two tokens gets two; one that leaves none, or is empty, is refused in one line."""
+    model = tiny_model(1, max_position_embeddings=6)
+    (answer,) = Engine(model).generate([Request([1, 2, 3, 4], 99)])
+    assert len(answer.tokens) == 2 and answer.finish_reason == "length"
+    for prompt in ([], [1] * 6):
+        with pytest.raises(ValueError, match=f"request 1: a prompt of {len(prompt)} tokens") as error:
+            Engine(model).generate([Request([1]), Request(prompt)])
+        assert "\n" not in str(error.value)
+
+
+def test_greedy_takes_the_largest_logit_whatever_the_seed():
+    """Temperature 0 is the argmax of every step."""
+    model, request = tiny_model(2), Request([1, 2, 3], 6, temperature=0.0)
+    answers = Engine(model).generate([dataclasses.replace(request, seed=seed) for seed in range(3)])
+    text = torch.tensor([[1, 2, 3, *answers[0].tokens]])
+    with torch.no_grad():
+        assert model(text)[0, 2:-1].argmax(-1).tolist() == answers[0].tokens
+    assert answers[0].tokens == answers[1].tokens == answers[2].tokens
+
+
+def test_tokens_arrive_as_they_are_drawn():
+    """The callback sees every token once, in order, under its request's number."""
+    seen = {}
+    requests = drawn_requests(3, 5)
+    answers = Engine(tiny_model(3), max_batch=2).generate(
+        requests, lambda i, token: seen.setdefault(i, []).append(token)
+    )
+    assert [seen.get(i, []) for i in range(5)] == [a.tokens for a in answers]
+
+
+def test_new_weights_are_used_from_the_next_call():
+    """The engine holds no copy of the weights."""
+    model, request = tiny_model(1), Request([1, 2, 3], 8, temperature=0.0)
+    engine = Engine(model)
+    before = engine.generate([request])[0].tokens
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    assert (
+        engine.generate([request])[0].tokens == alone(model, dataclasses.replace(request, stop_ids=())).tokens != before
+    )
