@@ -123,7 +123,9 @@ class DataConfig:
     heldout: float = 0.02
     """Share of documents kept for validation, chosen by a hash of the document's name."""
     synthetic_documents: int = 2000
-    """Documents drawn from each procedural generator (mathematics, science, question and answer, trajectories)."""
+    """Documents drawn from each procedural generator (mathematics, science, questions, long ledgers)."""
+    trajectories: int = 2000
+    """Solved tasks drawn from each environment for mid-training (sources reasoning and agent)."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ class SFTConfig:
     """One supervised fine-tuning phase (paper 3.1)."""
 
     samples: int = 1_000_000
-    """Conversations to train on."""
+    """Conversations at most: per environment in a cold start, in all in the unified phase."""
     epochs: float = 1.0
     """Passes over them."""
     batch_tokens: int = 1_000_000
@@ -240,8 +242,10 @@ class SFTConfig:
 class RLConfig:
     """One reinforcement phase: GRPO without the KL term (paper 3.2, 3.3, 3.4)."""
 
+    environments: tuple[str, ...] = ()
+    """Environments the tasks come from, in turn."""
     steps: int = 1000
-    """Optimizer steps."""
+    """Rollouts."""
     prompts: int = 64
     """Prompts P per step."""
     samples: int = 16
@@ -271,9 +275,7 @@ class ExpertConfig:
     """One expert of stage one (paper 3.1): cold-start SFT, then RL on its own tasks."""
 
     environments: tuple[str, ...]
-    """Environments whose solutions the cold start shows."""
-    rl_environments: tuple[str, ...]
-    """Environments the expert is reinforced on."""
+    """Environments whose solutions the cold start shows, and which the unified model learns from this expert."""
     sft: SFTConfig = SFTConfig()
     """The cold start: a small set with long chains of thought."""
     rl: RLConfig = RLConfig()
@@ -284,18 +286,20 @@ class ExpertConfig:
 class PostTrainingConfig:
     """Experts, unified model, general RL (paper 3.1 to 3.4)."""
 
-    reasoning: ExpertConfig = ExpertConfig(("arithmetic", "code"), ("arithmetic",))
-    agent: ExpertConfig = ExpertConfig(("retail",), ("retail",), rl=RLConfig(max_turns=8, normalize_std=False))
-    chat: ExpertConfig = ExpertConfig(("instructions",), ("instructions",))
+    reasoning: ExpertConfig = ExpertConfig(("arithmetic", "code"), rl=RLConfig(("arithmetic",)))
+    agent: ExpertConfig = ExpertConfig(("retail",), rl=RLConfig(("retail",), max_turns=8, normalize_std=False))
+    chat: ExpertConfig = ExpertConfig(("instructions",), rl=RLConfig(("instructions",)))
     unified: SFTConfig = SFTConfig()
     """Overall SFT, from the base, on rejection-sampled answers of the experts."""
+    prompts_per_environment: int = 100_000
+    """Prompts per environment that the experts answer for it."""
     responses_per_prompt: int = 4
-    """Answers drawn per prompt for rejection sampling (paper 3.1)."""
+    """Answers per prompt, of which the right ones are kept (paper 3.1)."""
     thinking_share: float = 0.5
     """Share of the unified data that keeps its reasoning; the rest answers directly."""
-    general_rl: RLConfig = RLConfig(max_turns=8)
+    general_rl: RLConfig = RLConfig(("arithmetic", "retail", "instructions"), max_turns=8)
     """RL on a mix of all tasks."""
-    pathology_rl: RLConfig = RLConfig()
+    pathology_rl: RLConfig = RLConfig(("provocation", "arithmetic", "provocation", "retail", "provocation", "instructions"))
     """RL on prompts chosen because they provoke language mixing, repetition and broken format."""
 
     def experts(self):

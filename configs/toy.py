@@ -1,0 +1,84 @@
+"""The main job: all of GLM-4.5 in minutes on two CPU cores (1.7 M parameters).
+
+The stages have the paper's order and its ratios of sequence length (x8, then x4). Mid-training is longer than the
+paper's 5% because a model this small has to learn its tasks there.
+"""
+
+from minglm.config import (
+    BalanceConfig, DataConfig, EvaluationConfig, ExpertConfig, ModelConfig, OptimizerConfig, PostTrainingConfig,
+    RLConfig, Run, SFTConfig, StageConfig, StagesConfig,
+)  # fmt: skip
+
+
+def toy():
+    """1.7 M parameters, 2 CPU cores, minutes."""
+    return Run(
+        name="toy",
+        model=ModelConfig(
+            vocab_size=2048,
+            hidden_size=96,
+            num_hidden_layers=4,
+            first_k_dense_replace=1,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            head_dim=24,
+            rope_theta=1_000_000.0,
+            intermediate_size=288,
+            moe_intermediate_size=48,
+            n_routed_experts=16,
+            num_experts_per_tok=4,
+            max_position_embeddings=4096,
+            initializer_range=0.06,
+        ),
+        data=DataConfig(corpus_megabytes=6.0, fim_rate=0.3, synthetic_documents=6000, trajectories=6000),
+        stages=StagesConfig(
+            general=StageConfig(
+                "prose, code, facts", 900_000, 128, {"prose": 3, "code": 3, "qa": 2, "science": 1, "math": 1}
+            ),
+            code_reasoning=StageConfig("code and mathematics", 400_000, 128, {"code": 4, "math": 4, "qa": 1, "science": 1}),
+            repository=StageConfig(
+                "code across files", 150_000, 1024, {"repository": 3, "code": 1}, "best_fit", 1_000_000.0
+            ),
+            reasoning=StageConfig(
+                "worked solutions", 500_000, 1024, {"reasoning": 6, "qa": 1, "math": 1}, "best_fit", 1_000_000.0
+            ),
+            long_agent=StageConfig(
+                "long documents, agents", 300_000, 4096, {"agent": 4, "long": 1, "reasoning": 2}, "best_fit", 1_000_000.0
+            ),
+        ),
+        optimizer=OptimizerConfig(
+            peak_lr=1e-2,
+            warmup_tokens=40_000,
+            batch_tokens_start=2048,
+            batch_tokens_end=8192,
+            batch_ramp_tokens=400_000,
+            microbatch_tokens=4096,
+        ),
+        balance=BalanceConfig(),
+        posttraining=PostTrainingConfig(
+            reasoning=ExpertConfig(
+                ("arithmetic", "code"),
+                SFTConfig(400, 2.0, 4096, 512, 2e-3),
+                RLConfig(("arithmetic",), 40, 16, 8, 72, 1, peak_lr=3e-4),
+            ),
+            agent=ExpertConfig(
+                ("retail",),
+                SFTConfig(200, 2.0, 4096, 512, 2e-3),
+                RLConfig(("retail",), 30, 8, 8, 48, 8, peak_lr=3e-4, normalize_std=False),
+            ),
+            chat=ExpertConfig(
+                ("instructions",),
+                SFTConfig(300, 2.0, 4096, 512, 2e-3),
+                RLConfig(("instructions",), 40, 16, 8, 64, 1, peak_lr=3e-4),
+            ),
+            unified=SFTConfig(10_000, 2.0, 8192, 512, 3e-3),
+            prompts_per_environment=600,
+            responses_per_prompt=2,
+            general_rl=RLConfig(("arithmetic", "retail", "instructions"), 15, 12, 8, 72, 8, peak_lr=2e-4),
+            pathology_rl=RLConfig(
+                ("provocation", "arithmetic", "provocation", "retail", "provocation", "instructions"), 25, 12, 8, 72, 8,
+                peak_lr=3e-4,
+            ),
+        ),
+        evaluation=EvaluationConfig(problems=100, samples=4, max_new_tokens=80, heldout_tokens=40_000),
+    )  # fmt: skip

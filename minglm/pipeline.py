@@ -1,0 +1,357 @@
+"""The whole paper, stage by stage, as one resumable run (paper Figure 3 and sections 2 to 4).
+
+    data -> general -> code_reasoning -> repository -> reasoning -> long_agent          (one schedule; 2.2 to 2.4)
+         -> for each expert: X.sft -> X.rl                                              (3.1 stage one, 3.2, 3.3)
+         -> unified -> general_rl -> pathology_rl                                       (3.1 stage two, 3.4)
+
+A stage reads the final checkpoint of the one it builds on and leaves its own; a stage that has one is skipped. So the
+same command continues a run that was killed, anywhere. The paper never draws the order of the last stages; it calls
+general RL the final one and distils experts into the main model, which leaves this order.
+
+Simplified: one process. The experts are trained one after the other; the paper's run side by side.
+"""
+
+import json
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minglm import evaluate
+from minglm.chat import render, render_text
+from minglm.common import Log, pick_device, read_jsonl, seed_everything, use_threads, versions, write_json
+from minglm.config import to_dict
+from minglm.data import corpus, quality
+from minglm.data.mixture import Mixture, load_shards, save_shards, tokenize
+from minglm.data.tokenizer import Tokenizer
+from minglm.envs import ENVIRONMENTS
+from minglm.inference.engine import Engine
+from minglm.model.glm import GLM
+from minglm.optim.muon import Muon
+from minglm.rl import distill
+from minglm.rl.rollout import rollout
+from minglm.rl.synchronous import reinforce
+from minglm.train import sft
+from minglm.train.checkpoint import Checkpoints, read
+from minglm.train.loop import train
+from minglm.train.stages import phases
+
+DEMONSTRATION_SEED, COLD_START_SEED, DISTILL_SEED, RL_SEED = 1, 2, 3, 4  # disjoint streams of training tasks
+HELDOUT_SOURCES = ("prose", "code")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline."""
+
+    name: str
+    teaches: str
+    base: str | None
+    """The stage whose weights it starts from."""
+    amount: str
+    """Tokens or rollouts, for the table at the start."""
+    sequence_length: int
+    learning_rate: float
+    kind: str
+    """pretrain, sft, rl or unified."""
+    tokens: int = 0
+    """Tokens trained on, where known beforehand."""
+
+
+def plan_stages(run):
+    """Every `Stage` of a run, in order."""
+    post, found, base = run.posttraining, [], None
+    for phase in phases(run):
+        config = getattr(run.stages, phase.name)
+        found.append(
+            Stage(phase.name, config.teaches, base, f"{phase.tokens:,} tokens", phase.sequence_length,
+                  run.optimizer.peak_lr, "pretrain", phase.tokens)
+        )  # fmt: skip
+        base = phase.name
+
+    def tune(name, teaches, start, config, kind="sft"):
+        found.append(Stage(name, teaches, start, "SFT", config.sequence_length, config.peak_lr, kind))
+
+    def rl(name, teaches, start, config):
+        amount = f"{config.steps} x {config.prompts} x {config.samples} answers"
+        found.append(Stage(name, teaches, start, amount, config.max_new_tokens, config.peak_lr, "rl"))
+
+    for name, expert in post.experts():
+        tune(f"{name}.sft", f"cold start: {', '.join(expert.environments)}", base, expert.sft)
+        rl(f"{name}.rl", f"GRPO without KL: {', '.join(expert.rl.environments)}", f"{name}.sft", expert.rl)
+    tune("unified", "the experts' right answers, half without thinking", base, post.unified, "unified")
+    rl("general_rl", "all tasks together", "unified", post.general_rl)
+    rl("pathology_rl", "no mixing, no loops, no broken format", "general_rl", post.pathology_rl)
+    return found
+
+
+def claim_folder(out, run):
+    """Make `out` this run's folder. Raises ValueError when it holds a run of another config."""
+    path = out / "config.json"
+    if path.exists():
+        found = json.loads(path.read_text())["hash"]
+        if found != run.hash():
+            raise ValueError(
+                f"{out} holds a run of another config (hash {found}, this one is {run.hash()}); choose another --out"
+            )
+    else:
+        write_json(path, {"hash": run.hash(), "config": to_dict(run)})
+
+
+class Pipeline:
+    """A run in a folder. Raises ValueError when the folder belongs to another config."""
+
+    def __init__(self, run, out, quiet=False):
+        self.run, self.out, self.quiet = run, Path(out), quiet
+        claim_folder(self.out, run)
+        use_threads(run.threads)
+        seed_everything(run.seed)
+        self.device = pick_device(run.device)
+        self.stages = plan_stages(run)
+        self.log = Log(self.out / "log.jsonl")
+        saved = sorted((self.out / "checkpoints").glob("*/*.pt"))
+        position = max((read(path)["log_position"] for path in saved), default=0)
+        self.log.cut(position)  # what came after the last checkpoint will be done, and logged, again
+        if not position:
+            self.log.write("start", name=run.name, config_hash=run.hash(), seed=run.seed, versions=versions())
+        self.tokenizer, self.shards, self.heldout = self.prepare_data()
+
+    def checkpoints(self, stage):
+        """The `Checkpoints` of a stage."""
+        return Checkpoints(self.out / "checkpoints" / stage, self.log, self.run.checkpoint_seconds)
+
+    def done(self, stage):
+        """Whether a stage has its final checkpoint."""
+        return self.checkpoints(stage).final.exists()
+
+    def execute(self, only=None, until=None):
+        """Run all stages, or one (`only`), or those up to one (`until`). Returns whether the whole run is complete."""
+        began = time.time()
+        for stage in self.stages:
+            if only in (None, stage.name) and not self.done(stage.name):
+                self.execute_stage(stage)
+            if stage.name == until:
+                break
+        complete = all(self.done(stage.name) for stage in self.stages)
+        if complete and not any(record["kind"] == "end" for record in read_jsonl(self.log.path)):
+            self.log.write("end", seconds=round(time.time() - began, 1))
+        return complete
+
+    def execute_stage(self, stage):
+        """Train one stage from the weights of its base, evaluate it, and mark it complete."""
+        checkpoints, began = self.checkpoints(stage.name), time.time()
+        model, state = self.model_of(stage.base)
+        if not checkpoints.partial.exists():
+            about = {key: getattr(stage, key) for key in ("teaches", "tokens", "sequence_length", "learning_rate")}
+            self.log.write("stage_begin", stage=stage.name, **about)
+        trained = {"sft": self.cold_start, "rl": self.reinforce, "unified": self.unify}.get(stage.kind, self.pretrain)(
+            stage, model, state, checkpoints
+        )
+        seconds = time.time() - began
+        self.evaluate(stage, model)
+        self.log.write("stage_end", stage=stage.name, tokens=trained["tokens"], seconds=round(seconds, 1),
+                       evaluation_seconds=round(time.time() - began - seconds, 1))  # fmt: skip
+        checkpoints.save({"model": model.state_dict(), **trained}, final=True)
+
+    def model_of(self, stage=None):
+        """The model as a stage left it (None: freshly initialised), and that stage's checkpoint."""
+        if stage is not None and not self.done(stage):
+            raise ValueError(f"the stage before has not been run: there is no {self.checkpoints(stage).final}")
+        model = GLM(self.run.model, self.run.seed).to(self.device)
+        model.dtype = getattr(torch, self.run.dtype)
+        state = None
+        if stage is not None:
+            state = read(self.checkpoints(stage).final)
+            model.load_state_dict(state["model"])
+        return model, state
+
+    # Data
+
+    def prepare_data(self):
+        """Tokenizer, token shards and held-out shards, built once and kept in the run's folder."""
+        folder, config = self.out / "data", self.run.data
+        key = {"data": to_dict(self.run)["data"], "vocab_size": self.run.model.vocab_size, "seed": self.run.seed}
+        path = folder / "tokenizer.json"
+        shards, heldout = (load_shards(folder / part, key) for part in ("train", "heldout"))
+        if shards is not None and heldout is not None and path.exists():
+            return Tokenizer.load(path), shards, heldout
+        began = time.time()
+        documents = corpus.build(config, self.run.seed)
+        kept = quality.keep([document for document in documents if not document.heldout])
+        solved = self.demonstrations(DEMONSTRATION_SEED, config.trajectories)
+        if config.tokenizer:
+            tokenizer = Tokenizer.load(config.tokenizer)
+        else:
+            texts = [document.text for document in kept if document.source != "repository"]
+            texts += [render_text(*solution) for solutions in solved.values() for solution in solutions]
+            tokenizer = Tokenizer.train(texts, self.run.model.vocab_size)
+        if tokenizer.vocab_size > self.run.model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size = {self.run.model.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids"
+            )
+        tokenizer.save(path)
+        save_shards(folder / "heldout", tokenize([d for d in documents if d.heldout], tokenizer), key)
+        shards = tokenize(kept, tokenizer, config.fim_rate, self.run.seed)
+        for name, solutions in solved.items():
+            source = "agent" if ENVIRONMENTS[name].group == "agentic" else "reasoning"
+            shards.setdefault(source, []).extend(np.array(render(tokenizer, *s).ids, np.uint32) for s in solutions)
+        save_shards(folder / "train", shards, key)
+        counts = {name: int(sum(map(len, arrays))) for name, arrays in shards.items()}
+        self.log.write("data", tokens=counts, documents=len(kept), seconds=round(time.time() - began, 1))
+        return tokenizer, *(load_shards(folder / part, key) for part in ("train", "heldout"))
+
+    def demonstrations(self, seed, count):
+        """Solved tasks of every environment an expert learns, as (messages, tools, thinking), half with thinking."""
+        names = [name for _, expert in self.run.posttraining.experts() for name in expert.environments]
+        found = {}
+        for name in names:
+            tasks = ENVIRONMENTS[name].tasks(count, self.run.seed * 100 + seed)
+            switch = [i % 2 == 0 for i in range(count)]
+            found[name] = [
+                (ENVIRONMENTS[name].demonstrate(task, think), task.tools, think)
+                for task, think in zip(tasks, switch, strict=True)
+            ]
+        return found
+
+    # Training
+
+    def pretrain(self, stage, model, state, checkpoints):
+        """One of the five stages before post-training; the optimizer goes on from the stage before."""
+        config = getattr(self.run.stages, stage.name)
+        phase = next(phase for phase in phases(self.run) if phase.name == stage.name)
+        model.rope_theta = config.rope_theta
+        optimizer = Muon(model, self.run.optimizer)
+        if state is not None:
+            optimizer.load_state_dict(state["optimizer"])
+        seed = self.run.seed * 100 + phase.start % 97
+        stream = Mixture(
+            self.shards, config.mixture, config.sequence_length, config.packing, seed, pad=self.tokenizer.pad
+        )
+        train(model, optimizer, stream, phase, checkpoints, self.log, self.quiet)
+        return {"optimizer": optimizer.state_dict(), "tokens": phase.tokens}
+
+    def fine_tune(self, stage, model, conversations, config, checkpoints):
+        """SFT on (messages, tools, thinking) conversations."""
+        pairs = [pair for c in conversations for pair in sft.examples(self.tokenizer, *c)]
+        pairs = [(tokens, mask) for tokens, mask in pairs if len(tokens) <= config.sequence_length]
+        if not pairs:
+            raise ValueError(f"{stage.name}: no conversation fits sequence_length = {config.sequence_length}")
+        tokens = int(config.epochs * sum(len(t) for t, _ in pairs))
+        phase = sft.phase(stage.name, config, self.run, tokens)
+        stream = Mixture(
+            {"sft": [t for t, _ in pairs]}, {"sft": 1.0}, config.sequence_length, "best_fit", self.run.seed,
+            masks={"sft": [m for _, m in pairs]}, pad=self.tokenizer.pad,
+        )  # fmt: skip
+        optimizer = Muon(model, self.run.optimizer)
+        train(model, optimizer, stream, phase, checkpoints, self.log, self.quiet)
+        return {"tokens": tokens}
+
+    def cold_start(self, stage, model, state, checkpoints):
+        """The first half of an expert: a small set of solutions with their reasoning (paper 3.1)."""
+        expert = getattr(self.run.posttraining, stage.name.split(".")[0])
+        conversations = []
+        for name in expert.environments:
+            tasks = ENVIRONMENTS[name].tasks(expert.sft.samples, self.run.seed * 100 + COLD_START_SEED)
+            conversations += [(ENVIRONMENTS[name].demonstrate(task), task.tools, True) for task in tasks]
+        return self.fine_tune(stage, model, conversations, expert.sft, checkpoints)
+
+    def unify(self, stage, model, state, checkpoints):
+        """One hybrid model from the base and the experts' right answers, some with their thinking removed."""
+        post = self.run.posttraining
+        answers = self.experts_answers()
+        random.Random(self.run.seed).shuffle(answers)
+        answers = answers[: post.unified.samples]
+        conversations = []
+        for number, (messages, tools) in enumerate(answers):
+            thinking = int((number + 1) * post.thinking_share) > int(number * post.thinking_share)
+            if not thinking:
+                messages = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in messages]
+            conversations.append((messages, tools, thinking))
+        return self.fine_tune(stage, model, conversations, post.unified, checkpoints)
+
+    def experts_answers(self):
+        """Rejection-sampled answers of all experts as (messages, tools); kept on disk once they are there."""
+        path, post = self.out / "data" / "answers.json", self.run.posttraining
+        if path.exists():
+            return json.loads(path.read_text())
+        filters = {
+            "form": distill.well_formed(),
+            "correct": distill.correct(),
+            "protocol": distill.obeys_protocol(),
+        }
+        answers, total = [], None
+        for name, expert in post.experts():
+            model, _ = self.model_of(f"{name}.rl")
+            environments = {e: ENVIRONMENTS[e] for e in expert.environments}
+            tasks = [
+                task for e in environments.values()
+                for task in e.tasks(post.prompts_per_environment, self.run.seed * 100 + DISTILL_SEED)
+            ]  # fmt: skip
+            groups = rollout(Engine(model, self.tokenizer), self.tokenizer, environments, tasks,
+                             post.responses_per_prompt, expert.rl, seed=DISTILL_SEED)  # fmt: skip
+            samples = [
+                distill.Sample(t.task.id, t.texts[-1], tuple(t.messages), t.score.value, t.score.status, t.truncated,
+                               t.length)
+                for group in groups for t in group
+            ]  # fmt: skip
+            kept, report = distill.reject(samples, filters)
+            self.log.write("rejection", expert=name, **report)
+            tools = {task.id: task.tools for task in tasks}
+            distinct = {(s.prompt, s.text): s for s in kept}.values()
+            answers += [(list(s.messages), list(tools[s.prompt])) for s in distinct]
+        write_json(path, answers)
+        return answers
+
+    def reinforce(self, stage, model, state, checkpoints):
+        """GRPO on an expert's tasks, or on the mix of a general stage, half of its prompts without thinking."""
+        post, name = self.run.posttraining, stage.name
+        is_expert = name.endswith(".rl")
+        config = getattr(post, name.split(".")[0]).rl if is_expert else getattr(post, name)
+        order = {f"{n}.rl": i for i, (n, _) in enumerate(post.experts())} | {"general_rl": 3, "pathology_rl": 4}
+        reinforce(
+            model, Muon(model, self.run.optimizer), Engine(model, self.tokenizer), self.tokenizer,
+            ENVIRONMENTS, config, name, checkpoints, self.log, (self.run.seed * 100 + RL_SEED) * 10 + order[name],
+            1.0 if is_expert else post.thinking_share, self.quiet,
+        )  # fmt: skip
+        return {"tokens": sum(r["trained_tokens"] for r in read_jsonl(self.log.path) if r.get("stage") == name and "trained_tokens" in r)}
+
+    # Evaluation
+
+    def evaluate(self, stage, model):
+        """Log the scores that say what a stage taught."""
+        config, name = self.run.evaluation, stage.name
+        post = self.run.posttraining
+        engine = Engine(model, self.tokenizer)
+        if stage.kind == "pretrain":
+            length = min(getattr(self.run.stages, name).sequence_length, 1024)
+            for source in HELDOUT_SOURCES:
+                if len(self.heldout.get(source, ())):
+                    value = evaluate.bits_per_byte(model, self.tokenizer, self.heldout[source], length, config.heldout_tokens)
+                    self.log.write("bits_per_byte", stage=name, source=source, value=value)
+            if model.mtp is not None:
+                value = evaluate.mtp_acceptance(model, self.heldout["code"], length, config.heldout_tokens)
+                self.log.write("mtp_acceptance", stage=name, value=value)
+        learned = [env for _, expert in post.experts() for env in expert.environments]
+        if stage.kind in ("sft", "rl") and "." in name:
+            self.score(engine, name, getattr(post, name.split(".")[0]).environments, (True,))
+        elif stage.kind != "pretrain":
+            self.score(engine, name, [*learned, "provocation"], (True, False))
+        elif name == [s.name for s in self.stages if s.kind == "pretrain"][-1]:
+            self.score(engine, name, learned, (True,))
+
+    def score(self, engine, stage, names, switches):
+        """Evaluate environments with thinking on, or on and off; log scores, pathologies and a sample of each."""
+        for name in names:
+            for thinking in switches:
+                record, played = evaluate.tasks(
+                    engine, self.tokenizer, ENVIRONMENTS[name], self.run.evaluation, thinking, self.run.seed
+                )
+                self.log.write("evaluation", stage=stage, **record)
+                mode = "thinking" if thinking else "direct"
+                if name == "provocation":
+                    self.log.write("pathology", stage=stage, thinking=thinking, **evaluate.faults(played))
+                text = render_text(played[0].messages, None, thinking)
+                self.log.write("sample", stage=stage, title=f"{name}, {mode}", text=text)
