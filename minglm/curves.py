@@ -207,22 +207,24 @@ def draw_pathology(records, path):
 
 
 def draw_time(records, path):
-    """Seconds of every stage, as bars labelled with minutes and tokens."""
+    """Minutes of every stage, labelled with its tokens; the pale end of a bar is the evaluation after it."""
     ends = select(records, "stage_end")
     if not ends:
         return None
     figure, axes = canvas(1, 1, (7, 0.24 * len(ends) + 0.8))
     axis = axes[0][0]
-    longest = max(r["seconds"] for r in ends)
     for y, r in enumerate(ends):
-        axis.barh(y, r["seconds"] / 60, color=colour(r["stage"]), height=0.72)
-        text = f"{r['seconds'] / 60:.1f} min" if r["seconds"] >= 60 else f"{r['seconds']:.0f} s"
+        trained, tested = r["seconds"], r.get("evaluation_seconds", 0.0)
+        axis.barh(y, trained / 60, color=colour(r["stage"]), height=0.72)
+        axis.barh(y, tested / 60, left=trained / 60, color=colour(r["stage"]), height=0.72, alpha=0.3)
+        total = trained + tested
+        text = f"{total / 60:.1f} min" if total >= 60 else f"{total:.0f} s"
         text += f", {thousands(r['tokens'])} tokens" if r.get("tokens") else ""
-        axis.annotate(text, (r["seconds"] / 60, y), (4, -3), textcoords="offset points", color=INK, fontsize=8)
+        axis.annotate(text, (total / 60, y), (4, -3), textcoords="offset points", color=INK, fontsize=8)
     axis.set_yticks(range(len(ends)), [label(r["stage"]) for r in ends])
     axis.set_ylim(len(ends) - 0.4, -0.6)
-    axis.set_xlim(0, 1.3 * longest / 60)
-    axis.set_xlabel("minutes")
+    axis.set_xlim(0, 1.3 * axis.get_xlim()[1])
+    axis.set_xlabel("minutes; pale: evaluation")
     axis.tick_params(axis="y", length=0)
     axis.grid(False, axis="y")
     return save(figure, path)

@@ -244,7 +244,8 @@ def markdown(records, figures=()):
                 picture.get("pathology")),
         section("Rejection sampling", table(("answers", "count"), kept)),
         section("Samples", sample_text(records)),
-        section("Time", picture.get("time"), table(("stage", "teaches", "seconds", "tokens"), times)),
+        section("Time", picture.get("time"), 
+                table(("stage", "teaches", "training, s", "evaluation, s", "tokens"), times)),
     ))  # fmt: skip
 
 

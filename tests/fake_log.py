@@ -98,7 +98,7 @@ def posttraining_records(rng):
         for env, (before, _) in envs.items():
             yield evaluation(f"{expert}.sft", env, group, True, before, valid_calls=calls)
         yield from reinforcement(rng, f"{expert}.rl", dict(list(envs.items())[:1]))
-        yield {"kind": "stage_end", "stage": f"{expert}.rl", "seconds": 70.0, "tokens": 300_000}
+        yield {"kind": "stage_end", "stage": f"{expert}.rl", "seconds": 70.0, "tokens": 0, "evaluation_seconds": 9.0}
         for env, (_, after) in envs.items():
             yield evaluation(f"{expert}.rl", env, group, True, after, valid_calls=calls)
     yield {"kind": "rejection", "counts": {"drawn": 4000, "wrong": 1300, "format": 60, "repetition": 12, "kept": 2628}}
