@@ -6,37 +6,15 @@ import pickle
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import changed, drawn_batch, gradients
 
 from minglm.data.packing import Batch
 from minglm.model.glm import GLM
 from minglm.model.mtp import targets
-from minglm.testing.model import drawn_documents, tiny_model
+from minglm.testing.model import tiny_model
 from minglm.testing.rl import numbers, seeds
-from minglm.train.loop import Phase, accumulate
 
 rows = st.tuples(st.integers(1, 3), st.integers(3, 12))
-
-
-def drawn_batch(seed, B, S, packed):
-    """Tokens, a mask with holes, and perhaps documents with padding; the first token of a row is never a target."""
-    tokens_BS = torch.randint(0, 24, (B, S), generator=numbers(seed))
-    mask_BS = torch.rand(B, S, generator=numbers(seed + 1)) < 0.8
-    mask_BS[:, 0] = False
-    if not packed:
-        return Batch(tokens_BS, mask_BS)
-    documents_BS = drawn_documents(seed + 2, B, S)
-    first_BS = torch.nn.functional.pad(documents_BS[:, 1:] != documents_BS[:, :-1], (1, 0), value=True)
-    at_BS = torch.arange(S).expand(B, S)
-    positions_BS = at_BS - torch.where(first_BS, at_BS, 0).cummax(1).values
-    return Batch(tokens_BS, mask_BS & ~first_BS & (documents_BS >= 0), documents_BS, positions_BS)
-
-
-def phase(balance_weight=0.0, microbatch_tokens=10**6):
-    """A phase of which only the loss's settings matter."""
-    constant = lambda value: lambda seen: value  # noqa: E731
-    return Phase(
-        "test", 0, 0, 8, constant(1e-3), constant(8), constant(0.3), constant(1e-3), balance_weight, microbatch_tokens
-    )
 
 
 @given(seed=seeds, shape=rows, ahead=st.integers(1, 2), packed=st.booleans())
@@ -92,18 +70,9 @@ def test_layer_sees_one_token_more_than_the_trunk_and_no_other_document(seed, sh
     assert not (difference_BS > 1e-4)[counts_BS & ~sees_BS].any()
 
 
-def gradients(model, batch, weight, balance_weight=0.0):
-    """Loss terms and all gradients, zeros where there is none."""
-    model.zero_grad()
-    sums, loads = accumulate(model, batch, phase(balance_weight), weight)
-    named = model.named_parameters()
-    return sums, {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named}, loads
-
-
 def without_mtp(model):
     """The same model, built without its MTP layer."""
-    config = model.config.__class__(**{**vars(model.config), "num_nextn_predict_layers": 0})
-    trunk = GLM(config)
+    trunk = GLM(changed(model, num_nextn_predict_layers=0))
     trunk.load_state_dict({k: v for k, v in model.state_dict().items() if k in trunk.state_dict()})
     return trunk
 

@@ -1,0 +1,47 @@
+"""Small batches and phases for the tests of the model and of the training loop."""
+
+import dataclasses
+
+import torch
+
+from minglm.data.packing import Batch
+from minglm.testing.model import drawn_documents
+from minglm.testing.rl import numbers
+from minglm.train.loop import Phase, accumulate
+
+
+def drawn_batch(seed, B, S, packed):
+    """Tokens of the tiny vocabulary, a mask with holes, and if packed, documents with padding at the end.
+
+    As in real batches, the first token of a row and of a packed document is no target.
+    """
+    tokens_BS = torch.randint(0, 24, (B, S), generator=numbers(seed))
+    mask_BS = torch.rand(B, S, generator=numbers(seed + 1)) < 0.8
+    mask_BS[:, 0] = False
+    if not packed:
+        return Batch(tokens_BS, mask_BS)
+    documents_BS, at_BS = drawn_documents(seed + 2, B, S), torch.arange(S).expand(B, S)
+    first_BS = torch.nn.functional.pad(documents_BS[:, 1:] != documents_BS[:, :-1], (1, 0), value=True)
+    positions_BS = at_BS - torch.where(first_BS, at_BS, 0).cummax(1).values
+    return Batch(tokens_BS, mask_BS & ~first_BS & (documents_BS >= 0), documents_BS, positions_BS)
+
+
+def constant_phase(**values):
+    """A phase whose schedules are constants; `values` replace any of them."""
+    standard = {"name": "test", "tokens": 0, "start": 0, "sequence_length": 8}
+    schedules = {"learning_rate": 1e-3, "batch_tokens": 16, "mtp_weight": 0.3, "bias_rate": 1e-3}
+    chosen = {**standard, **schedules, "balance_weight": 0.0, **values}
+    return Phase(**{k: (lambda seen, v=v: v) if k in schedules else v for k, v in chosen.items()})
+
+
+def gradients(model, batch, mtp_weight, **values):
+    """(losses, {name: gradient, zeros where there is none}, loads) of one batch."""
+    model.zero_grad()
+    sums, loads = accumulate(model, batch, constant_phase(**values), mtp_weight)
+    found = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    return sums, found, loads
+
+
+def changed(model, **values):
+    """The model's config with other values."""
+    return dataclasses.replace(model.config, **values)
