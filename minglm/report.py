@@ -203,9 +203,9 @@ def section(title, *parts):
 
 
 def sample_text(records):
-    """The logged dialogues, fenced so that no fence inside a dialogue ends one."""
+    """The dialogues of the last stage that has any, fenced so that no fence inside a dialogue ends one."""
     parts = []
-    for r in select(records, "sample"):
+    for r in select(records, "sample", stage=(stages_of(records, "sample") or [None])[-1]):
         fence = "```"
         while fence in r["text"]:
             fence += "`"
@@ -229,6 +229,8 @@ def markdown(records, figures=()):
         )
         for r in select(records, "stage_end")
     ]
+    data = [row for r in select(records, "data") for row in r["tokens"].items()]
+    data = [(source, thousands(tokens)) for source, tokens in data]
     kept = [row for r in select(records, "rejection") for row in r["counts"].items()]
     ks = sorted({r["k"] for r in select(records, "evaluation")})
     k = ks[0] if len(ks) == 1 else "k"
@@ -237,6 +239,7 @@ def markdown(records, figures=()):
     rewards = ("phase", "steps", "first reward", "last reward", "live groups", "truncated", "clipped", "skipped steps")
     return header_lines(records) + "".join((
         section("Claims", table(("claim", "measured", "verdict"), [(c.name, c.measured, c.verdict) for c in claims])),
+        section("Data", table(("source", "tokens"), data)),
         section("Training", picture.get("loss"), picture.get("load"), table(("after", "source", "bits per byte"), bits),
                 table(("after", "MTP drafts accepted"), acceptance)),
         section("Scores", picture.get("scores"), table(scores, score_rows(records))),

@@ -130,6 +130,9 @@ def fake_log(seed=0):
     rng = random.Random(seed)
     versions = {"python": "3.11.7", "torch": "2.13.0+cpu", "device": "cpu", "threads": 2, "commit": "0123456789ab"}
     records = [{"kind": "start", "config_hash": "abcdef012345", "name": "toy", "seed": seed, "versions": versions}]
+    records.append(
+        {"kind": "data", "tokens": {"prose": 1_200_000, "code": 2_300_000}, "documents": 9000, "seconds": 20}
+    )
     records += pretraining_records(rng)
     records += posttraining_records(rng)
     text = "<|user|>\n3 + 4 * 2 = ?<|assistant|>\n<think>4 * 2 = 8; 3 + 8 = 11</think>\n11<|user|>"
