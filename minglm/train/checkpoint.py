@@ -11,6 +11,7 @@ those steps will be done, and logged, again.
 
 import signal
 import time
+import zipfile
 from contextlib import contextmanager
 
 import torch
@@ -53,9 +54,13 @@ def read(path):
     if not path.exists():
         raise ValueError(f"no checkpoint at {path}; run the stage that makes it first")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums that torch.save wrote
+            if (part := archive.testzip()) is not None:
+                raise ValueError(f"{part} is not what was written")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises almost anything
-        raise ValueError(f"cannot read checkpoint {path}: {error}; delete it to repeat its stage") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot read checkpoint {path}: {reason}; delete it to repeat its stage") from error
 
 
 class Interrupted(KeyboardInterrupt):
