@@ -54,6 +54,19 @@ def test_every_equation_holds(index, seed):
         assert int(start) + sum(int(n) if word == "Add" else -int(n) for word, n in terms) == int(end)
 
 
+@given(indices, seeds)
+def test_every_comparison_of_things_is_true(index, seed):
+    """What is called heavier, larger or nearer is so by the numbers of the tables."""
+    mass, planet = {e.name: e.mass for e in ELEMENTS}, {p.name: p for p in PLANETS}
+    text = document("science", index, seed)[0]
+    for a, b in re.findall(r"An atom of (\w+) is heavier than an atom of (\w+)", text):
+        assert mass[a] > mass[b]
+    for a, x, y, b in re.findall(r"The radius of (\w+) is (\d+) km, more than the (\d+) km of (\w+)", text):
+        assert planet[a].radius == int(x) > int(y) == planet[b].radius
+    for a, b in re.findall(r"(\w+) is nearer to the sun than (\w+)", text):
+        assert planet[a].distance < planet[b].distance
+
+
 def answers():
     """{question: answer} over the tables, built the other way round from `synthetic`."""
     known = {}

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from minglm.data.tokenizer import SPECIAL_TOKENS, Tokenizer, _sample
 from minglm.testing.data import check_tokenizer, texts
 
 CORPUS = [f"def add_{n}(a, b):\n    return a + b + {n}  # the sum, 总和\n" for n in range(50)] + [
@@ -88,6 +88,7 @@ def test_training_is_deterministic_in_any_order_of_texts():
     """The same texts, in another order or cut to a sample, give the same merges every time."""
     forwards, backwards = Tokenizer.train(CORPUS, 400), Tokenizer.train(reversed(CORPUS), 400)
     assert forwards._specification == backwards._specification
+    assert 697 <= sum(len(text.encode()) for text in _sample(CORPUS, 700)) <= 700  # half a character is cut off
     small = [Tokenizer.train(some, 330, sample_bytes=700)._specification for some in (CORPUS, CORPUS[::-1])]
     assert small[0] == small[1] != forwards._specification
 
