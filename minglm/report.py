@@ -102,8 +102,8 @@ def claim_kept(records):
 
 
 def last_scores(records):
-    """Evaluations of the last stage that has any: of the finished model."""
-    stages = stages_of(records, "evaluation")
+    """Evaluations of the finished model: of the last stage that has any, once the experts are unified."""
+    stages = [s for s in stages_of(records, "evaluation") if s in ("unified", "general_rl", "pathology_rl")]
     return select(records, "evaluation", stage=stages[-1]) if stages else []
 
 

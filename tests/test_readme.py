@@ -27,6 +27,9 @@ SMALL = {
     **{f"posttraining.{name}.rl.{k}": v for name in ("reasoning", "agent", "chat") for k, v in ROLLOUT.items()},
     **{f"posttraining.{name}.{k}": v for name in ("general_rl", "pathology_rl") for k, v in ROLLOUT.items()},
     **{f"posttraining.unified.{k}": v for k, v in PHASE.items()},
+    "optimizer.warmup_tokens": 2048,
+    "optimizer.batch_tokens_start": 1024,
+    "optimizer.batch_tokens_end": 2048,
     "posttraining.prompts_per_environment": 4,
     "posttraining.responses_per_prompt": 1,
     "data.corpus_megabytes": 0.3,
@@ -66,9 +69,9 @@ def small_run(folder, extra=()):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A run folder that every command which needs one shares."""
+    """A run folder that every command which needs one shares. (All stages in full: tests/test_pipeline.py.)"""
     folder = tmp_path_factory.mktemp("readme") / "run"
-    small_run(folder)
+    small_run(folder, ["--until", "reasoning.rl"])
     return folder
 
 

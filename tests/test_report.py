@@ -72,6 +72,13 @@ def test_an_empty_log_claims_nothing():
     assert all(draw([], "nowhere.png") is None for draw in curves.FIGURES.values())
 
 
+def test_the_finished_model_is_not_an_expert():
+    """Before the experts are unified nothing is said of the finished model."""
+    early = LOG[: next(i for i, r in enumerate(LOG) if r["kind"] == "rejection")]
+    names = {"claim_kept", "claim_calls", "claim_pathology", "claim_switch"}
+    assert {name: v for name, v in verdicts(early).items() if v == "not measured"}.keys() == names
+
+
 @given(st.integers(0, len(LOG)))
 def test_report_of_a_killed_run(length):
     """Whatever record a run was killed after, its log makes a report."""
