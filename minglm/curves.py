@@ -63,6 +63,14 @@ def draw_bands(axis, placed):
     axis.grid(False, axis="x")
 
 
+def draw_curve(axis, x, y, shade):
+    """A measurement as a thin line and its running mean as a thick one; a single point as a dot. Returns the mean."""
+    mean = running_mean(y)
+    axis.plot(x, y, color=shade, linewidth=0.5, alpha=0.5)
+    axis.plot(x, mean, color=shade, linewidth=1.5, marker="o" if len(x) == 1 else None, markersize=4)
+    return mean
+
+
 def draw_loss(records, path):
     """Main and MTP loss over the tokens of every stage: pre- and mid-training on the left, fine-tuning on the right."""
     stages = stages_of(records, "step")
@@ -83,15 +91,13 @@ def draw_loss(records, path):
                 values = [r.get(name) for r in steps]
                 if not all(values):  # trained without MTP
                     continue
-                axis.plot(x, values, color=shade, linewidth=0.5, alpha=0.5)
-                mean = running_mean(values)
-                axis.plot(x, mean, color=shade, linewidth=1.5)
+                mean = draw_curve(axis, x, values, shade)
                 if stage == stages[0]:
                     at = len(x) // 3
                     axis.annotate(text, (x[at], mean[at]), (4, above), textcoords="offset points", color=shade)
         axis.set_xlabel("tokens of each stage")
     axes[0][0].set_ylabel("cross-entropy (nats per token)")
-    axes[0][0].set_ylim(bottom=0)
+    axes[0][0].set_ylim(0, 1.08 * axes[0][0].get_ylim()[1])
     return save(figure, path)
 
 
@@ -109,9 +115,8 @@ def draw_load(records, path):
         shade = tuple(0.15 + 0.55 * layer / len(steps[0]["load_max_over_mean"]) * c for c in (0.9, 1.0, 1.2))
         for stage, band in placed.items():
             x, y = along(records, stage, band), [r["load_max_over_mean"][layer] for r in steps if r["stage"] == stage]
-            axis.plot(x, y, color=shade, linewidth=0.4, alpha=0.4)
-            axis.plot(x, running_mean(y), color=shade, linewidth=1.3)
-        ends.append((running_mean(y)[-1], f"{'MoE layer ' if layer == 0 else ''}{layer + 1}", shade))
+            mean = draw_curve(axis, x, y, shade)
+        ends.append((mean[-1], f"{'MoE layer ' if layer == 0 else ''}{layer + 1}", shade))
     if steps[0]["mtp_loss"]:
         ends[-1] = (ends[-1][0], "MTP", ends[-1][2])
     if len(ends) > 8:
@@ -143,7 +148,7 @@ def draw_scores(records, path):
             y = stages.index(r["stage"]) + (-0.14 if r["thinking"] else 0.14)
             shade, inside = colour(r["stage"]), colour(r["stage"]) if r["thinking"] else "white"
             axis.plot([100 * r["low"], 100 * r["high"]], [y, y], color=shade, linewidth=1.6, solid_capstyle="butt")
-            axis.plot(100 * r["avg"], y, "o", color=shade, markerfacecolor=inside, markersize=4.5)
+            axis.plot(100 * r["avg"], y, "o", color=shade, markerfacecolor=inside, markersize=4.5, clip_on=False)
         title(axis, f"{env} ({group[env]})")
         axis.set_yticks(range(len(stages)), [label(stage) for stage in stages])
         axis.set_ylim(len(stages) - 0.5, -0.5)
@@ -167,8 +172,7 @@ def draw_rl(records, path):
         x = [r["step"] for r in steps]
         for row, name in enumerate(("reward", "length", "live_groups")):
             axis, values = axes[row][column], [r[name] for r in steps]
-            axis.plot(x, values, color=colour(stage), linewidth=0.6, alpha=0.5)
-            axis.plot(x, running_mean(values), color=colour(stage), linewidth=1.8)
+            draw_curve(axis, x, values, colour(stage))
         title(axes[0][column], label(stage), dark(stage))
         axes[2][column].set_xlabel("step")
     for row, name in enumerate(("reward", "tokens per answer", "groups with a signal")):
