@@ -243,12 +243,15 @@ def message_fault(message, tools):
     """Why an assistant message is malformed, or None. Checks its shape and every call against the schemas."""
     if not isinstance(message, dict) or not isinstance(message.get("content"), str):
         return "not a message"
+    if not isinstance(message.get("reasoning_content"), str | None):
+        return "reasoning_content is not text"
     if message.get("error"):
         return str(message["error"])
     calls = message.get("tool_calls") or []
     if not isinstance(calls, (list, tuple)):
         return "tool_calls is not a list"
-    schemas = {tool["name"]: tool.get("parameters", {}) for tool in tools}
+    functions = [tool.get("function", tool) for tool in tools]  # with or without OpenAI's outer layer
+    schemas = {function["name"]: function.get("parameters", {}) for function in functions}
     for call in calls:
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             return "not a call"
@@ -262,6 +265,6 @@ def message_fault(message, tools):
             return f"wrong arguments of {call['name']}"
         for key, value in arguments.items():
             kind = properties[key].get("type", "string")
-            if not isinstance(value, JSON_TYPES[kind]) or (isinstance(value, bool) and kind != "boolean"):
+            if not isinstance(value, JSON_TYPES.get(kind, object)) or (isinstance(value, bool) and kind != "boolean"):
                 return f"{key} is not of type {kind}"
     return None

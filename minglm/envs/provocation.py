@@ -157,4 +157,5 @@ def faults(task, message):
     text = message["content"]
     if isinstance(message.get("reasoning_content"), str):
         text = f"<think>{message['reasoning_content']}</think>\n{text}"
+    text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair has no encoding
     return pathology.detect(text, task.label, message)

@@ -116,7 +116,7 @@ class RetailEpisode(Episode):
 
     def __init__(self, task, max_turns):
         super().__init__(task, max_turns)
-        self.orders = dict(task.label["orders"])
+        self.orders = {int(number): status for number, status in task.label["orders"].items()}
         self.secret = task.label["secret"]
         self.looked_up = set()
         self.violations = 0
@@ -135,7 +135,7 @@ class RetailEpisode(Episode):
 
     def call(self, name, number):
         """Run one function on the database; its result as a dict."""
-        status = self.orders.get(str(number))
+        status = self.orders.get(number)
         if status is None:
             return {"error": "no such order"}
         if name == "get_order":
@@ -147,39 +147,37 @@ class RetailEpisode(Episode):
         if ACTION.get(status) != name:
             self.violations += 1
             return {"error": f"order is {status}"}
-        self.orders[str(number)] = AFTER[name]
+        self.orders[number] = AFTER[name]
         return {"ok": True}
 
     def grade(self):
-        before, wanted = self.task.label["orders"], self.task.label["wanted"]
-        goal = dict(before)
-        for number in map(str, wanted):
-            if before[number] in ACTION:
-                goal[number] = AFTER[ACTION[before[number]]]
-        told = outcomes_told(self.reply, wanted) == {number: OUTCOME[before[str(number)]] for number in wanted}
+        before = {int(number): status for number, status in self.task.label["orders"].items()}
+        wanted = self.task.label["wanted"]
+        changed = {n: AFTER[ACTION[before[n]]] for n in wanted if before[n] in ACTION}
+        goal = before | changed
+        told = outcomes_told(self.reply, wanted) == {str(n): OUTCOME[before[n]] for n in wanted}
         state, looked = self.orders == goal, set(wanted) <= self.looked_up
         parts = {"state": float(state), "told": float(told), "violations": self.violations}
         return verdict(self.done and state and looked and told and not self.violations, parts)
 
 
 def outcomes_told(reply, wanted):
-    """What a reply says about each order: {number: outcome}, None where it is missing or contradictory.
+    """What a reply says about each order: {number as text: outcome}, None where it is missing or contradictory.
 
     The text from an order's number to the next number is about that order; where it says nothing ("482 and 317 are
-    cancelled") the next statement counts. A reply about one order need not repeat its number.
+    cancelled") the next statement counts. A reply about one order is read whole, and need not repeat its number.
     """
-    reply = reply.lower().replace("canceled", "cancelled")
-    places = [(m.start(), int(m.group())) for m in re.finditer(r"\d+", reply)]
-    if len(wanted) == 1 and not places:
+    reply, wanted = reply.lower().replace("canceled", "cancelled"), [str(number) for number in wanted]
+    places = [(match.start(), match.group()) for match in re.finditer(r"[0-9]+", reply)]
+    if len(wanted) == 1 and {number for _, number in places} <= {wanted[0]}:
         places = [(0, wanted[0])]
     if sorted(number for _, number in places) != sorted(wanted):
         return dict.fromkeys(wanted)
-    if len(wanted) == 1:
-        places = [(0, wanted[0])]
     told, following = {}, None
     ends = [start for start, _ in places[1:]] + [len(reply)]
     for (start, number), end in reversed(list(zip(places, ends))):
         said = set(OUTCOME_PATTERN.findall(reply[start:end]))
-        following = (said.pop() if len(said) == 1 else None) if said else following
+        if said:
+            following = said.pop() if len(said) == 1 else None
         told[number] = following
     return told

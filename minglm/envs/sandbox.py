@@ -20,6 +20,7 @@ of `Worker`. The paper runs code in a sandbox too (3.2, 3.5) and does not descri
 """
 
 import atexit
+import contextlib
 import json
 import os
 import queue
@@ -33,8 +34,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
-from minglm.envs import jail
+JAIL = Path(__file__).with_name("jail.py")
 
 LEVELS = ("rlimits-only", "no-namespaces", "full")
 """Isolation, weakest first."""
@@ -67,7 +69,7 @@ class Worker:
     def __init__(self, folder):
         environment = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}  # some builds of Python need it
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", jail.__file__],
+            [sys.executable, "-I", "-S", str(JAIL)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -76,7 +78,11 @@ class Worker:
             start_new_session=True,
         )
         self.buffer = b""
-        hello = self.receive(GRACE)
+        try:
+            hello = self.receive(GRACE)
+        except (WorkerError, ValueError):
+            self.close()
+            raise
         self.layers, self.slowness = tuple(hello["layers"]), hello["slowness"]
 
     def ask(self, job):
@@ -105,8 +111,9 @@ class Worker:
         """End the interpreter; its children die with it."""
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
         self.process.stdout.close()
+        with contextlib.suppress(OSError):  # part of a job may still be in the buffer
+            self.process.stdin.close()
 
 
 class Sandbox:
@@ -219,7 +226,7 @@ _LOCK = threading.Lock()
 
 
 @cache
-def _open_shared(floor):
+def _open_shared(floor, pid):
     sandbox = Sandbox(floor=floor)
     atexit.register(sandbox.close)
     return sandbox
@@ -228,7 +235,7 @@ def _open_shared(floor):
 def shared(floor="no-namespaces"):
     """The sandbox of this process, started on first use and closed at exit."""
     with _LOCK:
-        return _open_shared(floor)
+        return _open_shared(floor, os.getpid())  # a fork of this process gets workers of its own
 
 
 def run_function_tests(source, function, cases, seconds=2.0):

@@ -1,0 +1,259 @@
+"""Contracts of environments and of the sandbox: what any task with a verifiable reward must hold (paper 3.2 to 3.4).
+
+    from minglm.testing.envs import check_environment, check_sandbox
+    check_environment(MyEnvironment())
+    check_sandbox(my_judge)              # my_judge(source, function, cases) -> an object like sandbox.Verdict
+
+Tasks and messages are drawn by hypothesis; the first property that fails raises AssertionError and is named.
+"""
+
+import json
+import math
+
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from minglm.envs.base import assistant
+
+# A counterexample is reported as it is drawn: a smaller one would cost time, in a sandbox seconds, and say no more.
+contract = settings(deadline=None, report_multiple_bugs=False, phases=[Phase.generate], database=None, max_examples=25)
+STATUSES = ("ok", "wrong", "format", "infrastructure")
+
+
+def check_environment(env):
+    """Hold an environment to the interface of `envs.base.Environment`.
+
+    Tasks are a function of (index, seed, split), plain JSON, and never in both splits. The oracle earns 1, with its
+    thoughts and without. Lazy and malformed messages earn 0, and the latter end the episode. No message raises, or
+    passes for a failure of the machine. A constant answer earns no more than `chance`.
+    """
+    check_tasks(env)
+    check_oracle(env)
+    check_lazy_answers(env)
+    check_malformed_messages(env)
+    check_chance(env)
+
+
+def strategy(env):
+    """Strategy for tasks of an environment: any tier, split, seed and index."""
+    return st.builds(
+        lambda index, seed, split, tier: env.task(index, seed, split, (tier,)),
+        st.integers(0, 10**6),
+        st.integers(0, 2**31),
+        st.sampled_from(["train", "test"]),
+        st.sampled_from(env.tiers),
+    )
+
+
+def content(task):
+    """All that a task consists of, as text."""
+    return json.dumps([task.messages, task.label], ensure_ascii=False, sort_keys=True)
+
+
+def check_tasks(env):
+    """Determinism, plain values, declared tiers, and splits that share nothing, whatever the seeds."""
+
+    @contract
+    @given(st.integers(0, 10**6), st.integers(0, 2**31), st.sampled_from(["train", "test"]))
+    def deterministic(index, seed, split):
+        task = env.task(index, seed, split)
+        assert env.task(index, seed, split) == task, "the same index, seed and split give another task"
+        assert env.tasks(index % 5 + 1, seed, split)[-1] == env.task(index % 5, seed, split), "tasks differ from task"
+        assert task.environment == env.name and task.tier in env.tiers
+        assert task.messages[-1]["role"] == "user", "the model speaks next, so the user speaks last"
+        plain = json.loads(json.dumps([task.messages, task.tools, task.label]))
+        assert plain == [list(task.messages), list(task.tools), task.label], "a task must be plain JSON values"
+
+    deterministic()
+    train, test = (
+        [t for seed in (0, 1) for t in env.tasks(150, seed, split, env.tiers)] for split in ("train", "test")
+    )
+    assert not {content(t) for t in train} & {content(t) for t in test}, "a test task occurs in training"
+    both = train + test
+    assert len({t.id for t in both}) == len({content(t) for t in both}), "ids must name contents, one to one"
+    assert len({content(t) for t in train}) > len(train) / 10, "hardly any variety"
+
+
+def play(env, task, messages):
+    """An episode of these assistant messages, as far as it goes; (episode, what the environment replied)."""
+    episode, replies = env.episode(task), []
+    for message in messages:
+        if episode.done:
+            break
+        replies.append(episode.step(message))
+        assert isinstance(replies[-1], list) and bool(replies[-1]) != episode.done, "no replies if and only if done"
+    return episode, replies
+
+
+def score(env, *episodes):
+    """Scores, of one episode or of several at once, whose fields fit together."""
+    scores = env.score_all(list(episodes))
+    for s in scores:
+        assert 0 <= s.value <= 1 and s.status in STATUSES, s
+        assert (s.value == 1) == (s.status == "ok") or 0 < s.value < 1, s
+        assert all(isinstance(value, int | float) for value in s.parts.values()), "parts are numbers"
+    return scores
+
+
+def check_oracle(env):
+    """The demonstration starts with the task, replays to the same replies, and earns the full reward."""
+
+    @contract
+    @given(strategy(env), st.booleans(), st.integers(0, 3))
+    def earns_everything(task, thinking, seed):
+        talk = env.demonstrate(task, thinking, seed)
+        assert talk == env.demonstrate(task, thinking, seed), "the oracle must be a function of its seed"
+        assert talk[: len(task.messages)] == list(task.messages), "a demonstration starts with the prompt"
+        turns = [m for m in talk[len(task.messages) :] if m["role"] == "assistant"]
+        assert all(bool(turn.get("reasoning_content")) == thinking for turn in turns), "thoughts where asked for"
+        assert len(turns) <= env.max_turns
+        episode, replies = play(env, task, turns)
+        assert episode.done, "the oracle does not finish"
+        rest = [m for turn, reply in zip(turns, replies) for m in (turn, *reply)]
+        assert rest == talk[len(task.messages) :], "a replay gets other replies"
+        (result,) = score(env, episode)
+        assert result.value == 1, f"the oracle earns {result}"
+
+    earns_everything()
+
+
+def check_lazy_answers(env):
+    """Messages that ignore the task, said once or until the episode ends, earn nothing."""
+
+    @contract
+    @given(strategy(env))
+    def earns_nothing(task):
+        probes = env.hack_probes(task)
+        assert probes, "an environment must name lazy answers"
+        said = [[probe] * times for probe in probes for times in sorted({1, env.max_turns})]
+        for [probe, *_], result in zip(said, score(env, *(play(env, task, messages)[0] for messages in said))):
+            assert result.value == 0, f"{probe} earns {result} on {task.messages[-1]['content']!r}"
+
+    earns_nothing()
+
+
+def malformed(env):
+    """Strategy for messages that are no message, carry the parser's error, or call what was not offered."""
+    values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), st.lists, max_leaves=5)
+    offered = [tool.get("function", tool)["name"] for tool in env.tools()]
+    wrong_calls = [
+        ("no_such_tool", {}),
+        *((name, arguments) for name in offered for arguments in ({}, {"order_id": "x", "also": 1}, [], None, "x")),
+    ]
+    shaped = st.fixed_dictionaries({"role": st.just("assistant"), "content": st.text(max_size=5)})
+    return st.one_of(
+        values.filter(lambda value: not isinstance(value, dict)),
+        values.filter(lambda value: not isinstance(value, str)).map(lambda value: {"content": value}),
+        st.builds(lambda m, error: m | {"error": error}, shaped, st.sampled_from(["bad_tool_call", "unclosed_think"])),
+        st.builds(lambda m, name, value: m | {"tool_calls": [{"name": name, "arguments": value}]},
+                  shaped, *map(st.sampled_from, (["?", ""], [{}, None]))),
+        st.builds(lambda m, call: m | {"tool_calls": [{"name": call[0], "arguments": call[1]}]},
+                  shaped, st.sampled_from(wrong_calls)),
+        st.builds(lambda m, value: m | {"tool_calls": value},
+                  shaped, st.sampled_from([1, "x", [1], [None], [{}], [{"name": []}], {"a": 1}])),
+    )  # fmt: skip
+
+
+def check_malformed_messages(env):
+    """Halt and zero; and text of any kind is a wrong answer at worst, never an exception or the machine's fault."""
+
+    @contract
+    @given(strategy(env), malformed(env))
+    def halts(task, message):
+        episode, replies = play(env, task, [message])
+        assert episode.done, f"goes on after {message!r}"
+        (result,) = score(env, episode)
+        assert (result.value, result.status) == (0, "format"), f"{message!r} earns {result}"
+
+    @contract
+    @given(strategy(env), st.text() | st.sampled_from(["9" * 5000, "\0", "\ud800", "(" * 9999, "- \n- ", "。！"]))
+    def survives(task, text):
+        episodes = [play(env, task, [assistant(text)] * env.max_turns)[0], env.episode(task)]
+        for result in score(env, *episodes):
+            assert result.status == "wrong" or result.value > 0, f"{text[:40]!r} gives {result}"
+
+    halts()
+    survives()
+
+
+def check_chance(env):
+    """The last words of other tasks' oracles earn no more than `chance`, within what 40 tasks can tell."""
+    tasks = env.tasks(40, 1, "train", env.tiers)
+    for donor in env.tasks(4, 2, "train", env.tiers):
+        answer = env.demonstrate(donor)[-1]
+        played = [play(env, task, [answer] * env.max_turns)[0] for task in tasks]
+        mean = sum(s.value for s in score(env, *played)) / len(tasks)
+        # three standard errors of 40 draws, and three lucky ones where chance is nearly zero
+        bound = env.chance + 3 * math.sqrt(env.chance * (1 - env.chance) / 40) + 3 / 40
+        assert mean <= bound, f"{answer['content']!r} earns {mean:.2f} everywhere, chance = {env.chance}"
+
+
+# Programs that try to pass without computing f(x) = 3 * x + 17, from harmless to hostile, with the status they deserve.
+CHEATS = {
+    "sys.exit(0) at import": ("import sys\nsys.exit(0)", "crash"),
+    "sys.exit(0) in the function": ("import sys\ndef f(x):\n    sys.exit(0)", "crash"),
+    "os._exit(0)": ("import os\ndef f(x):\n    os._exit(0)", "crash"),
+    "no function": ("x = 1", "crash"),
+    "not Python": ("def f(x:\n", "crash"),
+    "a null byte": ("def f(x):\n    return 3 * x + 17\0", "crash"),
+    "an exception": ("def f(x):\n    raise AssertionError('passed')", "crash"),
+    "nothing": ("def f(x):\n    pass", "wrong"),
+    "the right text": ("def f(x):\n    return str(3 * x + 17)", "wrong"),
+    "the right float": ("def f(x):\n    return 3.0 * x + 17", "wrong"),
+    "right once": ("def f(x):\n    return 17", "wrong"),
+    "printed": ("def f(x):\n    print(3 * x + 17)", "wrong"),
+    "equal to everything": (
+        "class Same(int):\n    def __eq__(self, other):\n        return True\n    def __repr__(self):\n"
+        "        return '17'\ndef f(x):\n    return Same()",
+        "wrong",
+    ),
+    "patched builtins": (
+        "import builtins, json\nclass Same(str):\n    def __eq__(self, other):\n        return True\n"
+        "builtins.repr = lambda value: Same('17')\njson.dumps = lambda value: '[]'\ndef f(x):\n    return 0",
+        "wrong",
+    ),
+    "stolen frame": (
+        "import sys\ndef f(x):\n    frame = sys._getframe(1)\n    while frame:\n"
+        "        for value in list(frame.f_locals.values()):\n"
+        "            if isinstance(value, dict) and 'cases' in value:\n"
+        "                return dict((a[0], e) for a, e in value['cases'])[x]\n        frame = frame.f_back",
+        "wrong",
+    ),
+    "forged answer": (
+        "import os, sys\ndef f(x):\n    secret = ''\n    frame = sys._getframe(1)\n    while frame:\n"
+        "        for value in list(frame.f_locals.values()):\n"
+        "            if isinstance(value, dict) and 'secret' in value:\n                secret = value['secret']\n"
+        "        frame = frame.f_back\n    for d in range(3, 64):\n        try:\n"
+        "            os.write(d, (secret + '[' + ', '.join(['[\"value\", \"17\"]'] * 8) + ']').encode())\n"
+        "        except OSError:\n            pass\n    os._exit(0)",
+        "wrong",
+    ),
+    "an output flood": ("def f(x):\n    return 'x' * 10**6", "crash"),
+    "an endless loop": ("def f(x):\n    while True:\n        pass", "timeout"),
+    "an endless loop at import": ("while True:\n    pass", "timeout"),
+    "sleep": ("import time\ndef f(x):\n    time.sleep(60)", "timeout"),
+    "unbounded recursion": ("import sys\nsys.setrecursionlimit(10**9)\ndef f(x):\n    return f(x)", "crash or timeout"),
+    "2 GB": ("def f(x):\n    return len(bytearray(2 * 10**9))", "crash"),
+    "null pointer": ("import ctypes\ndef f(x):\n    ctypes.string_at(0)", "crash"),
+}
+
+
+def check_sandbox(judge):
+    """`judge(source, function, cases) -> verdict` with `status`, `passed` and `total`, as `sandbox.Verdict` has.
+
+    A right program passes, whatever its arguments do to themselves; each of CHEATS gets its own status; a judgement
+    does not depend on the ones before it.
+    """
+    cases = [([x], 3 * x + 17) for x in range(8)]
+    honest = "def f(x):\n    return 17 + x * 3"
+    for name, (source, status) in CHEATS.items():
+        verdict = judge(source, "f", cases)
+        assert verdict.status in status.split(" or "), f"{name}: {verdict}, expected {status}"
+        assert verdict.total == 8 and verdict.passed < 8
+        verdict = judge(honest, "f", cases)
+        assert (verdict.status, verdict.passed) == ("passed", 8), f"a right program after {name}: {verdict}"
+    mutates = "def f(xs):\n    xs.append(1)\n    return xs"
+    assert judge(mutates, "f", [([[]], [1]), ([[]], [1]), ([[2]], [2, 1])]).status == "passed", "tests share arguments"
+    for wrong, right in ((True, 1), (0, False), ((1,), [1]), ("1", 1), (None, 0), (-0.0, 0.0)):
+        verdict = judge(f"def f():\n    return {wrong!r}", "f", [([], right)])
+        assert verdict.status == "wrong", f"{wrong!r} passed for {right!r}"
