@@ -113,6 +113,22 @@ def test_the_map_leaves_nothing_out():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(re.findall("^```python", README, re.MULTILINE))))
+def test_python_block_runs(number):
+    """Every block of Python in README runs as it stands."""
+    run(["python", "-c", re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[number]])
+
+
+def test_every_contract_is_named():
+    """README's table of contracts has each contract that `minglm.testing` offers, beside the file it is in."""
+    parts = {"check_tasks", "check_oracle", "check_lazy_answers", "check_malformed_messages", "check_chance"}
+    for path in sorted((ROOT / "minglm" / "testing").glob("[a-z]*.py")):
+        row = next((line for line in README.splitlines() if line.startswith(f"| `minglm/testing/{path.name}`")), "")
+        names = set(re.findall(r"^def (check_\w+)", path.read_text(), re.MULTILINE)) - parts  # of check_environment
+        assert not [name for name in sorted(names) if f"`{name}`" not in row], path.name
+
+
+@pytest.mark.slow
 @pytest.mark.xdist_group("readme")
 def test_logged_metrics_are_explained(finished):
     """Every number that a run logs at its steps has a row in README's tables."""
