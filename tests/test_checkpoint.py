@@ -116,6 +116,17 @@ def test_killed_between_checkpoints_equals_straight(straight, tmp_path, after):
     assert steps_logged(tmp_path) == steps_logged(whole)
 
 
+def test_schedules_see_the_tokens_since_training_began(tmp_path):
+    """Each step's rate is that of the tokens seen before it, earlier stages included; the log counts those after it."""
+    run = Run(tmp_path)
+    object.__setattr__(run.phase, "start", 1000)
+    run.go()
+    for number, record in enumerate(read_jsonl(tmp_path / "log.jsonl")):
+        assert record["step"] == number + 1 and record["tokens"] == 1000 + (number + 1) * ROWS * S
+        assert record["learning_rate"] == run.phase.learning_rate(1000 + number * ROWS * S)
+    assert number + 1 == STEPS
+
+
 def test_checkpoints_on_the_way_change_nothing(straight, tmp_path):
     """A checkpoint after every step gives the same run."""
     packing, _, run = straight
