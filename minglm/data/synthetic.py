@@ -218,7 +218,7 @@ THINGS = "apples books coins doors eggs flags gloves hats jars keys lamps maps n
 
 def _ledger(rng, entries=None):
     pairs = [(name, thing) for name in PEOPLE.split() for thing in THINGS.split()]
-    entries = min(entries or round(8 * 15 ** rng.random()), len(pairs))  # 8 to 120, each length scale equally often
+    entries = min(entries or round(8 * 50 ** rng.random()), len(pairs))  # 8 to 400, each length scale equally often
     pairs = rng.sample(pairs, entries)
     counts = [rng.randint(2, 99) for _ in pairs]
     lines = [f"{name} has {count} {thing}." for (name, thing), count in zip(pairs, counts, strict=True)]
