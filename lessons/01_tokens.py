@@ -3,8 +3,8 @@
 #
 # A model reads rows of S token ids. Two choices stand between text and rows. The *vocabulary* decides how many bytes a
 # token covers. The *packing* decides where documents begin and end in a row. GLM-4.5 cuts documents anywhere in
-# pre-training, because "random truncation is a good data augmentation", and fits whole documents into rows in
-# mid-training, so as not to cut reasoning or repositories (paper 2.4).
+# pre-training, because cutting at random is a useful augmentation, and fits whole documents into rows in mid-training,
+# so as not to cut reasoning or repositories (paper 2.4).
 #
 # **Your prediction.** Write down first: (1) One document per row, S = 1024, files and docstrings of a library: what
 # share of the positions is padding? And with best fit? (2) Documents are joined and cut every 1024 tokens. What share
@@ -179,8 +179,8 @@ def draw(log):
 #
 # ## Exercise
 # Write `mine(lengths, capacity)` that does best fit with a segment tree over rooms, or a heap, and hold it to the
-# contract: `check_packer(mine)` from `minglm.testing.data`. Then make it *first* fit: which property fails, and why do
-# the other two still hold? Check: put it in the place of `best_fit`, and `pytest tests/test_packing.py -k "contract"`.
+# contract: `check_packer(mine)` from `minglm.testing.data`. Then make it *first* fit: which one property fails, and
+# why do the others hold? Check: put it in the place of `best_fit`, and `pytest tests/test_packing.py -k "contract"`.
 #
 # ## At full scale
 # GLM-4.5 has 151,552 ids. Its two tables are 0.4% of its weights, in the toy with 2,048 ids they are 23%; so a larger
