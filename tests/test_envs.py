@@ -398,6 +398,8 @@ def test_code_tests_mean_what_the_words_say(seed, tier):
     steps = task.label["steps"]
     words = task.messages[0]["content"].split(": ")[1].rstrip(".").split(", then ")
     assert words == [code_module.STEPS[name][0].format(c=c) for name, c in steps] and len(steps) == tier
+    for name, c in steps:  # a constant that the prompt does not show would make two tasks of one prompt
+        assert (c is None) == ("{c}" not in code_module.STEPS[name][0])
     for i in range(tier):
         shorter = steps[:i] + steps[i + 1 :]
         assert any(meaning(shorter, value) != expected for [value], expected in cases(task.label))

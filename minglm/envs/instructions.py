@@ -108,15 +108,17 @@ class Instructions(SingleTurn):
         return verdict(all(parts.values()), parts | {"known": known})
 
     def hack_probes(self, task):
-        every = WORDS[task.label["constraints"]["language"]]
+        constraints = task.label["constraints"]
+        every = WORDS[constraints["language"]]
+        same = candidates(constraints)[:1] * constraints.get("count", 0)
         return (
             super().hack_probes(task)
             + [
+                assistant(" ".join(same) + constraints.get("end", "")),  # a word that fits, again and again
                 assistant(" ".join(every)),
                 assistant(" ".join(every).upper() + "!"),
                 assistant("\n".join("- " + word for word in every)),
                 assistant("s sk sky st str"),  # not words
-                assistant("sun sun moon moon"),
                 assistant("", " ".join(every[:3])),
             ]
         )
