@@ -5,8 +5,18 @@ paper's 5% because a model this small has to learn its tasks there.
 """
 
 from minglm.config import (
-    BalanceConfig, DataConfig, EvaluationConfig, ExpertConfig, ModelConfig, OptimizerConfig, PostTrainingConfig,
-    RLConfig, Run, SFTConfig, StageConfig, StagesConfig,
+    BalanceConfig,
+    DataConfig,
+    EvaluationConfig,
+    ExpertConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PostTrainingConfig,
+    RLConfig,
+    Run,
+    SFTConfig,
+    StageConfig,
+    StagesConfig,
 )  # fmt: skip
 
 
@@ -30,28 +40,38 @@ def toy():
             max_position_embeddings=4096,
             initializer_range=0.06,
         ),
-        data=DataConfig(corpus_megabytes=6.0, fim_rate=0.3, synthetic_documents=6000, trajectories=6000),
+        data=DataConfig(
+            corpus_megabytes=6.0, fim_rate=0.3, fim_characters=250, synthetic_documents=6000, trajectories=9000
+        ),
         stages=StagesConfig(
             general=StageConfig(
-                "prose, code, facts", 900_000, 128, {"prose": 3, "code": 3, "qa": 2, "science": 1, "math": 1}
+                "prose, code, facts", 600_000, 128, {"prose": 3, "code": 3, "qa": 2, "science": 1, "math": 1}
             ),
-            code_reasoning=StageConfig("code and mathematics", 400_000, 128, {"code": 4, "math": 4, "qa": 1, "science": 1}),
+            code_reasoning=StageConfig(
+                "code and mathematics", 350_000, 128, {"code": 4, "math": 3, "qa": 1, "science": 1, "prose": 1}
+            ),
             repository=StageConfig(
-                "code across files", 150_000, 1024, {"repository": 3, "code": 1}, "best_fit", 1_000_000.0
+                "code across files", 100_000, 1024, {"repository": 3, "code": 1}, "best_fit", 1_000_000.0
             ),
             reasoning=StageConfig(
-                "worked solutions", 500_000, 1024, {"reasoning": 6, "qa": 1, "math": 1}, "best_fit", 1_000_000.0
+                "worked solutions", 900_000, 1024,
+                {"tasks:arithmetic": 3, "tasks:instructions": 4, "tasks:code": 2, "tasks:retail": 2,
+                 "math": 1, "qa": 1},
+                "best_fit", 1_000_000.0,
             ),
             long_agent=StageConfig(
-                "long documents, agents", 300_000, 4096, {"agent": 4, "long": 1, "reasoning": 2}, "best_fit", 1_000_000.0
+                "long documents, agents", 450_000, 4096,
+                {"tasks:retail": 6, "long": 1, "tasks:arithmetic": 1, "tasks:instructions": 2, "tasks:code": 1,
+                 "code": 1},
+                "best_fit", 1_000_000.0,
             ),
         ),
         optimizer=OptimizerConfig(
-            peak_lr=1e-2,
+            peak_lr=2e-2,
             warmup_tokens=40_000,
             batch_tokens_start=2048,
-            batch_tokens_end=8192,
-            batch_ramp_tokens=400_000,
+            batch_tokens_end=4096,
+            batch_ramp_tokens=600_000,
             microbatch_tokens=4096,
         ),
         balance=BalanceConfig(),

@@ -14,6 +14,7 @@ import math
 import runpy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 from minglm.overrides import override
 
@@ -120,6 +121,8 @@ class DataConfig:
     """Your own data: paths of .txt, .md, .jsonl or .parquet files, or folders of code."""
     fim_rate: float = 0.5
     """Share of source files rewritten for fill-in-the-middle. The paper applies it to all code but gives no rate."""
+    fim_characters: int = 0
+    """Length of the spans rewritten for fill-in-the-middle, so that one fits into a row; 0: whole files."""
     heldout: float = 0.02
     """Share of documents kept for validation, chosen by a hash of the document's name."""
     synthetic_documents: int = 2000
@@ -299,7 +302,7 @@ class PostTrainingConfig:
     """Share of the unified data that keeps its reasoning; the rest answers directly."""
     general_rl: RLConfig = RLConfig(("arithmetic", "retail", "instructions"), max_turns=8)
     """RL on a mix of all tasks."""
-    pathology_rl: RLConfig = RLConfig(("provocation", "arithmetic", "provocation", "retail", "provocation", "instructions"))
+    pathology_rl: RLConfig = RLConfig(("provocation", "arithmetic", "retail", "instructions"))
     """RL on prompts chosen because they provoke language mixing, repetition and broken format."""
 
     def experts(self):
@@ -363,6 +366,18 @@ class Run:
 def to_dict(config):
     """A config as nested plain dictionaries, ready for JSON."""
     return dataclasses.asdict(config)
+
+
+def from_dict(values, kind=Run):
+    """The inverse of `to_dict`, from parsed JSON. Raises ValueError for a field that does not exist."""
+    types, found = get_type_hints(kind), {}
+    for name, value in values.items():
+        if name not in types:
+            raise ValueError(f"{kind.__name__} has no field {name!r}; was this config written by another version?")
+        if dataclasses.is_dataclass(types[name]):
+            value = from_dict(value, types[name])
+        found[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**found)
 
 
 # Fields that end a run with a division by zero, or an endless one, when they are 0; and shares that stay in [0, 1].
@@ -436,6 +451,9 @@ def check(run):
             f"model.max_position_embeddings = {run.model.max_position_embeddings}: "
             f"the longest stage has sequence_length = {longest}"
         )
+    last = run.stages.items()[-1][1].rope_theta
+    if run.model.rope_theta != last:
+        raise ValueError(f"model.rope_theta = {run.model.rope_theta}: the last stage trains with rope_theta = {last}")
     _check_phases(run.posttraining, run.model.max_position_embeddings)
     opt = run.optimizer
     if not 0 < opt.batch_tokens_start <= opt.batch_tokens_end:

@@ -17,20 +17,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from minglm import evaluate
-from minglm.chat import render, render_text
+from minglm.chat import render_text
 from minglm.common import Log, pick_device, read_jsonl, seed_everything, use_threads, versions, write_json
 from minglm.config import to_dict
-from minglm.data import corpus, quality
-from minglm.data.mixture import Mixture, load_shards, save_shards, tokenize
-from minglm.data.tokenizer import Tokenizer
+from minglm.data.mixture import Mixture
 from minglm.envs import ENVIRONMENTS
 from minglm.inference.engine import Engine
 from minglm.model.glm import GLM
 from minglm.optim.muon import Muon
+from minglm.prepare import prepare
 from minglm.rl import distill
 from minglm.rl.rollout import rollout
 from minglm.rl.synchronous import reinforce
@@ -39,7 +37,7 @@ from minglm.train.checkpoint import Checkpoints, read
 from minglm.train.loop import train
 from minglm.train.stages import phases
 
-DEMONSTRATION_SEED, COLD_START_SEED, DISTILL_SEED, RL_SEED = 1, 2, 3, 4  # disjoint streams of training tasks
+COLD_START_SEED, DISTILL_SEED, RL_SEED = 2, 3, 4  # streams of training tasks; mid-training has 1
 HELDOUT_SOURCES = ("prose", "code")
 
 
@@ -117,7 +115,7 @@ class Pipeline:
         self.log.cut(position)  # what came after the last checkpoint will be done, and logged, again
         if not position:
             self.log.write("start", name=run.name, config_hash=run.hash(), seed=run.seed, versions=versions())
-        self.tokenizer, self.shards, self.heldout = self.prepare_data()
+        self.tokenizer, self.shards, self.heldout = prepare(run, self.out / "data", self.log)
 
     def checkpoints(self, stage):
         """The `Checkpoints` of a stage."""
@@ -167,54 +165,6 @@ class Pipeline:
             state = read(self.checkpoints(stage).final)
             model.load_state_dict(state["model"])
         return model, state
-
-    # Data
-
-    def prepare_data(self):
-        """Tokenizer, token shards and held-out shards, built once and kept in the run's folder."""
-        folder, config = self.out / "data", self.run.data
-        key = {"data": to_dict(self.run)["data"], "vocab_size": self.run.model.vocab_size, "seed": self.run.seed}
-        path = folder / "tokenizer.json"
-        shards, heldout = (load_shards(folder / part, key) for part in ("train", "heldout"))
-        if shards is not None and heldout is not None and path.exists():
-            return Tokenizer.load(path), shards, heldout
-        began = time.time()
-        documents = corpus.build(config, self.run.seed)
-        kept = quality.keep([document for document in documents if not document.heldout])
-        solved = self.demonstrations(DEMONSTRATION_SEED, config.trajectories)
-        if config.tokenizer:
-            tokenizer = Tokenizer.load(config.tokenizer)
-        else:
-            texts = [document.text for document in kept if document.source != "repository"]
-            texts += [render_text(*solution) for solutions in solved.values() for solution in solutions]
-            tokenizer = Tokenizer.train(texts, self.run.model.vocab_size)
-        if tokenizer.vocab_size > self.run.model.vocab_size:
-            raise ValueError(
-                f"model.vocab_size = {self.run.model.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids"
-            )
-        tokenizer.save(path)
-        save_shards(folder / "heldout", tokenize([d for d in documents if d.heldout], tokenizer), key)
-        shards = tokenize(kept, tokenizer, config.fim_rate, self.run.seed)
-        for name, solutions in solved.items():
-            source = "agent" if ENVIRONMENTS[name].group == "agentic" else "reasoning"
-            shards.setdefault(source, []).extend(np.array(render(tokenizer, *s).ids, np.uint32) for s in solutions)
-        save_shards(folder / "train", shards, key)
-        counts = {name: int(sum(map(len, arrays))) for name, arrays in shards.items()}
-        self.log.write("data", tokens=counts, documents=len(kept), seconds=round(time.time() - began, 1))
-        return tokenizer, *(load_shards(folder / part, key) for part in ("train", "heldout"))
-
-    def demonstrations(self, seed, count):
-        """Solved tasks of every environment an expert learns, as (messages, tools, thinking), half with thinking."""
-        names = [name for _, expert in self.run.posttraining.experts() for name in expert.environments]
-        found = {}
-        for name in names:
-            tasks = ENVIRONMENTS[name].tasks(count, self.run.seed * 100 + seed)
-            switch = [i % 2 == 0 for i in range(count)]
-            found[name] = [
-                (ENVIRONMENTS[name].demonstrate(task, think), task.tools, think)
-                for task, think in zip(tasks, switch, strict=True)
-            ]
-        return found
 
     # Training
 
@@ -282,7 +232,7 @@ class Pipeline:
             "correct": distill.correct(),
             "protocol": distill.obeys_protocol(),
         }
-        answers, total = [], None
+        answers = []
         for name, expert in post.experts():
             model, _ = self.model_of(f"{name}.rl")
             environments = {e: ENVIRONMENTS[e] for e in expert.environments}
@@ -298,10 +248,15 @@ class Pipeline:
                 for group in groups for t in group
             ]  # fmt: skip
             kept, report = distill.reject(samples, filters)
-            self.log.write("rejection", expert=name, **report)
-            tools = {task.id: task.tools for task in tasks}
+            counts = {"answers": report["samples"], "kept": report["kept"], **report["rejected"]}
+            self.log.write("rejection", counts={f"{name}: {what}": count for what, count in counts.items()})
+            by_id = {task.id: task for task in tasks}
             distinct = {(s.prompt, s.text): s for s in kept}.values()
-            answers += [(list(s.messages), list(tools[s.prompt])) for s in distinct]
+            answers += [(list(s.messages), list(by_id[s.prompt].tools)) for s in distinct]
+            answered = {by_id[s.prompt].environment for s in kept}
+            answers += [  # without one right answer an environment would be missing: its oracle stands in
+                (environments[t.environment].demonstrate(t), list(t.tools)) for t in tasks if t.environment not in answered
+            ]
         write_json(path, answers)
         return answers
 
@@ -316,7 +271,13 @@ class Pipeline:
             ENVIRONMENTS, config, name, checkpoints, self.log, (self.run.seed * 100 + RL_SEED) * 10 + order[name],
             1.0 if is_expert else post.thinking_share, self.quiet,
         )  # fmt: skip
-        return {"tokens": sum(r["trained_tokens"] for r in read_jsonl(self.log.path) if r.get("stage") == name and "trained_tokens" in r)}
+        return {
+            "tokens": sum(
+                r["trained_tokens"]
+                for r in read_jsonl(self.log.path)
+                if r.get("stage") == name and "trained_tokens" in r
+            )
+        }
 
     # Evaluation
 
@@ -329,7 +290,9 @@ class Pipeline:
             length = min(getattr(self.run.stages, name).sequence_length, 1024)
             for source in HELDOUT_SOURCES:
                 if len(self.heldout.get(source, ())):
-                    value = evaluate.bits_per_byte(model, self.tokenizer, self.heldout[source], length, config.heldout_tokens)
+                    value = evaluate.bits_per_byte(
+                        model, self.tokenizer, self.heldout[source], length, config.heldout_tokens
+                    )
                     self.log.write("bits_per_byte", stage=name, source=source, value=value)
             if model.mtp is not None:
                 value = evaluate.mtp_acceptance(model, self.heldout["code"], length, config.heldout_tokens)
@@ -338,12 +301,17 @@ class Pipeline:
         if stage.kind in ("sft", "rl") and "." in name:
             self.score(engine, name, getattr(post, name.split(".")[0]).environments, (True,))
         elif stage.kind != "pretrain":
-            self.score(engine, name, [*learned, "provocation"], (True, False))
+            self.score(engine, name, learned, (True, False))
         elif name == [s.name for s in self.stages if s.kind == "pretrain"][-1]:
             self.score(engine, name, learned, (True,))
+        when = {"general_rl": "before", "pathology_rl": "after"}.get(name)
+        if when is not None:
+            played = self.score(engine, name, ["provocation"], (True, False))
+            self.log.write("pathology", stage=name, when=when, **evaluate.faults(played))
 
     def score(self, engine, stage, names, switches):
-        """Evaluate environments with thinking on, or on and off; log scores, pathologies and a sample of each."""
+        """Evaluate environments under settings of the thinking switch; log scores and samples. Returns all episodes."""
+        everything = []
         for name in names:
             for thinking in switches:
                 record, played = evaluate.tasks(
@@ -351,7 +319,7 @@ class Pipeline:
                 )
                 self.log.write("evaluation", stage=stage, **record)
                 mode = "thinking" if thinking else "direct"
-                if name == "provocation":
-                    self.log.write("pathology", stage=stage, thinking=thinking, **evaluate.faults(played))
                 text = render_text(played[0].messages, None, thinking)
                 self.log.write("sample", stage=stage, title=f"{name}, {mode}", text=text)
+                everything += played
+        return everything

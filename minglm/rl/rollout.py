@@ -83,7 +83,10 @@ def rollout(engine, tokenizer, environments, tasks, samples, settings, thinking=
     the sample's number. Returns a list, per task, of lists of `Trajectory`.
     """
     thinking = [True] * len(tasks) if thinking is None else thinking
-    groups = [[Trajectory(task, think, list(task.messages)) for _ in range(samples)] for task, think in zip(tasks, thinking)]
+    groups = [
+        [Trajectory(task, think, list(task.messages)) for _ in range(samples)]
+        for task, think in zip(tasks, thinking, strict=True)
+    ]
     episodes, active = {}, []
     for p, group in enumerate(groups):
         prompt = render(tokenizer, tasks[p].messages, tasks[p].tools, thinking[p], generation_prompt=True).ids

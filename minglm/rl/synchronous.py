@@ -130,20 +130,24 @@ def reinforce(model, optimizer, engine, tokenizer, environments, config, name, c
               thinking_share=1.0, quiet=False):  # fmt: skip
     """Run `config.steps` steps of GRPO without KL, resuming from `checkpoints`. Ctrl-C saves and raises Interrupted.
 
-    environments: {name: Environment}, of which `config.environments` take turns. thinking_share: share of prompts with thinking on (1, or a mix).
+    environments: {name: Environment}, of which `config.environments` take turns. thinking_share: share of prompts with
+    thinking on.
     """
     first = 0
     if (state := checkpoints.load()) is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc=name, unit="step", disable=quiet or None)
+    steps = range(first, config.steps)
+    bar = tqdm(steps, initial=first, total=config.steps, desc=name, unit="step", disable=quiet or None)
     with stop_between_steps() as stop:
         for step in bar:
             began = time.perf_counter()
             tasks = draw_tasks(environments, config.environments, config.prompts, seed, step)
-            thinking = [math.floor((p + 1) * thinking_share) > math.floor(p * thinking_share) for p in range(len(tasks))]
-            groups = rollout(engine, tokenizer, environments, tasks, config.samples, config, thinking, seed * 7919 + step)
+            thinking = [int((p + 1) * thinking_share) > int(p * thinking_share) for p in range(len(tasks))]
+            groups = rollout(
+                engine, tokenizer, environments, tasks, config.samples, config, thinking, seed * 7919 + step
+            )
             metrics = summarize(groups) | learn(model, optimizer, groups, config, tokenizer.pad, step)
             log.write(
                 "rl", stage=name, step=step + 1, seconds=round(time.perf_counter() - began, 3), **metrics

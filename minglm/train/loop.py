@@ -88,9 +88,10 @@ def step(model, optimizer, batch, phase, seen):
         return metrics
     for router, load_E in zip(model.routers(), loads, strict=False):
         step_bias(router.e_score_correction_bias, load_E, phase.bias_rate(seen))
-    share = loads / loads.sum(1, keepdim=True)
-    metrics["load_max_over_mean"] = [round(v, 3) for v in (share.amax(1) * share.shape[1]).tolist()]
-    metrics["load_entropy"] = [round(v, 4) for v in (torch.special.entr(share).sum(1) / math.log(share.shape[1])).tolist()]
+    share, experts = loads / loads.sum(1, keepdim=True), loads.shape[1]
+    entropy = torch.special.entr(share).sum(1) / math.log(experts)
+    metrics["load_max_over_mean"] = [round(v, 3) for v in (share.amax(1) * experts).tolist()]
+    metrics["load_entropy"] = [round(v, 4) for v in entropy.tolist()]
     metrics["dead_experts"] = int((loads == 0).sum())
     metrics["bias_rate"] = phase.bias_rate(seen)
     return metrics
@@ -135,7 +136,7 @@ def train(model, optimizer, stream, phase, checkpoints, log, quiet=False):
                 tokens_per_second=speed, **metrics,
             )  # fmt: skip
             load = max(metrics.get("load_max_over_mean", [0]))
-            bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {speed / 1000:.1f}k tok/s, load {load:.1f}", refresh=False)
+            bar.set_postfix_str(f"loss {metrics['loss']:.3f}, load {load:.1f}", refresh=False)
             bar.update(min(count, bar.total - bar.n))
             try:
                 stop()

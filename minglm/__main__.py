@@ -1,0 +1,209 @@
+"""The command line: `python -m minglm VERB ...`, also installed as `minglm`. Every verb has --help.
+
+    run CONFIG      the whole pipeline, or a part of it, ending with a report card
+    plan CONFIG     parameters, memory, compute and time of a config on a number of GPUs
+    eval RUN        score a run's last stage, or another, on the held-out tasks
+    chat RUN        talk to it
+    figures PATH    redraw figures from their stored logs
+
+Words after CONFIG such as `--model.hidden_size 64` override any field of the config.
+"""
+
+import argparse
+import errno
+import json
+import sys
+from pathlib import Path
+
+VERBS = {}
+
+
+def verb(function):
+    """Register a function `verb(words)` under its name, without a trailing underscore."""
+    VERBS[function.__name__.rstrip("_")] = function
+    return function
+
+
+def parser(name, description):
+    """An argument parser for one verb."""
+    return argparse.ArgumentParser(prog=f"python -m minglm {name}", description=description)
+
+
+def stage_table(run, stages):
+    """The table of stages that a run starts with."""
+    rows = [("stage", "teaches", "amount", "length", "peak rate")]
+    rows += [(s.name, s.teaches, s.amount, str(s.sequence_length), f"{s.learning_rate:g}") for s in stages]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([f"{run.name}, config {run.hash()}", *lines])
+
+
+@verb
+def run(words):
+    """The whole paper in one command: every stage of CONFIG, then the report card."""
+    p = parser("run", run.__doc__ + " The same command continues a run that was stopped.")
+    p.add_argument("config", help="a config file, such as configs/toy.py (or FILE:FUNCTION)")
+    p.add_argument("--out", help="folder of the run (default: runs/NAME)")
+    p.add_argument("--only", metavar="STAGE", help="run this stage only; the stage before must be complete")
+    p.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    p.add_argument("--dry-run", action="store_true", help="print the resolved config and the stages, start nothing")
+    args, overrides = p.parse_known_args(words)
+    from minglm import report
+    from minglm.config import load_config, to_dict
+    from minglm.pipeline import Pipeline, plan_stages
+    from minglm.plan import count_parameters
+
+    config = load_config(args.config, overrides)
+    stages = plan_stages(config)
+    print(stage_table(config, stages), flush=True)
+    if args.dry_run:
+        print(json.dumps(to_dict(config), indent=1))
+        print(f"body: {count_parameters(config.model)['body']:,} parameters")
+        return
+    for option, name in (("--only", args.only), ("--until", args.until)):
+        if name is not None and name not in [stage.name for stage in stages]:
+            raise ValueError(f"{option} {name}: no such stage; the stages are {', '.join(s.name for s in stages)}")
+    out = Path(args.out or f"runs/{config.name}")
+    again = f"python -m minglm run {' '.join(words)}"
+    try:
+        complete = Pipeline(config, out).execute(args.only, args.until)
+    except KeyboardInterrupt:
+        print(f"\nstopped; everything up to here is saved. Continue with: {again}", file=sys.stderr)
+        sys.exit(130)
+    print(report.write(out))
+    print(f"talk to it: python -m minglm chat {out}" if complete else f"continue with: {again}")
+
+
+def load_run(folder, stage=None):
+    """(model, tokenizer, run, stage name) of a run folder: its last complete stage, or the one named."""
+    import torch
+
+    from minglm.config import check, from_dict
+    from minglm.data.tokenizer import Tokenizer
+    from minglm.model.glm import GLM
+    from minglm.pipeline import plan_stages
+    from minglm.train.checkpoint import read
+
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise ValueError(f"{folder} is not the folder of a run: it has no config.json; give the --out of a run")
+    config = check(from_dict(json.loads(path.read_text())["config"]))
+    done = [s.name for s in plan_stages(config) if (Path(folder) / "checkpoints" / s.name / "final.pt").exists()]
+    if not done or (stage or done[-1]) not in done:
+        raise ValueError(
+            f"{folder}: no complete stage{f' {stage}' if stage else ''}; complete: {', '.join(done) or 'none'}"
+        )
+    model = GLM(config.model)
+    model.load_state_dict(read(Path(folder) / "checkpoints" / (stage or done[-1]) / "final.pt")["model"])
+    model.dtype = getattr(torch, config.dtype)
+    return model.eval(), Tokenizer.load(Path(folder) / "data" / "tokenizer.json"), config, stage or done[-1]
+
+
+@verb
+def chat(words):
+    """Talk to a run in the terminal."""
+    p = parser("chat", chat.__doc__)
+    p.add_argument("run", help="folder of a run")
+    p.add_argument("--stage", help="use the model as this stage left it (default: the last complete one)")
+    p.add_argument("--temperature", type=float, default=0.6)
+    p.add_argument("--top-p", type=float, default=0.95)
+    p.add_argument("--max-new-tokens", type=int, default=200)
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args(words)
+    from minglm import terminal
+
+    model, tokenizer, _, stage = load_run(args.run, args.stage)
+    print(f"stage {stage}")
+    terminal.chat(model, tokenizer, temperature=args.temperature, top_p=args.top_p,
+                  max_new_tokens=args.max_new_tokens, seed=args.seed)  # fmt: skip
+
+
+@verb
+def eval_(words):
+    """Score a run on the held-out tasks: avg@k and pass@k with 95% intervals, thinking on and off."""
+    p = parser("eval", eval_.__doc__)
+    p.add_argument("run", help="folder of a run")
+    p.add_argument("--stage", help="the stage to score (default: the last complete one)")
+    p.add_argument("--problems", type=int, help="problems per task (default: the config's)")
+    p.add_argument("--samples", type=int, help="answers k per problem (default: the config's)")
+    p.add_argument("--task", action="append", help="score only this task; may be repeated")
+    p.add_argument("--json", action="store_true", help="print records as JSON lines")
+    args = p.parse_args(words)
+    import dataclasses
+
+    from minglm import evaluate
+    from minglm.envs import ENVIRONMENTS
+    from minglm.inference import Engine
+
+    model, tokenizer, config, stage = load_run(args.run, args.stage)
+    changes = {k: v for k, v in (("problems", args.problems), ("samples", args.samples)) if v is not None}
+    settings = dataclasses.replace(config.evaluation, **changes)
+    names = args.task or list(ENVIRONMENTS)
+    for name in names:
+        if name not in ENVIRONMENTS:
+            raise ValueError(f"--task {name}: no such task; the tasks are {', '.join(ENVIRONMENTS)}")
+    for name in names:
+        for thinking in (True, False):
+            record, _ = evaluate.tasks(Engine(model, tokenizer), tokenizer, ENVIRONMENTS[name], settings, thinking)
+            if args.json:
+                print(json.dumps({"stage": stage, **record}), flush=True)
+            else:
+                mode = "thinking" if thinking else "direct"
+                print(f"{name:13} {mode:9} avg@{record['k']} {record['avg']:.3f} ({record['low']:.3f} to "
+                      f"{record['high']:.3f})  pass@{record['k']} {record['pass_k']:.3f}", flush=True)  # fmt: skip
+
+
+@verb
+def plan(words):
+    """What a config needs: parameters, memory per GPU by term, compute, traffic, time and cost."""
+    p = parser("plan", plan.__doc__)
+    p.add_argument("config", help="a config file, such as configs/glm45_355b.py")
+    p.add_argument("--gpus", type=int, default=1, help="number of GPUs")
+    p.add_argument("--gpu-memory-gib", type=float, default=80.0)
+    p.add_argument("--json", action="store_true", help="print the plan as JSON")
+    args, overrides = p.parse_known_args(words)
+    from minglm import plan as planner
+    from minglm.config import load_config
+
+    config = load_config(args.config, overrides)
+    found = planner.plan(config, args.gpus, args.gpu_memory_gib)
+    print(json.dumps(found, indent=1) if args.json else planner.render(found))
+
+
+@verb
+def figures(words):
+    """Redraw figures from their stored logs: run folders, figures/NN_name.json of a lesson, or a config's stages."""
+    p = parser("figures", figures.__doc__)
+    p.add_argument("paths", nargs="*", help="default: everything under figures/")
+    args = p.parse_args(words)
+    from minglm import report
+
+    paths = args.paths or [*sorted(Path("figures").glob("[0-9]*.json")), Path("configs/toy.py")]
+    for path in report.redraw(paths):
+        print(path)
+
+
+def main(words=None):
+    """Entry point: returns the exit status; a user's mistake is one line on stderr and status 2."""
+    words = sys.argv[1:] if words is None else words
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    if words[0] not in VERBS:
+        print(f"minglm: no verb {words[0]!r}; the verbs are {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    try:
+        VERBS[words[0]](words[1:])
+    except ValueError as error:
+        print(f"minglm: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print("minglm: the disk is full; free space and give the same command again, nothing is lost", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""What every lesson does around its experiment: text to read, a short training run, the log and the figure.
+
+    python lessons/02_attention.py              run it, write figures/02_attention.json, draw figures/02_attention.png
+    python lessons/02_attention.py --redraw     draw again from the stored log
+    python lessons/02_attention.py --smoke      a few steps in a temporary folder, under five seconds
+    python lessons/02_attention.py --seeds 5    more seeds
+
+The log holds everything that is plotted, and with it the sizes, the model's config and their hash, the seeds, the
+versions and the CPU-seconds; `draw` sees nothing else. Lessons use one thread: their models are so small that a second
+one would only wait, and the CPU-seconds of the log mean the same everywhere. No counterpart in the paper.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import inspect
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from minglm import figures
+from minglm.common import use_threads, versions, write_json
+from minglm.config import OptimizerConfig
+from minglm.data import corpus, mixture
+from minglm.data.tokenizer import Tokenizer
+from minglm.optim.muon import Muon
+from minglm.optim.schedule import learning_rate
+from minglm.train.loop import Phase, step
+
+FIGURES = Path(__file__).parent.parent / "figures"
+
+
+def library(megabytes, vocabulary, heldout=0.1):
+    """Python's standard library, up to so many megabytes, and a tokenizer trained on it.
+
+    Returns ({"code": arrays} to train on, the same held out, the tokenizer).
+    """
+    documents = list(corpus.python_library(heldout, megabytes))
+    tokenizer = Tokenizer.train([d.text for d in documents if not d.heldout], vocabulary)
+    parts = [[d for d in documents if d.heldout == out] for out in (False, True)]
+    return *(mixture.tokenize(part, tokenizer) for part in parts), tokenizer
+
+
+def rows(shards, length, count):
+    """The first `count` rows of a stream over these shards, one Batch: the same text for every run of a lesson."""
+    return mixture.Mixture(shards, dict.fromkeys(shards, 1.0), length).next(count)
+
+
+def pretrain(model, shards, tokens, batch, peak_lr, seed=0, watch=None, **settings):
+    """Train on `tokens` tokens of shards in batches of `batch` tokens, with Muon, a warm-up over a tenth, and a cosine.
+
+    settings: other fields of `Phase`; mtp_weight and bias_rate are numbers or functions of the tokens seen, 0 unless
+    given. watch(seen, metrics) is called after each step. Returns the metrics of every step.
+    """
+    config, length = OptimizerConfig(peak_lr=peak_lr, warmup_tokens=tokens // 10), model.config.max_position_embeddings
+    stream = mixture.Mixture(shards, dict.fromkeys(shards, 1.0), length, seed=seed)
+    schedules = {name: settings.pop(name, 0.0) for name in ("mtp_weight", "bias_rate")}
+    schedules = {name: value if callable(value) else lambda seen, v=value: v for name, value in schedules.items()}
+    schedules["learning_rate"] = lambda seen: learning_rate(seen + batch, config, tokens + batch)
+    phase = Phase("lesson", tokens, 0, length, batch_tokens=lambda seen: batch, **schedules, **settings)
+    optimizer, history = Muon(model, config), []
+    for seen in range(0, tokens, batch):
+        history.append(step(model, optimizer, stream.next(batch // length), phase, seen))
+        if watch is not None:
+            watch(seen + batch, history[-1])
+    return history
+
+
+def run(name, experiment, draw, verdicts, shown, sizes, smoke, model=None, seeds=3, argv=None):
+    """The command line of a lesson.
+
+    name: of the script, its log and its figure. experiment(sizes, seeds) returns what the log holds; draw(log) a
+    figure; verdicts(log) {claim: whether the log supports it}. shown: functions and classes whose source is printed.
+    sizes, smoke: numbers of the experiment, in full and for a test. model: ModelConfig, if there is one.
+    """
+    parser = argparse.ArgumentParser(description=f"Lesson {name.replace('_', ' ')}.")
+    parser.add_argument("--smoke", action="store_true", help="a few steps in a temporary folder, under 5 seconds")
+    parser.add_argument("--seeds", type=int, default=seeds, help="how often the experiment is repeated")
+    parser.add_argument("--redraw", action="store_true", help="only draw the figure again from the stored log")
+    words = parser.parse_args([] if argv is None and "ipykernel" in sys.modules else argv)
+    use_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) if words.smoke else FIGURES
+        if not words.redraw:
+            print(*map(inspect.getsource, shown), sep="\n")
+            began = time.process_time()
+            sizes, count = (smoke, 1) if words.smoke else (sizes, words.seeds)
+            asked = {"sizes": sizes, "model": model and dataclasses.asdict(model), "seeds": list(range(count))}
+            key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+            log = {"lesson": name, "config_hash": key, "versions": versions(), **asked, **experiment(sizes, count)}
+            write_json(folder / f"{name}.json", log | {"cpu_seconds": round(time.process_time() - began, 1)})
+        log = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        print(*[f"{claim}: {holds}" for claim, holds in verdicts(log).items()], sep="\n")
+        print(f"{log['cpu_seconds']} CPU-seconds; {figures.save(draw(log), folder / f'{name}.png')}")
