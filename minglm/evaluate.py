@@ -49,7 +49,7 @@ def tasks(engine, tokenizer, environment, config, thinking=True, seed=0):
         "pass_k": fmean(pass_at_k(len(g), sum(t.score.value >= 1 for t in g), len(g)) for g in groups),
         "k": config.samples,
         "n": len(problems),
-        "valid_calls": valid / calls if calls else None,
+        "valid_calls": valid / calls if calls and environment.tools() else None,
         "switch_ok": fmean(t.switch_obeyed for t in everything),
         "length": fmean(t.length for t in everything),
     }, everything

@@ -254,9 +254,9 @@ class Pipeline:
             distinct = {(s.prompt, s.text): s for s in kept}.values()
             answers += [(list(s.messages), list(by_id[s.prompt].tools)) for s in distinct]
             answered = {by_id[s.prompt].environment for s in kept}
-            answers += [  # without one right answer an environment would be missing: its oracle stands in
-                (environments[t.environment].demonstrate(t), list(t.tools)) for t in tasks if t.environment not in answered
-            ]
+            unanswered = [task for task in tasks if task.environment not in answered]
+            # Without one right answer an environment would be missing from the unified model: its oracle stands in.
+            answers += [(environments[t.environment].demonstrate(t), list(t.tools)) for t in unanswered]
         write_json(path, answers)
         return answers
 

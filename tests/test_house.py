@@ -21,7 +21,7 @@ FLOORS = {
     2: ("model", "parallel"),
     3: ("train", "inference"),
     4: ("envs", "rl"),
-    5: ("evaluate", "report", "plan", "pipeline", "testing", "figures", "curves", "diagram", "terminal", "__main__"),
+    5: ("evaluate", "report", "plan", "pipeline", "prepare", "testing", "figures", "curves", "diagram", "terminal", "__main__"),
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names} | {"load_config": 0, "GLM": 2}
 

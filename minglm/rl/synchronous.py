@@ -102,8 +102,8 @@ def summarize(groups):
     by_env = {}
     for t in everything:
         by_env.setdefault(t.task.environment, []).append(t.score.value)
-    calls = sum(t.score.parts.get("calls", 0) for t in everything)
-    valid = sum(t.score.parts.get("valid_calls", 0) for t in everything)
+    with_tools = [t.score.parts for t in everything if t.task.tools]
+    calls, valid = (sum(parts[key] for parts in with_tools) for key in ("calls", "valid_calls"))
     faults = [
         detect(text, t.task.label if t.task.environment == "provocation" else None)
         for t in everything
