@@ -12,6 +12,7 @@ Words after CONFIG such as `--model.hidden_size 64` override any field of the co
 import argparse
 import errno
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -41,15 +42,23 @@ def stage_table(run, stages):
 @verb
 def run(words):
     """The whole paper in one command: every stage of CONFIG, then the report card."""
-    p = parser("run", run.__doc__ + " The same command continues a run that was stopped.")
+    p = parser(
+        "run",
+        run.__doc__ + " The same command continues a run that was stopped. With CONFIG, "
+        "--help lists every field of the config as well.",
+    )
     p.add_argument("config", help="a config file, such as configs/toy.py (or FILE:FUNCTION)")
     p.add_argument("--out", help="folder of the run (default: runs/NAME)")
     p.add_argument("--only", metavar="STAGE", help="run this stage only; the stage before must be complete")
     p.add_argument("--until", metavar="STAGE", help="stop after this stage")
     p.add_argument("--dry-run", action="store_true", help="print the resolved config and the stages, start nothing")
+    from minglm.config import load_config, to_dict
+
+    if {"-h", "--help"} & set(words) and not words[0].startswith("-"):
+        p.print_help()
+        load_config(words[0], ["--help"])  # prints every field with its meaning, and ends
     args, overrides = p.parse_known_args(words)
     from minglm import report
-    from minglm.config import load_config, to_dict
     from minglm.pipeline import Pipeline, plan_stages
     from minglm.plan import count_parameters
 
@@ -197,6 +206,8 @@ def main(words=None):
     except ValueError as error:
         print(f"minglm: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads the output, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
