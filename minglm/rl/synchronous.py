@@ -120,10 +120,14 @@ def summarize(groups):
     }
 
 
-def draw_tasks(environments, names, count, seed, step):
-    """`count` training tasks for a step, the environments in `names` taking turns (a name may stand there twice)."""
+def draw_tasks(environments, names, count, seed, step, thinking_share=1.0):
+    """Training tasks for a step, the environments in `names` taking turns (a name may stand there twice), and thinking
+    on or off for each, by whole turns: each environment gets both.
+    """
     numbers = range(step * count, (step + 1) * count)
-    return [environments[names[n % len(names)]].task(n, seed, "train") for n in numbers]
+    tasks = [environments[names[n % len(names)]].task(n, seed, "train") for n in numbers]
+    turns = [n // len(names) for n in numbers]
+    return tasks, [int((turn + 1) * thinking_share) > int(turn * thinking_share) for turn in turns]
 
 
 def reinforce(model, optimizer, engine, tokenizer, environments, config, name, checkpoints, log, seed=0,
@@ -143,8 +147,7 @@ def reinforce(model, optimizer, engine, tokenizer, environments, config, name, c
     with stop_between_steps() as stop:
         for step in bar:
             began = time.perf_counter()
-            tasks = draw_tasks(environments, config.environments, config.prompts, seed, step)
-            thinking = [int((p + 1) * thinking_share) > int(p * thinking_share) for p in range(len(tasks))]
+            tasks, thinking = draw_tasks(environments, config.environments, config.prompts, seed, step, thinking_share)
             groups = rollout(
                 engine, tokenizer, environments, tasks, config.samples, config, thinking, seed * 7919 + step
             )
@@ -175,12 +178,12 @@ def learn(model, optimizer, groups, config, pad, step):
     pairs = [
         (segment, float(advantage_PG[p, g]))
         for p, group in enumerate(groups) if live_P[p]
-        for g, trajectory in enumerate(group)
+        for g, trajectory in enumerate(group) if valid_PG[p, g]
         for segment in trajectory.segments
     ]  # fmt: skip
     for group in optimizer.param_groups:
         group["lr"] = config.peak_lr * min(1.0, (step + 1) / WARMUP_STEPS)
     metrics["trained_tokens"] = sum(len(segment.tokens) for segment, _ in pairs)
-    for part in range(config.updates_per_rollout):
+    for part in range(min(config.updates_per_rollout, len(pairs))):
         metrics |= update(model, optimizer, pairs[part :: config.updates_per_rollout], config, pad)
     return metrics
