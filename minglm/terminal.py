@@ -5,6 +5,7 @@ shop's functions are offered to the model, its calls are run on a small database
 No counterpart in the paper; the thinking switch is that of section 3.1.
 """
 
+import json
 import random
 import sys
 
@@ -35,7 +36,7 @@ class Conversation:
         rng = random.Random(self.seed)
         self.shop = ENVIRONMENTS["retail"].episode(ENVIRONMENTS["retail"].task(0, self.seed))
         self.shop.orders = {
-            str(n): rng.choice(("pending", "shipped", "delivered")) for n in rng.sample(range(100, 1000), 6)
+            n: rng.choice(("pending", "shipped", "delivered")) for n in rng.sample(range(100, 1000), 6)
         }
 
     def command(self, line):
@@ -74,7 +75,7 @@ class Conversation:
             for call in message["tool_calls"]:
                 result = self.shop.call(call["name"], call["arguments"].get("order_id"))
                 self.say(f"{call['name']}({call['arguments']}) -> {result}")
-                self.messages.append({"role": "tool", "content": str(result).replace("'", '"')})
+                self.messages.append({"role": "tool", "content": json.dumps(result)})
 
     def stream(self, tools):
         """One assistant turn, printed as it is drawn: reasoning in grey, then the content. Returns the message."""
