@@ -90,14 +90,17 @@ def claim_gain(records):
 
 def claim_kept(records):
     """The unified model keeps at least 90% of each expert's score on the tasks the expert was reinforced on."""
-    kept = {}
+    holds, texts = [], []
     for expert in EXPERTS:
         for env in trained_envs(records, f"{expert}.rl"):
             pair = compare(records, f"{expert}.rl", "unified", env)
             if pair:
-                kept[env] = pair[1]["avg"] / pair[0]["avg"] if pair[0]["avg"] else 1.0
-    holds = min(kept.values()) >= KEPT if kept else None
-    text = ", ".join(f"{env} {percent(share, 0)}" for env, share in kept.items())
+                best, unified = pair[0]["avg"], pair[1]["avg"]
+                holds.append(best > 0 and unified >= KEPT * best)
+                share = percent(unified / best, 0) if best else "nothing to keep"
+                texts.append(f"{env} {share} ({percent(best)} to {percent(unified)})")
+    text = ", ".join(texts)
+    holds = all(holds) if holds else None
     return Claim("the unified model keeps 90% of each expert's score", text, verdict(holds))
 
 

@@ -59,6 +59,13 @@ def test_gain_needs_intervals_apart():
     assert verdicts(wide)["claim_gain"] == "not met"
 
 
+def test_an_expert_that_knows_nothing_has_nothing_to_keep():
+    """Nothing kept of nothing is no success."""
+    nothing = changed(lambda r: r.get("env") == "retail", avg=0.0, low=0.0, high=0.1)
+    assert verdicts(nothing)["claim_kept"] == "not met"
+    assert "nothing to keep" in report.claim_kept(nothing).measured
+
+
 def test_no_pathology_left_is_a_fall_and_none_before_is_not():
     """Division by zero is neither infinite praise nor a crash: from some to none is met, from none to none is not."""
     none = {"language_mixing": 0.0, "repetition": 0.0, "format": 0.0, "any": 0.0}
