@@ -26,7 +26,7 @@ from minglm.figures import (
 )
 
 
-def bands(records, stages, least=0.14):
+def bands(records, stages, least=0.17):
     """Where each stage lies on an axis of tokens: {stage: (left, right, tokens)}; narrow ones widened to `least`."""
     tokens = {}
     for stage in stages:
@@ -54,7 +54,7 @@ def draw_bands(axis, placed):
         axis.axvspan(left, right, color=colour(stage), alpha=0.13, linewidth=0)
         axis.text(
             (left + right) / 2, 1.02, label(stage, "\n"), transform=axis.get_xaxis_transform(), ha="center",
-            va="bottom", fontsize=7.5, color=dark(stage), weight="bold", linespacing=1.05,
+            va="bottom", fontsize=7.2, color=dark(stage), weight="bold", linespacing=1.05,
         )  # fmt: skip
     axis.set_xticks([(left + right) / 2 for left, right, _ in placed.values()])
     axis.set_xticklabels([thousands(count) for *_, count in placed.values()], fontsize=8)
