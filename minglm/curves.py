@@ -84,9 +84,9 @@ def draw_loss(records, path):
         draw_bands(axis, part)
         for stage, band in part.items():
             steps, x = select(records, "step", stage=stage), along(records, stage, band)
-            for name, shade, text, above in (
-                ("mtp_loss", PALE, "token after next (MTP)", 10),
-                ("loss", INK, "next token", -16),
+            for name, shade, text, place, side in (
+                ("mtp_loss", PALE, "token after next (MTP)", (6, 9), "left"),
+                ("loss", INK, "next token", (-4, -13), "right"),
             ):
                 values = [r.get(name) for r in steps]
                 if not all(values):  # trained without MTP
@@ -94,7 +94,7 @@ def draw_loss(records, path):
                 mean = draw_curve(axis, x, values, shade)
                 if stage == stages[0]:
                     at = len(x) // 3
-                    axis.annotate(text, (x[at], mean[at]), (4, above), textcoords="offset points", color=shade)
+                    axis.annotate(text, (x[at], mean[at]), place, textcoords="offset points", color=shade, ha=side)
         axis.set_xlabel("tokens of each stage")
     axes[0][0].set_ylabel("cross-entropy (nats per token)")
     axes[0][0].set_ylim(0, 1.08 * axes[0][0].get_ylim()[1])
