@@ -93,7 +93,7 @@ def draw_loss(records, path):
                     continue
                 mean = draw_curve(axis, x, values, shade)
                 if stage == stages[0]:
-                    at = len(x) // 3
+                    at = len(x) // 3 if side == "left" else len(x) * 3 // 5
                     axis.annotate(text, (x[at], mean[at]), place, textcoords="offset points", color=shade, ha=side)
         axis.set_xlabel("tokens of each stage")
     axes[0][0].set_ylabel("cross-entropy (nats per token)")
