@@ -54,9 +54,9 @@ def seed_everything(seed):
 def atomic_path(path):
     """Yield a temporary path beside `path`; on success it replaces `path`, on any error it is removed."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
@@ -66,7 +66,8 @@ def atomic_path(path):
             f"cannot write {path}: {error.strerror or error}; free space or choose another --out"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there, nor its folder
+            temporary.unlink()
 
 
 def write_json(path, value):
@@ -111,8 +112,8 @@ class Log:
         return self.file.tell()
 
     def cut(self, position):
-        """Remove everything after `position` bytes."""
-        self.file.truncate(position)
+        """Remove everything after `position` bytes; a shorter log stays as it is."""
+        self.file.truncate(min(position, self.file.seek(0, os.SEEK_END)))
         self.file.seek(0, os.SEEK_END)
 
 

@@ -42,8 +42,11 @@ class Checkpoints:
     def save(self, state, final=False):
         """Write a dictionary of tensors and plain values. A final checkpoint replaces the partial one."""
         state["log_position"] = self.log.position if self.log is not None else 0
-        with atomic_path(self.final if final else self.partial) as temporary:
-            torch.save(state, temporary)
+        with atomic_path(self.final if final else self.partial) as temporary, open(temporary, "wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # torch hides a full disk behind an error of its own
+                raise error.__context__ or error from None
         if final:
             self.partial.unlink(missing_ok=True)
         self.saved_at = time.monotonic()
