@@ -45,33 +45,31 @@ def toy():
         ),
         stages=StagesConfig(
             general=StageConfig(
-                "prose, code, facts", 600_000, 128, {"prose": 3, "code": 3, "qa": 2, "science": 1, "math": 1}
+                "prose, code, facts", 550_000, 128, {"prose": 3, "code": 3, "qa": 2, "science": 1, "math": 1}
             ),
             code_reasoning=StageConfig(
-                "code and mathematics", 350_000, 128, {"code": 4, "math": 3, "qa": 1, "science": 1, "prose": 1}
+                "code and mathematics", 300_000, 128, {"code": 4, "math": 4, "qa": 1, "science": 1}
             ),
             repository=StageConfig(
-                "code across files", 100_000, 1024, {"repository": 3, "code": 1}, "best_fit", 1_000_000.0
+                "code across files", 80_000, 1024, {"repository": 3, "code": 1}, "best_fit", 1_000_000.0
             ),
             reasoning=StageConfig(
-                "worked solutions", 900_000, 1024,
-                {"tasks:arithmetic": 3, "tasks:instructions": 4, "tasks:code": 2, "tasks:retail": 2,
-                 "math": 1, "qa": 1},
+                "worked solutions", 1_100_000, 1024,
+                {"tasks:arithmetic": 5, "tasks:instructions": 5, "tasks:code": 2, "tasks:retail": 1, "qa": 1},
                 "best_fit", 1_000_000.0,
             ),
             long_agent=StageConfig(
-                "long documents, agents", 450_000, 4096,
-                {"tasks:retail": 6, "long": 1, "tasks:arithmetic": 1, "tasks:instructions": 2, "tasks:code": 1,
-                 "code": 1},
+                "long documents, agents", 350_000, 4096,
+                {"tasks:retail": 3, "long": 1, "tasks:arithmetic": 2, "tasks:instructions": 3, "tasks:code": 1},
                 "best_fit", 1_000_000.0,
             ),
         ),
         optimizer=OptimizerConfig(
             peak_lr=2e-2,
             warmup_tokens=40_000,
-            batch_tokens_start=2048,
-            batch_tokens_end=4096,
-            batch_ramp_tokens=600_000,
+            batch_tokens_start=1024,
+            batch_tokens_end=3072,
+            batch_ramp_tokens=400_000,
             microbatch_tokens=4096,
         ),
         balance=BalanceConfig(),
@@ -79,7 +77,8 @@ def toy():
             reasoning=ExpertConfig(
                 ("arithmetic", "code"),
                 SFTConfig(400, 2.0, 4096, 512, 2e-3),
-                RLConfig(("arithmetic",), 40, 16, 8, 72, 1, peak_lr=3e-4),
+                terse_share=0.6,
+                rl=RLConfig(("arithmetic",), 30, 16, 8, 72, 1, peak_lr=3e-4),
             ),
             agent=ExpertConfig(
                 ("retail",),
@@ -100,5 +99,5 @@ def toy():
                 peak_lr=3e-4,
             ),
         ),
-        evaluation=EvaluationConfig(problems=100, samples=4, max_new_tokens=80, heldout_tokens=40_000),
+        evaluation=EvaluationConfig(problems=120, samples=2, max_new_tokens=80, heldout_tokens=40_000),
     )  # fmt: skip

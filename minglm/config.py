@@ -281,6 +281,8 @@ class ExpertConfig:
     """Environments whose solutions the cold start shows, and which the unified model learns from this expert."""
     sft: SFTConfig = SFTConfig()
     """The cold start: a small set with long chains of thought."""
+    terse_share: float = 0.0
+    """Share of the cold start whose reasoning stops after its first step, so that RL has to find that steps pay."""
     rl: RLConfig = RLConfig()
     """The reinforcement phase."""
 
@@ -384,7 +386,7 @@ def from_dict(values, kind=Run):
 POSITIVE = {"prompts", "problems", "max_new_tokens", "max_turns", "updates_per_rollout", "responses_per_prompt"}
 POSITIVE |= {"samples", "batch_tokens", "microbatch_tokens", "top_p", "corpus_megabytes"}
 SHARES = {"muon_momentum", "adam_beta1", "adam_beta2", "final_lr_ratio", "clip_low", "top_p", "heldout", "fim_rate"}
-SHARES |= {"thinking_share"}
+SHARES |= {"thinking_share", "terse_share"}
 
 
 def _check_numbers(config, where=""):

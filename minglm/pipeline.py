@@ -13,6 +13,7 @@ Simplified: one process. The experts are trained one after the other; the paper'
 
 import json
 import random
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from minglm.envs import ENVIRONMENTS
 from minglm.inference.engine import Engine
 from minglm.model.glm import GLM
 from minglm.optim.muon import Muon
-from minglm.prepare import prepare
+from minglm.prepare import check_environments, prepare
 from minglm.rl import distill
 from minglm.rl.rollout import rollout
 from minglm.rl.synchronous import reinforce
@@ -60,7 +61,8 @@ class Stage:
 
 
 def plan_stages(run):
-    """Every `Stage` of a run, in order."""
+    """Every `Stage` of a run, in order. Raises ValueError for an environment that does not exist."""
+    check_environments(run)
     post, found, base = run.posttraining, [], None
     for phase in phases(run):
         config = getattr(run.stages, phase.name)
@@ -86,17 +88,21 @@ def plan_stages(run):
     return found
 
 
-def claim_folder(out, run):
-    """Make `out` this run's folder. Raises ValueError when it holds a run of another config."""
+def check_folder(out, run):
+    """Raises ValueError when `out` holds a run of another config."""
     path = out / "config.json"
-    if path.exists():
-        found = json.loads(path.read_text())["hash"]
-        if found != run.hash():
-            raise ValueError(
-                f"{out} holds a run of another config (hash {found}, this one is {run.hash()}); choose another --out"
-            )
-    else:
-        write_json(path, {"hash": run.hash(), "config": to_dict(run)})
+    found = json.loads(path.read_text())["hash"] if path.exists() else run.hash()
+    if found != run.hash():
+        raise ValueError(
+            f"{out} holds a run of another config (hash {found}, this one is {run.hash()}); choose another --out"
+        )
+
+
+def first_step_only(message):
+    """A message whose reasoning stops after its first step."""
+    if "reasoning_content" not in message:
+        return message
+    return message | {"reasoning_content": re.split(r"[;\n]", message["reasoning_content"])[0]}
 
 
 class Pipeline:
@@ -104,7 +110,7 @@ class Pipeline:
 
     def __init__(self, run, out, quiet=False):
         self.run, self.out, self.quiet = run, Path(out), quiet
-        claim_folder(self.out, run)
+        check_folder(self.out, run)
         use_threads(run.threads)
         seed_everything(run.seed)
         self.device = pick_device(run.device)
@@ -113,9 +119,13 @@ class Pipeline:
         saved = sorted((self.out / "checkpoints").glob("*/*.pt"))
         position = max((read(path)["log_position"] for path in saved), default=0)
         self.log.cut(position)  # what came after the last checkpoint will be done, and logged, again
+        for left in self.out.rglob(".*.tmp"):
+            left.unlink()  # half a file of a process that was killed
+        self.tokenizer, self.shards, self.heldout, about = prepare(run, self.out / "data")
+        write_json(self.out / "config.json", {"hash": run.hash(), "config": to_dict(run)})
         if not position:
             self.log.write("start", name=run.name, config_hash=run.hash(), seed=run.seed, versions=versions())
-        self.tokenizer, self.shards, self.heldout = prepare(run, self.out / "data", self.log)
+            self.log.write("data", **about)
 
     def checkpoints(self, stage):
         """The `Checkpoints` of a stage."""
@@ -126,16 +136,25 @@ class Pipeline:
         return self.checkpoints(stage).final.exists()
 
     def execute(self, only=None, until=None):
-        """Run all stages, or one (`only`), or those up to one (`until`). Returns whether the whole run is complete."""
-        began = time.time()
-        for stage in self.stages:
-            if only in (None, stage.name) and not self.done(stage.name):
+        """Run all stages, or one (`only`), or those up to one (`until`). Returns whether the whole run is complete.
+
+        An interrupted stage comes first, because its log is cut back to its checkpoint. Raises ValueError when it is
+        not among those asked for.
+        """
+        names = [stage.name for stage in self.stages]
+        wanted = [only] if only else names[: names.index(until) + 1] if until else names
+        interrupted = [name for name in names if self.checkpoints(name).partial.exists() and not self.done(name)]
+        for name in interrupted:
+            if name not in wanted:
+                raise ValueError(f"stage {name} was interrupted; finish it first, with --only {name}")
+        for stage in sorted(self.stages, key=lambda stage: stage.name not in interrupted):
+            if stage.name in wanted and not self.done(stage.name):
                 self.execute_stage(stage)
-            if stage.name == until:
-                break
-        complete = all(self.done(stage.name) for stage in self.stages)
-        if complete and not any(record["kind"] == "end" for record in read_jsonl(self.log.path)):
-            self.log.write("end", seconds=round(time.time() - began, 1))
+        complete = all(map(self.done, names))
+        if complete:
+            found = [r for r in read_jsonl(self.log.path) if r["kind"] in ("data", "stage_end")]
+            seconds = sum(r["seconds"] + r.get("evaluation_seconds", 0) for r in found)
+            self.log.write("end", seconds=round(seconds, 1))
         return complete
 
     def execute_stage(self, stage):
@@ -205,13 +224,19 @@ class Pipeline:
         conversations = []
         for name in expert.environments:
             tasks = ENVIRONMENTS[name].tasks(expert.sft.samples, self.run.seed * 100 + COLD_START_SEED)
-            conversations += [(ENVIRONMENTS[name].demonstrate(task), task.tools, True) for task in tasks]
+            for number, task in enumerate(tasks):
+                messages = ENVIRONMENTS[name].demonstrate(task)
+                if int((number + 1) * expert.terse_share) > int(number * expert.terse_share):
+                    messages = [first_step_only(message) for message in messages]
+                conversations.append((messages, task.tools, True))
         return self.fine_tune(stage, model, conversations, expert.sft, checkpoints)
 
     def unify(self, stage, model, state, checkpoints):
         """One hybrid model from the base and the experts' right answers, some with their thinking removed."""
         post = self.run.posttraining
-        answers = self.experts_answers()
+        answers, counts = self.experts_answers()
+        if not checkpoints.partial.exists():
+            self.log.write("rejection", counts=counts)
         random.Random(self.run.seed).shuffle(answers)
         answers = answers[: post.unified.samples]
         conversations = []
@@ -223,16 +248,11 @@ class Pipeline:
         return self.fine_tune(stage, model, conversations, post.unified, checkpoints)
 
     def experts_answers(self):
-        """Rejection-sampled answers of all experts as (messages, tools); kept on disk once they are there."""
-        path, post = self.out / "data" / "answers.json", self.run.posttraining
+        """What the experts answered well, as (messages, tools), and counts; kept on disk once it is there."""
+        path, post = self.out / "data" / "accepted.json", self.run.posttraining
         if path.exists():
             return json.loads(path.read_text())
-        filters = {
-            "form": distill.well_formed(),
-            "correct": distill.correct(),
-            "protocol": distill.obeys_protocol(),
-        }
-        answers = []
+        answers, counts = [], {}
         for name, expert in post.experts():
             model, _ = self.model_of(f"{name}.rl")
             environments = {e: ENVIRONMENTS[e] for e in expert.environments}
@@ -242,23 +262,15 @@ class Pipeline:
             ]  # fmt: skip
             groups = rollout(Engine(model, self.tokenizer), self.tokenizer, environments, tasks,
                              post.responses_per_prompt, expert.rl, seed=DISTILL_SEED)  # fmt: skip
-            samples = [
-                distill.Sample(t.task.id, t.texts[-1], tuple(t.messages), t.score.value, t.score.status, t.truncated,
-                               t.length)
-                for group in groups for t in group
-            ]  # fmt: skip
-            kept, report = distill.reject(samples, filters)
-            counts = {"answers": report["samples"], "kept": report["kept"], **report["rejected"]}
-            self.log.write("rejection", counts={f"{name}: {what}": count for what, count in counts.items()})
-            by_id = {task.id: task for task in tasks}
-            distinct = {(s.prompt, s.text): s for s in kept}.values()
-            answers += [(list(s.messages), list(by_id[s.prompt].tools)) for s in distinct]
-            answered = {by_id[s.prompt].environment for s in kept}
+            accepted, found = distill.accept([trajectory for group in groups for trajectory in group])
+            counts |= {f"{name}: {what}": count for what, count in found.items()}
+            answers += [(messages, list(task.tools)) for task, messages in accepted]
+            answered = {task.environment for task, _ in accepted}
             unanswered = [task for task in tasks if task.environment not in answered]
             # Without one right answer an environment would be missing from the unified model: its oracle stands in.
             answers += [(environments[t.environment].demonstrate(t), list(t.tools)) for t in unanswered]
-        write_json(path, answers)
-        return answers
+        write_json(path, [answers, counts])
+        return answers, counts
 
     def reinforce(self, stage, model, state, checkpoints):
         """GRPO on an expert's tasks, or on the mix of a general stage, half of its prompts without thinking."""
@@ -271,13 +283,8 @@ class Pipeline:
             ENVIRONMENTS, config, name, checkpoints, self.log, (self.run.seed * 100 + RL_SEED) * 10 + order[name],
             1.0 if is_expert else post.thinking_share, self.quiet,
         )  # fmt: skip
-        return {
-            "tokens": sum(
-                r["trained_tokens"]
-                for r in read_jsonl(self.log.path)
-                if r.get("stage") == name and "trained_tokens" in r
-            )
-        }
+        records = [r for r in read_jsonl(self.log.path) if r.get("stage") == name]
+        return {"tokens": sum(r.get("trained_tokens", 0) for r in records)}
 
     # Evaluation
 
@@ -294,7 +301,7 @@ class Pipeline:
                         model, self.tokenizer, self.heldout[source], length, config.heldout_tokens
                     )
                     self.log.write("bits_per_byte", stage=name, source=source, value=value)
-            if model.mtp is not None:
+            if model.mtp is not None and len(self.heldout.get("code", ())):
                 value = evaluate.mtp_acceptance(model, self.heldout["code"], length, config.heldout_tokens)
                 self.log.write("mtp_acceptance", stage=name, value=value)
         learned = [env for _, expert in post.experts() for env in expert.environments]
