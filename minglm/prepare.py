@@ -7,11 +7,13 @@ The sources of the shards are those of the corpus (prose, code, math, science, q
 config finds them again.
 """
 
+import json
 import time
 
 import numpy as np
 
 from minglm.chat import render, render_text
+from minglm.common import write_json
 from minglm.config import to_dict
 from minglm.data import corpus, quality
 from minglm.data.mixture import load_shards, save_shards, tokenize
@@ -21,16 +23,31 @@ from minglm.envs import ENVIRONMENTS
 TASK_SEED = 1
 
 
-def prepare(run, folder, log):
-    """(tokenizer, training shards, held-out shards) of a Run, from `folder` or built there.
+def check_environments(run):
+    """Raises ValueError for a stage of post-training without tasks, or with tasks that do not exist."""
+    post = run.posttraining
+    named = {f"{name}.environments": expert.environments for name, expert in post.experts()}
+    named |= {f"{name}.rl.environments": expert.rl.environments for name, expert in post.experts()}
+    named |= {f"{name}.environments": getattr(post, name).environments for name in ("general_rl", "pathology_rl")}
+    for name, environments in named.items():
+        if not environments or not set(environments) <= set(ENVIRONMENTS):
+            given = " ".join(environments) or "nothing"
+            raise ValueError(f"posttraining.{name} = {given}: must be some of {', '.join(ENVIRONMENTS)}")
 
-    Raises ValueError when the tokenizer has more ids than the model, or as the corpus does for unreadable files.
+
+def prepare(run, folder):
+    """(tokenizer, training shards, held-out shards, what was done) of a Run, from `folder` or built there.
+
+    What was done, for the log: tokens of each source, number of documents, seconds.
+    Raises ValueError when a mixture names no source, when the tokenizer has more ids than the model, or as the corpus
+    does for unreadable files.
     """
     key = {"data": to_dict(run)["data"], "vocab_size": run.model.vocab_size, "seed": run.seed}
-    path = folder / "tokenizer.json"
+    path, about = folder / "tokenizer.json", folder / "about.json"
     shards, heldout = (load_shards(folder / part, key) for part in ("train", "heldout"))
-    if shards is not None and heldout is not None and path.exists():
-        return Tokenizer.load(path), shards, heldout
+    if shards is not None and heldout is not None and path.exists() and about.exists():
+        _check_mixtures(run, shards)
+        return Tokenizer.load(path), shards, heldout, json.loads(about.read_text())
     began = time.time()
     documents = corpus.build(run.data, run.seed)
     kept = quality.keep([document for document in documents if not document.heldout])
@@ -41,10 +58,19 @@ def prepare(run, folder, log):
     shards = tokenize(kept, tokenizer, run.data.fim_rate, run.seed, run.data.fim_characters)
     for name, conversations in solved.items():
         shards[f"tasks:{name}"] = [np.array(render(tokenizer, *c).ids, np.uint32) for c in conversations]
-    save_shards(folder / "train", shards, key)
     counts = {name: int(sum(map(len, arrays))) for name, arrays in shards.items()}
-    log.write("data", tokens=counts, documents=len(kept), seconds=round(time.time() - began, 1))
-    return tokenizer, *(load_shards(folder / part, key) for part in ("train", "heldout"))
+    write_json(about, {"tokens": counts, "documents": len(kept), "seconds": round(time.time() - began, 1)})
+    save_shards(folder / "train", shards, key)  # last: what has an index is complete
+    return prepare(run, folder)
+
+
+def _check_mixtures(run, shards):
+    """Refuse a mixture now, and not when its stage is reached."""
+    for name, stage in run.stages.items():
+        for source in stage.mixture:
+            if stage.tokens and source not in shards:
+                known = ", ".join(sorted(shards))
+                raise ValueError(f"stages.{name}.mixture names the source {source!r}; the corpus has {known}")
 
 
 def build_tokenizer(run, documents, solved):

@@ -105,6 +105,23 @@ def reject(samples, filters):
     return kept, {"samples": len(samples), "kept": len(kept), "rejected": rejected}
 
 
+def accept(trajectories):
+    """The trajectories that pass the three filters which need no reward model, equal answers to a prompt once.
+
+    trajectories: of `minglm.rl.rollout`, scored. Returns ([(task, messages)], counts of answers, kept and rejected).
+    """
+    samples = [
+        Sample(t.task.id, t.texts[-1], tuple(t.messages), t.score.value, t.score.status, t.truncated, t.length)
+        for t in trajectories
+    ]
+    filters = {"form": well_formed(), "correct": correct(), "protocol": obeys_protocol()}
+    kept, report = reject(samples, filters)
+    tasks = {t.task.id: t.task for t in trajectories}
+    distinct = {(s.prompt, s.text): s for s in kept}.values()
+    counts = {"answers": report["samples"], "kept": report["kept"], **report["rejected"]}
+    return [(tasks[s.prompt], list(s.messages)) for s in distinct], counts
+
+
 def drop_shortest(samples, share=0.5):
     """Leave out the prompts with the shortest answers, with all their samples.
 
