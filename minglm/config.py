@@ -281,10 +281,10 @@ class ExpertConfig:
     """Environments whose solutions the cold start shows, and which the unified model learns from this expert."""
     sft: SFTConfig = SFTConfig()
     """The cold start: a small set with long chains of thought."""
-    terse_share: float = 0.0
-    """Share of the cold start whose reasoning stops after its first step, so that RL has to find that steps pay."""
     rl: RLConfig = RLConfig()
     """The reinforcement phase."""
+    terse_share: float = 0.0
+    """Share of the cold start whose reasoning stops after its first step, so that RL has to find that steps pay."""
 
 
 @dataclass(frozen=True)
