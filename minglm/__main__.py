@@ -13,6 +13,7 @@ import argparse
 import errno
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -73,14 +74,16 @@ def run(words):
         if name is not None and name not in [stage.name for stage in stages]:
             raise ValueError(f"{option} {name}: no such stage; the stages are {', '.join(s.name for s in stages)}")
     out = Path(args.out or f"runs/{config.name}")
-    again = f"python -m minglm run {' '.join(words)}"
+    program = ["python", "-m", "minglm"]
     try:
         complete = Pipeline(config, out).execute(args.only, args.until)
     except KeyboardInterrupt:
+        again = shlex.join([*program, "run", *words])
         print(f"\nstopped; everything up to here is saved. Continue with: {again}", file=sys.stderr)
         sys.exit(130)
     print(report.write(out))
-    print(f"talk to it: python -m minglm chat {out}" if complete else f"continue with: {again}")
+    rest = shlex.join([*program, "run", args.config, "--out", str(out), *overrides])
+    print(f"talk to it: {shlex.join([*program, 'chat', str(out)])}" if complete else f"continue with: {rest}")
 
 
 def load_run(folder, stage=None):
@@ -102,10 +105,12 @@ def load_run(folder, stage=None):
         raise ValueError(
             f"{folder}: no complete stage{f' {stage}' if stage else ''}; complete: {', '.join(done) or 'none'}"
         )
-    model = GLM(config.model)
-    model.load_state_dict(read(Path(folder) / "checkpoints" / (stage or done[-1]) / "final.pt")["model"])
+    stage, model = stage or done[-1], GLM(config.model)
+    model.load_state_dict(read(Path(folder) / "checkpoints" / stage / "final.pt")["model"])
     model.dtype = getattr(torch, config.dtype)
-    return model.eval(), Tokenizer.load(Path(folder) / "data" / "tokenizer.json"), config, stage or done[-1]
+    if (trained := getattr(config.stages, stage, None)) is not None:
+        model.rope_theta = trained.rope_theta
+    return model.eval(), Tokenizer.load(Path(folder) / "data" / "tokenizer.json"), config, stage
 
 
 @verb
@@ -146,6 +151,9 @@ def eval_(words):
 
     model, tokenizer, config, stage = load_run(args.run, args.stage)
     changes = {k: v for k, v in (("problems", args.problems), ("samples", args.samples)) if v is not None}
+    for option, value in changes.items():
+        if value < 1:
+            raise ValueError(f"--{option} {value}: must be at least 1")
     settings = dataclasses.replace(config.evaluation, **changes)
     names = args.task or list(ENVIRONMENTS)
     for name in names:
@@ -209,10 +217,16 @@ def main(words=None):
     except BrokenPipeError:  # whoever reads the output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            why = "the disk is full; free space and give the same command again, nothing is lost"
+        elif error.filename is not None:
+            why = f"{error.filename}: {error.strerror}"
+        else:
             raise
-        print("minglm: the disk is full; free space and give the same command again, nothing is lost", file=sys.stderr)
+        print(f"minglm: {why}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -26,7 +26,8 @@ def examples(tokenizer, messages, tools=(), thinking=True):
         whole = render(tokenizer, messages[:end], tools, thinking)
         mask = np.array(whole.mask)
         mask[: len(prompt.ids)] = False
-        found.append((np.array(whole.ids), mask))
+        if mask.any():  # not so for a system message on its own
+            found.append((np.array(whole.ids), mask))
     return found
 
 
