@@ -20,11 +20,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from minglm import figures
 from minglm.common import use_threads, versions, write_json
-from minglm.config import OptimizerConfig
+from minglm.config import ModelConfig, OptimizerConfig
 from minglm.data import corpus, mixture
 from minglm.data.tokenizer import Tokenizer
 from minglm.optim.muon import Muon
@@ -32,6 +32,13 @@ from minglm.optim.schedule import learning_rate
 from minglm.train.loop import Phase, step
 
 FIGURES = Path(__file__).parent.parent / "figures"
+NANO = ModelConfig(
+    vocab_size=512, hidden_size=64, num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=0,
+    num_attention_heads=6, num_key_value_heads=2, head_dim=16, rope_theta=10_000.0, intermediate_size=192,
+    moe_intermediate_size=32, n_routed_experts=8, num_experts_per_tok=2, max_position_embeddings=512,
+    initializer_range=0.06,
+)  # fmt: skip
+"""The model of most lessons, 0.2 M parameters: 25 k tokens a second in training on one core."""
 
 
 def library(megabytes, vocabulary, heldout=0.1):
@@ -45,36 +52,54 @@ def library(megabytes, vocabulary, heldout=0.1):
     return *(mixture.tokenize(part, tokenizer) for part in parts), tokenizer
 
 
-def rows(shards, length, count):
-    """The first `count` rows of a stream over these shards, one Batch: the same text for every run of a lesson."""
-    return mixture.Mixture(shards, dict.fromkeys(shards, 1.0), length).next(count)
+def stream(shards, length, seed=0):
+    """Rows of `length` tokens cut from these shards, in equal shares."""
+    return mixture.Mixture(shards, dict.fromkeys(shards, 1.0), length, seed=seed)
 
 
-def pretrain(model, shards, tokens, batch, peak_lr, seed=0, watch=None, **settings):
-    """Train on `tokens` tokens of shards in batches of `batch` tokens, with Muon, a warm-up over a tenth, and a cosine.
+def pretrain(model, rows, length, tokens, batch, peak_lr, watch=None, **settings):
+    """Train on `tokens` tokens in batches of `batch`, with Muon, a warm-up over a tenth, and a cosine to a tenth.
 
-    settings: other fields of `Phase`; mtp_weight and bias_rate are numbers or functions of the tokens seen, 0 unless
-    given. watch(seen, metrics) is called after each step. Returns the metrics of every step.
+    rows: a stream, its rows of `length` tokens. settings: other fields of `Phase`; mtp_weight and bias_rate are numbers
+    or functions of the tokens seen, 0 unless given. watch(seen, metrics) is called after each step. Returns the metrics
+    of every step.
     """
-    config, length = OptimizerConfig(peak_lr=peak_lr, warmup_tokens=tokens // 10), model.config.max_position_embeddings
-    stream = mixture.Mixture(shards, dict.fromkeys(shards, 1.0), length, seed=seed)
+    config = OptimizerConfig(peak_lr=peak_lr, warmup_tokens=tokens // 10)
     schedules = {name: settings.pop(name, 0.0) for name in ("mtp_weight", "bias_rate")}
     schedules = {name: value if callable(value) else lambda seen, v=value: v for name, value in schedules.items()}
     schedules["learning_rate"] = lambda seen: learning_rate(seen + batch, config, tokens + batch)
     phase = Phase("lesson", tokens, 0, length, batch_tokens=lambda seen: batch, **schedules, **settings)
     optimizer, history = Muon(model, config), []
     for seen in range(0, tokens, batch):
-        history.append(step(model, optimizer, stream.next(batch // length), phase, seen))
+        history.append(step(model, optimizer, rows.next(batch // length), phase, seen))
         if watch is not None:
             watch(seen + batch, history[-1])
     return history
 
 
+def curve(axis, x, values, name, shade, at=(6, 0), style="-", **more):
+    """Draw the mean of `values` (seeds, points) as a line and their range as a band, and write its name at the end.
+
+    at: offset of the name in points. more: of the name, for example ha="right".
+    """
+    values = np.asarray(values)
+    axis.fill_between(x, values.min(0), values.max(0), color=shade, alpha=0.18, linewidth=0)
+    axis.plot(x, values.mean(0), style, color=shade, linewidth=1.6, markersize=3.5)
+    axis.annotate(name, (x[-1], values.mean(0)[-1]), at, textcoords="offset points", color=shade, va="center", **more)
+
+
+def panel(axis, heading, x, y, **more):
+    """Heading and axis labels of one panel, and other settings of the axis."""
+    figures.title(axis, heading)
+    axis.set(xlabel=x, ylabel=y, **more)
+
+
 def run(name, experiment, draw, verdicts, shown, sizes, smoke, model=None, seeds=3, argv=None):
     """The command line of a lesson.
 
-    name: of the script, its log and its figure. experiment(sizes, seeds) returns what the log holds; draw(log) a
-    figure; verdicts(log) {claim: whether the log supports it}. shown: functions and classes whose source is printed.
+    name: of the script, its log and its figure. experiment(sizes, seeds) returns what the log holds, `full_scale` of
+    it {text: number} is printed; draw(log) a figure; verdicts(log) {claim: whether the log supports it}. shown: what of
+    minglm's source is printed: functions and classes.
     sizes, smoke: numbers of the experiment, in full and for a test. model: ModelConfig, if there is one.
     """
     parser = argparse.ArgumentParser(description=f"Lesson {name.replace('_', ' ')}.")
@@ -94,5 +119,5 @@ def run(name, experiment, draw, verdicts, shown, sizes, smoke, model=None, seeds
             log = {"lesson": name, "config_hash": key, "versions": versions(), **asked, **experiment(sizes, count)}
             write_json(folder / f"{name}.json", log | {"cpu_seconds": round(time.process_time() - began, 1)})
         log = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        print(*[f"{claim}: {holds}" for claim, holds in verdicts(log).items()], sep="\n")
+        print(*[f"{text}: {value}" for text, value in (verdicts(log) | log.get("full_scale", {})).items()], sep="\n")
         print(f"{log['cpu_seconds']} CPU-seconds; {figures.save(draw(log), folder / f'{name}.png')}")

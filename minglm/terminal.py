@@ -35,9 +35,7 @@ class Conversation:
         self.messages, self.turn = [], 0
         rng = random.Random(self.seed)
         self.shop = ENVIRONMENTS["retail"].episode(ENVIRONMENTS["retail"].task(0, self.seed))
-        self.shop.orders = {
-            n: rng.choice(("pending", "shipped", "delivered")) for n in rng.sample(range(100, 1000), 6)
-        }
+        self.shop.orders = {n: rng.choice(("pending", "shipped", "delivered")) for n in rng.sample(range(100, 1000), 6)}
 
     def command(self, line):
         """Carry out a line that begins with a slash; False ends the chat."""
@@ -62,9 +60,17 @@ class Conversation:
         print(f"{GREY}{text}{PLAIN}", file=self.out, flush=True)
 
     def answer(self, text):
-        """Send a user message and stream the answer, running the tools it calls."""
-        self.messages.append({"role": "user", "content": text})
-        tools = ENVIRONMENTS["retail"].tools() if self.tools else ()
+        """Send a user message and stream the answer, running the tools it calls; what breaks off is forgotten."""
+        before = len(self.messages)
+        try:
+            self.messages.append({"role": "user", "content": text})
+            self.respond(ENVIRONMENTS["retail"].tools() if self.tools else ())
+        except BaseException:
+            del self.messages[before:]
+            raise
+
+    def respond(self, tools):
+        """Assistant turns until one calls no tool."""
         for _ in range(MAX_CALLS):
             message = self.stream(tools)
             self.messages.append(message)
@@ -76,17 +82,20 @@ class Conversation:
                 result = self.shop.call(call["name"], call["arguments"].get("order_id"))
                 self.say(f"{call['name']}({call['arguments']}) -> {result}")
                 self.messages.append({"role": "tool", "content": json.dumps(result)})
+        self.say(f"[stopped after {MAX_CALLS} turns with calls]")
 
     def stream(self, tools):
         """One assistant turn, printed as it is drawn: reasoning in grey, then the content. Returns the message."""
         prompt = render(self.tokenizer, self.messages, tools or None, self.thinking, generation_prompt=True).ids
-        parser, pending, stops = Parser(tools or None), [], set(self.tokenizer.stop_ids)
+        parser, pending, stops, shown = Parser(tools or None), [], set(self.tokenizer.stop_ids), []
 
         def show(events):
             for kind, value in events:
                 if kind in ("reasoning", "content"):
+                    line = "\n" if kind == "content" and shown[-1:] == ["reasoning"] else ""
                     shade = (GREY, PLAIN) if kind == "reasoning" else ("", "")
-                    print(f"{shade[0]}{value}{shade[1]}", end="", file=self.out, flush=True)
+                    print(f"{line}{shade[0]}{value}{shade[1]}", end="", file=self.out, flush=True)
+                    shown.append(kind)
 
         def on_token(_, token):
             pending.append(token)
@@ -123,4 +132,4 @@ def chat(model, tokenizer, read=input, **options):
         except KeyboardInterrupt:
             conversation.say("[stopped]")
         except ValueError as error:
-            conversation.say(str(error))
+            conversation.say(f"{error}; /new begins again")

@@ -47,6 +47,7 @@ class Engine:
 
     def __init__(self, model, tokenizer=None, max_batch=256):
         self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
+        self.limit = model.config.max_position_embeddings  # of prompt and answer together
 
     @torch.inference_mode()
     def generate(self, requests, on_token=None):
@@ -70,10 +71,9 @@ class Engine:
         return done
 
     def _check(self, index, request):
-        limit = self.model.config.max_position_embeddings
-        if not request.prompt or len(request.prompt) >= limit:
+        if not request.prompt or len(request.prompt) >= self.limit:
             raise ValueError(
-                f"request {index}: a prompt of {len(request.prompt)} tokens; this model takes 1 to {limit - 1}"
+                f"request {index}: a prompt of {len(request.prompt)} tokens; this model takes 1 to {self.limit - 1}"
             )
         if request.stop_ids is not None:
             return set(request.stop_ids)
@@ -81,10 +81,9 @@ class Engine:
 
     def _live(self, rows, requests, done):
         """Which of these rows (request numbers) still generate, by their place in `rows`."""
-        limit = self.model.config.max_position_embeddings
 
         def wants_more(request, completion):
-            most = min(request.max_new_tokens, limit - len(request.prompt))
+            most = min(request.max_new_tokens, self.limit - len(request.prompt))
             return completion.finish_reason != "stop" and len(completion.tokens) < most
 
         return [b for b, i in enumerate(rows) if wants_more(requests[i], done[i])]
@@ -125,8 +124,7 @@ class Engine:
         rows = kept + fresh
         if not rows:
             return None, [], None
-        limit = self.model.config.max_position_embeddings
-        capacity = max(min(len(requests[i].prompt) + requests[i].max_new_tokens, limit) for i in rows)
+        capacity = max(min(len(requests[i].prompt) + requests[i].max_new_tokens, self.limit) for i in rows)
         parts, logits = [], []
         if kept:
             parts.append(cache.select(alive, capacity))
