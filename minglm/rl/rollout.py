@@ -109,8 +109,8 @@ def rollout(engine, tokenizer, environments, tasks, samples, settings, thinking=
         completions = engine.generate(requests)
         for (p, g), completion in zip(active, completions, strict=True):
             _advance(tokenizer, groups[p][g], episodes[p, g], completion)
-            # a conversation that has outgrown the model cannot go on
-            groups[p][g].truncated |= len(groups[p][g].segments[-1].tokens) >= engine.limit
+            if not episodes[p, g].done:  # a conversation that has outgrown the model cannot go on
+                groups[p][g].truncated |= len(groups[p][g].segments[-1].tokens) >= engine.limit
         active = [(p, g) for p, g in active if not (episodes[p, g].done or groups[p][g].truncated)]
         turn += 1
     for environment in environments.values():  # grouped, because some environments grade in parallel
