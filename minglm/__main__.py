@@ -31,15 +31,6 @@ def parser(name, description):
     return argparse.ArgumentParser(prog=f"python -m minglm {name}", description=description)
 
 
-def stage_table(run, stages):
-    """The table of stages that a run starts with."""
-    rows = [("stage", "teaches", "amount", "length", "peak rate")]
-    rows += [(s.name, s.teaches, s.amount, str(s.sequence_length), f"{s.learning_rate:g}") for s in stages]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([f"{run.name}, config {run.hash()}", *lines])
-
-
 @verb
 def run(words):
     """The whole paper in one command: every stage of CONFIG, then the report card."""
@@ -60,12 +51,14 @@ def run(words):
         load_config(words[0], ["--help"])  # prints every field with its meaning, and ends
     args, overrides = p.parse_known_args(words)
     from minglm import report
-    from minglm.pipeline import Pipeline, plan_stages
+    from minglm.agenda import matmul_speed, plan_stages, table
+    from minglm.common import pick_device
+    from minglm.pipeline import Pipeline
     from minglm.plan import count_parameters
 
     config = load_config(args.config, overrides)
     stages = plan_stages(config)
-    print(stage_table(config, stages), flush=True)
+    print(table(config, stages, matmul_speed(pick_device(config.device))), flush=True)
     if args.dry_run:
         print(json.dumps(to_dict(config), indent=1))
         print(f"body: {count_parameters(config.model)['body']:,} parameters")
@@ -90,10 +83,10 @@ def load_run(folder, stage=None):
     """(model, tokenizer, run, stage name) of a run folder: its last complete stage, or the one named."""
     import torch
 
+    from minglm.agenda import plan_stages
     from minglm.config import check, from_dict
     from minglm.data.tokenizer import Tokenizer
     from minglm.model.glm import GLM
-    from minglm.pipeline import plan_stages
     from minglm.train.checkpoint import read
 
     path = Path(folder) / "config.json"

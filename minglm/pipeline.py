@@ -15,12 +15,12 @@ import json
 import random
 import re
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from minglm import evaluate
+from minglm.agenda import plan_stages
 from minglm.chat import render_text
 from minglm.common import Log, pick_device, read_jsonl, seed_everything, use_threads, versions, write_json
 from minglm.config import to_dict
@@ -29,7 +29,7 @@ from minglm.envs import ENVIRONMENTS
 from minglm.inference.engine import Engine
 from minglm.model.glm import GLM
 from minglm.optim.muon import Muon
-from minglm.prepare import check_environments, prepare
+from minglm.prepare import prepare
 from minglm.rl import distill
 from minglm.rl.rollout import rollout
 from minglm.rl.synchronous import reinforce
@@ -40,52 +40,6 @@ from minglm.train.stages import phases
 
 COLD_START_SEED, DISTILL_SEED, RL_SEED = 2, 3, 4  # streams of training tasks; mid-training has 1
 HELDOUT_SOURCES = ("prose", "code")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of the pipeline."""
-
-    name: str
-    teaches: str
-    base: str | None
-    """The stage whose weights it starts from."""
-    amount: str
-    """Tokens or rollouts, for the table at the start."""
-    sequence_length: int
-    learning_rate: float
-    kind: str
-    """pretrain, sft, rl or unified."""
-    tokens: int = 0
-    """Tokens trained on, where known beforehand."""
-
-
-def plan_stages(run):
-    """Every `Stage` of a run, in order. Raises ValueError for an environment that does not exist."""
-    check_environments(run)
-    post, found, base = run.posttraining, [], None
-    for phase in phases(run):
-        config = getattr(run.stages, phase.name)
-        found.append(
-            Stage(phase.name, config.teaches, base, f"{phase.tokens:,} tokens", phase.sequence_length,
-                  run.optimizer.peak_lr, "pretrain", phase.tokens)
-        )  # fmt: skip
-        base = phase.name
-
-    def tune(name, teaches, start, config, kind="sft"):
-        found.append(Stage(name, teaches, start, "SFT", config.sequence_length, config.peak_lr, kind))
-
-    def rl(name, teaches, start, config):
-        amount = f"{config.steps} x {config.prompts} x {config.samples} answers"
-        found.append(Stage(name, teaches, start, amount, config.max_new_tokens, config.peak_lr, "rl"))
-
-    for name, expert in post.experts():
-        tune(f"{name}.sft", f"cold start: {', '.join(expert.environments)}", base, expert.sft)
-        rl(f"{name}.rl", f"GRPO without KL: {', '.join(expert.rl.environments)}", f"{name}.sft", expert.rl)
-    tune("unified", "the experts' right answers, half without thinking", base, post.unified, "unified")
-    rl("general_rl", "all tasks together", "unified", post.general_rl)
-    rl("pathology_rl", "no mixing, no loops, no broken format", "general_rl", post.pathology_rl)
-    return found
 
 
 def check_folder(out, run):

@@ -46,7 +46,5 @@ class Router(nn.Module):
         c = self.config
         scores_TE = (x_TD.float() @ self.weight.float().T).sigmoid()
         with torch.no_grad():
-            experts_TK = choose(
-                scores_TE, self.e_score_correction_bias, c.num_experts_per_tok, c.n_group, c.topk_group
-            )
+            experts_TK = choose(scores_TE, self.e_score_correction_bias, c.num_experts_per_tok, c.n_group, c.topk_group)
         return experts_TK, mix(scores_TE, experts_TK, c.norm_topk_prob, c.routed_scaling_factor), scores_TE
