@@ -19,28 +19,17 @@
 #     work to read a byte = FLOPs per token (vocabulary) / bytes per token (vocabulary)
 
 # %%
-import argparse
 import dataclasses
-import hashlib
-import inspect
-import json
-import sys
-import tempfile
-import time
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-import minglm
-from minglm import figures, load_config, plan
-from minglm.common import versions, write_json
+from minglm import figures, lesson, load_config, plan
 from minglm.config import DataConfig, ModelConfig
 from minglm.data import corpus, packing
 from minglm.data.mixture import Mixture, tokenize
 from minglm.data.tokenizer import Tokenizer
 
-HOME = Path(minglm.__file__).parent.parent
 VOCABULARIES, LENGTHS = [292, 512, 1024, 2048, 4096, 8192], [128, 256, 512, 1024, 2048, 4096]
 SIZES = {"megabytes": 1.0, "generated": 200, "vocabularies": VOCABULARIES, "lengths": LENGTHS}
 SMOKE = {"megabytes": 0.05, "generated": 30, "vocabularies": [292, 400], "lengths": [64, 128]}
@@ -97,11 +86,9 @@ def pack(documents, length, seed):
 
 
 def experiment(sizes, seeds):
-    """All measurements. Returns the log."""
-    began, key = time.process_time(), json.dumps([sizes, seeds], sort_keys=True).encode()
-    log = {"lesson": "01_tokens", "versions": versions(), "sizes": sizes, "seeds": list(range(seeds))}
-    models = {"the toy": load_config(HOME / "configs" / "toy.py").model, "GLM-4.5": ModelConfig()}
-    log |= {"config_hash": hashlib.sha256(key).hexdigest()[:12], "compression": [], "packing": []}
+    """All measurements."""
+    models = {"the toy": load_config(lesson.FIGURES.parent / "configs" / "toy.py").model, "GLM-4.5": ModelConfig()}
+    log = {"compression": [], "packing": []}
     for seed in tqdm(range(seeds), desc="seeds", disable=None):
         data = DataConfig(corpus_megabytes=sizes["megabytes"], synthetic_documents=sizes["generated"], heldout=0.0)
         documents = [document for document in corpus.build(data, seed) if document.source != "repository"]
@@ -114,8 +101,7 @@ def experiment(sizes, seeds):
             if vocabulary == max(v for v in sizes["vocabularies"] if v <= 2048):  # the toy's own
                 arrays = [array for some in tokenize(documents, tokenizer).values() for array in some]
         log["packing"] += [pack(arrays, length, seed) for length in sizes["lengths"]]
-    log |= {"documents": len(arrays), "tokens": sum(map(len, arrays))}
-    return log | {"cpu_seconds": round(time.process_time() - began, 1)}
+    return log | {"documents": len(arrays), "tokens": sum(map(len, arrays))}
 
 
 # %%
@@ -203,19 +189,8 @@ def verdicts(log):
 
 def main(argv=None):
     """Run the experiment, or only redraw it, and print what it shows."""
-    parser = argparse.ArgumentParser(description="Lesson 01: what does the model read, and what does cutting cost?")
-    parser.add_argument("--smoke", action="store_true", help="a small corpus in a temporary folder, under 5 seconds")
-    parser.add_argument("--seeds", type=int, default=3, help="orders of the documents and choices of training text")
-    parser.add_argument("--redraw", action="store_true", help="only draw the figure again from the stored log")
-    words = parser.parse_args(argv)
-    folder = Path(tempfile.mkdtemp()) if words.smoke else HOME / "figures"
-    if not words.redraw:
-        print(inspect.getsource(packing.best_fit), inspect.getsource(packing.cut), sep="\n")
-        write_json(folder / "01_tokens.json", experiment(SMOKE, 1) if words.smoke else experiment(SIZES, words.seeds))
-    log = json.loads((folder / "01_tokens.json").read_text())
-    print(*[f"{claim}: {holds}" for claim, holds in verdicts(log).items()], sep="\n")
-    print(f"{log['cpu_seconds']} CPU-seconds; {figures.save(draw(log), folder / '01_tokens.png')}")
+    lesson.run("01_tokens", experiment, draw, verdicts, [packing.best_fit, packing.cut], SIZES, SMOKE, argv=argv)
 
 
 if __name__ == "__main__":
-    main([] if "ipykernel" in sys.modules else None)
+    main()

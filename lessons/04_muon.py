@@ -15,21 +15,13 @@
 #     orthogonalize: X <- X / |X|, then 5 times X <- a X + b (X X') X + c (X X')^2 X
 
 # %%
-import argparse
 import dataclasses
-import inspect
-import json
-import sys
-import tempfile
-import time
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from minglm import figures
-from minglm.common import versions, write_json
-from minglm.config import ModelConfig, OptimizerConfig, Run
+from minglm import figures, lesson
+from minglm.config import ModelConfig, OptimizerConfig
 from minglm.data import corpus, mixture
 from minglm.data.tokenizer import Tokenizer
 from minglm.kernels import newton_schulz
@@ -99,17 +91,16 @@ def best(log, kind, batch):
 
 
 def experiment(sizes, seeds):
-    """All runs. Returns the log."""
-    began, documents = time.process_time(), list(corpus.python_library(megabytes=sizes["megabytes"]))
+    """All runs."""
+    documents = list(corpus.python_library(megabytes=sizes["megabytes"]))
     shards = mixture.tokenize(documents, Tokenizer.train([d.text for d in documents], NANO.vocab_size))
-    log = {"lesson": "04_muon", "versions": versions(), "config_hash": Run("04_muon", NANO).hash(), "sizes": sizes}
-    log |= {"seeds": list(range(seeds)), "runs": []}
+    log = {"runs": []}
     cells = [(kind, batch) for batch in sizes["batches"] for kind in KINDS]
     for seed in range(seeds):
         for kind, batch in tqdm(cells, desc=f"seed {seed}", disable=None):
             for rate in sizes["rates"] if seed == 0 else [best(log, kind, batch)[0]["rate"]]:
                 log["runs"].append(train(kind, batch, rate, seed, shards, sizes["tokens"]))
-    return log | {"full_scale": full_scale(), "cpu_seconds": round(time.process_time() - began, 1)}
+    return log | {"full_scale": full_scale()}
 
 
 # %% [markdown]
@@ -202,19 +193,9 @@ def verdicts(log):
 
 def main(argv=None):
     """Run the experiment, or only redraw it, and print what it shows."""
-    parser = argparse.ArgumentParser(description="Lesson 04: what does orthogonalising an update buy?")
-    parser.add_argument("--smoke", action="store_true", help="a few steps in a temporary folder, under 5 seconds")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds at the best rate of each optimizer")
-    parser.add_argument("--redraw", action="store_true", help="only draw the figure again from the stored log")
-    words = parser.parse_args(argv)
-    folder = Path(tempfile.mkdtemp()) if words.smoke else Path(figures.__file__).parents[1] / "figures"
-    if not words.redraw:
-        print(*[inspect.getsource(f) for f in (newton_schulz._iterate, Muon._muon, update_scale)], sep="\n")
-        write_json(folder / "04_muon.json", experiment(SMOKE, 1) if words.smoke else experiment(SIZES, words.seeds))
-    log = json.loads((folder / "04_muon.json").read_text())
-    print(*[f"{name}: {value}" for name, value in (verdicts(log) | log["full_scale"]).items()], sep="\n")
-    print(f"{log['cpu_seconds']} CPU-seconds; {figures.save(draw(log), folder / '04_muon.png')}")
+    shown = [newton_schulz._iterate, Muon._muon, update_scale]
+    lesson.run("04_muon", experiment, draw, verdicts, shown, SIZES, SMOKE, NANO, argv=argv)
 
 
 if __name__ == "__main__":
-    main([] if "ipykernel" in sys.modules else None)
+    main()
