@@ -45,22 +45,22 @@ def toy():
         ),
         stages=StagesConfig(
             general=StageConfig(
-                "prose, code, facts", 550_000, 128, {"prose": 3, "code": 3, "qa": 2, "science": 1, "math": 1}
+                "prose, code, facts", 450_000, 128, {"prose": 3, "code": 3, "qa": 2, "science": 1, "math": 1}
             ),
             code_reasoning=StageConfig(
-                "code and mathematics", 300_000, 128, {"code": 4, "math": 4, "qa": 1, "science": 1}
+                "code and mathematics", 210_000, 128, {"code": 4, "math": 4, "qa": 1, "science": 1}
             ),
             repository=StageConfig(
-                "code across files", 80_000, 1024, {"repository": 3, "code": 1}, "best_fit", 1_000_000.0
+                "code across files", 60_000, 1024, {"repository": 3, "code": 1}, "best_fit", 1_000_000.0
             ),
             reasoning=StageConfig(
-                "worked solutions", 1_100_000, 1024,
-                {"tasks:arithmetic": 5, "tasks:instructions": 5, "tasks:code": 2, "tasks:retail": 1, "qa": 1},
+                "worked solutions", 1_050_000, 1024,
+                {"tasks:arithmetic": 5, "tasks:instructions": 5, "tasks:code": 2, "tasks:retail": 2, "qa": 1},
                 "best_fit", 1_000_000.0,
             ),
             long_agent=StageConfig(
                 "long documents, agents", 350_000, 4096,
-                {"tasks:retail": 3, "long": 1, "tasks:arithmetic": 2, "tasks:instructions": 3, "tasks:code": 1},
+                {"tasks:retail": 4, "long": 1, "tasks:arithmetic": 2, "tasks:instructions": 3, "tasks:code": 1},
                 "best_fit", 1_000_000.0,
             ),
         ),
@@ -82,16 +82,16 @@ def toy():
             ),
             agent=ExpertConfig(
                 ("retail",),
-                SFTConfig(200, 2.0, 4096, 512, 2e-3),
-                RLConfig(("retail",), 30, 8, 8, 48, 8, peak_lr=3e-4, normalize_std=False),
+                SFTConfig(100, 2.0, 4096, 512, 2e-3),
+                RLConfig(("retail",), 14, 8, 8, 48, 8, peak_lr=5e-4, normalize_std=False),
             ),
             chat=ExpertConfig(
                 ("instructions",),
-                SFTConfig(300, 2.0, 4096, 512, 2e-3),
-                RLConfig(("instructions",), 40, 16, 8, 64, 1, peak_lr=3e-4),
+                SFTConfig(800, 1.0, 4096, 512, 3e-3),
+                RLConfig(("instructions",), 30, 16, 8, 64, 1, peak_lr=4e-4),
             ),
             unified=SFTConfig(10_000, 2.0, 8192, 512, 3e-3),
-            prompts_per_environment=600,
+            prompts_per_environment=400,
             responses_per_prompt=2,
             general_rl=RLConfig(("arithmetic", "retail", "instructions"), 15, 12, 8, 72, 8, peak_lr=2e-4),
             pathology_rl=RLConfig(
@@ -99,5 +99,5 @@ def toy():
                 peak_lr=3e-4,
             ),
         ),
-        evaluation=EvaluationConfig(problems=120, samples=2, max_new_tokens=80, heldout_tokens=40_000),
+        evaluation=EvaluationConfig(problems=120, samples=2, max_new_tokens=80, heldout_tokens=20_000),
     )  # fmt: skip

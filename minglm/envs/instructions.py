@@ -66,6 +66,7 @@ class Instructions(SingleTurn):
     name = "instructions"
     group = "chat"
     chance = 0.05
+    default_tiers = (1, 2)
 
     def draw(self, rng, tier):
         """Label: {"language": of the answer, "asked": of the request, "constraints": {kind: value}}."""
@@ -75,7 +76,7 @@ class Instructions(SingleTurn):
             kinds = EXTRAS[base, language]
             if len(kinds) < tier:
                 continue
-            constraints = {base: rng.randint(2, 5)}
+            constraints = {base: rng.randint(2, 4)}
             if base == "repeat":
                 constraints[base] = [constraints[base], rng.choice(WORDS[language])]
             constraints["language"] = language
