@@ -47,6 +47,7 @@ def draw_training(axis, run, least=0.21):
             box(axis, left, bottom, width, 6.6, name, text, 8)
         edges.append((left, left + width))
         left += width + gap
+    axis.text(99.2, 29.4, "widths: the paper's tokens, small stages widened", ha="right", fontsize=7.5, color=PALE)
     axis.text(9, 42, "paper", ha="right", va="center", fontsize=9.5, color=INK)
     axis.text(9, 34.3, f"{run.name}", ha="right", va="center", fontsize=9.5, color=INK, weight="bold")
     for first, last, text in ((0, 1, "pre-training: documents cut at random"),
