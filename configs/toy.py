@@ -90,7 +90,7 @@ def toy():
                 SFTConfig(800, 1.0, 4096, 512, 3e-3),
                 RLConfig(("instructions",), 30, 16, 8, 64, 1, peak_lr=4e-4),
             ),
-            unified=SFTConfig(10_000, 2.0, 8192, 512, 3e-3),
+            unified=SFTConfig(10_000, 2.0, 4096, 512, 4e-3),
             prompts_per_environment=400,
             responses_per_prompt=2,
             general_rl=RLConfig(("arithmetic", "retail", "instructions"), 15, 12, 8, 72, 8, peak_lr=2e-4),

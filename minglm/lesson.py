@@ -88,6 +88,14 @@ def curve(axis, x, values, name, shade, at=(6, 0), style="-", **more):
     axis.annotate(name, (x[-1], values.mean(0)[-1]), at, textcoords="offset points", color=shade, va="center", **more)
 
 
+def bars(axis, names, values, shades):
+    """Draw a bar for each row of `values` (names, seeds), at its mean, with a tick for each seed."""
+    for at, (row, shade) in enumerate(zip(values, shades, strict=True)):
+        axis.bar(at, np.mean(row), color=shade, alpha=0.7, width=0.55)
+        axis.plot([at] * len(row), row, "_", color=figures.INK, markersize=12)
+    axis.set_xticks(range(len(names)), names)
+
+
 def panel(axis, heading, x, y, **more):
     """Heading and axis labels of one panel, and other settings of the axis."""
     figures.title(axis, heading)
@@ -97,16 +105,20 @@ def panel(axis, heading, x, y, **more):
 def run(name, experiment, draw, verdicts, shown, sizes, smoke, model=None, seeds=3, argv=None):
     """The command line of a lesson.
 
-    name: of the script, its log and its figure. experiment(sizes, seeds) returns what the log holds, `full_scale` of
-    it {text: number} is printed; draw(log) a figure; verdicts(log) {claim: whether the log supports it}. shown: what of
-    minglm's source is printed: functions and classes.
-    sizes, smoke: numbers of the experiment, in full and for a test. model: ModelConfig, if there is one.
+    name: of the script, its log and its figure. experiment(sizes, seeds) returns what the log holds, of which
+    `full_scale` {text: number} is printed; draw(log) a figure; verdicts(log) {claim: whether the log supports it}.
+    shown: functions and classes of minglm whose source is printed. sizes, smoke: numbers of the experiment, in full and
+    for a test. model: ModelConfig, if there is one.
     """
     parser = argparse.ArgumentParser(description=f"Lesson {name.replace('_', ' ')}.")
     parser.add_argument("--smoke", action="store_true", help="a few steps in a temporary folder, under 5 seconds")
     parser.add_argument("--seeds", type=int, default=seeds, help="how often the experiment is repeated")
     parser.add_argument("--redraw", action="store_true", help="only draw the figure again from the stored log")
     words = parser.parse_args([] if argv is None and "ipykernel" in sys.modules else argv)
+    if words.seeds < 1:
+        parser.error(f"--seeds {words.seeds}: must be at least 1")
+    if words.redraw and (words.smoke or not (FIGURES / f"{name}.json").exists()):
+        parser.error(f"--redraw: no stored log {FIGURES / name}.json to draw from; run the lesson without it")
     use_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if words.smoke else FIGURES

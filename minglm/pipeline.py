@@ -157,32 +157,39 @@ class Pipeline:
         return {"optimizer": optimizer.state_dict(), "tokens": phase.tokens}
 
     def fine_tune(self, stage, model, conversations, config, checkpoints):
-        """SFT on (messages, tools, thinking) conversations."""
-        pairs = [pair for c in conversations for pair in sft.examples(self.tokenizer, *c)]
-        pairs = [(tokens, mask) for tokens, mask in pairs if len(tokens) <= config.sequence_length]
-        if not pairs:
+        """SFT on {environment: [(messages, tools, thinking)]}.
+
+        An environment's share of the tokens grows with the square root of what it has, so that long conversations do
+        not crowd out the others.
+        """
+        tokens, masks = {}, {}
+        for name, group in conversations.items():
+            pairs = [pair for c in group for pair in sft.examples(self.tokenizer, *c)]
+            pairs = [(t, m) for t, m in pairs if len(t) <= config.sequence_length]
+            if pairs:
+                tokens[name], masks[name] = zip(*pairs, strict=True)
+        if not tokens:
             raise ValueError(f"{stage.name}: no conversation fits sequence_length = {config.sequence_length}")
-        tokens = int(config.epochs * sum(len(t) for t, _ in pairs))
-        phase = sft.phase(stage.name, config, self.run, tokens)
+        sizes = {name: sum(map(len, group)) for name, group in tokens.items()}
+        phase = sft.phase(stage.name, config, self.run, int(config.epochs * sum(sizes.values())))
         stream = Mixture(
-            {"sft": [t for t, _ in pairs]}, {"sft": 1.0}, config.sequence_length, "best_fit", self.run.seed,
-            masks={"sft": [m for _, m in pairs]}, pad=self.tokenizer.pad,
+            tokens, {name: size**0.5 for name, size in sizes.items()}, config.sequence_length, "best_fit",
+            self.run.seed, masks, self.tokenizer.pad,
         )  # fmt: skip
-        optimizer = Muon(model, self.run.optimizer)
-        train(model, optimizer, stream, phase, checkpoints, self.log, self.quiet)
-        return {"tokens": tokens}
+        train(model, Muon(model, self.run.optimizer), stream, phase, checkpoints, self.log, self.quiet)
+        return {"tokens": phase.tokens}
 
     def cold_start(self, stage, model, state, checkpoints):
         """The first half of an expert: a small set of solutions with their reasoning (paper 3.1)."""
         expert = getattr(self.run.posttraining, stage.name.split(".")[0])
-        conversations = []
+        conversations = {name: [] for name in expert.environments}
         for name in expert.environments:
             tasks = ENVIRONMENTS[name].tasks(expert.sft.samples, self.run.seed * 100 + COLD_START_SEED)
             for number, task in enumerate(tasks):
                 messages = ENVIRONMENTS[name].demonstrate(task)
                 if int((number + 1) * expert.terse_share) > int(number * expert.terse_share):
                     messages = [first_step_only(message) for message in messages]
-                conversations.append((messages, task.tools, True))
+                conversations[name].append((messages, task.tools, True))
         return self.fine_tune(stage, model, conversations, expert.sft, checkpoints)
 
     def unify(self, stage, model, state, checkpoints):
@@ -193,16 +200,16 @@ class Pipeline:
             self.log.write("rejection", counts=counts)
         random.Random(self.run.seed).shuffle(answers)
         answers = answers[: post.unified.samples]
-        conversations = []
-        for number, (messages, tools) in enumerate(answers):
+        conversations = {}
+        for number, (name, messages, tools) in enumerate(answers):
             thinking = int((number + 1) * post.thinking_share) > int(number * post.thinking_share)
             if not thinking:
                 messages = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in messages]
-            conversations.append((messages, tools, thinking))
+            conversations.setdefault(name, []).append((messages, tools, thinking))
         return self.fine_tune(stage, model, conversations, post.unified, checkpoints)
 
     def experts_answers(self):
-        """What the experts answered well, as (messages, tools), and counts; kept on disk once it is there."""
+        """What the experts answered well, as (environment, messages, tools), and counts; kept on disk."""
         path, post = self.out / "data" / "accepted.json", self.run.posttraining
         if path.exists():
             return json.loads(path.read_text())
@@ -215,14 +222,14 @@ class Pipeline:
                 for task in e.tasks(post.prompts_per_environment, self.run.seed * 100 + DISTILL_SEED)
             ]  # fmt: skip
             groups = rollout(Engine(model, self.tokenizer), self.tokenizer, environments, tasks,
-                             post.responses_per_prompt, expert.rl, seed=DISTILL_SEED)  # fmt: skip
+                             post.responses_per_prompt, self.run.evaluation, seed=DISTILL_SEED)  # fmt: skip
             accepted, found = distill.accept([trajectory for group in groups for trajectory in group])
             counts |= {f"{name}: {what}": count for what, count in found.items()}
-            answers += [(messages, list(task.tools)) for task, messages in accepted]
+            answers += [(task.environment, messages, list(task.tools)) for task, messages in accepted]
             answered = {task.environment for task, _ in accepted}
             unanswered = [task for task in tasks if task.environment not in answered]
             # Without one right answer an environment would be missing from the unified model: its oracle stands in.
-            answers += [(environments[t.environment].demonstrate(t), list(t.tools)) for t in unanswered]
+            answers += [(t.environment, ENVIRONMENTS[t.environment].demonstrate(t), list(t.tools)) for t in unanswered]
         write_json(path, [answers, counts])
         return answers, counts
 
