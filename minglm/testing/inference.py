@@ -64,6 +64,17 @@ def check_sampler(sample):
         full_V = (logits_V.double() / temperature).log_softmax(0)
         torch.testing.assert_close(logprobs_B.double(), full_V[tokens_B], atol=1e-5, rtol=0)  # float32 logits up to 40
 
+    @holds(V=st.integers(2, 6), temperature=st.floats(0.2, 3), top_p=st.sampled_from([1.0, 0.5]))
+    def impossible_tokens(V, temperature, top_p):
+        """A token of probability 0 is not drawn, not even by the smallest uniform number."""
+        for possible in range(V):
+            logits_BV = torch.full((1, V), -math.inf)
+            logits_BV[0, possible] = 0.0
+            for number in (0.0, 0.5):
+                row = (torch.tensor([float(x)]) for x in (temperature, top_p))
+                tokens_B, logprobs_B = sample(logits_BV, *row, torch.tensor([number], dtype=torch.float64))
+                assert tokens_B[0] == possible and logprobs_B[0] == 0, f"drew {tokens_B[0]} of probability 0"
+
     @holds(seed=seeds, B=st.integers(1, 5), V=st.integers(1, 6))
     def greedy_and_mixed(seed, B, V):
         """Rows of all settings in one batch: each as if alone, greedy rows deterministic."""
