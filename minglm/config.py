@@ -304,6 +304,10 @@ class PostTrainingConfig:
     """Share of the unified data that keeps its reasoning; the rest answers directly."""
     general_rl: RLConfig = RLConfig(("arithmetic", "retail", "instructions"), max_turns=8)
     """RL on a mix of all tasks."""
+    provoked: SFTConfig = SFTConfig()
+    """SFT on answers with faults, so that pathology RL has something to cure at toy scale."""
+    fault_share: float = 0.0
+    """Share of faulty answers in it; 0: no such stage, as in the paper, whose faults come by themselves."""
     pathology_rl: RLConfig = RLConfig(("provocation", "arithmetic", "retail", "instructions"))
     """RL on prompts chosen because they provoke language mixing, repetition and broken format."""
 
@@ -386,7 +390,7 @@ def from_dict(values, kind=Run):
 POSITIVE = {"prompts", "problems", "max_new_tokens", "max_turns", "updates_per_rollout", "responses_per_prompt"}
 POSITIVE |= {"samples", "batch_tokens", "microbatch_tokens", "top_p", "corpus_megabytes"}
 SHARES = {"muon_momentum", "adam_beta1", "adam_beta2", "final_lr_ratio", "clip_low", "top_p", "heldout", "fim_rate"}
-SHARES |= {"thinking_share", "terse_share"}
+SHARES |= {"thinking_share", "terse_share", "fault_share"}
 
 
 def _check_numbers(config, where=""):
@@ -423,7 +427,12 @@ def _check_stages(stages):
 
 
 def _check_phases(post, longest):
-    phases = {"unified": post.unified, "general_rl": post.general_rl, "pathology_rl": post.pathology_rl}
+    phases = {
+        "unified": post.unified,
+        "provoked": post.provoked,
+        "general_rl": post.general_rl,
+        "pathology_rl": post.pathology_rl,
+    }
     for name, expert in post.experts():
         phases |= {f"{name}.sft": expert.sft, f"{name}.rl": expert.rl}
     for name, phase in phases.items():
