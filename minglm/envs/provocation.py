@@ -123,8 +123,8 @@ class Provocation(SingleTurn):
     def faulty(self, task, rng):
         """The oracle's conversation with one fault on purpose: a second language, a loop, or nothing said."""
         language, reply = CATALOGUE[task.tier][task.messages[-1]["content"]]
-        other = {"en": "这是一个很好的问题。", "zh": "That is a very good question."}[language]
-        content = rng.choice([f"{reply} {other}", " ".join([reply] * 6), ""])
+        other = {"en": "这是一个很好的问题。", "zh": "That is a very good question and here comes my answer."}[language]
+        content = rng.choice([f"{reply} {other}", " ".join([reply] * 10), ""])
         return [*task.messages, assistant(content, THOUGHTS[language])]
 
     def judge(self, task, message):
