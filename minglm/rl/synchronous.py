@@ -168,7 +168,7 @@ def reinforce(model, optimizer, engine, tokenizer, environments, config, name, c
 
 def learn(model, optimizer, groups, config, pad, step):
     """Turn rewarded groups into optimizer steps, one per share of the rollout. Returns metrics for the log."""
-    rewards_PG = torch.tensor([[t.score.value for t in group] for group in groups])
+    rewards_PG = torch.tensor([[float(t.score.value) for t in group] for group in groups])
     valid_PG = torch.tensor([[t.score.status != "infrastructure" for t in group] for group in groups])
     advantage_PG = advantages(rewards_PG, config.normalize_std, valid_PG)
     live_P = live_groups(rewards_PG, valid_PG)
