@@ -202,8 +202,6 @@ def draw(log):
     losses.annotate("4 heads, with QK-norm", (rates[0], few.mean()), (9, 0), textcoords="offset points", va="center")
     for at, (fraction, (name, shade)) in enumerate(ROTATED.items()):
         lesson.curve(content, distances, solved(log, "content", fraction), name, shade, (6, 4 - 4 * at), "o-")
-        place.bar(at, solved(log, "place", fraction).mean(), color=shade, alpha=0.7, width=0.55)
-        place.plot([at] * len(log["seeds"]), solved(log, "place", fraction), "_", color=figures.INK, markersize=12)
     content.axvline(row, color=figures.PALE, linewidth=0.8)
     content.axhline(100 / MARKS, color=figures.PALE, linewidth=0.8, linestyle=":")
     content.text(row + 3, 101, "longest trained row", color=figures.PALE, fontsize=8)
@@ -221,7 +219,7 @@ def draw(log):
         content, heading, "distance (tokens); dotted: chance", y, xlim=(0, 1.14 * distances[-1]), ylim=(0, 106)
     )
     lesson.panel(place, "Question of place: what stood two back?", "share of the head that rotates", y)
-    place.set_xticks(range(3), [name for name, _ in ROTATED.values()])
+    lesson.bars(place, *zip(*[(name, solved(log, "place", f), shade) for f, (name, shade) in ROTATED.items()]))
     figure.supxlabel(f"mean and range of {len(log['seeds'])} seeds", fontsize=8.5, color="#5c5c64")
     return figure
 
