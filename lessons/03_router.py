@@ -185,9 +185,9 @@ def draw(log):
 # ## What would prove us wrong
 # `verdicts` reads the log, and each line can come out False.
 #
-# Measured (194 CPU-seconds, 3 seeds): left alone, the busiest expert gets 5.9 times the mean. A bias of rate 0.01 brings
-# it to 1.3 at no cost in loss, and its experts specialise most (0.35 bits about the type, 0.25 if left alone). The
-# paper's rate of 0.001 needs more steps than these 96. **Where the toy contradicts the paper's reasons:** a balance loss
+# Measured (194 CPU-seconds, 3 seeds): left alone, the busiest expert gets 5.9 times the mean. A bias of rate 0.01
+# brings it to 1.3 at no cost in loss, and its experts specialise most (0.35 bits about the type; 0.25 if left alone).
+# The paper's 0.001 needs more steps than these 96. **Where the toy contradicts the paper's reasons:** a balance loss
 # of a thousand times the paper's weight costs nothing measurable either; only a hundred thousand times does, in two
 # seeds of three, and flattens the experts (0.16 bits). And when the bias stops, balance slips from 1.3 to 1.5, because
 # here the model is still changing fast.
