@@ -55,12 +55,14 @@ def toy():
             ),
             reasoning=StageConfig(
                 "worked solutions", 1_050_000, 1024,
-                {"tasks:arithmetic": 5, "tasks:instructions": 5, "tasks:code": 2, "tasks:retail": 2, "qa": 1},
+                {"tasks:arithmetic": 5, "tasks:instructions": 5, "tasks:code": 2, "tasks:retail": 2, "qa": 1,
+                 "prose": 1, "code": 1},
                 "best_fit", 1_000_000.0,
             ),
             long_agent=StageConfig(
                 "long documents, agents", 350_000, 4096,
-                {"tasks:retail": 4, "long": 1, "tasks:arithmetic": 2, "tasks:instructions": 3, "tasks:code": 1},
+                {"tasks:retail": 4, "long": 1, "tasks:arithmetic": 2, "tasks:instructions": 3, "tasks:code": 1,
+                 "prose": 1, "code": 1},
                 "best_fit", 1_000_000.0,
             ),
         ),
@@ -83,7 +85,7 @@ def toy():
             agent=ExpertConfig(
                 ("retail",),
                 SFTConfig(100, 2.0, 4096, 512, 2e-3),
-                RLConfig(("retail",), 14, 8, 8, 48, 8, peak_lr=5e-4, normalize_std=False),
+                RLConfig(("retail",), 14, 6, 8, 48, 8, peak_lr=5e-4, normalize_std=False),
             ),
             chat=ExpertConfig(
                 ("instructions",),

@@ -16,7 +16,7 @@ from minglm.prepare import check_environments
 from minglm.train.stages import phases
 
 BYTES_PER_TOKEN = 3  # of a tokenizer this small, on conversations
-UTILISATION = 0.25
+UTILISATION = 0.3
 
 
 @dataclass(frozen=True)

@@ -164,8 +164,7 @@ class Pipeline:
     def fine_tune(self, stage, model, conversations, config, checkpoints):
         """SFT on {environment: [(messages, tools, thinking)]}.
 
-        An environment's share of the tokens grows with the square root of what it has, so that long conversations do
-        not crowd out the others.
+        Every environment gets the same share of the tokens: long conversations would crowd out the others.
         """
         tokens, masks = {}, {}
         for name, group in conversations.items():
@@ -175,12 +174,10 @@ class Pipeline:
                 tokens[name], masks[name] = zip(*pairs, strict=True)
         if not tokens:
             raise ValueError(f"{stage.name}: no conversation fits sequence_length = {config.sequence_length}")
-        sizes = {name: sum(map(len, group)) for name, group in tokens.items()}
-        phase = sft.phase(stage.name, config, self.run, int(config.epochs * sum(sizes.values())))
-        stream = Mixture(
-            tokens, {name: size**0.5 for name, size in sizes.items()}, config.sequence_length, "best_fit",
-            self.run.seed, masks, self.tokenizer.pad,
-        )  # fmt: skip
+        total = sum(len(t) for group in tokens.values() for t in group)
+        phase = sft.phase(stage.name, config, self.run, int(config.epochs * total))
+        shares = dict.fromkeys(tokens, 1.0)
+        stream = Mixture(tokens, shares, config.sequence_length, "best_fit", self.run.seed, masks, self.tokenizer.pad)
         train(model, Muon(model, self.run.optimizer), stream, phase, checkpoints, self.log, self.quiet)
         return {"tokens": phase.tokens}
 
