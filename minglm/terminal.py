@@ -87,7 +87,7 @@ class Conversation:
     def stream(self, tools):
         """One assistant turn, printed as it is drawn: reasoning in grey, then the content. Returns the message."""
         prompt = render(self.tokenizer, self.messages, tools or None, self.thinking, generation_prompt=True).ids
-        parser, pending, stops, shown = Parser(tools or None), [], set(self.tokenizer.stop_ids), []
+        parser, pending, stops, shown = Parser(tools), [], set(self.tokenizer.stop_ids), []
 
         def show(events):
             for kind, value in events:
