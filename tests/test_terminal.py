@@ -176,7 +176,7 @@ def test_a_call_changes_the_shop_until_new(monkeypatch):
 
 
 def test_tools_can_be_taken_away(monkeypatch):
-    """A second /tools takes the functions out of the prompt; a call that was not offered is a fault and runs nothing."""
+    """A second /tools takes the functions from the prompt; a call that was not offered is a fault, and runs nothing."""
     call = answer("", "a", [("get_order", {"order_id": 1})])
     shown, engine, _ = talk(monkeypatch, ["/tools", "/tools", "hello"], [call])
     assert "tools on" in shown and "tools off" in shown and "get_order" not in prompts(engine)[0]
