@@ -209,18 +209,19 @@ class Pipeline:
         return self.fine_tune(stage, model, conversations, post.unified, checkpoints)
 
     def provoke(self, stage, model, state, checkpoints):
-        """Teach faults on provoking prompts, beside the experts' answers so that nothing else is lost."""
+        """Teach faults on provoking prompts; half of the tokens are experts' answers, so that nothing else is lost."""
         post, environment = self.run.posttraining, ENVIRONMENTS["provocation"]
-        rng, conversations = random.Random(self.run.seed), {"provocation": []}
+        rng, conversations = random.Random(self.run.seed), {"provocation": [], "answers": []}
         for number, task in enumerate(environment.tasks(post.provoked.samples, self.run.seed * 100 + COLD_START_SEED)):
             is_faulty = int((number + 1) * post.fault_share) > int(number * post.fault_share)
             messages = environment.faulty(task, rng) if is_faulty else environment.demonstrate(task)
             thinking = number // 2 % 2 == 0
             conversations["provocation"].append((messages if thinking else direct(messages), task.tools, thinking))
-        for number, (name, messages, tools) in enumerate(self.experts_answers()[0]):
-            group, thinking = conversations.setdefault(name, []), number % 2 == 0
-            if len(group) < post.provoked.samples:
-                group.append((messages if thinking else direct(messages), tools, thinking))
+        answers = self.experts_answers()[0]
+        random.Random(self.run.seed).shuffle(answers)
+        for number, (_, messages, tools) in enumerate(answers[: post.provoked.samples]):
+            thinking = number % 2 == 0
+            conversations["answers"].append((messages if thinking else direct(messages), tools, thinking))
         return self.fine_tune(stage, model, conversations, post.provoked, checkpoints)
 
     def experts_answers(self):
