@@ -66,9 +66,7 @@ def nano():
             prompts_per_environment=4,
             responses_per_prompt=2,
             general_rl=RLConfig(("arithmetic", "retail", "instructions"), max_turns=2, **rl),
-            provoked=sft,
-            fault_share=0.5,
-            pathology_rl=RLConfig(("provocation", "arithmetic"), **rl),
+            pathology_rl=RLConfig(("provocation", "arithmetic"), fault_penalty=1.0, **rl),
         ),
         evaluation=EvaluationConfig(problems=4, samples=2, max_new_tokens=24, heldout_tokens=2_000),
     )  # fmt: skip

@@ -96,11 +96,9 @@ def toy():
             prompts_per_environment=400,
             responses_per_prompt=2,
             general_rl=RLConfig(("arithmetic", "retail", "instructions"), 12, 12, 8, 72, 8, peak_lr=2e-4),
-            provoked=SFTConfig(500, 1.5, 4096, 512, 5e-3),
-            fault_share=0.5,
             pathology_rl=RLConfig(
                 ("provocation", "provocation", "provocation", "arithmetic", "provocation", "provocation", "provocation",
-                 "instructions"), 30, 12, 8, 72, 8, peak_lr=4e-4,
+                 "retail"), 36, 12, 8, 72, 8, peak_lr=4e-4, fault_penalty=1.0,
             ),
         ),
         evaluation=EvaluationConfig(problems=120, samples=2, max_new_tokens=80, heldout_tokens=20_000),

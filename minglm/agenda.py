@@ -28,7 +28,7 @@ class Stage:
     base: str | None
     """The stage whose weights it starts from."""
     kind: str
-    """pretrain, sft, rl, unified or provoked."""
+    """pretrain, sft, rl or unified."""
     tokens: int
     """Tokens trained on; an estimate after mid-training."""
     sequence_length: int
@@ -65,11 +65,7 @@ def plan_stages(run):
     teaches = "the experts' right answers, with and without thinking"
     tune("unified", teaches, base, post.unified, learned, answers, "unified")
     reinforce("general_rl", "all tasks together", "unified", post.general_rl)
-    if post.fault_share:
-        names = ("provocation", *learned)
-        samples = post.provoked.samples * len(names)
-        tune("provoked", "faults, on purpose", "general_rl", post.provoked, names, samples, "provoked")
-    reinforce("pathology_rl", "no mixing, no loops, no broken format", found[-1].name, post.pathology_rl)
+    reinforce("pathology_rl", "no mixing, no loops, no broken format", "general_rl", post.pathology_rl)
     return found
 
 

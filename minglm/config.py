@@ -269,6 +269,8 @@ class RLConfig:
     """Mean of the loss over all tokens (token), over samples (sequence), or over a constant (constant)."""
     normalize_std: bool = True
     """Divide advantages by the group's standard deviation (GRPO); the agentic objective does not."""
+    fault_penalty: float = 0.0
+    """Taken off the reward of an answer that mixes languages, loops or breaks the format (paper 3.4, pathology RL)."""
     updates_per_rollout: int = 1
     """Optimizer steps that share one batch of rollouts."""
 
@@ -304,11 +306,7 @@ class PostTrainingConfig:
     """Share of the unified data that keeps its reasoning; the rest answers directly."""
     general_rl: RLConfig = RLConfig(("arithmetic", "retail", "instructions"), max_turns=8)
     """RL on a mix of all tasks."""
-    provoked: SFTConfig = SFTConfig()
-    """SFT on answers with faults, so that pathology RL has something to cure at toy scale."""
-    fault_share: float = 0.0
-    """Share of faulty answers in it; 0: no such stage, as in the paper, whose faults come by themselves."""
-    pathology_rl: RLConfig = RLConfig(("provocation", "arithmetic", "retail", "instructions"))
+    pathology_rl: RLConfig = RLConfig(("provocation", "arithmetic", "retail", "instructions"), fault_penalty=1.0)
     """RL on prompts chosen because they provoke language mixing, repetition and broken format."""
 
     def experts(self):
@@ -390,7 +388,7 @@ def from_dict(values, kind=Run):
 POSITIVE = {"prompts", "problems", "max_new_tokens", "max_turns", "updates_per_rollout", "responses_per_prompt"}
 POSITIVE |= {"samples", "batch_tokens", "microbatch_tokens", "top_p", "corpus_megabytes"}
 SHARES = {"muon_momentum", "adam_beta1", "adam_beta2", "final_lr_ratio", "clip_low", "top_p", "heldout", "fim_rate"}
-SHARES |= {"thinking_share", "terse_share", "fault_share"}
+SHARES |= {"thinking_share", "terse_share"}
 
 
 def _check_numbers(config, where=""):

@@ -20,7 +20,6 @@ COLOURS = {
     "chat.rl": "#9a5ba3",
     "unified": "#4a4a68",
     "general_rl": "#7a7a99",
-    "provoked": "#c9a9a9",
     "pathology_rl": "#a8a8c0",
 }
 NAMES = {

@@ -59,11 +59,6 @@ def first_step_only(message):
     return message | {"reasoning_content": re.split(r"[;\n]", message["reasoning_content"])[0]}
 
 
-def direct(messages):
-    """A conversation without its reasoning."""
-    return [{key: value for key, value in m.items() if key != "reasoning_content"} for m in messages]
-
-
 class Pipeline:
     """A run in a folder. Raises ValueError when the folder belongs to another config."""
 
@@ -124,8 +119,7 @@ class Pipeline:
             about = {key: getattr(stage, key) for key in ("teaches", "tokens", "sequence_length", "learning_rate")}
             self.log.write("stage_begin", stage=stage.name, **about)
         kinds = {"pretrain": self.pretrain, "sft": self.cold_start, "rl": self.reinforce, "unified": self.unify}
-        work = (kinds | {"provoked": self.provoke})[stage.kind]
-        trained = work(stage, model, state, checkpoints)
+        trained = kinds[stage.kind](stage, model, state, checkpoints)
         seconds = time.time() - began
         self.evaluate(stage, model)
         self.log.write("stage_end", stage=stage.name, tokens=trained["tokens"], seconds=round(seconds, 1),
@@ -205,24 +199,10 @@ class Pipeline:
         conversations = {}
         for number, (name, messages, tools) in enumerate(answers):
             thinking = int((number + 1) * post.thinking_share) > int(number * post.thinking_share)
-            conversations.setdefault(name, []).append((messages if thinking else direct(messages), tools, thinking))
+            if not thinking:
+                messages = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in messages]
+            conversations.setdefault(name, []).append((messages, tools, thinking))
         return self.fine_tune(stage, model, conversations, post.unified, checkpoints)
-
-    def provoke(self, stage, model, state, checkpoints):
-        """Teach faults on provoking prompts; half of the tokens are experts' answers, so that nothing else is lost."""
-        post, environment = self.run.posttraining, ENVIRONMENTS["provocation"]
-        rng, conversations = random.Random(self.run.seed), {"provocation": [], "answers": []}
-        for number, task in enumerate(environment.tasks(post.provoked.samples, self.run.seed * 100 + COLD_START_SEED)):
-            is_faulty = int((number + 1) * post.fault_share) > int(number * post.fault_share)
-            messages = environment.faulty(task, rng) if is_faulty else environment.demonstrate(task)
-            thinking = number // 2 % 2 == 0
-            conversations["provocation"].append((messages if thinking else direct(messages), task.tools, thinking))
-        answers = self.experts_answers()[0]
-        random.Random(self.run.seed).shuffle(answers)
-        for number, (_, messages, tools) in enumerate(answers[: post.provoked.samples]):
-            thinking = number % 2 == 0
-            conversations["answers"].append((messages if thinking else direct(messages), tools, thinking))
-        return self.fine_tune(stage, model, conversations, post.provoked, checkpoints)
 
     def experts_answers(self):
         """What the experts answered well, as (environment, messages, tools), and counts; kept on disk."""
@@ -284,12 +264,11 @@ class Pipeline:
         learned = [env for _, expert in post.experts() for env in expert.environments]
         if stage.kind in ("sft", "rl") and "." in name:
             self.score(engine, name, getattr(post, name.split(".")[0]).environments, (True,))
-        elif stage.kind in ("unified", "rl"):
+        elif stage.kind != "pretrain":
             self.score(engine, name, learned, (True, False))
         elif name == [s.name for s in self.stages if s.kind == "pretrain"][-1]:
             self.score(engine, name, learned, (True,))
-        before = self.stages[-1].base
-        when = {before: "before", "pathology_rl": "after"}.get(name)
+        when = {"general_rl": "before", "pathology_rl": "after"}.get(name)
         if when is not None:
             played = self.score(engine, name, ["provocation"], (True, False))
             self.log.write("pathology", stage=name, when=when, **evaluate.faults(played))

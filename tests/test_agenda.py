@@ -3,7 +3,7 @@
 import pytest
 
 from minglm import agenda
-from minglm.config import load_config, override
+from minglm.config import load_config
 from minglm.train.stages import phases
 
 
@@ -21,13 +21,6 @@ def test_stages_come_in_the_papers_order_and_each_starts_from_one_before_it(run)
     for position, stage in enumerate(stages):
         assert stage.base is None if position == 0 else stage.base in names[:position]
     assert names[-1] == "pathology_rl"
-
-
-def test_pathology_rl_follows_general_rl_where_nothing_is_provoked(run):
-    """Without a share of faults there is no provoked stage, and pathology RL starts from general RL."""
-    stages = agenda.plan_stages(override(run, ["--posttraining.fault_share", "0"]))
-    assert "provoked" not in [stage.name for stage in stages]
-    assert stages[-1].base == "general_rl"
 
 
 def test_tokens_of_the_first_stages_are_exact_and_minutes_scale_with_speed(run):

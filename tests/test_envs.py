@@ -17,7 +17,6 @@ from minglm.envs.instructions import CHECKS, WORDS, Instructions, split_words
 from minglm.envs.provocation import Provocation
 from minglm.envs.retail import OUTCOME, TOOLS, Retail, RetailEpisode, outcomes_told
 from minglm.envs.sandbox import Verdict
-from minglm.rl import pathology
 from minglm.testing.envs import check_environment
 
 seeds = st.integers(0, 2**31)
@@ -467,16 +466,3 @@ def test_provocation_reports_each_detector():
         score = episode.score()
         assert score.value == 0 and score.parts[part] == 1, (text, score)
         assert {"language_mixing", "repetition", "format"} <= set(score.parts)
-
-
-@given(st.integers(0, 10_000))
-def test_faults_on_purpose_are_found_and_cost_the_reward(index):
-    """Every faulty conversation trips a detector, or says nothing, and scores 0; its prompt is the task's own."""
-    env = ENVIRONMENTS["provocation"]
-    task = env.task(index, seed=3)
-    conversation = env.faulty(task, random.Random(index))
-    assert tuple(conversation[:-1]) == task.messages
-    episode = env.episode(task)
-    episode.step(conversation[-1])
-    score = episode.score()
-    assert score.value == 0 and any(score.parts[name] for name in pathology.FAULTS)

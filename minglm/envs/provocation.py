@@ -120,13 +120,6 @@ class Provocation(SingleTurn):
         language, reply = CATALOGUE[task.tier][task.messages[-1]["content"]]
         return assistant(reply, THOUGHTS[language])
 
-    def faulty(self, task, rng):
-        """The oracle's conversation with one fault on purpose: a second language, a loop, or nothing said."""
-        language, reply = CATALOGUE[task.tier][task.messages[-1]["content"]]
-        other = {"en": "这是一个很好的问题。", "zh": "That is a very good question and here comes my answer."}[language]
-        content = rng.choice([f"{reply} {other}", " ".join([reply] * 10), ""])
-        return [*task.messages, assistant(content, THOUGHTS[language])]
-
     def judge(self, task, message):
         text, prompt = message["content"].strip(), task.messages[-1]["content"]
         said = len(re.findall(OWN_WORDS[task.label], text))

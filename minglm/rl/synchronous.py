@@ -96,6 +96,17 @@ def update(model, optimizer, pairs, config, pad, clip_norm=1.0):
     return metrics | {"grad_norm": float(norm)}
 
 
+def faults(trajectory):
+    """The pathologies of a trajectory's last turn, {name: bool}; languages are judged where the task asks for one."""
+    language = trajectory.task.label if trajectory.task.environment == "provocation" else None
+    return detect(trajectory.texts[-1], language)
+
+
+def reward(trajectory, fault_penalty):
+    """The score of a trajectory, less the penalty when any fault is found in it."""
+    return trajectory.score.value - (fault_penalty if fault_penalty and any(faults(trajectory).values()) else 0.0)
+
+
 def summarize(groups):
     """Numbers of one rollout for the log: reward, by environment too, length, truncation, calls, faults."""
     everything = [t for group in groups for t in group]
@@ -104,11 +115,7 @@ def summarize(groups):
         by_env.setdefault(t.task.environment, []).append(t.score.value)
     with_tools = [t.score.parts for t in everything if t.task.tools]
     calls, valid = (sum(parts[key] for parts in with_tools) for key in ("calls", "valid_calls"))
-    faults = [
-        detect(text, t.task.label if t.task.environment == "provocation" else None)
-        for t in everything
-        for text in t.texts[-1:]
-    ]
+    flags = [faults(trajectory) for trajectory in everything]
     return {
         "reward": round(fmean(t.score.value for t in everything), 4),
         "reward_by_env": {name: round(fmean(values), 4) for name, values in by_env.items()},
@@ -116,7 +123,7 @@ def summarize(groups):
         "truncated": round(fmean(t.truncated for t in everything), 4),
         "switch_ok": round(fmean(t.switch_obeyed for t in everything), 4),
         "valid_calls": round(valid / calls, 4) if calls else None,
-        "incidence": {key: round(value, 4) for key, value in incidence(faults).items()},
+        "incidence": {key: round(value, 4) for key, value in incidence(flags).items()},
     }
 
 
@@ -168,7 +175,7 @@ def reinforce(model, optimizer, engine, tokenizer, environments, config, name, c
 
 def learn(model, optimizer, groups, config, pad, step):
     """Turn rewarded groups into optimizer steps, one per share of the rollout. Returns metrics for the log."""
-    rewards_PG = torch.tensor([[float(t.score.value) for t in group] for group in groups])
+    rewards_PG = torch.tensor([[float(reward(t, config.fault_penalty)) for t in group] for group in groups])
     valid_PG = torch.tensor([[t.score.status != "infrastructure" for t in group] for group in groups])
     advantage_PG = advantages(rewards_PG, config.normalize_std, valid_PG)
     live_P = live_groups(rewards_PG, valid_PG)
