@@ -427,7 +427,6 @@ def _check_stages(stages):
 def _check_phases(post, longest):
     phases = {
         "unified": post.unified,
-        "provoked": post.provoked,
         "general_rl": post.general_rl,
         "pathology_rl": post.pathology_rl,
     }

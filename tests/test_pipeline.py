@@ -16,6 +16,7 @@ from nano_run import CONFIG, OVERRIDES, complete, copied, finished, records, sma
 from minglm.__main__ import main
 from minglm.common import read_jsonl
 from minglm.config import load_config
+from minglm.config import load_config
 from minglm.pipeline import Pipeline, first_step_only
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pipeline")]
@@ -184,7 +185,6 @@ def test_a_folder_of_another_config_is_refused(finished, capsys, change):
 @pytest.mark.parametrize("change", [["--threads", "2"], ["--checkpoint_seconds", "5"], ["--device", "cpu"]])
 def test_how_it_is_computed_is_no_other_config(finished, change):
     """Threads, device and seconds between checkpoints may change from one start to the next."""
-    from minglm.config import load_config
 
     assert (
         load_config(CONFIG, [*OVERRIDES, *change]).hash() == json.loads((finished / "config.json").read_text())["hash"]
