@@ -54,14 +54,14 @@ def toy():
                 "code across files", 60_000, 1024, {"repository": 3, "code": 1}, "best_fit", 1_000_000.0
             ),
             reasoning=StageConfig(
-                "worked solutions", 1_050_000, 1024,
-                {"tasks:arithmetic": 5, "tasks:instructions": 5, "tasks:code": 2, "tasks:retail": 2, "qa": 1,
+                "worked solutions", 1_100_000, 1024,
+                {"tasks:arithmetic": 8, "tasks:instructions": 5, "tasks:code": 2, "tasks:retail": 2, "qa": 1,
                  "prose": 1, "code": 1},
                 "best_fit", 1_000_000.0,
             ),
             long_agent=StageConfig(
                 "long documents, agents", 350_000, 4096,
-                {"tasks:retail": 4, "long": 1, "tasks:arithmetic": 2, "tasks:instructions": 3, "tasks:code": 1,
+                {"tasks:retail": 4, "long": 1, "tasks:arithmetic": 3, "tasks:instructions": 3, "tasks:code": 1,
                  "prose": 1, "code": 1},
                 "best_fit", 1_000_000.0,
             ),
