@@ -119,6 +119,8 @@ def chat(words):
     args = p.parse_args(words)
     from minglm import terminal
 
+    if not (args.temperature >= 0 and 0 < args.top_p <= 1 and args.max_new_tokens > 0):
+        raise ValueError("--temperature is at least 0, --top-p above 0 and at most 1, --max-new-tokens at least 1")
     model, tokenizer, _, stage = load_run(args.run, args.stage)
     print(f"stage {stage}")
     terminal.chat(model, tokenizer, temperature=args.temperature, top_p=args.top_p,
@@ -154,7 +156,9 @@ def eval_(words):
             raise ValueError(f"--task {name}: no such task; the tasks are {', '.join(ENVIRONMENTS)}")
     for name in names:
         for thinking in (True, False):
-            record, _ = evaluate.tasks(Engine(model, tokenizer), tokenizer, ENVIRONMENTS[name], settings, thinking)
+            record, _ = evaluate.tasks(
+                Engine(model, tokenizer), tokenizer, ENVIRONMENTS[name], settings, thinking, config.seed
+            )
             if args.json:
                 print(json.dumps({"stage": stage, **record}), flush=True)
             else:

@@ -7,7 +7,6 @@ No counterpart in the paper; the thinking switch is that of section 3.1.
 
 import json
 import random
-import sys
 
 from minglm.chat import Parser, render
 from minglm.envs import ENVIRONMENTS
@@ -22,9 +21,9 @@ GREY, PLAIN = "\033[2m", "\033[0m"
 
 
 class Conversation:
-    """The state of one chat: messages, switches, and the shop behind the tools."""
+    """The state of one chat: messages, switches, and the shop behind the tools. out: a file, None for the screen."""
 
-    def __init__(self, model, tokenizer, temperature=0.6, top_p=0.95, max_new_tokens=200, seed=0, out=sys.stdout):
+    def __init__(self, model, tokenizer, temperature=0.6, top_p=0.95, max_new_tokens=200, seed=0, out=None):
         self.engine, self.tokenizer, self.out = Engine(model, tokenizer), tokenizer, out
         self.settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
         self.thinking, self.tools, self.seed = True, False, seed

@@ -67,7 +67,7 @@ def stop(process, reached, how):
     deadline = time.monotonic() + 900
     while process.poll() is None and not reached():
         assert time.monotonic() < deadline
-        time.sleep(0.002)
+        time.sleep(0.01)
     process.send_signal(how)
     _, errors = process.communicate(timeout=900)
     return process.returncode, errors
