@@ -88,8 +88,6 @@ def test_the_folder_is_as_documented(finished):
 KILLS = [  # in the order of the run: (what the log must hold, how often), and then a moment at random
     ("data", 0),
     ("general", 4),
-    ("bits_per_byte", 3),
-    ("repository", 2),
     ("reasoning.sft", 1),
     ("agent.rl", 1),
     ("rejection", 1),
@@ -104,7 +102,7 @@ def held(folder, what):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """A run that was killed seven times and interrupted once, by Ctrl-C; with the error output of the latter."""
+    """A run that was killed five times and interrupted once, by Ctrl-C; with the error output of the latter."""
     out, rng = tmp_path_factory.mktemp("killed") / "run", random.Random(1)
     often = ("--checkpoint_seconds", "0.02")
     for what, count in KILLS:
