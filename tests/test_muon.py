@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.config import OptimizerConfig
-from minglm.kernels.newton_schulz import BAND, COEFFICIENTS, SMALLEST, orthogonalize
+from minglm.kernels.newton_schulz import BAND, COEFFICIENTS, SMALLEST, orthogonalize, polar_express
 from minglm.optim.muon import Muon, assign
 from minglm.testing.optim import check_optimizer
 
@@ -20,9 +20,8 @@ def draw(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def scalar_map(values, steps=5):
-    a, b, c = COEFFICIENTS
-    for _ in range(steps):
+def scalar_map(values, coefficients=(COEFFICIENTS,) * 5):
+    for a, b, c in coefficients:
         values = a * values + b * values**3 + c * values**5
     return values
 
@@ -48,6 +47,50 @@ def test_singular_vectors_stay_and_values_follow_the_scalar_map(rows, columns, s
     assert error.norm() < 0.12 * expected.norm()
 
 
+def test_polar_express_settles_at_one():
+    """Every number of steps leaves values evenly around one, ever nearer; no polynomial near the best is better."""
+    values = torch.linspace(1e-3, 1, 1_000_001, dtype=torch.float64)
+    errors = []
+    for steps in range(1, 9):
+        mapped = scalar_map(values, polar_express(steps, margin=1.0))
+        errors.append((mapped - 1).abs().max().item())
+        assert float(mapped.max() + mapped.min()) == pytest.approx(2, abs=1e-5)  # as fine as the grid
+    assert errors == sorted(errors, reverse=True) and errors[6] < 1e-4
+    # with nothing but one step from a short interval, no polynomial nearby is better at its worst point
+    values = torch.linspace(0.3, 1, 100_001, dtype=torch.float64)
+    best = polar_express(1, smallest=0.3, margin=1.0)[0]
+    worst = (scalar_map(values, [best]) - 1).abs().max()
+    for i in range(3):
+        for sign in (-1, 1):
+            near = [x + sign * 1e-3 * (i == j) for j, x in enumerate(best)]
+            assert (scalar_map(values, [near]) - 1).abs().max() > worst
+
+
+@given(sizes, sizes, seeds, st.booleans())
+def test_gram_form_is_the_standard_iteration(rows, columns, seed, express):
+    """Iterating on the small Gram matrix gives the same result, whatever the coefficients, also in low precision."""
+    matrix = draw(seed, 2, rows, columns)
+    coefficients = polar_express(5) if express else None
+    exact = orthogonalize(matrix.double(), 5, torch.float64, coefficients)
+    found = orthogonalize(matrix.double(), 5, torch.float64, coefficients, gram=True)
+    torch.testing.assert_close(found, exact, atol=1e-9, rtol=0)  # as above, and differences of squares
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.float16, 0.15)):  # measured: a tenth of that and less
+        away = orthogonalize(matrix, 5, dtype, coefficients, gram=True).double() - exact
+        assert away.norm() < tolerance * exact.norm()
+
+
+def test_the_gram_form_needs_its_restart(monkeypatch):
+    """Without one, rounding makes small eigenvalues negative, and they grow; with one they stay where they belong."""
+    left, _, right = torch.linalg.svd(draw(0, 64, 200).double(), full_matrices=False)
+    matrix = left @ torch.diag(torch.logspace(0, -4, 64, dtype=torch.float64)) @ right
+    exact = orthogonalize(matrix, dtype=torch.float64)
+    away = {}
+    for restart in (0, 2):
+        monkeypatch.setattr("minglm.kernels.newton_schulz.RESTART", restart)
+        away[restart] = (orthogonalize(matrix, dtype=torch.float16, gram=True) - exact).norm() / exact.norm()
+    assert away[2] < 0.05 < 0.1 < away[0]
+
+
 @given(st.integers(0, 70), sizes, sizes, seeds)
 def test_stack_is_a_loop_and_transposition_commutes(count, rows, columns, seed):
     """A stack of any length, even none, gives what each matrix gives; transposing before or after is the same."""
@@ -70,6 +113,8 @@ def test_zeros_stay_zeros_and_vectors_are_refused():
     assert orthogonalize(torch.zeros(3, 4, 5)).eq(0).all()
     with pytest.raises(ValueError, match="needs matrices"):
         orthogonalize(torch.zeros(3))
+    with pytest.raises(ValueError, match="5 steps need as many coefficients"):
+        orthogonalize(torch.zeros(3, 4), coefficients=polar_express(4))
 
 
 def parameters(seed, shapes):
