@@ -14,7 +14,7 @@ Held out is decided by a hash of the document's name, so it does not change with
 docstring goes with its file, and a repository leaves its held-out files out: no held-out text stands in a training
 document.
 
-Simplified: no web, no languages but these two, no model-based filter, exact duplicates only (paper: MinHash, SemDedup).
+Simplified: no web, no languages but these two.
 """
 
 import hashlib

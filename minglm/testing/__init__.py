@@ -6,7 +6,7 @@ property. The project's own tests call the same contracts, and show that each fa
 """
 
 from minglm.testing.chat import check_parser, check_template
-from minglm.testing.cleaning import check_decontamination
+from minglm.testing.cleaning import check_decontamination, check_near_duplicates, check_semantic_duplicates
 from minglm.testing.data import check_batch, check_fim, check_packer, check_stream, check_tokenizer
 from minglm.testing.envs import check_environment, check_sandbox
 from minglm.testing.inference import check_sampler, check_verifier
@@ -32,6 +32,7 @@ __all__ = [
     "check_environment",
     "check_experts",
     "check_fim",
+    "check_near_duplicates",
     "check_optimizer",
     "check_packer",
     "check_parser",
@@ -42,6 +43,7 @@ __all__ = [
     "check_sampler",
     "check_sandbox",
     "check_schedule",
+    "check_semantic_duplicates",
     "check_stream",
     "check_temperature",
     "check_template",

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.data.corpus import Document
+from minglm.data.shingles import shingles
 from minglm.testing.data import contract, seeds
 
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
@@ -68,3 +69,88 @@ def check_decontamination(decontaminate):
 
     copies_go_and_the_rest_stays()
     wording_is_no_evidence()
+
+
+def _shuffled(rng, documents):
+    return rng.sample(documents, len(documents))
+
+
+def check_near_duplicates(function, threshold=0.7):
+    """Hold near-duplicate removal to its contract: function(documents) -> the documents that stay.
+
+    With similarity as the Jaccard index of runs of five words, and 0.2 allowed for its being estimated (4.6 standard
+    deviations of 128 samples): no two that stay are more similar than the threshold; whatever goes is as similar to one
+    of better or equal quality that stays; the order of what stays is that of the input, which decides nothing else.
+    """
+
+    @contract
+    @given(seeds, st.booleans())
+    def holds(seed, chinese):
+        rng, documents = random.Random(seed), []
+        for family in range(3):
+            words = made_up(rng, 120, chinese)
+            for step in range(rng.randint(1, 8)):  # each changes a few words of the one before: a chain of versions
+                documents.append(document(f"{family}.{step}", words, chinese, rng.random()))
+                changed = rng.choice([0, 1, 6, 20, 60])
+                at = rng.randrange(121 - changed)
+                words = words[:at] + made_up(rng, changed, chinese) + words[at + changed :]
+        documents = _shuffled(rng, documents)
+        stay = list(function(documents))
+        assert [d for d in documents if d in stay] == stay, "documents were added, or their order was changed"
+        sets = dict(zip([d.name for d in documents], map(set, shingles([d.text for d in documents], 5)), strict=True))
+
+        def similarity(a, b):
+            return len(sets[a.name] & sets[b.name]) / len(sets[a.name] | sets[b.name])
+
+        pairs = [(a, b) for n, a in enumerate(stay) for b in stay[:n]]
+        assert all(similarity(a, b) < threshold + 0.2 for a, b in pairs), "two near duplicates both stayed"
+        for gone in documents:
+            twins = [d for d in stay if similarity(gone, d) > threshold - 0.2 and d.quality >= gone.quality]
+            assert gone in stay or twins, f"{gone.name} went, but nothing like it, and as good, stayed"
+        again = {d.name for d in function(_shuffled(rng, documents))}
+        assert again == {d.name for d in stay}, "what stays depends on the order of the documents"
+
+    holds()
+
+
+def templates(rng, forms, pages, chinese=False):
+    """Documents "form.page": pages of made-up forms, sentences of 16 words of which 3, new on every page, are names."""
+    found = []
+    for form in range(forms):
+        sentences = [made_up(rng, 13, chinese) for _ in range(8)]
+        for page in range(pages):
+            words = [w for s in sentences for w in _filled(s, made_up(rng, 3, chinese))]
+            found.append(document(f"{form}.{page}", words, chinese, rng.random()))
+    return found
+
+
+def _filled(sentence, names):
+    return sentence[:4] + names[:1] + sentence[4:9] + names[1:2] + sentence[9:] + names[2:]
+
+
+def check_semantic_duplicates(function):
+    """Hold removal by meaning to its contract: function(documents) -> the documents that stay.
+
+    Of the pages of a form, which share four words in five but hardly a run of five words, the best one stays; of pages
+    of other words all stay; the order of what stays is that of the input, which decides nothing else.
+    """
+
+    @contract
+    @given(seeds, st.booleans())
+    def one_page_of_a_form_stays(seed, chinese):
+        rng = random.Random(seed)
+        pages = templates(rng, 2, rng.randint(1, 6), chinese)
+        others = [document(f"other.{n}", made_up(rng, 130, chinese), chinese, rng.random()) for n in range(6)]
+        documents = _shuffled(rng, pages + others)
+        stay = list(function(documents))
+        assert [d for d in documents if d in stay] == stay, "documents were added, or their order was changed"
+        assert all(d in stay for d in others), "a page of words of its own was removed"
+        for form in ("0.", "1."):
+            mine = [d for d in pages if d.name.startswith(form)]
+            kept = [d for d in mine if d in stay]
+            assert len(kept) == 1, f"of {len(mine)} pages of a form {len(kept)} stayed"
+            assert kept[0].quality == max(d.quality for d in mine), "the page that stayed is not the best of its form"
+        again = {d.name for d in function(_shuffled(rng, documents))}
+        assert again == {d.name for d in stay}, "what stays depends on the order of the documents"
+
+    one_page_of_a_form_stays()
