@@ -74,7 +74,8 @@ def clean(run, documents):
     if run.data.decontaminate:
         items = evaluation_sets(run, documents)
         training, done["decontamination"] = decontaminate(training, items, run.data.decontaminate)
-    return quality.keep(training), done
+    times = quality.epochs(training)
+    return [d for d, n in zip(training, times, strict=True) for _ in range(n)], done
 
 
 def evaluation_sets(run, documents):

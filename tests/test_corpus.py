@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.config import DataConfig
-from minglm.data import corpus, quality
+from minglm.data import corpus
 from minglm.data.corpus import Document, bounded, build, docstrings, is_heldout, repositories, user_files
 
 SMALL = DataConfig(corpus_megabytes=0.7, synthetic_documents=40, heldout=0.2)
@@ -171,52 +171,3 @@ def test_missing_and_empty_paths_are_named(tmp_path):
         list(user_files([tmp_path / "absent.txt"]))
     with pytest.raises(ValueError, match=r"holds no text or code files"):
         list(user_files([tmp_path]))
-
-
-@given(st.text(), st.sampled_from(["en", "zh", "python"]))
-def test_quality_is_a_share_for_any_text(text, language):
-    """Any text has a quality between 0 and 1, code that does not parse included."""
-    assert 0 <= quality.score(text, language) <= 1
-
-
-GOOD = '"""What it does."""\n\n\ndef add(a, b):\n    """The sum."""\n    return a + b  # exact for whole numbers\n'
-
-
-@pytest.mark.parametrize(
-    ("better", "worse", "language"),
-    [
-        (GOOD, GOOD.replace('    """The sum."""\n', ""), "python"),
-        (GOOD, "x = [" + "1, " * 2000 + "]\n", "python"),
-        (GOOD, "def broken(:\n", "python"),
-        ("A sentence of quite ordinary words follows another one here. " * 4, "buy buy buy now !!! $$$ " * 20, "en"),
-        ("A sentence of quite ordinary words follows another one here. " * 4, "0.1 0.2 0.3 " * 50, "en"),
-    ],
-)
-def test_rubric_prefers(better, worse, language):
-    """Documented code over bare, code over tables of numbers, sentences over shouting."""
-    assert quality.score(better, language) > quality.score(worse, language)
-
-
-@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), max_size=40))
-def test_keep_drops_the_lowest_and_repeats_the_highest(drawn):
-    """Of each judged source a tenth is dropped and a tenth comes three times; what is dropped is no better than what
-    stays; held-out documents and other sources come once; the order stays."""
-    some = [
-        dataclasses.replace(file(f"n{n}", "x", heldout=heldout), quality=score)
-        for n, (score, heldout) in enumerate(drawn)
-    ]
-    other = [dataclasses.replace(document, source="math") for document in some]
-    kept = quality.keep([*some, *other])
-    assert [d for d in kept if d.source == "math"] == other
-    times = {d.name: kept.count(d) for d in some}
-    assert all(times[d.name] == 1 for d in some if d.heldout)
-    judged = [d for d in some if not d.heldout]
-    assert sum(times[d.name] == 0 for d in judged) == -(-len(judged) // 10)
-    for a in judged:
-        for b in judged:
-            assert times[a.name] <= times[b.name] or a.quality >= b.quality
-    assert [d for n, d in enumerate(kept) if d not in kept[:n]] == [
-        d for d in [*some, *other] if times.get(d.name) or d in other
-    ]
-    with pytest.raises(ValueError, match="quality buckets"):
-        quality.keep(some, drop=0.7, top=0.7)

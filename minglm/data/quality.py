@@ -13,17 +13,29 @@ marks between 0 and 1, each of which can be argued with:
             comments    share of lines with a comment: full from 5 %
             data        share of digits, brackets and commas: full up to 15 %, none at 50 % (tables of numbers)
 
-Code that does not parse, or text with no letters, scores 0. `keep` makes buckets of a source by rank, not by the
-score itself, so that another scorer, learned one day, can take this one's place.
+    math, science   `educational`: share of sentences that compute or explain
+
+Code that does not parse, or text with no letters, scores 0. `epochs` makes buckets of a source by rank, not by the
+score itself, so that the learned score of `classifier` can take this one's place.
 """
 
 import re
-from collections import Counter
+import zlib
+from collections import defaultdict
 
 from minglm.data.outline import outline
 
-REPEAT = 3
+REPEAT = 3.0
 """How often documents of the top bucket stand in the training data; the paper reports more than 3.2 epochs."""
+
+JUDGED = ("code", "prose")
+
+TEACHES = re.compile(
+    r"[=<>≤≥≈∑∫√]|\d\s*[-+*/^%]\s*\d|[因所例等定证若]"
+    r"|\b(because|therefore|thus|hence|so|since|if|then|let|suppose|means?|called|defined?|example|proof)\b",
+    re.IGNORECASE,
+)
+"""What a sentence that computes or explains contains: a relation, an operation, a word of reasoning."""
 
 
 def _ramp(value, none, full):
@@ -74,24 +86,36 @@ def score(text, language="en"):
     return sum(marks.values()) / len(marks)
 
 
-def keep(documents, drop=0.1, top=0.1, sources=("code", "prose"), repeat=REPEAT):
-    """The training documents by quality: lowest bucket dropped, top bucket repeated, in the given order.
+def educational(text):
+    """Share of educational content of a page of mathematics or science, 0 to 1: sentences that compute or explain."""
+    sentences = [part for part in re.split(r"[.!?。！？](?:\s|$)|\n|(?<=[。！？])", text) if re.search(r"\w", part)]
+    return sum(bool(TEACHES.search(part)) for part in sentences) / max(1, len(sentences))
 
-    documents: with `quality`, `source`, `name` and `heldout`. drop, top: the buckets as shares of a source's documents,
-    ranked by (quality, name). Only `sources` are judged; others, and held-out documents, stay once.
-    Raises ValueError unless 0 <= drop, 0 <= top and drop + top <= 1.
+
+def epochs(documents, lowest=0.1, top=0.1, repeat=REPEAT, threshold=0.0):
+    """How often each document stands in the training data: a list of whole numbers.
+
+    documents: with `quality`, `source`, `language` and `name`, all for training. Of each language of the sources in
+    JUDGED, ranked by (quality, name), the `lowest` share is dropped and the `top` share comes `repeat` times; where
+    that is no whole number, a hash of the name decides which documents come once more. threshold: documents of
+    mathematics and science with a quality of this or more come twice (0: none). Others come once.
+    Raises ValueError unless 0 <= lowest, 0 <= top and lowest + top <= 1.
     """
-    if not (drop >= 0 and top >= 0 and drop + top <= 1):
-        raise ValueError(f"quality buckets drop = {drop} and top = {top} must be shares that sum to at most 1")
-    judged = [d for d in documents if d.source in sources and not d.heldout]
-    size, place, rank = Counter(d.source for d in judged), Counter(), {}
-    for document in sorted(judged, key=lambda d: (d.quality, d.name)):
-        rank[id(document)] = place[document.source] / size[document.source]
-        place[document.source] += 1
-
-    def times(document):
-        if id(document) not in rank:
-            return 1
-        return 0 if rank[id(document)] < drop else repeat if rank[id(document)] >= 1 - top else 1
-
-    return [document for document in documents for _ in range(times(document))]
+    if not (lowest >= 0 and top >= 0 and lowest + top <= 1):
+        raise ValueError(f"quality buckets lowest = {lowest} and top = {top} must be shares that sum to at most 1")
+    times, groups = [1] * len(documents), defaultdict(list)
+    for index, document in enumerate(documents):
+        if document.source in JUDGED:
+            groups[document.source, document.language].append(index)
+        elif document.source in ("math", "science") and threshold and document.quality >= threshold:
+            times[index] = 2
+    for members in groups.values():
+        members.sort(key=lambda i: (documents[i].quality, documents[i].name))
+        for place, index in enumerate(members):
+            rank = place / len(members)
+            if rank < lowest:
+                times[index] = 0
+            elif rank >= 1 - top:
+                more = zlib.crc32(documents[index].name.encode()) / 2**32 < repeat % 1
+                times[index] = int(repeat) + more
+    return times

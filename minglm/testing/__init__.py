@@ -6,7 +6,12 @@ property. The project's own tests call the same contracts, and show that each fa
 """
 
 from minglm.testing.chat import check_parser, check_template
-from minglm.testing.cleaning import check_decontamination, check_near_duplicates, check_semantic_duplicates
+from minglm.testing.cleaning import (
+    check_decontamination,
+    check_near_duplicates,
+    check_scorer,
+    check_semantic_duplicates,
+)
 from minglm.testing.data import check_batch, check_fim, check_packer, check_stream, check_tokenizer
 from minglm.testing.envs import check_environment, check_sandbox
 from minglm.testing.inference import check_sampler, check_verifier
@@ -43,6 +48,7 @@ __all__ = [
     "check_sampler",
     "check_sandbox",
     "check_schedule",
+    "check_scorer",
     "check_semantic_duplicates",
     "check_stream",
     "check_temperature",

@@ -1,4 +1,4 @@
-"""Contracts of data cleaning: decontamination, MinHash, near duplicates, duplicates by meaning (paper 2.2).
+"""Contracts of data cleaning: decontamination, near duplicates, duplicates by meaning, quality scores (paper 2.2).
 
     from minglm.testing.cleaning import check_near_duplicates
     check_near_duplicates(my_function, 0.7)        # my_function(documents) -> the documents it keeps
@@ -154,3 +154,36 @@ def check_semantic_duplicates(function):
         assert again == {d.name for d in stay}, "what stays depends on the order of the documents"
 
     one_page_of_a_form_stays()
+
+
+def check_scorer(fit):
+    """Hold a learned quality score to its contract: fit(texts, marks, seed) -> (model with .score(texts), report).
+
+    Marks are 1 with a probability that a few words in the text tell. Scores lie in [0, 1]; the score of a text depends
+    neither on the texts beside it nor on their order, and repeats with the seed; on new texts scores order the kinds of
+    text as the probabilities do, and each kind's mean score is its probability, to 0.15 (what 600 marks allow: two
+    standard deviations of the 40 marks of a kind that calibrate it).
+    """
+    rng, chances = random.Random(0), (0.1, 0.5, 0.9)
+    tell = [made_up(rng, 4) for _ in chances]
+
+    def text(kind):
+        words = made_up(rng, 40) + rng.choices(tell[kind], k=12)
+        return " ".join(rng.sample(words, len(words)))
+
+    kinds = [rng.randrange(len(chances)) for _ in range(600)]
+    texts, marks = [text(kind) for kind in kinds], [float(rng.random() < chances[kind]) for kind in kinds]
+    model, again = fit(texts, marks, 0)[0], fit(texts, marks, 0)[0]
+    new = [[text(kind) for _ in range(60)] for kind in range(len(chances))]
+    scores = [[float(score) for score in model.score(some)] for some in new]
+    assert all(0 <= score <= 1 for some in scores for score in some), "a score lies outside [0, 1]"
+    assert scores == [[float(s) for s in again.score(some)] for some in new], "the same marks and seed score otherwise"
+    mixed = rng.sample(range(60), 30)
+    for some, found in zip(new, scores, strict=True):
+        beside = model.score([some[i] for i in mixed])
+        assert all(abs(beside[n] - found[i]) < 1e-5 for n, i in enumerate(mixed)), "a score depends on the other texts"
+    means = [sum(some) / len(some) for some in scores]
+    assert means == sorted(means), f"scores {means} do not order kinds of text that are good with chances {chances}"
+    wrong = max(abs(mean - chance) for mean, chance in zip(means, chances, strict=True))
+    assert wrong < 0.15, f"scores {means} are not calibrated: they mean chances {chances}"
+    assert all(0 <= score <= 1 for score in model.score(["", "a", "\0", "你好"])), "odd texts have no score in [0, 1]"
