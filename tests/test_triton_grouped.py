@@ -13,7 +13,7 @@ from minglm.testing.rl import numbers, seeds
 
 DEVICE = switch_on()
 from minglm.kernels import grouped_experts as layer  # noqa: E402
-from minglm.kernels.grouped_gemm_triton import Tiles  # noqa: E402
+from minglm.kernels.tiles import Tiles  # noqa: E402
 
 NAMES = ("output", "gradient of x", "of the weights", "of gate", "of up", "of down")
 
@@ -97,7 +97,7 @@ def test_repeats_to_the_bit_whatever_the_number_of_programs(monkeypatch):
     """The same input gives the same bits, gradients included, and does not care who computed which tile."""
     case = drawn(3, 40, 4, 2, 36, 40, False)
     first = results(layer.experts_triton, *case)
-    monkeypatch.setattr(layer, "_programs", lambda x, each=1: 5)
+    monkeypatch.setattr(layer, "programs", lambda x, each=1: 5)
     assert all(torch.equal(a, b) for a, b in zip(first, results(layer.experts_triton, *case)))
 
 
@@ -134,7 +134,7 @@ def test_a_hole_in_the_gradients_is_found(monkeypatch):
 SETUP = """
 import torch
 from minglm.kernels import grouped_experts as layer
-from minglm.kernels.grouped_gemm_triton import Tiles
+from minglm.kernels.tiles import Tiles
 layer.UP = layer.DOWN = layer.PRODUCT = {2**31: Tiles(16, 512, 512, 4, 1)}
 layer.OUTER = {2**31: Tiles(512, 512, 16, 4, 1)}
 E, D, F = 280, 5120, 1536
@@ -147,7 +147,7 @@ def check(found, expected):
 READ = """
 w, tile = last_tile(E, F, D, tile=(F, D))
 x = torch.randn(1, D).bfloat16()
-for layer._bulk in (lambda *t: True), (lambda *t: False):
+for layer.bulk_readable in (lambda *t: True), (lambda *t: False):
     h, g, u = layer.up(x, order, weights, ends, w, w, save=True)
     check(g, x.double() @ tile.double().T)
     y = layer.product([(g, w)], order, ends, 1, pick=False, transposed=False)

@@ -10,48 +10,22 @@ Written apart from the kernels, because a kernel can be compiled where it cannot
 import torch
 
 from minglm.kernels import grouped_gemm_triton as kernels
-from minglm.kernels.grouped_gemm_triton import DOWN, FLOAT32, OUTER, PRODUCT, UP
+from minglm.kernels.grouped_gemm_triton import DOWN, OUTER, PRODUCT, UP
 from minglm.kernels.router_topk_triton import group_by_expert_triton
+from minglm.kernels.tiles import bulk_readable, power_of_2, programs, read, tiles_for
 
 SUM_WIDTH = 1024
-
-
-def _tiles(table, x, rows):
-    if x.dtype == torch.float32:
-        return FLOAT32
-    return next(tiles for most, tiles in table.items() if rows <= most)
-
-
-def _power_of_2(number):
-    return 1 << (number - 1).bit_length()
-
-
-def _programs(x, each=1):
-    """As many programs as run at the same time; two in the interpreter, where each is a price."""
-    return each * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
-
-
-def _bulk(*tensors):
-    """Whether the bulk copy engine can read the rows of all of them."""
-    return all(t.data_ptr() % 16 == 0 and t.shape[-1] * t.element_size() % 16 == 0 for t in tensors)
-
-
-def _read(matrices, rows, columns, bulk):
-    """A stack of matrices as a kernel reads it, in tiles of rows x columns."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(matrices, [1, rows, columns]) if bulk else matrices
 
 
 def up(x_TD, order, weights_TK, ends_E, gate_EFD, up_EFD, save):
     """(h, g, u), each (T * K, F) in the order of the experts; g and u are None unless they are to be saved."""
     (E, F, D), K = gate_EFD.shape, weights_TK.shape[1]
-    tiles, bulk = _tiles(UP, x_TD, len(order) / E), _bulk(gate_EFD, up_EFD)
+    tiles, bulk = tiles_for(UP, x_TD, len(order) / E), bulk_readable(gate_EFD, up_EFD)
     h = x_TD.new_empty(len(order), F)
     g, u = (torch.empty_like(h), torch.empty_like(h)) if save else (None, None)
-    gate, up = (_read(w, tiles.columns, tiles.step, bulk) for w in (gate_EFD, up_EFD))
-    kernels.up_kernel[(_programs(x_TD, tiles.each),)](
-        x_TD, order, weights_TK, ends_E, gate, up, g, u, h, E, D, F, CHOICES=K, EXPERTS=_power_of_2(E),
+    gate, up = (read(w, tiles.columns, tiles.step, bulk) for w in (gate_EFD, up_EFD))
+    kernels.up_kernel[(programs(x_TD, tiles.each),)](
+        x_TD, order, weights_TK, ends_E, gate, up, g, u, h, E, D, F, CHOICES=K, EXPERTS=power_of_2(E),
         SAVE=save, TURN=tiles.turn, BULK=bulk, EVEN=D % tiles.step == 0, **tiles.constants(),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
@@ -62,17 +36,17 @@ def product(terms, order, ends_E, choices, *, pick, transposed):
     """Sum of a @ w[expert of the row] over one or two terms (a, w); see `product_kernel`. Returns (T * K, width)."""
     a, w = terms[0]
     depth, (E, width) = a.shape[1], (len(ends_E), w.shape[1 if transposed else 2])
-    tiles = _tiles(DOWN if transposed else PRODUCT, a, len(order) / E)
+    tiles = tiles_for(DOWN if transposed else PRODUCT, a, len(order) / E)
     matrices = [w for _, w in terms]
-    bulk = _bulk(*matrices) and (pick or _bulk(*(a for a, _ in terms)))
+    bulk = bulk_readable(*matrices) and (pick or bulk_readable(*(a for a, _ in terms)))
     box = (tiles.columns, tiles.step) if transposed else (tiles.step, tiles.columns)
-    rows = [a if pick else _read(a[None], tiles.rows, tiles.step, bulk) for a, _ in terms]
-    matrices = [_read(w, *box, bulk) for w in matrices]
+    rows = [a if pick else read(a[None], tiles.rows, tiles.step, bulk) for a, _ in terms]
+    matrices = [read(w, *box, bulk) for w in matrices]
     y = a.new_empty(len(order), width)
     two = len(terms) == 2
-    kernels.product_kernel[(_programs(a, tiles.each),)](
+    kernels.product_kernel[(programs(a, tiles.each),)](
         rows[0], rows[1] if two else None, order, ends_E, matrices[0], matrices[1] if two else None, y, E, len(order),
-        depth, width, CHOICES=choices, EXPERTS=_power_of_2(E), PICK=pick, TWO=two,
+        depth, width, CHOICES=choices, EXPERTS=power_of_2(E), PICK=pick, TWO=two,
         TRANSPOSED=transposed, TURN=tiles.turn, BULK=bulk, EVEN=depth % tiles.step == 0, **tiles.constants(),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
@@ -82,9 +56,9 @@ def product(terms, order, ends_E, choices, *, pick, transposed):
 def outer(a, b, order, ends_E, choices, *, pick_a=False, pick_b=False):
     """For each expert a' b over its rows, (E, a's width, b's width); of a row's pair or, if picked, of its token."""
     E, height, width = len(ends_E), a.shape[1], b.shape[1]
-    tiles = _tiles(OUTER, a, 0)
+    tiles = tiles_for(OUTER, a, 0)
     out = a.new_empty(E, height, width)
-    kernels.outer_kernel[(_programs(a),)](
+    kernels.outer_kernel[(programs(a),)](
         a, b, order, ends_E, out, E, height, width, CHOICES=choices, PICK_A=pick_a, PICK_B=pick_b,
         EVEN=height % tiles.rows == 0 and width % tiles.columns == 0,
         **tiles.constants(), num_warps=tiles.warps, num_stages=tiles.stages,
@@ -96,7 +70,7 @@ def swiglu_backward(dh, g, u, order, weights_TK):
     """(h, dg, du, dweights_TK) of dh; du takes the place of dh."""
     h, dg, dweights_TK = torch.empty_like(g), torch.empty_like(g), torch.empty_like(weights_TK)
     kernels.swiglu_backward_kernel[(len(order),)](
-        dh, g, u, order, weights_TK, h, dg, dweights_TK, g.shape[1], WIDTH=_power_of_2(g.shape[1])
+        dh, g, u, order, weights_TK, h, dg, dweights_TK, g.shape[1], WIDTH=power_of_2(g.shape[1])
     )
     return h, dg, dh, dweights_TK
 
@@ -105,7 +79,7 @@ def sum_choices(parts, choices):
     """(T * K, D) to (T, D): each token's results, in float32, always in the same order."""
     T, D = len(parts) // choices, parts.shape[1]
     out = parts.new_empty(T, D)
-    width = min(SUM_WIDTH, _power_of_2(D))
+    width = min(SUM_WIDTH, power_of_2(D))
     kernels.sum_kernel[(T, -(-D // width))](parts, out, D, CHOICES=choices, WIDTH=width)
     return out
 

@@ -25,31 +25,11 @@ Choices, each with its reason:
   at least 64 rows on the left but only 8 columns on the right.
 """
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 
 from minglm.kernels.backend import Spec
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Rows x columns of one tile of the result, the step along the sum, and what Triton is asked for."""
-
-    rows: int
-    columns: int
-    step: int
-    warps: int
-    stages: int
-    turn: bool = False
-    each: int = 1
-    """Programs on one multiprocessor: several where their shared memory fits, to keep more loads in the air."""
-
-    def constants(self):
-        """As the kernels name them."""
-        return {"ROWS": self.rows, "COLUMNS": self.columns, "STEP": self.step, "BAND": BAND}
-
+from minglm.kernels.tiles import Tiles, described
 
 # Tiles by the mean number of rows of an expert, which the host knows without asking the GPU: the first entry that is
 # not exceeded. Chosen by what the compiler reports for an H100 (nothing spilled, full use of shared memory) and by
@@ -58,12 +38,10 @@ UP = {32: Tiles(16, 64, 64, 4, 4, True, 3), 300: Tiles(64, 128, 64, 4, 3), 2**31
 DOWN = {32: Tiles(16, 64, 128, 4, 4, True, 2), 300: Tiles(64, 256, 64, 4, 4), 2**31: Tiles(128, 256, 64, 8, 4)}
 PRODUCT = {300: Tiles(64, 256, 64, 4, 4), 2**31: Tiles(128, 256, 64, 8, 4)}  # of the backward pass
 OUTER = {2**31: Tiles(128, 256, 64, 8, 5)}
-FLOAT32 = Tiles(32, 32, 32, 4, 2)  # outside the tensor cores: exact products, for checks and not for speed
-BAND = 8  # row tiles that walk through an expert's columns together
 
 
 @triton.jit
-def _tile(w, matrix, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BULK: tl.constexpr):
+def load_tile(w, matrix, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BULK: tl.constexpr):
     """ROWS x COLUMNS of one matrix of a stack (matrices, rows, columns) from (row, column) on; zeros outside of it."""
     if BULK:
         return w.load([matrix, row, column]).reshape(ROWS, COLUMNS)
@@ -124,8 +102,8 @@ def up_kernel(
         b = tl.zeros((COLUMNS, ROWS) if TURN else (ROWS, COLUMNS), dtype=tl.float32)
         for k in range(0, D, STEP):
             xs = _picked(at, k, D, STEP, EVEN)
-            wg = _tile(gate, expert, column_tile * COLUMNS, k, F, D, COLUMNS, STEP, BULK)
-            wu = _tile(up, expert, column_tile * COLUMNS, k, F, D, COLUMNS, STEP, BULK)
+            wg = load_tile(gate, expert, column_tile * COLUMNS, k, F, D, COLUMNS, STEP, BULK)
+            wu = load_tile(up, expert, column_tile * COLUMNS, k, F, D, COLUMNS, STEP, BULK)
             if TURN:
                 a = tl.dot(wg, xs.T, a, input_precision="ieee")
                 b = tl.dot(wu, xs.T, b, input_precision="ieee")
@@ -160,15 +138,15 @@ def _add_product(
         if PICK:
             left = _picked(at, k, depth, STEP, EVEN)
         else:
-            left = _tile(a, 0, row, k, pairs, depth, ROWS, STEP, BULK)
+            left = load_tile(a, 0, row, k, pairs, depth, ROWS, STEP, BULK)
         if TRANSPOSED:
-            right = _tile(w, expert, column, k, width, depth, COLUMNS, STEP, BULK)
+            right = load_tile(w, expert, column, k, width, depth, COLUMNS, STEP, BULK)
             if TURN:
                 total = tl.dot(right, left.T, total, input_precision="ieee")
             else:
                 total = tl.dot(left, right.T, total, input_precision="ieee")
         else:
-            right = _tile(w, expert, k, column, depth, width, STEP, COLUMNS, BULK)
+            right = load_tile(w, expert, k, column, depth, width, STEP, COLUMNS, BULK)
             total = tl.dot(left, right, total, input_precision="ieee")
     return total
 
@@ -276,17 +254,13 @@ def sum_kernel(parts, out, width, CHOICES: tl.constexpr, WIDTH: tl.constexpr):
     tl.store(out + row * width + columns, total.to(out.dtype.element_ty), mask=columns < width)
 
 
-def _read(rows, columns):
-    return f"tensordesc<bf16[1, {rows}, {columns}]>"
-
-
 def _specs():
     """The layer in GLM-4.5's dtype, bfloat16, with 8 of up to 256 experts, for few, some and many rows an expert."""
     common = {"CHOICES": 8, "EXPERTS": 256, "BULK": True, "EVEN": True}
     lists, sizes = {"order": "*i64", "ends": "*i32", "experts": "i32"}, {"D": "i32", "F": "i32"}
     rows = {name: "*bf16" for name in ("x", "g", "u", "h")}
     for t in UP.values():
-        matrices = dict.fromkeys(("gate", "up"), _read(t.columns, t.step))
+        matrices = dict.fromkeys(("gate", "up"), described(t.columns, t.step))
         signature, switches = rows | lists | sizes | {"weights": "*fp32"} | matrices, {"SAVE": True, "TURN": t.turn}
         yield Spec(f"up {t.rows}x{t.columns}", up_kernel, signature, common | t.constants() | switches,
                    t.warps, t.stages, ("D", "F"), "HGMMA", ("UTMALDG", "LDGSTS"))  # fmt: skip
@@ -295,8 +269,8 @@ def _specs():
         (name, t, pick, not pick, False) for t in PRODUCT.values() for name, pick in (("dh", True), ("dx", False))
     ]
     for name, t, pick, two, transposed in launches:
-        a = "*bf16" if pick else _read(t.rows, t.step)
-        w = _read(t.columns, t.step) if transposed else _read(t.step, t.columns)
+        a = "*bf16" if pick else described(t.rows, t.step)
+        w = described(t.columns, t.step) if transposed else described(t.step, t.columns)
         signature = lists | {"a": a, "w": w, "y": "*bf16", "pairs": "i32", "depth": "i32", "width": "i32"}
         switches = {"PICK": pick, "TWO": two, "TRANSPOSED": transposed, "TURN": t.turn}
         signature, switches = (

@@ -21,8 +21,8 @@ iteration then blows up; R is formed anew from Q X after `RESTART` steps, before
 
 Choices:
 - X X' is formed on the short side, so a tall matrix is worked on transposed; the iteration commutes with transposition.
-- R, P and Q are polynomials in X X': symmetric, and their products too (`symmetric_product`). `baddbmm` adds the terms
-  inside the product, so a step is three products and no other pass.
+- R, P and Q are polynomials in X X': symmetric, and their products too (`symmetric_product`). The Triton form computes
+  one half of them. `baddbmm` adds the terms inside the product, so a step is three products and no other pass.
 - A long stack goes through in waves: on a CPU so small that they stay in cache, on a GPU so large that they fill it.
 - float32 on a CPU, bfloat16 on a GPU, where it is enough (the result is meant to be near one, not equal to it); for
   the Gram form float16, whose three more bits it needs and whose range is enough for numbers up to one.
@@ -32,6 +32,8 @@ Choices:
 import functools
 
 import torch
+
+from minglm.kernels.backend import backend
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SMALLEST = 0.002
@@ -136,6 +138,10 @@ def symmetric_product(x, y, factor=1.0, z=None, z_factor=0.0, diagonal=0.0):
 
     x, y: (matrices, rows, columns); z: (matrices, rows, rows) or None. Returns (matrices, rows, rows) in x's dtype.
     """
+    if backend(x) == "triton":
+        from minglm.kernels.newton_schulz_triton import symmetric_product_triton
+
+        return symmetric_product_triton(x, y, factor, z, z_factor, diagonal)
     out = x @ y.mT if z is None else torch.baddbmm(z, x, y.mT, beta=z_factor, alpha=factor)
     if diagonal:
         out.diagonal(dim1=-2, dim2=-1).add_(diagonal)
