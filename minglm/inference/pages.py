@@ -10,6 +10,8 @@ from itertools import groupby
 
 import torch
 
+from minglm.kernels.backend import backend
+from minglm.kernels.flash_attention import WIDEST
 from minglm.kernels.paged_attention import paged_attention, slot_mask
 
 
@@ -31,15 +33,21 @@ class LayerPages:
         new = k_BSMA[0] if v_BSMA is None else torch.cat((k_BSMA[0], v_BSMA[0]), 1)
         self.store.view(-1, A).index_copy_(0, plan.written, new.reshape(-1, A))
         if len(plan.groups) == 1:
-            rows, positions_BS = plan.groups[0]
-            q = q_BSNA.view(*positions_BS.shape, *q_BSNA.shape[2:])
-            return paged_attention(q, self.store, rows, self.mask(0, q)).view(q_BSNA.shape)
+            q = q_BSNA.view(*plan.groups[0][1].shape, *q_BSNA.shape[2:])
+            return self.read(0, q).view(q_BSNA.shape)
         out, sizes = [], [positions_BS.numel() for _, positions_BS in plan.groups]
         for i, q in enumerate(q_BSNA[0].split(sizes)):
-            rows, positions_BS = plan.groups[i]
-            q = q.unflatten(0, positions_BS.shape)
-            out.append(paged_attention(q, self.store, rows, self.mask(i, q)).flatten(0, 1))
+            out.append(self.read(i, q.unflatten(0, plan.groups[i][1].shape)).flatten(0, 1))
         return torch.cat(out)[None]
+
+    def read(self, group, q_BSNA):
+        """Attend q over what is stored for a group of rows, in the form that `minglm.kernels.backend` chooses."""
+        rows, positions_BS = self.plan.groups[group]
+        if q_BSNA.shape[3] <= WIDEST and backend(q_BSNA) == "triton":
+            from minglm.kernels.paged_attention_triton import paged_attention_triton
+
+            return paged_attention_triton(q_BSNA, self.store, rows, positions_BS, self.first)
+        return paged_attention(q_BSNA, self.store, rows, self.mask(group, q_BSNA))
 
     def mask(self, group, q_BSNA):
         """The mask of a group of rows, made once for all layers."""

@@ -15,8 +15,11 @@ are computed in float32 even where the model computes in bfloat16: casting the s
 import torch
 import torch.nn.functional as F
 
+from minglm.kernels.backend import backend
+
 CHUNK = 64  # longest chunk; see `_chunks`
 NARROW = 64  # dimensions of a head, below which a CPU computes in float32
+WIDEST = 256  # dimensions of a head that the Triton form has tiles for
 HIDDEN = -1e4  # score of a pair that must not see each other; finite, because exp(-inf) takes a slow path on CPUs
 
 
@@ -126,5 +129,12 @@ class _Flash(torch.autograd.Function):
 
 
 def flash_attention(q_BSNA, k_BSMA, v_BSMA, documents_BS=None):
-    """The same as `attention`, in memory linear in S. Same arguments and result."""
+    """The same as `attention`, in memory linear in S. Same arguments and result, for documents that are runs of one id.
+
+    `minglm.kernels.backend` chooses the form; Triton's takes heads of up to WIDEST dimensions.
+    """
+    if q_BSNA.shape[3] <= WIDEST and backend(q_BSNA) == "triton":
+        from minglm.kernels.flash_attention_triton import flash_attention_triton
+
+        return flash_attention_triton(q_BSNA, k_BSMA, v_BSMA, documents_BS)
     return _Flash.apply(q_BSNA, k_BSMA, v_BSMA, documents_BS)

@@ -9,7 +9,8 @@ written.
 `attend_slots` is the plain form, over keys and values in order; the oracle. `paged_attention` gathers each row's blocks
 and treats the query heads that share a key/value head as rows of one product. Few queries a row, as in decoding, are
 two batched products: that was measured twice as fast on a CPU as PyTorch's fused attention, which long prompts get
-because it does not hold their scores. A GPU kernel would read the blocks where they lie.
+because it does not hold their scores. The Triton form (`paged_attention_triton.py`) reads the blocks where they lie and
+takes positions in place of the mask; `minglm.inference.pages` calls it where Triton runs.
 """
 
 import torch
