@@ -29,7 +29,9 @@ class DataConfig:
     corpus_megabytes: float = 12.0
     """Upper bound on the text read from each built-in source."""
     files: tuple[str, ...] = ()
-    """Your own data: paths of .txt, .md, .jsonl or .parquet files, or folders of code."""
+    """Your own data: text and code files, .jsonl, .jsonl.zst, .parquet, folders of these, hf:NAME of a data set."""
+    stream_megabytes: float = 0.0
+    """Upper bound on the text read from each data set by name; 0: all of it."""
     fim_rate: float = 0.5
     """Share of source files rewritten for fill-in-the-middle. The paper applies it to all code but gives no rate."""
     fim_characters: int = 0
@@ -38,6 +40,20 @@ class DataConfig:
     """Share of documents kept for validation, chosen by a hash of the document's name."""
     decontaminate: int = 13
     """Words of the runs by which training documents are searched for test tasks and held-out text; 0: no search."""
+    near_duplicates: float = 0.0
+    """Jaccard similarity of five-word runs from which the worse of two documents goes, 0.7 for instance; 0: off."""
+    semantic_duplicates: float = 0.0
+    """Cosine of embeddings from which the worse of two documents goes (SemDedup), 0.95 for instance; 0: off."""
+    quality: str = "rubric"
+    """Score by rules (rubric), by a classifier they taught (learned), or by one taught by a .jsonl of text, label."""
+    lowest_share: float = 0.1
+    """Share of prose and of each language of code that is dropped, by quality."""
+    top_share: float = 0.1
+    """Share that is repeated."""
+    top_epochs: float = 3.0
+    """How often it comes. The paper lets its best pages come more than 3.2 times."""
+    educational: float = 0.0
+    """Share of educational content from which mathematics and science come twice; 0: off."""
     synthetic_documents: int = 2000
     """Documents drawn from each procedural generator (mathematics, science, questions, long ledgers)."""
     trajectories: int = 2000
@@ -291,7 +307,8 @@ class Run:
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
-CLEANING = ("decontaminate",)
+CLEANING = ("decontaminate", "stream_megabytes", "near_duplicates", "semantic_duplicates", "quality")
+CLEANING += ("lowest_share", "top_share", "top_epochs", "educational")
 
 
 def older(data):
@@ -320,7 +337,7 @@ def from_dict(values, kind=Run):
 POSITIVE = {"prompts", "problems", "max_new_tokens", "max_turns", "updates_per_rollout", "responses_per_prompt"}
 POSITIVE |= {"samples", "batch_tokens", "microbatch_tokens", "top_p", "corpus_megabytes"}
 SHARES = {"muon_momentum", "adam_beta1", "adam_beta2", "final_lr_ratio", "clip_low", "top_p", "heldout", "fim_rate"}
-SHARES |= {"thinking_share", "terse_share"}
+SHARES |= {"thinking_share", "terse_share", "near_duplicates", "semantic_duplicates", "educational"}
 
 
 def _check_numbers(config, where=""):
@@ -399,6 +416,11 @@ def check(run):
         raise ValueError(
             f"data.decontaminate = {run.data.decontaminate}: runs of fewer than 8 words stand in innocent text too; "
             "use 8 to 13, or 0 for no search"
+        )
+    if run.data.lowest_share + run.data.top_share > 1:
+        raise ValueError(
+            f"data.lowest_share = {run.data.lowest_share} and data.top_share = {run.data.top_share}: "
+            "must sum to at most 1"
         )
     opt = run.optimizer
     if not 0 < opt.batch_tokens_start <= opt.batch_tokens_end:

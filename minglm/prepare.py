@@ -5,25 +5,35 @@
 
 The sources of the shards are those of the corpus (prose, code, math, science, qa, long, repository, user:NAME) and
 `tasks:ENVIRONMENT`, the oracle's trajectories for mid-training. Built once and kept in the run's folder; the same
-config finds them again.
+config finds them again. `minglm.data.parts` says which step is computed by how many processes.
 """
 
+import itertools
 import json
+import pickle
+import shutil
+import sys
 import time
+import zlib
+from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from minglm.chat import render, render_text
-from minglm.common import write_json
+from minglm.common import atomic_path, use_threads, write_json
 from minglm.config import older, to_dict
-from minglm.data import corpus, quality
-from minglm.data.decontaminate import decontaminate
-from minglm.data.mixture import load_shards, save_shards, tokenize
+from minglm.data import classifier, corpus, parts, quality, shards
+from minglm.data.decontaminate import Index
+from minglm.data.engine import map_parts
+from minglm.data.sources import Skipped
 from minglm.data.tokenizer import Tokenizer
 from minglm.envs import ENVIRONMENTS
 from minglm.evaluate import TEST_SEED
 
 TASK_SEED = 1
+MARKED = 2000
+"""Documents of a kind that the rubric marks for the classifier."""
 
 
 def check_environments(run):
@@ -38,44 +48,150 @@ def check_environments(run):
             raise ValueError(f"posttraining.{name} = {given}: must be some of {', '.join(ENVIRONMENTS)}")
 
 
-def prepare(run, folder):
+def prepare(run, folder, engine="local"):
     """(tokenizer, training shards, held-out shards, what was done) of a Run, from `folder` or built there.
 
-    What was done, for the log: tokens of each source, number of documents, what each step of cleaning took, seconds.
-    Raises ValueError when a mixture names no source, when the tokenizer has more ids than the model, or as the corpus
-    does for unreadable files.
+    What was done, for the log: tokens of each source, number of documents, what each step of cleaning took, records
+    that could not be used, seconds. A build that was stopped goes on, and a shard that was cut short is made again.
+    engine: local or ray, see `minglm.data.engine`. Raises ValueError when a mixture names no source, when the tokenizer
+    has more ids than the model, or as the corpus does for unreadable files.
     """
-    key = {"data": older(to_dict(run)["data"]), "vocab_size": run.model.vocab_size, "seed": run.seed}
-    path, about = folder / "tokenizer.json", folder / "about.json"
-    shards, heldout = (load_shards(folder / part, key) for part in ("train", "heldout"))
-    if shards is not None and heldout is not None and path.exists() and about.exists():
-        _check_mixtures(run, shards)
-        return Tokenizer.load(path), shards, heldout, json.loads(about.read_text())
-    began = time.time()
-    documents = corpus.build(run.data, run.seed)
-    kept, cleaning = clean(run, documents)
-    solved = solutions(run)
-    tokenizer = build_tokenizer(run, kept, solved)
-    tokenizer.save(path)
-    save_shards(folder / "heldout", tokenize([d for d in documents if d.heldout], tokenizer), key)
-    shards = tokenize(kept, tokenizer, run.data.fim_rate, run.seed, run.data.fim_characters)
-    for name, conversations in solved.items():
-        shards[f"tasks:{name}"] = [np.array(render(tokenizer, *c).ids, np.uint32) for c in conversations]
-    counts = {name: int(sum(map(len, arrays))) for name, arrays in shards.items()}
-    done = {"tokens": counts, "documents": len(kept), "cleaning": cleaning, "seconds": round(time.time() - began, 1)}
-    write_json(about, done)
-    save_shards(folder / "train", shards, key)  # last: what has an index is complete
-    return prepare(run, folder)
+    key = {"data": older(to_dict(run)["data"]), "vocab_size": run.model.vocab_size, "seed": run.seed, "format": 2}
+    about, parts_of = folder / "about.json", [folder / "train", folder / "heldout"]
+    for part in parts_of:
+        if shards.index(part, key) is not None:
+            for number, wrong in shards.damaged(part).items():
+                print(f"minglm: {wrong}; it is built again", file=sys.stderr)
+                shards.forget(part, number)
+    if None in [shards.index(part, key) for part in parts_of] or not about.exists():
+        build(run, folder, key, engine)
+    train, heldout = (shards.load_shards(part, key) for part in parts_of)
+    _check_mixtures(run, train)
+    return Tokenizer.load(folder / "tokenizer.json"), train, heldout, json.loads(about.read_text())
 
 
-def clean(run, documents):
-    """(training documents, what was done, for the log): without evaluation items, by quality."""
-    training, done = [document for document in documents if not document.heldout], {}
-    if run.data.decontaminate:
-        items = evaluation_sets(run, documents)
-        training, done["decontamination"] = decontaminate(training, items, run.data.decontaminate)
-    times = quality.epochs(training)
-    return [d for d, n in zip(training, times, strict=True) for _ in range(n)], done
+def build(run, folder, key, engine="local"):
+    """Write documents, tokenizer and shards of a run under `folder`, as far as they are not there under this key."""
+    began, workers, solved = time.time(), use_threads(run.threads), solutions(run)
+    documents, tokenizer = folder / "documents", folder / "tokenizer.json"
+    done = _done(documents, key)
+    if done is None:
+        shutil.rmtree(documents, ignore_errors=True)
+        skipped = Skipped(documents / "skipped.log")
+        bar = tqdm(corpus.documents(run.data, run.seed, skipped), desc="read", unit=" documents", disable=None)
+        paths = parts.write(bar, documents)
+        times, cleaning = clean(run, paths, folder, engine, workers)
+        build_tokenizer(run, texts(paths, times), solved).save(tokenizer)
+        with atomic_path(documents / "times.npy") as temporary, open(temporary, "wb") as file:
+            np.save(file, times)
+        done = {"key": key, "parts": len(paths), "documents": cleaning.pop("documents"), "cleaning": cleaning}
+        done |= {"skipped": skipped.count, "skipped_log": f"{skipped.path}" if skipped.count else ""}
+        write_json(documents / "done.json", done)
+    tasks = shard_tasks(run, folder, key, done["parts"])
+    sizes = [Path(task["path"]).stat().st_size for task in tasks]
+    map_parts(parts.shard, tasks, engine, workers, "tokenize", sizes)
+    if shards.part(folder / "train", done["parts"], key) is None:
+        save_solutions(solved, Tokenizer.load(tokenizer), folder / "train", done["parts"], key)
+    shards.finish(folder / "heldout", range(done["parts"]), key)
+    shards.finish(folder / "train", range(done["parts"] + 1), key)
+    totals = shards.totals(folder / "train")
+    about = {"tokens": {name: row["tokens"] for name, row in totals.items()}}
+    about |= {name: done[name] for name in ("documents", "cleaning", "skipped", "skipped_log")}
+    write_json(folder / "about.json", about | {"seconds": round(time.time() - began, 1)})
+
+
+def _done(documents, key):
+    """What `build` noted when the documents under this key were complete; None where they are not."""
+    try:
+        done = json.loads((documents / "done.json").read_text())
+        return done if done["key"] == json.loads(json.dumps(key)) else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def clean(run, paths, folder, engine="local", workers=1):
+    """(how often each document of the parts is used, what each step took); see `minglm.data.parts.decide`."""
+    found, work, data = parts.records(paths), folder / "work", run.data
+    work.mkdir(parents=True, exist_ok=True)
+    task, noted = dict.fromkeys(("index", "judge")), {}
+    task |= {"near": bool(data.near_duplicates), "semantic": bool(data.semantic_duplicates)}
+    task["educational"] = bool(data.educational)
+    if data.decontaminate:
+        originals = set(corpus.originals([(r.digest, r.heldout) for r in found]))
+        kept = (d for n, d in enumerate(d for path in paths for d in parts.read(path)) if n in originals)
+        index = Index(evaluation_sets(run, kept), data.decontaminate)
+        noted["decontamination"] = {"n": data.decontaminate, "items": index.sets, "not_searched": index.passed}
+        task["index"] = f"{work / 'items.pickle'}"
+        Path(task["index"]).write_bytes(pickle.dumps(index))
+    if data.quality != "rubric":
+        judge, noted["judges"] = classifier.train(labels(data.quality, paths), run.seed)
+        task["judge"] = f"{work / 'judge.npz'}"
+        judge.save(task["judge"])
+    tasks = [{**task, "path": f"{path}"} for path in paths]
+    features = map_parts(parts.measure, tasks, engine, workers, "clean", [path.stat().st_size for path in paths])
+    times, done = parts.decide(found, features, data)
+    if "decontamination" in noted:
+        done["decontamination"] = noted["decontamination"] | {"removed": done["decontamination"]}
+    if "judges" in noted:
+        done["judges"] = noted["judges"]
+    shutil.rmtree(work)
+    return times, done
+
+
+def labels(quality_of, paths):
+    """Marked documents for the classifiers: those of a file, or MARKED of each kind with the rubric's marks.
+
+    quality_of: "learned" or the path of a .jsonl file. paths: of the parts.
+    """
+    if quality_of != "learned":
+        return classifier.read_labels(quality_of)
+    chosen = {}
+    for path in paths:
+        for document in parts.read(path):
+            if not document.heldout and document.source not in ("repository", "long", "qa"):
+                kind = chosen.setdefault(classifier.kind(document.source, document.language), [])
+                kind.append((zlib.crc32(document.name.encode()), document))
+        chosen = {kind: sorted(some, key=lambda pair: pair[0])[:MARKED] for kind, some in chosen.items()}
+    rows = []
+    for _, document in (pair for some in chosen.values() for pair in some):
+        science = document.source in ("math", "science")
+        mark = quality.educational(document.text) if science else quality.score(document.text, document.language)
+        rows.append((document.text, mark, document.source, document.language))
+    return rows
+
+
+def shard_tasks(run, folder, key, count):
+    """What `parts.shard` has to do for those of `count` parts that have no shards under this key."""
+    documents, tasks, at, first = folder / "documents", [], 0, 0
+    times = np.load(documents / "times.npy")
+    for number in range(count):
+        path = documents / f"{number:05d}.documents"
+        heldout = np.array([d.heldout for d in parts.read(path)], bool)
+        mine = times[at : at + len(heldout)]
+        if None in [shards.part(folder / name, number, key) for name in ("train", "heldout")]:
+            options = {"seed": run.seed, "fim_rate": run.data.fim_rate, "fim_characters": run.data.fim_characters}
+            options |= {"path": f"{path}", "number": number, "times": mine.tolist(), "first": first}
+            tasks.append(options | {"folder": f"{folder}", "key": key, "tokenizer": f"{folder / 'tokenizer.json'}"})
+        at, first = at + len(mine), first + int(mine[~heldout].sum())
+    return tasks
+
+
+def save_solutions(solved, tokenizer, folder, number, key):
+    """Solved tasks as the last part of the training shards."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    tokens = {f"tasks:{n}": [np.array(render(tokenizer, *c).ids, dtype) for c in some] for n, some in solved.items()}
+    sizes = {f"tasks:{n}": sum(len(render_text(*c).encode()) for c in some) for n, some in solved.items()}
+    shards.write_part(folder, number, tokens, key, sizes)
+
+
+def texts(paths, times):
+    """The text of each training document, as often as it is used, except repositories, whose files stand alone too."""
+    times = iter(times.tolist())
+    for path in paths:
+        for document in parts.read(path):
+            for _ in range(next(times)):
+                if not document.heldout and document.source != "repository":
+                    yield document.text
 
 
 def evaluation_sets(run, documents):
@@ -99,14 +215,13 @@ def _check_mixtures(run, shards):
                 raise ValueError(f"stages.{name}.mixture names the source {source!r}; the corpus has {known}")
 
 
-def build_tokenizer(run, documents, solved):
+def build_tokenizer(run, corpus_texts, solved):
     """The tokenizer of the config, or one trained on the corpus and the trajectories."""
     if run.data.tokenizer:
         tokenizer = Tokenizer.load(run.data.tokenizer)
     else:
-        texts = [document.text for document in documents if document.source != "repository"]
-        texts += [render_text(*conversation) for conversations in solved.values() for conversation in conversations]
-        tokenizer = Tokenizer.train(texts, run.model.vocab_size)
+        rendered = (render_text(*conversation) for conversations in solved.values() for conversation in conversations)
+        tokenizer = Tokenizer.train(itertools.chain(corpus_texts, rendered), run.model.vocab_size)
     if tokenizer.vocab_size > run.model.vocab_size:
         raise ValueError(f"model.vocab_size = {run.model.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids")
     return tokenizer

@@ -1,16 +1,13 @@
-"""The corpus: repeatable, bounded, nothing held out leaks into training; your own files; the quality rubric."""
-
-import builtins
-import dataclasses
-import json
+"""The corpus: repeatable, bounded, nothing held out leaks into training. Your own files: tests/test_sources.py."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.config import DataConfig
-from minglm.data import corpus
-from minglm.data.corpus import Document, bounded, build, docstrings, is_heldout, repositories, user_files
+from minglm.data import corpus, sources
+from minglm.data.corpus import Document, bounded, build, digest, docstrings, originals, repositories
+from minglm.data.sources import is_heldout
 
 SMALL = DataConfig(corpus_megabytes=0.7, synthetic_documents=40, heldout=0.2)
 
@@ -22,7 +19,7 @@ def documents():
 
 def test_every_source_is_there_and_bounded(documents):
     """Each built-in source has documents, no more text than asked for, names of its own and a quality in 0..1."""
-    for source in corpus.BUILT_IN:
+    for source in sources.BUILT_IN:
         some = [d for d in documents if d.source == source]
         assert some and sum(len(d.text.encode()) for d in some) <= 0.7e6, source
         assert len({d.name for d in some}) == len(some)
@@ -93,81 +90,13 @@ def test_bounded_keeps_order_and_bound(sizes, limit):
     assert all(total + len(d.text) > limit - 1e-6 for d in some if d not in kept)
 
 
-def test_user_files_of_every_kind(tmp_path):
-    """Text, code, folders, JSON lines and parquet become documents of the sources they name."""
-    (tmp_path / "note.md").write_text("# Title\n\nSome prose.\n")
-    (tmp_path / "tool.py").write_text("x = 1\n")
-    rows = [{"text": "one"}, {"text": "二", "source": "math", "language": "zh"}, {"text": "three", "source": "mail"}]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    (tmp_path / "repo" / ".git").mkdir(parents=True)
-    (tmp_path / "repo" / ".git" / "hidden.py").write_text("secret = 1\n")
-    (tmp_path / "repo" / "a.py").write_text("import b\n")
-    (tmp_path / "repo" / "b.py").write_text("y = 2\n")
-    (tmp_path / "repo" / "c.bin").write_bytes(b"\xff\xfe")
-    paths = [str(tmp_path / name) for name in ("note.md", "tool.py", "rows.jsonl", "repo")]
-    found = list(user_files(paths))
-    assert [(d.source, d.language) for d in found] == [
-        *(("prose", "en"), ("code", "python"), ("prose", "en"), ("math", "zh"), ("user:mail", "en")),
-        *(("code", "python"), ("code", "python")),
-    ]
-    built = build(dataclasses.replace(SMALL, files=tuple(paths), corpus_megabytes=0.1, heldout=0.0))
-    (joined,) = [d for d in built if d.source == "repository" and d.repository.endswith("repo")]
-    assert joined.text == "# repo/b.py\ny = 2\n\n# repo/a.py\nimport b\n"
-
-
-def test_parquet(tmp_path):
-    """A parquet file gives one document a row; a file cut short or without texts is named."""
-    pytest.importorskip("pyarrow")
-    import pyarrow
-    import pyarrow.parquet
-
-    path = tmp_path / "rows.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", "two"], "source": ["math", None]}), path)
-    assert [(d.text, d.source) for d in user_files([path])] == [("one", "math"), ("two", "prose")]
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"cannot read .*rows\.parquet after row 0"):
-        list(user_files([path]))
-    pyarrow.parquet.write_table(pyarrow.table({"body": ["one"]}), path)
-    with pytest.raises(ValueError, match=r"rows\.parquet, row 1: needs a string"):
-        list(user_files([path]))
-
-
-def test_parquet_without_pyarrow(tmp_path, monkeypatch):
-    """The message names the extra to install."""
-    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
-    original = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.startswith("pyarrow"):
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ValueError, match=r"needs pyarrow; pip install 'minglm\[parquet\]'"):
-        list(user_files([tmp_path / "rows.parquet"]))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl, line 2: not JSON"),
-        ("b.jsonl", b'{"text": "x"}\n\n{"body": "y"}\n', r'b\.jsonl, line 3: needs a string "text"'),
-        ("c.jsonl", b'{"text": "x", "source": 3}\n', r'c\.jsonl, line 1: "source" and "language" must be strings'),
-        ("d.jsonl", b"[1]\n", r"d\.jsonl, line 1: needs"),
-        ("e.txt", b"ab\xff", r"e\.txt is not UTF-8 text \(byte 2\)"),
-        ("f.pdf", b"%PDF", r"f\.pdf is none of"),
-    ],
-)
-def test_bad_files_are_named(tmp_path, name, content, said):
-    """A file that cannot be used is a ValueError with its name, and the line where there are lines."""
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=said):
-        list(user_files([tmp_path / name]))
-
-
-def test_missing_and_empty_paths_are_named(tmp_path):
-    """A path that is not there, or a folder with nothing to read, is a ValueError with its name."""
-    with pytest.raises(ValueError, match=r"no file or folder .*absent"):
-        list(user_files([tmp_path / "absent.txt"]))
-    with pytest.raises(ValueError, match=r"holds no text or code files"):
-        list(user_files([tmp_path]))
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["code", "prose"]), st.booleans()), max_size=20))
+def test_exact_copies_go_and_training_text_is_not_held_out(drawn):
+    """Each (source, text) stays once, the first in training if any is, else the first; the order stays."""
+    some = [Document(text, source, "en", 0.5, f"{n}", None, heldout) for n, (text, source, heldout) in enumerate(drawn)]
+    stay = [some[i] for i in originals([(digest(d), d.heldout) for d in some])]
+    assert [d for d in some if d in stay] == stay
+    assert sorted({(d.source, d.text) for d in some}) == sorted((d.source, d.text) for d in stay)
+    for one in stay:
+        copies = [d for d in some if (d.source, d.text) == (one.source, one.text)]
+        assert one == min(copies, key=lambda d: d.heldout)

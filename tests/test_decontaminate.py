@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from minglm import prepare
 from minglm.config import check, load_config
-from minglm.data import shingles
+from minglm.data import parts, shingles
 from minglm.data.corpus import Document
 from minglm.data.decontaminate import Index, decontaminate
 from minglm.envs import ENVIRONMENTS
@@ -103,7 +103,13 @@ def test_hashes_of_words_are_those_of_a_loop():
     assert found.tolist() == [loop(w) for w in ["zwölf", "boxer", "-", "kämpfer", "12", "世", "界"]]
 
 
-def test_a_planted_test_task_is_removed_and_an_innocent_page_stays():
+def clean(run, documents, folder):
+    """(names of the training documents that stay, what each step took)."""
+    times, done = prepare.clean(run, parts.write(documents, folder / "documents"), folder)
+    return {d.name for d, n in zip(documents, times, strict=True) if n}, done
+
+
+def test_a_planted_test_task_is_removed_and_an_innocent_page_stays(tmp_path):
     """A page that quotes a task of the test split goes, with its set in the log; the same page without it stays; with
     the search turned off both stay."""
     run = load_config(CONFIG)
@@ -113,12 +119,12 @@ def test_a_planted_test_task_is_removed_and_an_innocent_page_stays():
     quoting = dataclasses.replace(
         innocent, text=f"{innocent.text} Exam: {task.messages[-1]['content']}", name="quoting"
     )
-    kept, done = prepare.clean(run, [innocent, quoting])
-    assert {d.name for d in kept} == {"innocent"}
+    kept, done = clean(run, [innocent, quoting], tmp_path)
+    assert kept == {"innocent"}
     assert done["decontamination"]["removed"] == {"tasks:code": 1}
     off = dataclasses.replace(run, data=dataclasses.replace(run.data, decontaminate=0))
-    kept, done = prepare.clean(off, [innocent, quoting])
-    assert {d.name for d in kept} == {"innocent", "quoting"} and done == {}
+    kept, done = clean(off, [innocent, quoting], tmp_path)
+    assert kept == {"innocent", "quoting"} and "decontamination" not in done
 
 
 def test_counts_say_what_was_and_was_not_searched():

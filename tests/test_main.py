@@ -10,7 +10,7 @@ from nano_run import CONFIG, OVERRIDES, ROOT, copied, finished, records, small
 
 from minglm import evaluate
 from minglm.__main__ import VERBS, load_run, main
-from minglm.data.mixture import load_shards
+from minglm.data.shards import load_shards
 from minglm.plan import count_parameters
 
 __all__ = ["copied", "finished"]  # fixtures

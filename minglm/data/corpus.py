@@ -2,7 +2,7 @@
 
 The toy needs no download. Its code is the standard library of the Python that runs it, its prose the docstrings of
 that library, its mathematics, science, questions and long ledgers are written by `synthetic`, its repositories are the
-packages of the library, joined by `repository`. Your own files join these or take their place.
+packages of the library, joined by `repository`. Your own files, read by `sources`, join these or take their place.
 
     source      what                                                            language
     code        Python files                                                    python
@@ -19,49 +19,20 @@ Simplified: no web, no languages but these two.
 
 import hashlib
 import inspect
-import json
 import math
 import sysconfig
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from minglm.data import quality, repository, synthetic
+from minglm.data import quality, synthetic
 from minglm.data.outline import outline
-
-CODE = {
-    **{".py": "python", ".c": "c", ".h": "c", ".cpp": "c++", ".hpp": "c++", ".cu": "cuda", ".java": "java"},
-    **{".js": "javascript", ".ts": "typescript", ".go": "go", ".rs": "rust", ".rb": "ruby", ".sh": "shell", ".r": "r"},
-}
-"""Suffixes read as code, and their languages."""
-
-TEXT = (".txt", ".md", ".rst")
-SYNTHETIC = ("math", "science", "qa", "long")
-BUILT_IN = ("code", "prose", "repository", *SYNTHETIC)
+from minglm.data.sources import SYNTHETIC, Document, is_heldout, repositories, user_files
 
 LARGEST_FILE = 200_000
 """Bytes above which a file of the library is taken for data."""
 
 SHORTEST_DOCSTRING = 120
 """Characters below which a docstring is a label and not prose."""
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text. quality: 0 to 1. repository: name of the code base it belongs to. heldout: for validation only."""
-
-    text: str
-    source: str
-    language: str
-    quality: float
-    name: str
-    repository: str | None = None
-    heldout: bool = False
-
-
-def is_heldout(name, share):
-    """Whether the document of this name is among the `share` that is held out; depends on nothing else."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < share * 2**64
 
 
 @dataclass(frozen=True)
@@ -122,104 +93,6 @@ def generated(kind, count, seed, share=0.0):
         yield Document(text, kind, language, quality.score(text, language), name, None, is_heldout(name, share))
 
 
-def repositories(files):
-    """Documents of source "repository": for each repository its training files, two or more, in dependency order."""
-    groups = defaultdict(dict)
-    for file in files:
-        if file.repository and not file.heldout:
-            groups[file.repository][file.name] = file
-    for name, members in groups.items():
-        if len(members) > 1:
-            root = Path(name).parent
-            text = repository.concatenate({Path(n).relative_to(root).as_posix(): d.text for n, d in members.items()})
-            mean = sum(d.quality for d in members.values()) / len(members)
-            yield Document(text, "repository", next(iter(members.values())).language, mean, f"repository/{name}", name)
-
-
-def user_files(paths, share=0.0):
-    """Documents from your own data.
-
-    .txt .md .rst: one document of source "prose" each; a code file: one of source "code"; .jsonl and .parquet: one a
-    row, from its "text", with an optional "source" and "language"; a folder: every text and code file under it, as one
-    repository. A source that is not built in is named "user:<source>" in a mixture.
-    Raises ValueError naming the file, and the line, that cannot be used.
-    """
-    for given in paths:
-        path = Path(given)
-        if path.is_dir():
-            known = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in (*CODE, *TEXT) and p.is_file()]
-            inside = [p for p in known if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-            if not inside:
-                raise ValueError(f"data.files: the folder {path} holds no text or code files")
-            for file in inside:
-                yield _whole_file(file, f"{path}", share)
-        elif not path.is_file():
-            raise ValueError(f"data.files: there is no file or folder {path}")
-        elif path.suffix.lower() in (*CODE, *TEXT):
-            yield _whole_file(path, None, share)
-        elif path.suffix.lower() in (".jsonl", ".parquet"):
-            rows = _jsonl(path) if path.suffix.lower() == ".jsonl" else _parquet(path)
-            for where, row in rows:
-                yield _row(path, where, row, share)
-        else:
-            raise ValueError(f"data.files: {path} is none of .txt, .md, .jsonl, .parquet, a code file or a folder")
-
-
-def _read(path):
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"data.files: cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data.files: {path} is not UTF-8 text (byte {error.start}); convert it first") from None
-
-
-def _whole_file(path, folder, share):
-    text, language = _read(path), CODE.get(path.suffix.lower(), "en")
-    source = "code" if path.suffix.lower() in CODE else "prose"
-    group = folder if source == "code" else None
-    return Document(
-        text, source, language, quality.score(text, language), f"{path}", group, is_heldout(f"{path}", share)
-    )
-
-
-def _jsonl(path):
-    for number, line in enumerate(_read(path).split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"data.files: {path}, line {number}: not JSON ({error.msg})") from None
-
-
-def _parquet(path):
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(f"data.files: {path} needs pyarrow; pip install 'minglm[parquet]'") from None
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"row {number}", row
-    except (OSError, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"data.files: cannot read {path} after row {number}: {reason}") from None
-
-
-def _row(path, where, row, share):
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ValueError(f'data.files: {path}, {where}: needs a string "text"')
-    source, language, name = row.get("source") or "prose", row.get("language") or "en", f"{path}/{where}"
-    if not isinstance(source, str) or not isinstance(language, str):
-        raise ValueError(f'data.files: {path}, {where}: "source" and "language" must be strings')
-    if source not in BUILT_IN and not source.startswith("user:"):
-        source = f"user:{source}"
-    score = quality.score(row["text"], language)
-    return Document(row["text"], source, language, score, name, None, is_heldout(name, share))
-
-
 def _bytes(document):
     return len(document.text.encode("utf-8", "replace"))
 
@@ -237,20 +110,40 @@ def bounded(items, megabytes, size=_bytes):
     return [item for item in items if id(item) in kept]
 
 
-def build(config, seed=0):
-    """Every source of a `DataConfig` as a list of Documents; deterministic by config and seed.
+def documents(config, seed=0, skipped=None):
+    """Every document of a `DataConfig`, as a stream; deterministic by config and seed.
 
-    Exact duplicates are dropped, and a held-out document whose text also stands in training is a duplicate.
+    Your own come first and are held one at a time; the built-in ones are held, as `corpus_megabytes` bounds them.
+    skipped: a `Skipped` that counts what cannot be used.
     """
     share, megabytes = config.heldout, config.corpus_megabytes
-    own = list(user_files(config.files, share))
+    yield from user_files(config.files, share, skipped, config.stream_megabytes)
     code = list(python_library(share, megabytes))
-    documents = [*own, *code, *bounded(docstrings(code), megabytes)]
+    yield from code
+    yield from bounded(docstrings(code), megabytes)
     for kind in SYNTHETIC:
-        documents += bounded(generated(kind, config.synthetic_documents, seed, share), megabytes)
-    documents += bounded(repositories([*own, *code]), megabytes)
-    seen = {}
-    for document in sorted(documents, key=lambda d: d.heldout):  # stable: training documents first
-        seen.setdefault((document.source, document.text), document)
-    kept = set(map(id, seen.values()))
-    return [document for document in documents if id(document) in kept and document.text.strip()]
+        yield from bounded(generated(kind, config.synthetic_documents, seed, share), megabytes)
+    yield from bounded(repositories(code), megabytes)
+
+
+def originals(records):
+    """Indices of the documents that are not exact copies, in order.
+
+    records: (digest, heldout) of each, the digest of its source and text. Training documents come first: a held-out
+    document whose text also stands in training is a copy.
+    """
+    first = {}
+    for index in sorted(range(len(records)), key=lambda i: records[i][1]):  # stable
+        first.setdefault(records[index][0], index)
+    return sorted(first.values())
+
+
+def digest(document):
+    """Sixteen bytes that two documents share exactly when they have the same source and text."""
+    return hashlib.sha256(f"{document.source}\0{document.text}".encode("utf-8", "surrogatepass")).digest()[:16]
+
+
+def build(config, seed=0):
+    """All documents of a `DataConfig` as a list, without empty ones and exact copies: for a corpus that fits memory."""
+    found = [document for document in documents(config, seed) if document.text.strip()]
+    return [found[index] for index in originals([(digest(d), d.heldout) for d in found])]

@@ -19,15 +19,12 @@ Choices, and why:
 Simplified against the paper: its weights and the number of epochs per source are not published.
 """
 
-import json
 import zlib
-from pathlib import Path
 
 import numpy as np
 
-from minglm.common import atomic_path, write_json
 from minglm.data.fim import rewrite
-from minglm.data.packing import best_fit, cut, fill, pieces
+from minglm.data.packing import Cut, best_fit, fill, pieces
 
 POOL = 4
 """Rows' worth of documents best fit chooses from, in batches."""
@@ -57,7 +54,7 @@ class Mixture:
         self.weights = {name: weight / total for name, weight in weights.items() if weight}
         self.sources, self.masks, self.packing, self.seed, self.pad = sources, masks or {}, packing, seed, pad
         self.sequence_length = sequence_length
-        self._lengths = {name: np.array([len(d) for d in sources[name]], dtype=np.int64) for name in self.weights}
+        self._lengths = {name: _lengths(sources[name]) for name in self.weights}
         for name, lengths in self._lengths.items():
             if not lengths.sum():
                 raise ValueError(f"source {name!r} has no tokens; take it out of the mixture or add documents to it")
@@ -100,8 +97,8 @@ class Mixture:
         name = max(self.weights, key=lambda n: self.weights[n] * total - self._drawn[n])
         if name not in self._units:
             self._units[name] = self._shuffled(name)
-        units = self._units[name]
-        spans = [(name, *span) for span in units[self._cursor[name]]]
+        units, order = self._units[name]
+        spans = [(name, *span) for span in units[int(order[self._cursor[name]])]]
         self._drawn[name] += sum(stop - start for _, _, start, stop in spans)
         self._cursor[name] += 1
         if self._cursor[name] == len(units):
@@ -110,15 +107,15 @@ class Mixture:
         return spans
 
     def _shuffled(self, name):
-        """One epoch of a source: its units in random order, each a list of (document, start, stop)."""
+        """One epoch of a source: its units, each a list of (document, start, stop), and a random order of them."""
         lengths = self._lengths[name]
         random = np.random.default_rng([self.seed, zlib.crc32(name.encode()), self._epoch[name]])
         if self.packing == "truncate":
             order = random.permutation(len(lengths))
-            units = cut(lengths, order, self.sequence_length, int(random.integers(self.sequence_length)))
+            units = Cut(lengths, order, self.sequence_length, int(random.integers(self.sequence_length)))
         else:
-            units = [[span] for span in pieces(lengths, self.sequence_length).tolist()]
-        return [units[i] for i in random.permutation(len(units))]
+            units = pieces(lengths, self.sequence_length)[:, None].tolist()
+        return units, random.permutation(len(units))
 
     def _fitted(self, rows):
         """The next rows by best fit."""
@@ -141,95 +138,32 @@ class Mixture:
         return self.sources[name][document][start:stop], None if masks is None else masks[document][start:stop]
 
 
-def tokenize(documents, tokenizer, fim_rate=0.0, seed=0, fim_characters=600):
+def _lengths(documents):
+    """Tokens of each document, int64; a `Shard` knows them without reading a token."""
+    found = getattr(documents, "lengths", None)
+    return np.array([len(d) for d in documents], dtype=np.int64) if found is None else found
+
+
+def tokenize(documents, tokenizer, fim_rate=0.0, seed=0, fim_characters=600, first=0):
     """Documents to arrays of ids: {source: list of uint16 or uint32 arrays}, each ending with `<|endoftext|>`.
 
     fim_rate: share of the source "code" rewritten for fill-in-the-middle, in spans of `fim_characters` characters
     (0: whole files); choose what fits well into a row, at two to four characters a token. A file with rewritten spans
-    becomes several documents. Deterministic by seed and the order of the documents. Shows a progress bar.
+    becomes several documents. Deterministic by seed and the place of each document, counted from `first`.
     """
-    from tqdm import tqdm
-
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     shards = {}
-    bar = tqdm(total=sum(len(d.text) for d in documents), desc="tokenize", unit="B", unit_scale=True, disable=None)
-    with bar:
-        for at in range(0, len(documents), 256):
-            group = list(enumerate(documents[at : at + 256], at))
-            rewritten = [index for index, d in group if d.source == "code" and fim_rate > 0]
-            plain = [(index, d) for index, d in group if index not in set(rewritten)]
-            ids = dict(zip([i for i, _ in plain], tokenizer.encode_batch([d.text for _, d in plain]), strict=True))
-            for index, document in group:
-                if index in ids:
-                    sequences = [ids[index]]
-                else:
-                    rng = np.random.default_rng([seed, index])
-                    sequences = rewrite(document.text, tokenizer, rng, fim_rate, fim_characters)
-                arrays = [np.array([*sequence, tokenizer.end], dtype=dtype) for sequence in sequences if sequence]
-                shards.setdefault(document.source, []).extend(arrays)
-                bar.update(len(document.text))
-    return shards
-
-
-class Shard:
-    """Documents in one flat array, read from disk as they are needed; a sequence of integer arrays.
-
-    tokens: all ids, one after the other. ends: int64, the place after each document.
-    """
-
-    def __init__(self, tokens, ends):
-        self.tokens, self.ends = tokens, ends
-
-    def __len__(self):
-        return len(self.ends)
-
-    def __getitem__(self, index):
-        if not 0 <= index < len(self.ends):
-            raise IndexError(index)
-        return self.tokens[int(self.ends[index - 1]) if index else 0 : int(self.ends[index])]
-
-
-def save_shards(folder, shards, key):
-    """Write {source: arrays} under `folder`, so that `load_shards` with the same key finds them.
-
-    key: any JSON value that says what the tokens were made from. The index is written last: a folder with an index is
-    complete. Each source is two .npy files, flat ids and document ends.
-    """
-    folder, index = Path(folder), {"key": key, "shards": []}
-    (folder / "index.json").unlink(missing_ok=True)
-    for number, (source, documents) in enumerate(shards.items()):
-        ends = np.cumsum([len(d) for d in documents], dtype=np.int64)
-        tokens = np.concatenate(documents) if len(documents) else np.zeros(0, dtype=np.uint16)
-        for name, array in (("tokens", tokens), ("ends", ends)):
-            with atomic_path(folder / f"{number:03d}.{name}.npy") as temporary, open(temporary, "wb") as file:
-                np.save(file, array)
-        checksum = zlib.crc32(tokens.tobytes())
-        index["shards"].append({"source": source, "tokens": len(tokens), "documents": len(ends), "crc32": checksum})
-    write_json(folder / "index.json", index)
-
-
-def load_shards(folder, key=None, verify=False):
-    """{source: Shard} as saved under `key`, or None where nothing complete was saved or under another key.
-
-    key None takes whatever is there. Arrays are memory-mapped. verify also reads everything and compares checksums.
-    Raises ValueError naming the file that is missing, cut short or changed.
-    """
-    folder = Path(folder)
-    if not (folder / "index.json").exists():
-        return None
-    index = json.loads((folder / "index.json").read_text())
-    if key is not None and index["key"] != json.loads(json.dumps(key)):
-        return None
-    shards = {}
-    for number, entry in enumerate(index["shards"]):
-        path = folder / f"{number:03d}.tokens.npy"
-        try:
-            tokens = np.load(path, mmap_mode="r" if entry["tokens"] else None)
-            ends = np.load(folder / f"{number:03d}.ends.npy")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"damaged token shard {path}: {error}; delete {folder} to build it again") from None
-        whole = (len(tokens), len(ends)) == (entry["tokens"], entry["documents"])
-        if not whole or (verify and zlib.crc32(tokens.tobytes()) != entry["crc32"]):
-            raise ValueError(f"damaged token shard {path}: not what was written; delete {folder} to build it again")
-        shards[entry["source"]] = Shard(tokens, ends)
+    for at in range(0, len(documents), 256):
+        group = list(enumerate(documents[at : at + 256], first + at))
+        rewritten = {index for index, d in group if d.source == "code" and fim_rate > 0}
+        plain = [(index, d) for index, d in group if index not in rewritten]
+        ids = dict(zip([i for i, _ in plain], tokenizer.encode_batch([d.text for _, d in plain]), strict=True))
+        for index, document in group:
+            if index in ids:
+                sequences = [ids[index]]
+            else:
+                rng = np.random.default_rng([seed, index])
+                sequences = rewrite(document.text, tokenizer, rng, fim_rate, fim_characters)
+            arrays = [np.array([*sequence, tokenizer.end], dtype=dtype) for sequence in sequences if sequence]
+            shards.setdefault(document.source, []).extend(arrays)
     return shards

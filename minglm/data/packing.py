@@ -94,31 +94,40 @@ def pieces(lengths, capacity):
     return np.stack([document, start, np.minimum(start + capacity, lengths[document])], axis=1)
 
 
-def cut(lengths, order, capacity, offset=0):
-    """Concatenate documents, cut every `capacity` tokens, and say what each row holds.
+class Cut:
+    """Rows of `capacity` tokens, cut from concatenated documents: a sequence of lists of (document, start, stop).
 
     lengths: tokens per document. order: the documents' order in the stream. offset: where in the stream the first row
     begins; the stream is a ring, so what lies before the offset follows the last document. Tokens that fill no row
-    are left out, fewer than `capacity` of them; a stream shorter than a row is repeated until it fills one.
-    Returns a list of rows, each a list of (document, start, stop). Raises ValueError when there are no tokens.
+    are left out, fewer than `capacity` of them; a stream shorter than a row is repeated until it fills one. A row is
+    worked out when it is asked for: an epoch of a large source has millions of them.
+    Raises ValueError when there are no tokens.
     """
-    ends = np.cumsum(np.asarray(lengths, dtype=np.int64)[order])
-    total = int(ends[-1]) if len(ends) else 0
-    if not total:
-        raise ValueError("nothing to cut: the documents hold no tokens")
-    rows = []
-    for row in range(max(1, total // capacity)):
-        at, left, spans = (offset + row * capacity) % total, capacity, []
+
+    def __init__(self, lengths, order, capacity, offset=0):
+        self.lengths, self.order = np.asarray(lengths, dtype=np.int64), np.asarray(order)
+        self.capacity, self.offset = capacity, offset
+        self.ends = np.cumsum(self.lengths[self.order])
+        self.total = int(self.ends[-1]) if len(self.ends) else 0
+        if not self.total:
+            raise ValueError("nothing to cut: the documents hold no tokens")
+
+    def __len__(self):
+        return max(1, self.total // self.capacity)
+
+    def __getitem__(self, row):
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        at, left, spans = (self.offset + row * self.capacity) % self.total, self.capacity, []
         while left:
-            slot = int(np.searchsorted(ends, at, side="right"))
-            document = int(order[slot])
-            start = int(at - (ends[slot] - lengths[document]))
-            taken = int(min(left, lengths[document] - start))
+            slot = int(np.searchsorted(self.ends, at, side="right"))
+            document = int(self.order[slot])
+            start = int(at - (self.ends[slot] - self.lengths[document]))
+            taken = int(min(left, self.lengths[document] - start))
             spans.append((document, start, start + taken))
             left -= taken
-            at = (at + taken) % total
-        rows.append(spans)
-    return rows
+            at = (at + taken) % self.total
+        return spans
 
 
 def fill(rows, capacity, separate, pad=0):

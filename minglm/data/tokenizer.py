@@ -183,10 +183,26 @@ def _added_token(token, name):
 
 
 def _sample(texts, limit):
-    """A bounded, repeatable sample: texts in the order of a checksum, until `limit` bytes are reached."""
-    size = 0
-    for data in sorted((_valid(text).encode() for text in texts), key=lambda data: (zlib.crc32(data), data)):
+    """A bounded, repeatable sample: texts in the order of a checksum, until `limit` bytes are reached. Holds no more
+    than twice as much at any time."""
+    kept, size = [], 0
+    for text in texts:
+        kept.append(_valid(text).encode())
+        size += len(kept[-1])
+        if size > 2 * limit:
+            kept = _first(kept, limit)
+            size = sum(map(len, kept))
+    for data in _first(kept, limit):
+        yield data[:limit].decode("utf-8", errors="ignore")
+        limit -= len(data)
+
+
+def _first(some, limit):
+    """The texts in the order of their checksum, until `limit` bytes are reached."""
+    size, first = 0, []
+    for data in sorted(some, key=lambda data: (zlib.crc32(data), data)):
         if size >= limit:
-            return
-        yield data[: limit - size].decode("utf-8", errors="ignore")
+            break
+        first.append(data)
         size += len(data)
+    return first
