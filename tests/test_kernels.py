@@ -9,9 +9,13 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minglm.kernels import flash_attention as attention_kernel
 from minglm.kernels import linear_cross_entropy as kernel
 from minglm.kernels.grouped_gemm import grouped_mm, grouped_outer
 from minglm.kernels.linear_cross_entropy import cross_entropy, linear_cross_entropy, token_log_probabilities
+from minglm.kernels.norm import add_norm, norm
+from minglm.kernels.qk_norm_rope import norm_rope_by_hand, qk_norm_rope
+from minglm.model.rope import angles
 from minglm.testing.model import normal
 from minglm.testing.rl import numbers, seeds
 
@@ -130,3 +134,51 @@ def test_grouped_products_are_loops(seed, loads):
         torch.testing.assert_close(products[rows], x_TD[rows] @ w_EDF[e], atol=1e-6, rtol=1e-5)  # three products
         torch.testing.assert_close(outers[e], x_TD[rows].T @ y_TF[rows], atol=1e-6, rtol=1e-5)
         start += count
+
+
+def identical(mine, other, inputs, upstreams):
+    """Outputs and gradients of two functions of the same inputs, bit for bit."""
+    results = []
+    for function in (mine, other):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = function(*(leaf * 1 for leaf in leaves))
+        results.append([*out, *torch.autograd.grad(out, leaves, upstreams[: len(out)])])
+    return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@given(seed=seeds, rows=st.integers(1, 9), width=st.integers(1, 40), added=st.booleans())
+def test_norm_by_hand_has_the_bits_of_autograd(seed, rows, width, added):
+    """The written-out backward multiplies and adds in autograd's order, the stream's later gradient included."""
+    inputs = [normal(seed, 2, rows, width), normal(seed + 1, width)]
+    inputs += [normal(seed + 2, 2, rows, width)] if added else []
+    upstreams = normal(seed + 3, 2, rows, width), normal(seed + 4, 2, rows, width)
+    assert identical(*(lambda x, w, *change, f=f: f(x, w, 1e-5, *change) for f in (add_norm, norm)), inputs, upstreams)
+
+
+@given(seed=seeds, length=st.integers(1, 9), heads=st.integers(1, 5), kv_heads=st.integers(1, 3),
+       half=st.integers(1, 4), rest=st.integers(0, 5))  # fmt: skip
+def test_norm_and_rotation_by_hand_have_the_bits_of_autograd(seed, length, heads, kv_heads, half, rest):
+    """So do QK-norm and rotation as one operation, with any part of the head rotating."""
+    A = 2 * half + rest
+    q, k = normal(seed, 2, length, heads, A), normal(seed + 1, 2, length, kv_heads, A)
+    cos_sin = angles(torch.arange(length)[None], 2 * half, 1e4)
+    forms = (lambda *inputs, f=f: f(*inputs, *cos_sin, 1e-5) for f in (norm_rope_by_hand, qk_norm_rope))
+    weights, upstreams = [normal(seed + 2, A), normal(seed + 3, A)], [normal(seed + 4, *q.shape)]
+    assert identical(*forms, [q, k, *weights], [*upstreams, normal(seed + 5, *k.shape)])
+
+
+@given(seed=seeds, length=st.integers(2, 150), packed=st.booleans())
+def test_attention_that_keeps_its_weights_is_the_same(seed, length, packed):
+    """Weights kept for the backward pass are the bits that would be computed again."""
+    q, k, v = (normal(seed + i, 2, length, 4 if i == 0 else 2, 6) for i in range(3))
+    documents_BS = (torch.arange(length) // 37).expand(2, -1) if packed else None
+    forms = []
+    for keep in (0, 1000):
+
+        def form(*inputs, keep=keep):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(attention_kernel, "KEEP", keep)
+                return [attention_kernel.flash_attention(*inputs, documents_BS)]
+
+        forms.append(form)
+    assert identical(*forms, [q, k, v], [normal(seed + 3, 2, length, 4, 6)])

