@@ -1,6 +1,7 @@
 """The command line: `python -m minglm VERB ...`, also installed as `minglm`. Every verb has --help.
 
     run CONFIG      the whole pipeline, or a part of it, ending with a report card
+    data CONFIG     build, inspect and verify the token shards of a config
     plan CONFIG     parameters, memory, compute and time of a config on a number of GPUs
     eval RUN        score a run's last stage, or another, on the held-out tasks
     chat RUN        talk to it
@@ -23,7 +24,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from minglm.exchange import load_run
+from minglm.exchange import load_run, load_served
 
 VERBS = {}
 
@@ -42,11 +43,8 @@ def parser(name, description):
 @verb
 def run(words):
     """The whole paper in one command: every stage of CONFIG, then the report card."""
-    p = parser(
-        "run",
-        run.__doc__ + " The same command continues a run that was stopped. With CONFIG, "
-        "--help lists every field of the config as well.",
-    )
+    more = " The same command continues a run that was stopped. With CONFIG, --help lists every field of it."
+    p = parser("run", run.__doc__ + more)
     p.add_argument("config", help="a config file, such as configs/toy.py (or FILE:FUNCTION)")
     p.add_argument("--out", help="folder of the run (default: runs/NAME)")
     p.add_argument("--only", metavar="STAGE", help="run this stage only; the stage before must be complete")
@@ -88,6 +86,14 @@ def run(words):
 
 
 @verb
+def data(words):
+    """Build, inspect and verify the token shards of a config."""
+    from minglm import stock
+
+    stock.command(parser("data", stock.command.__doc__), words)
+
+
+@verb
 def chat(words):
     """Talk to a run in the terminal."""
     p = parser("chat", chat.__doc__)
@@ -106,14 +112,6 @@ def chat(words):
     print(f"stage {stage}")
     terminal.chat(model, tokenizer, temperature=args.temperature, top_p=args.top_p,
                   max_new_tokens=args.max_new_tokens, seed=args.seed, dialect=dialect)  # fmt: skip
-
-
-def load_served(folder, stage=None):
-    """(model, tokenizer, dialect of its template, stage name) of a run folder or of a released checkpoint."""
-    model, tokenizer, _, stage = load_run(folder, stage)
-    template = Path(folder) / "chat_template.jinja"
-    keeps = template.exists() and "clear_thinking" in template.read_text(encoding="utf-8", errors="replace")
-    return model, tokenizer, "glm-4.7" if keeps else "glm-4.5", stage
 
 
 @verb

@@ -60,6 +60,14 @@ def load_run(folder, stage=None):
     return model.eval(), Tokenizer.load(folder / "data" / "tokenizer.json"), config, stage
 
 
+def load_served(folder, stage=None):
+    """(model, tokenizer, dialect of its template, stage name) of a run folder or of a released checkpoint."""
+    model, tokenizer, _, stage = load_run(folder, stage)
+    template = Path(folder) / "chat_template.jinja"
+    keeps = template.exists() and "clear_thinking" in template.read_text(encoding="utf-8", errors="replace")
+    return model, tokenizer, "glm-4.7" if keeps else "glm-4.5", stage
+
+
 def load_released(folder, stage=None):
     """`load_run` of a released checkpoint, on the GPU where there is one."""
     if stage is not None:

@@ -21,7 +21,19 @@ FLOORS = {
     2: ("model", "parallel"),
     3: ("train", "inference"),
     4: ("envs", "rl"),
-    5: ("agenda", "evaluate", "report", "plan", "prepare", "agenda", "pipeline", "testing", "terminal", "__main__"),
+    5: (
+        "agenda",
+        "evaluate",
+        "report",
+        "plan",
+        "prepare",
+        "agenda",
+        "pipeline",
+        "testing",
+        "terminal",
+        "stock",
+        "__main__",
+    ),
 }
 FLOORS[5] += ("exchange",)  # models of runs, in and out
 FLOORS[5] += ("figures", "curves", "diagram", "lesson", "bench")  # what reports and lessons draw with

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from serving import TOKENIZER, running
 
-from minglm.__main__ import load_served, main
+from minglm.__main__ import main
+from minglm.exchange import load_served
 from minglm.inference import Engine, Request
 from minglm.inference.server import serve
 from minglm.testing.model import tiny_model
