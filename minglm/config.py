@@ -29,7 +29,7 @@ class DataConfig:
     corpus_megabytes: float = 12.0
     """Upper bound on the text read from each built-in source."""
     files: tuple[str, ...] = ()
-    """Your own data: text and code files, .jsonl, .jsonl.zst, .parquet, folders of these, hf:NAME of a data set."""
+    """Your own data: text and code files, .jsonl, .jsonl.zst, .parquet, folders of these, hf:NAME, git:CHECKOUT."""
     stream_megabytes: float = 0.0
     """Upper bound on the text read from each data set by name; 0: all of it."""
     fim_rate: float = 0.5

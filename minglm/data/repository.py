@@ -9,7 +9,7 @@ Choices: imports are read from the syntax tree, absolute and relative, also thos
 each other in a ring there is no such order; the ring is entered at the file whose path comes first. Each file begins
 with a comment that gives its path, the only thing that says where one ends.
 
-Simplified: the paper also joins issues, pull requests and commits.
+Issues, pull requests and commits are joined by `history`.
 """
 
 from pathlib import PurePosixPath

@@ -3,9 +3,11 @@
     path of                            gives documents of source
     .txt .md .rst                      prose; a file above PIECE comes in pieces that end at line ends
     a code file                        code
-    .jsonl .jsonl.zst .parquet         one a row, from its "text"; its "source" and "language", if it names them
+    .jsonl .jsonl.zst .parquet         one a row, from its "text"; its "source" and "language", if it names them;
+                                       from its "html", if it has no text and the page holds code: see `web_code`
     a folder                           all of these under it; its code, or that of each checkout in it, is a repository
     hf:NAME or hf:NAME:CONFIG          the rows of a Hugging Face data set, as they arrive
+    git:CHECKOUT or git:CHECKOUT:ISSUES    repository: issues, pull requests, commits; see `history`
 
 Nothing is held but one piece, row group or repository, so memory does not grow with the corpus.
 
@@ -22,7 +24,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from minglm.data import repository
+from minglm.data import history, repository, web_code
 from minglm.data.rows import dataset, jsonl, parquet
 
 CODE = {
@@ -93,6 +95,8 @@ def user_files(paths, share=0.0, skipped=None, megabytes=0.0):
         path = Path(given)
         if str(given).startswith("hf:"):
             yield from _rows(str(given), dataset(str(given)), share, skipped, megabytes)
+        elif str(given).startswith("git:"):
+            yield from _history(str(given), share)
         elif path.is_dir():
             yield from _folder(path, share, skipped)
         elif not path.is_file():
@@ -100,8 +104,19 @@ def user_files(paths, share=0.0, skipped=None, megabytes=0.0):
         elif _is(path, CODE, TEXT, ROWS):
             yield from _file(path, None, share, skipped)
         else:
-            known = ".txt, .md, .jsonl, .jsonl.zst, .parquet, a code file, a folder or hf:NAME"
+            known = ".txt, .md, .jsonl, .jsonl.zst, .parquet, a code file, a folder, hf:NAME or git:CHECKOUT"
             raise ValueError(f"data.files: {path} is none of {known}")
+
+
+def _history(name, share):
+    """Documents of a checkout's history; what changed in files that are held out is no part of them."""
+    checkout, _, issues = name.removeprefix("git:").partition(":")
+
+    def hidden(path):
+        return is_heldout(f"{Path(checkout) / path}", share)
+
+    for sha, text in history.texts(checkout, issues or None, hidden):
+        yield Document(text, "repository", "diff", None, f"{name}@{sha}")
 
 
 def _is(path, *kinds):
@@ -232,7 +247,12 @@ def _rows(name, rows, share, skipped, megabytes=0.0):
 
 def _document(name, where, row, share):
     """The Document of a row, or the reason why there is none."""
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+    row, web = (row, row.get("html")) if isinstance(row, dict) else ({}, None)
+    if row.get("text") is None and isinstance(web, str):
+        if not web_code.is_candidate(web):
+            return "a web page without code"
+        row = {"language": "web", **row, "text": web_code.parse(web)}
+    if not isinstance(row.get("text"), str):
         return 'needs a string "text"'
     if not row["text"].strip():
         return "empty text"
