@@ -42,6 +42,19 @@ def pick_device(name="auto"):
     return torch.device(name)
 
 
+def pick_dtype(name, device):
+    """The precision of matrix products on a device: `name`, or float32 on a CPU that has no bfloat16 products.
+
+    There (no AVX512-BF16, no AMX) bfloat16 is unpacked number by number and takes about six times as long as float32.
+    """
+    import torch
+
+    if name == "bfloat16" and device.type == "cpu":
+        have = torch.cpu.get_capabilities()
+        name = name if have.get("avx512_bf16") or have.get("amx_bf16") else "float32"
+    return getattr(torch, name)
+
+
 def seed_everything(seed):
     """Seed Python, numpy and torch. Data order and sampling use generators of their own and do not depend on this."""
     import numpy as np

@@ -283,7 +283,7 @@ class Run:
     device: str = "auto"
     """auto: the GPU where there is one; else cpu or cuda."""
     dtype: str = "float32"
-    """Precision of the matrix products: float32 or bfloat16. Weights and optimizer stay float32."""
+    """Precision of the matrix products: float32, or bfloat16 where the device has it. Weights stay float32."""
     kernels: str = "auto"
     """Form of the kernels: torch, triton, or auto (triton on a GPU, torch on a CPU)."""
     threads: int = 0

@@ -22,7 +22,7 @@ import torch
 from minglm import evaluate
 from minglm.agenda import plan_stages
 from minglm.chat import render_text
-from minglm.common import Log, pick_device, read_jsonl, seed_everything, use_threads, versions, write_json
+from minglm.common import Log, pick_device, pick_dtype, read_jsonl, seed_everything, use_threads, versions, write_json
 from minglm.config import to_dict
 from minglm.data.mixture import Mixture
 from minglm.envs import ENVIRONMENTS
@@ -136,7 +136,7 @@ class Pipeline:
         if stage is not None and not self.done(stage):
             raise ValueError(f"the stage before has not been run: there is no {self.checkpoints(stage).final}")
         model = GLM(self.run.model, self.run.seed).to(self.device)
-        model.dtype = getattr(torch, self.run.dtype)
+        model.dtype = pick_dtype(self.run.dtype, self.device)
         state = None
         if stage is not None:
             state = read(self.checkpoints(stage).final)
