@@ -6,8 +6,8 @@ Both sides start from the same weights, take the same batches in turns, on one t
 Muon; that their first losses agree is checked. The MTP layer is off, because transformers ignores it. In bfloat16 both
 keep float32 weights: ours casts where it multiplies, transformers trains under autocast, and beside that once with all
 of its weights in bfloat16, which is faster and learns worse. On a CPU without bfloat16 products ours computes in
-float32, as a run does there (`minglm.common.pick_dtype`), and the record says so. Every step sees another batch, as in training: products in
-bfloat16 are compiled for their shapes, and the experts' loads are new each time.
+float32, as a run does there (`minglm.common.pick_dtype`), and the record says so. Every step sees another batch, as in
+training: products in bfloat16 are compiled for their shapes, and the experts' loads are new each time.
 
 Seconds are those of the processor, which a machine that does other work meanwhile spoils least; the best of the turns
 counts. The optimizer is timed apart, since transformers joins gate and up to one matrix, for which Muon has more to do.

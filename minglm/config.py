@@ -112,6 +112,8 @@ class OptimizerConfig:
     """Learning rate after the warm-up. Muon's update is scaled to AdamW's RMS, so both share it."""
     final_lr_ratio: float = 0.1
     """Last learning rate as a share of the peak; the cosine reaches it at the end of mid-training."""
+    schedule: str = "cosine"
+    """cosine: the paper's; wsd: constant, then linear over the last fifth of the tokens, which the paper rejects."""
     warmup_tokens: int = 200 * 10**9
     """Tokens of linear warm-up. The paper gives no value."""
     batch_tokens_start: int = 16 * 10**6
@@ -130,6 +132,10 @@ class OptimizerConfig:
     """RMS of a Muon update before the learning rate; 0 turns the rule off."""
     muon_output_head: bool = False
     """Whether Muon also trains the output head. The paper does not say; others leave it to AdamW."""
+    polynomial: str = "jordan"
+    """Newton-Schulz's coefficients: jordan (the paper's), or polar_express, which settle at one."""
+    muon_head_dim: int = 0
+    """Rows of a head, model.head_dim, to orthogonalise the heads of q, k and v one by one; 0: whole projections."""
     weight_decay: float = 0.1
     """Decoupled weight decay, on matrices and the embedding; biases and norms have none."""
     adam_beta1: float = 0.9
@@ -138,6 +144,10 @@ class OptimizerConfig:
     """AdamW's second decay."""
     clip_norm: float = 1.0
     """Bound on the global gradient norm; 0 turns it off."""
+    spike_factor: float = 0.0
+    """A gradient norm of so many times the median of the last 50 is a spike, left out like NaN; 0: only NaN is."""
+    rollback_after: int = 0
+    """Steps left out in a row after which the last good checkpoint comes back, its batches skipped; 0: never."""
 
 
 @dataclass(frozen=True)
@@ -263,6 +273,8 @@ class EvaluationConfig:
     """Bound on the tokens of one assistant turn."""
     heldout_tokens: int = 1_000_000
     """Held-out tokens per source for bits per byte."""
+    every_tokens: int = 0
+    """Tokens of pre-training between measurements of bits per byte; 0: only at the end of a stage."""
 
 
 @dataclass(frozen=True)
@@ -286,6 +298,10 @@ class Run:
     """Precision of the matrix products: float32, or bfloat16 where the device has it. Weights stay float32."""
     kernels: str = "auto"
     """Form of the kernels: torch, triton, or auto (triton on a GPU, torch on a CPU)."""
+    recompute: bool = False
+    """Keep only the input of each layer, and compute the layer again in the backward pass: less memory, same result."""
+    compile: bool = False
+    """torch.compile of each decoder layer; worth its minutes on a GPU, in long runs."""
     threads: int = 0
     """CPU threads; 0: the cores of this machine divided by the ranks on it."""
     checkpoint_seconds: float = 60.0
@@ -294,19 +310,28 @@ class Run:
     def hash(self):
         """Twelve hex digits of the config: equal exactly when two runs ask for the same result.
 
-        Where and how comfortably a run is computed does not count: device, kernels, threads, seconds between
-        checkpoints.
+        Where and how comfortably a run is computed does not count: COMFORT.
         """
         values = to_dict(self)
-        for name in ("device", "kernels", "threads", "checkpoint_seconds"):
+        for name in COMFORT:
             del values[name]
         values["data"] = older(values["data"])
+        for section, names in LATER.items():
+            kind = type(getattr(self, section))
+            for name in names:
+                if values[section][name] == getattr(kind, name):
+                    del values[section][name]
         for name in MLA_FIELDS:  # at 0 they say nothing: runs from before they existed keep their hash
             if not values["model"][name]:
                 del values["model"][name]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
+COMFORT = ("device", "kernels", "recompute", "compile", "threads", "checkpoint_seconds")
+LATER = {
+    "optimizer": ("polynomial", "muon_head_dim", "schedule", "spike_factor", "rollback_after"),
+    "evaluation": ("every_tokens",),
+}  # fields that change nothing at their defaults: runs from before they existed keep their hash
 CLEANING = ("decontaminate", "stream_megabytes", "near_duplicates", "semantic_duplicates", "quality")
 CLEANING += ("lowest_share", "top_share", "top_epochs", "educational")
 
@@ -428,6 +453,16 @@ def check(run):
             f"optimizer.batch_tokens_start = {opt.batch_tokens_start}: "
             f"must be positive and at most batch_tokens_end = {opt.batch_tokens_end}"
         )
+    for name, known in (("polynomial", ("jordan", "polar_express")), ("schedule", ("cosine", "wsd"))):
+        if getattr(opt, name) not in known:
+            raise ValueError(f"optimizer.{name} = {getattr(opt, name)!r}: must be {' or '.join(known)}")
+    if opt.muon_head_dim not in (0, run.model.head_dim) or (opt.muon_head_dim and run.model.kv_lora_rank):
+        raise ValueError(
+            f"optimizer.muon_head_dim = {opt.muon_head_dim}: must be 0, or model.head_dim = {run.model.head_dim} "
+            "of a model without latent attention"
+        )
+    if 0 < opt.spike_factor <= 1:
+        raise ValueError(f"optimizer.spike_factor = {opt.spike_factor}: must be above 1, or 0 to leave out only NaN")
     if run.kernels not in ("auto", "torch", "triton"):
         raise ValueError(f"kernels = {run.kernels!r}: must be auto, torch or triton")
     if run.dtype not in ("float32", "bfloat16"):

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from minglm.agenda import plan_stages
-from minglm.common import pick_device, write_json
+from minglm.common import pick_device, pick_dtype, write_json
 from minglm.config import Run, check, from_dict, to_dict
 from minglm.data.tokenizer import Tokenizer
 from minglm.kernels import backend
@@ -53,7 +53,7 @@ def load_run(folder, stage=None):
         )
     stage, model = stage or done[-1], GLM(config.model)
     model.load_state_dict(read(folder / "checkpoints" / stage / "final.pt")["model"])
-    model.dtype = getattr(torch, config.dtype)
+    model.dtype = pick_dtype(config.dtype, model.lm_head.weight.device)
     backend.use(config.kernels)
     if (trained := getattr(config.stages, stage, None)) is not None:
         model.rope_theta = trained.rope_theta

@@ -17,8 +17,6 @@ import re
 import time
 from pathlib import Path
 
-import torch
-
 from minglm import evaluate
 from minglm.agenda import plan_stages
 from minglm.chat import render_text

@@ -202,6 +202,40 @@ def test_frozen_parameters_are_left_out_and_four_axes_refused():
         Muon(parameters(0, {"conv.weight": (2, 2, 2, 2)}).items(), OptimizerConfig())
 
 
+@given(seeds, st.integers(1, 4), st.integers(2, 6), st.integers(2, 12))
+def test_heads_one_by_one_are_matrices_of_their_own(seed, heads, head_dim, width):
+    """With `muon_head_dim`, a q projection moves as its heads would as separate matrices; o_proj stays whole."""
+    stacked = {
+        "self_attn.q_proj.weight": (heads * head_dim, width),
+        "self_attn.o_proj.weight": (width, heads * head_dim),
+    }
+    whole = parameters(seed, stacked)
+    q, o = (w.detach() for w in whole.values())
+    apart = {f"{h}.weight": torch.nn.Parameter(part.clone()) for h, part in enumerate(q.split(head_dim))}
+    apart["o.weight"] = torch.nn.Parameter(o.clone())
+    gradients = [draw(seed + 9, *w.shape) for w in whole.values()]
+    for weights, grads in ((whole, gradients), (apart, [*gradients[0].split(head_dim), gradients[1]])):
+        for weight, grad in zip(weights.values(), grads, strict=True):
+            weight.grad = grad.clone()
+        Muon(weights.items(), OptimizerConfig(muon_head_dim=head_dim if weights is whole else 0, peak_lr=0.1)).step()
+    joined = torch.cat([w.detach() for w in list(apart.values())[:-1]])
+    # float32, products of other stacks: the order of sums differs
+    torch.testing.assert_close(whole["self_attn.q_proj.weight"].detach(), joined, atol=1e-5, rtol=0)
+    torch.testing.assert_close(whole["self_attn.o_proj.weight"].detach(), apart["o.weight"].detach(), atol=1e-5, rtol=0)
+
+
+def test_polar_express_moves_by_a_more_orthogonal_update():
+    """The option's update has singular values nearer to one than the paper's coefficients give."""
+    spread = {}
+    for polynomial in ("jordan", "polar_express"):
+        weights = parameters(5, {"a.weight": (30, 50)})
+        start, weights["a.weight"].grad = weights["a.weight"].detach().clone(), draw(7, 30, 50)
+        config = OptimizerConfig(update_rms=0.0, weight_decay=0.0, peak_lr=1.0, polynomial=polynomial)
+        Muon(weights.items(), config).step()
+        spread[polynomial] = (torch.linalg.svdvals(start - weights["a.weight"].detach()) - 1).abs().max()
+    assert spread["polar_express"] < 0.5 * spread["jordan"]
+
+
 def test_rms_rule_off_leaves_the_orthogonal_matrix():
     """update_rms = 0 subtracts lr times the orthogonalised update itself."""
     weights = parameters(5, {"a.weight": (6, 10)})

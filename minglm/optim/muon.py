@@ -14,25 +14,32 @@ Choices:
 - Every matrix gets Muon, the router's and the MTP layer's projection too. An expert stack, (experts, rows, columns),
   is many matrices: each is orthogonalised by itself. A rule "Muon for parameters of exactly two axes" would leave
   about 95% of GLM-4.5 to AdamW without a word.
-- q, k, v and gate, up are separate parameters: the polar factor of two matrices joined is not that of each.
+- q, k, v and gate, up are separate parameters: the polar factor of two matrices joined is not that of each. With
+  `muon_head_dim` the heads of q, k and v are separate too, as later models of this family do; the paper does not say.
 - AdamW has the embedding, norms and biases (the paper's exceptions) and also the output head, which the paper does not
   name and other implementations leave out (`muon_output_head` moves it). A matrix with one row or one column is a
   vector, and AdamW's too. Parameters with one axis have no weight decay.
 - All matrices of one shape, wide or tall, go through Newton-Schulz as one stack: a few large products, not hundreds.
+- `polynomial` = polar_express takes coefficients that bring singular values nearer to one in as many products.
 - State exists from the start, so an expert or a layer without a gradient so far has the same keys in a checkpoint.
 
 The learning rate is set from outside, in every group's "lr", before each step (schedule.py). Simplified: one process;
 an optimizer for sharded weights overrides `orthogonalize_all` alone, since only that step needs whole matrices.
 """
 
+import functools
 import math
+import re
 from collections import defaultdict
 
 import torch
 
 from minglm.kernels.newton_schulz import orthogonalize as newton_schulz
+from minglm.kernels.newton_schulz import polar_express
 
 ADAM_EPS = 1e-8
+HEADS = re.compile(r"\b[qkv]_proj\.weight$")  # matrices whose rows are heads, one after the other
+POLYNOMIALS = {"jordan": lambda steps: None, "polar_express": polar_express}
 
 
 def assign(named_parameters, config):
@@ -42,7 +49,7 @@ def assign(named_parameters, config):
     are left out. config: OptimizerConfig. Returns optimizer groups: dictionaries with "kind" ('muon' or 'adamw'),
     (name, parameter) pairs in "params", and settings. Raises ValueError for a parameter with more than three axes.
     """
-    muon, decayed, plain = [], [], []
+    muon, heads, decayed, plain = [], [], [], []
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
@@ -51,14 +58,16 @@ def assign(named_parameters, config):
         if parameter.ndim < 2:
             plain.append((name, parameter))
         elif _is_muon(name, parameter, config):
-            muon.append((name, parameter))
+            (heads if config.muon_head_dim and HEADS.search(name) else muon).append((name, parameter))
         else:
             decayed.append((name, parameter))
     shared = {"lr": config.peak_lr, "weight_decay": config.weight_decay}
     adam = {"kind": "adamw", "betas": (config.adam_beta1, config.adam_beta2)}
+    own = {"kind": "muon", "momentum": config.muon_momentum}
+    own |= {"steps": config.newton_schulz_steps, "update_rms": config.update_rms}
     groups = [
-        {"kind": "muon", "params": muon, **shared, "momentum": config.muon_momentum}
-        | {"steps": config.newton_schulz_steps, "update_rms": config.update_rms},
+        {"params": muon, **shared, **own},
+        {"params": heads, **shared, **own, "head_dim": config.muon_head_dim},
         {"params": decayed, **shared, **adam},
         {"params": plain, **shared, **adam, "weight_decay": 0.0},
     ]
@@ -82,14 +91,16 @@ class Muon(torch.optim.Optimizer):
     """Muon and AdamW over one model (equations in the module docstring).
 
     parameters: a module, or an iterable of (name, parameter), already on their device.
-    config: OptimizerConfig. orthogonalize: (stack, steps) -> stack, where another precision or algorithm is wanted.
+    config: OptimizerConfig. orthogonalize: (stack, steps) -> stack, where another precision or algorithm is wanted;
+    None is Newton-Schulz with the config's polynomial.
     Raises ValueError as `assign` does, and when no parameter needs a gradient.
     """
 
-    def __init__(self, parameters, config, orthogonalize=newton_schulz):
+    def __init__(self, parameters, config, orthogonalize=None):
         named = parameters.named_parameters() if isinstance(parameters, torch.nn.Module) else parameters
         super().__init__(assign(named, config), {"lr": config.peak_lr})
-        self.newton_schulz = orthogonalize
+        coefficients = POLYNOMIALS[config.polynomial](config.newton_schulz_steps)
+        self.newton_schulz = orthogonalize or functools.partial(newton_schulz, coefficients=coefficients)
         for group in self.param_groups:
             keys = ("momentum",) if group["kind"] == "muon" else ("first", "second")
             for parameter in group["params"]:
@@ -118,8 +129,11 @@ class Muon(torch.optim.Optimizer):
         momenta = [state["momentum"] for state in states]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        if group.get("head_dim"):
+            updates = [update.unflatten(0, (-1, group["head_dim"])) for update in updates]
         for parameter, update in zip(parameters, self.orthogonalize_all(updates, group["steps"])):
-            parameter.add_(update, alpha=-group["lr"] * update_scale(parameter.shape, group["update_rms"]))
+            scale = update_scale(update.shape, group["update_rms"])
+            parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
 
     def orthogonalize_all(self, updates, steps):
         """Orthogonalise matrices and stacks of matrices of any shapes. Returns a list in the same order and shapes."""

@@ -10,7 +10,7 @@ Choices:
 - Tokens, never steps: the batch grows, so "step 1000" means nothing until the whole history of the batch is known.
   A function of tokens gives the same value whatever the batch, and a resumed run needs to remember one number.
 - One cosine over all stages, to the end of mid-training. The paper tried a constant rate with a short decay
-  (WSD) and found it worse on SimpleQA and MMLU; `learning_rate_wsd` is here to repeat that comparison.
+  (WSD) and found it worse on SimpleQA and MMLU; `optimizer.schedule` = wsd is here to repeat that comparison.
 - The paper gives neither the length of the warm-up nor the shape of the batch's ramp: here 200B tokens and linear.
 
 `tokens` is always the count seen before the step in question. None of these functions keeps state.

@@ -13,6 +13,7 @@ from minglm.train.loop import Phase
 def phases(run):
     """The `Phase` of every stage that has tokens, in order."""
     found, start, total = [], 0, run.stages.total_tokens
+    rate = {"cosine": schedule.learning_rate, "wsd": schedule.learning_rate_wsd}[run.optimizer.schedule]
     for name, stage in run.stages.items():
         if stage.tokens:
             found.append(
@@ -21,7 +22,7 @@ def phases(run):
                     stage.tokens,
                     start,
                     stage.sequence_length,
-                    partial(schedule.learning_rate, config=run.optimizer, total_tokens=total),
+                    partial(rate, config=run.optimizer, total_tokens=total),
                     partial(schedule.batch_tokens, config=run.optimizer),
                     partial(schedule.mtp_weight, balance=run.balance, stages=run.stages),
                     partial(schedule.bias_rate, balance=run.balance, stages=run.stages),
