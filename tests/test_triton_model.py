@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from minglm.inference import Engine, Request
 from minglm.kernels import backend
 from minglm.testing.interpreter import switch_on
 from minglm.testing.model import tiny_model
@@ -38,6 +39,18 @@ def test_both_forms_are_one_model(restore, qk_norm):
         scale = float(exact[name].detach().abs().max()) + 1e-3
         worst = float((found - exact[name]).detach().abs().max()) / scale
         assert worst < 1e-4, (name, worst)  # float32, three layers deep
+
+
+def test_the_engine_says_the_same(restore):
+    """Answers with drafted tokens, one prompt longer than the other: the same tokens, equally likely."""
+    requests = [Request([1, 2, 3, 4, 5], 3, temperature=0.0), Request([6, 7], 2, temperature=0.0)]
+    answers = {}
+    for kind in ("torch", "triton"):
+        backend.use(kind)
+        answers[kind] = Engine(tiny_model(3).to(DEVICE), draft_tokens=1, block=4).generate(requests)
+    for exact, found in zip(answers["torch"], answers["triton"]):
+        assert found.tokens == exact.tokens
+        assert found.logprobs == pytest.approx(exact.logprobs, abs=1e-4)  # float32, three layers deep
 
 
 def test_choice_is_checked(restore, monkeypatch):

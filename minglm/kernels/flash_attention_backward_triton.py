@@ -45,13 +45,13 @@ def _row_step(
 ):  # fmt: skip
     """dq of each query with KEYS more keys, but for the scale."""
     keys = _tile(k, batch, head, key, KEYS, WIDTH)
-    weights = tl.exp2(tl.dot(q, keys.T, input_precision="ieee") * factor - log_sums[:, None])
+    weights = tl.exp2(tl.dot(q, keys.T, input_precision="tf32x3") * factor - log_sums[:, None])
     if MASK:
         j = key + tl.arange(0, KEYS)
         weights = tl.where((j[None, :] <= rows[:, None]) & (j[None, :] >= begins[:, None]), weights, 0.0)
-    dweights = tl.dot(grad, _tile(v, batch, head, key, KEYS, WIDTH).T, input_precision="ieee")
+    dweights = tl.dot(grad, _tile(v, batch, head, key, KEYS, WIDTH).T, input_precision="tf32x3")
     dscores = weights * (dweights - delta[:, None])
-    return tl.dot(dscores.to(keys.dtype), keys, dq, input_precision="ieee")
+    return tl.dot(dscores.to(keys.dtype), keys, dq, input_precision="tf32x3")
 
 
 @triton.jit
@@ -91,18 +91,18 @@ def _key_step(
     """dk (but for the scale) and dv of each key with ROWS more queries of one head."""
     rows = row + tl.arange(0, ROWS)
     queries = _tile(q, batch, n, row, ROWS, WIDTH)
-    scores = tl.dot(k, queries.T, input_precision="ieee")  # keys x queries
+    scores = tl.dot(k, queries.T, input_precision="tf32x3")  # keys x queries
     weights = tl.exp2(scores * factor - _of_rows(log_sum, batch, n, row, ROWS)[None, :])
     if MASK:
         begins = _begins(begin, batch, rows, S, DOCUMENTS)
         weights = tl.where((keys[:, None] <= rows[None, :]) & (keys[:, None] >= begins[None, :]), weights, 0.0)
     grads = _tile(grad, batch, n, row, ROWS, WIDTH)
     if DV:
-        dv = tl.dot(weights.to(grads.dtype), grads, dv, input_precision="ieee")
+        dv = tl.dot(weights.to(grads.dtype), grads, dv, input_precision="tf32x3")
     if DK:
-        dweights = tl.dot(v, grads.T, input_precision="ieee")
+        dweights = tl.dot(v, grads.T, input_precision="tf32x3")
         dscores = weights * (dweights - _of_rows(delta, batch, n, row, ROWS)[None, :])
-        dk = tl.dot(dscores.to(queries.dtype), queries, dk, input_precision="ieee")
+        dk = tl.dot(dscores.to(queries.dtype), queries, dk, input_precision="tf32x3")
     return dk, dv
 
 

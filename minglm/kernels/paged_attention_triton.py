@@ -38,7 +38,8 @@ class Tiles:
 # Tiles by the number of columns that are asked for. Chosen by what the compiler reports for an H100: two programs of
 # the first kind fit on a multiprocessor, each with 64 KiB on the way. They have not been timed.
 TILES = {16: Tiles(64, 16, 4, 5), 2**31: Tiles(64, 64, 4, 3)}
-FLOAT32 = Tiles(32, 32, 4, 1)  # outside the tensor cores: exact products, for checks and not for speed
+FLOAT32 = Tiles(32, 32, 4, 1)  # for checks and not for speed, as in `flash_attention_triton.py`
+NARROW = 128  # widest head whose sums fit in the registers with many columns
 PROGRAMS = 1056  # that are wanted: eight for each multiprocessor of an H100, of which about two run at a time
 LEAST, MOST = 4, 64  # tiles that are worth a part, and parts
 
@@ -71,7 +72,7 @@ def _attend(
         at = store + (block * SIZE + slots % SIZE)[:, None] * A + d[None, :]
         there = (slots < end)[:, None] & (d < A)[None, :]
         keys = tl.load(at, mask=there, other=0.0)
-        scores = tl.dot(keys, queries, input_precision="ieee") * factor
+        scores = tl.dot(keys, queries, input_precision="tf32x3") * factor
         seen = (slots[:, None] <= position[None, :]) & (slots >= first)[:, None]
         scores = tl.where(seen, scores, float("-inf"))
         highest = tl.maximum(most, tl.max(scores, 0))
@@ -80,7 +81,7 @@ def _attend(
         values = keys
         if not SHARED:
             values = tl.load(at + HEADS * SIZE * A, mask=there, other=0.0)
-        sums = tl.dot(values.T, weights.to(keys.dtype), sums * shrink[None, :], input_precision="ieee")
+        sums = tl.dot(values.T, weights.to(keys.dtype), sums * shrink[None, :], input_precision="tf32x3")
         total = total * shrink + tl.sum(weights, 0)
         most = highest
     total = tl.maximum(total, 1e-30)  # a column of a part without slots has none: its weight will be 0
@@ -113,6 +114,10 @@ def _parts(programs, tiles):
     return 1 << max(0, wanted.bit_length() - 1)
 
 
+def _tiles(asked, width):
+    return next(tiles for most, tiles in TILES.items() if asked <= most or width > NARROW)
+
+
 def paged_attention_triton(q_BSNA, store, rows, positions_BS, first=0):
     """`minglm.kernels.paged_attention.paged_attention`, but for the mask: slots from `first` to the position are seen.
 
@@ -120,7 +125,7 @@ def paged_attention_triton(q_BSNA, store, rows, positions_BS, first=0):
     """
     q, (B, S, N, A), (parts, M, size) = q_BSNA.contiguous(), q_BSNA.shape, store.shape[1:4]
     asked, blocks, width = S * N // M, rows.numel() // (parts * B * M), max(16, triton.next_power_of_2(A))
-    tiles = FLOAT32 if q.dtype == torch.float32 else next(t for most, t in TILES.items() if asked <= most)
+    tiles = FLOAT32 if q.dtype == torch.float32 else _tiles(asked, A)
     grid = B * M, triton.cdiv(asked, tiles.columns)
     count = _parts(grid[0] * grid[1], triton.cdiv(blocks * size, tiles.slots))
     out, log_sum = torch.empty_like(q), None
