@@ -21,9 +21,11 @@ import torch
 from minglm.inference.kv_cache import Blocks
 from minglm.inference.pages import Pages
 from minglm.inference.request import Completion, Event, Request
-from minglm.inference.sampling import Settings, distribution, draw, likeliest, uniforms
+from minglm.inference.sampling import DRAW, Settings, distribution, draw, likeliest, uniforms
 from minglm.inference.scheduler import Scheduler, Sequence
 from minglm.inference.speculative import Drafter, check
+from minglm.kernels.backend import backend
+from minglm.kernels.cpu import sample_cpu
 
 __all__ = ["Completion", "Engine", "Event", "Request"]
 
@@ -227,6 +229,9 @@ class Engine:
         if len(sequences) > len(rows):  # samples of one prompt draw from the same logits
             logits_BV = logits_BV[[b for b, row in enumerate(rows) for _ in row.draws]]
         s = self._settings(sequences, logits_BV.device)
+        if s.plain and backend(logits_BV) == "c":
+            drawn = sample_cpu(logits_BV, s.temperature_B, s.seeds_B, s.index(sequences), DRAW)
+            return list(map(self._take, sequences, *(values.tolist() for values in drawn)))
         p_BV, q_BV = distribution(logits_BV, s.temperature_B, s.top_p_B, s.top_k_B, s.min_p_B)
         tokens_B = draw(q_BV, uniforms(s.seeds_B, s.index(sequences)))
         logprobs = p_BV.gather(1, tokens_B[:, None]).squeeze(1).log().tolist()
@@ -266,7 +271,7 @@ class Engine:
                 self.blocks.shorten(sequence.table, len(sequence.ids) - 1)
         return events
 
-    def _take(self, sequence, token, logprob, top):
+    def _take(self, sequence, token, logprob, top=()):
         """A token becomes part of a sequence's text."""
         done = sequence.completion
         sequence.ids.append(token)

@@ -11,8 +11,11 @@ from itertools import groupby
 import torch
 
 from minglm.kernels.backend import backend
+from minglm.kernels.cpu import paged_attention_cpu
 from minglm.kernels.flash_attention import WIDEST
 from minglm.kernels.paged_attention import paged_attention, slot_mask
+
+MANY = 64  # queries a row, above which PyTorch's attention over a whole prompt is faster than one query at a time in C
 
 
 class LayerPages:
@@ -43,7 +46,10 @@ class LayerPages:
     def read(self, group, q_BSNA):
         """Attend q over what is stored for a group of rows, in the form that `minglm.kernels.backend` chooses."""
         rows, positions_BS = self.plan.groups[group]
-        if q_BSNA.shape[3] <= WIDEST and backend(q_BSNA) == "triton":
+        form = backend(q_BSNA)
+        if form == "c" and positions_BS.shape[1] <= MANY:
+            return paged_attention_cpu(q_BSNA, self.store, rows, positions_BS, self.first)
+        if q_BSNA.shape[3] <= WIDEST and form == "triton":
             from minglm.kernels.paged_attention_triton import paged_attention_triton
 
             return paged_attention_triton(q_BSNA, self.store, rows, positions_BS, self.first)

@@ -26,10 +26,11 @@ class Settings:
             return None if all(value == none for value in values) else torch.tensor(values, device=device)
 
         self.sequences = sequences
-        self.seeds_B, self.temperature_B = column("seed"), column("temperature")
+        self.seeds_B, self.temperature_B = column("seed"), column("temperature").float()
         self.top_p_B, self.top_k_B, self.min_p_B = column("top_p", 1), column("top_k", 0), column("min_p", 0)
         self.tops = [sequence.request.top_logprobs for sequence in sequences]
         self.top = max(self.tops)
+        self.plain = self.top_p_B is None and self.top_k_B is None and self.min_p_B is None and not self.top
 
     def index(self, sequences):
         """The number of each sequence's next token, int64 (B,)."""

@@ -1,4 +1,4 @@
-"""Which form of a kernel runs, plain PyTorch or Triton, and how a Triton kernel says what is to be compiled.
+"""Which form of a kernel runs, plain PyTorch, Triton or C, and how a Triton kernel says what is to be compiled.
 
     from minglm.kernels.backend import backend
 
@@ -12,7 +12,8 @@ Every operation has a file `x.py` with its plain form and this choice, and a fil
 the top and is itself imported only here, when a tensor asks for it. There is one choice for the process, as with
 `torch.backends`: a model that mixes both forms could not be compared with anything.
 
-    auto     Triton for tensors on a GPU, where triton is installed; PyTorch for all others
+    auto     Triton for tensors on a GPU, where triton is installed; C for float32 tensors on a CPU in inference mode,
+             which is how the engine generates, where there is a compiler; PyTorch for all others
     torch    PyTorch everywhere
     triton   Triton everywhere: on a CPU only in its interpreter (TRITON_INTERPRET=1), which is for tests
 """
@@ -23,6 +24,8 @@ import os
 from dataclasses import dataclass
 
 import torch
+
+from minglm.kernels import cpu
 
 CHOICES = ("auto", "torch", "triton")
 _chosen = "auto"
@@ -75,12 +78,15 @@ def use(name):
 
 
 def backend(tensor):
-    """ "triton" or "torch": the form that runs for this tensor. Float64, which is for references, gets torch.
+    """ "triton", "c" or "torch": the form that runs for this tensor. Float64, which is for references, gets torch.
 
     Raises ValueError for triton on a CPU outside the interpreter, where a kernel could not run.
     """
-    if _chosen == "torch" or (_chosen == "auto" and not tensor.is_cuda) or tensor.dtype == torch.float64:
+    if _chosen == "torch" or tensor.dtype == torch.float64:
         return "torch"
+    if _chosen == "auto" and not tensor.is_cuda:
+        generates = tensor.dtype == torch.float32 and tensor.is_cpu and torch.is_inference_mode_enabled()
+        return "c" if generates and cpu.library() is not None else "torch"
     if _chosen == "auto":
         return "triton" if installed() else "torch"
     if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":

@@ -1,0 +1,202 @@
+/* The small operations of generation on a CPU, float32, each in one pass over its data (no section in the paper).
+
+   Decoding one token for each of a few answers is hundreds of operations on vectors that fit in a core's first cache;
+   called one by one from Python they cost far more than their arithmetic. Each function here is the twin of a plain
+   form in Python, named above it, and `minglm/kernels/cpu.py` compiles, loads and calls them. Large matrix products
+   stay with PyTorch. All arrays are contiguous; letters of axes are those of `minglm/__init__.py`. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef float lanes __attribute__((vector_size(32), aligned(4)));
+enum { LANES = 8, PANEL = 16, STRETCH = 64 };
+
+static float dot(const float *a, const float *b, long n) {
+    float sum = 0;
+    for (long i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+static float rms_scale(const float *x, long n, float eps) { return 1 / sqrtf(dot(x, x, n) / n + eps); }
+
+/* kernels/norm.py: sum = x + change, out = weight * sum / rms; change and sum may be null */
+void add_norm(const float *x, const float *change, const float *weight, float *out, float *sum, long T, long D, float eps) {
+    for (long t = 0; t < T; t++, x += D, out += D) {
+        const float *r = x;
+        if (change) {
+            for (long i = 0; i < D; i++) sum[i] = x[i] + change[i];
+            r = sum, sum += D, change += D;
+        }
+        float scale = rms_scale(r, D, eps);
+        for (long i = 0; i < D; i++) out[i] = r[i] * scale * weight[i];
+    }
+}
+
+/* kernels/qk_norm_rope.py, for queries or keys: x (T, N, A) in place; weight may be null; cos, sin (T, half) */
+void norm_rope(float *x, const float *weight, const float *cosine, const float *sine, long T, long N, long A, long half,
+               float eps) {
+    for (long t = 0; t < T; t++, cosine += half, sine += half)
+        for (long n = 0; n < N; n++, x += A) {
+            if (weight) {
+                float scale = rms_scale(x, A, eps);
+                for (long i = 0; i < A; i++) x[i] *= scale * weight[i];
+            }
+            for (long i = 0; i < half; i++) {
+                float a = x[i], b = x[i + half];
+                x[i] = a * cosine[i] - b * sine[i];
+                x[i + half] = b * cosine[i] + a * sine[i];
+            }
+        }
+}
+
+/* kernels/router_topk.py: the K largest of sigmoid(logits) + bias, ties to the lower index; scores (T, E) */
+void router_topk(const float *logits, const float *bias, int64_t *experts, float *weights, float *scores, long T, long E,
+                 long K, int normalize, float scale) {
+    for (long t = 0; t < T; t++, logits += E, scores += E, experts += K, weights += K) {
+        for (long e = 0; e < E; e++) scores[e] = 1 / (1 + expf(-logits[e]));
+        float total = 1e-20f;
+        for (long k = 0; k < K; k++) {
+            long best = -1;
+            for (long e = 0; e < E; e++) {
+                int taken = 0;
+                for (long j = 0; j < k; j++) taken |= experts[j] == e;
+                if (!taken && (best < 0 || scores[e] + bias[e] > scores[best] + bias[best])) best = e;
+            }
+            experts[k] = best, weights[k] = scores[best];
+            total += weights[k];
+        }
+        for (long k = 0; k < K; k++) weights[k] *= normalize ? scale / total : scale;
+    }
+}
+
+/* y (outputs, P) = w (outputs, depth) times x (depth, P): x is a panel of tokens that stand next to each other, so the
+   matrix is read as training stores it, a broadcast number at a time, and sums stay in registers */
+#define PRODUCT(NAME, P, ROWS)                                                                                         \
+    static void NAME(const float *w, const float *x, float *y, long outputs, long depth) {                             \
+        long o = 0;                                                                                                    \
+        for (; o + ROWS <= outputs; o += ROWS) {                                                                       \
+            lanes sum[ROWS][P / LANES] = {{{0}}};                                                                      \
+            for (long d = 0; d < depth; d++)                                                                           \
+                for (int r = 0; r < ROWS; r++)                                                                         \
+                    for (int p = 0; p < P / LANES; p++)                                                                \
+                        sum[r][p] += w[(o + r) * depth + d] * ((const lanes *)(x + d * P))[p];                         \
+            memcpy(y + o * P, sum, sizeof sum);                                                                        \
+        }                                                                                                              \
+        for (; o < outputs; o++) {                                                                                     \
+            lanes sum[P / LANES] = {{0}};                                                                              \
+            for (long d = 0; d < depth; d++)                                                                           \
+                for (int p = 0; p < P / LANES; p++) sum[p] += w[o * depth + d] * ((const lanes *)(x + d * P))[p];      \
+            memcpy(y + o * P, sum, sizeof sum);                                                                        \
+        }                                                                                                              \
+    }
+PRODUCT(product_wide, PANEL, 6)
+PRODUCT(product_narrow, LANES, 12)
+
+static void product_one(const float *w, const float *x, float *y, long outputs, long depth) {
+    for (long o = 0; o < outputs; o++) y[o] = dot(w + o * depth, x, depth);
+}
+
+/* kernels/grouped_gemm.py, experts_loop: y (T, D) is overwritten; order (T * K), scratch (2 * D + 2 * F) * PANEL */
+void experts(const float *x, const int64_t *chosen, const float *weights, const float *gate, const float *up,
+             const float *down, float *y, int64_t *order, float *scratch, long T, long K, long E, long D, long F) {
+    float *xt = scratch, *yt = xt + D * PANEL, *g = yt + D * PANEL, *u = g + F * PANEL;
+    int64_t ends[E + 1];
+    memset(ends, 0, sizeof ends);
+    for (long i = 0; i < T * K; i++) ends[chosen[i] + 1]++;
+    for (long e = 0; e < E; e++) ends[e + 1] += ends[e];
+    for (long i = 0; i < T * K; i++) order[ends[chosen[i]]++] = i; /* ends[e] has now moved to where e ends */
+    memset(y, 0, T * D * sizeof *y);
+    for (long e = 0, at = 0; e < E; e++)
+        while (at < ends[e]) {
+            long rows = ends[e] - at < PANEL ? ends[e] - at : PANEL, P = rows > LANES ? PANEL : rows > 1 ? LANES : 1;
+            void (*product)(const float *, const float *, float *, long, long) =
+                P == PANEL ? product_wide : P == LANES ? product_narrow : product_one;
+            float weight[PANEL] = {0};
+            for (long p = 0; p < P; p++) {
+                const float *row = p < rows ? x + order[at + p] / K * D : 0;
+                for (long d = 0; d < D; d++) xt[d * P + p] = row ? row[d] : 0;
+                if (row) weight[p] = weights[order[at + p]];
+            }
+            product(gate + e * F * D, xt, g, F, D);
+            product(up + e * F * D, xt, u, F, D);
+            for (long i = 0; i < F * P; i++) g[i] *= u[i] / (1 + expf(-g[i]));
+            product(down + e * D * F, g, yt, D, F);
+            for (long p = 0; p < rows; p++) {
+                float *out = y + order[at + p] / K * D;
+                for (long d = 0; d < D; d++) out[d] += weight[p] * yt[d * P + p];
+            }
+            at += rows;
+        }
+}
+
+/* kernels/paged_attention.py: q, out (B, S, N, A); rows (parts, B, M, blocks) of the store (..., size, A); slots from
+   `first` to the position of each query; scores: room for one query's, N / M * blocks * size */
+void paged_attention(const float *q, const float *store, const int64_t *rows, const int64_t *positions, float *out,
+                     float *scores, long B, long S, long N, long M, long A, long blocks, long size, long parts,
+                     long first) {
+    long G = N / M, room = blocks * size;
+    float root = 1 / sqrtf(A);
+    for (long b = 0; b < B; b++)
+        for (long s = 0; s < S; s++, positions++)
+            for (long m = 0; m < M; m++, q += G * A, out += G * A) {
+                const int64_t *keys = rows + (b * M + m) * blocks, *values = keys + (parts - 1) * B * M * blocks;
+                long stop = *positions + 1 < room ? *positions + 1 : room;
+                for (long c = first; c < stop; c++) {
+                    const float *k = store + (keys[c / size] * size + c % size) * A;
+                    for (long g = 0; g < G; g++) scores[g * room + c] = dot(q + g * A, k, A) * root;
+                }
+                memset(out, 0, G * A * sizeof *out);
+                for (long g = 0; g < G; g++) {
+                    float *p = scores + g * room, largest = -INFINITY, total = 0;
+                    for (long c = first; c < stop; c++) largest = p[c] > largest ? p[c] : largest;
+                    for (long c = first; c < stop; c++) p[c] = expf(p[c] - largest);
+                    for (long c = first; c < stop; c++) total += p[c];
+                    for (long c = first; c < stop; c++) p[c] /= total;
+                }
+                for (long c = first; c < stop; c++) {
+                    const float *v = store + (values[c / size] * size + c % size) * A;
+                    for (long g = 0; g < G; g++) {
+                        float p = scores[g * room + c], *o = out + g * A;
+                        for (long i = 0; i < A; i++) o[i] += p * v[i];
+                    }
+                }
+            }
+}
+
+static uint64_t mixed(uint64_t x) {
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return x ^ x >> 31;
+}
+
+/* inference/sampling.py, uniforms and sample without cuts: a token and its log-probability for each row of logits (B, V);
+   at temperature 0 the first of the largest. scratch: V floats */
+void sample(const float *logits, const float *temperature, const int64_t *seed, const int64_t *index, int64_t purpose,
+            int64_t *tokens, float *logprobs, float *scratch, long B, long V) {
+    const uint64_t golden = 0x9e3779b97f4a7c15u;
+    for (long b = 0; b < B; b++, logits += V) {
+        uint64_t x = mixed(mixed(seed[b] + (index[b] + 1) * golden) + (purpose + 1) * golden);
+        float largest = -INFINITY, cool = temperature[b] > 0 ? 1 / temperature[b] : 1;
+        for (long v = 0; v < V; v++) largest = logits[v] > largest ? logits[v] : largest;
+        for (long v = 0; v < V; v++) scratch[v] = expf((logits[v] - largest) * cool);
+        double total = 0, before = 0;
+        float stretches[V / STRETCH + 1];
+        for (long v = 0; v < V; v += STRETCH) {
+            float sum = 0;
+            for (long i = v; i < (v + STRETCH < V ? v + STRETCH : V); i++) sum += scratch[i];
+            stretches[v / STRETCH] = sum, total += sum;
+        }
+        double goal = (x >> 11) * 0x1p-53 * total;
+        long v = 0, token = -1;
+        if (temperature[b] > 0) {
+            while (v + STRETCH < V && before + stretches[v / STRETCH] <= goal) before += stretches[v / STRETCH], v += STRETCH;
+            for (; v < V && before <= goal; v++) /* rounding may push the goal past a stretch, never to probability 0 */
+                if (scratch[v] > 0) before += scratch[v], token = v;
+        }
+        if (token < 0) /* greedy; or the goal fell behind the last token with a probability */
+            for (token = 0; logits[token] != largest;) token++;
+        tokens[b] = token;
+        logprobs[b] = (logits[token] - largest) * cool - log(total);
+    }
+}
