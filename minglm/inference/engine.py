@@ -47,7 +47,7 @@ class Engine:
         self.blocks = Blocks(block, None if cache_tokens is None else cache_tokens // block)
         self.scheduler = Scheduler(self.blocks, max_batch, prefill_tokens)
         self.drafter = Drafter(model, draft_tokens) if draft_tokens else None
-        self.pages = self.weights = None
+        self.pages = self.parameters = self.weights = None
         self.passes = 0
         self.numbers = count()
         self.open = {}  # every unfinished sequence by its number
@@ -114,14 +114,14 @@ class Engine:
 
             def listen(i):
                 def hear(event):
-                    if on_token is not None and event.token is not None:
+                    if event.token is not None:
                         on_token(i, event.token)
 
                 return hear
 
             try:
                 for i, request in enumerate(requests):
-                    numbers.append(self.submit(request, listen(i)))
+                    numbers.append(self.submit(request, on_token and listen(i)))
                     done[i] = self.open[numbers[-1]].completion
                 while not self.open.keys().isdisjoint(numbers):
                     self.step()
@@ -197,8 +197,9 @@ class Engine:
 
     def _look_at_weights(self):
         """Compute everything again if the weights are not those of the last step, and find them where they now are."""
-        if self.weights is None or any(p._version != version for p, version in self.weights):
-            self.weights = [(p, p._version) for p in self.model.parameters()]
+        if self.weights is None or [p._version for p in self.parameters] != self.weights:
+            self.parameters = list(self.model.parameters())
+            self.weights = [p._version for p in self.parameters]
             self.scheduler.restart()
             if self.pages is None or not self.pages.fit(self.model):
                 self.pages = Pages(self.model, self.blocks.size, self.drafter is not None)

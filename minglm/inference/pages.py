@@ -76,16 +76,16 @@ class Plan:
     def __init__(self, rows, shape, device):
         parts, heads, size, _ = shape
         slots, positions, self.groups, self.masks = [], [], [], {}
-        for row in rows:
-            blocks = row.table.blocks
-            positions += range(row.start, row.stop)
-            slots += [blocks[p // size] * (parts * heads * size) + p % size for p in range(row.start, row.stop)]
+        spans = [(row.table.blocks, row.start, row.stop) for row in rows]
+        for blocks, start, stop in spans:
+            positions += range(start, stop)
+            slots += [blocks[p // size] * (parts * heads * size) + p % size for p in range(start, stop)]
         slots_T, self.positions_T = torch.tensor([slots, positions], device=device)
         head = torch.arange(parts * heads, device=device)
         self.written = (slots_T[:, None] + head * size).flatten()
         at = 0
-        for count, group in groupby(rows, key=lambda row: row.stop - row.start):
-            group = [(row.table.blocks, (row.stop - 1) // size + 1) for row in group]
+        for count, group in groupby(spans, key=lambda span: span[2] - span[1]):
+            group = [(blocks, (stop - 1) // size + 1) for blocks, _, stop in group]
             widest = max(used for _, used in group)
             tables = [[*blocks[:used], *[0] * (widest - used)] for blocks, used in group]
             tables = torch.tensor(tables, device=device)[None, :, None] * (parts * heads)

@@ -1,6 +1,7 @@
 """What goes into the engine and what comes out of it (no section in the paper)."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,7 @@ class Completion:
     """For each token [(id, log-probability), ...] of the likeliest, if the request asked for them."""
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """One token of an answer, or its end, or both."""
 
     id: int

@@ -28,7 +28,7 @@ class Sequence:
         return self.most - len(self.completion.tokens)
 
 
-@dataclass
+@dataclass(slots=True)
 class Row:
     """What one text contributes to a pass: its tokens from `start` to `end`, and the drafts after them."""
 
@@ -109,15 +109,16 @@ class Scheduler:
         self.copies, rows, at = [], [], 0
         while at < len(self.live):
             sequence = self.live[at]
-            if self._extend(sequence.table, len(sequence.ids) + min(drafts, sequence.left - 1)):
+            if self._extend(sequence.table, len(sequence.ids) + (drafts and min(drafts, sequence.left - 1))):
                 at += 1
             else:
                 self._preempt()
         for sequence in self.live:
-            self.blocks.publish(sequence.table, sequence.ids)
-            end = len(sequence.ids)
-            room = min(drafts, sequence.left - 1)
-            rows.append(Row(sequence.ids, sequence.table, end - 1, end, [sequence], prompt=False, room=room))
+            ids, table = sequence.ids, sequence.table
+            if (end := len(ids)) >= (table.named + 1) * self.blocks.size:
+                self.blocks.publish(table, ids)
+            room = drafts and min(drafts, sequence.left - 1)
+            rows.append(Row(ids, table, end - 1, end, [sequence], prompt=False, room=room))
         if self.waiting:
             self._admit()
         for job in self.prefills:

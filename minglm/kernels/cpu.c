@@ -10,6 +10,7 @@
 #include <string.h>
 
 typedef float lanes __attribute__((vector_size(32), aligned(4)));
+typedef float four __attribute__((vector_size(16), aligned(4)));
 enum { LANES = 8, PANEL = 16, STRETCH = 64 };
 
 static float dot(const float *a, const float *b, long n) {
@@ -130,36 +131,60 @@ void experts(const float *x, const int64_t *chosen, const float *weights, const 
         }
 }
 
+static const float *place(const float *store, const int64_t *rows, long slot, long size, long A) {
+    return store + (rows[slot / size] * size + slot % size) * A;
+}
+
+static void softmax(four *scores, long slots, long fours) { /* over slots, for each of 4 * fours heads */
+    for (long f = 0; f < fours; f++) {
+        four largest = scores[f];
+        for (long c = 1; c < slots; c++)
+            for (int i = 0; i < 4; i++) {
+                float x = scores[c * fours + f][i];
+                largest[i] = x > largest[i] ? x : largest[i];
+            }
+        for (long c = 0; c < slots; c++) scores[c * fours + f] -= largest;
+    }
+    float *p = (float *)scores;
+    for (long i = 0; i < slots * fours * 4; i++) p[i] = expf(p[i]);
+    for (long f = 0; f < fours; f++) {
+        four total = {0};
+        for (long c = 0; c < slots; c++) total += scores[c * fours + f];
+        for (long c = 0; c < slots; c++) scores[c * fours + f] /= total;
+    }
+}
+
 /* kernels/paged_attention.py: q, out (B, S, N, A); rows (parts, B, M, blocks) of the store (..., size, A); slots from
-   `first` to the position of each query; scores: room for one query's, N / M * blocks * size */
+   `first` to the position of each query. The G heads that share keys stand next to each other in groups of four, so one
+   pass over the keys serves them all and no sum runs across a vector. scratch: (blocks * size + A) * (G + 3) floats */
 void paged_attention(const float *q, const float *store, const int64_t *rows, const int64_t *positions, float *out,
-                     float *scores, long B, long S, long N, long M, long A, long blocks, long size, long parts,
+                     float *scratch, long B, long S, long N, long M, long A, long blocks, long size, long parts,
                      long first) {
-    long G = N / M, room = blocks * size;
-    float root = 1 / sqrtf(A);
+    long G = N / M, fours = (G + 3) / 4, W = 4 * fours;
+    four *scores = (four *)scratch, *qt = scores + blocks * size * fours;
     for (long b = 0; b < B; b++)
         for (long s = 0; s < S; s++, positions++)
             for (long m = 0; m < M; m++, q += G * A, out += G * A) {
                 const int64_t *keys = rows + (b * M + m) * blocks, *values = keys + (parts - 1) * B * M * blocks;
-                long stop = *positions + 1 < room ? *positions + 1 : room;
-                for (long c = first; c < stop; c++) {
-                    const float *k = store + (keys[c / size] * size + c % size) * A;
-                    for (long g = 0; g < G; g++) scores[g * room + c] = dot(q + g * A, k, A) * root;
-                }
-                memset(out, 0, G * A * sizeof *out);
-                for (long g = 0; g < G; g++) {
-                    float *p = scores + g * room, largest = -INFINITY, total = 0;
-                    for (long c = first; c < stop; c++) largest = p[c] > largest ? p[c] : largest;
-                    for (long c = first; c < stop; c++) p[c] = expf(p[c] - largest);
-                    for (long c = first; c < stop; c++) total += p[c];
-                    for (long c = first; c < stop; c++) p[c] /= total;
-                }
-                for (long c = first; c < stop; c++) {
-                    const float *v = store + (values[c / size] * size + c % size) * A;
-                    for (long g = 0; g < G; g++) {
-                        float p = scores[g * room + c], *o = out + g * A;
-                        for (long i = 0; i < A; i++) o[i] += p * v[i];
+                long slots = (*positions + 1 < blocks * size ? *positions + 1 : blocks * size) - first;
+                for (long a = 0; a < A; a++)
+                    for (long g = 0; g < W; g++) ((float *)qt)[a * W + g] = g < G ? q[g * A + a] / sqrtf(A) : 0;
+                for (long c = 0; c < slots; c += 4) {
+                    const float *k[4];
+                    for (long i = 0; i < 4; i++) k[i] = place(store, keys, c + i < slots ? c + i + first : first, size, A);
+                    for (long f = 0; f < fours; f++) {
+                        four sum[4] = {{0}};
+                        for (long a = 0; a < A; a++)
+                            for (long i = 0; i < 4; i++) sum[i] += k[i][a] * qt[a * fours + f];
+                        for (long i = 0; i < 4 && c + i < slots; i++) scores[(c + i) * fours + f] = sum[i];
                     }
+                }
+                softmax(scores, slots, fours);
+                memset(out, 0, G * A * sizeof *out);
+                for (long c = 0; c < slots; c++) {
+                    const float *v = place(store, values, c + first, size, A), *p = (float *)(scores + c * fours);
+                    for (long g = 0; g < G; g++)
+                        for (long a = 0; a < A; a++) out[g * A + a] += p[g] * v[a];
                 }
             }
 }

@@ -142,9 +142,9 @@ def paged_attention_cpu(q_BSNA, store, rows, positions_BS, first=0):
     parts, M, size = store.shape[1:4]
     blocks = rows.numel() // (parts * B * M)
     q_BSNA, positions_BS = q_BSNA.contiguous(), positions_BS.contiguous()
-    out, scores = torch.empty_like(q_BSNA), q_BSNA.new_empty(N // M * blocks * size)
+    out, scratch = torch.empty_like(q_BSNA), q_BSNA.new_empty((blocks * size + A) * (N // M + 3))
     library().paged_attention(
-        _at(q_BSNA), _at(store), _at(rows), _at(positions_BS), _at(out), _at(scores), B, S, N, M, A, blocks, size,
+        _at(q_BSNA), _at(store), _at(rows), _at(positions_BS), _at(out), _at(scratch), B, S, N, M, A, blocks, size,
         parts, first,
     )  # fmt: skip
     return out
