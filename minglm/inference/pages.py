@@ -6,12 +6,13 @@ them by sequence. All rows write their keys and values before any row reads, so 
 another one fills in the same pass.
 """
 
+from array import array
 from itertools import groupby
 
 import torch
 
 from minglm.kernels.backend import backend
-from minglm.kernels.cpu import paged_attention_cpu
+from minglm.kernels.cpu import keep_cpu, paged_attention_cpu
 from minglm.kernels.flash_attention import WIDEST
 from minglm.kernels.paged_attention import paged_attention, slot_mask
 
@@ -33,8 +34,11 @@ class LayerPages:
         v may be None: then keys serve as values.
         """
         A, plan = q_BSNA.shape[3], self.plan
-        new = k_BSMA[0] if v_BSMA is None else torch.cat((k_BSMA[0], v_BSMA[0]), 1)
-        self.store.view(-1, A).index_copy_(0, plan.written, new.reshape(-1, A))
+        if backend(k_BSMA) == "c":
+            keep_cpu(k_BSMA, v_BSMA, plan.written, self.store)
+        else:
+            new = k_BSMA[0] if v_BSMA is None else torch.cat((k_BSMA[0], v_BSMA[0]), 1)
+            self.store.view(-1, A).index_copy_(0, plan.written, new.reshape(-1, A))
         if len(plan.groups) == 1:
             q = q_BSNA.view(*plan.groups[0][1].shape, *q_BSNA.shape[2:])
             return self.read(0, q).view(q_BSNA.shape)
@@ -65,6 +69,11 @@ class LayerPages:
         return self.plan.masks[key]
 
 
+def integers(values, device):
+    """A list as an int64 tensor; from an array, because a list takes PyTorch as long as a layer."""
+    return torch.frombuffer(array("q", values), dtype=torch.int64).to(device)
+
+
 class Plan:
     """One pass: which rows of the stores it writes and reads. Texts of equal length, next to each other, are a group.
 
@@ -80,15 +89,18 @@ class Plan:
         for blocks, start, stop in spans:
             positions += range(start, stop)
             slots += [blocks[p // size] * (parts * heads * size) + p % size for p in range(start, stop)]
-        slots_T, self.positions_T = torch.tensor([slots, positions], device=device)
+        slots_T, self.positions_T = integers(slots + positions, device).view(2, -1)
         head = torch.arange(parts * heads, device=device)
         self.written = (slots_T[:, None] + head * size).flatten()
         at = 0
         for count, group in groupby(spans, key=lambda span: span[2] - span[1]):
             group = [(blocks, (stop - 1) // size + 1) for blocks, _, stop in group]
             widest = max(used for _, used in group)
-            tables = [[*blocks[:used], *[0] * (widest - used)] for blocks, used in group]
-            tables = torch.tensor(tables, device=device)[None, :, None] * (parts * heads)
+            tables = []
+            for blocks, used in group:
+                tables += blocks[:used]
+                tables += [0] * (widest - used)
+            tables = integers(tables, device).view(-1, 1, widest) * (parts * heads)
             read = tables + head.view(parts, 1, heads, 1)
             end = at + count * len(group)
             self.groups.append((read.flatten(), self.positions_T[at:end].view(-1, count)))

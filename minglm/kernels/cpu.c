@@ -11,6 +11,7 @@
 
 typedef float lanes __attribute__((vector_size(32), aligned(4)));
 typedef float four __attribute__((vector_size(16), aligned(4)));
+typedef int mask __attribute__((vector_size(16)));
 enum { LANES = 8, PANEL = 16, STRETCH = 64 };
 
 static float dot(const float *a, const float *b, long n) {
@@ -68,6 +69,14 @@ void router_topk(const float *logits, const float *bias, int64_t *experts, float
             total += weights[k];
         }
         for (long k = 0; k < K; k++) weights[k] *= normalize ? scale / total : scale;
+    }
+}
+
+/* inference/pages.py: puts keys and values (T, M, A) where `written` says, (T, parts * M) rows of the store (..., A) */
+void keep(const float *k, const float *v, const int64_t *written, float *store, long T, long M, long A) {
+    for (long t = 0; t < T; t++) {
+        for (long m = 0; m < M; m++, k += A) memcpy(store + *written++ * A, k, A * sizeof *k);
+        for (long m = 0; v && m < M; m++, v += A) memcpy(store + *written++ * A, v, A * sizeof *v);
     }
 }
 
@@ -131,21 +140,29 @@ void experts(const float *x, const int64_t *chosen, const float *weights, const 
         }
 }
 
-static const float *place(const float *store, const int64_t *rows, long slot, long size, long A) {
-    return store + (rows[slot / size] * size + slot % size) * A;
+/* scores (slots, 4 * fours) of up to four neighbouring keys: four sums at a time, none waiting for another */
+static void score(const float *qt, const float *k, four *scores, long slots, long fours, long A) {
+    const float *key[4];
+    for (long i = 0; i < 4; i++) key[i] = k + (i < slots ? i : 0) * A;
+    for (long f = 0; f < fours; f++) {
+        four sum[4] = {{0}};
+        for (long a = 0; a < A; a++)
+            for (long i = 0; i < 4; i++) sum[i] += key[i][a] * ((const four *)qt)[a * fours + f];
+        for (long i = 0; i < slots; i++) scores[i * fours + f] = sum[i];
+    }
 }
 
 static void softmax(four *scores, long slots, long fours) { /* over slots, for each of 4 * fours heads */
+    float *p = (float *)scores;
     for (long f = 0; f < fours; f++) {
         four largest = scores[f];
-        for (long c = 1; c < slots; c++)
-            for (int i = 0; i < 4; i++) {
-                float x = scores[c * fours + f][i];
-                largest[i] = x > largest[i] ? x : largest[i];
-            }
+        for (long c = 1; c < slots; c++) {
+            four x = scores[c * fours + f];
+            mask larger = x > largest;
+            largest = (four)((larger & (mask)x) | (~larger & (mask)largest));
+        }
         for (long c = 0; c < slots; c++) scores[c * fours + f] -= largest;
     }
-    float *p = (float *)scores;
     for (long i = 0; i < slots * fours * 4; i++) p[i] = expf(p[i]);
     for (long f = 0; f < fours; f++) {
         four total = {0};
@@ -161,31 +178,26 @@ void paged_attention(const float *q, const float *store, const int64_t *rows, co
                      float *scratch, long B, long S, long N, long M, long A, long blocks, long size, long parts,
                      long first) {
     long G = N / M, fours = (G + 3) / 4, W = 4 * fours;
-    four *scores = (four *)scratch, *qt = scores + blocks * size * fours;
+    float *qt = scratch, *scores = qt + A * W, root = 1 / sqrtf(A);
     for (long b = 0; b < B; b++)
         for (long s = 0; s < S; s++, positions++)
             for (long m = 0; m < M; m++, q += G * A, out += G * A) {
                 const int64_t *keys = rows + (b * M + m) * blocks, *values = keys + (parts - 1) * B * M * blocks;
-                long slots = (*positions + 1 < blocks * size ? *positions + 1 : blocks * size) - first;
+                long stop = *positions + 1 < blocks * size ? *positions + 1 : blocks * size;
                 for (long a = 0; a < A; a++)
-                    for (long g = 0; g < W; g++) ((float *)qt)[a * W + g] = g < G ? q[g * A + a] / sqrtf(A) : 0;
-                for (long c = 0; c < slots; c += 4) {
-                    const float *k[4];
-                    for (long i = 0; i < 4; i++) k[i] = place(store, keys, c + i < slots ? c + i + first : first, size, A);
-                    for (long f = 0; f < fours; f++) {
-                        four sum[4] = {{0}};
-                        for (long a = 0; a < A; a++)
-                            for (long i = 0; i < 4; i++) sum[i] += k[i][a] * qt[a * fours + f];
-                        for (long i = 0; i < 4 && c + i < slots; i++) scores[(c + i) * fours + f] = sum[i];
-                    }
+                    for (long g = 0; g < W; g++) qt[a * W + g] = g < G ? q[g * A + a] * root : 0;
+                for (long c = 0; c < stop; c++) {
+                    long end = c + size < stop ? c + size : stop; /* a block, and within it four slots at a time */
+                    for (const float *k = store + *keys++ * size * A; c < end; c += 4, k += 4 * A)
+                        score(qt, k, (four *)(scores + c * W), end - c < 4 ? end - c : 4, fours, A);
+                    c = end - 1;
                 }
-                softmax(scores, slots, fours);
+                softmax((four *)(scores + first * W), stop - first, fours);
                 memset(out, 0, G * A * sizeof *out);
-                for (long c = 0; c < slots; c++) {
-                    const float *v = place(store, values, c + first, size, A), *p = (float *)(scores + c * fours);
-                    for (long g = 0; g < G; g++)
-                        for (long a = 0; a < A; a++) out[g * A + a] += p[g] * v[a];
-                }
+                for (long c = 0; c < stop; values++)
+                    for (const float *v = store + *values * size * A, *end = v + size * A; v < end && c < stop; v += A, c++)
+                        for (long g = 0; c >= first && g < G; g++)
+                            for (long a = 0; a < A; a++) out[g * A + a] += scores[c * W + g] * v[a];
             }
 }
 

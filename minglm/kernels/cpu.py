@@ -2,7 +2,7 @@
 
     cc -O3 -march=native -ffast-math cpu.c  ->  cache/minglm/cpu-<hash of source, compiler, processor>.so  ->  ctypes
 
-`cpu.c` is the third form of six operations, beside PyTorch and Triton, chosen by `minglm.kernels.backend` for float32
+`cpu.c` is the third form of seven operations, beside PyTorch and Triton, chosen by `minglm.kernels.backend` for float32
 tensors on a CPU in inference mode. What PyTorch's form costs in generation is not arithmetic but calls: a token of the
 toy model is about a thousand of them. Compiling takes a second or two, once for a machine; without a compiler PyTorch
 goes on. C without PyTorch's headers is what keeps that so short, and readable.
@@ -84,6 +84,7 @@ SIGNATURES = {
     "norm_rope": "pppp" + "llllf",
     "router_topk": "ppppp" + "lllif",
     "experts": "ppppppppp" + "lllll",
+    "keep": "pppp" + "lll",
     "paged_attention": "pppppp" + "lllllllll",
     "sample": "ppppqppp" + "ll",
 }
@@ -134,6 +135,20 @@ def experts_cpu(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF):
         _at(scratch), T, K, E, D, F,
     )  # fmt: skip
     return y_TD
+
+
+def swiglu_cpu(x, gate_FD, up_FD, down_DF):
+    """down( silu(gate x) * (up x) ) for x (..., D): one expert that every token visits with weight one."""
+    x_TD = x.reshape(-1, x.shape[-1])
+    experts_T1, weights_T1 = x_TD.new_zeros(len(x_TD), 1, dtype=torch.int64), x_TD.new_ones(len(x_TD), 1)
+    return experts_cpu(x_TD, experts_T1, weights_T1, gate_FD[None], up_FD[None], down_DF[None]).view(x.shape)
+
+
+def keep_cpu(k, v, written, store):
+    """Put keys and values (..., M, A) into the rows `written` of the store seen as (..., A); v may be None."""
+    M, A = k.shape[-2:]
+    k, v = k.contiguous(), None if v is None else v.contiguous()
+    library().keep(_at(k), _at(v), _at(written), _at(store), k.numel() // (M * A), M, A)
 
 
 def paged_attention_cpu(q_BSNA, store, rows, positions_BS, first=0):

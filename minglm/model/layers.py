@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from minglm.kernels.backend import backend
+from minglm.kernels.cpu import swiglu_cpu
 from minglm.kernels.norm import add_norm
 
 
@@ -51,4 +53,6 @@ class MLP(nn.Module):
 
     def forward(self, x):
         """(..., D) to (..., D)."""
+        if backend(x) == "c":
+            return swiglu_cpu(x, *(part.weight for part in (self.gate_proj, self.up_proj, self.down_proj)))
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
