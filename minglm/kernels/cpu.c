@@ -152,6 +152,24 @@ static void score(const float *qt, const float *k, four *scores, long slots, lon
     }
 }
 
+/* sums (4 * fours, A) += scores' (4 * fours, slots) times v (slots, A) */
+static void add_values(const float *scores, const float *v, float *sums, long slots, long fours, long A) {
+    for (long f = 0; f < fours; f++, sums += 4 * A) {
+        const float *p = scores + 4 * f;
+        long a = 0;
+        for (; a + LANES <= A; a += LANES) {
+            lanes sum[4];
+            for (long i = 0; i < 4; i++) sum[i] = *(lanes *)(sums + i * A + a);
+            for (long c = 0; c < slots; c++)
+                for (long i = 0; i < 4; i++) sum[i] += p[c * 4 * fours + i] * *(const lanes *)(v + c * A + a);
+            for (long i = 0; i < 4; i++) *(lanes *)(sums + i * A + a) = sum[i];
+        }
+        for (; a < A; a++)
+            for (long c = 0; c < slots; c++)
+                for (long i = 0; i < 4; i++) sums[i * A + a] += p[c * 4 * fours + i] * v[c * A + a];
+    }
+}
+
 static void softmax(four *scores, long slots, long fours) { /* over slots, for each of 4 * fours heads */
     float *p = (float *)scores;
     for (long f = 0; f < fours; f++) {
@@ -173,12 +191,12 @@ static void softmax(four *scores, long slots, long fours) { /* over slots, for e
 
 /* kernels/paged_attention.py: q, out (B, S, N, A); rows (parts, B, M, blocks) of the store (..., size, A); slots from
    `first` to the position of each query. The G heads that share keys stand next to each other in groups of four, so one
-   pass over the keys serves them all and no sum runs across a vector. scratch: (blocks * size + A) * (G + 3) floats */
+   pass over the keys serves them all and no sum runs across a vector. scratch: (blocks * size + 2 * A) * (G + 3) floats */
 void paged_attention(const float *q, const float *store, const int64_t *rows, const int64_t *positions, float *out,
                      float *scratch, long B, long S, long N, long M, long A, long blocks, long size, long parts,
                      long first) {
     long G = N / M, fours = (G + 3) / 4, W = 4 * fours;
-    float *qt = scratch, *scores = qt + A * W, root = 1 / sqrtf(A);
+    float *qt = scratch, *sums = qt + A * W, *scores = sums + A * W, root = 1 / sqrtf(A);
     for (long b = 0; b < B; b++)
         for (long s = 0; s < S; s++, positions++)
             for (long m = 0; m < M; m++, q += G * A, out += G * A) {
@@ -193,11 +211,11 @@ void paged_attention(const float *q, const float *store, const int64_t *rows, co
                     c = end - 1;
                 }
                 softmax((four *)(scores + first * W), stop - first, fours);
-                memset(out, 0, G * A * sizeof *out);
-                for (long c = 0; c < stop; values++)
-                    for (const float *v = store + *values * size * A, *end = v + size * A; v < end && c < stop; v += A, c++)
-                        for (long g = 0; c >= first && g < G; g++)
-                            for (long a = 0; a < A; a++) out[g * A + a] += scores[c * W + g] * v[a];
+                memset(scores, 0, first * W * sizeof *scores);
+                memset(sums, 0, W * A * sizeof *sums);
+                for (long c = 0; c < stop; c += size)
+                    add_values(scores + c * W, store + *values++ * size * A, sums, stop - c < size ? stop - c : size, fours, A);
+                memcpy(out, sums, G * A * sizeof *out);
             }
 }
 

@@ -157,7 +157,7 @@ def paged_attention_cpu(q_BSNA, store, rows, positions_BS, first=0):
     parts, M, size = store.shape[1:4]
     blocks = rows.numel() // (parts * B * M)
     q_BSNA, positions_BS = q_BSNA.contiguous(), positions_BS.contiguous()
-    out, scratch = torch.empty_like(q_BSNA), q_BSNA.new_empty((blocks * size + A) * (N // M + 3))
+    out, scratch = torch.empty_like(q_BSNA), q_BSNA.new_empty((blocks * size + 2 * A) * (N // M + 3))
     library().paged_attention(
         _at(q_BSNA), _at(store), _at(rows), _at(positions_BS), _at(out), _at(scratch), B, S, N, M, A, blocks, size,
         parts, first,
