@@ -54,7 +54,9 @@ class Script:
         for number, (request, on_event, said) in list(self.open.items()):
             answer = self.script(TOKENIZER.decode(request.prompt))
             if isinstance(answer, Exception):
-                self.open.clear()
+                lost, self.open = self.open, {}
+                for failed, (_, hear, _) in lost.items():  # as the engine does
+                    hear(Event(failed, None, finish_reason="error"))
                 raise answer
             ids = spelled(TOKENIZER, answer)
             token = ids[len(said)]

@@ -190,3 +190,24 @@ def test_new_weights_are_used_from_the_next_call():
     assert (
         engine.generate([request])[0].tokens == alone(model, dataclasses.replace(request, stop_ids=())).tokens != before
     )
+
+
+def test_a_request_that_comes_while_another_fails_is_answered():
+    """A failed pass ends what it knew with an error; what is queued from that moment on is neither lost nor failed."""
+    model, later = Counting(tiny_model(1)), []
+    engine, hidden = Engine(model), Counting.hidden
+
+    def hear(event):
+        assert event.finish_reason == "error"
+        later.append(engine.submit(Request([4, 5], 3), events.append))
+
+    events = []
+    engine.submit(Request([1, 2, 3], 3), hear)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Counting, "hidden", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    assert Counting.hidden is hidden and later and engine.busy == 1
+    for _ in range(3):
+        engine.step()
+    assert engine.busy == 0 and [event.finish_reason for event in events] == [None, None, "length"]

@@ -146,10 +146,10 @@ class Engine:
     def step(self):
         """One forward pass for all requests under way; returns the `Event`s of the tokens it drew."""
         with self.stepping:
-            events = self._receive()
-            if not self.open:
-                return events
             try:
+                events = self._receive()
+                if not self.open:
+                    return events
                 self._look_at_weights()
                 rows, copies = self.scheduler.plan(self.drafter.most if self.drafter else 0)
                 self.pages.begin(copies, len(self.blocks.holders))
@@ -187,12 +187,16 @@ class Engine:
         return event
 
     def _abandon(self):
-        """End every request after a failure: what the pass has written is not known."""
-        for sequence in list(self.open.values()):
+        """End every request after a failure: what the pass has written is not known.
+
+        Those that come from now on are answered, so what is lost and what is still to be read is one look at both.
+        """
+        with self.changed:
+            lost = list(self.open.values())
+            self.inbox.clear()
+        for sequence in lost:
             with contextlib.suppress(Exception):  # the failure may be the listener's own
                 self._emit(sequence, None, end="error")
-        with self.changed:
-            self.inbox.clear()
         self.blocks.forget()
 
     def _look_at_weights(self):

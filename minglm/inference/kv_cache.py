@@ -88,7 +88,10 @@ class Blocks:
         Returns the copy that has to be made first, (from, to), or None. Raises NoRoom; the table is then as before.
         """
         first, copy = table.length // self.size, None
-        if length <= len(table.blocks) * self.size and self.holders[table.blocks[min(first, len(table.blocks) - 1)]] == 1:
+        if (
+            length <= len(table.blocks) * self.size
+            and self.holders[table.blocks[min(first, len(table.blocks) - 1)]] == 1
+        ):
             table.length = max(length, table.length)  # most often
             return None
         before = list(table.blocks)

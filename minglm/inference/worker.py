@@ -14,7 +14,6 @@ import sys
 import threading
 import traceback
 
-from minglm.inference import Event
 from minglm.inference.answer import Answer
 from minglm.inference.api import Refused
 
@@ -70,13 +69,12 @@ class Worker:
                 continue
             try:
                 self.engine.step()
-            except Exception:  # whatever it was, the next request deserves an answer
+            except (
+                Exception
+            ):  # whatever it was, the next request deserves an answer; the engine has told those under way
                 self.failures += 1
                 print("minglm serve: a pass of the engine failed; the answers under way are lost", file=sys.stderr)
                 traceback.print_exc()
-                for ticket in list(self.tickets):
-                    ticket.on_event(Event(-1, None, finish_reason="error"))
-                    ticket.cancel()
 
 
 class Ticket:

@@ -56,7 +56,12 @@ void norm_rope(float *x, const float *weight, const float *cosine, const float *
 void router_topk(const float *logits, const float *bias, int64_t *experts, float *weights, float *scores, long T, long E,
                  long K, int normalize, float scale) {
     for (long t = 0; t < T; t++, logits += E, scores += E, experts += K, weights += K) {
-        for (long e = 0; e < E; e++) scores[e] = 1 / (1 + expf(-logits[e]));
+        for (long e = 0; e < E; e += LANES) { /* whole vectors only, or equal logits at the end would not tie */
+            float part[LANES] = {0};
+            for (long i = 0; i < LANES && e + i < E; i++) part[i] = logits[e + i];
+            for (long i = 0; i < LANES; i++) part[i] = 1 / (1 + expf(-part[i]));
+            for (long i = 0; i < LANES && e + i < E; i++) scores[e + i] = part[i];
+        }
         float total = 1e-20f;
         for (long k = 0; k < K; k++) {
             long best = -1;

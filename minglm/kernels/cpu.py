@@ -57,20 +57,26 @@ def build(compiler, folder):
     return library
 
 
+def compiler():
+    """$CC, or the C compiler that there is; None without one, and on Windows."""
+    found = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    return None if sys.platform == "win32" else found
+
+
 @functools.cache
 def library():
     """The loaded library, or None where there is no compiler or it fails; which is said once."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None or sys.platform == "win32":
+    command = compiler()
+    if command is None:
         return None
     try:
         try:
-            path = build(compiler, cache_folder())
+            path = build(command, cache_folder())
         except OSError:  # a home that cannot be written to
-            path = build(compiler, Path(tempfile.mkdtemp(prefix="minglm-")))
+            path = build(command, Path(tempfile.mkdtemp(prefix="minglm-")))
         loaded = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
-        print(f"minglm: generation in plain PyTorch, because {compiler} failed: {error}", file=sys.stderr)
+        print(f"minglm: generation in plain PyTorch, because {command} failed: {error}", file=sys.stderr)
         return None
     kinds = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int, "q": ctypes.c_int64}
     for name, letters in SIGNATURES.items():
