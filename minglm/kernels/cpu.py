@@ -98,12 +98,16 @@ SIGNATURES = {
 
 
 def _at(tensor):
-    return None if tensor is None else tensor.data_ptr()
+    """Where its numbers begin; what another layout or dtype would make of them nobody would notice."""
+    if tensor is None:
+        return None
+    assert tensor.dtype in (torch.float32, torch.int64) and tensor.is_contiguous()
+    return tensor.data_ptr()
 
 
 def add_norm_cpu(x, weight_D, eps, change=None):
     """The same as `minglm.kernels.norm.norm`, any leading axes."""
-    x, change = x.contiguous(), None if change is None else change.contiguous()
+    x, change, weight_D = x.contiguous(), None if change is None else change.contiguous(), weight_D.float()
     out, D = torch.empty_like(x), x.shape[-1]
     total = x if change is None else torch.empty_like(x)
     library().add_norm(_at(x), _at(change), _at(weight_D), _at(out), _at(total), x.numel() // D, D, eps)
@@ -113,7 +117,7 @@ def add_norm_cpu(x, weight_D, eps, change=None):
 def norm_rope_cpu(x_BSNA, weight_A, cos, sin, eps):
     """One half of `minglm.kernels.qk_norm_rope.qk_norm_rope`, in place: x must be its caller's own, contiguous."""
     B, S, N, A = x_BSNA.shape
-    half = cos.shape[-1]
+    half, weight_A = cos.shape[-1], None if weight_A is None else weight_A.float()
     cos, sin = (a.expand(B, S, 1, half).contiguous() for a in (cos, sin))
     library().norm_rope(_at(x_BSNA), _at(weight_A), _at(cos), _at(sin), B * S, N, A, half, eps)
     return x_BSNA
@@ -134,6 +138,7 @@ def experts_cpu(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF):
     """The same as `minglm.kernels.grouped_gemm.experts_loop`."""
     (T, K), (E, F, D) = experts_TK.shape, gate_EFD.shape
     x_TD, experts_TK, weights_TK = x_TD.contiguous(), experts_TK.contiguous(), weights_TK.contiguous()
+    gate_EFD, up_EFD, down_EDF = gate_EFD.contiguous(), up_EFD.contiguous(), down_EDF.contiguous()
     y_TD, order = torch.empty_like(x_TD), torch.empty_like(experts_TK)
     scratch = x_TD.new_empty(2 * (D + F) * PANEL)
     library().experts(
@@ -147,7 +152,8 @@ def swiglu_cpu(x, gate_FD, up_FD, down_DF):
     """down( silu(gate x) * (up x) ) for x (..., D): one expert that every token visits with weight one."""
     x_TD = x.reshape(-1, x.shape[-1])
     experts_T1, weights_T1 = x_TD.new_zeros(len(x_TD), 1, dtype=torch.int64), x_TD.new_ones(len(x_TD), 1)
-    return experts_cpu(x_TD, experts_T1, weights_T1, gate_FD[None], up_FD[None], down_DF[None]).view(x.shape)
+    matrices = (matrix.to(x.dtype)[None] for matrix in (gate_FD, up_FD, down_DF))
+    return experts_cpu(x_TD, experts_T1, weights_T1, *matrices).view(x.shape)
 
 
 def keep_cpu(k, v, written, store):
