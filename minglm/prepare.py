@@ -98,6 +98,8 @@ def build(run, folder, key, engine="local"):
     about = {"tokens": {name: row["tokens"] for name, row in totals.items()}}
     about |= {name: done[name] for name in ("documents", "cleaning", "skipped", "skipped_log")}
     write_json(folder / "about.json", about | {"seconds": round(time.time() - began, 1)})
+    if done["skipped"]:
+        print(f"minglm: {done['skipped']:,} records could not be used; see {done['skipped_log']}", file=sys.stderr)
 
 
 def _done(documents, key):

@@ -188,8 +188,8 @@ def test_how_it_is_computed_is_no_other_config(finished, change):
 
 
 BAD_ROWS = {
-    '{"text": "fine"}\n{"text": "torn': "line 2: not JSON",
-    '{"text": "fine"}\n\n{"words": 1}\n': 'line 3: needs a string "text"',
+    '{"text": "torn': "line 1: not JSON",
+    '\n\n{"words": 1}\n': 'line 3: needs a string "text"',
     '{"text": 7}\n': 'line 1: needs a string "text"',
     "\n": None,
 }
@@ -201,7 +201,7 @@ def test_an_unreadable_data_file_is_named_with_its_line(tmp_path, capsys, rows):
     bad, out = tmp_path / "mine.jsonl", tmp_path / "run"
     bad.write_text(rows)
     line = one_line(capsys, ["run", CONFIG, "--out", out, *OVERRIDES, "--data.files", bad])
-    assert f"{bad}, {BAD_ROWS[rows]}" in line
+    assert f"nothing in {bad} can be used; {BAD_ROWS[rows]}" in line
     assert not (out / "config.json").exists() and not (out / "checkpoints").exists()
 
 

@@ -48,7 +48,7 @@ def prose_marks(text):
     words = re.findall(r"\w+", text)
     sentences = max(1, len(re.findall(r"[.!?。！？](?:\s|$)|\n\s*\n", text)))
     mean = len(words) / sentences
-    letters = len(re.findall(r"[^\W\d_]|\s", text)) / max(1, len(text))
+    letters = sum(map(len, re.findall(r"(?:[^\W\d_]|\s)+", text))) / max(1, len(text))
     first = [word.lower() for word in words[:200]]
     return {
         "letters": _ramp(letters, 0.5, 0.85),

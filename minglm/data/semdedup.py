@@ -36,9 +36,9 @@ def embed(texts, width=WIDTH):
     for row, hashes in enumerate(by_text(texts)):
         value, count = np.unique(hashes, return_counts=True)
         weight = (1 + np.log(count)).astype(np.float32)
-        for at in range(0, width, 64):  # 64 random signs of a word are the bits of one hash
-            bits = np.unpackbits(mix(value + np.uint64(at + 1))[:, None].view(np.uint8), axis=1, bitorder="little")
-            result[row, at : at + 64] = weight @ (2.0 * bits[:, : width - at] - 1).astype(np.float32)
+        bits = [mix(value + np.uint64(at + 1)) for at in range(0, width, 64)]  # 64 random signs of a word are one hash
+        signs = np.unpackbits(np.stack(bits, 1).view(np.uint8), axis=1, bitorder="little", count=width)
+        result[row] = 2 * (weight @ signs) - weight.sum()
     return result / np.maximum(np.linalg.norm(result, axis=1, keepdims=True), 1e-9)
 
 
