@@ -447,6 +447,8 @@ def check(run):
             f"data.lowest_share = {run.data.lowest_share} and data.top_share = {run.data.top_share}: "
             "must sum to at most 1"
         )
+    if run.data.quality not in ("rubric", "learned") and not Path(run.data.quality).is_file():
+        raise ValueError(f"data.quality = {run.data.quality!r}: must be rubric, learned or a .jsonl file of marks")
     opt = run.optimizer
     if not 0 < opt.batch_tokens_start <= opt.batch_tokens_end:
         raise ValueError(

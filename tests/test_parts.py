@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from minglm import prepare
 from minglm.config import DataConfig, check, load_config
-from minglm.data import parts, shards
+from minglm.data import engine, parts, shards
 from minglm.data.corpus import Document
 from minglm.data.engine import map_parts
 from minglm.data.mixture import Mixture
@@ -144,8 +144,9 @@ def test_parts_join_to_the_whole(built, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_same_shards(built, tmp_path, tiny_parts):
+def test_two_processes_write_the_same_shards(built, tmp_path, tiny_parts, monkeypatch):
     """One process and two give the same files."""
+    monkeypatch.setattr(engine, "WORTH", 1)
     prepare.prepare(dataclasses.replace(small(), threads=2), tmp_path)
     assert contents(tmp_path) == contents(built)
 
@@ -321,6 +322,7 @@ def test_documents_longer_than_any_row_and_sources_that_run_dry(tmp_path):
     [
         (["--data.near_duplicates", "1.5"], r"data\.near_duplicates = 1\.5: must lie between 0 and 1"),
         (["--data.lowest_share", "0.8", "--data.top_share", "0.4"], r"data\.lowest_share = 0\.8 .*at most 1"),
+        (["--data.quality", "rubrik"], r"data\.quality = 'rubrik': must be rubric, learned or a \.jsonl file"),
         (["--data.top_epochs", "-1"], r"data\.top_epochs = -1\.0: must be a finite number, not negative"),
     ],
 )

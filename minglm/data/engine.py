@@ -18,15 +18,16 @@ from concurrent.futures import ProcessPoolExecutor
 ENGINES = ("local", "ray")
 
 
-def _one_thread():
-    os.environ |= {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
+WORTH = 4
+"""Tasks for which a new process is started: loading its packages takes as long as a task or two."""
 
 
 def map_parts(function, tasks, engine="local", workers=1, label="", sizes=None):
     """[function(task) for task in tasks], with a progress bar.
 
-    function: importable by its name; tasks and results can be pickled. engine: local or ray. workers: processes, of the
-    local engine one for each task at most. sizes: of the tasks, in bytes, for the bar.
+    function: importable by its name; tasks and results can be pickled. engine: local or ray. workers: processes at
+    most; the local engine starts one for every WORTH tasks. sizes: of the tasks, in bytes, for the bar.
     Raises what the function raises, and ValueError for an engine that does not exist or is not installed.
     """
     from tqdm import tqdm
@@ -43,25 +44,26 @@ def map_parts(function, tasks, engine="local", workers=1, label="", sizes=None):
 
 
 def _results(function, tasks, engine, workers):
-    workers = min(workers, len(tasks))
     if engine == "ray":
         yield from _ray(function, tasks, workers)
-    elif workers <= 1:
+    elif min(workers, len(tasks) // WORTH) <= 1:
         yield from map(function, tasks)
     else:
         context = multiprocessing.get_context("spawn")
-        before = dict(os.environ)
-        _one_thread()  # inherited: the new processes read it before they import anything
+        before = {name: os.environ.get(name) for name in ONE_THREAD}
+        os.environ |= ONE_THREAD  # inherited: the new processes read it before they import anything
         try:
-            with ProcessPoolExecutor(workers, context) as pool:
+            with ProcessPoolExecutor(min(workers, len(tasks) // WORTH), context) as pool:
                 try:
                     yield from pool.map(function, tasks)
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
                     raise
         finally:
-            os.environ.clear()
-            os.environ.update(before)
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
 
 
 def _ray(function, tasks, workers):
