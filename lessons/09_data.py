@@ -5,10 +5,10 @@
 # removes template pages that MinHash misses"), scored, and put into a bucket: the lowest is dropped, the best is read
 # more than 3.2 times. Code is rewritten so that the model learns to insert (paper 2.2).
 #
-# **Your prediction.** Half of a corpus is rubbish: mirrors, forms, advertisements, tables, shuffled words. (1) Which
-# step lowers the loss on clean text most at equal tokens: MinHash, SemDedup, or the buckets? (2) Does repeating the top
-# tenth help once the rubbish is gone? (3) Fill-in-the-middle on half of the code: what does it cost from left to right,
-# and does so small a model look at the suffix at all?
+# **Your prediction.** Six tenths of a corpus are rubbish: mirrors, forms, advertisements, tables, shuffled words.
+# (1) Which step lowers the loss on clean text most at equal tokens: MinHash, SemDedup, or the buckets? (2) What does
+# each take that it should leave? (3) Fill-in-the-middle on half of the code: what does it cost from left to right, and
+# does so small a model look at the suffix at all?
 #
 # **Equation** (paper 2.2; `minglm/data/dedup.py`, `semdedup.py`, `classifier.py`, `quality.py`, `fim.py`)
 #
@@ -36,16 +36,10 @@ from minglm.model.glm import GLM
 STEPS = ["as it came", "MinHash", "SemDedup", "rubric\nbuckets", "learned\nbuckets"]
 ORIGINS = {"docstrings": "#1f5fa8", "mirrors": "#e0a458", "forms": "#c2571a", "salad": "#8c6bb1", "adverts": "#b5b5bd",
            "tables": "#6b6b75"}  # fmt: skip
-SIZES = {
-    "megabytes": 5.0,
-    "pages": 350,
-    "marks": 500,
-    "tokens": 98_304,
-    "fim_tokens": 196_608,
-    "rate": 0.03,
-    "held": 300,
-}
+SIZES = {"megabytes": 5.0, "pages": 350, "marks": 500, "tokens": 98_304, "fim_tokens": 196_608, "rate": 0.03,
+         "held": 300}  # fmt: skip
 SMOKE = {"megabytes": 0.1, "pages": 10, "marks": 60, "tokens": 1024, "fim_tokens": 1024, "rate": 0.03, "held": 8}
+ASKED = ["left to right", "middle, prefix only", "middle, both sides"]
 LENGTH, SPAN, ADVERT = 128, 150, "BUY NOW!!! CHEAP $$$ OFFER click here >>> 50% OFF free FREE win only today!"
 
 # %% [markdown]
@@ -53,7 +47,7 @@ LENGTH, SPAN, ADVERT = 128, 150, "BUY NOW!!! CHEAP $$$ OFFER click here >>> 50% 
 # `main` prints them: what stays after MinHash, what stays inside a cluster, and how a score is calibrated.
 #
 # ## Experiment
-# Clean text: the docstrings of Python's library, a tenth of them held out. Rubbish, as many characters again: mirrors
+# Clean text: the docstrings of Python's library, a tenth of them held out. Rubbish, 350 pages of each kind: mirrors
 # (clean pages with three words changed), forms (ten templates, new names in each page), salad (the words of a page,
 # shuffled), advertisements, tables. Each step of cleaning goes on with what the step before left. A nano model then
 # reads 98 k tokens of it, and is asked for the held-out docstrings. The classifier learns from 500 pages, marked 1 for
@@ -224,44 +218,39 @@ def of(log, part, key, **where):
 
 def draw(log):
     """The figure, from the log alone."""
-    figure, axes = figures.canvas(2, 2, (10, 7))
+    figure, ((left, losses), (curves, inserted)) = figures.canvas(2, 2, (10, 7))
     highest = 0.0
     for at, step in enumerate(STEPS):
         parts, bottom = of(log, "ladder", "characters", step=step, seed=0)[0], 0.0
         for name, shade in ORIGINS.items():
-            axes[0][0].bar(
-                at, parts[name] / 1e6, bottom=bottom, color=shade, width=0.62, label=name if not at else None
-            )
+            left.bar(at, parts[name] / 1e6, 0.62, bottom, color=shade, label=name if at == 0 else None)
             bottom += parts[name] / 1e6
-            highest = max(highest, bottom)
-    axes[0][0].set_xticks(range(len(STEPS)), STEPS)
-    axes[0][0].legend(frameon=False, fontsize=7.5, ncols=3, loc="upper right")
-    panel(axes[0][0], "What is left after each step", "", "million characters", ylim=(0, 1.25 * highest))
-    losses = [of(log, "ladder", "loss", step=step) for step in STEPS]
-    bars(axes[0][1], STEPS, losses, ["#b5b5bd", "#e0a458", "#c2571a", "#55958c", "#1f5fa8"])
-    low = min(map(min, losses))
-    panel(axes[0][1], f"Held-out docstrings after {log['sizes']['tokens'] // 1000} k tokens", "", "nats per token",
-          ylim=(low - 0.1, max(map(max, losses)) + 0.05))  # fmt: skip
-    axes[1][0].plot([0, 1], [0, 1], color=figures.PALE, linewidth=0.8)
-    for name, shade in (("raw", "#c2571a"), ("calibrated", "#1f5fa8")):
+        highest = max(highest, bottom)
+    left.set_xticks(range(len(STEPS)), STEPS)
+    left.legend(frameon=False, fontsize=7.5, ncols=3, loc="upper right")
+    panel(left, "What is left after each step", "", "million characters", ylim=(0, 1.25 * highest))
+    ends = [of(log, "ladder", "loss", step=step) for step in STEPS]
+    bars(losses, STEPS, ends, ["#b5b5bd", "#e0a458", "#c2571a", "#55958c", "#1f5fa8"])
+    limits = (min(map(min, ends)) - 0.1, max(map(max, ends)) + 0.05)
+    heading = f"Held-out docstrings after {log['sizes']['tokens'] // 1000} k tokens"
+    panel(losses, heading, "", "nats per token", ylim=limits)
+    curves.plot([0, 1], [0, 1], color=figures.PALE, linewidth=0.8)
+    for name, shade, height in (("raw", "#c2571a", 0.93), ("calibrated", "#1f5fa8", 0.85)):
         for calibration in log["calibration"]:
-            points = np.array(calibration["curves"][name])
-            axes[1][0].plot(points[:, 0], points[:, 1], "o-", color=shade, markersize=3, linewidth=1, alpha=0.7)
-        axes[1][0].text(0.03, {"raw": 0.93, "calibrated": 0.85}[name], name, color=shade)
-    panel(axes[1][0], "Reliability of the learned score, three seeds", "score", "share of pages marked good")
-    names = ["left to right", "middle, prefix only", "middle, both sides"]
-    for at, name in enumerate(names):
-        for side, rate, shade in ((-0.2, 0.0, "#c2571a"), (0.2, 0.5, "#1f5fa8")):
+            score, mark, _ = zip(*calibration["curves"][name], strict=True)
+            curves.plot(score, mark, "o-", color=shade, markersize=3, linewidth=1, alpha=0.7)
+        curves.text(0.03, height, name, color=shade)
+    panel(curves, "Reliability of the learned score, all seeds", "score", "share of pages marked good")
+    for side, rate, shade in ((-0.2, 0.0, "#c2571a"), (0.2, 0.5, "#1f5fa8")):
+        for at, name in enumerate(ASKED):
             values = of(log, "fim", name, rate=rate)
-            axes[1][1].bar(
-                at + side, np.mean(values), color=shade, alpha=0.7, width=0.36, label=f"rate {rate}" if not at else None
-            )
-            axes[1][1].plot([at + side] * len(values), values, "_", color=figures.INK, markersize=10)
-    axes[1][1].set_xticks(range(3), [name.replace(", ", ",\n") for name in names])
-    axes[1][1].legend(frameon=False, fontsize=8)
-    heights = [value for name in names for rate in (0.0, 0.5) for value in of(log, "fim", name, rate=rate)]
-    panel(axes[1][1], "Fill-in-the-middle: trained without and with", "", "nats per token",
-          ylim=(min(heights) - 0.3, max(heights) + 0.3))  # fmt: skip
+            inserted.bar(at + side, np.mean(values), 0.36, color=shade, alpha=0.7, label=None if at else f"rate {rate}")
+            inserted.plot([at + side] * len(values), values, "_", color=figures.INK, markersize=10)
+    inserted.set_xticks(range(3), [name.replace(", ", ",\n") for name in ASKED])
+    inserted.legend(frameon=False, fontsize=8)
+    heights = [run[name] for run in log["fim"] for name in ASKED]
+    limits = (min(heights) - 0.3, max(heights) + 0.3)
+    panel(inserted, "Fill-in-the-middle: trained without and with", "", "nats per token", ylim=limits)
     return figure
 
 
@@ -288,24 +277,17 @@ def draw(log):
 # %%
 def verdicts(log):
     """{claim: whether the log supports it}."""
-
-    def gain(before, after):
-        pairs = zip(of(log, "ladder", "loss", step=before), of(log, "ladder", "loss", step=after), strict=True)
-        return [round(a - b, 3) for a, b in pairs]
-
-    steps = {after: gain(before, after) for before, after in itertools.pairwise(STEPS[:4])}
-    steps["learned\nbuckets"] = gain("SemDedup", "learned\nbuckets")
-    claims = {f"{s.replace(chr(10), ' ')} lowers the loss ({g} nats)": min(g) > 0 for s, g in steps.items()}
+    ladder = {step: of(log, "ladder", "loss", step=step) for step in STEPS}
+    claims = {}
+    for before, after in [*itertools.pairwise(STEPS[:4]), ("SemDedup", STEPS[4])]:
+        gain = [round(a - b, 3) for a, b in zip(ladder[before], ladder[after], strict=True)]
+        claims[f"{after} lowers the loss (by {gain} nats)".replace("\n", " ")] = min(gain) > 0
     errors = [(round(c["error"]["raw"], 3), round(c["error"]["calibrated"], 3)) for c in log["calibration"]]
     claims[f"calibration makes the score more reliable (error {errors})"] = all(after < raw for raw, after in errors)
-
-    def less(key, rate, other, at):
-        pairs = zip(of(log, "fim", key, rate=rate), of(log, "fim", other, rate=at), strict=True)
-        return [round(a - b, 3) for a, b in pairs]
-
-    cost = less("left to right", 0.5, "left to right", 0.0)
+    without, trained = ({name: of(log, "fim", name, rate=rate) for name in ASKED} for rate in (0.0, 0.5))
+    cost = [round(a - b, 3) for a, b in zip(trained[ASKED[0]], without[ASKED[0]], strict=True)]
     claims[f"FIM costs less than 0.02 nats from left to right ({cost})"] = max(cost) < 0.02
-    suffix = less("middle, prefix only", 0.5, "middle, both sides", 0.5)
+    suffix = [round(a - b, 3) for a, b in zip(trained[ASKED[1]], trained[ASKED[2]], strict=True)]
     claims[f"the model trained with FIM uses the suffix (it lowers the loss by {suffix} nats)"] = min(suffix) > 0
     return claims
 
