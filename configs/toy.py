@@ -98,7 +98,7 @@ def toy():
             provoked_samples=600,
             general_rl=RLConfig(("arithmetic", "retail", "instructions"), 12, 12, 8, 72, 8, peak_lr=2e-4),
             pathology_rl=RLConfig(
-                ("provocation",) * 6 + ("arithmetic", "instructions"), 40, 16, 8, 72, peak_lr=5e-4, fault_penalty=1.0
+                ("provocation",) * 6 + ("arithmetic", "instructions"), 56, 16, 8, 72, peak_lr=5e-4, fault_penalty=1.0
             ),
         ),
         evaluation=EvaluationConfig(problems=120, samples=2, max_new_tokens=80, heldout_tokens=20_000),

@@ -3,9 +3,10 @@
     avg@k = mean over problems of the mean over k answers;   pass@k = share of problems with a right answer among k
     bits per byte = sum over tokens of -log2 p / bytes of text;   acceptance = mean of sum_v min(p_v, q_v)
 
-Problems are from the test split, which no training stage sees. The interval is over problems, not answers, because the
-answers to one problem are not independent. Bits per byte does not depend on the tokenizer. The acceptance is the
-probability that a token drafted by the MTP layer (q) survives the speculative test against the trunk (p).
+Problems are from the test split, which no training stage sees, and all different. The interval is over problems, not
+answers, because the answers to one problem are not independent. Bits per byte does not depend on the tokenizer. The
+acceptance is the probability that a token drafted by the MTP layer (q) survives the speculative test against the trunk
+(p).
 """
 
 import math
@@ -29,7 +30,7 @@ def tasks(engine, tokenizer, environment, config, thinking=True, seed=0):
     n, valid_calls (share of tool calls without a format fault, or None), switch_ok (share of answers that obey the
     thinking switch) and length (mean tokens produced).
     """
-    problems = environment.tasks(config.problems, TEST_SEED, "test")
+    problems = environment.test_tasks(config.problems, TEST_SEED)
     groups = rollout(
         engine, tokenizer, {environment.name: environment}, problems, config.samples, config,
         [thinking] * len(problems), seed,

@@ -200,7 +200,7 @@ def evaluation_sets(run, documents):
     """The text of everything a run is scored on, {name: texts}: test tasks by environment, held-out text by source."""
     sets = {}
     for name, environment in ENVIRONMENTS.items():
-        tasks = environment.tasks(run.evaluation.problems, TEST_SEED, "test")
+        tasks = environment.test_tasks(run.evaluation.problems, TEST_SEED)
         sets[f"tasks:{name}"] = ["\n".join(m["content"] for m in t.messages if m["role"] == "user") for t in tasks]
     for document in documents:
         if document.heldout:

@@ -13,7 +13,7 @@ from minglm.envs import code as code_module
 from minglm.envs.arithmetic import Arithmetic
 from minglm.envs.base import SingleTurnEpisode, assistant, message_fault, user, verdict
 from minglm.envs.code import Code, cases, meaning
-from minglm.envs.instructions import CHECKS, WORDS, Instructions, split_words
+from minglm.envs.instructions import CHECKS, ON_TOPIC, WORDS, Instructions, split_words
 from minglm.envs.provocation import Provocation, faults, spoil
 from minglm.envs.retail import OUTCOME, TOOLS, Retail, RetailEpisode, outcomes_told
 from minglm.envs.sandbox import Verdict
@@ -357,18 +357,22 @@ def changed(kind, value, text, language):
         "include": lambda: text.replace(value, free[0]),
         "alphabetical": lambda: text.replace(words[0], "zz" + words[0], 1),
         "capitals": lambda: text.lower(),
+        "topic": lambda: text.replace(words[0], next(w for w in free if w not in ON_TOPIC[value])),
         "dashes": lambda: text.replace("- ", "* ", 1),
+        "numbered": lambda: text.replace("1. ", "2. ", 1),
+        "commas": lambda: text.replace(", ", " ", 1).replace("，", " ", 1),
+        "brackets": lambda: text.replace(")", ""),
         "end": lambda: text[:-1],
     }[kind]()
 
 
-@given(seeds, st.sampled_from([1, 2, 3]))
+@given(seeds, st.sampled_from([1, 2, 3, 4]))
 def test_each_instruction_counts(seed, tier):
     """Every constraint of a perfect answer, broken by itself, costs the reward, and `parts` names it."""
     env = ENVIRONMENTS["instructions"]
     task = env.task(seed, seed, tiers=(tier,))
     constraints = task.label["constraints"]
-    assert len(constraints) == tier + 2  # number and language are always given
+    assert len(constraints) == min(tier, 3) + 2  # number and language are always given
     right = env.demonstrate(task)[-1]["content"]
     text = right.lower() if "capitals" not in constraints else right
     for kind, value in constraints.items():
@@ -382,7 +386,7 @@ def test_each_instruction_counts(seed, tier):
 
 def test_instructions_have_every_kind():
     """A few hundred tasks show all kinds of constraints, in both languages."""
-    tasks = ENVIRONMENTS["instructions"].tasks(300, 0, tiers=(1, 2, 3))
+    tasks = ENVIRONMENTS["instructions"].tasks(300, 0, tiers=(1, 2, 3, 4))
     assert {kind for t in tasks for kind in t.label["constraints"]} == set(CHECKS)
     pairs = {(t.label["asked"], t.label["constraints"]["language"]) for t in tasks}
     assert pairs == {("en", "en"), ("en", "zh"), ("zh", "zh"), ("zh", "en")}

@@ -144,6 +144,15 @@ class Environment:
         """The first `n` tasks of a seed's sequence."""
         return [self.task(index, seed, split, tiers) for index in range(n)]
 
+    def test_tasks(self, n, seed):
+        """The first `n` different tasks of the test split; fewer where 20 n draws hold no more."""
+        found = {}
+        for index in range(20 * n):
+            if len(found) < n:
+                task = self.task(index, seed, "test")
+                found.setdefault(task.id, task)
+        return list(found.values())
+
     def tools(self):
         """Schemas of the functions the model may call."""
         return ()

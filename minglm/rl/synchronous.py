@@ -103,8 +103,9 @@ def faults(trajectory):
 
 
 def reward(trajectory, fault_penalty):
-    """The score of a trajectory, less the penalty when any fault is found in it."""
-    return trajectory.score.value - (fault_penalty if fault_penalty and any(faults(trajectory).values()) else 0.0)
+    """The score of a trajectory, less the penalty when a fault is found in it or the thinking switch disobeyed."""
+    faulty = fault_penalty and (any(faults(trajectory).values()) or not trajectory.switch_obeyed)
+    return trajectory.score.value - (fault_penalty if faulty else 0.0)
 
 
 def summarize(groups):
