@@ -13,7 +13,7 @@ from minglm.envs import code as code_module
 from minglm.envs.arithmetic import Arithmetic
 from minglm.envs.base import SingleTurnEpisode, assistant, message_fault, user, verdict
 from minglm.envs.code import Code, cases, meaning
-from minglm.envs.instructions import CHECKS, ON_TOPIC, WORDS, Instructions, split_words
+from minglm.envs.instructions import CHECKS, VALUE, WORDS, Instructions, split_words
 from minglm.envs.provocation import Provocation, faults, spoil
 from minglm.envs.retail import OUTCOME, TOOLS, Retail, RetailEpisode, outcomes_told
 from minglm.envs.sandbox import Verdict
@@ -347,17 +347,26 @@ def test_retail_wrong_outcomes_earn_nothing(seed, tier):
 def changed(kind, value, text, language):
     """The answer `text`, changed so that it breaks one kind of constraint."""
     words = split_words(text)
-    free = [w for w in WORDS[language] if w not in words and w[0] != words[0][0]]
+    free = [w for w in WORDS[language] if w not in words]
+
+    def instead(fits):
+        return text.replace(words[0], next(w for w in free if fits(w)), 1)
+
     return {
         "count": lambda: text.replace(words[0], f"{words[0]} {free[0]}", 1),
-        "repeat": lambda: text.replace(words[0], free[0], 1),
-        "language": lambda: text.replace(words[0], "café" if language == "zh" else "月", 1),
-        "start": lambda: text.replace(words[0], free[0], 1),
-        "forbid": lambda: text.replace(words[0], words[0] + value, 1),
+        "repeat": lambda: instead(lambda word: True),
+        "language": lambda: text.replace(words[0], "café" if language == "zh" else "七", 1),
+        "even": lambda: instead(lambda word: VALUE[word] % 2 == 1),
+        "odd": lambda: instead(lambda word: VALUE[word] % 2 == 0),
+        "above": lambda: instead(lambda word: VALUE[word] <= value),
+        "below": lambda: instead(lambda word: VALUE[word] >= value),
         "include": lambda: text.replace(value, free[0]),
-        "alphabetical": lambda: text.replace(words[0], "zz" + words[0], 1),
+        "avoid": lambda: text.replace(words[0], value, 1),
+        "up": lambda: text.replace(words[0], WORDS[language][8], 1).replace(words[1], WORDS[language][0], 1),
+        "down": lambda: text.replace(words[0], WORDS[language][0], 1).replace(words[1], WORDS[language][8], 1),
+        "start": lambda: instead(lambda word: word[0] != value),
+        "forbid": lambda: text.replace(words[0], words[0] + value, 1),
         "capitals": lambda: text.lower(),
-        "topic": lambda: text.replace(words[0], next(w for w in free if w not in ON_TOPIC[value])),
         "dashes": lambda: text.replace("- ", "* ", 1),
         "numbered": lambda: text.replace("1. ", "2. ", 1),
         "commas": lambda: text.replace(", ", " ", 1).replace("，", " ", 1),
@@ -385,8 +394,8 @@ def test_each_instruction_counts(seed, tier):
 
 
 def test_instructions_have_every_kind():
-    """A few hundred tasks show all kinds of constraints, in both languages."""
-    tasks = ENVIRONMENTS["instructions"].tasks(300, 0, tiers=(1, 2, 3, 4))
+    """Many tasks show all kinds of constraints, in both languages."""
+    tasks = ENVIRONMENTS["instructions"].tasks(2000, 0, tiers=(1, 2, 3, 4))
     assert {kind for t in tasks for kind in t.label["constraints"]} == set(CHECKS)
     pairs = {(t.label["asked"], t.label["constraints"]["language"]) for t in tasks}
     assert pairs == {("en", "en"), ("en", "zh"), ("zh", "zh"), ("zh", "en")}

@@ -1,56 +1,48 @@
 """Verifiable instructions in English and Chinese (paper 3.4, instruction-following RL, Figure 9).
 
-    Write 4 words. Topic nature. With commas.       think: 1 sky 2 star 3 sun 4 sea     sky, star, sun, sea
-    用中文写3个词。要有“月”。以！结尾。                    think: 1月2山3雨                    月 山 雨！
+    Write 3 numbers. Only even. With commas.        think: 1 six 2 two 3 eight     six, two, eight
+    用中文写3个数。要有七。以！结尾。                      think: 1七2四3九                七 四 九！
 
-Every request fixes how many words and in which language; the tier is the number of further constraints, 1 to 3, on
-topic and form. Tier 4 has three too, and they may be about letters, or one word is to be repeated. The reward is 1 when
-all of them hold and 0 otherwise (strict); `parts` has each constraint by itself, so partial progress is visible in the
-logs.
+Every request fixes how many number words and in which language; the tier is the number of further constraints, 1 to 3,
+on meaning and form. Tier 4 has three too, and they may be about letters, or one word is to be repeated. The reward is 1
+when all of them hold and 0 otherwise (strict); `parts` has each constraint by itself, so partial progress is visible in
+the logs.
 
-Choices: the checks are programs, as in the paper's deterministic verification rules, and never a model. The word list
-belongs to the oracle and, except for topics, not to the check: another real word is as good. So that word-shaped noise
-earns little, words must be distinct, have two letters or more and a vowel; `parts["known"]` is the share of words on
-the list, and a reward that rises while it falls means the check is being gamed. The oracle thinks by numbering its
-words: a count that is written down need not be kept in mind. There are thousands of different requests, so that
-following them is easier than learning them by heart; constraints on the letters of a word are left to tier 4, because a
-tokenizer hides letters.
+Choices: the checks are programs, as in the paper's deterministic verification rules, and never a model. Content is the
+nine number words of a language and nothing else: a model of a million weights can learn what nine words mean, so that
+obeying is what is measured, and a closed list leaves no room for noise that looks like words. There are thousands of
+different requests, so that following them is easier than learning them by heart. The oracle thinks by numbering its
+words: a count that is written down need not be kept in mind. Constraints on the letters of a word are left to tier 4,
+because a tokenizer hides letters.
 
-Simplification: the paper combines these rules with a reward model and critiques; here rules stand alone.
+Simplification: the paper has 151 kinds of constraints, and combines rules with a reward model and critiques; here are 16
+kinds, and rules stand alone.
 """
 
 import re
 
 from minglm.envs.base import SingleTurn, assistant, user, verdict
 
-# topic: (its name in Chinese, English words, Chinese words)
-TOPICS = {
-    "time": ("时间", "day hour week minute month year night date", "年 月 日 时 分 秒 春 夏"),
-    "body": ("身体", "head hand eye ear arm leg foot back", "头 手 口 眼 耳 心 足 背"),
-    "nature": ("自然", "sun moon star sea rain sky wind rock", "山 水 火 风 雨 星 地 天"),
-    "animals": ("动物", "cat dog cow pig hen bird fish horse", "猫 狗 马 牛 羊 鸟 虎 鱼"),
-    "numbers": ("数字", "one two three four five six seven eight", "一 二 三 四 五 六 七 八"),
-    "home": ("家", "door room table bed lamp wall key box", "门 床 灯 墙 桌 房 书 碗"),
-}
-ON_TOPIC = {topic: {*english.split(), *chinese.split()} for topic, (_, english, chinese) in TOPICS.items()}
-WORDS = {
-    "en": [word for _, english, _ in TOPICS.values() for word in english.split()],
-    "zh": [word for _, _, chinese in TOPICS.values() for word in chinese.split()],
-}
+WORDS = {"en": "one two three four five six seven eight nine".split(), "zh": list("一二三四五六七八九")}
+VALUE = {word: number for words in WORDS.values() for number, word in enumerate(words, 1)}
+LANGUAGE_NAMES = {"en": ("English", "英文"), "zh": ("Chinese", "中文")}
 MARKS = {"en": ".!?", "zh": "。！？"}
-STARTS = "bcdfhmnrstw"
-FORBIDDEN = "aeiort"
 
 # kind: (request in English, request in Chinese). The order is that of the request.
 PHRASES = {
-    "count": ("Write {} words.", "写{}个词。"),
-    "repeat": ("Say {1} {0} times.", "说{0}遍“{1}”。"),
+    "count": ("Write {} numbers.", "写{}个数。"),
+    "repeat": ("Say {1} {0} times.", "说{0}遍{1}。"),
     "language": ("In {}.", "用{}。"),
-    "topic": ("Topic {}.", "主题{}。"),
+    "even": ("Only even.", "只要双数。"),
+    "odd": ("Only odd.", "只要单数。"),
+    "above": ("All above {}.", "都大于{}。"),
+    "below": ("All below {}.", "都小于{}。"),
+    "include": ("Use {}.", "要有{}。"),
+    "avoid": ("Without {}.", "不要{}。"),
+    "up": ("Smallest first.", "从小到大。"),
+    "down": ("Largest first.", "从大到小。"),
     "start": ("Start each with {}.", "每个以{}开头。"),
     "forbid": ("No letter {}.", "不用字母{}。"),
-    "include": ("Use {}.", "要有“{}”。"),
-    "alphabetical": ("In alphabetical order.", "按字母顺序。"),
     "capitals": ("All capitals.", "全部大写。"),
     "dashes": ("As a dash list.", "用-列出。"),
     "numbered": ("As a numbered list.", "用数字列出。"),
@@ -58,23 +50,20 @@ PHRASES = {
     "brackets": ("In brackets.", "放在括号里。"),
     "end": ("End with {}", "以{}结尾。"),
 }
-LANGUAGE_NAMES = {"en": ("English", "英文"), "zh": ("Chinese", "中文")}
-LAYOUTS = ("dashes", "numbered", "commas")
-FORMS = {
-    "en": ("topic", "include", "capitals", *LAYOUTS, "brackets", "end"),
-    "zh": ("topic", "include", *LAYOUTS, "brackets", "end"),
-}
-LETTERS = ("start", "forbid", "alphabetical")  # of English words
-HARD = {
-    ("count", "en"): FORMS["en"] + LETTERS,
-    ("count", "zh"): FORMS["zh"],
-    ("repeat", "en"): ("capitals", *LAYOUTS, "brackets", "end"),
-    ("repeat", "zh"): (*LAYOUTS, "brackets", "end"),
+RIVALS = (("even", "odd"), ("up", "down"), ("dashes", "numbered", "commas"), ("dashes", "numbered", "brackets"))
+MEANING = ("even", "odd", "above", "below", "include", "avoid", "up", "down")
+LAYOUT = ("dashes", "numbered", "commas", "brackets", "end")
+KINDS = {"en": (*MEANING, "capitals", *LAYOUT), "zh": (*MEANING, *LAYOUT)}
+HARD = {  # tier 4: letters of English words, or one word again and again
+    ("count", "en"): (*KINDS["en"], "start", "forbid"),
+    ("count", "zh"): KINDS["zh"],
+    ("repeat", "en"): ("capitals", *LAYOUT),
+    ("repeat", "zh"): LAYOUT,
 }
 
 
 class Instructions(SingleTurn):
-    """Write some words under one to three constraints beside number and language; tier 4 is the hardest."""
+    """Write some numbers under one to three constraints beside count and language; tier 4 is the hardest."""
 
     name = "instructions"
     group = "chat"
@@ -83,20 +72,19 @@ class Instructions(SingleTurn):
     default_tiers = (1, 2, 3)
 
     def draw(self, rng, tier):
-        """Label: {"language": of the answer, "asked": of the request, "constraints": {kind: value}}."""
+        """Label: {"asked": language of the request, "constraints": {kind: value}, "language" of the answer in it}."""
         while True:
             asked, language = rng.choice(["en en", "en en", "en zh", "zh zh", "zh zh", "zh en"]).split()
             base = "count" if tier < 4 else rng.choice(["count", "repeat"])
-            kinds = rng.sample(FORMS[language] if tier < 4 else HARD[base, language], min(tier, 3))
-            if not compatible(kinds):
-                continue
+            kinds = rng.sample(KINDS[language] if tier < 4 else HARD[base, language], min(tier, 3))
             constraints = {base: rng.randint(2, 5)}
             if base == "repeat":
                 constraints[base] = [constraints[base], rng.choice(WORDS[language])]
             constraints["language"] = language
             for kind in sorted(kinds, key=list(PHRASES).index):
                 constraints[kind] = draw_value(rng, kind, language)
-            if base == "repeat" or len(candidates(constraints)) >= constraints["count"]:
+            possible = base == "repeat" or len(candidates(constraints)) >= constraints["count"]
+            if possible and all(len({*kinds} & {*rivals}) < 2 for rivals in RIVALS):
                 return [user(request(constraints, asked))], {"asked": asked, "constraints": constraints}
 
     def oracle(self, task, conversation, rng):
@@ -108,17 +96,15 @@ class Instructions(SingleTurn):
             words = rng.sample(candidates(constraints), constraints["count"])
             wanted = constraints.get("include", words[0])
             words = [wanted, *[word for word in words if word != wanted]][: len(words)]
-            if "alphabetical" in constraints:
-                words.sort()
-        return assistant(written(words, constraints), numbered(words, constraints["language"]))
+            if "up" in constraints or "down" in constraints:
+                words.sort(key=VALUE.get, reverse="down" in constraints)
+        return assistant(written(words, constraints), thought(words, constraints["language"]))
 
     def judge(self, task, message):
-        constraints = task.label["constraints"]
         text = message["content"].strip()
         words = split_words(text)
-        parts = {kind: float(CHECKS[kind](words, text, value)) for kind, value in constraints.items()}
-        known = sum(word in WORDS[constraints["language"]] for word in words) / max(1, len(words))
-        return verdict(all(parts.values()), parts | {"known": known})
+        parts = {kind: float(CHECKS[kind](words, text, value)) for kind, value in task.label["constraints"].items()}
+        return verdict(all(parts.values()), parts)
 
     def hack_probes(self, task):
         constraints = task.label["constraints"]
@@ -137,27 +123,24 @@ class Instructions(SingleTurn):
         )
 
 
-def compatible(kinds):
-    """Whether these constraints go together: one layout at most, and no brackets around a list."""
-    return all(len({*kinds} & {*rivals}) < 2 for rivals in (LAYOUTS, ("dashes", "numbered", "brackets")))
-
-
 def draw_value(rng, kind, language):
     """A random value for a constraint; None for those that have none."""
-    if kind in ("start", "forbid"):
-        return rng.choice(STARTS if kind == "start" else FORBIDDEN)
-    if kind == "topic":
-        return rng.choice(list(TOPICS))
-    if kind == "include":
-        return rng.choice(WORDS[language])
-    return rng.choice(MARKS[language]) if kind == "end" else None
+    choices = {
+        "above": (2, 3, 4),
+        "below": (6, 7, 8),
+        "include": WORDS[language],
+        "avoid": WORDS[language],
+        "start": "fost",
+        "forbid": "efinost",
+        "end": MARKS[language],
+    }
+    return rng.choice(choices[kind]) if kind in choices else None
 
 
 def candidates(constraints):
-    """Listed words that each satisfy the constraints on single words; none if the word to include does not."""
-    start, forbidden = constraints.get("start", ""), constraints.get("forbid", "-")
-    words = [w for w in WORDS[constraints["language"]] if w.startswith(start) and forbidden not in w]
-    words = [w for w in words if w in ON_TOPIC.get(constraints.get("topic"), words)]
+    """The words that each satisfy the constraints on single words; none if the word to include does not."""
+    kinds = [kind for kind in ("even", "odd", "above", "below", "avoid", "start", "forbid") if kind in constraints]
+    words = [w for w in WORDS[constraints["language"]] if all(CHECKS[k]([w], w, constraints[k]) for k in kinds)]
     return words if constraints.get("include", words[0] if words else "") in words else []
 
 
@@ -170,17 +153,15 @@ def request(constraints, asked):
     for kind, value in constraints.items():
         if kind == "language":
             value = LANGUAGE_NAMES[value][column]
-        if kind == "topic" and asked == "zh":
-            value = TOPICS[value][0]
         if not (kind == "language" and unsaid):
             texts.append(PHRASES[kind][column].format(*(value if isinstance(value, (list, tuple)) else (value,))))
     return ("" if asked == "zh" else " ").join(texts)
 
 
-def numbered(words, language):
-    """The thought: the words with their numbers."""
-    pairs = [f"{number}{' ' if language == 'en' else ''}{word}" for number, word in enumerate(words, 1)]
-    return (" " if language == "en" else "").join(pairs)
+def thought(words, language):
+    """The words with their numbers: `1 six 2 two`, `1六2二`."""
+    gap = " " if language == "en" else ""
+    return gap.join(f"{number}{gap}{word}" for number, word in enumerate(words, 1))
 
 
 def written(words, constraints):
@@ -203,16 +184,14 @@ def inner(text):
 
 
 def split_words(text):
-    """The words of an answer: closing mark, brackets, dashes and numbers of a list removed, split at spaces and commas."""
+    """The words of an answer: closing mark, brackets, list marks removed, split at spaces and commas, small letters."""
     text = re.sub(r"^(- |\d+\. )", "", inner(text), flags=re.MULTILINE)
     return [word for word in re.split(r"[\s,，、]+", text.lower()) if word]
 
 
-def is_word(word, language):
-    """Whether a string looks like a word of the language: letters with a vowel, or Chinese characters."""
-    if language == "zh":
-        return re.fullmatch(r"[\u4e00-\u9fff]{1,4}", word) is not None
-    return re.fullmatch(r"(?=.*[aeiouy])[a-z]{2,12}", word) is not None
+def values(words):
+    """The numbers that the words mean, 0 for a word that is none."""
+    return [VALUE.get(word, 0) for word in words]
 
 
 def is_list(words, text, marks):
@@ -224,12 +203,17 @@ def is_list(words, text, marks):
 CHECKS = {
     "count": lambda words, text, value: len(words) == len(set(words)) == value,
     "repeat": lambda words, text, value: words == [value[1]] * value[0],
-    "language": lambda words, text, value: bool(words) and all(is_word(word, value) for word in words),
-    "topic": lambda words, text, value: all(word in ON_TOPIC[value] for word in words),
+    "language": lambda words, text, value: bool(words) and all(word in WORDS[value] for word in words),
+    "even": lambda words, text, value: all(number % 2 == 0 for number in values(words)),
+    "odd": lambda words, text, value: all(number % 2 == 1 for number in values(words)),
+    "above": lambda words, text, value: all(number > value for number in values(words)),
+    "below": lambda words, text, value: all(number < value for number in values(words)),
+    "include": lambda words, text, value: value in words,
+    "avoid": lambda words, text, value: value not in words,
+    "up": lambda words, text, value: values(words) == sorted(values(words)),
+    "down": lambda words, text, value: values(words) == sorted(values(words), reverse=True),
     "start": lambda words, text, value: all(word.startswith(value) for word in words),
     "forbid": lambda words, text, value: value not in text.lower(),
-    "include": lambda words, text, value: value in words,
-    "alphabetical": lambda words, text, value: words == sorted(words),
     "capitals": lambda words, text, value: text == text.upper() != "",
     "dashes": lambda words, text, value: is_list(words, text, ["- "] * len(words)),
     "numbered": lambda words, text, value: is_list(words, text, [f"{n}. " for n in range(1, len(words) + 1)]),
