@@ -23,7 +23,7 @@ import re
 
 from minglm.envs.base import SingleTurn, assistant, user, verdict
 
-WORDS = {"en": "one two three four five six seven eight nine".split(), "zh": list("一二三四五六七八九")}
+WORDS = {"en": ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"], "zh": list("一二三四五六七八九")}
 VALUE = {word: number for words in WORDS.values() for number, word in enumerate(words, 1)}
 LANGUAGE_NAMES = {"en": ("English", "英文"), "zh": ("Chinese", "中文")}
 MARKS = {"en": ".!?", "zh": "。！？"}
