@@ -15,15 +15,18 @@ different requests, so that following them is easier than learning them by heart
 words: a count that is written down need not be kept in mind. Constraints on the letters of a word are left to tier 4,
 because a tokenizer hides letters.
 
-Simplification: the paper has 151 kinds of constraints, and combines rules with a reward model and critiques; here are 16
-kinds, and rules stand alone.
+Simplification: the paper has 151 kinds of constraints, and combines rules with a reward model and critiques; here
+rules stand alone.
 """
 
 import re
 
 from minglm.envs.base import SingleTurn, assistant, user, verdict
 
-WORDS = {"en": ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"], "zh": list("一二三四五六七八九")}
+WORDS = {
+    "en": ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
+    "zh": list("一二三四五六七八九"),
+}
 VALUE = {word: number for words in WORDS.values() for number, word in enumerate(words, 1)}
 LANGUAGE_NAMES = {"en": ("English", "英文"), "zh": ("Chinese", "中文")}
 MARKS = {"en": ".!?", "zh": "。！？"}
