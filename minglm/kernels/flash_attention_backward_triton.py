@@ -178,7 +178,7 @@ def _specs():
     for width, packed in HEADS:
         yield spec("dq", _backward_rows, width, packed, ROWS[width], ("q", "out", "grad", "dq"), ("k", "v"))
         for parts in _parts(width):
-            name = " and ".join(x.lower() for x in parts if parts[x])
+            name = ", ".join(x.lower() for x in parts if parts[x])
             yield spec(name, _backward_keys, width, packed, KEYS[width], ("q", "grad"), ("k", "v", "dk", "dv"), **parts)
 
 

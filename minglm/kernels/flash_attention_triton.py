@@ -222,7 +222,7 @@ def spec(name, kernel, width, documents, tiles, by_row, by_key, **more):
         values |= {"begin": None, "end": None}
     names = kernel.arg_names
     return Spec(
-        f"{name} {width}{' documents' if documents else ''}", kernel,
+        f"{name} {width}{' packed' if documents else ''}", kernel,
         {x: types[x] for x in names if x not in values}, {x: values[x] for x in names if x in values},
         tiles.warps, tiles.stages, unit="HGMMA", opcodes=("UTMALDG",),
     )  # fmt: skip
