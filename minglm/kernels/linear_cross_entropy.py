@@ -5,10 +5,14 @@
 The weight of each token is known beforehand (a mask over a denominator), so the gradients can be computed in the same
 walk over chunks as the loss, and the logits of a chunk are dropped at once. The plain form is the two lines of
 `cross_entropy`. Tokens of weight zero cost nothing: they are left out before the product.
+
+The Triton form holds the logits of no token at all; it computes log-probabilities, and the loss is their weighted sum.
 """
 
 import torch
 import torch.nn.functional as F
+
+from minglm.kernels.backend import backend
 
 CHUNK = 256  # tokens; a chunk of the toy's logits then stays in a CPU's cache
 
@@ -53,6 +57,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(hidden_TD, head_VD, targets_T, weights_T):
     """The same as `cross_entropy`, chunked. All weights zero gives exactly 0 with zero gradients, never NaN."""
     (kept,) = weights_T.nonzero(as_tuple=True)
+    if len(kept) and backend(hidden_TD) == "triton":
+        logp_T, _ = token_log_probabilities(hidden_TD[kept], head_VD, targets_T[kept])
+        return -(logp_T * weights_T[kept].float().detach()).sum()
     return _LinearCrossEntropy.apply(hidden_TD[kept], head_VD, targets_T[kept], weights_T[kept].float())
 
 
@@ -62,6 +69,10 @@ def token_log_probabilities(hidden_TD, head_VD, targets_T, temperature=1.0):
     Differentiable by autograd; used by reinforcement learning, whose loss is not linear in the log-probability.
     The entropy carries no gradient.
     """
+    if len(hidden_TD) and backend(hidden_TD) == "triton":
+        from minglm.kernels.linear_cross_entropy_triton import log_probabilities_triton
+
+        return log_probabilities_triton(hidden_TD, head_VD, targets_T, temperature)
     logits = (hidden_TD @ head_VD.to(hidden_TD.dtype).T).float() / temperature
     log_p = logits.log_softmax(-1)
     with torch.no_grad():
