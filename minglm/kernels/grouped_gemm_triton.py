@@ -49,11 +49,11 @@ def load_tile(w, matrix, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS
         r, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
         start = w + tl.cast(matrix, tl.int64) * rows * columns
         at = start + r.to(tl.int64)[:, None] * columns + c[None, :]
-        return tl.load(at, mask=(r < rows)[:, None] & (c < columns)[None, :], other=0)
+        return tl.load(at, mask=(r < rows)[:, None] & (c < columns)[None, :], other=0.0)
 
 
 @triton.jit
-def _last_tiles(ends, experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr, column_tiles):
+def last_tiles_of(ends, experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr, column_tiles):
     """How many tiles the experts have up to and including each, (EXPERTS,)."""
     e = tl.arange(0, EXPERTS)
     end = tl.load(ends + e, mask=e < experts, other=0)
@@ -62,7 +62,7 @@ def _last_tiles(ends, experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr, column
 
 
 @triton.jit
-def _locate(tile, last_tiles, ends, ROWS: tl.constexpr, column_tiles, BAND: tl.constexpr):
+def locate(tile, last_tiles, ends, ROWS: tl.constexpr, column_tiles, BAND: tl.constexpr):
     """(expert, first row, end of the expert's rows, column tile); columns inside bands of BAND row tiles."""
     done = last_tiles <= tile
     expert = tl.sum(done.to(tl.int32))
@@ -92,9 +92,9 @@ def up_kernel(
 ):  # fmt: skip
     """h = silu(g) * u * weight with g, u = x gate', x up' for the rows that `order` picks; g and u kept if SAVE."""
     column_tiles = tl.cdiv(F, COLUMNS)
-    last_tiles = _last_tiles(ends, experts, EXPERTS, ROWS, column_tiles)
+    last_tiles = last_tiles_of(ends, experts, EXPERTS, ROWS, column_tiles)
     for tile in tl.range(tl.program_id(0), tl.max(last_tiles), tl.num_programs(0)):
-        expert, row, end, column_tile = _locate(tile, last_tiles, ends, ROWS, column_tiles, BAND)
+        expert, row, end, column_tile = locate(tile, last_tiles, ends, ROWS, column_tiles, BAND)
         rows = row + tl.arange(0, ROWS)
         pair = tl.load(order + rows, mask=rows < end, other=0)
         at = x + (pair // CHOICES).to(tl.int64)[:, None] * D + tl.arange(0, STEP)[None, :]
@@ -163,9 +163,9 @@ def product_kernel(
     PICK: row i of y is token(i) of a (dh of dy). Else row i of a goes to its pair's row of y (y of h; dx of dg and du).
     """
     column_tiles = tl.cdiv(width, COLUMNS)
-    last_tiles = _last_tiles(ends, experts, EXPERTS, ROWS, column_tiles)
+    last_tiles = last_tiles_of(ends, experts, EXPERTS, ROWS, column_tiles)
     for tile in tl.range(tl.program_id(0), tl.max(last_tiles), tl.num_programs(0)):
-        expert, row, end, column_tile = _locate(tile, last_tiles, ends, ROWS, column_tiles, BAND)
+        expert, row, end, column_tile = locate(tile, last_tiles, ends, ROWS, column_tiles, BAND)
         column = column_tile * COLUMNS
         rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
         pair = tl.load(order + rows, mask=rows < end, other=0)
