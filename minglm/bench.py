@@ -18,6 +18,7 @@ from minglm.bench_compile import compile_kernels, draw_compile
 from minglm.bench_train import draw_train, train
 from minglm.common import versions, write_json
 from minglm.inference import Engine, Request
+from minglm.kernels import cpu
 from minglm.model.glm import GLM
 
 
@@ -55,13 +56,33 @@ def transformers_generate(model):
     return generate
 
 
+def products(model, texts, length, batch, tokens):
+    """The matrix products that any of both sides needs for its trunk, and nothing else: a floor for this machine."""
+    c, matrices = model.config, []
+    for layer in model.model.layers[: c.num_hidden_layers]:
+        matrices += [p for p in layer.parameters() if p.dim() > 1]
+
+    @torch.inference_mode()
+    def run():
+        for T in [texts * length] + [batch] * (tokens - 1):
+            for w in matrices:
+                if w.dim() == 2:
+                    torch.mm(torch.ones(T, w.shape[1]), w.T)
+                else:
+                    torch.bmm(torch.ones(len(w), -(-T * c.num_experts_per_tok // len(w)), w.shape[2]), w.mT)
+            torch.mm(torch.ones(batch, c.hidden_size), model.lm_head.weight.T)
+
+    return run
+
+
 def generate(config, options):
     """Tokens a CPU-second of the engine and of transformers' `generate`, against the batch: prompts all different, and,
     as in a rollout, eight samples of each; and what drafts do to the number of passes. The weights are not trained.
     """
     model = GLM(config.model).eval()
     theirs, (length, tokens) = transformers_generate(model), (options.prompt, options.tokens)
-    record = {"prompt": length, "tokens": tokens, "curve": [], "drafts": []}
+    record = {"prompt": length, "tokens": tokens, "curve": [], "drafts": [], "c": cpu.library() is not None}
+    record["baseline"] = "transformers generate: do_sample at temperature 1 without top-k, its cache and kernels as set"
     for batch in options.batches:
         for samples in (1, 8):
             if batch % samples:
@@ -72,6 +93,7 @@ def generate(config, options):
             sides = {
                 "minglm": lambda r=requests: Engine(model).generate(r),
                 "transformers": lambda p=prompts: theirs(p, tokens),
+                "products": products(model, len(unique), length, batch, tokens),
             }
             speeds = {name: batch * tokens / s for name, s in interleaved(sides, options.repeats).items()}
             speeds["ratio"] = speeds["minglm"] / speeds["transformers"]

@@ -12,7 +12,7 @@ from itertools import groupby
 import torch
 
 from minglm.kernels.backend import backend
-from minglm.kernels.cpu import keep_cpu, paged_attention_cpu
+from minglm.kernels.cpu import alone, keep_cpu, paged_attention_cpu
 from minglm.kernels.flash_attention import WIDEST
 from minglm.kernels.paged_attention import paged_attention, slot_mask
 
@@ -27,6 +27,7 @@ class LayerPages:
 
     def __init__(self, store, first=0):
         self.store, self.first, self.plan = store, first, None
+        self.size = store.shape[3]
 
     def attend(self, q_BSNA, k_BSMA, v_BSMA):
         """Write k, v (1, T, M, A) to their slots, then attend q (1, T, N, A) over all slots of each sequence.
@@ -51,7 +52,11 @@ class LayerPages:
         """Attend q over what is stored for a group of rows, in the form that `minglm.kernels.backend` chooses."""
         rows, positions_BS = self.plan.groups[group]
         form = backend(q_BSNA)
-        if form == "c" and positions_BS.shape[1] <= MANY:
+        if (
+            form == "c"
+            and positions_BS.shape[1] <= MANY
+            and alone(q_BSNA.numel() * rows.numel() * self.size // len(positions_BS))
+        ):
             return paged_attention_cpu(q_BSNA, self.store, rows, positions_BS, self.first)
         if q_BSNA.shape[3] <= WIDEST and form == "triton":
             from minglm.kernels.paged_attention_triton import paged_attention_triton

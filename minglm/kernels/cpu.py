@@ -7,7 +7,7 @@ tensors on a CPU in inference mode. What PyTorch's form costs in generation is n
 toy model is about a thousand of them. Compiling takes a second or two, once for a machine; without a compiler PyTorch
 goes on. C without PyTorch's headers is what keeps that so short, and readable.
 
-Simplified: one thread. Where there is enough work for more, prompts above all, the products of PyTorch are taken.
+Simplified: one thread. Where there is enough work for more (`alone`), PyTorch does it.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ import torch
 
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fPIC", "-std=gnu11")
+FEW = 2**25
 PANEL = 16  # tokens that a product takes at once, as in the source
 
 
@@ -95,6 +96,11 @@ SIGNATURES = {
     "sample": "ppppqppp" + "ll",
 }
 """Arguments in order: pointer, long, float, int, int64."""
+
+
+def alone(multiplications):
+    """Whether one thread is enough for so many: below a millisecond, or where there is no other."""
+    return multiplications <= FEW or torch.get_num_threads() == 1
 
 
 def _at(tensor):
