@@ -87,7 +87,8 @@ def generate(config, options):
         for samples in (1, 8):
             if batch % samples:
                 continue
-            unique = torch.randint(config.model.vocab_size, (batch // samples, length)).tolist()
+            drawn = torch.Generator().manual_seed(batch)
+            unique = torch.randint(config.model.vocab_size, (batch // samples, length), generator=drawn).tolist()
             prompts = [prompt for prompt in unique for _ in range(samples)]
             requests = [Request(prompt, tokens, seed=i, stop_ids=()) for i, prompt in enumerate(prompts)]
             sides = {
