@@ -175,10 +175,10 @@ def draw(log):
 # ## What would prove us wrong
 # `verdicts` reads the log, and each line can come out False.
 #
-# Measured (30 CPU-seconds, 3 seeds): 64 answers at once give 24 times the tokens of one; a shared prompt takes the
+# Measured (41 CPU-seconds, 3 seeds): 64 answers at once give 27 times the tokens of one; a shared prompt takes the
 # cache to 0.56. With four drafts a token costs 0.39 passes of the trunk when sampling and 0.58 when greedy; of single
 # drafts 79% stand, of four 47%, because each later draft rests on the earlier ones. The answers follow the model
-# as before. Passes are not seconds: at this size a draft costs nearly as much as a trunk of two layers.
+# as before. Passes are not seconds: four drafts took 2.1 times the CPU-seconds of none (sampling).
 #
 # ## Exercise
 # Break the bonus rule: in `verify`, subtract q also where all drafts stand. Which of the four panels shows it? Then see
