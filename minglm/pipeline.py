@@ -15,6 +15,7 @@ import json
 import random
 import re
 import time
+from functools import partial
 from pathlib import Path
 
 from minglm import evaluate
@@ -72,7 +73,9 @@ class Pipeline:
         self.stages = plan_stages(run)
         self.log = Log(self.out / "log.jsonl")
         saved = sorted((self.out / "checkpoints").glob("*/*.pt"))
-        position = max((read(path)["log_position"] for path in saved), default=0)
+        saved = [read(p) for p in saved if p.stem == "final"]
+        saved += filter(None, (self.checkpoints(stage.name).newest() for stage in self.stages))
+        position = max((state["log_position"] for state in saved), default=0)
         self.log.cut(position)  # what came after the last checkpoint will be done, and logged, again
         for left in self.out.rglob(".*.tmp"):
             left.unlink()  # half a file of a process that was killed
@@ -134,6 +137,9 @@ class Pipeline:
         if stage is not None and not self.done(stage):
             raise ValueError(f"the stage before has not been run: there is no {self.checkpoints(stage).final}")
         model = GLM(self.run.model, self.run.seed).to(self.device)
+        model.recompute = self.run.recompute
+        if self.run.compile:
+            model.compile_layers()
         model.dtype = pick_dtype(self.run.dtype, self.device)
         state = None
         if stage is not None:
@@ -155,7 +161,9 @@ class Pipeline:
         stream = Mixture(
             self.shards, config.mixture, config.sequence_length, config.packing, seed, pad=self.tokenizer.pad
         )
-        train(model, optimizer, stream, phase, checkpoints, self.log, self.quiet)
+        measure = partial(self.measure_bits, stage, model)
+        every = self.run.evaluation.every_tokens
+        train(model, optimizer, stream, phase, checkpoints, self.log, self.quiet, measure, every)
         return {"optimizer": optimizer.state_dict(), "tokens": phase.tokens}
 
     def fine_tune(self, stage, model, conversations, config, checkpoints):
@@ -258,19 +266,23 @@ class Pipeline:
 
     # Evaluation
 
+    def measure_bits(self, stage, model):
+        """Log the bits per byte of every held-out source. Returns the length of the rows."""
+        length = min(getattr(self.run.stages, stage.name).sequence_length, 1024)
+        for source in HELDOUT_SOURCES:
+            if len(documents := self.heldout.get(source, ())):
+                limit = self.run.evaluation.heldout_tokens
+                value = evaluate.bits_per_byte(model, self.tokenizer, documents, length, limit)
+                self.log.write("bits_per_byte", stage=stage.name, source=source, value=value)
+        return length
+
     def evaluate(self, stage, model):
         """Log the scores that say what a stage taught."""
         config, name = self.run.evaluation, stage.name
         post = self.run.posttraining
         engine = Engine(model, self.tokenizer)
         if stage.kind == "pretrain":
-            length = min(getattr(self.run.stages, name).sequence_length, 1024)
-            for source in HELDOUT_SOURCES:
-                if len(self.heldout.get(source, ())):
-                    value = evaluate.bits_per_byte(
-                        model, self.tokenizer, self.heldout[source], length, config.heldout_tokens
-                    )
-                    self.log.write("bits_per_byte", stage=name, source=source, value=value)
+            length = self.measure_bits(stage, model)
             if model.mtp is not None and len(self.heldout.get("code", ())):
                 value = evaluate.mtp_acceptance(model, self.heldout["code"], length, config.heldout_tokens)
                 self.log.write("mtp_acceptance", stage=name, value=value)

@@ -1,6 +1,9 @@
 """Checkpoints: a run that is stopped anywhere goes on bit for bit, and a damaged file is refused in one line."""
 
+import multiprocessing
+import random
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,14 +28,14 @@ UNREPEATABLE = ("tokens_per_second", "seconds")  # the clock
 class Run:
     """One process of a run: everything is built anew, and the folder is all that it knows of the past."""
 
-    def __init__(self, folder, packing="best_fit", seconds=1e9, stop_after=None):
+    def __init__(self, folder, packing="best_fit", seconds=1e9, stop_after=None, steps=STEPS):
         documents = [torch.randint(0, 24, (n,), generator=numbers(n)).numpy() for n in (5, 9, 3, 8, 13, 4, 6, 21)]
         self.stream = Mixture({"a": documents[:5], "b": documents[5:]}, {"a": 2.0, "b": 1.0}, S, packing, seed=3)
         self.model = GLM(tiny_model(1).config, seed=2)
         self.optimizer = Muon(self.model.named_parameters(), OptimizerConfig())
         self.log = Log(folder / "log.jsonl")
         self.checkpoints = Checkpoints(folder / "checkpoints" / "general", self.log, seconds)
-        self.phase = constant_phase(tokens=STEPS * ROWS * S, batch_tokens=ROWS * S, sequence_length=S)
+        self.phase = constant_phase(tokens=steps * ROWS * S, batch_tokens=ROWS * S, sequence_length=S)
         # rates that change, so that a resumed run would show it if it had forgotten where it was
         object.__setattr__(self.phase, "learning_rate", lambda seen: 1e-2 / (1 + seen / 40))
         self.stop_after, self.steps = stop_after, 0
@@ -112,6 +115,52 @@ def test_killed_between_checkpoints_equals_straight(straight, tmp_path, after):
     with open(tmp_path / "log.jsonl", "a") as log:
         log.write('{"kind": "step", "sta')  # and in the middle of a line
     resumed = Run(tmp_path, packing).go()
+    assert_equal_states(resumed, run)
+    assert steps_logged(tmp_path) == steps_logged(whole)
+
+
+def go_on(folder):
+    """A process that trains 60 steps, a checkpoint after each, from wherever the folder stands."""
+    torch.set_num_threads(1)
+    Run(Path(folder), seconds=0, steps=60).go()
+
+
+def test_twenty_kills_equal_straight(tmp_path):
+    """Killed by the system twenty times at random moments, in the middle of saving too: weights and log of one run."""
+    whole = Run(tmp_path / "whole", steps=60).go()
+    processes, draw = multiprocessing.get_context("forkserver"), random.Random(0)
+    processes.set_forkserver_preload(["torch", "minglm.train.loop", "test_checkpoint"])
+    kills = 0
+    while kills < 20:
+        process = processes.Process(target=go_on, args=(str(tmp_path / "killed"),))
+        process.start()
+        process.join(draw.uniform(0.05, 0.4))
+        process.kill()  # SIGKILL; without effect on one that is done
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        if process.exitcode == 0:
+            break
+    assert kills >= 10, "the machine is too fast for this test: give it more steps"
+    assert_equal_states(Run(tmp_path / "killed", seconds=0, steps=60).go(), whole)
+    assert steps_logged(tmp_path / "killed") == steps_logged(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["a bit turned", "gone"])
+def test_the_checkpoint_before_takes_over(straight, tmp_path, damage):
+    """A checkpoint with a turned bit, or lost between two renamings: the one before it leads to the same result."""
+    packing, whole, run = straight
+    with pytest.raises(Interrupted):
+        Run(tmp_path, packing, seconds=0, stop_after=4).go()
+    path = tmp_path / "checkpoints" / "general" / "partial.pt"
+    if damage == "gone":
+        path.unlink()
+        resumed = Run(tmp_path, packing).go()
+    else:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        with pytest.warns(UserWarning, match="Going on from the one before"):
+            resumed = Run(tmp_path, packing).go()
     assert_equal_states(resumed, run)
     assert steps_logged(tmp_path) == steps_logged(whole)
 

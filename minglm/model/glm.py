@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from minglm.model.attention import Attention
 from minglm.model.hf_files import fill, open_folder, save
@@ -77,6 +78,7 @@ class GLM(nn.Module):
         self.config = config
         self.rope_theta = config.rope_theta
         self.dtype = torch.float32
+        self.recompute = False
         self.released = None
         self.model = Trunk(config)
         self.lm_head = nn.Module()
@@ -129,15 +131,29 @@ class GLM(nn.Module):
         x_BSD = self.embed(tokens_BS)
         out = Output(x_BSD)
         for i, layer in enumerate(self.model.layers[: self.config.num_hidden_layers]):
-            x_BSD, routing = layer(x_BSD, rotation, documents_BS, None if cache is None else cache[i])
+            x_BSD, routing = self.run(layer, x_BSD, rotation, documents_BS, None if cache is None else cache[i])
             if routing is not None:
                 out.routing.append(routing)
         out.hidden_BSD = self.model.norm(x_BSD)
         if mtp:
             ahead_BSD = self.embed(shift(tokens_BS, 1, 0))
-            out.mtp_hidden_BSD, routing = self.mtp(out.hidden_BSD, ahead_BSD, rotation, documents_BS)
+            out.mtp_hidden_BSD, routing = self.run(self.mtp, out.hidden_BSD, ahead_BSD, rotation, documents_BS)
             out.routing.append(routing)
         return out
+
+    def run(self, layer, *arguments):
+        """Apply a layer; with `recompute`, keep only its input, and compute the rest again in the backward pass.
+
+        The loads of its router are those of the first time: they are returned, not counted.
+        """
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return layer(*arguments)
+
+    def compile_layers(self, **options):
+        """torch.compile each decoder layer in place; names of parameters stay. options: those of torch.compile."""
+        for layer in self.model.layers:
+            layer.compile(**options)
 
     def head(self, hidden):
         """(..., D) to logits (..., V)."""

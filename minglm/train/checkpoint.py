@@ -5,12 +5,17 @@ A stage writes `checkpoints/STAGE/partial.pt` while it trains and `final.pt` whe
 one, never half of one. It holds model, optimizer, data cursor and counters. There is no random state to keep: data
 order, sampling and initial values all come from counters and the run's seed.
 
+The checkpoint before the last one stays beside it as `previous.pt`. The checksums inside a file are compared when it is
+read; in place of a damaged `partial.pt` (a bit that a disk has turned) the run goes on, with a warning, from the
+previous one, to the same result, because the steps since then are done again.
+
 The position of the log is in the checkpoint too. What was logged after it is cut off when the run resumes, because
 those steps will be done, and logged, again.
 """
 
 import signal
 import time
+import warnings
 import zipfile
 from contextlib import contextmanager
 
@@ -23,17 +28,32 @@ class Checkpoints:
     """The checkpoints of one stage under `folder`. `log` is the run's `minglm.common.Log`, or None."""
 
     def __init__(self, folder, log=None, seconds=60.0):
-        self.partial, self.final = folder / "partial.pt", folder / "final.pt"
+        self.partial, self.previous, self.final = (folder / f"{n}.pt" for n in ("partial", "previous", "final"))
         self.log, self.seconds, self.saved_at = log, seconds, time.monotonic()
 
     def load(self):
         """The state of an unfinished stage, or None; cuts the log back to it."""
-        if not self.partial.exists():
-            return None
-        state = read(self.partial)
-        if self.log is not None:
+        state = self.newest()
+        if state is not None and self.log is not None:
             self.log.cut(state["log_position"])
         return state
+
+    def newest(self):
+        """The state last saved of an unfinished stage, or None; a damaged one is replaced by the one before it.
+
+        Raises ValueError when there is none before it.
+        """
+        if self.partial.exists():
+            try:
+                return read(self.partial)
+            except ValueError as error:
+                if not self.previous.exists():
+                    raise
+                warnings.warn(f"{error}. Going on from the one before", stacklevel=2)
+        elif not self.previous.exists():
+            return None
+        self.previous.replace(self.partial)
+        return read(self.partial)
 
     def due(self):
         """Whether it is time for another partial checkpoint."""
@@ -42,13 +62,17 @@ class Checkpoints:
     def save(self, state, final=False):
         """Write a dictionary of tensors and plain values. A final checkpoint replaces the partial one."""
         state["log_position"] = self.log.position if self.log is not None else 0
-        with atomic_path(self.final if final else self.partial) as temporary, open(temporary, "wb") as file:
-            try:
-                torch.save(state, file)
-            except RuntimeError as error:  # torch hides a full disk behind an error of its own
-                raise error.__context__ or error from None
+        with atomic_path(self.final if final else self.partial) as temporary:
+            with open(temporary, "wb") as file:
+                try:
+                    torch.save(state, file)
+                except RuntimeError as error:  # torch hides a full disk behind an error of its own
+                    raise error.__context__ or error from None
+            if not final and self.partial.exists():
+                self.partial.replace(self.previous)
         if final:
             self.partial.unlink(missing_ok=True)
+            self.previous.unlink(missing_ok=True)
         self.saved_at = time.monotonic()
 
 

@@ -6,6 +6,7 @@ Every number that changes over time is a function of the tokens seen, given by t
 micro-batches that fit the memory; each token's weight in the loss is one over the targets of the whole batch, so the
 cut does not change the gradient. A batch without any target has loss exactly zero. The router's selection bias steps
 once per optimizer step, from the loads of all micro-batches, the MTP layer's router included.
+Which steps are left out, and when a run goes back to its last checkpoint, is decided by `minglm.train.guard`.
 """
 
 import math
@@ -20,6 +21,7 @@ from minglm.kernels.linear_cross_entropy import linear_cross_entropy
 from minglm.model.balance import step_bias
 from minglm.model.mtp import targets
 from minglm.train.checkpoint import Interrupted, stop_between_steps
+from minglm.train.guard import Guard
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Phase:
     balance_weight: float = 1e-4
     microbatch_tokens: int = 32768
     clip_norm: float = 1.0
+    spike_factor: float = 0.0
+    rollback_after: int = 0
 
 
 def accumulate(model, batch, phase, mtp_weight):
@@ -69,21 +73,27 @@ def accumulate(model, batch, phase, mtp_weight):
     return sums, loads
 
 
-def step(model, optimizer, batch, phase, seen):
-    """One optimizer step at `seen` tokens. Returns the metrics that are logged (see the README's table)."""
+def step(model, optimizer, batch, phase, seen, guard=None):
+    """One optimizer step at `seen` tokens. Returns the metrics that are logged (see the README's table).
+
+    guard: a `Guard` that may leave the step out; by default one that knows only this step.
+    """
     rate, mtp_weight = phase.learning_rate(seen), phase.mtp_weight(seen)
     sums, loads = accumulate(model, batch, phase, mtp_weight)
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    if not math.isfinite(norm):
-        optimizer.zero_grad()  # a bad batch must not poison the weights; the log shows it as a step without an update
+    left_out = (guard or Guard()).reason(float(norm))
+    if left_out:
+        optimizer.zero_grad()
     elif phase.clip_norm:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), phase.clip_norm, norm)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    if math.isfinite(norm):
+    if not left_out:
         optimizer.step()
     optimizer.zero_grad()
     metrics = {**sums, "learning_rate": rate, "grad_norm": float(norm), "mtp_weight": mtp_weight}
+    if left_out:
+        metrics["left_out"] = left_out
     if loads is None:
         return metrics
     for router, load_E in zip(model.routers(), loads, strict=False):
@@ -97,37 +107,34 @@ def step(model, optimizer, batch, phase, seen):
     return metrics
 
 
-def train(model, optimizer, stream, phase, checkpoints, log, quiet=False):
+def train(model, optimizer, stream, phase, checkpoints, log, quiet=False, evaluate=None, every=0):
     """Train on `stream` for `phase.tokens` tokens, resuming from `checkpoints` where a partial state is there.
 
+    evaluate: called without arguments whenever another `every` tokens have been seen (0: never).
     Ctrl-C saves and raises `Interrupted`. Leaves a partial checkpoint behind; the caller marks the stage final.
     """
-    device = model.lm_head.weight.device
-    done, number = 0, 0
-    if (state := checkpoints.load()) is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+    device, guard = model.lm_head.weight.device, Guard(phase.spike_factor, phase.rollback_after)
+    done, number, state = 0, 0, checkpoints.load()
+    if state is not None:
+        restore(model, optimizer, state)
         stream.load_state_dict(state["stream"])
+        if "guard" in state:
+            guard.load_state_dict(state["guard"])
         done, number = state["tokens"], state["step"]
     bar = tqdm(total=phase.tokens, initial=done, desc=phase.name, unit="tok", unit_scale=True, disable=quiet or None)
 
     def save():
-        checkpoints.save(
-            {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "stream": stream.state_dict(),
-                "tokens": done,
-                "step": number,
-            }
-        )
+        parts = {"model": model, "optimizer": optimizer, "stream": stream, "guard": guard}
+        checkpoints.save({n: part.state_dict() for n, part in parts.items()} | {"tokens": done, "step": number})
 
+    if guard.rollback_after and state is None:
+        save()  # something to go back to
     with stop_between_steps() as stop, bar:
         while done < phase.tokens:
             began = time.perf_counter()
             rows = max(1, round(phase.batch_tokens(phase.start + done) / phase.sequence_length))
             batch = stream.next(rows)
-            metrics = step(model, optimizer, batch.to(device), phase, phase.start + done)
+            metrics = step(model, optimizer, batch.to(device), phase, phase.start + done, guard)
             count = batch.tokens_BS.numel()
             done, number = done + count, number + 1
             speed = round(count / (time.perf_counter() - began))
@@ -135,14 +142,36 @@ def train(model, optimizer, stream, phase, checkpoints, log, quiet=False):
                 "step", stage=phase.name, step=number, tokens=phase.start + done, batch_tokens=count,
                 tokens_per_second=speed, **metrics,
             )  # fmt: skip
+            if guard.gives_up:
+                back = roll_back(model, optimizer, checkpoints, guard)
+                log.write("rollback", stage=phase.name, step=number, to_step=back, left_out=guard.left_out)
+                bar.write(
+                    f"{phase.name}: step {number} went back to the weights of step {back}; its batches are skipped"
+                )
             load = max(metrics.get("load_max_over_mean", [0]))
             bar.set_postfix_str(f"loss {metrics['loss']:.3f}, load {load:.1f}", refresh=False)
             bar.update(min(count, bar.total - bar.n))
+            if every and done // every > (done - count) // every and done < phase.tokens:
+                evaluate()
             try:
                 stop()
             except Interrupted:
                 save()
                 raise
-            if checkpoints.due():
+            if checkpoints.due() and not guard.in_a_row:
                 save()
     save()
+
+
+def restore(model, optimizer, state):
+    """Put back the weights and the optimizer's state of a checkpoint."""
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+
+
+def roll_back(model, optimizer, checkpoints, guard):
+    """Return to the last good checkpoint; the data go on. Returns the step that it was made at."""
+    state = checkpoints.newest()
+    restore(model, optimizer, state)
+    guard.in_a_row = 0
+    return state["step"]

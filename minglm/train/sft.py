@@ -56,4 +56,6 @@ def phase(name, config, run, tokens):
         balance_weight=run.balance.sequence_loss_weight,
         microbatch_tokens=run.optimizer.microbatch_tokens,
         clip_norm=run.optimizer.clip_norm,
+        spike_factor=run.optimizer.spike_factor,
+        rollback_after=run.optimizer.rollback_after,
     )

@@ -29,6 +29,8 @@ def phases(run):
                     run.balance.sequence_loss_weight,
                     run.optimizer.microbatch_tokens,
                     run.optimizer.clip_norm,
+                    run.optimizer.spike_factor,
+                    run.optimizer.rollback_after,
                 )
             )
         start += stage.tokens
