@@ -251,7 +251,7 @@ def plan(run, gpus=1, gpu_memory_gib=80.0, peak_flops=989e12, utilisation=0.25, 
     if not 0 < utilisation <= 1:
         raise ValueError(f"utilisation = {utilisation}: a share of the peak, above 0 and at most 1")
     usable = USABLE * gpu_memory_gib * GIB
-    recompute = memory(run, gpus)["total"] > usable
+    recompute = run.recompute or memory(run, gpus)["total"] > usable
     if recompute and memory(run, gpus, recompute)["total"] > usable:
         _refuse(run, gpus, usable)
     stages, speed = [], peak_flops * utilisation

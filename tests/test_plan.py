@@ -272,3 +272,22 @@ def test_impossible_numbers_are_one_line(bad):
     """The line names the number."""
     with pytest.raises(ValueError, match=next(iter(bad))):
         plan(AIR, **{"gpus": 64} | bad)
+
+
+def test_mini_is_an_eighth_of_glm_in_each_width_and_fits_on_one_gpu():
+    """The config for one GPU: shape ratios of GLM-4.5, parameters as built, everything within 80 GiB, within a day."""
+    run = load_config(CONFIGS / "mini.py")
+    mini, full = run.model, GLM45.model
+    for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        assert 8 * getattr(mini, name) == getattr(full, name)
+    for name in ("head_dim", "n_routed_experts", "num_experts_per_tok", "use_qk_norm", "n_shared_experts"):
+        assert getattr(mini, name) == getattr(full, name)
+    assert 8 * mini.moe_intermediate_size == full.moe_intermediate_size
+    with torch.device("meta"):
+        built = sum(p.numel() for p in GLM(mini).parameters())
+    found = plan(run)
+    buffers = (mini.num_hidden_layers - mini.first_k_dense_replace + 1) * mini.n_routed_experts
+    assert built + buffers == found["parameters"]["total_with_mtp"] and 0.3e9 < built < 1e9
+    assert (
+        found["placement"]["recompute"] and found["memory"]["total"] < found["memory"]["usable"] and found["days"] < 1
+    )
