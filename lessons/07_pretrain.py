@@ -50,12 +50,12 @@ SHARES = {"general": 0.45, "code_reasoning": 0.25, "repository": 0.1, "reasoning
 VARIANTS = {
     "cosine, ramp": {},
     "WSD, ramp": {"schedule": "wsd"},
-    "small batch": {"batch_tokens_end": 1024},
-    "large batch": {"batch_tokens_start": 4096},
+    "small batch": {"batch_tokens_end": "start"},
+    "large batch": {"batch_tokens_start": "end"},
 }
 SHADES = dict(zip(VARIANTS, ("#1f5fa8", "#c2571a", "#55958c", "#7a5195"), strict=True))
 SIZES = {"tokens": 120_000, "megabytes": 0.4, "documents": 400, "peak_lr": 0.02, "heldout": 12_000}
-SMOKE = {"tokens": 4_000, "megabytes": 0.02, "documents": 20, "peak_lr": 0.02, "heldout": 500}
+SMOKE = {"tokens": 1_500, "megabytes": 0.02, "documents": 20, "peak_lr": 0.02, "heldout": 500}
 
 # %% [markdown]
 # ## The lines that matter
@@ -70,7 +70,8 @@ SMOKE = {"tokens": 4_000, "megabytes": 0.02, "documents": 20, "peak_lr": 0.02, "
 # %%
 def config(sizes, seed, **changes):
     """The Run of one training: nano, with the paper's stages in its proportions of length."""
-    total, tasks = sizes["tokens"], {"tasks:arithmetic": 2, "tasks:code": 1, "math": 1, "prose": 1}
+    total, small = sizes["tokens"], min(1024, sizes["tokens"] // 12)
+    tasks = {"tasks:arithmetic": 2, "tasks:code": 1, "math": 1, "prose": 1}
     rows = {
         "general": ("prose, code, facts", 64, {"prose": 3, "code": 3, "qa": 1, "science": 1}, "truncate", 10_000.0),
         "code_reasoning": ("code, mathematics", 64, {"code": 2, "math": 1, "prose": 1}, "truncate", 10_000.0),
@@ -83,13 +84,15 @@ def config(sizes, seed, **changes):
         for (name, share), (teaches, length, mixture, packing, theta) in zip(SHARES.items(), rows.values(), strict=True)
     }
     optimizer = OptimizerConfig(
-        peak_lr=sizes["peak_lr"], warmup_tokens=total // 20, batch_tokens_start=1024, batch_tokens_end=4096,
+        peak_lr=sizes["peak_lr"], warmup_tokens=total // 20, batch_tokens_start=small, batch_tokens_end=4 * small,
         batch_ramp_tokens=total // 2, microbatch_tokens=4096,
     )  # fmt: skip
     few = sizes["documents"]
     data = DataConfig(
         corpus_megabytes=sizes["megabytes"], decontaminate=0, synthetic_documents=few, trajectories=few // 2
     )
+    edges = {"start": small, "end": 4 * small}
+    changes = {field: edges.get(value, value) for field, value in changes.items()}
     return Run("pretrain", NANO, StagesConfig(**stages), data, replace(optimizer, **changes), seed=seed)
 
 
