@@ -197,6 +197,7 @@ def draw(log):
     for name in VARIANTS:
         means = np.mean([run["bits"] for run in of(log, name)], 0)
         batch.plot(range(1, 6), means, "o-", color=SHADES[name], linewidth=1.4, markersize=3.5)
+    batch.set_xticks(range(1, 6))
     lesson.panel(batch, "Held-out text after each stage", "stage", "bits per byte")
     names = [f"{name}\n{len(of(log, name)[0]['steps'])} steps" for name in VARIANTS]
     lesson.bars(end, names, [[run["bits"][-1] for run in of(log, name)] for name in VARIANTS], SHADES.values())
@@ -212,10 +213,14 @@ def draw(log):
 # ## What would prove us wrong
 # `verdicts` reads the log, and each line can come out False. Seeds are compared in pairs: same data, same first values.
 #
-# RESULTS
+# Measured (170 CPU-seconds, 3 seeds), bits per byte of held-out prose and code at the end: WSD 0.10 above the cosine
+# (0.09 to 0.11); the large batch 0.03 above the ramp, in 31 steps against 44; the small batch 0.05 *below* it (0.03 to
+# 0.07), in 113 steps. **So the third claim fails:** at one pass over few tokens, steps are worth more than what a ramp
+# saves. The loss rises at the third and fifth border because the text is another one; the held-out bits do not.
 #
-# **What the toy does not show.** A few hundred steps say nothing about SimpleQA and MMLU, by which the paper judged
-# WSD. The bias of the router and MTP are switched as at 15T, but a run without the switch is not compared.
+# **What the toy does not show.** All have one peak rate, chosen for none of them. WSD keeps it for most of the run, and
+# a lower one may suit it better. It is 44 steps, the mix of the last stages changes while WSD decays, and the paper
+# judged by SimpleQA and MMLU. Router's bias and MTP are switched as at 15T; no run without the switch is compared.
 #
 # ## Exercise
 # Write a schedule that is linear from the peak to a tenth, give it the signature of `learning_rate`, and hold it to

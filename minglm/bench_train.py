@@ -221,7 +221,7 @@ def draw_train(record, axis):
             axis.barh(at, record["tokens"] / row["floor_seconds"], color="none", edgecolor=figures.PALE, height=0.6)
     names = [f"{row['side']}, {row['dtype']}\n{row['layout']}" for row in reversed(results)]
     axis.set_yticks(range(len(results)), names, fontsize=7)
-    note = "" if record["bfloat16_products"] else "; this CPU has no bfloat16 products, so ours uses float32"
+    note = "" if record["bfloat16_products"] else "\nthis CPU has no bfloat16 products: ours computes in float32"
     axis.set(xlabel="tokens a second, one thread; outline: our matrix products alone" + note)
     axis.grid(axis="y", visible=False)
     figures.title(axis, "A training step, optimizer included")

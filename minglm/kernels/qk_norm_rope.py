@@ -49,24 +49,28 @@ def _turn(x_BSNA, c_SNA, s_SNR):
     return y_BSNA
 
 
+def _factors(cos, sin, heads, width):
+    """c and s of the module's docstring, for all heads of this width: nothing to keep, they are made again."""
+    rest = cos.new_ones(*cos.shape[:-1], width - 2 * cos.shape[-1])
+    factors = torch.cat((cos, cos, rest), -1), torch.cat((-sin, sin), -1)
+    return [x.expand(-1, -1, heads, -1).contiguous() for x in factors]
+
+
 class _NormRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BSNA, k_BSMA, q_weight_A, k_weight_A, cos, sin, eps):
-        N, M, A = q_BSNA.shape[2], k_BSMA.shape[2], q_BSNA.shape[3]
-        rest = cos.new_ones(*cos.shape[:-1], A - 2 * cos.shape[-1])
-        c, s = torch.cat((cos, cos, rest), -1), torch.cat((-sin, sin), -1)
-        c, s = (x.expand(-1, -1, N + M, -1).contiguous() for x in (c, s))
+        ctx.heads = N, M = q_BSNA.shape[2], k_BSMA.shape[2]
         x = torch.cat((q_BSNA, k_BSMA), 2)
         weight = torch.cat((q_weight_A.expand(N, -1), k_weight_A.expand(M, -1)))
         normal, scale = normalize(x, eps)
-        ctx.save_for_backward(x, scale, weight, c, s)
-        ctx.heads = N, M
-        return _turn(normal.mul_(weight), c, s).split((N, M), 2)
+        ctx.save_for_backward(x, scale, weight, cos, sin)
+        return _turn(normal.mul_(weight), *_factors(cos, sin, N + M, x.shape[-1])).split((N, M), 2)
 
     @staticmethod
     def backward(ctx, dq_BSNA, dk_BSMA):
-        x, scale, weight, c, s = ctx.saved_tensors
-        grad = _turn(torch.cat((dq_BSNA, dk_BSMA), 2), c, -s)  # backwards is the way by the negative angle
+        x, scale, weight, cos, sin = ctx.saved_tensors
+        back = _factors(cos, -sin, *x.shape[2:])  # the way back turns by the negative angle
+        grad = _turn(torch.cat((dq_BSNA, dk_BSMA), 2), *back)
         dweight = [part.flatten(0, -2).sum(0) for part in (x * scale).mul_(grad).split(ctx.heads, 2)]
         first, second = normalize_backward(grad.mul_(weight), x, scale)
         return *first.add_(second).split(ctx.heads, 2), *dweight, None, None, None
