@@ -1,6 +1,8 @@
 """Checkpoints: a run that is stopped anywhere goes on bit for bit, and a damaged file is refused in one line."""
 
+import errno
 import multiprocessing
+import os
 import random
 import signal
 from pathlib import Path
@@ -227,6 +229,23 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
     with pytest.raises(Exception):  # noqa: B017
         checkpoints.save({"tokens": lambda: 2})
     assert read(checkpoints.partial)["tokens"] == 1 and [p.name for p in tmp_path.iterdir()] == ["partial.pt"]
+
+
+def test_a_full_disk_keeps_both_checkpoints(tmp_path, monkeypatch):
+    """No room in the middle of a file: one line that says so; the last checkpoint and the one before are whole."""
+    checkpoints = Checkpoints(tmp_path)
+    for number in (1, 2):
+        checkpoints.save({"tokens": number})
+
+    def full(state, file):
+        file.write(b"half of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ValueError, match=r"cannot write .*partial\.pt: No space left"):
+        checkpoints.save({"tokens": 3})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["partial.pt", "previous.pt"]
+    assert [read(p)["tokens"] for p in (checkpoints.partial, checkpoints.previous)] == [2, 1]
 
 
 def test_a_checkpoint_runs_no_code(tmp_path):
