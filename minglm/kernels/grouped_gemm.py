@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from minglm.kernels.backend import backend
 from minglm.kernels.cpu import alone, experts_cpu
+from minglm.kernels.router_topk import group_by_expert
 
 ROWS = 32
 FEW = 2**23  # multiplications of one matrix by all tokens, below which sorting them by expert does not pay
@@ -62,23 +63,6 @@ def grouped_outer(x_TD, y_TF, ends_E):
     return out
 
 
-def _sort(experts_TK, E, multiple):
-    """Sort the pairs (token, expert) by expert: (pair of each row, row of each pair, ends_E int32).
-
-    The rows of each expert are filled up to a multiple of `multiple`; such a row names pair 0, and no pair names it.
-    """
-    flat = experts_TK.reshape(-1)
-    pairs = torch.arange(len(flat), device=flat.device)
-    counts_E = torch.bincount(flat, minlength=E)
-    room_E = -(counts_E // -multiple) * multiple
-    ends_E = room_E.cumsum(0)
-    order = flat.argsort(stable=True)
-    moved_E = (ends_E - room_E) - (counts_E.cumsum(0) - counts_E)
-    row = torch.empty_like(order).scatter_(0, order, pairs + moved_E[flat[order]])
-    rows = len(flat) if multiple == 1 else int(ends_E[-1])  # reading a number back would make a GPU wait
-    return order.new_zeros(rows).scatter_(0, row, pairs), row, ends_E.to(torch.int32)
-
-
 def _gather_sum(y, row, K):
     """For each token the sum of its K rows: (rows, D) and the row of each pair (T K,) give (T, D)."""
     return y.index_select(0, row).view(-1, K, y.shape[1]).sum(1)
@@ -89,7 +73,7 @@ class _Experts(torch.autograd.Function):
     def forward(ctx, x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF):
         K, E = experts_TK.shape[1], gate_EFD.shape[0]
         multiple = 1 if x_TD.is_cuda or x_TD.dtype.itemsize > 2 else ROWS
-        pair, row, ends_E = _sort(experts_TK, E, multiple)
+        pair, row, ends_E = group_by_expert(experts_TK, E, multiple)
         token = pair // K
         x = x_TD.index_select(0, token)
         weight = weights_TK.new_zeros(len(pair), 1).index_copy_(0, row, weights_TK.reshape(-1, 1))

@@ -32,13 +32,20 @@ def router_topk(logits_TE, bias_E, top_k, normalize=True, scale=1.0):
     return experts_TK, weights_TK * scale, scores_TE
 
 
-def group_by_expert(experts_TK, experts):
+def group_by_expert(experts_TK, experts, multiple=1):
     """Plain form: (order, inverse, ends) of the T * K pairs, sorted by expert, in order of tokens within each.
 
-    order int64 (T * K): row i of the sorted pairs is pair order[i], of token order[i] // K. inverse: pair p is row
-    inverse[p]. ends int32 (E,): expert e has rows ends[e - 1] to ends[e].
+    order int64 (rows,): row i of the sorted pairs is pair order[i], of token order[i] // K. inverse (T * K,): pair p is
+    row inverse[p]. ends int32 (E,): expert e has rows ends[e - 1] to ends[e]. The rows of each expert are filled up to
+    a multiple of `multiple`; such a row names pair 0, and no pair names it.
     """
     flat = experts_TK.reshape(-1)
+    pairs = torch.arange(len(flat), device=flat.device)
+    counts_E = torch.bincount(flat, minlength=experts)
+    room_E = -(counts_E // -multiple) * multiple
+    ends_E = room_E.cumsum(0)
     order = flat.argsort(stable=True)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return order, inverse, torch.bincount(flat, minlength=experts).cumsum(0).to(torch.int32)
+    moved_E = (ends_E - room_E) - (counts_E.cumsum(0) - counts_E)
+    row = torch.empty_like(order).scatter_(0, order, pairs + moved_E[flat[order]])
+    rows = len(flat) if multiple == 1 else int(ends_E[-1])  # reading a number back would make a GPU wait
+    return order.new_zeros(rows).scatter_(0, row, pairs), row, ends_E.to(torch.int32)
