@@ -16,6 +16,7 @@ is a new operation. `smoke` asks for toy sizes, with which every case runs on a 
 import dataclasses
 import gc
 import importlib
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from minglm import figures
 from minglm.common import pick_device, versions, write_json
 from minglm.kernels.backend import use
 
@@ -74,13 +76,22 @@ class Clock:
 
 
 def ceilings(device, smoke):
-    """Operations a second of a large product, {"bfloat16": ..., "float32": ...}, and bytes a second of a copy."""
+    """Operations a second of a large product in each dtype, {"bfloat16": ..., ...}, and bytes a second of a copy.
+
+    Where there are no float8 products, their ceiling is that of bfloat16.
+    """
     clock, size = Clock(device), 256 if smoke else 8192
     found = {}
     for name in ("bfloat16", "float32"):
         a, b = (torch.randn(size, size, device=device).to(getattr(torch, name)) for _ in range(2))
         best = min(clock(lambda: a @ b) for _ in range(10))  # noqa: B023
         found[name] = 2 * size**3 / best * 1e3
+    found["float8"] = found["bfloat16"]
+    if device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
+        a, b = (torch.ones(size, size, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+        one = torch.ones((), device=device)
+        product = lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)  # noqa: E731
+        found["float8"] = 2 * size**3 / min(clock(product) for _ in range(10)) * 1e3
     source = torch.zeros(2**20 if smoke else 2**31, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     found["bytes"] = 2 * source.nbytes / min(clock(lambda: target.copy_(source)) for _ in range(10)) * 1e3
@@ -118,13 +129,23 @@ def warm_up(forms, device):
             ours = result if ours is None else ours
             found[name]["difference"] = difference(result, ours)
         except Exception as error:  # a baseline that this machine lacks must not end the benchmark
-            found[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+            found[name] = failure(error)
     return found
+
+
+def failure(error):
+    """What the record says of a form or a case that could not run; its memory is given back."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
 
 
 def measure(case, limits, device, rounds):
     """One record of a case: a dictionary for each of its forms."""
-    forms, clock = case.forms(), Clock(device)
+    try:
+        forms, clock = case.forms(), Clock(device)
+    except torch.OutOfMemoryError as error:
+        return {"case": case.name, "forms": {"inputs": failure(error)}}
     found = warm_up(forms, device)
     running = {name: run for name, run in forms.items() if "error" not in found[name]}
     turns = {name: [] for name in running}
@@ -176,12 +197,29 @@ def run(device, only=(), out=None, rounds=20, smoke=False):
     return record
 
 
+def redraw(path):
+    """Draw the stored record: of each case what share of the ceiling each form reaches. Returns the figure's path."""
+    record = json.loads(Path(path).read_text(encoding="utf-8"))
+    cases = record["cases"]
+    figure, ((axis,),) = figures.canvas(1, 1, (9, 1.2 + 0.24 * len(cases)))
+    for row, case in enumerate(cases):
+        shares = {name: form["share"] for name, form in case["forms"].items() if "share" in form}
+        for i, (name, share) in enumerate(shares.items()):
+            axis.plot([share], [-row], "|" if i else "o", markersize=6, color="#c2571a" if i else "#1f5fa8")
+            if i and share == max(list(shares.values())[1:]):
+                axis.annotate(name, (share, -row), (0, 3), textcoords="offset points", fontsize=4, ha="center")
+    axis.set_yticks([-row for row in range(len(cases))], [case["case"] for case in cases], fontsize=6)
+    axis.set(xlim=(0, 1.1), xlabel="share of the ceiling: minglm (dot), baselines (strokes; the best is named)")
+    figures.title(axis, f"{record['versions']['device']}, ceilings measured in the same run")
+    return figures.save(figure, Path(path).with_suffix(".png"))
+
+
 def gpu_versions():
     """Versions that matter to kernels: Triton, CUDA, cuDNN, the GPU's capability."""
     from importlib import metadata
 
     found = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    for package in ("triton", "liger-kernel", "transformers"):
+    for package in ("triton", "liger-kernel", "cut-cross-entropy", "transformers"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -202,6 +240,9 @@ def command(p, words):
     args = p.parse_args(words)
     if args.rounds < 1:
         raise ValueError("--rounds must be at least 1")
+    device = pick_device(args.device)
+    if device.type != "cuda" and not args.smoke:
+        raise ValueError("bench kernels measures GPU kernels and found no GPU; --smoke shows on a CPU that it runs")
     use(args.kernels)
-    run(pick_device(args.device), args.only, args.out, args.rounds, args.smoke)
-    print(args.out)
+    run(device, args.only, args.out, args.rounds, args.smoke)
+    print(args.out, redraw(args.out))

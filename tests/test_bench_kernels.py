@@ -7,6 +7,10 @@ import torch
 
 from minglm import bench_kernels
 from minglm.__main__ import main
+from minglm.kernels import backend
+from minglm.testing.interpreter import switch_on
+
+DEVICE = switch_on()
 
 
 def test_smoke_run_writes_every_form(tmp_path, capsys):
@@ -14,11 +18,21 @@ def test_smoke_run_writes_every_form(tmp_path, capsys):
     path = tmp_path / "bench.json"
     assert main(["bench", "kernels", "--smoke", "--device", "cpu", "--rounds", "2", "--out", str(path)]) == 0
     record = json.loads(path.read_text())
+    assert path.with_suffix(".png").stat().st_size > 0
     assert {case["operation"] for case in record["cases"]} == set(bench_kernels.operations())
     for case in record["cases"]:
         for name, form in case["forms"].items():
             assert "error" not in form, f"{case['case']}: {name}: {form.get('error')}"
             assert form["milliseconds"] > 0 and form["difference"] < 0.05, f"{case['case']}: {name}"  # bfloat16
+
+
+def test_triton_forms_are_called_as_they_are_written(monkeypatch):
+    """What a GPU would run as ours runs in the interpreter, and gives the baselines' results."""
+    monkeypatch.setattr(backend, "_chosen", "triton")
+    operations = ("fp8", "grouped_product", "linear_cross_entropy", "norm", "router")
+    for case in bench_kernels.run(torch.device(DEVICE), operations, rounds=1, smoke=True)["cases"]:
+        for name, form in case["forms"].items():
+            assert "error" not in form and form["difference"] < 0.05, f"{case['case']}: {name}: {form}"
 
 
 def test_a_failing_form_is_reported_and_the_others_are_measured():
@@ -38,7 +52,13 @@ def test_a_failing_form_is_reported_and_the_others_are_measured():
     assert share == pytest.approx(8.0)  # 8 operations at 1000 a second are 8 ms, more than 4 bytes' 4 ms
 
 
+def test_without_a_gpu_it_is_one_clear_line(capsys):
+    """A measurement of GPU kernels on a CPU is refused, with what can be done there."""
+    assert main(["bench", "kernels", "--device", "cpu"]) == 2
+    assert "found no GPU; --smoke" in capsys.readouterr().err
+
+
 def test_an_unknown_operation_is_one_clear_line(capsys):
     """--only with a name that is not there names those that are."""
-    assert main(["bench", "kernels", "--only", "atention"]) == 2
+    assert main(["bench", "kernels", "--smoke", "--only", "atention"]) == 2
     assert "no such operation; there are" in capsys.readouterr().err

@@ -39,6 +39,11 @@ def quantize(x, block=WEIGHT_BLOCK):
         from minglm.kernels.fp8_block_triton import quantize_triton
 
         return quantize_triton(x, block)
+    return quantize_plain(x, block)
+
+
+def quantize_plain(x, block=WEIGHT_BLOCK):
+    """The plain form of `quantize`."""
     rows, columns = x.shape[-2:]
     x = x.float()
     padded = torch.nn.functional.pad(x, (0, -columns % block[1], 0, -rows % block[0]))
