@@ -124,7 +124,8 @@ def clean(run, paths, folder, engine="local", workers=1):
         index = Index(evaluation_sets(run, kept), data.decontaminate)
         noted["decontamination"] = {"n": data.decontaminate, "items": index.sets, "not_searched": index.passed}
         task["index"] = f"{work / 'items.pickle'}"
-        Path(task["index"]).write_bytes(pickle.dumps(index))
+        with atomic_path(task["index"]) as temporary:
+            temporary.write_bytes(pickle.dumps(index))
     if data.quality != "rubric":
         judge, noted["judges"] = classifier.train(labels(data.quality, paths), run.seed)
         task["judge"] = f"{work / 'judge.npz'}"

@@ -59,8 +59,19 @@ class Index:
         value = np.array([run for values in runs for run in values], np.uint64)
         order = np.argsort(value, kind="stable")
         self._value, self._item = value[order], np.repeat(np.arange(len(runs)), self._size)[order]
+        self._open_doors()
+
+    def _open_doors(self):
         self._seen = np.zeros(2**22, bool)  # four million doors, most of them shut: a miss costs one look
         self._seen[self._value >> np.uint64(42)] = True
+
+    def __getstate__(self):
+        """Without the doors: four megabytes that follow from the rest."""
+        return {name: value for name, value in vars(self).items() if name != "_seen"}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self._open_doors()
 
     def _runs(self, hashes, n):
         """The different runs of one item, and note their length."""
