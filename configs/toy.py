@@ -93,7 +93,7 @@ def toy():
                 RLConfig(("instructions",), 30, 16, 8, 64, 1, peak_lr=4e-4),
             ),
             unified=SFTConfig(10_000, 2.0, 4096, 512, 4e-3),
-            prompts_per_environment=900,
+            prompts_per_environment=4000,
             responses_per_prompt=1,
             provoked_samples=600,
             general_rl=RLConfig(("arithmetic", "retail", "instructions"), 12, 12, 8, 72, 8, peak_lr=2e-4),

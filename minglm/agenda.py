@@ -47,8 +47,8 @@ def plan_stages(run):
         found.append(Stage(phase.name, teaches, base, "pretrain", phase.tokens, phase.sequence_length, rate))
         base = phase.name
 
-    def tune(name, teaches, start, config, names, conversations, kind="sft"):
-        tokens = int(config.epochs * conversations * conversation_tokens(names))
+    def tune(name, teaches, start, config, names, tokens, kind="sft"):
+        tokens = int(config.epochs * tokens)
         found.append(Stage(name, teaches, start, kind, tokens, config.sequence_length, config.peak_lr, names))
 
     def reinforce(name, teaches, start, config):
@@ -56,17 +56,31 @@ def plan_stages(run):
         tokens = config.steps * config.prompts * config.samples * conversation_tokens(names)
         found.append(Stage(name, teaches, start, "rl", tokens, config.max_new_tokens, config.peak_lr, names))
 
-    learned = tuple(name for _, expert in post.experts() for name in expert.environments)
     for name, expert in post.experts():
-        names, conversations = expert.environments, expert.sft.samples * len(expert.environments)
-        tune(f"{name}.sft", f"cold start: {', '.join(names)}", base, expert.sft, names, conversations)
+        names = expert.environments
+        tokens = expert.sft.samples * len(names) * conversation_tokens(names)
+        tune(f"{name}.sft", f"cold start: {', '.join(names)}", base, expert.sft, names, tokens)
         reinforce(f"{name}.rl", f"GRPO without KL: {', '.join(expert.rl.environments)}", f"{name}.sft", expert.rl)
-    answers = min(post.unified.samples, post.prompts_per_environment * post.responses_per_prompt * len(learned))
+    prompts = prompts_for(post)
+    answers = sum(prompts.values()) * post.responses_per_prompt
+    tokens = sum(count * conversation_tokens([name]) for name, count in prompts.items()) * post.responses_per_prompt
+    tokens = tokens * min(1, post.unified.samples / answers)
     teaches = "the experts' right answers, with and without thinking"
-    tune("unified", teaches, base, post.unified, learned, answers, "unified")
+    tune("unified", teaches, base, post.unified, tuple(prompts), tokens, "unified")
     reinforce("general_rl", "all tasks together", "unified", post.general_rl)
     reinforce("pathology_rl", "no mixing, no loops, no broken format", "general_rl", post.pathology_rl)
     return found
+
+
+def prompts_for(post):
+    """{environment: prompts that its expert answers for the unified model}, so that each brings about as many tokens.
+
+    The environment with the shortest conversations gets all of `prompts_per_environment`. Without this rule the long
+    ones fill the budget and the short ones are repeated until they are known by heart.
+    """
+    names = dict.fromkeys(name for _, expert in post.experts() for name in expert.environments)
+    tokens = {name: conversation_tokens([name]) for name in names}
+    return {name: max(1, post.prompts_per_environment * min(tokens.values()) // tokens[name]) for name in names}
 
 
 def conversation_tokens(names):

@@ -238,7 +238,7 @@ class PostTrainingConfig:
     unified: SFTConfig = SFTConfig()
     """Overall SFT, from the base, on rejection-sampled answers of the experts."""
     prompts_per_environment: int = 100_000
-    """Prompts per environment that the experts answer for it."""
+    """Prompts that an expert answers for it where conversations are shortest; others get fewer, for as many tokens."""
     responses_per_prompt: int = 4
     """Answers per prompt, of which the right ones are kept (paper 3.1)."""
     thinking_share: float = 0.5

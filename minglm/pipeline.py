@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from minglm import evaluate
-from minglm.agenda import plan_stages
+from minglm.agenda import plan_stages, prompts_for
 from minglm.chat import render_text
 from minglm.common import Log, pick_device, pick_dtype, read_jsonl, seed_everything, use_threads, versions, write_json
 from minglm.config import to_dict
@@ -230,13 +230,13 @@ class Pipeline:
         path, post = self.out / "data" / "accepted.json", self.run.posttraining
         if path.exists():
             return json.loads(path.read_text())
-        answers, counts = [], {}
+        answers, counts, prompts = [], {}, prompts_for(post)
         for name, expert in post.experts():
             model, _ = self.model_of(f"{name}.rl")
             environments = {e: ENVIRONMENTS[e] for e in expert.environments}
             tasks = [
                 task for e in environments.values()
-                for task in e.tasks(post.prompts_per_environment, self.run.seed * 100 + DISTILL_SEED)
+                for task in e.tasks(prompts[e.name], self.run.seed * 100 + DISTILL_SEED)
             ]  # fmt: skip
             groups = rollout(Engine(model, self.tokenizer), self.tokenizer, environments, tasks,
                              post.responses_per_prompt, self.run.evaluation, seed=DISTILL_SEED)  # fmt: skip
