@@ -26,7 +26,7 @@ import torch
 
 from minglm import figures
 from minglm.common import pick_device, versions, write_json
-from minglm.kernels.backend import use
+from minglm.kernels.backend import backend, use
 
 CASES = Path(__file__).parent / "bench_cases"
 
@@ -244,5 +244,6 @@ def command(p, words):
     if device.type != "cuda" and not args.smoke:
         raise ValueError("bench kernels measures GPU kernels and found no GPU; --smoke shows on a CPU that it runs")
     use(args.kernels)
+    backend(torch.empty(0, device=device))  # refuses Triton on a CPU outside its interpreter
     run(device, args.only, args.out, args.rounds, args.smoke)
     print(args.out, redraw(args.out))

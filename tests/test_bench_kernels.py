@@ -8,7 +8,7 @@ import torch
 from minglm import bench_kernels
 from minglm.__main__ import main
 from minglm.kernels import backend
-from minglm.testing.interpreter import switch_on
+from minglm.kernels.interpreter import switch_on
 
 DEVICE = switch_on()
 
@@ -56,6 +56,14 @@ def test_without_a_gpu_it_is_one_clear_line(capsys):
     """A measurement of GPU kernels on a CPU is refused, with what can be done there."""
     assert main(["bench", "kernels", "--device", "cpu"]) == 2
     assert "found no GPU; --smoke" in capsys.readouterr().err
+
+
+def test_triton_on_a_cpu_outside_the_interpreter_is_one_clear_line(monkeypatch, capsys):
+    """Every form of ours would fail: refused before anything is measured."""
+    monkeypatch.setattr(backend, "_chosen", "auto")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["bench", "kernels", "--smoke", "--device", "cpu", "--kernels", "triton"]) == 2
+    assert "needs a GPU; use --kernels auto, or TRITON_INTERPRET=1" in capsys.readouterr().err
 
 
 def test_an_unknown_operation_is_one_clear_line(capsys):

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.testing.interpreter import from_bfloat16, in_new_process, switch_on, to_bfloat16, to_float8
+from minglm.kernels.interpreter import from_bfloat16, in_new_process, switch_on, to_bfloat16, to_float8
 from minglm.testing.rl import numbers, seeds
 
 DEVICE = switch_on()
@@ -106,7 +106,7 @@ def test_unmended_interpreter_has_the_faults():
     """The same kernels without `mend`: were one of these right some day, its line in the shim could go."""
     program = (
         f"import sys, json; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
-        "import minglm.testing.interpreter as shim; shim.mend = lambda: None\n"
+        "import minglm.kernels.interpreter as shim; shim.mend = lambda: None\n"
         "import test_interpreter; print(json.dumps(test_interpreter.problems()))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -169,11 +169,23 @@ def test_32_bit_offsets_die_at_real_size(wide, tmp_path):
 
 
 @cpu_only
+def test_whoever_asks_for_triton_gets_the_mended_one():
+    """`--kernels triton` of any command mends the interpreter, without `switch_on`; nothing else does."""
+    program = (
+        "from minglm.kernels import backend; from triton.runtime.interpreter import InterpreterBuilder as builder\n"
+        "backend.use('auto'); assert not hasattr(builder, 'mended')\n"
+        "backend.use('triton'); assert builder.mended"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@cpu_only
 def test_too_late_is_an_error():
     """A process that imported triton without the variable cannot interpret any more, and says so."""
     program = (
         "import os, sys; os.environ.pop('TRITON_INTERPRET', 0); import triton.language\n"
-        "from minglm.testing.interpreter import switch_on; switch_on()"
+        "from minglm.kernels.interpreter import switch_on; switch_on()"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "set it before the first import" in done.stderr

@@ -11,8 +11,8 @@ from minglm.inference.kv_cache import Blocks
 from minglm.inference.pages import Pages
 from minglm.kernels import backend
 from minglm.kernels.flash_attention import flash_attention
+from minglm.kernels.interpreter import in_new_process, switch_on
 from minglm.kernels.paged_attention import attend_slots
-from minglm.testing.interpreter import in_new_process, switch_on
 from minglm.testing.model import drawn_documents, normal, tiny_model, torch_attention
 from minglm.testing.rl import numbers, seeds
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minglm.kernels import backend
 from minglm.kernels.fp8_block import ACTIVATION_BLOCK, WEIGHT_BLOCK, dequantize, quantize, scaled_product
-from minglm.testing.interpreter import in_new_process, switch_on
+from minglm.kernels.interpreter import in_new_process, switch_on
 from minglm.testing.model import normal
 from minglm.testing.rl import numbers, seeds
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from minglm.kernels import backend
 from minglm.kernels.grouped_gemm import grouped_experts
-from minglm.testing.interpreter import in_new_process, switch_on
+from minglm.kernels.interpreter import in_new_process, switch_on
 from minglm.testing.model import normal
 from minglm.testing.rl import numbers, seeds
 

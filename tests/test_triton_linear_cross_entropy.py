@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.profiler import profile
 
 from minglm.kernels import backend
+from minglm.kernels.interpreter import in_new_process, switch_on
 from minglm.kernels.linear_cross_entropy import cross_entropy, linear_cross_entropy, token_log_probabilities
-from minglm.testing.interpreter import in_new_process, switch_on
 from minglm.testing.model import normal
 from minglm.testing.rl import numbers, seeds
 

@@ -5,7 +5,7 @@ import torch
 
 from minglm.inference import Engine, Request
 from minglm.kernels import backend
-from minglm.testing.interpreter import switch_on
+from minglm.kernels.interpreter import switch_on
 from minglm.testing.model import tiny_model
 
 DEVICE = switch_on()

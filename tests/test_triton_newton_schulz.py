@@ -6,8 +6,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minglm.kernels import backend
+from minglm.kernels.interpreter import in_new_process, switch_on
 from minglm.kernels.newton_schulz import orthogonalize, polar_express
-from minglm.testing.interpreter import in_new_process, switch_on
 from minglm.testing.model import normal
 from minglm.testing.rl import seeds
 

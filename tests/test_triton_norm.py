@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minglm.kernels.interpreter import in_new_process, switch_on
 from minglm.kernels.norm import norm
-from minglm.testing.interpreter import in_new_process, switch_on
 from minglm.testing.model import normal
 from minglm.testing.rl import seeds
 

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minglm.kernels.interpreter import in_new_process, switch_on
 from minglm.kernels.qk_norm_rope import qk_norm_rope
 from minglm.model.layers import RMSNorm
 from minglm.model.rope import angles, rotate
-from minglm.testing.interpreter import in_new_process, switch_on
 from minglm.testing.model import normal
 from minglm.testing.rl import numbers, seeds
 

@@ -5,8 +5,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from minglm.kernels.interpreter import in_new_process, switch_on
 from minglm.kernels.router_topk import group_by_expert, router_topk
-from minglm.testing.interpreter import in_new_process, switch_on
 from minglm.testing.model import normal
 from minglm.testing.rl import numbers, seeds
 

@@ -15,7 +15,7 @@ the top and is itself imported only here, when a tensor asks for it. There is on
     auto     Triton for tensors on a GPU, where triton is installed; C for float32 tensors on a CPU in inference mode,
              which is how the engine generates, where there is a compiler; PyTorch for all others
     torch    PyTorch everywhere
-    triton   Triton everywhere: on a CPU only in its interpreter (TRITON_INTERPRET=1), which is for tests
+    triton   Triton everywhere: on a CPU only in its interpreter (TRITON_INTERPRET=1), mended, which is for tests
 """
 
 import functools
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 
 from minglm.kernels import cpu
+from minglm.kernels.interpreter import mend
 
 CHOICES = ("auto", "torch", "triton")
 _chosen = "auto"
@@ -33,7 +34,7 @@ _chosen = "auto"
 
 @dataclass(frozen=True)
 class Spec:
-    """One Triton kernel in one configuration, as it is compiled for an H100 without one (`minglm.testing.compile`).
+    """One Triton kernel in one configuration, as it is compiled for an H100 without one (`minglm.kernels.aot`).
 
     A file `x_triton.py` exports a list of these as `SPECS`: every kernel, in each configuration that is a default.
     """
@@ -74,6 +75,8 @@ def use(name):
         raise ValueError(f"kernels = {name!r}: must be auto, torch or triton")
     if name == "triton" and not installed():
         raise ValueError("kernels = 'triton': triton is not installed; pip install triton, or use --kernels auto")
+    if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        mend()
     _chosen = name
 
 

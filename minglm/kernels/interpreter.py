@@ -1,6 +1,6 @@
 """Triton kernels on a CPU: Triton's interpreter, with its faults mended (no counterpart in the paper).
 
-    from minglm.testing.interpreter import switch_on
+    from minglm.kernels.interpreter import switch_on
 
     DEVICE = switch_on()                                    # at the top of a test file, before any kernel is imported
     from minglm.kernels import norm_triton                  # noqa: E402
@@ -175,7 +175,7 @@ def in_new_process(program, timeout=120):
     (160 x 3072 x 5120, past 2^31 elements) fit on a small machine if one tile of them is filled: `last_tile` and
     `run_as` are imported for the program.
     """
-    start = "from minglm.testing.interpreter import last_tile, run_as, switch_on\nswitch_on()\n"
+    start = "from minglm.kernels.interpreter import last_tile, run_as, switch_on\nswitch_on()\n"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     return subprocess.run(
