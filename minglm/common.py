@@ -1,6 +1,7 @@
 """Small things every floor uses: threads, seeds, devices, atomic files, JSON-lines log. No counterpart in the paper."""
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -55,6 +56,30 @@ def pick_dtype(name, device):
     return getattr(torch, name)
 
 
+@functools.cache
+def measured_flops(device, dtype, seconds=0.1):
+    """FLOP/s of a device in one large matrix product of this dtype, the best of those done in about `seconds`.
+
+    What a model-FLOPs utilisation is measured against: not a data sheet's number, but what this machine reaches.
+    Measured once in a process.
+    """
+    import torch
+
+    size = 1024 if device.type == "cpu" else 8192
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    best, began = float("inf"), time.perf_counter()
+    while best == float("inf") or time.perf_counter() - began < seconds:
+        for _ in range(3):  # also the first rounds, whose buffers and clocks are cold; the best is kept
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            at = time.perf_counter()
+            a @ b
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - at)
+    return 2 * size**3 / best
+
+
 def seed_everything(seed):
     """Seed Python, numpy and torch. Data order and sampling use generators of their own and do not depend on this."""
     import numpy as np
@@ -106,11 +131,12 @@ class Log:
     """An append-only JSON-lines log that can be cut back to a checkpoint.
 
     A run that is resumed repeats the steps since its last checkpoint. `position` is stored in the checkpoint and
-    `cut` removes what came after it, so no step stands twice in the log.
+    `cut` removes what came after it, so no step stands twice in the log. watch(kind, values), if given, is called
+    with every record after it is written (`minglm.writers`).
     """
 
-    def __init__(self, path):
-        self.path = Path(path)
+    def __init__(self, path, watch=None):
+        self.path, self.watch = Path(path), watch
         self.path.parent.mkdir(parents=True, exist_ok=True)
         whole = self.path.read_bytes().rfind(b"\n") + 1 if self.path.exists() else 0
         self.file = open(self.path, "ab")
@@ -120,6 +146,8 @@ class Log:
         """Append one record, `{"kind": kind, ...}`, and flush it."""
         self.file.write(json.dumps({"kind": kind, **values}, ensure_ascii=False).encode() + b"\n")
         self.file.flush()
+        if self.watch is not None:
+            self.watch(kind, values)
 
     @property
     def position(self):

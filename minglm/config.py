@@ -275,6 +275,9 @@ class EvaluationConfig:
     """Held-out tokens per source for bits per byte."""
     every_tokens: int = 0
     """Tokens of pre-training between measurements of bits per byte; 0: only at the end of a stage."""
+    needles: int = 0
+    """Rows of the needle test for each length and depth, after each stage with longer rows, with bits per byte by
+    position; 0: no such test."""
 
 
 @dataclass(frozen=True)
@@ -306,6 +309,8 @@ class Run:
     """CPU threads; 0: the cores of this machine divided by the ranks on it."""
     checkpoint_seconds: float = 60.0
     """Seconds of training between checkpoints inside a stage."""
+    watch: str = ""
+    """tensorboard or wandb: the log's numbers go there too (`pip install 'minglm[log]'`); empty: nowhere else."""
 
     def hash(self):
         """Twelve hex digits of the config: equal exactly when two runs ask for the same result.
@@ -327,10 +332,10 @@ class Run:
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
-COMFORT = ("device", "kernels", "recompute", "compile", "threads", "checkpoint_seconds")
+COMFORT = ("device", "kernels", "recompute", "compile", "threads", "checkpoint_seconds", "watch")
 LATER = {
     "optimizer": ("polynomial", "muon_head_dim", "schedule", "spike_factor", "rollback_after"),
-    "evaluation": ("every_tokens",),
+    "evaluation": ("every_tokens", "needles"),
 }  # fields that change nothing at their defaults: runs from before they existed keep their hash
 CLEANING = ("decontaminate", "stream_megabytes", "near_duplicates", "semantic_duplicates", "quality")
 CLEANING += ("lowest_share", "top_share", "top_epochs", "educational")
@@ -467,6 +472,8 @@ def check(run):
         raise ValueError(f"optimizer.spike_factor = {opt.spike_factor}: must be above 1, or 0 to leave out only NaN")
     if run.kernels not in ("auto", "torch", "triton"):
         raise ValueError(f"kernels = {run.kernels!r}: must be auto, torch or triton")
+    if run.watch not in ("", "tensorboard", "wandb"):
+        raise ValueError(f"watch = {run.watch!r}: must be tensorboard or wandb, or empty")
     if run.dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype = {run.dtype!r}: must be float32 or bfloat16")
     return run

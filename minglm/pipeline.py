@@ -18,10 +18,20 @@ import time
 from functools import partial
 from pathlib import Path
 
-from minglm import evaluate
+from minglm import evaluate, long_context, plan, writers
 from minglm.agenda import plan_stages, prompts_for
 from minglm.chat import render_text
-from minglm.common import Log, pick_device, pick_dtype, read_jsonl, seed_everything, use_threads, versions, write_json
+from minglm.common import (
+    Log,
+    measured_flops,
+    pick_device,
+    pick_dtype,
+    read_jsonl,
+    seed_everything,
+    use_threads,
+    versions,
+    write_json,
+)  # fmt: skip
 from minglm.config import to_dict
 from minglm.data.mixture import Mixture
 from minglm.envs import ENVIRONMENTS
@@ -71,7 +81,7 @@ class Pipeline:
         seed_everything(run.seed)
         self.device = pick_device(run.device)
         self.stages = plan_stages(run)
-        self.log = Log(self.out / "log.jsonl")
+        self.log = Log(self.out / "log.jsonl", writers.writer(run.watch, self.out / "watch", to_dict(run)))
         saved = sorted((self.out / "checkpoints").glob("*/*.pt"))
         saved = [read(p) for p in saved if p.stem == "final"]
         saved += filter(None, (self.checkpoints(stage.name).newest() for stage in self.stages))
@@ -149,6 +159,12 @@ class Pipeline:
 
     # Training
 
+    def train(self, model, optimizer, stream, phase, checkpoints, **more):
+        """The training loop, with this run's log and its device's ceiling; more: other arguments of the loop."""
+        flops = measured_flops(self.device, pick_dtype(self.run.dtype, self.device))
+        ceiling = flops / plan.flops_per_token(self.run.model, phase.sequence_length)["total"]
+        train(model, optimizer, stream, phase, checkpoints, self.log, self.quiet, ceiling=ceiling, **more)
+
     def pretrain(self, stage, model, state, checkpoints):
         """One of the five stages before post-training; the optimizer goes on from the stage before."""
         config = getattr(self.run.stages, stage.name)
@@ -161,9 +177,8 @@ class Pipeline:
         stream = Mixture(
             self.shards, config.mixture, config.sequence_length, config.packing, seed, pad=self.tokenizer.pad
         )
-        measure = partial(self.measure_bits, stage, model)
-        every = self.run.evaluation.every_tokens
-        train(model, optimizer, stream, phase, checkpoints, self.log, self.quiet, measure, every)
+        measure, every = partial(self.measure_bits, stage, model), self.run.evaluation.every_tokens
+        self.train(model, optimizer, stream, phase, checkpoints, evaluate=measure, every=every)
         return {"optimizer": optimizer.state_dict(), "tokens": phase.tokens}
 
     def fine_tune(self, stage, model, conversations, config, checkpoints):
@@ -183,7 +198,7 @@ class Pipeline:
         phase = sft.phase(stage.name, config, self.run, int(config.epochs * total))
         shares = dict.fromkeys(tokens, 1.0)
         stream = Mixture(tokens, shares, config.sequence_length, "best_fit", self.run.seed, masks, self.tokenizer.pad)
-        train(model, Muon(model, self.run.optimizer), stream, phase, checkpoints, self.log, self.quiet)
+        self.train(model, Muon(model, self.run.optimizer), stream, phase, checkpoints)
         return {"tokens": phase.tokens}
 
     def cold_start(self, stage, model, state, checkpoints):
@@ -278,14 +293,15 @@ class Pipeline:
 
     def evaluate(self, stage, model):
         """Log the scores that say what a stage taught."""
-        config, name = self.run.evaluation, stage.name
-        post = self.run.posttraining
+        config, name, post = self.run.evaluation, stage.name, self.run.posttraining
         engine = Engine(model, self.tokenizer)
         if stage.kind == "pretrain":
             length = self.measure_bits(stage, model)
             if model.mtp is not None and len(self.heldout.get("code", ())):
                 value = evaluate.mtp_acceptance(model, self.heldout["code"], length, config.heldout_tokens)
                 self.log.write("mtp_acceptance", stage=name, value=value)
+            for kind, record in long_context.measure(model, self.tokenizer, self.heldout, self.run, name):
+                self.log.write(kind, stage=name, **record)
         learned = [env for _, expert in post.experts() for env in expert.environments]
         if stage.kind in ("sft", "rl") and "." in name:
             self.score(engine, name, getattr(post, name.split(".")[0]).environments, (True,))

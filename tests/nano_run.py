@@ -26,11 +26,12 @@ SMALL = {
     "data.trajectories": 40,
     "evaluation.problems": 2,
     "evaluation.max_new_tokens": 16,
+    "evaluation.needles": 1,
     "posttraining.prompts_per_environment": 3,
 }
 OVERRIDES = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
 CONFIG = str(ROOT / "configs" / "nano.py")
-CLOCK = ("seconds", "evaluation_seconds", "tokens_per_second")
+CLOCK = ("seconds", "evaluation_seconds", "tokens_per_second", "mfu")
 finished_folder = []
 
 

@@ -131,6 +131,12 @@ def test_devices():
             common.pick_device("cuda")
 
 
+def test_the_measured_ceiling_is_a_speed():
+    """FLOP/s of one product: of the order of a machine, found in about the time given, and measured once a process."""
+    found = common.measured_flops(torch.device("cpu"), torch.float32, 0.01)
+    assert 1e8 < found < 1e16 and common.measured_flops(torch.device("cpu"), torch.float32, 0.01) == found
+
+
 @pytest.mark.parametrize(
     ("environment", "argument", "threads"),
     [({"OMP_NUM_THREADS": "3"}, 0, 3), ({"OMP_NUM_THREADS": "3"}, 2, 2), ({"LOCAL_WORLD_SIZE": "1000"}, 0, 1)],

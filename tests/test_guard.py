@@ -14,6 +14,7 @@ from minglm.testing.model import tiny_model
 from minglm.testing.rl import seeds
 from minglm.train.checkpoint import read
 from minglm.train.guard import ENOUGH, Guard
+from minglm.train.loop import train
 
 healthy = st.lists(st.floats(0.5, 2), min_size=ENOUGH, max_size=80)
 
@@ -61,6 +62,15 @@ def test_a_nan_in_a_gradient_costs_one_step(tmp_path):
     assert [r.get("left_out") for r in records] == [None, None, "not finite", None, None, None]
     assert all(p.isfinite().all() for p in run.model.parameters())
     assert all(v.isfinite().all() for s in run.optimizer.state.values() for v in s.values())
+
+
+def test_utilisation_is_speed_over_the_ceiling(tmp_path):
+    """With a ceiling each step says its share of it; without one nothing is claimed."""
+    run = Run(tmp_path)
+    train(run.model, run.optimizer, run, run.phase, run.checkpoints, run.log, quiet=True, ceiling=1000.0)
+    steps = [r for r in read_jsonl(tmp_path / "log.jsonl") if r["kind"] == "step"]
+    assert steps and all(abs(r["mfu"] - r["tokens_per_second"] / 1000) < 1e-3 for r in steps)
+    assert not any("mfu" in r for r in read_jsonl(Run(tmp_path / "other").go().log.path))
 
 
 def test_after_repeated_failures_the_last_good_weights_come_back(tmp_path):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / "minglm").rglob("*.py"))}
 
 FLOORS = {
-    0: ("config", "model_config", "overrides", "common"),
+    0: ("config", "model_config", "overrides", "common", "writers"),
     1: ("kernels", "data", "chat", "optim"),
     2: ("model", "parallel"),
     3: ("train", "inference"),
@@ -24,6 +24,7 @@ FLOORS = {
     5: (
         "agenda",
         "evaluate",
+        "long_context",
         "report",
         "plan",
         "prepare",

@@ -37,6 +37,8 @@ def test_every_stage_is_in_the_log(finished):
     assert {r["stage"] for r in log if r["kind"] == "rl"} == set(RL)
     for kind in ("bits_per_byte", "mtp_acceptance"):
         assert [r["stage"] for r in log if r["kind"] == kind and r.get("source") != "prose"] == PRETRAINING
+    for kind in ("needle", "bits_by_position"):  # after the stages whose rows are longer
+        assert {r["stage"] for r in log if r["kind"] == kind} == {"repository", "long_agent"}
     scored = {(r["stage"], r["env"], r["thinking"]) for r in log if r["kind"] == "evaluation"}
     learned = ("arithmetic", "code", "retail", "instructions")
     for stage in ("unified", "general_rl", "pathology_rl"):

@@ -107,10 +107,12 @@ def step(model, optimizer, batch, phase, seen, guard=None):
     return metrics
 
 
-def train(model, optimizer, stream, phase, checkpoints, log, quiet=False, evaluate=None, every=0):
+def train(model, optimizer, stream, phase, checkpoints, log, quiet=False, evaluate=None, every=0, ceiling=0.0):
     """Train on `stream` for `phase.tokens` tokens, resuming from `checkpoints` where a partial state is there.
 
     evaluate: called without arguments whenever another `every` tokens have been seen (0: never).
+    ceiling: tokens a second at which the device's matrix products would be never idle, measured FLOP/s over the model's
+    FLOPs a token; with it each step says its utilisation, `mfu` (0: unknown).
     Ctrl-C saves and raises `Interrupted`. Leaves a partial checkpoint behind; the caller marks the stage final.
     """
     device, guard = model.lm_head.weight.device, Guard(phase.spike_factor, phase.rollback_after)
@@ -137,10 +139,11 @@ def train(model, optimizer, stream, phase, checkpoints, log, quiet=False, evalua
             metrics = step(model, optimizer, batch.to(device), phase, phase.start + done, guard)
             count = batch.tokens_BS.numel()
             done, number = done + count, number + 1
-            speed = round(count / (time.perf_counter() - began))
+            speed = count / (time.perf_counter() - began)
+            used = {"mfu": round(speed / ceiling, 4)} if ceiling else {}
             log.write(
                 "step", stage=phase.name, step=number, tokens=phase.start + done, batch_tokens=count,
-                tokens_per_second=speed, **metrics,
+                tokens_per_second=round(speed), **used, **metrics,
             )  # fmt: skip
             if guard.gives_up:
                 back = roll_back(model, optimizer, checkpoints, guard)
@@ -149,7 +152,8 @@ def train(model, optimizer, stream, phase, checkpoints, log, quiet=False, evalua
                     f"{phase.name}: step {number} went back to the weights of step {back}; its batches are skipped"
                 )
             load = max(metrics.get("load_max_over_mean", [0]))
-            bar.set_postfix_str(f"loss {metrics['loss']:.3f}, load {load:.1f}", refresh=False)
+            share = f", mfu {used['mfu']:.0%}" if used else ""
+            bar.set_postfix_str(f"loss {metrics['loss']:.3f}, load {load:.1f}{share}", refresh=False)
             bar.update(min(count, bar.total - bar.n))
             if every and done // every > (done - count) // every and done < phase.tokens:
                 evaluate()
