@@ -58,5 +58,6 @@ def draw_compile(record, axis):
                       fontsize=7, color=figures.INK)  # fmt: skip
     axis.axvline(1, color=figures.PALE, linewidth=1)
     axis.set(xlim=(0, 1.25), xlabel="share of 255 registers (blue) and of 227 KiB of shared memory (orange)")
+    axis.margins(y=0.01)
     axis.grid(False, axis="y")
     figures.title(axis, f"Triton {record['triton']} for {record['target']}, compiled without a GPU")

@@ -80,6 +80,20 @@ def measured_flops(device, dtype, seconds=0.1):
     return 2 * size**3 / best
 
 
+def peak_bytes(function, *values):
+    """The most bytes that PyTorch had allocated at one time on the CPU during a call, beyond what was there before."""
+    from torch.profiler import profile
+
+    with profile(profile_memory=True) as found:
+        function(*values)
+    held = highest = 0
+    for event in found.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            highest = max(highest, held)
+    return highest
+
+
 def seed_everything(seed):
     """Seed Python, numpy and torch. Data order and sampling use generators of their own and do not depend on this."""
     import numpy as np

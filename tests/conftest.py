@@ -32,6 +32,16 @@ def pytest_xdist_auto_num_workers(config):
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
 
+@pytest.fixture
+def poisoned():
+    """What is allocated and never written is NaN: torch fills it, when asked to be deterministic."""
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def pytest_collection_modifyitems(items):
     """Skip tests marked `gpu` where there is no CUDA device."""
     import torch

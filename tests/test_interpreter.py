@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.kernels.interpreter import from_bfloat16, in_new_process, switch_on, to_bfloat16, to_float8
+from minglm.kernels.interpreter import from_bfloat16, in_new_process, switch_on, to_bfloat16, to_float8, watched
 from minglm.testing.rl import numbers, seeds
 
 DEVICE = switch_on()
@@ -89,6 +89,13 @@ def problems():
     return found
 
 
+@triton.jit
+def strided(out_ptr, step, size: tl.constexpr):
+    """Program i stores its number to `size` elements from i times `step` on, the last of them masked out."""
+    i = tl.arange(0, size)
+    tl.store(out_ptr + tl.program_id(0) * step + i, i * 0 + tl.program_id(0), mask=i < size - 1)
+
+
 cpu_only = pytest.mark.skipif(DEVICE == "cuda", reason="about the interpreter, which runs where there is no GPU")
 
 
@@ -99,6 +106,20 @@ def test_every_fault_is_mended():
     assert found["dot"] < 1e-6  # float32 sums of 16 products
     assert found["round"] == found["double"] == found["float8"] == found["bound"] == 0
     assert "cast to float32" in found["add"] and "cast to float32" in found["sum"]
+
+
+@cpu_only
+@pytest.mark.parametrize("step, counts", [(7, [1] * 21), (8, ([1] * 7 + [0]) * 3), (6, [1] * 6 + [2] + [1] * 5 + [2])])
+def test_races_and_holes_are_seen(step, counts):
+    """Stores are recorded with their program and mask: elements of two programs and of none can be counted."""
+    out = torch.zeros(24, dtype=torch.int32)
+    with watched() as stores:
+        strided[(3,)](out, step, 8)
+    assert [program for program, *_ in stores] == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]
+    elements = np.concatenate([addresses[mask] for _, addresses, mask in stores]).astype(np.int64) - out.data_ptr()
+    assert np.bincount(elements // 4, minlength=len(counts)).tolist()[: len(counts)] == counts
+    strided[(3,)](out, step, 8)
+    assert len(stores) == 3  # only what ran inside
 
 
 @cpu_only

@@ -22,16 +22,10 @@ from minglm.kernels import flash_attention_triton as kernel  # noqa: E402
 from minglm.kernels import paged_attention_triton as paged  # noqa: E402
 from minglm.kernels.flash_attention_triton import Tiles  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 NAMES = ("output", "gradient of q", "of k", "of v")
 SMALL = [Tiles(32, 16, 4, 1), Tiles(16, 32, 4, 1)]  # queries x keys; several tiles at every end of short rows
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """What is allocated and never written is NaN: torch fills it, when asked to be deterministic."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

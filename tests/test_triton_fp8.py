@@ -17,17 +17,11 @@ DEVICE = switch_on()
 from minglm.kernels import fp8_block_triton as kernel  # noqa: E402
 from minglm.kernels.fp8_block_triton import quantize_triton, scaled_product_triton  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 ROUNDING = 2**-4 / math.sqrt(3) * math.sqrt(2 / 3 * math.log(2))
 """Relative error, root mean square, of numbers with three bits of mantissa: an error anywhere within half a step, 1/16
 of the power of two below the number, whose own mean square, spread evenly over octaves, is 3 / (2 ln 2)."""
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """What is allocated and never written is NaN: torch fills it, when asked to be deterministic."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def check_quantization(x):

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from minglm.kernels import backend
 from minglm.kernels.grouped_gemm import grouped_experts
-from minglm.kernels.interpreter import in_new_process, switch_on
+from minglm.kernels.interpreter import in_new_process, switch_on, watched
+from minglm.kernels.router_topk import group_by_expert
 from minglm.testing.model import normal
 from minglm.testing.rl import numbers, seeds
 
@@ -15,15 +16,9 @@ DEVICE = switch_on()
 from minglm.kernels import grouped_experts as layer  # noqa: E402
 from minglm.kernels.tiles import Tiles  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 NAMES = ("output", "gradient of x", "of the weights", "of gate", "of up", "of down")
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """What is allocated and never written is NaN: torch fills it, when asked to be deterministic."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def drawn(seed, T, E, K, D, F, crowd, dtype=torch.float32):
@@ -99,6 +94,25 @@ def test_repeats_to_the_bit_whatever_the_number_of_programs(monkeypatch):
     first = results(layer.experts_triton, *case)
     monkeypatch.setattr(layer, "programs", lambda x, each=1: 5)
     assert all(torch.equal(a, b) for a, b in zip(first, results(layer.experts_triton, *case)))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="watches the interpreter")
+def test_every_element_is_stored_once(monkeypatch):
+    """No two programs of a launch share an element, which would be a race, and none is left out; uneven loads."""
+    monkeypatch.setattr(layer, "programs", lambda x, each=1: 5)
+    experts_TK, (x_TD, weights_TK, gate, up, down), _ = drawn(4, 40, 4, 2, 36, 70, False)
+    order, _, ends_E = group_by_expert(experts_TK, 4)
+    launches = (
+        lambda: layer.up(x_TD, order, weights_TK, ends_E, gate, up, save=True),
+        lambda: [layer.product([(x_TD, down)], order, ends_E, 2, pick=True, transposed=False)],
+        lambda: [layer.outer(x_TD, x_TD, order, ends_E, 2, pick_a=True, pick_b=True)],
+        lambda: [layer.sum_choices(torch.ones(80, 36), 2)],
+    )
+    for launch in launches:
+        with watched() as stores:
+            results = launch()
+        elements = torch.cat([torch.from_numpy(at[mask].astype("int64")) for _, at, mask in stores])
+        assert len(elements) == len(elements.unique()) == sum(r.numel() for r in results)
 
 
 def test_the_switch_chooses_these_kernels(monkeypatch):

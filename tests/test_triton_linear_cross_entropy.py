@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch.profiler import profile
 
+from minglm.common import peak_bytes
 from minglm.kernels import backend
 from minglm.kernels.interpreter import in_new_process, switch_on
 from minglm.kernels.linear_cross_entropy import cross_entropy, linear_cross_entropy, token_log_probabilities
@@ -16,15 +16,9 @@ DEVICE = switch_on()
 from minglm.kernels import linear_cross_entropy_triton as kernel  # noqa: E402
 from minglm.kernels.tiles import Tiles  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 NAMES = ("log-probabilities", "entropies", "gradient of the states", "gradient of the head")
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """What is allocated and never written is NaN: torch fills it, when asked to be deterministic."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def problem(seed, T, D, V, dtype=torch.float32, scale=1.0):
@@ -133,18 +127,6 @@ def test_the_switch_and_the_mask(monkeypatch):
     assert logp_T.shape == (0,)
 
 
-def peak(function, *values):
-    """The most bytes that PyTorch had allocated at one time during a call, beyond what was there before."""
-    with profile(profile_memory=True) as found:
-        function(*values)
-    held = highest = 0
-    for event in found.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            highest = max(highest, held)
-    return highest
-
-
 def test_memory_is_that_of_a_chunk(monkeypatch):
     """Beyond its results a call holds twice CHUNK_BYTES, 4 T D, and a few numbers a token; the plain form, T V."""
     monkeypatch.setattr(backend, "_chosen", "triton")
@@ -163,7 +145,7 @@ def test_memory_is_that_of_a_chunk(monkeypatch):
 
     inputs = 2 * 4 * (T * D + V * D)  # `results` copies them; the gradients are as large
     allowed = inputs + 2 * kernel.CHUNK_BYTES + 2 * 4 * T * D + 100 * T * kernel.SPLITS
-    assert peak(ours) < allowed < 4 * T * V + inputs < peak(theirs)
+    assert peak_bytes(ours) < allowed < 4 * T * V + inputs < peak_bytes(theirs)
 
 
 SETUP = """

@@ -10,6 +10,8 @@ from minglm.testing.model import tiny_model
 
 DEVICE = switch_on()
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 
 @pytest.fixture
 def restore():

@@ -15,15 +15,9 @@ DEVICE = switch_on()
 from minglm.kernels import newton_schulz_triton as kernel  # noqa: E402
 from minglm.kernels.tiles import Tiles  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # of the largest number
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """What is allocated and never written is NaN: torch fills it, when asked to be deterministic."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def compare(seed, matrices, rows, depth, dtype, add):

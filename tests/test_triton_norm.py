@@ -14,6 +14,8 @@ DEVICE = switch_on()
 from minglm.kernels import norm_triton  # noqa: E402
 from minglm.kernels.norm_triton import add_norm_triton  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 EPS = 1e-5
 
 
@@ -29,7 +31,9 @@ def compare(rows, width, added, later, dtype, seed, tolerance):
         loss = (out * upstream[0].to(out)).sum() + (later * (r * upstream[1].to(r)).sum())
         return [out, r, *torch.autograd.grad(loss, [x, weight, *change])]
 
-    for ours, exact in zip(run(add_norm_triton, None), run(norm, torch.float64)):
+    results = run(add_norm_triton, None)
+    assert all(map(torch.equal, results, run(add_norm_triton, None)))  # the same bits each time
+    for ours, exact in zip(results, run(norm, torch.float64)):
         scale = max(1.0, *exact.detach().abs().flatten().tolist(), 0.0)  # a gradient may cancel to 0, its terms do not
         torch.testing.assert_close(ours.double(), exact, atol=tolerance * scale, rtol=0)
 

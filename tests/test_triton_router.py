@@ -13,6 +13,8 @@ from minglm.testing.rl import numbers, seeds
 DEVICE = switch_on()
 from minglm.kernels.router_topk_triton import group_by_expert_triton, route_triton  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 
 def compare(T, E, K, normalize, coarse, seed):
     """Choice, weights, scores and the gradient of the logits; those of the plain form in float64."""
@@ -28,6 +30,7 @@ def compare(T, E, K, normalize, coarse, seed):
         return experts, weights, scores, torch.autograd.grad(loss, x)[0]
 
     chosen, *ours = run(route_triton, torch.float32)
+    assert all(map(torch.equal, (chosen, *ours), run(route_triton, torch.float32)))  # the same bits each time
     assert torch.equal(chosen, router_topk(logits.to(DEVICE), bias.to(DEVICE), K, normalize, 2.5)[0])
     for found, exact in zip(ours, run(router_topk, torch.float64)[1:]):
         torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=1e-5)  # float32 sums of up to K terms

@@ -147,12 +147,6 @@ def bounds(documents_BS):
     return begin, end.contiguous()
 
 
-def _tiles(table, x):
-    if x.dtype == torch.float32:
-        return FLOAT32
-    return next(tiles for most, tiles in table.items() if x.shape[-1] <= most)
-
-
 def described(x, size):
     """Tiles of `size` positions of one head, as a kernel reads and writes them: x (B, S, heads, A), or (B, heads, S).
 

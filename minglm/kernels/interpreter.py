@@ -24,6 +24,7 @@ What it cannot show: 32-bit tensor-core accumulation order, TF32 rounding, share
 costs 0.2 to 0.5 ms for each operation of each program, whatever the size of the tile: use few programs and large tiles.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -165,6 +166,28 @@ def run_as(*index):
         return execute(self, *arguments, **named)
 
     mended.GridExecutor.__call__ = once
+
+
+@contextlib.contextmanager
+def watched():
+    """Every store of the kernels that run inside: a list of (program, addresses, mask), arrays of the tile's shape.
+
+    The interpreter runs one program after another, so it never shows a race. But an element to which two programs of a
+    launch store is one, and an element to which none does is a hole: both can be counted. `program` is its index.
+    """
+    from triton.runtime import interpreter as mended
+
+    stores, store = [], mended.InterpreterBuilder.create_masked_store
+
+    def recorded(self, pointers, value, mask, *rest):
+        stores.append((self.grid_idx, *(x.copy() for x in np.broadcast_arrays(pointers.data, mask.data))))
+        return store(self, pointers, value, mask, *rest)
+
+    mended.InterpreterBuilder.create_masked_store = recorded
+    try:
+        yield stores
+    finally:
+        mended.InterpreterBuilder.create_masked_store = store
 
 
 def in_new_process(program, timeout=120):
