@@ -3,7 +3,7 @@
     minutes = tokens * FLOPs per token / (speed of a matrix product on this machine * share of it that training reaches)
 
 Tokens are exact for pre- and mid-training; for the later stages they are an estimate from a few conversations of each
-environment, and a rollout costs a third of the training step on it. The share was measured once on two CPU cores.
+environment, as if no answer were rejected. The two shares below were measured on toy runs, on one busy CPU core.
 """
 
 import time
@@ -16,7 +16,9 @@ from minglm.prepare import check_environments
 from minglm.train.stages import phases
 
 BYTES_PER_TOKEN = 3  # of a tokenizer this small, on conversations
-UTILISATION = 0.3
+UTILISATION = 0.4
+REINFORCED = 0.7
+"""What a token of a rollout costs, of a training token: all are sampled, those of groups with a signal are trained on."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def expected_minutes(run, stages, speed):
     found = []
     for stage in stages:
         length = min(stage.sequence_length, 256)  # packed documents are short, whatever the row
-        flops = stage.tokens * flops_per_token(run.model, length)["total"] * (4 / 3 if stage.kind == "rl" else 1)
+        flops = stage.tokens * flops_per_token(run.model, length)["total"] * (REINFORCED if stage.kind == "rl" else 1)
         found.append(flops / (speed * UTILISATION) / 60)
     return found
 
