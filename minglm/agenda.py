@@ -18,7 +18,7 @@ from minglm.train.stages import phases
 BYTES_PER_TOKEN = 3  # of a tokenizer this small, on conversations
 UTILISATION = 0.4
 REINFORCED = 0.7
-"""What a token of a rollout costs, of a training token: all are sampled, those of groups with a signal are trained on."""
+"""Cost of a token of a rollout, in training tokens: all are sampled, and those of groups with a signal trained on."""
 
 
 @dataclass(frozen=True)
