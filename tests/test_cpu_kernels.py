@@ -11,6 +11,7 @@ from minglm.inference import Engine, Request
 from minglm.inference.sampling import DRAW, sample, uniforms
 from minglm.kernels import backend, cpu
 from minglm.kernels.grouped_gemm import experts_loop
+from minglm.kernels.newton_schulz import COEFFICIENTS, orthogonalize, polar_express
 from minglm.kernels.norm import norm
 from minglm.kernels.paged_attention import attend_slots
 from minglm.kernels.qk_norm_rope import qk_norm_rope
@@ -125,6 +126,44 @@ def test_no_token_of_probability_zero_is_drawn():
         int(cpu.sample_cpu(logits, torch.ones(1), torch.tensor([s]), torch.tensor([0]), DRAW)[0]) for s in range(300)
     ]
     assert set(drawn_tokens) == {70, 130} and 100 < drawn_tokens.count(70) < 200
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 9), st.integers(1, 60), st.integers(1, 60), seeds, st.booleans())
+def test_newton_schulz(count, rows, columns, seed, express):
+    """Newton-Schulz of any shape is that of float64; a matrix's bits depend on nothing beside it, nor on threads."""
+    stack, coefficients = drawn(seed, count, rows, columns), polar_express(5) if express else [COEFFICIENTS] * 5
+    exact = orthogonalize(stack, 5, torch.float64, coefficients)
+    found = cpu.newton_schulz_cpu(stack, coefficients)
+    # float32, and the slope 485 magnifies the rounding of small values; tests/test_muon.py
+    torch.testing.assert_close(found, exact.float(), atol=1e-4, rtol=0)
+    assert torch.equal(cpu.newton_schulz_cpu(stack[-1:], coefficients)[0], found[-1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "alone", lambda multiplications: False)
+        patch.setattr(torch, "get_num_threads", lambda: 3)
+        assert torch.equal(cpu.newton_schulz_cpu(stack, coefficients), found)
+
+
+def test_where_newton_schulz_is_in_c(monkeypatch):
+    """Float32 on a CPU; not in float64, for large matrices, or where PyTorch was asked for."""
+    calls = []
+    monkeypatch.setattr("minglm.kernels.newton_schulz.newton_schulz_cpu", lambda s, c: calls.append(s) or s)
+    orthogonalize(drawn(0, 2, 4, 6)), orthogonalize(drawn(0, 3, 4))
+    assert len(calls) == 2
+    orthogonalize(drawn(0, 4, 6).double()), orthogonalize(drawn(0, 257, 256)), orthogonalize(drawn(0, 4, 6), gram=True)
+    backend.use("torch")
+    try:
+        orthogonalize(drawn(0, 4, 6))
+    finally:
+        backend.use("auto")
+    assert len(calls) == 2
+
+
+def test_a_matrix_that_is_not_finite_breaks_no_other():
+    """A matrix that is not finite leaves those after it in the stack as they were."""
+    stack = drawn(1, 3, 10, 12)
+    whole, stack[0, 2, 3] = orthogonalize(stack), float("nan")
+    assert torch.equal(orthogonalize(stack)[1:], whole[1:])
 
 
 @settings(max_examples=5)

@@ -104,8 +104,9 @@ def test_stack_is_a_loop_and_transposition_commutes(count, rows, columns, seed):
 
 def test_waves_change_nothing():
     """A stack longer than the cache is worked on in waves; the last, shorter wave is not lost."""
-    stack = draw(3, 67, 64, 80)  # 20 KB each, 51 in a wave
-    torch.testing.assert_close(orthogonalize(stack)[60:], orthogonalize(stack[60:]), atol=1e-5, rtol=0)
+    stack = draw(3, 67, 64, 80).double()  # 40 KB each, 25 in a wave; float64 is PyTorch's form
+    whole = orthogonalize(stack, dtype=torch.float64)
+    torch.testing.assert_close(whole[60:], orthogonalize(stack[60:], dtype=torch.float64), atol=1e-12, rtol=0)
 
 
 def test_zeros_stay_zeros_and_vectors_are_refused():

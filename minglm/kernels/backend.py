@@ -13,7 +13,7 @@ the top and is itself imported only here, when a tensor asks for it. There is on
 `torch.backends`: a model that mixes both forms could not be compared with anything.
 
     auto     Triton for tensors on a GPU, where triton is installed; C for float32 tensors on a CPU in inference mode,
-             which is how the engine generates, where there is a compiler; PyTorch for all others
+             which is how the engine generates, and in Muon, where there is a compiler; PyTorch for all others
     torch    PyTorch everywhere
     triton   Triton everywhere: on a CPU only in its interpreter (TRITON_INTERPRET=1), mended, which is for tests
 """
@@ -80,16 +80,19 @@ def use(name):
     _chosen = name
 
 
-def backend(tensor):
+def backend(tensor, gradients=True):
     """ "triton", "c" or "torch": the form that runs for this tensor. Float64, which is for references, gets torch.
+
+    gradients: whether they are ever asked of this operation; where not, C does not wait for inference mode.
 
     Raises ValueError for triton on a CPU outside the interpreter, where a kernel could not run.
     """
     if _chosen == "torch" or tensor.dtype == torch.float64:
         return "torch"
     if _chosen == "auto" and not tensor.is_cuda:
-        generates = tensor.dtype == torch.float32 and tensor.is_cpu and torch.is_inference_mode_enabled()
-        return "c" if generates and cpu.library() is not None else "torch"
+        quiet = torch.is_inference_mode_enabled() or not gradients
+        fits = tensor.dtype == torch.float32 and tensor.is_cpu and quiet
+        return "c" if fits and cpu.library() is not None else "torch"
     if _chosen == "auto":
         return "triton" if installed() else "torch"
     if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":

@@ -1,4 +1,4 @@
-/* The small operations of generation on a CPU, float32, each in one pass over its data (no section in the paper).
+/* Small operations on a CPU, float32: those of generation, each in one pass over its data, and Muon's Newton-Schulz.
 
    Decoding one token for each of a few answers is hundreds of operations on vectors that fit in a core's first cache;
    called one by one from Python they cost far more than their arithmetic. Each function here is the twin of a plain
@@ -258,5 +258,69 @@ void sample(const float *logits, const float *temperature, const int64_t *seed, 
             for (token = 0; logits[token] != largest;) token++;
         tokens[b] = token;
         logprobs[b] = (logits[token] - largest) * cool - log(total);
+    }
+}
+
+/* A tile of out = factor a b + z_factor z, sums in registers: a[i * down + k * along], the others `width` wide */
+#define TILE(NAME, ROWS, COLUMNS)                                                                                      \
+    static void NAME(const float *a, long down, long along, const float *b, const float *z, float *out, long width,    \
+                     long depth, float factor, float z_factor) {                                                       \
+        lanes sum[ROWS][COLUMNS] = {{{0}}};                                                                            \
+        for (long k = 0; k < depth; k++, a += along, b += width)                                                       \
+            for (int i = 0; i < ROWS; i++)                                                                             \
+                for (int j = 0; j < COLUMNS; j++) sum[i][j] += a[i * down] * ((const lanes *)b)[j];                    \
+        for (int i = 0; i < ROWS; i++)                                                                                 \
+            for (int j = 0; j < COLUMNS; j++) {                                                                        \
+                lanes s = factor * sum[i][j];                                                                          \
+                ((lanes *)(out + i * width))[j] = z ? s + z_factor * ((const lanes *)(z + i * width))[j] : s;          \
+            }                                                                                                          \
+    }
+TILE(tile_6x2, 6, 2)
+TILE(tile_6x1, 6, 1)
+TILE(tile_1x2, 1, 2)
+TILE(tile_1x1, 1, 1)
+
+/* out (rows, width) = factor a b + z_factor z, z may be null; width whole lanes; symmetric: half of it is computed */
+static void add_product(const float *a, long down, long along, const float *b, const float *z, float *out, long rows,
+                        long width, long depth, float factor, float z_factor, int symmetric) {
+    for (long i = 0, high; i < rows; i += high) {
+        high = rows - i < 6 ? 1 : 6;
+        for (long j = symmetric ? i / LANES * LANES : 0, wide; j < width; j += wide) {
+            wide = width - j < 2 * LANES ? LANES : 2 * LANES;
+            void (*tile)(const float *, long, long, const float *, const float *, float *, long, long, float, float) =
+                high == 6 ? (wide == LANES ? tile_6x1 : tile_6x2) : (wide == LANES ? tile_1x1 : tile_1x2);
+            tile(a + i * down, down, along, b + j, z ? z + i * width + j : 0, out + i * width + j, width, depth, factor,
+                 z_factor);
+        }
+    }
+    if (symmetric)
+        for (long i = 1; i < rows; i++)
+            for (long j = 0; j < i; j++) out[i * width + j] = out[j * width + i];
+}
+
+/* kernels/newton_schulz.py, orthogonalize: `count` matrices (rows, columns), three coefficients a step. Each is worked on
+   standing, the short side n padded with zeros to whole lanes, which the iteration leaves zero: Y <- a Y + Y (b G + c G G)
+   with G = Y'Y. Scratch: 2 n (n + long side), n padded. */
+void newton_schulz(const float *x, float *out, float *scratch, const float *coefficients, long steps, long count,
+                   long rows, long columns) {
+    long n = rows < columns ? rows : columns, m = rows + columns - n, width = (n + LANES - 1) / LANES * LANES;
+    long down = rows < columns ? 1 : columns, across = rows < columns ? columns : 1;
+    float *gram = scratch, *polynomial = gram + width * width, *y = polynomial + width * width, *next = y + m * width;
+    for (long c = 0; c < count; c++, x += rows * columns, out += rows * columns) {
+        if (width > n) memset(scratch, 0, 2 * width * (width + m) * sizeof *scratch); /* NaN would stay in the padding */
+        double square = 0;
+        for (long i = 0; i < rows; i++) square += dot(x + i * columns, x + i * columns, columns);
+        float scale = 1 / fmaxf(sqrt(square), 1e-7f);
+        for (long i = 0; i < m; i++)
+            for (long j = 0; j < n; j++) y[i * width + j] = x[i * down + j * across] * scale;
+        for (const float *k = coefficients; k < coefficients + 3 * steps; k += 3) {
+            add_product(y, 1, width, y, 0, gram, width, width, m, 1, 0, 1);
+            add_product(gram, width, 1, gram, gram, polynomial, width, width, width, k[2], k[1], 1);
+            add_product(y, width, 1, polynomial, y, next, m, width, width, 1, k[0], 0);
+            float *old = y;
+            y = next, next = old;
+        }
+        for (long i = 0; i < m; i++)
+            for (long j = 0; j < n; j++) out[i * down + j * across] = y[i * width + j];
     }
 }

@@ -1,13 +1,13 @@
-"""Small operations of generation on a CPU, in C: compiled when first needed, found again on disk (no paper section).
+"""Small operations on a CPU, in C: compiled when first needed, found again on disk (no section in the paper).
 
     cc -O3 -march=native -ffast-math cpu.c  ->  cache/minglm/cpu-<hash of source, compiler, processor>.so  ->  ctypes
 
-`cpu.c` is the third form of seven operations, beside PyTorch and Triton, chosen by `minglm.kernels.backend` for float32
-tensors on a CPU in inference mode. What PyTorch's form costs in generation is not arithmetic but calls: a token of the
-toy model is about a thousand of them. Compiling takes a second or two, once for a machine; without a compiler PyTorch
-goes on. C without PyTorch's headers is what keeps that so short, and readable.
+`cpu.c` is the third form of eight operations, beside PyTorch and Triton, chosen by `minglm.kernels.backend` for float32
+tensors on a CPU where no gradient can be asked for. What PyTorch's form costs in generation is not arithmetic but
+calls: a token of the toy model is about a thousand of them. Compiling takes a second or two, once for a machine, and
+without a compiler PyTorch goes on. C without PyTorch's headers is what keeps that so short, and readable.
 
-Simplified: one thread. Where there is enough work for more (`alone`), PyTorch does it.
+Simplified: one thread, but for Newton-Schulz. Where there is enough work for more (`alone`), PyTorch does it.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ import torch
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fPIC", "-std=gnu11")
 FEW = 2**25
-PANEL = 16  # tokens that a product takes at once, as in the source
+PANEL, LANES = 16, 8  # tokens that a product takes at once, numbers in a vector: as in the source
 
 
 def cache_folder():
@@ -77,7 +78,7 @@ def library():
             path = build(command, Path(tempfile.mkdtemp(prefix="minglm-")))
         loaded = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
-        print(f"minglm: generation in plain PyTorch, because {command} failed: {error}", file=sys.stderr)
+        print(f"minglm: plain PyTorch in place of C, because {command} failed: {error}", file=sys.stderr)
         return None
     kinds = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int, "q": ctypes.c_int64}
     for name, letters in SIGNATURES.items():
@@ -94,6 +95,7 @@ SIGNATURES = {
     "keep": "pppp" + "lll",
     "paged_attention": "pppppp" + "lllllllll",
     "sample": "ppppqppp" + "ll",
+    "newton_schulz": "pppp" + "llll",
 }
 """Arguments in order: pointer, long, float, int, int64."""
 
@@ -193,3 +195,27 @@ def sample_cpu(logits_BV, temperature_B, seeds_B, index_B, purpose):
         _at(scratch), B, V,
     )  # fmt: skip
     return tokens_B, logprobs_B
+
+
+def newton_schulz_cpu(stack, coefficients):
+    """The same as `minglm.kernels.newton_schulz.orthogonalize` for (matrices, rows, columns), shared among threads.
+
+    A matrix never meets another, so a result depends neither on the threads nor on what else is in the stack.
+    """
+    stack, (count, rows, columns) = stack.contiguous(), stack.shape
+    out, table = torch.empty_like(stack), torch.tensor(coefficients, dtype=torch.float32)
+    short = -(-min(rows, columns) // LANES) * LANES
+
+    def work(first, last):
+        scratch = stack.new_empty(2 * short * (short + max(rows, columns)))
+        part = (_at(stack[first:last]), _at(out[first:last]), _at(scratch), _at(table))
+        library().newton_schulz(*part, len(coefficients), last - first, rows, columns)
+
+    threads = 1 if alone(count * rows * columns * short) else torch.get_num_threads()
+    bounds = [count * i // threads for i in range(threads + 1)]
+    if threads == 1:
+        work(0, count)
+    else:  # C gives Python's lock back while it computes
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, bounds, bounds[1:]))
+    return out

@@ -19,7 +19,7 @@ Choices:
 - AdamW has the embedding, norms and biases (the paper's exceptions) and also the output head, which the paper does not
   name and other implementations leave out (`muon_output_head` moves it). A matrix with one row or one column is a
   vector, and AdamW's too. Parameters with one axis have no weight decay.
-- All matrices of one shape, wide or tall, go through Newton-Schulz as one stack: a few large products, not hundreds.
+- All matrices of one shape go through Newton-Schulz as one stack: a few large products, not hundreds.
 - `polynomial` = polar_express takes coefficients that bring singular values nearer to one in as many products.
 - State exists from the start, so an expert or a layer without a gradient so far has the same keys in a checkpoint.
 
@@ -137,17 +137,15 @@ class Muon(torch.optim.Optimizer):
 
     def orthogonalize_all(self, updates, steps):
         """Orthogonalise matrices and stacks of matrices of any shapes. Returns a list in the same order and shapes."""
-        wide = [update.mT if update.shape[-2] > update.shape[-1] else update for update in updates]
         alike = defaultdict(list)
-        for index, matrix in enumerate(wide):
-            alike[matrix.shape[-2:], matrix.dtype, matrix.device].append(index)
+        for index, update in enumerate(updates):
+            alike[update.shape[-2:], update.dtype, update.device].append(index)
         results = [None] * len(updates)
         for (shape, _, _), indices in alike.items():
-            stacks = [wide[index].reshape(-1, *shape) for index in indices]
+            stacks = [updates[index].reshape(-1, *shape) for index in indices]
             done = self.newton_schulz(torch.cat(stacks), steps).split([len(stack) for stack in stacks])
             for index, stack in zip(indices, done):
-                is_tall = wide[index] is not updates[index]
-                results[index] = (stack.mT if is_tall else stack).reshape(updates[index].shape)
+                results[index] = stack.reshape(updates[index].shape)
         return results
 
     def _adamw(self, group, parameters, gradients, states):
