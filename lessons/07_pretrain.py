@@ -24,14 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minglm import evaluate, figures, lesson
-from minglm.config import (
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Run,
-    StageConfig,
-    StagesConfig,
-)
+from minglm.config import DataConfig, ModelConfig, OptimizerConfig, Run, StageConfig, StagesConfig
 from minglm.data.mixture import Mixture
 from minglm.model.glm import GLM
 from minglm.optim import schedule
@@ -41,12 +34,9 @@ from minglm.train.loop import step
 from minglm.train.stages import phases
 
 LONG = 1_000_000.0
-NANO = ModelConfig(
-    vocab_size=512, hidden_size=64, num_hidden_layers=2, first_k_dense_replace=1, num_attention_heads=6,
-    num_key_value_heads=2, head_dim=16, rope_theta=LONG, intermediate_size=192, moe_intermediate_size=32,
-    n_routed_experts=8, num_experts_per_tok=2, max_position_embeddings=2048, initializer_range=0.06,
-)  # fmt: skip
+NANO = replace(lesson.NANO, num_nextn_predict_layers=1, rope_theta=LONG, max_position_embeddings=2048)
 SHARES = {"general": 0.45, "code_reasoning": 0.25, "repository": 0.1, "reasoning": 0.1, "long_agent": 0.1}
+TASKS = {"tasks:arithmetic": 2, "tasks:code": 1, "math": 1, "prose": 1}
 VARIANTS = {
     "cosine, ramp": {},
     "WSD, ramp": {"schedule": "wsd"},
@@ -55,7 +45,7 @@ VARIANTS = {
 }
 SHADES = dict(zip(VARIANTS, ("#1f5fa8", "#c2571a", "#55958c", "#7a5195"), strict=True))
 SIZES = {"tokens": 120_000, "megabytes": 0.4, "documents": 400, "peak_lr": 0.02, "heldout": 12_000}
-SMOKE = {"tokens": 1_500, "megabytes": 0.02, "documents": 20, "peak_lr": 0.02, "heldout": 500}
+SMOKE = {"tokens": 3_072, "megabytes": 0.02, "documents": 20, "peak_lr": 0.02, "heldout": 500}
 
 # %% [markdown]
 # ## The lines that matter
@@ -71,29 +61,23 @@ SMOKE = {"tokens": 1_500, "megabytes": 0.02, "documents": 20, "peak_lr": 0.02, "
 def config(sizes, seed, **changes):
     """The Run of one training: nano, with the paper's stages in its proportions of length."""
     total, small = sizes["tokens"], min(1024, sizes["tokens"] // 12)
-    tasks = {"tasks:arithmetic": 2, "tasks:code": 1, "math": 1, "prose": 1}
-    rows = {
-        "general": ("prose, code, facts", 64, {"prose": 3, "code": 3, "qa": 1, "science": 1}, "truncate", 10_000.0),
-        "code_reasoning": ("code, mathematics", 64, {"code": 2, "math": 1, "prose": 1}, "truncate", 10_000.0),
-        "repository": ("code across files", 512, {"code": 3, "prose": 1}, "best_fit", LONG),
-        "reasoning": ("worked solutions", 512, tasks, "best_fit", LONG),
-        "long_agent": ("long documents", 2048, {"long": 2, "prose": 1, "code": 1}, "best_fit", LONG),
-    }
-    stages = {
-        name: StageConfig(teaches, int(share * total), length, mixture, packing, theta)
-        for (name, share), (teaches, length, mixture, packing, theta) in zip(SHARES.items(), rows.values(), strict=True)
-    }
+    row = min(2048, total // 12)  # the longest: 32 times the shortest, as in the paper
+    general, code, repository, reasoning, long = (int(share * total) for share in SHARES.values())
+    stages = StagesConfig(
+        StageConfig("prose, code, facts", general, row // 32, {"prose": 3, "code": 3, "qa": 1, "science": 1}),
+        StageConfig("code, mathematics", code, row // 32, {"code": 2, "math": 1, "prose": 1}),
+        StageConfig("code across files", repository, row // 4, {"code": 3, "prose": 1}, "best_fit", LONG),
+        StageConfig("worked solutions", reasoning, row // 4, TASKS, "best_fit", LONG),
+        StageConfig("long documents", long, row, {"long": 2, "prose": 1, "code": 1}, "best_fit", LONG),
+    )
     optimizer = OptimizerConfig(
         peak_lr=sizes["peak_lr"], warmup_tokens=total // 20, batch_tokens_start=small, batch_tokens_end=4 * small,
         batch_ramp_tokens=total // 2, microbatch_tokens=4096,
     )  # fmt: skip
-    few = sizes["documents"]
-    data = DataConfig(
-        corpus_megabytes=sizes["megabytes"], decontaminate=0, synthetic_documents=few, trajectories=few // 2
-    )
-    edges = {"start": small, "end": 4 * small}
-    changes = {field: edges.get(value, value) for field, value in changes.items()}
-    return Run("pretrain", NANO, StagesConfig(**stages), data, replace(optimizer, **changes), seed=seed)
+    few = {"synthetic_documents": sizes["documents"], "trajectories": sizes["documents"] // 2}
+    data = DataConfig(corpus_megabytes=sizes["megabytes"], decontaminate=0, **few)
+    changes = {field: {"start": small, "end": 4 * small}.get(value, value) for field, value in changes.items()}
+    return Run("pretrain", NANO, stages, data, replace(optimizer, **changes), seed=seed)
 
 
 def train(name, run, tokenizer, shards, heldout, limit):
@@ -103,21 +87,16 @@ def train(name, run, tokenizer, shards, heldout, limit):
     for phase in phases(run):
         stage = getattr(run.stages, phase.name)
         model.rope_theta = stage.rope_theta
-        stream = Mixture(
-            shards, stage.mixture, stage.sequence_length, stage.packing, run.seed * 100 + phase.start % 97,
-            pad=tokenizer.pad,
-        )  # fmt: skip
-        done = 0
+        draws = (stage.mixture, stage.sequence_length, stage.packing, run.seed * 100 + phase.start % 97)
+        stream, done = Mixture(shards, *draws, pad=tokenizer.pad), 0
         while done < phase.tokens:
             seen = phase.start + done
             rows = max(1, round(phase.batch_tokens(seen) / phase.sequence_length))
             found = step(model, optimizer, stream.next(rows), phase, seen)
             done += rows * phase.sequence_length
             steps.append([phase.start + done, found["loss"], found["learning_rate"], rows * phase.sequence_length])
-        measured = {
-            source: evaluate.bits_per_byte(model, tokenizer, heldout[source], 64, limit) for source in ("prose", "code")
-        }
-        bits.append(sum(measured.values()) / len(measured))
+        both = [evaluate.bits_per_byte(model, tokenizer, heldout[name], 64, limit) for name in ("prose", "code")]
+        bits.append(sum(both) / 2)
     return {"variant": name, "seed": run.seed, "steps": np.round(steps, 5).tolist(), "bits": bits}
 
 
@@ -125,11 +104,9 @@ def experiment(sizes, seeds):
     """All runs."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer, shards, heldout, _ = prepare(config(sizes, 0), Path(folder))
-        runs = []
-        for seed in range(seeds):
-            for name, changes in tqdm(VARIANTS.items(), desc=f"seed {seed}", disable=None):
-                run = config(sizes, seed, **changes)
-                runs.append(train(name, run, tokenizer, shards, heldout, sizes["heldout"]))
+        cells = [(name, config(sizes, seed, **VARIANTS[name])) for seed in range(seeds) for name in VARIANTS]
+        data = (tokenizer, shards, heldout, sizes["heldout"])
+        runs = [train(*cell, *data) for cell in tqdm(cells, desc="runs", disable=None)]
     bounds = [phase.start for phase in phases(config(sizes, 0))] + [sizes["tokens"]]
     return {"runs": runs, "bounds": bounds, "full_scale": full_scale()}
 
@@ -146,11 +123,10 @@ def full_scale():
     run, found = Run("glm", ModelConfig()), {}
     total = run.stages.total_tokens
     for tokens in (10**12, 15 * 10**12, 22 * 10**12):
-        rate = schedule.learning_rate(tokens, run.optimizer, total)
+        rate, batch = schedule.learning_rate(tokens, run.optimizer, total), schedule.batch_tokens(tokens, run.optimizer)
         weight, bias = (f(tokens, run.balance, run.stages) for f in (schedule.mtp_weight, schedule.bias_rate))
-        found[f"at {tokens / 1e12:g}T: rate, batch, MTP weight, bias rate"] = (
-            f"{rate:.3g}, {schedule.batch_tokens(tokens, run.optimizer):,}, {weight}, {bias}"
-        )
+        about = f"at {tokens / 1e12:g}T: rate, batch, MTP weight, bias rate"
+        found[about] = f"{rate:.3g}, {batch:,}, {weight}, {bias}"
     seen = steps = 0
     while seen < total:
         seen, steps = seen + schedule.batch_tokens(seen, run.optimizer), steps + 1
@@ -163,9 +139,8 @@ def smooth(run, points=60):
     tokens, loss = np.array(run["steps"])[:, :2].T
     edges = np.linspace(0, tokens[-1], points + 1)
     at = np.clip(np.searchsorted(edges, tokens) - 1, 0, points - 1)
-    counts = np.bincount(at, minlength=points)
-    filled = counts > 0
-    return ((edges[1:] + edges[:-1]) / 2)[filled], (np.bincount(at, loss, points)[filled] / counts[filled])
+    filled, at = np.unique(at, return_inverse=True)
+    return ((edges[1:] + edges[:-1]) / 2)[filled], np.bincount(at, loss) / np.bincount(at)
 
 
 def of(log, name):
@@ -175,24 +150,20 @@ def of(log, name):
 
 def draw(log):
     """The figure, from the log alone."""
-    figure, axes = figures.canvas(2, 2, (10.5, 7.2))
-    (curve, rate), (batch, end) = axes
+    figure, ((curve, rate), (batch, end)) = figures.canvas(2, 2, (10.5, 7.2))
     first = of(log, "cosine, ramp")
     x = smooth(first[0])[0] / 1000
     lesson.curve(curve, x, [smooth(run)[1] for run in first], "", SHADES["cosine, ramp"])
-    top = max(smooth(first[0])[1])
-    for name, bound in zip(SHARES, log["bounds"], strict=False):
+    for stage, bound in zip(SHARES, log["bounds"], strict=False):
         curve.axvline(bound / 1000, color=figures.PALE, linewidth=1)
-        curve.annotate(
-            name.replace("_", " "), (bound / 1000, top), (3, 0), textcoords="offset points", fontsize=7, rotation=-90,
-            va="top",
-        )  # fmt: skip
+        at = {"xy": (bound / 1000, max(smooth(first[0])[1])), "xytext": (3, 0), "textcoords": "offset points"}
+        curve.annotate(stage.replace("_", " "), **at, fontsize=7, rotation=-90, va="top")
     lesson.panel(curve, "Five stages, one curve", "tokens (thousands)", "loss (nats per token)")
     for name, ends in (("cosine, ramp", (6, 0)), ("WSD, ramp", (6, 6))):
         steps = np.array(of(log, name)[0]["steps"])
         rate.plot(steps[:, 0] / 1000, steps[:, 2], color=SHADES[name], linewidth=1.6)
-        rate.annotate(name.split(",")[0], (steps[-1, 0] / 1000, steps[-1, 2]), ends, textcoords="offset points",
-                      color=SHADES[name], fontsize=8)  # fmt: skip
+        at = {"xy": (steps[-1, 0] / 1000, steps[-1, 2]), "xytext": ends, "textcoords": "offset points"}
+        rate.annotate(name.split(",")[0], **at, color=SHADES[name], fontsize=8)
     lesson.panel(rate, "Learning rate", "tokens (thousands)", "")
     for name in VARIANTS:
         means = np.mean([run["bits"] for run in of(log, name)], 0)
@@ -202,9 +173,7 @@ def draw(log):
     names = [f"{name}\n{len(of(log, name)[0]['steps'])} steps" for name in VARIANTS]
     lesson.bars(end, names, [[run["bits"][-1] for run in of(log, name)] for name in VARIANTS], SHADES.values())
     values = [run["bits"][-1] for run in log["runs"]]
-    lesson.panel(
-        end, "At the end, each seed a tick", "", "bits per byte", ylim=(min(values) * 0.95, max(values) * 1.03)
-    )
+    lesson.panel(end, "At the end, each seed a tick", "", "bits per byte", ylim=(min(values) - 0.1, max(values) + 0.1))
     end.tick_params(axis="x", labelsize=7)
     return figure
 
@@ -236,8 +205,7 @@ def verdicts(log):
     text = {name: f"{values.mean():+.3f} ({values.min():+.3f} to {values.max():+.3f})" for name, values in gain.items()}
     return {
         f"cosine ends below WSD with every seed; WSD {text['WSD, ramp']} bits per byte": gain["WSD, ramp"].min() > 0,
-        f"the ramp ends below the large batch with every seed; that {text['large batch']}": gain["large batch"].min()
-        > 0,
+        f"the ramp ends below the large batch; that {text['large batch']}": gain["large batch"].min() > 0,
         f"the ramp ends within 0.05 of the small batch, {text['small batch']}, in "
         f"{steps['cosine, ramp']} steps against {steps['small batch']}": gain["small batch"].min() > -0.05,
     }
