@@ -190,8 +190,8 @@ def draw(log):
 # **Where the toy contradicts the recipe:** the 0.2 rule should let Muon reuse AdamW's rate, but AdamW is best at 0.01
 # and Muon at 0.03. And the rule buys nothing here (the small batch ends 0.09 *lower* without it): at width 64 it is a
 # factor of 1.6 to 2.8, which any rate absorbs. It should matter when the width changes, and this toy has one width.
-# Polar Express's coefficients leave no value more than 0.16 from one after five steps, Jordan's some 0.53 (those that were
-# a thousandth of the norm), and 0.32 however many steps are made. No run here says whether training notices.
+# Polar Express's coefficients leave no value more than 0.16 from one after five steps, Jordan's some 0.53 (those that
+# were a thousandth of the norm), and 0.32 however many steps are made. No run here says whether training notices.
 #
 # ## Exercise
 # Write `mine(stack, steps)`, Newton-Schulz on a stack of experts with `torch.einsum` only, and hold it to the contract:
