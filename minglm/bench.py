@@ -1,9 +1,10 @@
 """How fast: our parts beside named baselines, in one run, interleaved (no counterpart in the paper).
 
-A benchmark is a function `name(config, options) -> record`, registered in BENCHES, and `draw_name(record, axis)`. The
-record goes to figures/bench_NAME.json with versions, device and commit. What a machine does meanwhile falls on both
-sides alike, because they take turns; the best of the turns is reported, and speeds are to be read as ratios. Seconds
-are those of the processor (all threads together): a machine that does other work meanwhile spoils them least.
+A benchmark is a function `name(config, options) -> record`, registered in BENCHES, and `draw_name(record, axis)`, in
+DRAWN (with that of `bench kernels`, which has options of its own). The record goes to figures/bench_NAME.json with
+versions, device and commit. What a machine does meanwhile falls on both sides alike, because they take turns; the best
+of the turns is reported, and speeds are to be read as ratios. Seconds are those of the processor (all threads
+together): a machine that does other work meanwhile spoils them least.
 """
 
 import json
@@ -15,6 +16,7 @@ import torch
 
 from minglm import figures
 from minglm.bench_compile import compile_kernels, draw_compile
+from minglm.bench_kernels import draw_kernels
 from minglm.bench_train import draw_train, train
 from minglm.common import versions, write_json
 from minglm.inference import Engine, Request
@@ -128,15 +130,14 @@ def draw_generate(record, axis):
     )
 
 
-BENCHES = {"generate": (generate, draw_generate), "train": (train, draw_train)}
-BENCHES["compile"] = (compile_kernels, draw_compile)
+BENCHES = {"generate": generate, "train": train, "compile": compile_kernels}
+DRAWN = {"generate": draw_generate, "train": draw_train, "compile": draw_compile, "kernels": draw_kernels}
 
 
 def run(name, config, options):
     """Run one benchmark, write its record and draw it. Returns the paths."""
-    bench, draw = BENCHES[name]
     record = {"bench": name, "config": config.name, "versions": versions(), "repeats": options.repeats}
-    record |= bench(config, options)
+    record |= BENCHES[name](config, options)
     path = Path(options.out) / f"bench_{name}.json"
     write_json(path, record)
     return path, redraw(path)
@@ -146,5 +147,5 @@ def redraw(path):
     """Draw the figure of a stored record again. Returns its path."""
     record = json.loads(Path(path).read_text(encoding="utf-8"))
     figure, ((axis,),) = figures.canvas(1, 1, record.get("size", (7, 4)))
-    BENCHES[record["bench"]][1](record, axis)
+    DRAWN[record["bench"]](record, axis)
     return figures.save(figure, Path(path).with_suffix(".png"))

@@ -16,7 +16,6 @@ is a new operation. `smoke` asks for toy sizes, with which every case runs on a 
 import dataclasses
 import gc
 import importlib
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -180,7 +179,7 @@ def run(device, only=(), out=None, rounds=20, smoke=False):
     unknown = set(only) - set(operations())
     if unknown:
         raise ValueError(f"--only {sorted(unknown)[0]}: no such operation; there are {', '.join(operations())}")
-    record = {"versions": versions() | gpu_versions(), "rounds": rounds, "cases": []}
+    record = {"bench": "kernels", "versions": versions() | gpu_versions(), "rounds": rounds, "cases": []}
     limits = record["ceilings"] = ceilings(device, smoke)
     print(f"{record['versions']['device']}: {limits['bfloat16'] / 1e12:.1f} TFLOP/s bfloat16, "
           f"{limits['bytes'] / 1e12:.2f} TB/s copied", flush=True)  # fmt: skip
@@ -191,17 +190,16 @@ def run(device, only=(), out=None, rounds=20, smoke=False):
             for name, form in measured["forms"].items():
                 print(line(name, form), flush=True)
             record["cases"].append(measured)
+            record["size"] = [9, 1.2 + 0.24 * len(record["cases"])]
             if out:
                 write_json(out, record)  # a run that is cut short keeps what it has
             gc.collect()
     return record
 
 
-def redraw(path):
-    """Draw the stored record: of each case what share of the ceiling each form reaches. Returns the figure's path."""
-    record = json.loads(Path(path).read_text(encoding="utf-8"))
+def draw_kernels(record, axis):
+    """Of each case what share of the ceiling each form reaches."""
     cases = record["cases"]
-    figure, ((axis,),) = figures.canvas(1, 1, (9, 1.2 + 0.24 * len(cases)))
     for row, case in enumerate(cases):
         shares = {name: form["share"] for name, form in case["forms"].items() if "share" in form}
         for i, (name, share) in enumerate(shares.items()):
@@ -211,7 +209,6 @@ def redraw(path):
     axis.set_yticks([-row for row in range(len(cases))], [case["case"] for case in cases], fontsize=6)
     axis.set(xlim=(0, 1.1), xlabel="share of the ceiling: minglm (dot), baselines (strokes; the best is named)")
     figures.title(axis, f"{record['versions']['device']}, ceilings measured in the same run")
-    return figures.save(figure, Path(path).with_suffix(".png"))
 
 
 def gpu_versions():
@@ -243,6 +240,8 @@ def command(p, words):
     device = pick_device(args.device)
     if device.type != "cuda" and not args.smoke:
         raise ValueError("bench kernels measures GPU kernels and found no GPU; --smoke shows on a CPU that it runs")
+    from minglm.bench import redraw
+
     use(args.kernels)
     backend(torch.empty(0, device=device))  # refuses Triton on a CPU outside its interpreter
     run(device, args.only, args.out, args.rounds, args.smoke)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from minglm import bench_kernels
+from minglm import bench_kernels, report
 from minglm.__main__ import main
 from minglm.kernels import backend
 from minglm.kernels.interpreter import switch_on
@@ -15,10 +15,11 @@ DEVICE = switch_on()
 
 def test_smoke_run_writes_every_form(tmp_path, capsys):
     """`bench kernels --smoke` measures every operation on a CPU: ours agrees with each baseline, times are positive."""
-    path = tmp_path / "bench.json"
+    path = tmp_path / "bench_kernels.json"
     assert main(["bench", "kernels", "--smoke", "--device", "cpu", "--rounds", "2", "--out", str(path)]) == 0
     record = json.loads(path.read_text())
-    assert path.with_suffix(".png").stat().st_size > 0
+    drawn = path.with_suffix(".png").read_bytes()
+    assert report.redraw([path]) == [path.with_suffix(".png")] and path.with_suffix(".png").read_bytes() == drawn
     assert {case["operation"] for case in record["cases"]} == set(bench_kernels.operations())
     for case in record["cases"]:
         for name, form in case["forms"].items():
