@@ -87,6 +87,7 @@ WRONG = {
     "--posttraining.general_rl.aggregation sum": "posttraining.general_rl.aggregation = 'sum'",
     "--posttraining.thinking_share 2": "posttraining.thinking_share = 2.0",
     "--dtype float16": "dtype = 'float16': must be float32 or bfloat16",
+    "--watch mlflow": "watch = 'mlflow': must be tensorboard or wandb, or empty",
     "--data.fim_rate 2": "data.fim_rate",
 }
 
