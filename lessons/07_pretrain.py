@@ -42,8 +42,9 @@ VARIANTS = {
     "WSD, ramp": {"schedule": "wsd"},
     "small batch": {"batch_tokens_end": "start"},
     "large batch": {"batch_tokens_start": "end"},
+    "no switch": {},
 }
-SHADES = dict(zip(VARIANTS, ("#1f5fa8", "#c2571a", "#55958c", "#7a5195"), strict=True))
+SHADES = dict(zip(VARIANTS, ("#1f5fa8", "#c2571a", "#55958c", "#7a5195", "#8c8c8c"), strict=True))
 SIZES = {"tokens": 120_000, "megabytes": 0.4, "documents": 400, "peak_lr": 0.02, "heldout": 12_000}
 SMOKE = {"tokens": 3_072, "megabytes": 0.02, "documents": 20, "peak_lr": 0.02, "heldout": 500}
 
@@ -85,6 +86,9 @@ def train(name, run, tokenizer, shards, heldout, limit):
     model = GLM(NANO, run.seed)
     optimizer, steps, bits = Muon(model, run.optimizer), [], []
     for phase in phases(run):
+        if name == "no switch":
+            first = {"bias_rate": lambda seen: run.balance.bias_rate, "mtp_weight": lambda seen: run.balance.mtp_weight}
+            phase = replace(phase, **first)
         stage = getattr(run.stages, phase.name)
         model.rope_theta = stage.rope_theta
         draws = (stage.mixture, stage.sequence_length, stage.packing, run.seed * 100 + phase.start % 97)
@@ -94,7 +98,8 @@ def train(name, run, tokenizer, shards, heldout, limit):
             rows = max(1, round(phase.batch_tokens(seen) / phase.sequence_length))
             found = step(model, optimizer, stream.next(rows), phase, seen)
             done += rows * phase.sequence_length
-            steps.append([phase.start + done, found["loss"], found["learning_rate"], rows * phase.sequence_length])
+            load = float(np.mean(found["load_max_over_mean"]))
+            steps.append([phase.start + done, found["loss"], found["learning_rate"], load, found["mtp_loss"]])
         both = [evaluate.bits_per_byte(model, tokenizer, heldout[name], 64, limit) for name in ("prose", "code")]
         bits.append(sum(both) / 2)
     return {"variant": name, "seed": run.seed, "steps": np.round(steps, 5).tolist(), "bits": bits}

@@ -46,6 +46,8 @@ class DataConfig:
     """Cosine of embeddings from which the worse of two documents goes (SemDedup), 0.95 for instance; 0: off."""
     quality: str = "rubric"
     """Score by rules (rubric), by a classifier they taught (learned), or by one taught by a .jsonl of text, label."""
+    web_labels: str = ""
+    """A .jsonl of text, label (1: a page that teaches code), to find such pages among those without a code tag."""
     lowest_share: float = 0.1
     """Share of prose and of each language of code that is dropped, by quality."""
     top_share: float = 0.1
@@ -306,7 +308,7 @@ class Run:
     compile: bool = False
     """torch.compile of each decoder layer; worth its minutes on a GPU, in long runs."""
     threads: int = 0
-    """CPU threads; 0: the cores of this machine divided by the ranks on it."""
+    """CPU threads, which share the rows of each batch; 0: the cores of this machine divided by the ranks on it."""
     checkpoint_seconds: float = 60.0
     """Seconds of training between checkpoints inside a stage."""
     watch: str = ""
@@ -338,7 +340,7 @@ LATER = {
     "evaluation": ("every_tokens", "needles"),
 }  # fields that change nothing at their defaults: runs from before they existed keep their hash
 CLEANING = ("decontaminate", "stream_megabytes", "near_duplicates", "semantic_duplicates", "quality")
-CLEANING += ("lowest_share", "top_share", "top_epochs", "educational")
+CLEANING += ("web_labels", "lowest_share", "top_share", "top_epochs", "educational")
 
 
 def older(data):

@@ -28,6 +28,7 @@ from minglm.common import (
     pick_dtype,
     read_jsonl,
     seed_everything,
+    thread_count,
     use_threads,
     versions,
     write_json,
@@ -76,10 +77,10 @@ class Pipeline:
     def __init__(self, run, out, quiet=False):
         self.run, self.out, self.quiet = run, Path(out), quiet
         check_folder(self.out, run)
-        use_threads(run.threads)
         backend.use(run.kernels)
         seed_everything(run.seed)
         self.device = pick_device(run.device)
+        self.threads = use_threads(run.threads, inside=self.device.type != "cpu" or run.compile)
         self.stages = plan_stages(run)
         self.log = Log(self.out / "log.jsonl", writers.writer(run.watch, self.out / "watch", to_dict(run)))
         saved = sorted((self.out / "checkpoints").glob("*/*.pt"))
@@ -92,7 +93,8 @@ class Pipeline:
         self.tokenizer, self.shards, self.heldout, about = prepare(run, self.out / "data")
         write_json(self.out / "config.json", {"hash": run.hash(), "config": to_dict(run)})
         if not position:
-            self.log.write("start", name=run.name, config_hash=run.hash(), seed=run.seed, versions=versions())
+            self.log.write("start", name=run.name, config_hash=run.hash(), seed=run.seed,
+                           versions=versions() | {"threads": thread_count(run.threads)})  # fmt: skip
             self.log.write("data", **about)
 
     def checkpoints(self, stage):
@@ -161,9 +163,10 @@ class Pipeline:
 
     def train(self, model, optimizer, stream, phase, checkpoints, **more):
         """The training loop, with this run's log and its device's ceiling; more: other arguments of the loop."""
-        flops = measured_flops(self.device, pick_dtype(self.run.dtype, self.device))
+        flops = measured_flops(self.device, pick_dtype(self.run.dtype, self.device)) * self.threads
         ceiling = flops / plan.flops_per_token(self.run.model, phase.sequence_length)["total"]
-        train(model, optimizer, stream, phase, checkpoints, self.log, self.quiet, ceiling=ceiling, **more)
+        more |= {"ceiling": ceiling, "threads": self.threads}
+        train(model, optimizer, stream, phase, checkpoints, self.log, self.quiet, **more)
 
     def pretrain(self, stage, model, state, checkpoints):
         """One of the five stages before post-training; the optimizer goes on from the stage before."""
@@ -248,12 +251,9 @@ class Pipeline:
         answers, counts, prompts = [], {}, prompts_for(post)
         for name, expert in post.experts():
             model, _ = self.model_of(f"{name}.rl")
-            environments = {e: ENVIRONMENTS[e] for e in expert.environments}
-            tasks = [
-                task for e in environments.values()
-                for task in e.tasks(prompts[e.name], self.run.seed * 100 + DISTILL_SEED)
-            ]  # fmt: skip
-            groups = rollout(Engine(model, self.tokenizer), self.tokenizer, environments, tasks,
+            seed = self.run.seed * 100 + DISTILL_SEED
+            tasks = [task for e in expert.environments for task in ENVIRONMENTS[e].tasks(prompts[e], seed)]
+            groups = rollout(Engine(model, self.tokenizer), self.tokenizer, ENVIRONMENTS, tasks,
                              post.responses_per_prompt, self.run.evaluation, seed=DISTILL_SEED)  # fmt: skip
             accepted, found = distill.accept([trajectory for group in groups for trajectory in group])
             counts |= {f"{name}: {what}": count for what, count in found.items()}
@@ -274,7 +274,7 @@ class Pipeline:
         reinforce(
             model, Muon(model, self.run.optimizer), Engine(model, self.tokenizer), self.tokenizer,
             ENVIRONMENTS, config, name, checkpoints, self.log, (self.run.seed * 100 + RL_SEED) * 10 + order[name],
-            1.0 if is_expert else post.thinking_share, self.quiet,
+            1.0 if is_expert else post.thinking_share, self.quiet, self.threads,
         )  # fmt: skip
         records = [r for r in read_jsonl(self.log.path) if r.get("stage") == name]
         return {"tokens": sum(r.get("trained_tokens", 0) for r in records)}

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minglm.chat import render, render_text
-from minglm.common import atomic_path, use_threads, write_json
+from minglm.common import atomic_path, thread_count, write_json
 from minglm.config import older, to_dict
 from minglm.data import classifier, corpus, parts, quality, shards
 from minglm.data.decontaminate import Index
@@ -72,7 +72,7 @@ def prepare(run, folder, engine="local"):
 
 def build(run, folder, key, engine="local"):
     """Write documents, tokenizer and shards of a run under `folder`, as far as they are not there under this key."""
-    began, workers, solved = time.time(), use_threads(run.threads), solutions(run)
+    began, workers, solved = time.time(), thread_count(run.threads), solutions(run)
     documents, tokenizer = folder / "documents", folder / "tokenizer.json"
     done = _done(documents, key)
     if done is None:

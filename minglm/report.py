@@ -200,6 +200,23 @@ def rl_rows(records):
     return rows
 
 
+def cleaning_rows(records):
+    """What became of the documents that were read: used, left out and why, repeated, records that could not be used."""
+    rows = []
+    for about in select(records, "data"):
+        done = about.get("cleaning", {})
+        rows.append(("used, repetitions included", f"{about.get('documents', 0):,}"))
+        rows.append(("exact copies, left out", f"{done.get('exact_copies', 0):,}"))
+        removed = {"evaluation items in them, left out": done.get("decontamination", {}).get("removed", {})}
+        removed |= {f"{name.replace('_', ' ')}, left out": done.get(name, {})
+                    for name in ("near_duplicates", "semantic_duplicates", "lowest_quality")}  # fmt: skip
+        removed["best quality, repeated"] = done.get("repeated", {})
+        rows += [(name, f"{sum(counts.values()):,}") for name, counts in removed.items() if counts]
+        log = f", named in {about['skipped_log']}" if about.get("skipped_log") else ""
+        rows.append((f"records that could not be used{log}", f"{about.get('skipped', 0):,}"))
+    return rows
+
+
 def section(title, *parts):
     """A section with its heading, or nothing when all its parts are empty."""
     body = "\n".join(part for part in parts if part)
@@ -225,14 +242,10 @@ def markdown(records, figures=()):
     bits = [(label(r["stage"]), r["source"], f"{r['value']:.3f}") for r in select(records, "bits_per_byte")]
     acceptance = [(label(r["stage"]), percent(r["value"])) for r in select(records, "mtp_acceptance")]
     times = [
-        (
-            label(r["stage"]),
-            begins.get(r["stage"], {}).get("teaches", ""),
-            f"{r['seconds']:.0f}",
-            thousands(r["tokens"]),
-        )
+        (label(r["stage"]), begins.get(r["stage"], {}).get("teaches", ""), f"{r['seconds']:.0f}",
+         f"{r.get('evaluation_seconds', 0):.0f}", thousands(r["tokens"]))
         for r in select(records, "stage_end")
-    ]
+    ]  # fmt: skip
     data = [row for r in select(records, "data") for row in r["tokens"].items()]
     data = [(source, thousands(tokens)) for source, tokens in data]
     kept = [row for r in select(records, "rejection") for row in r["counts"].items()]
@@ -243,7 +256,7 @@ def markdown(records, figures=()):
     rewards = ("phase", "steps", "first reward", "last reward", "live groups", "truncated", "clipped", "skipped steps")
     return header_lines(records) + "".join((
         section("Claims", table(("claim", "measured", "verdict"), [(c.name, c.measured, c.verdict) for c in claims])),
-        section("Data", table(("source", "tokens"), data)),
+        section("Data", table(("source", "tokens"), data), table(("documents", ""), cleaning_rows(records))),
         section("Training", picture.get("loss"), picture.get("load"), table(("after", "source", "bits per byte"), bits),
                 table(("after", "MTP drafts accepted"), acceptance)),
         section("Scores", picture.get("scores"), table(scores, score_rows(records))),
@@ -251,7 +264,7 @@ def markdown(records, figures=()):
                 picture.get("pathology")),
         section("Rejection sampling", table(("answers", "count"), kept)),
         section("Samples", sample_text(records)),
-        section("Time", picture.get("time"), 
+        section("Time", picture.get("time"),
                 table(("stage", "teaches", "training, s", "evaluation, s", "tokens"), times)),
     ))  # fmt: skip
 

@@ -130,9 +130,10 @@ def fake_log(seed=0):
     rng = random.Random(seed)
     versions = {"python": "3.11.7", "torch": "2.13.0+cpu", "device": "cpu", "threads": 2, "commit": "0123456789ab"}
     records = [{"kind": "start", "config_hash": "abcdef012345", "name": "toy", "seed": seed, "versions": versions}]
-    records.append(
-        {"kind": "data", "tokens": {"prose": 1_200_000, "code": 2_300_000}, "documents": 9000, "seconds": 20}
-    )
+    cleaning = {"exact_copies": 3, "decontamination": {"n": 13, "removed": {"prose": 2, "qa": 16}}}
+    cleaning |= {"near_duplicates": {"code": 5}, "lowest_quality": {"prose": 7}, "repeated": {"prose": 8}}
+    data = {"tokens": {"prose": 1_200_000, "code": 2_300_000}, "documents": 9000, "cleaning": cleaning, "seconds": 20}
+    records.append({"kind": "data", **data, "skipped": 11, "skipped_log": "data/documents/skipped.log"})
     records += pretraining_records(rng)
     records += posttraining_records(rng)
     text = "<|user|>\n3 + 4 * 2 = ?<|assistant|>\n<think>4 * 2 = 8; 3 + 8 = 11</think>\n11<|user|>"

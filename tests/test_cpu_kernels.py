@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minglm import common
 from minglm.inference import Engine, Request
 from minglm.inference.sampling import DRAW, sample, uniforms
 from minglm.kernels import backend, cpu
@@ -139,8 +140,8 @@ def test_newton_schulz(count, rows, columns, seed, express):
     torch.testing.assert_close(found, exact.float(), atol=1e-4, rtol=0)
     assert torch.equal(cpu.newton_schulz_cpu(stack[-1:], coefficients)[0], found[-1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "alone", lambda multiplications: False)
-        patch.setattr(torch, "get_num_threads", lambda: 3)
+        patch.setattr(cpu, "FEW", 0)
+        patch.setattr(common, "threads", 3)
         assert torch.equal(cpu.newton_schulz_cpu(stack, coefficients), found)
 
 

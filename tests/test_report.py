@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from itertools import pairwise
 
 import pytest
@@ -210,6 +211,29 @@ def test_the_stages_are_drawn_from_the_config(tmp_path):
         run = Run("x", ModelConfig(), dataclasses.replace(StagesConfig(), general=general))
         pictures.append(report.draw_stages(run, tmp_path / f"{tokens}.png").read_bytes())
     assert pictures[0] != pictures[1]
+
+
+def test_every_row_has_a_cell_for_each_column():
+    """No table of the whole report has a row longer or shorter than its header."""
+    tables = [block.split("\n") for block in report.markdown(LOG).split("\n\n") if block.startswith("|")]
+    assert len(tables) > 6
+    for table in tables:
+        widths = {len(re.sub(r"\\\|", "", line).split("|")) for line in table if line}
+        assert len(widths) == 1, table[0]
+
+
+def test_the_report_says_what_became_of_the_documents():
+    """Counts of what was left out and why, and of records that could not be used, with the log that names them."""
+    rows = dict(report.cleaning_rows(LOG))
+    assert rows == {
+        "used, repetitions included": "9,000",
+        "exact copies, left out": "3",
+        "evaluation items in them, left out": "18",
+        "near duplicates, left out": "5",
+        "lowest quality, left out": "7",
+        "best quality, repeated": "8",
+        "records that could not be used, named in data/documents/skipped.log": "11",
+    }
 
 
 def test_tables_escape_bars():

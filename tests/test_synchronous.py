@@ -25,6 +25,7 @@ from minglm.rl.synchronous import collate, draw_tasks, learn, reinforce, sampled
 from minglm.testing.model import tiny_model
 from minglm.testing.rl import numbers, seeds
 from minglm.train.checkpoint import Checkpoints, Interrupted
+from minglm.train.replicas import Replicas
 
 TASK = Task("0", "letters", (user("?"),), (), None, 1)
 CONFIG = RLConfig(("letters",), steps=1, prompts=2, samples=2, max_new_tokens=8, peak_lr=1e-2)
@@ -76,10 +77,10 @@ class Looks(torch.optim.SGD):
         self.seen.append({n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named})
 
 
-def gradients(model, pairs, config=CONFIG, clip_norm=1e9):
+def gradients(model, pairs, config=CONFIG, clip_norm=1e9, threads=1):
     """({name: gradient}, metrics) of one update."""
     optimizer = Looks(model)
-    metrics = update(model, optimizer, pairs, config, 0, clip_norm)
+    metrics = update(model, optimizer, pairs, config, 0, clip_norm, Replicas(model, threads))
     (seen,) = optimizer.seen
     return seen, metrics
 
@@ -147,15 +148,20 @@ def test_what_follows_the_last_sampled_token_changes_nothing(seed):
 
 
 @settings(max_examples=10)
-@given(seed=seeds, size=st.sampled_from([1, 13, 30, 60]), mode=st.sampled_from(["token", "sequence", "constant"]))
-def test_micro_batches_change_no_gradient(seed, size, mode):
-    """Any bound on the tokens of a pass, any aggregation: the same gradient, norm and metrics."""
+@given(
+    seed=seeds,
+    size=st.sampled_from([1, 13, 30, 60]),
+    threads=st.integers(1, 9),
+    mode=st.sampled_from(["token", "sequence", "constant"]),
+)
+def test_neither_micro_batches_nor_threads_change_a_gradient(seed, size, threads, mode):
+    """Any bound on the tokens of a pass, any number of threads and aggregation: the same gradient, norm and metrics."""
     model, config = tiny_model(seed), dataclasses.replace(CONFIG, aggregation=mode)
     pairs = [(drawn_segment(seed + 10 * i), [1.0, -0.5, 2.0][i % 3]) for i in range(7)]
     whole, metrics = gradients(model, pairs, config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(synchronous, "MICROBATCH_TOKENS", size)
-        cut, other = gradients(model, pairs, config)
+        cut, other = gradients(model, pairs, config, threads=threads)
     for name in whole:  # float32 sums of up to 84 tokens in another order; ratios of up to e^3
         torch.testing.assert_close(whole[name], cut[name], atol=1e-4 * max(1, whole[name].abs().max()), rtol=1e-3)
     assert metrics == pytest.approx(other, rel=1e-3, abs=1e-4)
@@ -295,7 +301,7 @@ def test_a_rollout_can_serve_several_updates(updates):
     model, groups, calls = tiny_model(1), drawn_groups(1, [[0, 1], [1, 0]]), []
     segments = sum(len(t.segments) for group in groups for t in group)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synchronous, "update", lambda *a: calls.append(a[2]) or {})
+        patch.setattr(synchronous, "update", lambda *a, replicas: calls.append(a[2]) or {})
         learn(model, muon(model), groups, dataclasses.replace(CONFIG, updates_per_rollout=updates), 0, 9)
     assert len(calls) == min(updates, segments) and all(calls)
     assert Counter(id(s) for pairs in calls for s, _ in pairs) == Counter(

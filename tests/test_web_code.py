@@ -1,14 +1,18 @@
 """Web pages that teach code: found by tags or a classifier, and parsed so that every space of their code survives."""
 
 import html
+import itertools
 import json
 import string
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.data import web_code
+from minglm.config import DataConfig
+from minglm.data import classifier, web_code
+from minglm.data.corpus import documents
 from minglm.data.sources import Skipped, user_files
 from minglm.data.web_code import is_candidate, parse
 
@@ -91,3 +95,25 @@ def test_rows_of_html_become_pages_of_their_own_language(tmp_path):
     rest = [(d.text, d.source, d.language) for d in found]
     assert rest == [("see `x`\n", "prose", "web"), ("as given", "prose", "en")]
     assert skipped.reasons == {"a web page without code": 1}
+
+
+def prose(verbs, nouns, n):
+    """A few sentences without any tag of code."""
+    return " ".join(f"{verbs[(n + i) % 5]} the {nouns[(n * 3 + i * 2) % 7]}, then the next." for i in range(6))
+
+
+def test_marked_pages_teach_a_run_which_pages_are_code(tmp_path):
+    """`data.web_labels` finds pages whose code has no tag, and leaves pages about food out."""
+    about = {1: "compile call return import debug|function loop variable class list string module"}
+    about[0] = "bake stir chop boil taste|onion flour pepper butter sauce garlic soup"
+    named = {mark: [part.split() for part in text.split("|")] for mark, text in about.items()}
+    marked = [{"text": prose(*named[n % 2], n), "label": n % 2} for n in range(4 * classifier.FEWEST)]
+    (tmp_path / "marked.jsonl").write_text("\n".join(map(json.dumps, marked)))
+    pages = [{"html": f"<p>{prose(*named[n % 2], n + 1000)}</p>", "source": f"user:{n % 2}"} for n in range(20)]
+    (tmp_path / "pages.jsonl").write_text("\n".join(map(json.dumps, pages)))
+    config = DataConfig(files=(f"{tmp_path / 'pages.jsonl'}",), web_labels=f"{tmp_path / 'marked.jsonl'}")
+    skipped = Skipped()
+    found = [d.source for d in itertools.takewhile(lambda d: d.language == "web", documents(config, 0, skipped))]
+    assert found == ["user:1"] * 10 and skipped.reasons == {"a web page without code": 10}
+    with pytest.raises(ValueError, match=r"data\.web_labels: cannot read"):
+        next(documents(replace(config, web_labels=f"{tmp_path / 'absent.jsonl'}")))

@@ -218,8 +218,14 @@ def train(rows, seed=0):
     return Judge(models), about
 
 
-def read_labels(path):
-    """Marked documents from a .jsonl file, as `train` takes them.
+def fit_pages(path, seed=0):
+    """A Classifier of web pages from marked ones, `read_labels` of "web_labels": 1 where the text teaches code."""
+    rows = read_labels(path, "data.web_labels")
+    return fit([text for text, *_ in rows], [mark for _, mark, *_ in rows], seed)[0]
+
+
+def read_labels(path, field="data.quality"):
+    """Marked documents from a .jsonl file, as `train` takes them. field: of the config, for what is wrong.
 
     Each line has a "text" and a "label" from 0 to 1, and may have a "source" ("prose" unless given) and a "language".
     Raises ValueError naming file and line: a wrong mark is worse than none.
@@ -228,15 +234,15 @@ def read_labels(path):
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data.quality: cannot read the labels {path}: {error}") from None
+        raise ValueError(f"{field}: cannot read the labels {path}: {error}") from None
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 row = json.loads(line)
                 text, mark = row["text"], float(row["label"])
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f'data.quality: {path}, line {number}: needs "text" and a number "label"') from None
+                raise ValueError(f'{field}: {path}, line {number}: needs "text" and a number "label"') from None
             if not (isinstance(text, str) and 0 <= mark <= 1):
-                raise ValueError(f"data.quality: {path}, line {number}: label {mark} must lie between 0 and 1")
+                raise ValueError(f"{field}: {path}, line {number}: label {mark} must lie between 0 and 1")
             rows.append((text, mark, row.get("source", "prose"), row.get("language", "en")))
     return rows

@@ -24,7 +24,7 @@ import sysconfig
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from minglm.data import quality, synthetic
+from minglm.data import classifier, quality, synthetic
 from minglm.data.outline import outline
 from minglm.data.sources import SYNTHETIC, Document, is_heldout, repositories, user_files
 
@@ -117,7 +117,8 @@ def documents(config, seed=0, skipped=None):
     skipped: a `Skipped` that counts what cannot be used.
     """
     share, megabytes = config.heldout, config.corpus_megabytes
-    yield from user_files(config.files, share, skipped, config.stream_megabytes)
+    pages = config.web_labels and classifier.fit_pages(config.web_labels, seed)
+    yield from user_files(config.files, share, skipped, config.stream_megabytes, pages or None)
     code = list(python_library(share, megabytes))
     yield from code
     yield from bounded(docstrings(code), megabytes)

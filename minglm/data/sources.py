@@ -83,26 +83,36 @@ def is_heldout(name, share):
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "replace")).digest()[:8], "big") < share * 2**64
 
 
-def user_files(paths, share=0.0, skipped=None, megabytes=0.0):
+@dataclass(frozen=True)
+class Reading:
+    """How the sources of a corpus are read; see `user_files`."""
+
+    share: float
+    skipped: Skipped
+    judge: object
+
+
+def user_files(paths, share=0.0, skipped=None, megabytes=0.0, judge=None):
     """Documents from your own data, in order, as a stream; see the table above.
 
     share: how much is held out. skipped: a `Skipped` that counts what cannot be used. megabytes: bound on the text of
-    each data set by name (0: none). A source that is not built in is named "user:<source>" in a mixture.
+    each data set by name (0: none). judge: says which web pages without a code tag teach code (`web_code`). A source
+    that is not built in is named "user:<source>" in a mixture.
     Raises ValueError naming the file that cannot be used, and the row.
     """
-    skipped = skipped or Skipped()
+    how = Reading(share, skipped or Skipped(), judge)
     for given in paths:
         path = Path(given)
         if str(given).startswith("hf:"):
-            yield from _rows(str(given), dataset(str(given)), share, skipped, megabytes)
+            yield from _rows(str(given), dataset(str(given)), how, megabytes)
         elif str(given).startswith("git:"):
             yield from _history(str(given), share)
         elif path.is_dir():
-            yield from _folder(path, share, skipped)
+            yield from _folder(path, how)
         elif not path.is_file():
             raise ValueError(f"data.files: there is no file or folder {path}")
         elif _is(path, CODE, TEXT, ROWS):
-            yield from _file(path, None, share, skipped)
+            yield from _file(path, None, how)
         else:
             known = ".txt, .md, .jsonl, .jsonl.zst, .parquet, a code file, a folder, hf:NAME or git:CHECKOUT"
             raise ValueError(f"data.files: {path} is none of {known}")
@@ -123,7 +133,7 @@ def _is(path, *kinds):
     return path.name.lower().endswith(tuple(suffix for kind in kinds for suffix in kind))
 
 
-def _folder(top, share, skipped):
+def _folder(top, how):
     """Documents of all files below a folder, in order of their paths; each repository after its last file."""
     repositories_open, found = {}, False  # {folder of the repository: [bytes so far, its code files]}
     for folder, below, names in os.walk(top):
@@ -133,7 +143,7 @@ def _folder(top, share, skipped):
         folder, checkout = Path(folder), ".git" in below or ".git" in names
         below[:] = sorted(name for name in below if not name.startswith("."))
         for root in [root for root in repositories_open if root not in (folder, *folder.parents)]:
-            yield from _join(root, *repositories_open.pop(root), skipped)
+            yield from _join(root, *repositories_open.pop(root), how.skipped)
         if checkout or folder == top:
             repositories_open[folder] = [0, []]
         root = next(r for r in (folder, *folder.parents) if r in repositories_open)
@@ -141,13 +151,13 @@ def _folder(top, share, skipped):
             if _is(path, CODE, TEXT, ROWS) and path.is_file():
                 found = True
                 try:
-                    for document in _file(path, f"{root}", share, skipped):
+                    for document in _file(path, f"{root}", how):
                         yield document
                         _hold(repositories_open[root], document)
                 except _NotText as error:
-                    skipped.add(path, "file", f"not UTF-8 ({error})")
+                    how.skipped.add(path, "file", f"not UTF-8 ({error})")
     for root, held in repositories_open.items():
-        yield from _join(root, *held, skipped)
+        yield from _join(root, *held, how.skipped)
     if not found:
         raise ValueError(f"data.files: the folder {top} holds no text, code, .jsonl, .jsonl.zst or .parquet files")
 
@@ -185,18 +195,18 @@ class _NotText(ValueError):
     """A file that is not UTF-8."""
 
 
-def _file(path, folder, share, skipped):
+def _file(path, folder, how):
     """Documents of one file. Raises ValueError where it cannot be read."""
     if _is(path, ROWS):
         rows = parquet(path) if path.suffix.lower() == ".parquet" else jsonl(path)
-        yield from _rows(f"{path}", rows, share, skipped)
+        yield from _rows(f"{path}", rows, how)
         return
-    language, heldout = CODE.get(path.suffix.lower(), "en"), is_heldout(f"{path}", share)
+    language, heldout = CODE.get(path.suffix.lower(), "en"), is_heldout(f"{path}", how.share)
     source, group = ("code", folder) if _is(path, CODE) else ("prose", None)
     for number, text in enumerate(_pieces(path)):
         name = f"{path}" if not number else f"{path}/{number}"
         if not number and not text.strip():
-            skipped.add(path, "file", "empty")
+            how.skipped.add(path, "file", "empty")
         yield Document(text, source, language, None, name, group, heldout)
 
 
@@ -227,14 +237,14 @@ def _pieces(path):
         raise ValueError(f"data.files: cannot read {path}: {error.strerror}") from None
 
 
-def _rows(name, rows, share, skipped, megabytes=0.0):
+def _rows(name, rows, how, megabytes=0.0):
     """Documents of rows, pairs of (where, row or the reason why there is none)."""
     good, bad, left = 0, None, megabytes * 1e6 or float("inf")
     for where, row in rows:
-        document = row if isinstance(row, str) else _document(name, where, row, share)
+        document = row if isinstance(row, str) else _document(name, where, row, how)
         if isinstance(document, str):
             bad = bad or f"{where}: {document}"
-            skipped.add(name, where, document)
+            how.skipped.add(name, where, document)
             continue
         good += 1
         yield document
@@ -245,11 +255,11 @@ def _rows(name, rows, share, skipped, megabytes=0.0):
         raise ValueError(f"data.files: nothing in {name} can be used; {bad}")
 
 
-def _document(name, where, row, share):
+def _document(name, where, row, how):
     """The Document of a row, or the reason why there is none."""
     row, web = (row, row.get("html")) if isinstance(row, dict) else ({}, None)
     if row.get("text") is None and isinstance(web, str):
-        if not web_code.is_candidate(web):
+        if not web_code.is_candidate(web, how.judge):
             return "a web page without code"
         row = {"language": "web", **row, "text": web_code.parse(web)}
     if not isinstance(row.get("text"), str):
@@ -262,4 +272,4 @@ def _document(name, where, row, share):
     if source not in BUILT_IN and not source.startswith("user:"):
         source = f"user:{source}"
     place = f"{name}/{where}"
-    return Document(row["text"], source, language, None, place, None, is_heldout(place, share))
+    return Document(row["text"], source, language, None, place, None, is_heldout(place, how.share))

@@ -7,9 +7,10 @@ Parsers that make text of the web throw away line breaks and indentation, which 
 Here headings, paragraphs and lists become plain text, `pre` becomes a fenced block with every space kept, and the frame
 of the page (scripts, menus, forms) goes.
 
-Choices: stage one is cheap, a search for tags; a `minglm.data.classifier` is asked only about pages without them. The
-tiers are those of `quality.epochs`: pages have the language "web" and are ranked among themselves, the lowest share
-dropped and the best repeated. Rows with an "html" instead of a "text" come in this way.
+Choices: stage one is cheap, a search for tags; a `minglm.data.classifier`, taught by the pages that `data.web_labels`
+names, is asked only about pages without them. The tiers are those of `quality.epochs`: pages have the language "web"
+and are ranked among themselves, the lowest share dropped and the best repeated. Rows with an "html" instead of a "text"
+come in this way.
 
 Simplified: no rendering, no style sheets: code that only a style makes look like code is found by stage two alone.
 """

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import torch
 
+from minglm import common
+
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fPIC", "-std=gnu11")
 FEW = 2**25
@@ -211,7 +213,7 @@ def newton_schulz_cpu(stack, coefficients):
         part = (_at(stack[first:last]), _at(out[first:last]), _at(scratch), _at(table))
         library().newton_schulz(*part, len(coefficients), last - first, rows, columns)
 
-    threads = 1 if alone(count * rows * columns * short) else torch.get_num_threads()
+    threads = common.threads if count * rows * columns * short > FEW else 1
     bounds = [count * i // threads for i in range(threads + 1)]
     if threads == 1:
         work(0, count)

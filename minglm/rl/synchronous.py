@@ -22,6 +22,7 @@ from minglm.rl.grpo import advantages, live_groups, policy_loss
 from minglm.rl.pathology import detect, incidence
 from minglm.rl.rollout import rollout
 from minglm.train.checkpoint import Interrupted, stop_between_steps
+from minglm.train.replicas import Replicas
 
 MICROBATCH_TOKENS = 8192
 WARMUP_STEPS = 5
@@ -56,8 +57,8 @@ def sampled_log_probabilities(model, tokens_BS, mask_BS, documents_BS, temperatu
 
 
 def microbatches(pairs):
-    """(segment, advantage) pairs sorted by length and cut so that no padded piece exceeds MICROBATCH_TOKENS."""
-    pairs, piece = sorted(pairs, key=lambda pair: len(pair[0].tokens)), []
+    """(segment, advantage) pairs, shortest first, cut so that no padded piece exceeds MICROBATCH_TOKENS."""
+    piece = []
     for pair in pairs:
         if piece and len(pair[0].tokens) * (len(piece) + 1) > MICROBATCH_TOKENS:
             yield piece
@@ -67,27 +68,40 @@ def microbatches(pairs):
         yield piece
 
 
-def update(model, optimizer, pairs, config, pad, clip_norm=1.0):
-    """One optimizer step on (segment, advantage) pairs. Returns metrics for the log."""
-    device = model.lm_head.weight.device
-    longest = max(len(segment.tokens) for segment, _ in pairs)
+def update(model, optimizer, pairs, config, pad, clip_norm=1.0, replicas=None):
+    """One optimizer step on (segment, advantage) pairs. Returns metrics for the log.
+
+    replicas: `Replicas` of the model that share the pairs among threads; by default there is only the model.
+    """
+    replicas, device = replicas or Replicas(model), model.lm_head.weight.device
+    pairs = sorted(pairs, key=lambda pair: len(pair[0].tokens))
+    longest = len(pairs[-1][0].tokens)
     everything = torch.tensor([[*s.mask, *[False] * (longest - len(s.mask))] for s, _ in pairs])
     total = denominator(everything, config.aggregation, config.max_new_tokens * config.max_turns)
     tokens = int(everything.sum())
-    metrics = {"ratio_max": 0.0, "clip_share": 0.0, "kl": 0.0, "entropy": 0.0}
-    for piece in microbatches(pairs):
-        tensors = [t.to(device) for t in collate([segment for segment, _ in piece], pad)]
-        tokens_BS, mask_BS, behaviour_BS, documents_BS = tensors
-        advantages_B = torch.tensor([advantage for _, advantage in piece], device=device)
-        logprobs_BS, entropy = sampled_log_probabilities(model, tokens_BS, mask_BS, documents_BS, config.temperature)
-        loss_BS, found = policy_loss(
-            logprobs_BS, behaviour_BS, advantages_B, config.clip_low, config.clip_high, mask_BS
-        )
-        aggregate(loss_BS, mask_BS, config.aggregation, total).backward()
-        metrics["ratio_max"] = max(metrics["ratio_max"], float(found["ratio_max"]))
-        metrics["entropy"] += float(entropy) / tokens
-        for key in ("clip_share", "kl"):
-            metrics[key] += float(found[key] * found["tokens"]) / tokens
+
+    def work(model, share):
+        metrics = {"ratio_max": 0.0, "clip_share": 0.0, "kl": 0.0, "entropy": 0.0}
+        for piece in microbatches(share):
+            tensors = [t.to(device) for t in collate([segment for segment, _ in piece], pad)]
+            tokens_BS, mask_BS, behaviour_BS, documents_BS = tensors
+            advantages_B = torch.tensor([advantage for _, advantage in piece], device=device)
+            logprobs_BS, entropy = sampled_log_probabilities(
+                model, tokens_BS, mask_BS, documents_BS, config.temperature
+            )
+            loss_BS, found = policy_loss(
+                logprobs_BS, behaviour_BS, advantages_B, config.clip_low, config.clip_high, mask_BS
+            )
+            aggregate(loss_BS, mask_BS, config.aggregation, total).backward()
+            metrics["ratio_max"] = max(metrics["ratio_max"], float(found["ratio_max"]))
+            metrics["entropy"] += float(entropy) / tokens
+            for key in ("clip_share", "kl"):
+                metrics[key] += float(found[key] * found["tokens"]) / tokens
+        return metrics
+
+    count = min(len(replicas), len(pairs))
+    found = replicas.run(work, [pairs[i::count] for i in range(count)])  # each gets short and long ones
+    metrics = {key: (max if key == "ratio_max" else sum)(part[key] for part in found) for key in found[0]}
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     if math.isfinite(norm):
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
@@ -139,13 +153,13 @@ def draw_tasks(environments, names, count, seed, step, thinking_share=1.0):
 
 
 def reinforce(model, optimizer, engine, tokenizer, environments, config, name, checkpoints, log, seed=0,
-              thinking_share=1.0, quiet=False):  # fmt: skip
+              thinking_share=1.0, quiet=False, threads=1):  # fmt: skip
     """Run `config.steps` steps of GRPO without KL, resuming from `checkpoints`. Ctrl-C saves and raises Interrupted.
 
     environments: {name: Environment}, of which `config.environments` take turns. thinking_share: share of prompts with
-    thinking on.
+    thinking on. threads: how many share the samples of each update (`minglm.train.replicas`).
     """
-    first = 0
+    first, replicas = 0, Replicas(model, threads)
     if (state := checkpoints.load()) is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -159,7 +173,7 @@ def reinforce(model, optimizer, engine, tokenizer, environments, config, name, c
             groups = rollout(
                 engine, tokenizer, environments, tasks, config.samples, config, thinking, seed * 7919 + step
             )
-            metrics = summarize(groups) | learn(model, optimizer, groups, config, tokenizer.pad, step)
+            metrics = summarize(groups) | learn(model, optimizer, groups, config, tokenizer.pad, step, replicas)
             log.write(
                 "rl", stage=name, step=step + 1, seconds=round(time.perf_counter() - began, 3), **metrics
             )  # fmt: skip
@@ -174,7 +188,7 @@ def reinforce(model, optimizer, engine, tokenizer, environments, config, name, c
                 checkpoints.save(state)
 
 
-def learn(model, optimizer, groups, config, pad, step):
+def learn(model, optimizer, groups, config, pad, step, replicas=None):
     """Turn rewarded groups into optimizer steps, one per share of the rollout. Returns metrics for the log."""
     rewards_PG = torch.tensor([[float(reward(t, config.fault_penalty)) for t in group] for group in groups])
     valid_PG = torch.tensor([[t.score.status != "infrastructure" for t in group] for group in groups])
@@ -193,5 +207,5 @@ def learn(model, optimizer, groups, config, pad, step):
         group["lr"] = config.peak_lr * min(1.0, (step + 1) / WARMUP_STEPS)
     metrics["trained_tokens"] = sum(len(segment.tokens) for segment, _ in pairs)
     for part in range(min(config.updates_per_rollout, len(pairs))):
-        metrics |= update(model, optimizer, pairs[part :: config.updates_per_rollout], config, pad)
+        metrics |= update(model, optimizer, pairs[part :: config.updates_per_rollout], config, pad, replicas=replicas)
     return metrics

@@ -22,6 +22,7 @@ from minglm.model.balance import step_bias
 from minglm.model.mtp import targets
 from minglm.train.checkpoint import Interrupted, stop_between_steps
 from minglm.train.guard import Guard
+from minglm.train.replicas import Replicas
 
 
 @dataclass(frozen=True)
@@ -45,41 +46,45 @@ class Phase:
     rollback_after: int = 0
 
 
-def accumulate(model, batch, phase, mtp_weight):
-    """Gradients of one batch, micro-batch by micro-batch. Returns the loss terms and the loads of every router."""
-    parts = batch.split(max(1, phase.microbatch_tokens // batch.tokens_BS.shape[1]))
+def accumulate(model, batch, phase, mtp_weight, replicas=None):
+    """Gradients of one batch, micro-batch by micro-batch. Returns the loss terms and the loads of every router.
+
+    replicas: `Replicas` of the model that share the rows among threads; by default there is only the model.
+    """
+    replicas, rows = replicas or Replicas(model), len(batch.tokens_BS)
     ahead = (1, 2) if model.mtp is not None and mtp_weight else (1,)
-    total = [0, 0, 0]
-    for part in parts:
-        for a in ahead:
-            total[a] += int(targets(part.tokens_BS, part.mask_BS, part.documents_BS, a)[1].sum())
-    sums, loads = {"loss": 0.0, "mtp_loss": 0.0, "balance_loss": 0.0}, None
-    for part in parts:
-        out = model.hidden(part.tokens_BS, part.positions_BS, part.documents_BS, mtp=len(ahead) == 2)
-        share = len(part.tokens_BS) / len(batch.tokens_BS)
-        balance = sum(r.balance_loss for r in out.routing) / max(1, len(out.routing)) * share
-        loss = phase.balance_weight * balance
-        for a, hidden_BSD, weight in zip(ahead, (out.hidden_BSD, out.mtp_hidden_BSD), (1.0, mtp_weight), strict=False):
-            target_BS, counts_BS = targets(part.tokens_BS, part.mask_BS, part.documents_BS, a)
-            weights_T = counts_BS.flatten().float() / max(1, total[a])
-            term = linear_cross_entropy(hidden_BSD.flatten(0, 1), model.lm_head.weight, target_BS.flatten(), weights_T)
-            sums["loss" if a == 1 else "mtp_loss"] += term.item()
-            loss = loss + weight * term
-        loss.backward()
-        if out.routing:
-            sums["balance_loss"] += balance.item()
-            found = torch.stack([r.load_E for r in out.routing])
-            loads = found if loads is None else loads + found
-    return sums, loads
+    total = {a: int(targets(batch.tokens_BS, batch.mask_BS, batch.documents_BS, a)[1].sum()) for a in ahead}
+
+    def work(model, share):
+        sums, loads = {"loss": 0.0, "mtp_loss": 0.0, "balance_loss": 0.0}, 0
+        for part in share.split(max(1, phase.microbatch_tokens // share.tokens_BS.shape[1])):
+            out = model.hidden(part.tokens_BS, part.positions_BS, part.documents_BS, mtp=len(ahead) == 2)
+            balance = sum(r.balance_loss for r in out.routing) / max(1, len(out.routing)) * len(part.tokens_BS) / rows
+            loss, states = phase.balance_weight * balance, (out.hidden_BSD, out.mtp_hidden_BSD)
+            for a, hidden_BSD, weight in zip(ahead, states, (1.0, mtp_weight), strict=False):
+                target_BS, counts_BS = targets(part.tokens_BS, part.mask_BS, part.documents_BS, a)
+                weights_T = counts_BS.flatten().float() / max(1, total[a])
+                hidden_TD, matrix_VD = hidden_BSD.flatten(0, 1), model.lm_head.weight
+                term = linear_cross_entropy(hidden_TD, matrix_VD, target_BS.flatten(), weights_T)
+                sums["loss" if a == 1 else "mtp_loss"] += term.item()
+                loss = loss + weight * term
+            loss.backward()
+            if out.routing:
+                sums["balance_loss"] += balance.item()
+                loads = loads + torch.stack([r.load_E for r in out.routing])
+        return sums, loads
+
+    found = replicas.run(work, batch.split(-(-rows // len(replicas))))
+    return {name: sum(sums[name] for sums, _ in found) for name in found[0][0]}, sum(loads for _, loads in found)
 
 
-def step(model, optimizer, batch, phase, seen, guard=None):
+def step(model, optimizer, batch, phase, seen, guard=None, replicas=None):
     """One optimizer step at `seen` tokens. Returns the metrics that are logged (see the README's table).
 
-    guard: a `Guard` that may leave the step out; by default one that knows only this step.
+    guard: a `Guard` that may leave the step out; by default one that knows only this step. replicas: see `accumulate`.
     """
     rate, mtp_weight = phase.learning_rate(seen), phase.mtp_weight(seen)
-    sums, loads = accumulate(model, batch, phase, mtp_weight)
+    sums, loads = accumulate(model, batch, phase, mtp_weight, replicas)
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     left_out = (guard or Guard()).reason(float(norm))
     if left_out:
@@ -94,7 +99,7 @@ def step(model, optimizer, batch, phase, seen, guard=None):
     metrics = {**sums, "learning_rate": rate, "grad_norm": float(norm), "mtp_weight": mtp_weight}
     if left_out:
         metrics["left_out"] = left_out
-    if loads is None:
+    if not model.routers():
         return metrics
     for router, load_E in zip(model.routers(), loads, strict=False):
         step_bias(router.e_score_correction_bias, load_E, phase.bias_rate(seen))
@@ -107,15 +112,18 @@ def step(model, optimizer, batch, phase, seen, guard=None):
     return metrics
 
 
-def train(model, optimizer, stream, phase, checkpoints, log, quiet=False, evaluate=None, every=0, ceiling=0.0):
+def train(model, optimizer, stream, phase, checkpoints, log, quiet=False, evaluate=None, every=0, ceiling=0.0,
+          threads=1):  # fmt: skip
     """Train on `stream` for `phase.tokens` tokens, resuming from `checkpoints` where a partial state is there.
 
     evaluate: called without arguments whenever another `every` tokens have been seen (0: never).
     ceiling: tokens a second at which the device's matrix products would be never idle, measured FLOP/s over the model's
     FLOPs a token; with it each step says its utilisation, `mfu` (0: unknown).
+    threads: how many share the rows of each batch (`minglm.train.replicas`); results equal bit for bit at equal counts.
     Ctrl-C saves and raises `Interrupted`. Leaves a partial checkpoint behind; the caller marks the stage final.
     """
     device, guard = model.lm_head.weight.device, Guard(phase.spike_factor, phase.rollback_after)
+    replicas = Replicas(model, threads)
     done, number, state = 0, 0, checkpoints.load()
     if state is not None:
         restore(model, optimizer, state)
@@ -136,7 +144,7 @@ def train(model, optimizer, stream, phase, checkpoints, log, quiet=False, evalua
             began = time.perf_counter()
             rows = max(1, round(phase.batch_tokens(phase.start + done) / phase.sequence_length))
             batch = stream.next(rows)
-            metrics = step(model, optimizer, batch.to(device), phase, phase.start + done, guard)
+            metrics = step(model, optimizer, batch.to(device), phase, phase.start + done, guard, replicas)
             count = batch.tokens_BS.numel()
             done, number = done + count, number + 1
             speed = count / (time.perf_counter() - began)
