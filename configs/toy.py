@@ -45,10 +45,10 @@ def toy():
         ),
         stages=StagesConfig(
             general=StageConfig(
-                "prose, code, facts", 400_000, 128, {"prose": 3, "code": 3, "qa": 2, "science": 1, "math": 1}
+                "prose, code, facts", 330_000, 128, {"prose": 3, "code": 3, "qa": 2, "science": 1, "math": 1}
             ),
             code_reasoning=StageConfig(
-                "code and mathematics", 190_000, 128, {"code": 4, "math": 4, "qa": 1, "science": 1}
+                "code and mathematics", 155_000, 128, {"code": 4, "math": 4, "qa": 1, "science": 1}
             ),
             repository=StageConfig(
                 "code across files", 60_000, 1024, {"repository": 3, "code": 1}, "best_fit", 1_000_000.0
@@ -71,7 +71,7 @@ def toy():
             warmup_tokens=40_000,
             batch_tokens_start=1024,
             batch_tokens_end=2048,
-            batch_ramp_tokens=400_000,
+            batch_ramp_tokens=330_000,
             microbatch_tokens=4096,
         ),
         balance=BalanceConfig(),
@@ -86,6 +86,7 @@ def toy():
                 ("retail",),
                 SFTConfig(100, 2.0, 4096, 512, 2e-3),
                 RLConfig(("retail",), 14, 6, 8, 48, 8, peak_lr=5e-4, normalize_std=False),
+                distilled=2.0,
             ),
             chat=ExpertConfig(
                 ("instructions",),
@@ -93,7 +94,7 @@ def toy():
                 RLConfig(("instructions",), 30, 16, 8, 64, 1, peak_lr=4e-4),
             ),
             unified=SFTConfig(10_000, 2.0, 4096, 512, 4e-3),
-            prompts_per_environment=4000,
+            prompts_per_environment=3000,
             responses_per_prompt=1,
             provoked_samples=600,
             general_rl=RLConfig(("arithmetic", "retail", "instructions"), 12, 12, 8, 72, 8, peak_lr=2e-4),
@@ -101,5 +102,5 @@ def toy():
                 ("provocation",) * 6 + ("arithmetic", "instructions"), 56, 16, 8, 72, peak_lr=5e-4, fault_penalty=1.0
             ),
         ),
-        evaluation=EvaluationConfig(problems=120, samples=2, max_new_tokens=80, heldout_tokens=20_000),
+        evaluation=EvaluationConfig(problems=120, samples=2, max_new_tokens=80, heldout_tokens=10_000),
     )  # fmt: skip

@@ -75,14 +75,15 @@ def plan_stages(run):
 
 
 def prompts_for(post):
-    """{environment: prompts that its expert answers for the unified model}, so that each brings about as many tokens.
+    """{environment: prompts that its expert answers for the unified model}, by tokens: `distilled` of each expert.
 
     The environment with the shortest conversations gets all of `prompts_per_environment`. Without this rule the long
     ones fill the budget and the short ones are repeated until they are known by heart.
     """
-    names = dict.fromkeys(name for _, expert in post.experts() for name in expert.environments)
-    tokens = {name: conversation_tokens([name]) for name in names}
-    return {name: max(1, post.prompts_per_environment * min(tokens.values()) // tokens[name]) for name in names}
+    weights = {name: expert.distilled for _, expert in post.experts() for name in expert.environments}
+    tokens = {name: conversation_tokens([name]) for name in weights}
+    most = post.prompts_per_environment * min(tokens.values())
+    return {name: max(1, int(weights[name] * most / tokens[name])) for name in weights}
 
 
 def conversation_tokens(names):

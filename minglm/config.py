@@ -228,6 +228,8 @@ class ExpertConfig:
     """The reinforcement phase."""
     terse_share: float = 0.0
     """Share of the cold start whose reasoning stops after its first step, so that RL has to find that steps pay."""
+    distilled: float = 1.0
+    """How many tokens of its answers the unified model sees, relative to the other experts."""
 
 
 @dataclass(frozen=True)
@@ -278,8 +280,7 @@ class EvaluationConfig:
     every_tokens: int = 0
     """Tokens of pre-training between measurements of bits per byte; 0: only at the end of a stage."""
     needles: int = 0
-    """Rows of the needle test for each length and depth, after each stage with longer rows, with bits per byte by
-    position; 0: no such test."""
+    """Rows of the needle test by length and depth, after a stage with longer rows; with bits by position. 0: none."""
 
 
 @dataclass(frozen=True)

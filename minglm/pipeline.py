@@ -185,10 +185,7 @@ class Pipeline:
         return {"optimizer": optimizer.state_dict(), "tokens": phase.tokens}
 
     def fine_tune(self, stage, model, conversations, config, checkpoints):
-        """SFT on {environment: [(messages, tools, thinking)]}.
-
-        Every environment gets the same share of the tokens: long conversations would crowd out the others.
-        """
+        """SFT on {environment: [(messages, tools, thinking)]}, each conversation `config.epochs` times."""
         tokens, masks = {}, {}
         for name, group in conversations.items():
             pairs = [pair for c in group for pair in sft.examples(self.tokenizer, *c)]
@@ -197,9 +194,8 @@ class Pipeline:
                 tokens[name], masks[name] = zip(*pairs, strict=True)
         if not tokens:
             raise ValueError(f"{stage.name}: no conversation fits sequence_length = {config.sequence_length}")
-        total = sum(len(t) for group in tokens.values() for t in group)
-        phase = sft.phase(stage.name, config, self.run, int(config.epochs * total))
-        shares = dict.fromkeys(tokens, 1.0)
+        shares = {name: float(sum(map(len, group))) for name, group in tokens.items()}
+        phase = sft.phase(stage.name, config, self.run, int(config.epochs * sum(shares.values())))
         stream = Mixture(tokens, shares, config.sequence_length, "best_fit", self.run.seed, masks, self.tokenizer.pad)
         self.train(model, Muon(model, self.run.optimizer), stream, phase, checkpoints)
         return {"tokens": phase.tokens}

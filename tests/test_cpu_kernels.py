@@ -4,12 +4,12 @@ import subprocess
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from minglm import common
 from minglm.inference import Engine, Request
-from minglm.inference.sampling import DRAW, sample, uniforms
+from minglm.inference.sampling import DRAW, cut, sample, uniforms
 from minglm.kernels import backend, cpu
 from minglm.kernels.grouped_gemm import experts_loop
 from minglm.kernels.newton_schulz import COEFFICIENTS, orthogonalize, polar_express
@@ -102,21 +102,38 @@ def test_attention_over_pages(seed, B, S, M, G, A, size, blocks, latent, first):
     torch.testing.assert_close(found, attend_slots(q, k, v, positions - first), **CLOSE)
 
 
-@given(seed=seeds, B=st.integers(1, 4), V=st.integers(1, 300))
-def test_drawing(seed, B, V):
-    """The token of the same number and its log-probability; rows of all temperatures in one batch; ties when greedy."""
+@given(seed=seeds, B=st.integers(1, 4), V=st.integers(1, 300), top_p=st.sampled_from([None, 1.0, 0.95, 0.5, 1e-9]))
+def test_drawing(seed, B, V, top_p):
+    """The token of the same number and its log-probability; rows of all temperatures in a batch; ties, also at the cut."""
     logits = drawn(seed, B, V).round()
-    temperature = torch.tensor([0.0, 1.0, 0.5, 2.0])[:B]
+    temperature, cuts = torch.tensor([0.0, 1.0, 0.5, 2.0])[:B], None if top_p is None else torch.full((B,), top_p)
     request, index = torch.arange(B) + seed * 7919, torch.arange(B) * 3
-    tokens, logprobs = cpu.sample_cpu(logits, temperature, request, index, DRAW)
+    tokens, logprobs = cpu.sample_cpu(logits, temperature, cuts, request, index, DRAW)
     uniform = uniforms(request, index)
-    expected, expected_logprobs = sample(logits, temperature, torch.ones(B), uniform)
+    expected, expected_logprobs = sample(logits, temperature, cuts, uniform)
     for b in range(B):
         if tokens[b] != expected[b]:  # only where the number falls on a border, to rounding
-            ends = (logits[b].double() / temperature[b]).softmax(0).cumsum(0)
-            assert (ends - uniform[b]).abs().min() < 1e-6
+            p = (logits[b].double() / temperature[b]).softmax(0)
+            q = p if cuts is None else cut(p[None], cuts[b : b + 1].double())[0]
+            ends = q.cumsum(0) / q.sum()
+            sums = p.sort(descending=True).values.cumsum(0)  # or where top-p does
+            assert (ends - uniform[b]).abs().min() < 1e-6 or (sums - (top_p or 1)).abs().min() < 1e-6
         else:
             torch.testing.assert_close(logprobs[b], expected_logprobs[b], **CLOSE)
+
+
+@given(seed=seeds, V=st.integers(2, 200), top_p=st.floats(0.05, 0.999))
+def test_top_p_keeps_the_smallest_set(seed, V, top_p):
+    """Over many numbers exactly the tokens of the plain cut are drawn, each as often as its share."""
+    logits, count = 2 * drawn(seed, 1, V), 4000
+    p = logits[0].double().softmax(0)
+    assume((p.sort(descending=True).values.cumsum(0) - top_p).abs().min() > 1e-6)
+    q = cut(p[None], torch.tensor([top_p]).double())[0]
+    rows = logits.expand(count, V), torch.ones(count), torch.full((count,), top_p)
+    tokens, _ = cpu.sample_cpu(*rows, torch.arange(count), torch.zeros(count, dtype=torch.int64), DRAW)
+    shares = torch.bincount(tokens, minlength=V) / count
+    assert not shares[q == 0].any()
+    assert (shares - q / q.sum()).abs().max() < 5.5 * 0.5 / count**0.5  # five standard deviations and more
 
 
 def test_no_token_of_probability_zero_is_drawn():
@@ -124,7 +141,8 @@ def test_no_token_of_probability_zero_is_drawn():
     logits = torch.full((1, 200), -torch.inf)
     logits[0, 70] = logits[0, 130] = 0.0
     drawn_tokens = [
-        int(cpu.sample_cpu(logits, torch.ones(1), torch.tensor([s]), torch.tensor([0]), DRAW)[0]) for s in range(300)
+        int(cpu.sample_cpu(logits, torch.ones(1), None, torch.tensor([s]), torch.tensor([0]), DRAW)[0])
+        for s in range(300)
     ]
     assert set(drawn_tokens) == {70, 130} and 100 < drawn_tokens.count(70) < 200
 

@@ -235,7 +235,7 @@ class Engine:
             logits_BV = logits_BV[[b for b, row in enumerate(rows) for _ in row.draws]]
         s = self._settings(sequences, logits_BV.device)
         if s.plain and backend(logits_BV) == "c":
-            drawn = sample_cpu(logits_BV, s.temperature_B, s.seeds_B, s.index(sequences), DRAW)
+            drawn = sample_cpu(logits_BV, s.temperature_B, s.top_p_B, s.seeds_B, s.index(sequences), DRAW)
             return list(map(self._take, sequences, *(values.tolist() for values in drawn)))
         p_BV, q_BV = distribution(logits_BV, s.temperature_B, s.top_p_B, s.top_k_B, s.min_p_B)
         tokens_B = draw(q_BV, uniforms(s.seeds_B, s.index(sequences)))

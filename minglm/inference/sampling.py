@@ -30,7 +30,7 @@ class Settings:
         self.top_p_B, self.top_k_B, self.min_p_B = column("top_p", 1), column("top_k", 0), column("min_p", 0)
         self.tops = [sequence.request.top_logprobs for sequence in sequences]
         self.top = max(self.tops)
-        self.plain = self.top_p_B is None and self.top_k_B is None and self.min_p_B is None and not self.top
+        self.plain = self.top_k_B is None and self.min_p_B is None and not self.top  # no cut, or top-p alone
 
     def index(self, sequences):
         """The number of each sequence's next token, int64 (B,)."""

@@ -230,17 +230,43 @@ static uint64_t mixed(uint64_t x) {
     return x ^ x >> 31;
 }
 
-/* inference/sampling.py, uniforms and sample without cuts: a token and its log-probability for each row of logits (B, V);
-   at temperature 0 the first of the largest. scratch: V floats */
-void sample(const float *logits, const float *temperature, const int64_t *seed, const int64_t *index, int64_t purpose,
-            int64_t *tokens, float *logprobs, float *scratch, long B, long V) {
+/* The smallest p of the smallest set of likeliest that has at least `goal` together: what is above it has less. The bits
+   of positive numbers are in the order of the numbers, so they are bisected. */
+static float smallest_kept(const float *p, float largest, double goal, long V) {
+    uint32_t low = 0, high;
+    memcpy(&high, &largest, sizeof high);
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        float border, above = 0;
+        memcpy(&border, &middle, sizeof border);
+        for (long v = 0; v < V; v++) above += p[v] > border ? p[v] : 0;
+        if (above < goal) high = middle;
+        else low = middle + 1;
+    }
+    memcpy(&largest, &low, sizeof largest);
+    return largest;
+}
+
+/* inference/sampling.py, uniforms and sample with top-p alone (null: no cut): a token and its log-probability for each row
+   of logits (B, V); at temperature 0 the first of the largest. scratch: V floats */
+void sample(const float *logits, const float *temperature, const float *top_p, const int64_t *seed, const int64_t *index,
+            int64_t purpose, int64_t *tokens, float *logprobs, float *scratch, long B, long V) {
     const uint64_t golden = 0x9e3779b97f4a7c15u;
     for (long b = 0; b < B; b++, logits += V) {
         uint64_t x = mixed(mixed(seed[b] + (index[b] + 1) * golden) + (purpose + 1) * golden);
         float largest = -INFINITY, cool = temperature[b] > 0 ? 1 / temperature[b] : 1;
         for (long v = 0; v < V; v++) largest = logits[v] > largest ? logits[v] : largest;
         for (long v = 0; v < V; v++) scratch[v] = expf((logits[v] - largest) * cool);
-        double total = 0, before = 0;
+        double whole = 0, total = 0, before = 0;
+        for (long v = 0; v < V; v++) whole += scratch[v];
+        if (top_p && top_p[b] < 1) {
+            double goal = top_p[b] * whole, above = 0;
+            float border = smallest_kept(scratch, 1, goal, V);
+            for (long v = 0; v < V; v++) above += scratch[v] > border ? scratch[v] : 0;
+            for (long v = 0; v < V; v++) /* of equals the first, as many as are needed; the likeliest in any case */
+                if (scratch[v] == border && (above < goal || above == 0)) above += scratch[v];
+                else if (scratch[v] <= border) scratch[v] = 0;
+        }
         float stretches[V / STRETCH + 1];
         for (long v = 0; v < V; v += STRETCH) {
             float sum = 0;
@@ -257,7 +283,7 @@ void sample(const float *logits, const float *temperature, const int64_t *seed, 
         if (token < 0) /* greedy; or the goal fell behind the last token with a probability */
             for (token = 0; logits[token] != largest;) token++;
         tokens[b] = token;
-        logprobs[b] = (logits[token] - largest) * cool - log(total);
+        logprobs[b] = (logits[token] - largest) * cool - log(whole);
     }
 }
 

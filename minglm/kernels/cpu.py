@@ -96,7 +96,7 @@ SIGNATURES = {
     "experts": "ppppppppp" + "lllll",
     "keep": "pppp" + "lll",
     "paged_attention": "pppppp" + "lllllllll",
-    "sample": "ppppqppp" + "ll",
+    "sample": "pppppqppp" + "ll",
     "newton_schulz": "pppp" + "llll",
 }
 """Arguments in order: pointer, long, float, int, int64."""
@@ -187,14 +187,17 @@ def paged_attention_cpu(q_BSNA, store, rows, positions_BS, first=0):
     return out
 
 
-def sample_cpu(logits_BV, temperature_B, seeds_B, index_B, purpose):
-    """`sample` of `minglm.inference.sampling` without cuts, with its `uniforms`: tokens int64 and log-probabilities."""
+def sample_cpu(logits_BV, temperature_B, top_p_B, seeds_B, index_B, purpose):
+    """`sample` of `minglm.inference.sampling` with its `uniforms`: tokens int64 and log-probabilities.
+
+    top_p_B: float32, None for no cut; the other cuts are left to PyTorch.
+    """
     B, V = logits_BV.shape
     logits_BV = logits_BV.contiguous()
     tokens_B, logprobs_B, scratch = torch.empty_like(seeds_B), logits_BV.new_empty(B), logits_BV.new_empty(V)
     library().sample(
-        _at(logits_BV), _at(temperature_B), _at(seeds_B), _at(index_B), purpose, _at(tokens_B), _at(logprobs_B),
-        _at(scratch), B, V,
+        _at(logits_BV), _at(temperature_B), _at(top_p_B), _at(seeds_B), _at(index_B), purpose, _at(tokens_B),
+        _at(logprobs_B), _at(scratch), B, V,
     )  # fmt: skip
     return tokens_B, logprobs_B
 
