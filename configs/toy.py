@@ -80,7 +80,7 @@ def toy():
                 ("arithmetic", "code"),
                 SFTConfig(400, 2.0, 4096, 512, 2e-3),
                 terse_share=0.6,
-                rl=RLConfig(("arithmetic",), 30, 16, 8, 72, 1, peak_lr=3e-4),
+                rl=RLConfig(("arithmetic",), 48, 16, 8, 72, 1, peak_lr=3e-4),
             ),
             agent=ExpertConfig(
                 ("retail",),

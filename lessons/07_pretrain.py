@@ -9,6 +9,7 @@
 # **Your prediction.** Write down first: (1) At equal tokens, does cosine or WSD end lower here, and by how much?
 # (2) The batch grows four times over the first part. Against the small batch throughout, what does the ramp cost in
 # loss and save in steps? Against the large batch throughout? (3) Which of the four borders shows in the loss, and why?
+# (4) What is lost if nothing is switched at 15T?
 #
 # **Equation** (paper 2.4; `minglm/optim/schedule.py`): all are functions of the tokens seen, t, never of the step
 #
@@ -53,8 +54,8 @@ SMOKE = {"tokens": 3_072, "megabytes": 0.02, "documents": 20, "peak_lr": 0.02, "
 # `main` prints the schedules and `phases`, which turns a config into five `Phase`s. The loop knows no stage but these.
 #
 # ## Experiment
-# A nano model goes through all five stages, with each of four schedules and each seed: the paper's; WSD in place of the
-# cosine; the small batch throughout; the large batch throughout. All see the same number of tokens, from the same data.
+# A nano model goes through all five stages, with each of five schedules and each seed: the paper's; WSD in place of the
+# cosine; the small batch throughout; the large batch; no switch after the first stage. All see the same tokens.
 # The stages are 45, 25, 10, 10 and 10% of the tokens: the paper's last three together are 5%, too few steps here.
 
 
@@ -208,11 +209,16 @@ def verdicts(log):
     steps = {name: len(of(log, name)[0]["steps"]) for name in VARIANTS}
     gain = {name: (ends[name] - ends["cosine, ramp"]) for name in VARIANTS}
     text = {name: f"{values.mean():+.3f} ({values.min():+.3f} to {values.max():+.3f})" for name, values in gain.items()}
+    late = {name: np.mean([[s[3:] for s in run["steps"][-8:]] for run in of(log, name)], (0, 1)) for name in VARIANTS}
+    load, mtp = zip(late["cosine, ramp"], late["no switch"], strict=True)
     return {
         f"cosine ends below WSD with every seed; WSD {text['WSD, ramp']} bits per byte": gain["WSD, ramp"].min() > 0,
         f"the ramp ends below the large batch; that {text['large batch']}": gain["large batch"].min() > 0,
         f"the ramp ends within 0.05 of the small batch, {text['small batch']}, in "
         f"{steps['cosine, ramp']} steps against {steps['small batch']}": gain["small batch"].min() > -0.05,
+        f"the switch costs the trunk less than 0.02: without it {text['no switch']}": gain["no switch"].min() > -0.02,
+        f"and the balance stays: max over mean {load[0]:.2f} with it, {load[1]:.2f} without": load[0] < 1.1 * load[1],
+        f"MTP alone pays: its loss {mtp[0]:.2f} with the switch, {mtp[1]:.2f} without": mtp[0] > mtp[1],
     }
 
 

@@ -1,5 +1,7 @@
 """The table a run starts with: stages in the paper's order, each on the weights of the right one, times that add up."""
 
+from dataclasses import replace
+
 import pytest
 
 from minglm import agenda
@@ -39,6 +41,19 @@ def test_the_table_has_a_line_for_every_stage(run):
     assert {"tokens", "minutes", "length"} <= set(heading.split())
     for stage, line in zip(stages, lines, strict=True):
         assert line.startswith(stage.name) and f"{stage.tokens:,}" in line and f"{stage.learning_rate:g}" in line
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0, 2.0])
+def test_experts_answer_in_proportion_to_tokens(weight):
+    """Each environment brings about as many tokens, times its expert's `distilled`; the shortest gets all prompts."""
+    post = load_config("configs/toy.py").posttraining
+    post = replace(post, agent=replace(post.agent, distilled=weight), prompts_per_environment=10_000)
+    prompts = agenda.prompts_for(post)
+    tokens = {name: count * agenda.conversation_tokens([name]) for name, count in prompts.items()}
+    assert max(prompts.values()) == 10_000 and set(prompts) == {"arithmetic", "code", "retail", "instructions"}
+    whole = tokens["arithmetic"]
+    assert tokens["retail"] == pytest.approx(weight * whole, rel=0.02)  # prompts are whole numbers
+    assert all(tokens[name] == pytest.approx(whole, rel=0.02) for name in ("code", "instructions"))
 
 
 def test_the_probe_measures_something_a_processor_can_do():

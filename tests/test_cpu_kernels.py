@@ -104,7 +104,7 @@ def test_attention_over_pages(seed, B, S, M, G, A, size, blocks, latent, first):
 
 @given(seed=seeds, B=st.integers(1, 4), V=st.integers(1, 300), top_p=st.sampled_from([None, 1.0, 0.95, 0.5, 1e-9]))
 def test_drawing(seed, B, V, top_p):
-    """The token of the same number and its log-probability; rows of all temperatures in a batch; ties, also at the cut."""
+    """The token of the same number and its log-probability; all temperatures in a batch; ties, also at the cut."""
     logits = drawn(seed, B, V).round()
     temperature, cuts = torch.tensor([0.0, 1.0, 0.5, 2.0])[:B], None if top_p is None else torch.full((B,), top_p)
     request, index = torch.arange(B) + seed * 7919, torch.arange(B) * 3
