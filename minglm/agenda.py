@@ -3,7 +3,8 @@
     minutes = tokens * FLOPs per token / (speed of a matrix product on this machine * share of it that training reaches)
 
 Tokens are exact for pre- and mid-training; for the later stages they are an estimate from a few conversations of each
-environment, as if no answer were rejected. The two shares below were measured on toy runs, on one busy CPU core.
+environment, as if no answer were rejected. A token of a rollout costs as much as one of training: all are sampled, and
+those of groups with a signal are trained on. The share below was measured on a toy run with two quiet CPU cores.
 """
 
 import time
@@ -16,9 +17,7 @@ from minglm.prepare import check_environments
 from minglm.train.stages import phases
 
 BYTES_PER_TOKEN = 3  # of a tokenizer this small, on conversations
-UTILISATION = 0.4
-REINFORCED = 0.7
-"""Cost of a token of a rollout, in training tokens: all are sampled, and those of groups with a signal trained on."""
+UTILISATION = 0.3
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def expected_minutes(run, stages, speed):
     found = []
     for stage in stages:
         length = min(stage.sequence_length, 256)  # packed documents are short, whatever the row
-        flops = stage.tokens * flops_per_token(run.model, length)["total"] * (REINFORCED if stage.kind == "rl" else 1)
+        flops = stage.tokens * flops_per_token(run.model, length)["total"]
         found.append(flops / (speed * UTILISATION) / 60)
     return found
 
