@@ -51,7 +51,8 @@ class Conversation:
         elif line == "/tools":
             self.tools = not self.tools
             orders = ", ".join(f"{number} {status}" for number, status in self.shop.orders.items())
-            self.say(f"tools on; the shop has the orders {orders}" if self.tools else "tools off")
+            example = f"for instance: I do not want order {next(iter(self.shop.orders))}."
+            self.say(f"tools on; the shop has the orders {orders}; {example}" if self.tools else "tools off")
         elif line == "/new":
             self.reset()
             self.say("a new conversation")
@@ -122,7 +123,11 @@ class Conversation:
 def chat(model, tokenizer, read=input, **options):
     """Run the terminal chat until /quit or the end of input. read: a function that asks for one line."""
     conversation = Conversation(model, tokenizer, **options)
-    conversation.say(f"A very small model; it knows sums, a shop and short instructions.\n{HELP}")
+    known = [ENVIRONMENTS[name].test_tasks(2, conversation.seed) for name in ("arithmetic", "instructions")]
+    examples = "\n".join(f"    {task.messages[-1]['content']}" for tasks in known for task in tasks)
+    conversation.say(
+        f"{HELP}\nA small model knows what it was trained on, each in a conversation of its own:\n{examples}"
+    )
     while True:
         try:
             line = read("> ").strip()

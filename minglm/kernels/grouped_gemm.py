@@ -9,9 +9,9 @@ the two pre-activations and the indices. The router's weight enters at the secon
 sum of activation times the gradient of the activation, and the expert's output need not be kept.
 
 On a GPU it is the Triton kernels of `grouped_gemm_triton`, which sort the indices only. In plain PyTorch the products
-are `torch.nn.functional.grouped_mm`, on a CPU too: its loop over the experts does not hold Python's lock. Where it takes
-no such shape or dtype the loop is here. On a CPU a product in bfloat16 is compiled for its shape when that shape is
-first met, which takes ten times as long as the product itself, and the experts' loads are new in every step. So each
+are `torch.nn.functional.grouped_mm`, on a CPU too: its loop over the experts does not hold Python's lock. Shapes and
+dtypes that it does not take get a loop here. On a CPU a product in bfloat16 is compiled for its shape when that shape
+is first met, which takes ten times as long as the product itself, and the experts' loads are new in every step. So each
 expert's rows are filled up to a multiple of `ROWS`, with weight zero, and the same few shapes come again and again.
 """
 
