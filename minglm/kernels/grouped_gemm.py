@@ -38,9 +38,9 @@ def experts_loop(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF):
 
 
 def _in_one_call(*matrices):
-    """Whether `torch.nn.functional.grouped_mm` takes these: not float64, and rows of whole 16 bytes."""
-    strides = [m.itemsize * stride for m in matrices for stride in m.stride() if stride != 1]
-    return matrices[0].dtype != torch.float64 and not any(stride % 16 for stride in strides)
+    """Whether `torch.nn.functional.grouped_mm` takes these on a CPU: not float64, all rows begin at whole 16 bytes."""
+    places = [place for m in matrices for place in (m.data_ptr(), *(m.itemsize * s for s in m.stride() if s != 1))]
+    return matrices[0].dtype != torch.float64 and not any(place % 16 for place in places)
 
 
 def grouped_mm(x_TD, w_EDF, ends_E):
