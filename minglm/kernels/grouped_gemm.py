@@ -39,7 +39,7 @@ def experts_loop(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF):
 
 def _in_one_call(*matrices):
     """Whether `torch.nn.functional.grouped_mm` takes these on a CPU: not float64, all rows begin at whole 16 bytes."""
-    places = [place for m in matrices for place in (m.data_ptr(), *(m.itemsize * s for s in m.stride() if s != 1))]
+    places = [place for m in matrices for place in (m.data_ptr(), m.itemsize * max(m.stride()[-2:]))]
     return matrices[0].dtype != torch.float64 and not any(place % 16 for place in places)
 
 
