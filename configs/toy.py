@@ -78,9 +78,9 @@ def toy():
         posttraining=PostTrainingConfig(
             reasoning=ExpertConfig(
                 ("arithmetic", "code"),
-                SFTConfig(400, 2.0, 4096, 512, 2e-3),
+                SFTConfig(400, 2.0, 2048, 512, 3e-3),
                 terse_share=0.6,
-                rl=RLConfig(("arithmetic",), 48, 16, 8, 72, 1, peak_lr=3e-4),
+                rl=RLConfig(("arithmetic",), 42, 16, 8, 72, 1, peak_lr=3e-4),
             ),
             agent=ExpertConfig(
                 ("retail",),
@@ -91,16 +91,19 @@ def toy():
             chat=ExpertConfig(
                 ("instructions",),
                 SFTConfig(2000, 1.0, 4096, 512, 3e-3),
-                RLConfig(("instructions",), 30, 16, 8, 64, 1, peak_lr=4e-4),
+                RLConfig(("instructions",), 24, 16, 8, 64, 1, peak_lr=4e-4),
             ),
             unified=SFTConfig(10_000, 2.0, 4096, 512, 4e-3),
             prompts_per_environment=3000,
             responses_per_prompt=1,
             provoked_samples=600,
-            general_rl=RLConfig(("arithmetic", "retail", "instructions"), 12, 12, 8, 72, 8, peak_lr=2e-4),
+            general_rl=RLConfig(
+                ("arithmetic", "retail", "instructions"), 12, 12, 8, 72, 8, peak_lr=2e-4, fault_penalty=1.0
+            ),
             pathology_rl=RLConfig(
-                ("provocation",) * 6 + ("arithmetic", "instructions"), 56, 16, 8, 72, peak_lr=5e-4, fault_penalty=1.0
+                ("provocation",) * 12 + ("arithmetic", "arithmetic", "instructions", "retail"), 46, 16, 8, 72, 8,
+                peak_lr=5e-4, fault_penalty=1.0,
             ),
         ),
-        evaluation=EvaluationConfig(problems=120, samples=2, max_new_tokens=80, heldout_tokens=10_000),
+        evaluation=EvaluationConfig(problems=100, samples=2, max_new_tokens=80, heldout_tokens=10_000),
     )  # fmt: skip
