@@ -74,6 +74,16 @@ def test_bias_steps_once_from_the_loads_of_the_whole_batch(seed, B, packed, size
         torch.testing.assert_close(router.e_score_correction_bias - bias_E, expected_E, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_a_step_of_dense_layers(weight):
+    """Where only the MTP layer has experts, their load is reported when it is trained, and nothing else is."""
+    model = tiny_model(1)
+    config = dataclasses.replace(model.config, first_k_dense_replace=model.config.num_hidden_layers)
+    model = GLM(config, 1)
+    metrics = step(model, optimizer(model), drawn_batch(1, 2, 8, False), constant_phase(mtp_weight=weight), 0)
+    assert len(metrics.get("load_max_over_mean", [])) == (1 if weight else 0)
+
+
 def test_padding_is_not_in_the_load():
     """The logged load counts tokens of documents only."""
     model, documents_BS = tiny_model(1), drawn_documents(8, 2, 40)

@@ -47,7 +47,7 @@ class Phase:
 
 
 def accumulate(model, batch, phase, mtp_weight, replicas=None):
-    """Gradients of one batch, micro-batch by micro-batch. Returns the loss terms and the loads of every router.
+    """Gradients of one batch, micro-batch by micro-batch. Returns the loss terms and the loads of every router used.
 
     replicas: `Replicas` of the model that share the rows among threads; by default there is only the model.
     """
@@ -99,7 +99,7 @@ def step(model, optimizer, batch, phase, seen, guard=None, replicas=None):
     metrics = {**sums, "learning_rate": rate, "grad_norm": float(norm), "mtp_weight": mtp_weight}
     if left_out:
         metrics["left_out"] = left_out
-    if not model.routers():
+    if not torch.is_tensor(loads):  # no router was used
         return metrics
     for router, load_E in zip(model.routers(), loads, strict=False):
         step_bias(router.e_score_correction_bias, load_E, phase.bias_rate(seen))
