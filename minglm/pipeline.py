@@ -28,7 +28,6 @@ from minglm.common import (
     pick_dtype,
     read_jsonl,
     seed_everything,
-    thread_count,
     use_threads,
     versions,
     write_json,
@@ -93,8 +92,7 @@ class Pipeline:
         self.tokenizer, self.shards, self.heldout, about = prepare(run, self.out / "data")
         write_json(self.out / "config.json", {"hash": run.hash(), "config": to_dict(run)})
         if not position:
-            self.log.write("start", name=run.name, config_hash=run.hash(), seed=run.seed,
-                           versions=versions() | {"threads": thread_count(run.threads)})  # fmt: skip
+            self.log.write("start", name=run.name, config_hash=run.hash(), seed=run.seed, versions=versions())
             self.log.write("data", **about)
 
     def checkpoints(self, stage):

@@ -117,8 +117,8 @@ def documents(config, seed=0, skipped=None):
     skipped: a `Skipped` that counts what cannot be used.
     """
     share, megabytes = config.heldout, config.corpus_megabytes
-    pages = config.web_labels and classifier.fit_pages(config.web_labels, seed)
-    yield from user_files(config.files, share, skipped, config.stream_megabytes, pages or None)
+    judge = classifier.fit_pages(config.web_labels, seed) if config.web_labels else None
+    yield from user_files(config.files, share, skipped, config.stream_megabytes, judge)
     code = list(python_library(share, megabytes))
     yield from code
     yield from bounded(docstrings(code), megabytes)

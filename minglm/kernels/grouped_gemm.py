@@ -38,14 +38,16 @@ def experts_loop(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF):
 
 
 def _in_one_call(*matrices):
-    """Whether `torch.nn.functional.grouped_mm` takes these on a CPU: not float64, all rows begin at whole 16 bytes."""
+    """Whether `torch.nn.functional.grouped_mm` takes them: on a CPU not float64, and rows begin at whole 16 bytes."""
+    if matrices[0].is_cuda:
+        return True
     places = [place for m in matrices for place in (m.data_ptr(), m.itemsize * max(m.stride()[-2:]))]
     return matrices[0].dtype != torch.float64 and not any(place % 16 for place in places)
 
 
 def grouped_mm(x_TD, w_EDF, ends_E):
     """Rows ends[e-1] to ends[e] of x times w[e]: (T, D) by (E, D, F) gives (T, F). ends_E: int32, on x's device."""
-    if x_TD.is_cuda or _in_one_call(x_TD, w_EDF):
+    if _in_one_call(x_TD, w_EDF):
         return F.grouped_mm(x_TD, w_EDF, offs=ends_E)
     y = x_TD.new_empty(x_TD.shape[0], w_EDF.shape[2])
     start = 0
@@ -58,7 +60,7 @@ def grouped_mm(x_TD, w_EDF, ends_E):
 
 def grouped_outer(x_TD, y_TF, ends_E):
     """For each expert x' y over its rows: (T, D) and (T, F) give (E, D, F); zeros for an expert without rows."""
-    if x_TD.is_cuda or _in_one_call(x_TD, y_TF):
+    if _in_one_call(x_TD, y_TF):
         return F.grouped_mm(x_TD.T, y_TF, offs=ends_E)
     out = x_TD.new_zeros(len(ends_E), x_TD.shape[1], y_TF.shape[1])
     start = 0
