@@ -87,14 +87,14 @@ def draw_loss(records, path):
             steps, x = select(records, "step", stage=stage), along(records, stage, band)
             for name, shade, text, place, side in (
                 ("mtp_loss", PALE, "token after next (MTP)", (6, 9), "left"),
-                ("loss", INK, "next token", (-4, -13), "right"),
+                ("loss", INK, "next token", (6, -13), "right"),
             ):
                 values = [r.get(name) for r in steps]
                 if not all(values):  # trained without MTP
                     continue
                 mean = draw_curve(axis, x, values, shade)
                 if stage == stages[0]:
-                    at = len(x) // 3 if side == "left" else len(x) * 3 // 5
+                    at = len(x) // 3 if side == "left" else -1
                     axis.annotate(text, (x[at], mean[at]), place, textcoords="offset points", color=shade, ha=side)
         axis.set_xlabel("tokens of each stage")
     axes[0][0].set_ylabel("cross-entropy (nats per token)")
