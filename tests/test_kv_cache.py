@@ -152,14 +152,14 @@ def test_cancelled_and_failed_requests_return_their_blocks(drafts):
     assert engine.cancel(first) and engine.busy == 2
     engine.step()
     assert not engine.cancel(first) and engine.busy == 1 and events[-1].finish_reason == "cancelled"
-    hidden, model.hidden = model.hidden, None
+    forward, engine._forward = engine._forward, None
     ends = []
     third = engine.submit(Request([1], 3), ends.append)
     with pytest.raises(TypeError):
         engine.step()
     assert engine.busy == 0 and engine.blocks.used == 0 and not engine.blocks.known and third > second
     assert [event.finish_reason for event in ends] == ["error"]
-    model.hidden = hidden
+    engine._forward = forward
     (done,) = engine.generate([Request([1, 2], 5, temperature=0.0, stop_ids=())])
     assert done.tokens == Engine(model).generate([Request([1, 2], 5, temperature=0.0, stop_ids=())])[0].tokens
 

@@ -20,6 +20,7 @@ import torch
 
 from minglm.inference.kv_cache import Blocks
 from minglm.inference.pages import Pages
+from minglm.inference.pages_cpu import PagesInC
 from minglm.inference.request import Completion, Event, Request
 from minglm.inference.sampling import DRAW, Settings, distribution, draw, likeliest, uniforms
 from minglm.inference.scheduler import Scheduler, Sequence
@@ -205,25 +206,24 @@ class Engine:
             self.parameters = list(self.model.parameters())
             self.weights = [p._version for p in self.parameters]
             self.scheduler.restart()
-            if self.pages is None or not self.pages.fit(self.model):
-                self.pages = Pages(self.model, self.blocks.size, self.drafter is not None)
+            form = PagesInC if PagesInC.serves(self.model) else Pages
+            if type(self.pages) is not form or not self.pages.fit(self.model):
+                self.pages = form(self.model, self.blocks.size, self.drafter is not None)
+            self.pages.read_weights()
 
     def _forward(self, rows):
         """One pass of the trunk over the rows, in order of length; the logits after tokens that something follows."""
         rows.sort(key=lambda row: row.stop - row.start)
-        positions_T = self.pages.of_trunk(rows)
-        tokens = [token for row in rows for token in row.ids[row.start : row.end] + row.drafts]
-        tokens_BS = torch.tensor([tokens], device=positions_T.device)
-        hidden_TD = self.model.hidden(tokens_BS, positions_T[None], cache=self.pages).hidden_BSD[0]
+        tokens, wanted = [], []
+        for row in rows:
+            tokens += row.ids[row.start : row.end] + row.drafts
+            if row.draws:
+                wanted += range(len(tokens) - len(row.drafts) - 1, len(tokens))
+        hidden_TD, logits_BV = self.pages.trunk(rows, tokens, wanted)
         self.passes += 1
         if self.drafter:
             self.pages.keep_states(rows, hidden_TD)
-        wanted, end = [], 0
-        for row in rows:
-            end += row.stop - row.start
-            if row.draws:
-                wanted += range(end - len(row.drafts) - 1, end)
-        return self.model.head(hidden_TD if len(wanted) == end else hidden_TD[wanted])
+        return logits_BV
 
     def _draw(self, rows, logits_BV):
         """Draw a token for each sequence that gets one, and take it into its text."""

@@ -12,11 +12,8 @@ from itertools import groupby
 import torch
 
 from minglm.kernels.backend import backend
-from minglm.kernels.cpu import alone, keep_cpu, paged_attention_cpu
 from minglm.kernels.flash_attention import WIDEST
 from minglm.kernels.paged_attention import paged_attention, slot_mask
-
-MANY = 64  # queries a row, above which PyTorch's attention over a whole prompt is faster than one query at a time in C
 
 
 class LayerPages:
@@ -25,9 +22,8 @@ class LayerPages:
     With latent attention there are no values: (blocks, 1, 1, size, L + R), see `minglm.model.mla`.
     """
 
-    def __init__(self, store, first=0):
-        self.store, self.first, self.plan = store, first, None
-        self.size = store.shape[3]
+    def __init__(self, store, size, first=0):
+        self.store, self.size, self.first, self.plan = store, size, first, None
 
     def attend(self, q_BSNA, k_BSMA, v_BSMA):
         """Write k, v (1, T, M, A) to their slots, then attend q (1, T, N, A) over all slots of each sequence.
@@ -35,11 +31,8 @@ class LayerPages:
         v may be None: then keys serve as values.
         """
         A, plan = q_BSNA.shape[3], self.plan
-        if backend(k_BSMA) == "c":
-            keep_cpu(k_BSMA, v_BSMA, plan.written, self.store)
-        else:
-            new = k_BSMA[0] if v_BSMA is None else torch.cat((k_BSMA[0], v_BSMA[0]), 1)
-            self.store.view(-1, A).index_copy_(0, plan.written, new.reshape(-1, A))
+        new = k_BSMA[0] if v_BSMA is None else torch.cat((k_BSMA[0], v_BSMA[0]), 1)
+        self.store.view(-1, A).index_copy_(0, plan.written, new.reshape(-1, A))
         if len(plan.groups) == 1:
             q = q_BSNA.view(*plan.groups[0][1].shape, *q_BSNA.shape[2:])
             return self.read(0, q).view(q_BSNA.shape)
@@ -51,14 +44,7 @@ class LayerPages:
     def read(self, group, q_BSNA):
         """Attend q over what is stored for a group of rows, in the form that `minglm.kernels.backend` chooses."""
         rows, positions_BS = self.plan.groups[group]
-        form = backend(q_BSNA)
-        if (
-            form == "c"
-            and positions_BS.shape[1] <= MANY
-            and alone(q_BSNA.numel() * rows.numel() * self.size // len(positions_BS))
-        ):
-            return paged_attention_cpu(q_BSNA, self.store, rows, positions_BS, self.first)
-        if q_BSNA.shape[3] <= WIDEST and form == "triton":
+        if q_BSNA.shape[3] <= WIDEST and backend(q_BSNA) == "triton":
             from minglm.kernels.paged_attention_triton import paged_attention_triton
 
             return paged_attention_triton(q_BSNA, self.store, rows, positions_BS, self.first)
@@ -117,14 +103,18 @@ class Pages(list):
 
     def __init__(self, model, size=16, drafts=False, blocks=64):
         c = model.config
-        self.dtype, self.device = model.dtype, model.lm_head.weight.device
+        self.model, self.dtype, self.device = model, model.dtype, model.lm_head.weight.device
         parts, heads, width = c.cache_shape
         self.shape, self.blocks, self.size = (parts, heads, size, width), blocks, size
-        super().__init__(LayerPages(self._zeros(*self.shape)) for _ in range(c.num_hidden_layers))
-        self.trunk, self.states = list(self), None
+        super().__init__(LayerPages(self.store(), size) for _ in range(c.num_hidden_layers))
+        self.states = None
         if drafts:
-            self.append(LayerPages(self._zeros(*self.shape), first=1))
+            self.append(LayerPages(self.store(), size, first=1))
             self.states = self._zeros(size, c.hidden_size)
+
+    def store(self):
+        """Of one layer."""
+        return self._zeros(*self.shape)
 
     def _zeros(self, *shape):
         """Not uninitialised memory, because what is hidden is still multiplied by zero."""
@@ -134,10 +124,13 @@ class Pages(list):
         """Whether these pages are of the model's type and on its device."""
         return (self.dtype, self.device) == (model.dtype, model.lm_head.weight.device)
 
+    def read_weights(self):
+        """To be called when the model's weights have changed. Nothing to do: its layers read their own."""
+
     def begin(self, copies, blocks):
         """Before a step: make sure that so many blocks exist, and copy those that have to be, (from, to) pairs."""
         if blocks > self.blocks:
-            old, self.blocks = self.blocks, max(blocks, 2 * self.blocks)
+            old, self.blocks = self.blocks, 2 * blocks
             self._change(lambda x: torch.cat([x, self._zeros(*x.shape[1:])[old:]]))
         if copies:
             source, target = (torch.tensor(side, device=self.device) for side in zip(*copies, strict=True))
@@ -149,16 +142,24 @@ class Pages(list):
         if self.states is not None:
             self.states = change(self.states)
 
-    def plan(self, rows):
-        """A pass over these rows, each with `table`, `start` and `stop`."""
-        return Plan(rows, self.shape, self.device)
+    def trunk(self, rows, tokens, wanted):
+        """One pass over these rows, each with `table`, `start` and `stop`, and their tokens, a list, row after row.
 
-    def of_trunk(self, rows):
-        """Set the trunk's pages to a pass over these rows. Returns the positions int64 (T,), row after row."""
-        plan = self.plan(rows)
-        for layer in self.trunk:
+        Returns the states (T, D), and the logits (wanted, V) after those tokens whose places `wanted` lists.
+        """
+        plan = Plan(rows, self.shape, self.device)
+        for layer in self[: self.model.config.num_hidden_layers]:
             layer.plan = plan
-        return plan.positions_T
+        tokens_BS = torch.tensor([tokens], device=self.device)
+        hidden_TD = self.model.hidden(tokens_BS, plan.positions_T[None], cache=self).hidden_BSD[0]
+        return hidden_TD, self.model.head(hidden_TD if len(wanted) == len(tokens) else hidden_TD[wanted])
+
+    def mtp(self, rows, tokens, states_TD):
+        """One pass of the MTP layer over rows, their tokens and the states before those. Returns states (T, D)."""
+        plan = self[-1].plan = Plan(rows, self.shape, self.device)
+        tokens_BS = torch.tensor([tokens], device=self.device)
+        rotation = self.model.rotation(tokens_BS, plan.positions_T[None])  # only distances matter
+        return self.model.mtp(states_TD[None], self.model.embed(tokens_BS), rotation, None, self[-1])[0][0]
 
     def _slots(self, rows, back=0):
         at = [(row.table.blocks, p - back) for row in rows for p in range(row.start, row.stop)]

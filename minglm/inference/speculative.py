@@ -138,9 +138,4 @@ class Drafter:
 
     def _pass(self, pages, spans, tokens, states_TD):
         """One pass of the layer over these tokens and the states before them; by default the trunk's. States (T, D)."""
-        plan = pages[-1].plan = pages.plan(spans)
-        tokens_BS = torch.tensor([tokens], device=pages.device)
-        if states_TD is None:
-            states_TD = pages.states_before(spans)
-        rotation = self.model.rotation(tokens_BS, plan.positions_T[None])  # only distances matter
-        return self.model.mtp(states_TD[None], self.model.embed(tokens_BS), rotation, None, pages[-1])[0][0]
+        return pages.mtp(spans, tokens, pages.states_before(spans) if states_TD is None else states_TD)

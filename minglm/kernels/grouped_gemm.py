@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 
 from minglm.kernels.backend import backend
-from minglm.kernels.cpu import alone, experts_cpu
 from minglm.kernels.router_topk import group_by_expert
 
 ROWS = 32
@@ -137,10 +136,7 @@ def experts_without_gradient(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, dow
 
 def grouped_experts(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF):
     """The same as `experts_loop`, sorted and grouped. Same arguments and result; differentiable in all but experts."""
-    form = backend(x_TD)
-    if form == "c" and alone(3 * experts_TK.numel() * gate_EFD[0].numel()):
-        return experts_cpu(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF)
-    if len(x_TD) and form == "triton":
+    if len(x_TD) and backend(x_TD) == "triton":
         from minglm.kernels.grouped_experts import experts_triton
 
         return experts_triton(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF)

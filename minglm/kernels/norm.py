@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 
 from minglm.kernels.backend import backend
-from minglm.kernels.cpu import add_norm_cpu
 
 
 def norm(x_TD, weight_D, eps, change_TD=None):
@@ -64,14 +63,11 @@ class _Norm(torch.autograd.Function):
 
 def add_norm(x_TD, weight_D, eps, change_TD=None):
     """The same as `norm`, in the form that `minglm.kernels.backend` chooses. Any leading axes; differentiable."""
-    form = backend(x_TD)
-    if form == "torch":
-        if x_TD.is_cuda or x_TD.dtype != torch.float32 or not torch.is_grad_enabled():
-            return norm(x_TD, weight_D, eps, change_TD)
-        r_TD = x_TD if change_TD is None else x_TD + change_TD
-        return _Norm.apply(r_TD, r_TD, weight_D, eps), r_TD
-    if form == "c":
-        return add_norm_cpu(x_TD, weight_D, eps, change_TD)
-    from minglm.kernels.norm_triton import add_norm_triton
+    if backend(x_TD) == "triton":
+        from minglm.kernels.norm_triton import add_norm_triton
 
-    return add_norm_triton(x_TD, weight_D, eps, change_TD)
+        return add_norm_triton(x_TD, weight_D, eps, change_TD)
+    if x_TD.is_cuda or x_TD.dtype != torch.float32 or not torch.is_grad_enabled():
+        return norm(x_TD, weight_D, eps, change_TD)
+    r_TD = x_TD if change_TD is None else x_TD + change_TD
+    return _Norm.apply(r_TD, r_TD, weight_D, eps), r_TD

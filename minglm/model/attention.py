@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from minglm.kernels.backend import backend
-from minglm.kernels.cpu import norm_rope_cpu
 from minglm.kernels.flash_attention import flash_attention
 from minglm.kernels.qk_norm_rope import norm_rope_by_hand
 from minglm.model.layers import Linear, RMSNorm
@@ -38,14 +37,11 @@ class Attention(nn.Module):
         """Rotated queries (B, S, N, A) and keys (B, S, M, A): what enters the dot product."""
         q = self.q_proj(x_BSD).unflatten(-1, (self.heads, self.head_dim))
         k = self.k_proj(x_BSD).unflatten(-1, (self.kv_heads, self.head_dim))
-        form = backend(q)
         weights = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
-        if form == "triton":
+        if backend(q) == "triton":
             from minglm.kernels.qk_norm_rope_triton import qk_norm_rope_triton
 
             return qk_norm_rope_triton(q, k, *weights, *rotation, self.eps)
-        if form == "c":
-            return tuple(norm_rope_cpu(x, weight, *rotation, self.eps) for x, weight in zip((q, k), weights))
         if self.q_norm is not None:
             if q.dtype == torch.float32 and not q.is_cuda and torch.is_grad_enabled():
                 return norm_rope_by_hand(q, k, self.q_norm.weight, self.k_norm.weight, *rotation, self.eps)

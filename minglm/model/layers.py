@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minglm.kernels.backend import backend
-from minglm.kernels.cpu import alone, swiglu_cpu
 from minglm.kernels.norm import add_norm
 
 
@@ -53,6 +51,4 @@ class MLP(nn.Module):
 
     def forward(self, x):
         """(..., D) to (..., D)."""
-        if backend(x) == "c" and alone(3 * x.numel() * self.gate_proj.weight.shape[0]):
-            return swiglu_cpu(x, *(part.weight for part in (self.gate_proj, self.up_proj, self.down_proj)))
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -49,6 +49,9 @@ class MTPLayer(nn.Module):
 
         `arguments` are those of the decoder layer. Returns (states, Routing).
         """
-        z_BSD = self.eh_proj(torch.cat([self.enorm(next_embeddings_BSD), self.hnorm(hidden_BSD)], -1))
-        z_BSD, routing = self.decode(self, z_BSD, *arguments)
+        z_BSD, routing = self.decode(self, self.join(hidden_BSD, next_embeddings_BSD), *arguments)
         return self.shared_head["norm"](z_BSD), routing
+
+    def join(self, hidden, next_embeddings):
+        """What enters the decoder layer: (..., D) from states and embeddings (..., D)."""
+        return self.eh_proj(torch.cat([self.enorm(next_embeddings), self.hnorm(hidden)], -1))

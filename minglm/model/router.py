@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from minglm.kernels.backend import backend
-from minglm.kernels.cpu import router_topk_cpu
 
 
 def choose(scores_TE, bias_E, top_k, groups=1, top_groups=1):
@@ -48,12 +47,10 @@ class Router(nn.Module):
         """x (T, D) to experts int64 (T, K), weights float32 (T, K), scores float32 (T, E)."""
         c = self.config
         logits_TE = x_TD.float() @ self.weight.float().T
-        if c.n_group == 1 and (form := backend(logits_TE)) != "torch":
-            options = self.e_score_correction_bias, c.num_experts_per_tok, c.norm_topk_prob, c.routed_scaling_factor
-            if form == "c":
-                return router_topk_cpu(logits_TE, *options)
+        if c.n_group == 1 and backend(logits_TE) == "triton":
             from minglm.kernels.router_topk_triton import route_triton
 
+            options = self.e_score_correction_bias, c.num_experts_per_tok, c.norm_topk_prob, c.routed_scaling_factor
             return route_triton(logits_TE, *options)
         scores_TE = logits_TE.sigmoid()
         with torch.no_grad():

@@ -1,0 +1,59 @@
+/* A vector of as many float32 numbers as the processor takes at once, and what C has no operator for. */
+
+#ifndef MINGLM_LANES
+#define MINGLM_LANES
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __AVX512F__
+enum { LANES = 16, ROWS = 8 }; /* rows of a tile of a product: with three vectors for each they fill the registers */
+#else
+enum { LANES = 8, ROWS = 4 };
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int ints __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+INLINE long whole(long n) { return (n + LANES - 1) / LANES * LANES; }
+
+INLINE lanes all(float x) { return x - (lanes){0}; }
+
+INLINE ints lane(void) { /* 0, 1, 2, ... */
+    ints number;
+    for (int i = 0; i < LANES; i++) number[i] = i;
+    return number;
+}
+
+INLINE lanes either(ints condition, lanes yes, lanes no) { return (lanes)((condition & (ints)yes) | (~condition & (ints)no)); }
+
+INLINE lanes larger(lanes a, lanes b) { return either(a > b, a, b); }
+
+INLINE float sum_of(lanes x) {
+    for (int d = LANES / 2; d; d /= 2) x += __builtin_shuffle(x, lane() ^ d);
+    return x[0];
+}
+
+INLINE float largest_of(lanes x) {
+    for (int d = LANES / 2; d; d /= 2) x = larger(x, __builtin_shuffle(x, lane() ^ d));
+    return x[0];
+}
+
+/* e^x = 2^n 2^f with f within half of zero: 2^f is its series in f ln 2, and 2^n has the exponent n + 127. Relative error
+   below 3e-7 for small x, and |x| times 6e-8 for others, because x / ln 2 is rounded; e^-90 is 2^-126 and e^90 is 2^126. */
+INLINE lanes exponential(lanes x) {
+    lanes y = larger(-larger(x * -1.44269504f, all(-126)), all(-126));
+    ints n = __builtin_convertvector(y + 127.5f, ints);
+    lanes f = y - __builtin_convertvector(n - 127, lanes), power = f * 1.5403530e-4f + 1.3333558e-3f;
+    power = power * f + 9.6181291e-3f;
+    power = power * f + 5.5504109e-2f;
+    power = power * f + 2.4022651e-1f;
+    power = power * f + 6.9314718e-1f;
+    power = power * f + 1;
+    return power * (lanes)(n << 23);
+}
+
+#endif
