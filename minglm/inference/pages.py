@@ -35,7 +35,7 @@ class LayerPages:
         self.store.view(-1, A).index_copy_(0, plan.written, new.reshape(-1, A))
         if len(plan.groups) == 1:
             q = q_BSNA.view(*plan.groups[0][1].shape, *q_BSNA.shape[2:])
-            return self.read(0, q).view(q_BSNA.shape)
+            return self.read(0, q).reshape(q_BSNA.shape)
         out, sizes = [], [positions_BS.numel() for _, positions_BS in plan.groups]
         for i, q in enumerate(q_BSNA[0].split(sizes)):
             out.append(self.read(i, q.unflatten(0, plan.groups[i][1].shape)).flatten(0, 1))
