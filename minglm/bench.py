@@ -82,7 +82,8 @@ def generate(config, options):
     as in a rollout, eight samples of each; and what drafts do to the number of passes. The weights are not trained.
     """
     model = GLM(config.model).eval()
-    theirs, (length, tokens) = transformers_generate(model), (options.prompt, options.tokens)
+    engine, theirs = Engine(model), transformers_generate(model)
+    length, tokens = options.prompt, options.tokens
     record = {"prompt": length, "tokens": tokens, "curve": [], "drafts": [], "c": cpu.library() is not None}
     record["baseline"] = "transformers generate: do_sample at temperature 1 without top-k, its cache and kernels as set"
     for batch in options.batches:
@@ -94,7 +95,7 @@ def generate(config, options):
             prompts = [prompt for prompt in unique for _ in range(samples)]
             requests = [Request(prompt, tokens, seed=i, stop_ids=()) for i, prompt in enumerate(prompts)]
             sides = {
-                "minglm": lambda r=requests: Engine(model).generate(r),
+                "minglm": lambda r=requests: engine.update_weights() or engine.generate(r),  # nothing is known of before
                 "transformers": lambda p=prompts: theirs(p, tokens),
                 "products": products(model, len(unique), length, batch, tokens),
             }

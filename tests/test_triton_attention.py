@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minglm.inference.kv_cache import Blocks
-from minglm.inference.pages import Pages
+from minglm.inference.pages import Pages, Plan
 from minglm.kernels import backend
 from minglm.kernels.flash_attention import flash_attention
 from minglm.kernels.interpreter import in_new_process, switch_on
@@ -228,7 +228,7 @@ def test_a_step_equals_the_row_of_a_whole_pass(monkeypatch):
         for row, stop in zip(rows, stops):
             row.start, row.stop = row.stop, stop
         going = [(b, row) for b, row in enumerate(rows) if row.start < row.stop]
-        pages.of_trunk([row for _, row in going])
+        pages[0].plan = Plan([row for _, row in going], pages.shape, pages.device)
         new = [torch.cat([x[b, row.start : row.stop] for b, row in going])[None] for x in (q, k, v)]
         expected = torch.cat([whole[b, row.start : row.stop] for b, row in going])[None]
         torch.testing.assert_close(pages[0].attend(*new), expected, atol=1e-5, rtol=0)  # float32, another order

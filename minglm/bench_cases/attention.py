@@ -132,7 +132,7 @@ def decode(device, texts, slots, heads):
     tables = torch.randperm(blocks, generator=generator, device=device).view(1, texts, 1, -1) * (2 * M)
     rows = (tables + torch.arange(2 * M, device=device).view(2, 1, M, 1)).flatten()
     k, v = (store.view(-1, BLOCK * A)[part].view(texts, M, slots, A).transpose(1, 2) for part in rows.chunk(2))
-    layer = LayerPages(store)
+    layer = LayerPages(store, BLOCK)
     layer.plan = SimpleNamespace(groups=[(rows, torch.full((texts, 1), slots - 1, device=device))], masks={})
     if device.type == "cuda":
         others = {"SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION, False)}

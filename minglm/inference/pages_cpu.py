@@ -156,18 +156,21 @@ class PagesInC(Pages):
     def _run(self, packed, pages, rows, tokens_T, x_TD, wanted, first=0):
         c, (T, D), (_, M, size, A) = self.model.config, x_TD.shape, self.shape
         N, E, K, F_ = c.num_attention_heads, c.n_routed_experts, c.num_experts_per_tok, c.moe_intermediate_size
-        positions, places, tables, used = [], [], [], [(row.stop - 1) // size + 1 for row in rows]
-        for place, (row, count) in enumerate(zip(rows, used)):
-            positions += range(row.start, row.stop)
-            places += [place] * (row.stop - row.start)
-            tables += row.table.blocks[:count] + [0] * (max(used) - count)
+        positions, places, tables = [], [], []
+        widest = (max(row.stop for row in rows) - 1) // size + 1
+        for place, row in enumerate(rows):
+            start, stop = row.start, row.stop
+            positions += range(start, stop)
+            places += [place] * (stop - start)
+            blocks = row.table.blocks[:widest]
+            tables += blocks + [0] * (widest - len(blocks))
         numbers = integers(positions + places + wanted + tables, self.device)
         positions_T, places_T, wanted, tables = numbers.split((T, T, len(wanted), len(tables)))
         cosine, sine = self.model.rotation(tokens_T[None], positions_T[None])
         logits = x_TD.new_empty(len(wanted), c.vocab_size)
         threads = max(1, min(common.threads, T // FEW))
         per_token = whole(D + (2 * N + 2 * M) * A + whole(E) + 5 * K)
-        scores, hidden = 4 * (max(used) * whole(size) + whole(1)), 2 * CHUNK * whole(max(F_, packed.widest))
+        scores, hidden = 4 * (widest * whole(size) + whole(1)), 2 * CHUNK * whole(max(F_, packed.widest))
         per_thread = max(scores, hidden) + 8 * whole(1)  # each part begins with a vector of its own
         scratch = x_TD.new_empty(T * per_token + threads * per_thread)
         for layer, of_layer in zip(packed.layers, pages):
@@ -175,7 +178,7 @@ class PagesInC(Pages):
         call = Pass(
             ctypes.addressof(packed.layers),
             *map(cpu.at, (x_TD, cosine, sine, positions_T, places_T, tables, packed.norm, packed.head, wanted, logits)),
-            *(cpu.at(scratch), len(packed.layers), T, D, N, M, A, cosine.shape[-1], max(used), size, first, E, K, F_),
+            *(cpu.at(scratch), len(packed.layers), T, D, N, M, A, cosine.shape[-1], widest, size, first, E, K, F_),
             *(c.norm_topk_prob, len(wanted), c.vocab_size, threads, per_token, per_thread),
             *(c.rms_norm_eps, c.routed_scaling_factor),
         )

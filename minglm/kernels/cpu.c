@@ -37,7 +37,7 @@ static float smallest_kept(const float *p, float largest, double goal, long V) {
 }
 
 /* inference/sampling.py, uniforms and sample with top-p alone (null: no cut): a token and its log-probability for each row
-   of logits (B, V); at temperature 0 the first of the largest. scratch: V floats */
+   of logits (B, V); at temperature 0 the first of the largest. scratch: V floats in whole vectors */
 void sample(const float *logits, const float *temperature, const float *top_p, const int64_t *seed, const int64_t *index,
             int64_t purpose, int64_t *tokens, float *logprobs, float *scratch, long B, long V) {
     const uint64_t golden = 0x9e3779b97f4a7c15u;
@@ -45,7 +45,8 @@ void sample(const float *logits, const float *temperature, const float *top_p, c
         uint64_t x = mixed(mixed(seed[b] + (index[b] + 1) * golden) + (purpose + 1) * golden);
         float largest = -INFINITY, cool = temperature[b] > 0 ? 1 / temperature[b] : 1;
         for (long v = 0; v < V; v++) largest = logits[v] > largest ? logits[v] : largest;
-        for (long v = 0; v < V; v++) scratch[v] = expf((logits[v] - largest) * cool);
+        for (long v = 0; v < V; v++) scratch[v] = (logits[v] - largest) * cool;
+        for (long v = 0; v < V; v += LANES) *(lanes *)(scratch + v) = exponential(*(lanes *)(scratch + v));
         double whole = 0, total = 0, before = 0;
         for (long v = 0; v < V; v++) whole += scratch[v];
         if (top_p && top_p[b] < 1) {

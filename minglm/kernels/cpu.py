@@ -115,7 +115,8 @@ def sample_cpu(logits_BV, temperature_B, top_p_B, seeds_B, index_B, purpose):
     """
     B, V = logits_BV.shape
     logits_BV = logits_BV.contiguous()
-    tokens_B, logprobs_B, scratch = torch.empty_like(seeds_B), logits_BV.new_empty(B), logits_BV.new_empty(V)
+    tokens_B, logprobs_B = torch.empty_like(seeds_B), logits_BV.new_empty(B)
+    scratch = logits_BV.new_empty(V + lanes())
     library().sample(
         at(logits_BV), at(temperature_B), at(top_p_B), at(seeds_B), at(index_B), purpose, at(tokens_B),
         at(logprobs_B), at(scratch), B, V,

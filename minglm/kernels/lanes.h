@@ -43,9 +43,9 @@ INLINE float largest_of(lanes x) {
 }
 
 /* e^x = 2^n 2^f with f within half of zero: 2^f is its series in f ln 2, and 2^n has the exponent n + 127. Relative error
-   below 3e-7 for small x, and |x| times 6e-8 for others, because x / ln 2 is rounded; e^-90 is 2^-126 and e^90 is 2^126. */
+   below 3e-7 for small x, and |x| times 6e-8 for others, because x / ln 2 is rounded; below 2^-126 it is 0, and it ends at 2^126. */
 INLINE lanes exponential(lanes x) {
-    lanes y = larger(-larger(x * -1.44269504f, all(-126)), all(-126));
+    lanes y = larger(-larger(x * -1.44269504f, all(-126)), all(-127));
     ints n = __builtin_convertvector(y + 127.5f, ints);
     lanes f = y - __builtin_convertvector(n - 127, lanes), power = f * 1.5403530e-4f + 1.3333558e-3f;
     power = power * f + 9.6181291e-3f;
