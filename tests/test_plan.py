@@ -172,7 +172,6 @@ def kept_bytes(config, dtype, rows, length):
 @pytest.mark.parametrize("dense", [True, False])
 def test_activations_equal_what_the_layers_keep(dtype, attention, dense, monkeypatch):
     """One layer more keeps what is planned for a layer of its kind, but for a few statistics and indices per token."""
-    monkeypatch.setattr(flash_attention, "NARROW", 0)  # heads as narrow as a toy's are kept in float32
     monkeypatch.setattr(flash_attention, "KEEP", 0)  # rows longer than those whose weights are kept
     config = ModelConfig(
         vocab_size=32, hidden_size=96, num_hidden_layers=1, first_k_dense_replace=int(dense),

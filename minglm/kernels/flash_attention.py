@@ -8,9 +8,8 @@ keys and values at the diagonal, keeps no scores and recomputes P, chunk by chun
     dV = P' dO,   dP = dO V',   dS = P * (dP - rowsum(dO * O)),   dQ = dS K,   dK = dS' Q
 
 Choices. The query heads that share a key/value head are stacked as rows of one product, so K and V are never repeated.
-Packed documents need no second code path: a chunk starts at the first key of its oldest document. On a CPU narrow heads
-are computed in float32 even where the model computes in bfloat16: casting the scores costs more than that gains. And
-where a query sees few keys, in short rows or documents, P is no larger than what a layer keeps anyway: it is kept.
+Packed documents need no second code path: a chunk starts at the first key of its oldest document. Where a query sees
+few keys, in short rows or documents, P is no larger than what a layer keeps anyway: a CPU keeps it.
 """
 
 import torch
@@ -18,10 +17,10 @@ import torch.nn.functional as F
 
 from minglm.kernels.backend import backend
 
-CHUNK = 64  # longest chunk; see `_chunks`
-NARROW = 64  # dimensions of a head, below which a CPU computes in float32
+CHUNK = 256  # bytes that the longest chunk's numbers take in one column of its scores; see `_chunks`
 WIDEST = 256  # dimensions of a head that the Triton form has tiles for
-KEEP = 128  # keys that a query sees on average, up to which a CPU keeps P for the backward pass
+TILE = 32  # keys; products come in few shapes then, for each of which a CPU compiles one in bfloat16
+KEEP = 512  # bytes of P for each query on average, up to which a CPU keeps P for the backward pass
 HIDDEN = -1e4  # score of a pair that must not see each other; finite, because exp(-inf) takes a slow path on CPUs
 
 
@@ -47,27 +46,27 @@ def attention(q_BSNA, k_BSMA, v_BSMA, documents_BS=None):
     return torch.einsum("bmgsc,bcma->bsmga", weights, v_BSMA).reshape(B, S, N, A)
 
 
-def _chunks(B, M, S, documents_BS):
+def _chunks(B, M, S, documents_BS, itemsize):
     """(slice of queries, first key that any of them may see) of each chunk: key 0, or where the oldest document starts.
 
     A short chunk computes fewer scores above the diagonal, a long one needs fewer calls: half of CHUNK is better where
-    a batch of sequences makes each call large.
+    a batch of sequences makes each call large. The first key is rounded down to a multiple of TILE, see there.
     """
-    length = CHUNK if B * M < 4 else max(1, CHUNK // 2)
+    length = max(1, CHUNK // itemsize // (1 if B * M < 4 else 2))
     starts = range(0, S, length)
     firsts = [0] * len(starts)
     if documents_BS is not None:
         changed = documents_BS[:, 1:] != documents_BS[:, :-1]
         index = torch.arange(1, S, device=documents_BS.device) * changed
         begin_BS = F.pad(index, (1, 0)).cummax(1).values
-        firsts = begin_BS.min(0).values[list(starts)].tolist()
+        firsts = (begin_BS.min(0).values[list(starts)] // TILE * TILE).tolist()
     return [(slice(start, min(start + length, S)), first) for start, first in zip(starts, firsts, strict=True)]
 
 
-def _rows(x_BSNA, M, dtype):
+def _rows(x_BSNA, M):
     """(B, S, N, A) to (B M, S G, A): the G query heads that share a key/value head become rows of one matrix."""
     B, S, N, A = x_BSNA.shape
-    return x_BSNA.reshape(B, S, M, N // M, A).transpose(1, 2).reshape(B * M, -1, A).to(dtype)
+    return x_BSNA.reshape(B, S, M, N // M, A).transpose(1, 2).reshape(B * M, -1, A)
 
 
 def _heads(x, B, S):
@@ -76,12 +75,13 @@ def _heads(x, B, S):
 
 
 def _causal(S, q):
-    """The causal mask of every chunk, as numbers to add: (CHUNK, S + CHUNK), the chunk's first position in column S."""
-    return torch.full((CHUNK, S + CHUNK), HIDDEN, dtype=q.dtype, device=q.device).triu_(S + 1)
+    """The causal mask of every chunk, as numbers to add: its first position is in column S."""
+    longest = CHUNK // q.itemsize
+    return torch.full((longest, S + longest), HIDDEN, dtype=q.dtype, device=q.device).triu_(S + 1)
 
 
 def _weights(q, k, causal, documents_BS, at, first):
-    """Softmax weights (B M, queries, keys) of one chunk, in float32 at least: queries at `at`, keys from `first`.
+    """Softmax weights (B M, queries, keys) of one chunk: queries at `at`, keys from `first`.
 
     The product is added to the mask: one pass over the scores, where scaling them and masking them twice were three.
     """
@@ -93,7 +93,7 @@ def _weights(q, k, causal, documents_BS, at, first):
     mask = mask[:, None, :, None].expand(-1, len(k) // len(mask), -1, G, -1)  # B M queries G keys
     scores = mask.clone(memory_format=torch.contiguous_format).view(len(k), -1, mask.shape[-1])
     scores.baddbmm_(q[:, at.start * G : at.stop * G], k[:, keys].mT)
-    return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    return scores.softmax(-1)
 
 
 class _Flash(torch.autograd.Function):
@@ -101,37 +101,36 @@ class _Flash(torch.autograd.Function):
     def forward(ctx, q_BSNA, k_BSMA, v_BSMA, documents_BS):
         B, S, N, A = q_BSNA.shape
         M, G = k_BSMA.shape[2], N // k_BSMA.shape[2]
-        dtype = q_BSNA.dtype if A >= NARROW or q_BSNA.is_cuda else torch.promote_types(q_BSNA.dtype, torch.float32)
-        q, k, v = (_rows(x, M, dtype) for x in (q_BSNA, k_BSMA, v_BSMA))
-        q = q * A**-0.5
+        q, k, v = (_rows(x, M) for x in (q_BSNA, k_BSMA * A**-0.5, v_BSMA))
         causal, out = _causal(S, q), torch.empty_like(q)
-        ctx.chunks, kept = _chunks(B, M, S, documents_BS), []
+        ctx.chunks, kept = _chunks(B, M, S, documents_BS, q.itemsize), []
         seen = sum((at.stop - at.start) * (at.stop - first) for at, first in ctx.chunks)
-        keep = any(ctx.needs_input_grad) and not q.is_cuda and seen <= KEEP * S
+        keep = any(ctx.needs_input_grad) and not q.is_cuda and seen * q.itemsize <= KEEP * S
         for at, first in ctx.chunks:
-            weights = _weights(q, k, causal, documents_BS, at, first).to(dtype)
+            weights = _weights(q, k, causal, documents_BS, at, first)
             out[:, at.start * G : at.stop * G] = weights @ v[:, first : at.stop]
             if keep:
                 kept.append(weights)
-        ctx.save_for_backward(q, k, v, out, documents_BS, *kept)
-        return _heads(out, B, S).to(q_BSNA.dtype)
+        ctx.save_for_backward(q, k, v, documents_BS, *kept)
+        return _heads(out, B, S)
 
     @staticmethod
     def backward(ctx, grad_BSNA):
-        q, k, v, out, documents_BS, *kept = ctx.saved_tensors
+        q, k, v, documents_BS, *kept = ctx.saved_tensors
         B, S, N, A = grad_BSNA.shape
         M, G = len(k) // B, q.shape[1] // S
-        grad = _rows(grad_BSNA, M, q.dtype)
-        minus_inner = (grad * out).sum(-1, keepdim=True).neg_()
-        causal, dq, dk, dv = _causal(S, q), torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grad, causal = _rows(grad_BSNA, M), _causal(S, q)
+        wide = torch.promote_types(q.dtype, torch.float32)  # of the sums over chunks
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         for i, (at, first) in enumerate(ctx.chunks):
             rows, keys = slice(at.start * G, at.stop * G), slice(first, at.stop)
-            weights = kept[i] if kept else _weights(q, k, causal, documents_BS, at, first).to(q.dtype)
+            weights = kept[i] if kept else _weights(q, k, causal, documents_BS, at, first)
             dv[:, keys] += weights.mT @ grad[:, rows]
-            dscores = torch.baddbmm(minus_inner[:, rows], grad[:, rows], v[:, keys].mT).mul_(weights)
+            dweights = grad[:, rows] @ v[:, keys].mT
+            dscores = torch.ops.aten._softmax_backward_data(dweights, weights, -1, q.dtype)
             dq[:, rows] = dscores @ k[:, keys]
             dk[:, keys] += dscores.mT @ q[:, rows]
-        return *(_heads(x, B, S).to(grad_BSNA.dtype) for x in (dq.mul_(A**-0.5), dk, dv)), None
+        return *(_heads(x, B, S).to(q.dtype) for x in (dq, dk.mul_(A**-0.5), dv)), None
 
 
 def flash_attention(q_BSNA, k_BSMA, v_BSMA, documents_BS=None):
