@@ -31,15 +31,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head = head_VD.to(hidden_TD.dtype)
         loss = hidden_TD.new_zeros((), dtype=torch.float32)
         room = head.new_empty(min(CHUNK, len(hidden_TD)), len(head))  # the same for every chunk: it stays in cache
-        room_p = torch.empty_like(room, dtype=torch.float32)
+        wide = room.float()
         for start in range(0, len(hidden_TD), CHUNK):
             rows = slice(start, start + CHUNK)
             hidden, target, weight = hidden_TD[rows], targets_T[rows, None], weights_T[rows, None]
-            logits = torch.mm(hidden, head.T, out=room[: len(hidden)]).float()
-            p = torch.softmax(logits, 1, out=room_p[: len(hidden)])
-            lse = logits.amax(1, keepdim=True) - p.amax(1, keepdim=True).log()  # the largest p is exp(largest - lse)
-            loss += ((lse - logits.gather(1, target)) * weight).sum()
-            dlogits = p.scatter_add_(1, target, torch.full_like(weight, -1.0)).mul_(weight).to(hidden.dtype)
+            logits = torch.mm(hidden, head.T, out=room[: len(hidden)])
+            p = logits if wide is room else wide[: len(hidden)].copy_(logits)
+            largest, chosen = p.amax(1, keepdim=True), p.gather(1, target)
+            total = p.sub_(largest).exp_().sum(1, keepdim=True)
+            loss += ((largest + total.log() - chosen) * weight).sum()
+            dlogits = logits.copy_(p.mul_(weight / total).scatter_add_(1, target, -weight))
             torch.mm(dlogits, head, out=dhidden_TD[rows])
             if head.dtype == torch.float32:
                 dhead_VD.addmm_(dlogits.T, hidden)

@@ -34,31 +34,32 @@ def norm(x_TD, weight_D, eps, change_TD=None):
 
 
 def normalize(x, eps):
-    """(x / sqrt(mean(x^2) + eps), 1 / sqrt(...)) over the last axis."""
-    scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return x * scale, scale
+    """(x / sqrt(mean(x^2) + eps), 1 / sqrt(...)) over the last axis, in float32 at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return wide * scale, scale
 
 
-def normalize_backward(dnormal, x, scale):
-    """The two parts of the gradient of x: through the product with the scale, and through the scale."""
-    dsquare = (dnormal * x).sum(-1, keepdim=True).mul_(scale**3 * -0.5).div_(x.shape[-1])  # of each number's square
-    return dnormal.mul_(scale), x * dsquare.mul_(2)
+def normalize_backward(grad, x, scale, weight):
+    """Gradients of x and weight from that of weight * x * scale; arguments in float32, but x."""
+    normal = x * scale
+    product = grad * normal
+    mean = (product @ weight[:, None]).div_(x.shape[-1])
+    dx = (grad * weight).addcmul_(normal, mean, value=-1).mul_(scale)
+    return dx.to(x.dtype), product.flatten(0, -2).sum(0)
 
 
 class _Norm(torch.autograd.Function):
-    """float32 RMSNorm. x comes twice, so that autograd adds its two gradients one by one, as it does without us."""
-
     @staticmethod
-    def forward(ctx, x, x_again, weight, eps):
+    def forward(ctx, x, weight, eps):
         normal, scale = normalize(x, eps)
         ctx.save_for_backward(x, scale, weight)
-        return normal.mul_(weight)
+        return normal.mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         x, scale, weight = ctx.saved_tensors
-        dweight = (x * scale).mul_(grad).flatten(0, -2).sum(0)
-        return *normalize_backward(grad * weight, x, scale), dweight, None
+        return *normalize_backward(grad.to(scale.dtype), x, scale, weight), None
 
 
 def add_norm(x_TD, weight_D, eps, change_TD=None):
@@ -67,7 +68,7 @@ def add_norm(x_TD, weight_D, eps, change_TD=None):
         from minglm.kernels.norm_triton import add_norm_triton
 
         return add_norm_triton(x_TD, weight_D, eps, change_TD)
-    if x_TD.is_cuda or x_TD.dtype != torch.float32 or not torch.is_grad_enabled():
+    if x_TD.is_cuda or not torch.is_grad_enabled():
         return norm(x_TD, weight_D, eps, change_TD)
     r_TD = x_TD if change_TD is None else x_TD + change_TD
-    return _Norm.apply(r_TD, r_TD, weight_D, eps), r_TD
+    return _Norm.apply(r_TD, weight_D, eps), r_TD

@@ -41,41 +41,32 @@ def qk_norm_rope(q_BSNA, k_BSMA, q_weight_A, k_weight_A, cos, sin, eps):
     return one(q_BSNA, q_weight_A), one(k_BSMA, k_weight_A)
 
 
-def _turn(x_BSNA, c_SNA, s_SNR):
-    half = s_SNR.shape[-1] // 2
+def _turn(x_BSNA, cos, sin):
+    """Rotation of float32 heads; by a negative `sin` the way back. Factors of whole heads make its rows long."""
+    half, heads = cos.shape[-1], x_BSNA.shape[2]
+    rest = cos.new_ones(*cos.shape[:-1], x_BSNA.shape[-1] - 2 * half)
+    c_BSNA = torch.cat((cos, cos, rest), -1).expand(-1, -1, heads, -1).contiguous()
+    s_BSNR = torch.cat((-sin, sin), -1).expand(-1, -1, heads, -1).contiguous()
     swapped = torch.cat((x_BSNA[..., half : 2 * half], x_BSNA[..., :half]), -1)
-    y_BSNA = x_BSNA * c_SNA
-    y_BSNA[..., : 2 * half] += swapped.mul_(s_SNR)
+    y_BSNA = x_BSNA * c_BSNA
+    y_BSNA[..., : 2 * half] += swapped.mul_(s_BSNR)
     return y_BSNA
-
-
-def _factors(cos, sin, heads, width):
-    """c and s of the module's docstring, for all heads of this width: nothing to keep, they are made again."""
-    rest = cos.new_ones(*cos.shape[:-1], width - 2 * cos.shape[-1])
-    factors = torch.cat((cos, cos, rest), -1), torch.cat((-sin, sin), -1)
-    return [x.expand(-1, -1, heads, -1).contiguous() for x in factors]
 
 
 class _NormRope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BSNA, k_BSMA, q_weight_A, k_weight_A, cos, sin, eps):
-        ctx.heads = N, M = q_BSNA.shape[2], k_BSMA.shape[2]
-        x = torch.cat((q_BSNA, k_BSMA), 2)
-        weight = torch.cat((q_weight_A.expand(N, -1), k_weight_A.expand(M, -1)))
-        normal, scale = normalize(x, eps)
-        ctx.save_for_backward(x, scale, weight, cos, sin)
-        return _turn(normal.mul_(weight), *_factors(cos, sin, N + M, x.shape[-1])).split((N, M), 2)
+    def forward(ctx, x_BSNA, weight_A, cos, sin, eps):
+        normal, scale = normalize(x_BSNA, eps)
+        ctx.save_for_backward(x_BSNA, scale, weight_A, cos, sin)
+        return _turn(normal.mul_(weight_A), cos, sin).to(x_BSNA.dtype)
 
     @staticmethod
-    def backward(ctx, dq_BSNA, dk_BSMA):
-        x, scale, weight, cos, sin = ctx.saved_tensors
-        back = _factors(cos, -sin, *x.shape[2:])  # the way back turns by the negative angle
-        grad = _turn(torch.cat((dq_BSNA, dk_BSMA), 2), *back)
-        dweight = [part.flatten(0, -2).sum(0) for part in (x * scale).mul_(grad).split(ctx.heads, 2)]
-        first, second = normalize_backward(grad.mul_(weight), x, scale)
-        return *first.add_(second).split(ctx.heads, 2), *dweight, None, None, None
+    def backward(ctx, grad_BSNA):
+        x_BSNA, scale, weight_A, cos, sin = ctx.saved_tensors
+        grad_BSNA = _turn(grad_BSNA.to(scale.dtype), cos, -sin)
+        return *normalize_backward(grad_BSNA, x_BSNA, scale, weight_A), None, None, None
 
 
 def norm_rope_by_hand(q_BSNA, k_BSMA, q_weight_A, k_weight_A, cos, sin, eps):
-    """The same as `qk_norm_rope`, of a model with QK-norm, in float32; differentiable in all but the angles."""
-    return _NormRope.apply(q_BSNA, k_BSMA, q_weight_A, k_weight_A, cos, sin, eps)
+    """The same as `qk_norm_rope`, of a model with QK-norm; differentiable in all but the angles."""
+    return tuple(_NormRope.apply(x, w, cos, sin, eps) for x, w in ((q_BSNA, q_weight_A), (k_BSMA, k_weight_A)))

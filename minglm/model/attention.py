@@ -43,7 +43,7 @@ class Attention(nn.Module):
 
             return qk_norm_rope_triton(q, k, *weights, *rotation, self.eps)
         if self.q_norm is not None:
-            if q.dtype == torch.float32 and not q.is_cuda and torch.is_grad_enabled():
+            if not q.is_cuda and torch.is_grad_enabled():
                 return norm_rope_by_hand(q, k, self.q_norm.weight, self.k_norm.weight, *rotation, self.eps)
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(torch.cat((q, k), 2), *rotation).split((self.heads, self.kv_heads), 2)
