@@ -70,43 +70,35 @@ def grouped_outer(x_TD, y_TF, ends_E):
     return out
 
 
-def _gather_sum(y, row, K):
-    """For each token the sum of its K rows: (rows, D) and the row of each pair (T K,) give (T, D)."""
-    return y.index_select(0, row).view(-1, K, y.shape[1]).sum(1)
-
-
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF):
         K, E = experts_TK.shape[1], gate_EFD.shape[0]
         multiple = 1 if x_TD.is_cuda or x_TD.dtype.itemsize > 2 else ROWS
         pair, row, ends_E = group_by_expert(experts_TK, E, multiple)
-        token = pair // K
+        token, row_TK = pair // K, row.view(-1, K)
         x = x_TD.index_select(0, token)
-        weight = weights_TK.new_zeros(len(pair), 1).index_copy_(0, row, weights_TK.reshape(-1, 1))
         g, u = grouped_mm(x, gate_EFD.mT, ends_E), grouped_mm(x, up_EFD.mT, ends_E)
-        y = grouped_mm((F.silu(g) * u * weight).to(x.dtype), down_EDF.mT, ends_E)
-        ctx.choices = K
-        ctx.save_for_backward(x, weight, g, u, token, row, ends_E, gate_EFD, up_EFD, down_EDF)
-        return _gather_sum(y, row, K)
+        y = grouped_mm(F.silu(g).mul_(u), down_EDF.mT, ends_E)
+        ctx.save_for_backward(x, weights_TK, g, u, token, row_TK, ends_E, gate_EFD, up_EFD, down_EDF)
+        return F.embedding_bag(row_TK, y, mode="sum", per_sample_weights=weights_TK.to(y.dtype))
 
     @staticmethod
     def backward(ctx, grad_TD):
-        x, weight, g, u, token, row, ends_E, gate_EFD, up_EFD, down_EDF = ctx.saved_tensors
-        K = ctx.choices
+        x, weights_TK, g, u, token, row_TK, ends_E, gate_EFD, up_EFD, down_EDF = ctx.saved_tensors
+        weight = weights_TK.new_zeros(len(x), 1).index_copy_(0, row_TK.flatten(), weights_TK.reshape(-1, 1)).to(x.dtype)
         grad = grad_TD.index_select(0, token)
-        sigmoid = g.sigmoid()
-        silu = g * sigmoid
+        silu = F.silu(g)
         activation = silu * u
         dweighted = grouped_mm(grad, down_EDF, ends_E)
-        ddown = grouped_outer(grad, (activation * weight).to(x.dtype), ends_E)
-        dweight = (dweighted * activation).sum(1, dtype=torch.float32)
-        dactivation = dweighted * weight.to(x.dtype)
+        dweight = (dweighted * activation).sum(1, dtype=weights_TK.dtype)
+        ddown = grouped_outer(grad, activation.mul_(weight), ends_E)
+        dactivation = dweighted.mul_(weight)
         du = dactivation * silu
-        dg = dactivation.mul_(u).mul_(sigmoid.add_(silu * (1 - sigmoid)))
+        dg = torch.ops.aten.silu_backward(dactivation.mul_(u), g)
         dx = grouped_mm(dg, gate_EFD, ends_E).add_(grouped_mm(du, up_EFD, ends_E))
         dgate, dup = grouped_outer(dg, x, ends_E), grouped_outer(du, x, ends_E)
-        return _gather_sum(dx, row, K), None, dweight[row].view(-1, K), dgate, dup, ddown
+        return F.embedding_bag(row_TK, dx, mode="sum"), None, dweight[row_TK], dgate, dup, ddown
 
 
 def experts_without_gradient(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF):
