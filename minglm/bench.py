@@ -95,7 +95,9 @@ def generate(config, options):
             prompts = [prompt for prompt in unique for _ in range(samples)]
             requests = [Request(prompt, tokens, seed=i, stop_ids=()) for i, prompt in enumerate(prompts)]
             sides = {
-                "minglm": lambda r=requests: engine.update_weights() or engine.generate(r),  # nothing is known of before
+                "minglm": lambda r=requests: (
+                    engine.update_weights() or engine.generate(r)
+                ),  # nothing is known of before
                 "transformers": lambda p=prompts: theirs(p, tokens),
                 "products": products(model, len(unique), length, batch, tokens),
             }

@@ -96,8 +96,9 @@ class _Experts(torch.autograd.Function):
         dactivation = dweighted.mul_(weight)
         du = dactivation * silu
         dg = torch.ops.aten.silu_backward(dactivation.mul_(u), g)
-        dx = grouped_mm(dg, gate_EFD, ends_E).add_(grouped_mm(du, up_EFD, ends_E))
-        dgate, dup = grouped_outer(dg, x, ends_E), grouped_outer(du, x, ends_E)
+        dgu = torch.cat((dg, du), 1)
+        dx = grouped_mm(dgu, torch.cat((gate_EFD, up_EFD), 1), ends_E)
+        dgate, dup = grouped_outer(dgu, x, ends_E).chunk(2, 1)
         return F.embedding_bag(row_TK, dx, mode="sum"), None, dweight[row_TK], dgate, dup, ddown
 
 

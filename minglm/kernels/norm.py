@@ -33,33 +33,37 @@ def norm(x_TD, weight_D, eps, change_TD=None):
     return normal_TD * weight_D.to(r_TD.dtype), r_TD
 
 
-def normalize(x, eps):
-    """(x / sqrt(mean(x^2) + eps), 1 / sqrt(...)) over the last axis, in float32 at least."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return wide * scale, scale
+def widen(*tensors):
+    """The tensors in float32 at least."""
+    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
 
 
-def normalize_backward(grad, x, scale, weight):
-    """Gradients of x and weight from that of weight * x * scale; arguments in float32, but x."""
-    normal = x * scale
-    product = grad * normal
-    mean = (product @ weight[:, None]).div_(x.shape[-1])
-    dx = (grad * weight).addcmul_(normal, mean, value=-1).mul_(scale)
-    return dx.to(x.dtype), product.flatten(0, -2).sum(0)
+def normalize(x, weight, eps):
+    """(weight * x / sqrt(mean(x^2) + eps), 1 / sqrt(...)) over the last axis; arguments and results are wide."""
+    scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (x * scale).mul_(weight), scale
+
+
+def normalize_backward(grad, x, weight, scale):
+    """Gradients of x and weight; all are wide. The mean is over x and not n: one pass less over whole rows."""
+    product = grad * x
+    mean = (product @ weight[:, None]).mul_(scale**3 / x.shape[-1])
+    dweight = product.flatten(0, -2).T @ scale.flatten()
+    return (grad * weight).mul_(scale).addcmul_(x, mean, value=-1), dweight
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
-        normal, scale = normalize(x, eps)
-        ctx.save_for_backward(x, scale, weight)
-        return normal.mul_(weight).to(x.dtype)
+        out, scale = normalize(*widen(x, weight), eps)
+        ctx.save_for_backward(x, weight, scale)
+        return out.to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        x, scale, weight = ctx.saved_tensors
-        return *normalize_backward(grad.to(scale.dtype), x, scale, weight), None
+        x, weight, scale = ctx.saved_tensors
+        dx, dweight = normalize_backward(*widen(grad, x, weight), scale)
+        return dx.to(x.dtype), dweight.to(weight.dtype), None
 
 
 def add_norm(x_TD, weight_D, eps, change_TD=None):

@@ -20,7 +20,7 @@ turns: a CPU works through long rows, and R/2 numbers at a time are short ones.
 import torch
 import torch.nn.functional as F
 
-from minglm.kernels.norm import normalize, normalize_backward
+from minglm.kernels.norm import normalize, normalize_backward, widen
 
 
 def qk_norm_rope(q_BSNA, k_BSMA, q_weight_A, k_weight_A, cos, sin, eps):
@@ -56,15 +56,16 @@ def _turn(x_BSNA, cos, sin):
 class _NormRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BSNA, weight_A, cos, sin, eps):
-        normal, scale = normalize(x_BSNA, eps)
-        ctx.save_for_backward(x_BSNA, scale, weight_A, cos, sin)
-        return _turn(normal.mul_(weight_A), cos, sin).to(x_BSNA.dtype)
+        out_BSNA, scale = normalize(*widen(x_BSNA, weight_A), eps)
+        ctx.save_for_backward(x_BSNA, weight_A, scale, cos, sin)
+        return _turn(out_BSNA, cos, sin).to(x_BSNA.dtype)
 
     @staticmethod
     def backward(ctx, grad_BSNA):
-        x_BSNA, scale, weight_A, cos, sin = ctx.saved_tensors
-        grad_BSNA = _turn(grad_BSNA.to(scale.dtype), cos, -sin)
-        return *normalize_backward(grad_BSNA, x_BSNA, scale, weight_A), None, None, None
+        x_BSNA, weight_A, scale, cos, sin = ctx.saved_tensors
+        grad, x, weight = widen(grad_BSNA, x_BSNA, weight_A)
+        dx, dweight = normalize_backward(_turn(grad, cos, -sin), x, weight, scale)
+        return dx.to(x_BSNA.dtype), dweight.to(weight_A.dtype), None, None, None
 
 
 def norm_rope_by_hand(q_BSNA, k_BSMA, q_weight_A, k_weight_A, cos, sin, eps):
