@@ -95,9 +95,8 @@ def generate(config, options):
             prompts = [prompt for prompt in unique for _ in range(samples)]
             requests = [Request(prompt, tokens, seed=i, stop_ids=()) for i, prompt in enumerate(prompts)]
             sides = {
-                "minglm": lambda r=requests: (
-                    engine.update_weights() or engine.generate(r)
-                ),  # nothing is known of before
+                # told of new weights, the engine packs them and knows nothing of the texts of the turn before
+                "minglm": lambda r=requests: engine.update_weights() or engine.generate(r),
                 "transformers": lambda p=prompts: theirs(p, tokens),
                 "products": products(model, len(unique), length, batch, tokens),
             }

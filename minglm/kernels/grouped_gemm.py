@@ -5,8 +5,9 @@
 `experts_loop` is the plain form, a loop over experts; the oracle. `grouped_experts` sorts the (token, expert) pairs by
 expert once, so that each expert's rows are contiguous, and needs no padding and no atomic addition: the inverse
 permutation brings results and gradients back, which makes it bitwise repeatable. Its backward keeps only the inputs,
-the two pre-activations and the indices. The router's weight enters at the second product, so its gradient is the row
-sum of activation times the gradient of the activation, and the expert's output need not be kept.
+the two pre-activations and the indices. The gradient of the router's weight is the row sum of activation times the
+gradient of the activation, so the expert's output need not be kept. (The weight enters before the second product in
+Triton and C; plain PyTorch multiplies where it sums a token's rows, which is one operation there.)
 
 On a GPU it is the Triton kernels of `grouped_gemm_triton`, which sort the indices only. In plain PyTorch the products
 are `torch.nn.functional.grouped_mm`, on a CPU too: its loop over the experts does not hold Python's lock. Shapes and

@@ -11,8 +11,8 @@ more. The mean is float32 whatever the dtype; the factor 1 / sqrt(...) of each r
 The gradient that reaches r from later layers is added to dr in the same pass. dweight is summed in two stages, a part
 for each program and then the parts, without atomic additions: bitwise repeatable.
 
-On a CPU the backward is written out too (`_Norm`): two thirds of the time of automatic differentiation, which writes a
-tensor for every factor, and the same bits, because the factors are multiplied in its order.
+On a CPU the backward is written out too (`_Norm`), because automatic differentiation writes a tensor for every factor.
+In bfloat16 it computes in float32 and rounds once, at the end.
 """
 
 import torch
@@ -53,6 +53,8 @@ def normalize_backward(grad, x, weight, scale):
 
 
 class _Norm(torch.autograd.Function):
+    """RMSNorm on a CPU, in float32 whatever the dtype of x."""
+
     @staticmethod
     def forward(ctx, x, weight, eps):
         out, scale = normalize(*widen(x, weight), eps)

@@ -12,9 +12,9 @@ is the rotation by the negative angle, so with g the gradient of y, u = x / sqrt
 on a GPU. The Triton form reads and writes them once. It computes in float32 throughout and rounds once, at the end,
 where the plain form in bfloat16 rounds after each step.
 
-`norm_rope_by_hand` is for training on a CPU in float32: the bits of the plain form in 60% of its time. Queries and
-keys are one tensor, and the rotation is y = x c + swap(x) s over whole heads, with c one and s zero where nothing
-turns: a CPU works through long rows, and R/2 numbers at a time are short ones.
+`norm_rope_by_hand` is for training on a CPU, with the backward written out, in float32 inside. The rotation is
+y = x c + swap(x) s over whole heads, with c one and s zero where nothing turns: a CPU works through long rows, and R/2
+numbers at a time are short ones.
 """
 
 import torch
