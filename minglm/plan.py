@@ -134,18 +134,15 @@ def activation_bytes_per_token(c, dense, bytes_per_value):
     """Estimate: bytes one layer keeps for its backward pass, per token. `dense`: its FFN is dense.
 
     Counted from the layers' code, for rows too long for their attention weights to be kept: 4 D around the two norms,
-    3 queries and 2 keys and values, one of each more with QK-norm, 4 values per unit of a dense FFN and of the shared
+    2 queries and 2 keys and values, one of each more with QK-norm, 4 values per unit of a dense FFN and of the shared
     expert, and for the routed ones the sorted inputs and both pre-activations of each of K copies, scores and indices.
-    Where the rest is bfloat16, what a norm keeps is there once more in float32.
     """
     D, F, E, K, b = c.hidden_size, c.moe_intermediate_size, c.n_routed_experts, c.num_experts_per_tok, bytes_per_value
     heads, kv_heads = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    wide = 4 * (b < 4)  # what a norm keeps in float32 beside its input
-    normed = (wide + b) * c.use_qk_norm
-    kept = D * (2 * wide + 4 * b) + heads * (3 * b + normed) + kv_heads * (2 * b + normed)
+    kept = (4 * D + (heads + kv_heads) * (2 + c.use_qk_norm)) * b
     if c.kv_lora_rank:
         latents, values = c.q_lora_rank + c.kv_lora_rank, c.num_attention_heads * c.v_head_dim
-        kept = D * (2 * wide + 4 * b) + latents * (wide + 2 * b) + (2 * heads + 3 * values) * b
+        kept = (4 * D + 2 * (latents + heads + values)) * b
     if dense:
         return kept + 4 * c.intermediate_size * b
     router = 12 * E + 24 * K + 4 * D * (b < 4)  # it works in float32, on a copy of its input
