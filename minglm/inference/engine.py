@@ -7,9 +7,10 @@ computed again, block by block (`kv_cache.py`). When all blocks are in use the y
 computed again later; it goes on as if nothing had happened.
 
 Tokens in, tokens out: the engine knows nothing of messages. It returns the sampled ids with the log-probability of
-each, which training uses as they are. The model is read and never copied. When its weights change, by `update_weights`
-or by an optimizer that knows nothing of engines, the next step forgets all keys and values and computes what is under
-way again, so every token is drawn from what the weights of its own step say about all of the text before it.
+each, which training uses as they are. The model is read (and for C packed anew). When its weights change, by
+`update_weights` or by an optimizer that knows nothing of engines, the next step forgets all keys and values and
+computes what is under way again, so every token is drawn from what the weights of its own step say about all of the
+text before it.
 """
 
 import contextlib

@@ -12,8 +12,8 @@ Every operation has a file `x.py` with its plain form and this choice, and a fil
 the top and is itself imported only here, when a tensor asks for it. There is one choice for the process, as with
 `torch.backends`: a model that mixes both forms could not be compared with anything.
 
-    auto     Triton for tensors on a GPU, where triton is installed; C for float32 tensors on a CPU in inference mode,
-             which is how the engine generates, and in Muon, where there is a compiler; PyTorch for all others
+    auto     Triton for tensors on a GPU, where triton is installed; C, where there is a compiler, for what the engine
+             generates on a CPU in float32 (`minglm.inference.pages_cpu`) and in Muon; PyTorch for all others
     torch    PyTorch everywhere
     triton   Triton everywhere: on a CPU only in its interpreter (TRITON_INTERPRET=1), mended, which is for tests
 """

@@ -33,12 +33,14 @@ INLINE lanes either(ints condition, lanes yes, lanes no) { return (lanes)((condi
 INLINE lanes larger(lanes a, lanes b) { return either(a > b, a, b); }
 
 INLINE float sum_of(lanes x) {
-    for (int d = LANES / 2; d; d /= 2) x += __builtin_shuffle(x, lane() ^ d);
+    for (int d = LANES / 2; d; d /= 2)
+        for (int i = 0; i < d; i++) x[i] += x[i + d];
     return x[0];
 }
 
 INLINE float largest_of(lanes x) {
-    for (int d = LANES / 2; d; d /= 2) x = larger(x, __builtin_shuffle(x, lane() ^ d));
+    for (int d = LANES / 2; d; d /= 2)
+        for (int i = 0; i < d; i++) x[i] = x[i + d] > x[i] ? x[i + d] : x[i];
     return x[0];
 }
 
