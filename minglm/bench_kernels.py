@@ -6,6 +6,8 @@ Both ceilings are measured at the start of the same run: a large bfloat16 produc
 (ours first, then the named baselines) take turns, so that what else the machine does falls on all of them, and before
 every turn the cache is filled with other data. The median of the turns is reported with its quartiles; before any
 timing each form's result is compared with ours. A form that fails is a line with its reason, not a missing line.
+What takes microseconds is recorded as a CUDA graph and replayed, as an engine would, because Python would take longer
+to start it; a form that cannot be recorded, because the host waits in its middle, is timed as it is and marked.
 
     python -m minglm bench kernels --only attention --out figures/bench_kernels.json
 
@@ -13,6 +15,7 @@ Each operation has a file in `minglm/bench_cases/` with `cases(device, smoke)`, 
 is a new operation. `smoke` asks for toy sizes, with which every case runs on a CPU in seconds: a test of the benchmark.
 """
 
+import contextlib
 import dataclasses
 import gc
 import importlib
@@ -45,6 +48,8 @@ class Case:
     comes, so that only its own tensors are in memory. A function returns a tensor or a tuple of tensors."""
     unit: str = "bfloat16"
     """What the products are made in; names the ceiling."""
+    graph: bool = False
+    """Whether a GPU's work is recorded and replayed."""
 
 
 def operations():
@@ -132,6 +137,14 @@ def warm_up(forms, device):
     return found
 
 
+def recorded(run):
+    """A CUDA graph of one call, as a function. Raises RuntimeError where the host waits for the GPU in its middle."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def failure(error):
     """What the record says of a form or a case that could not run; its memory is given back."""
     if torch.cuda.is_available():
@@ -139,7 +152,18 @@ def failure(error):
     return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
 
 
-def measure(case, limits, device, rounds):
+def turns_of(running, clock, rounds, seconds):
+    """{form: milliseconds of each turn}: `rounds` of them, fewer (but three) where they would take over `seconds`."""
+    turns, began = {name: [] for name in running}, time.monotonic()
+    for done in range(rounds):
+        if done >= 3 and time.monotonic() - began > seconds:
+            break
+        for name, run in running.items():
+            turns[name].append(clock(run))
+    return turns
+
+
+def measure(case, limits, device, rounds, seconds):
     """One record of a case: a dictionary for each of its forms."""
     try:
         forms, clock = case.forms(), Clock(device)
@@ -147,10 +171,11 @@ def measure(case, limits, device, rounds):
         return {"case": case.name, "forms": {"inputs": failure(error)}}
     found = warm_up(forms, device)
     running = {name: run for name, run in forms.items() if "error" not in found[name]}
-    turns = {name: [] for name in running}
-    for _ in range(rounds):
-        for name, run in running.items():
-            turns[name].append(clock(run))
+    for name in running if case.graph and device.type == "cuda" else ():
+        with contextlib.suppress(RuntimeError):
+            running[name] = recorded(running[name])
+        found[name]["recorded"] = running[name] is not forms[name]
+    turns = turns_of(running, clock, rounds, seconds)
     floor = 1e3 * max(case.flops / limits[case.unit], case.bytes / limits["bytes"])
     ours = statistics.median(turns[next(iter(forms))]) if next(iter(forms)) in turns else None
     for name, spent in turns.items():
@@ -167,11 +192,12 @@ def line(name, form):
     if "error" in form:
         return f"    {name:24} {form['error']}"
     against = f"{form['times_ours']:6.2f} x ours" if form["times_ours"] else ""
+    against += " not recorded" if not form.get("recorded", True) else ""
     return (f"    {name:24} {form['milliseconds']:10.4f} ms {form['tflops']:8.1f} TFLOP/s {form['tbytes']:7.3f} TB/s "
             f"{form['share']:6.1%} of the ceiling {against}  differs {form['difference']:.1e}")  # fmt: skip
 
 
-def run(device, only=(), out=None, rounds=20, smoke=False):
+def run(device, only=(), out=None, rounds=20, seconds=3.0, smoke=False):
     """Measure the operations named (or all), print a table, write the record to `out` after every case.
 
     Returns the record. Raises ValueError for an operation that is not there.
@@ -186,7 +212,7 @@ def run(device, only=(), out=None, rounds=20, smoke=False):
     for operation in only or operations():
         for case in importlib.import_module(f"minglm.bench_cases.{operation}").cases(device, smoke):
             print(case.name, flush=True)
-            measured = {"operation": operation} | measure(case, limits, device, rounds)
+            measured = {"operation": operation} | measure(case, limits, device, rounds, seconds)
             for name, form in measured["forms"].items():
                 print(line(name, form), flush=True)
             record["cases"].append(measured)
@@ -230,6 +256,7 @@ def command(p, words):
     """Every form of each operation side by side, as a share of the ceilings measured in the same run."""
     p.add_argument("--only", nargs="+", default=[], metavar="OPERATION", help="default: all")
     p.add_argument("--rounds", type=int, default=20, help="turns of each form; the median counts")
+    p.add_argument("--seconds", type=float, default=3.0, help="of a case, after which it gets no turn beyond the third")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
     p.add_argument("--kernels", default="auto", choices=["auto", "torch", "triton"], help="which form ours is")
     p.add_argument("--smoke", action="store_true", help="toy sizes: shows that the benchmark runs, and no more")
@@ -244,5 +271,5 @@ def command(p, words):
 
     use(args.kernels)
     backend(torch.empty(0, device=device))  # refuses Triton on a CPU outside its interpreter
-    run(device, args.only, args.out, args.rounds, args.smoke)
+    run(device, args.only, args.out, args.rounds, args.seconds, args.smoke)
     print(args.out, redraw(args.out))

@@ -3,6 +3,7 @@
 `pytest` draws the same 25 examples of each property every time; `HYPOTHESIS_PROFILE=nightly pytest` draws 300 new ones.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -26,10 +27,25 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    """One worker per core, eight at most; none when files are named, so that prints and the debugger work."""
+    """One worker per core, eight at most; none when files are named, so that prints and the debugger work.
+
+    Four where there is a GPU, whose memory they share.
+    """
     if any(".py" in Path(word).name for word in config.args):
         return 0
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores, 4 if Path("/dev/nvidiactl").exists() else 8)
+
+
+@pytest.fixture(autouse=True)
+def gpu_memory(request):
+    """A test of a GPU gives back the memory that torch keeps for the next one: other workers need it."""
+    yield
+    if "gpu" in request.keywords:
+        import torch
+
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def test_a_failing_form_is_reported_and_the_others_are_measured():
     forms = {"ours": lambda: x, "absent": absent, "wrong": lambda: (2 * x,)}
     case = bench_kernels.Case("case", 8.0, 4.0, lambda: forms)
     limits = {"bfloat16": 1e3, "bytes": 1e3}
-    found = bench_kernels.measure(case, limits, torch.device("cpu"), 3)["forms"]
+    found = bench_kernels.measure(case, limits, torch.device("cpu"), 3, 1.0)["forms"]
     assert found["absent"] == {"error": "RuntimeError: no such kernel"}
     assert found["wrong"]["difference"] == 1 and found["ours"]["times_ours"] == 1
     share = found["ours"]["share"] * found["ours"]["milliseconds"]

@@ -317,6 +317,20 @@ def test_real_shapes(dtype, heads, A, packed):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("S", [1, 127, 129, 1000])
+@pytest.mark.parametrize("packed", [False, True], ids=["row", "packed"])
+def test_both_forms_on_hopper(monkeypatch, S, packed):
+    """Where Gluon's kernels serve, Triton's give the same: documents of one position, and part of a last tile."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("Gluon's kernels are for Hopper alone")
+    values = drawn(S, 2, S, (24, 2), 128, torch.bfloat16)
+    documents_BS = drawn_documents(S, 2, S).to(DEVICE) if packed else None
+    compare(kernel.flash_attention_triton, values, documents_BS, 0.01)
+    monkeypatch.setattr(kernel, "gluon_serves", lambda q: False)
+    compare(kernel.flash_attention_triton, values, documents_BS, 0.01)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("B, S, blocks", [(1, 1, 256), (8, 1, 40), (64, 1, 12), (2, 4, 100), (1, 300, 30)])
 def test_real_caches(dtype, B, S, blocks):

@@ -77,11 +77,13 @@ def test_equals_one_expert_at_a_time(seed, T, E, K, crowd, widths):
         (Tiles(16, 64, 64, 4, 4, True), 9, 71, 135),
         (Tiles(64, 128, 64, 4, 3), 150, 264, 72),
         (Tiles(64, 128, 64, 4, 3), 9, 71, 135),
+        (Tiles(128, 128, 64, 8, 3), 150, 264, 72),
+        (Tiles(128, 128, 64, 8, 3), 150, 71, 135),
     ],
 )
 def test_bfloat16_tiles(monkeypatch, tile, rows, D, F):
     """The tiles a GPU would take, both ways round, for widths that the copy engine can read and widths it cannot."""
-    for table in ("UP", "DOWN"):
+    for table in ("UP", "DOWN") if tile.turn else ("UP", "DOWN", "PRODUCT"):
         monkeypatch.setattr(layer, table, {2**31: tile})
     experts_TK, inputs, gradient_TD = drawn(1, rows, 3, 2, D, F, False, torch.bfloat16)
     # five roundings of 2^-9 in a row, of which some meet numbers near the largest
@@ -105,7 +107,8 @@ def test_every_element_is_stored_once(monkeypatch):
     launches = (
         lambda: layer.up(x_TD, order, weights_TK, ends_E, gate, up, save=True),
         lambda: [layer.product([(x_TD, down)], order, ends_E, 2, pick=True, transposed=False)],
-        lambda: [layer.outer(x_TD, x_TD, order, ends_E, 2, pick_a=True, pick_b=True)],
+        lambda: [layer.outer(x_TD, x_TD.repeat(2, 1), order, ends_E, 2, pick=0)],
+        lambda: [layer.outer(x_TD.repeat(2, 1), x_TD, order, ends_E, 2, pick=1)],
         lambda: [layer.sum_choices(torch.ones(80, 36), 2)],
     )
     for launch in launches:
@@ -150,7 +153,7 @@ import torch
 from minglm.kernels import grouped_experts as layer
 from minglm.kernels.tiles import Tiles
 layer.UP = layer.DOWN = layer.PRODUCT = {2**31: Tiles(16, 512, 512, 4, 1)}
-layer.OUTER = {2**31: Tiles(512, 512, 16, 4, 1)}
+layer.OUTER = ({2**31: Tiles(512, 512, 16, 4, 1)},) * 2
 E, D, F = 280, 5120, 1536
 order, weights, ends = torch.zeros(1, dtype=torch.int64), torch.ones(1, 1), torch.zeros(E, dtype=torch.int32)
 ends[-1] = 1
@@ -170,7 +173,7 @@ for layer.bulk_readable in (lambda *t: True), (lambda *t: False):
 WRITE = """
 a, b = torch.randn(1, F).bfloat16(), torch.randn(1, D).bfloat16()
 run_as(E * (F // 512) * (D // 512) - 1)
-check(layer.outer(a, b, order, ends, 1)[-1, -512:, -512:], (a.double().T @ b.double())[-512:, -512:])
+check(layer.outer(a, b, order, ends, 1, pick=0)[-1, -512:, -512:], (a.double().T @ b.double())[-512:, -512:])
 """
 ROWS = """
 T = 450_000

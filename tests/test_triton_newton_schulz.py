@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minglm.kernels import backend
-from minglm.kernels.interpreter import in_new_process, switch_on
+from minglm.kernels.interpreter import in_new_process, switch_on, watched
 from minglm.kernels.newton_schulz import orthogonalize, polar_express
 from minglm.testing.model import normal
 from minglm.testing.rl import seeds
@@ -48,9 +48,24 @@ def test_equals_float64(seed, matrices, rows, depth, dtype, add):
 
 @pytest.mark.parametrize("rows, depth", [(264, 136), (257, 131)])
 def test_large_tiles(monkeypatch, rows, depth):
-    """The tiles of large matrices, for sides that the copy engine can read and write, and sides that it cannot."""
-    monkeypatch.setattr(kernel, "SYMMETRIC", {2**31: Tiles(128, 128, 64, 8, 4)})
+    """The tiles of large matrices, for sides that the copy engine can read, and sides that it cannot."""
+    monkeypatch.setattr(kernel, "SYMMETRIC", {2**31: Tiles(128, 256, 64, 8, 4)})
     compare(0, 1, rows, depth, torch.bfloat16, True)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="watches the interpreter")
+@pytest.mark.parametrize("rows", [1, 40, 150])
+def test_every_element_is_stored_once(monkeypatch, rows):
+    """No element of a result is stored by two programs, or twice with different bits, and none is left out."""
+    monkeypatch.setattr(kernel, "SYMMETRIC", {2**31: Tiles(32, 64, 64, 4, 1)})
+    x = normal(0, 2, rows, 16).half()
+    with watched() as stores:
+        found = kernel.symmetric_product_triton(x, x)
+    by = {}
+    for program, at, mask in stores:
+        for address in at[mask].tolist():
+            assert by.setdefault(address, program) == program
+    assert len(by) == found.numel()
 
 
 @pytest.mark.parametrize("gram", [False, True], ids=["standard", "gram"])
@@ -83,7 +98,7 @@ def test_offsets_beyond_32_bits():
     program = (
         "import torch; from minglm.kernels import newton_schulz_triton as kernel\n"
         "from minglm.kernels.tiles import Tiles\n"
-        "kernel.SYMMETRIC = {2**31: Tiles(512, 512, 1024, 8, 1)}\n"
+        "kernel.SYMMETRIC = {2**31: Tiles(512, 1024, 1024, 8, 1)}\n"
         "def check(count, depth):\n"
         "    x, tile = last_tile(count, 1536, depth, tile=(1536, depth)); run_as(4, count - 1)\n"
         "    found, exact = kernel.symmetric_product_triton(x, x), (tile[1024:].double() @ tile[512:1024].double().T)\n"

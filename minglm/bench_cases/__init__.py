@@ -1,7 +1,7 @@
 """What `python -m minglm bench kernels` measures: a file for each operation, with `cases(device, smoke)`.
 
 Baselines of other packages are there where the package is and there is a GPU for it; what is compiled by torch, only on
-a GPU, because on a CPU the compiler would take longer than all of a test.
+a GPU and at one size, because the compiler takes longer than all the rest.
 """
 
 import importlib.util
@@ -12,6 +12,15 @@ import torch
 def have(package, device):
     """Whether this package can be imported and there is a GPU."""
     return device.type == "cuda" and importlib.util.find_spec(package) is not None
+
+
+COMPILED = 16384  # tokens
+
+
+def compiled(function, device, tokens):
+    """The form that torch compiles, at the one size that has it: {name: function}."""
+    wanted = device.type == "cuda" and tokens == COMPILED
+    return {"torch compiled": torch.compile(function, dynamic=False)} if wanted else {}
 
 
 def normal(device, *shape, seed=0, scale=1.0, dtype=torch.bfloat16):

@@ -81,8 +81,8 @@ class _Joined(torch.autograd.Function):
         return grad_EFD.chunk(2, 1)
 
 
-def layer_forms(device, T, E, loads, widths, gradients):
-    """{form: the layer}."""
+def layer_forms(device, T, E, loads, widths, gradients, loops):
+    """{form: the layer}; without the loops over experts, which wait for the GPU, unless they are wanted."""
     D, F, K = widths
     experts_TK, weights_TK = choice(device, T, E, K, loads)
     x_TD, upstream_TD = normal(device, T, D), normal(device, T, D, seed=1)
@@ -92,10 +92,10 @@ def layer_forms(device, T, E, loads, widths, gradients):
     functions = {
         "minglm": (grouped_gemm.grouped_experts, apart),
         "torch grouped_mm": (grouped_gemm._Experts.apply, apart),
-        "loop over experts": (grouped_gemm.experts_loop, apart),
     }
     joined = [both_EFD[:, :F], both_EFD[:, F:], down_EDF]
-    for kind in ("grouped_mm", "eager"):
+    functions |= {"loop over experts": (grouped_gemm.experts_loop, apart)} if loops else {}
+    for kind in ("grouped_mm", "eager")[: 1 + loops]:
         functions[f"transformers {kind}"] = (halves(transformers_experts(kind, E, widths)), joined)
     if have("liger_kernel", device):
         functions["liger"] = (halves(liger), joined)
@@ -122,8 +122,9 @@ def cases(device, smoke):
             d, f, k = widths
             hit = k if loads == "crowd" else E * (1 - (1 - k / E) ** T)
             moved = 2 * (3 * hit * d * f + 2 * T * d + T * k * (3 * f + 2 * d))
-            made = (device, T, E, loads, widths, factor == 3)
+            decoding = kind == "decoding"
+            made = (device, T, E, loads, widths, factor == 3, not decoding)
             yield Case(
                 f"expert layer {kind}, {T} tokens, {k} of {E} experts, {loads} loads", factor * 6 * T * k * d * f,
-                factor * moved, lambda made=made: layer_forms(*made),
+                factor * moved, lambda made=made: layer_forms(*made), graph=decoding,
             )  # fmt: skip

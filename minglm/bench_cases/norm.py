@@ -5,7 +5,7 @@ Baselines: the plain form, as written and compiled by torch, and Liger's fused k
 
 import torch
 
-from minglm.bench_cases import have, normal, with_gradients, without_gradients
+from minglm.bench_cases import compiled, have, normal, with_gradients, without_gradients
 from minglm.bench_kernels import Case
 from minglm.kernels.norm import add_norm, norm
 
@@ -24,8 +24,7 @@ def forms(device, T, D, gradients):
     x_TD, change_TD, upstream_TD = (normal(device, T, D, seed=seed) for seed in range(3))
     weight_D = 1 + normal(device, D, seed=3, scale=0.1, dtype=torch.float32)
     functions = {"minglm": add_norm, "torch": norm}
-    if device.type == "cuda":
-        functions["torch compiled"] = torch.compile(norm, dynamic=False)
+    functions |= compiled(norm, device, T)
     if have("liger_kernel", device):
         functions["liger"] = liger
     inputs = [x_TD, weight_D, EPS, change_TD]
@@ -44,5 +43,6 @@ def cases(device, smoke):
     """Forward, and forward with backward."""
     D = 32 if smoke else 5120
     for T in (20,) if smoke else (4096, 16384, 65536):
-        yield Case(f"add and norm, {T} x {D}", 0, 8 * T * D, lambda T=T: forms(device, T, D, False))
-        yield Case(f"add and norm with gradients, {T} x {D}", 0, 14 * T * D, lambda T=T: forms(device, T, D, True))
+        yield Case(f"add and norm, {T} x {D}", 0, 8 * T * D, lambda T=T: forms(device, T, D, False), graph=True)
+        yield Case(f"add and norm with gradients, {T} x {D}", 0, 14 * T * D, lambda T=T: forms(device, T, D, True),
+                   graph=True)  # fmt: skip

@@ -5,7 +5,7 @@ Baselines: the plain form, as written and compiled by torch.
 
 import torch
 
-from minglm.bench_cases import normal, without_gradients
+from minglm.bench_cases import compiled, normal, without_gradients
 from minglm.bench_kernels import Case
 from minglm.kernels.backend import backend
 from minglm.kernels.qk_norm_rope import qk_norm_rope
@@ -30,8 +30,7 @@ def forms(device, S, heads, gradients):
     turn = torch.arange(S, device=device)[:, None] * 10_000 ** -torch.linspace(0, 1, A // 4, device=device)
     inputs = [q, k, *weights, turn.cos()[None, :, None], turn.sin()[None, :, None], EPS]
     functions = {"minglm": ours, "torch": qk_norm_rope}
-    if device.type == "cuda":
-        functions["torch compiled"] = torch.compile(qk_norm_rope, dynamic=False)
+    functions |= compiled(qk_norm_rope, device, S)
     if not gradients:
         return {name: without_gradients(function, *inputs) for name, function in functions.items()}
     needed = [x.requires_grad_() for x in inputs[:4]]
@@ -50,4 +49,4 @@ def cases(device, smoke):
         name = f"{S} tokens, {heads[0]}/{heads[1]} heads of {heads[2]}"
         for extra, factor in (("", 1), (" with gradients", 2.5)):
             yield Case(f"QK-norm and rotation{extra}, {name}", 0, factor * moved,
-                       lambda S=S, extra=extra: forms(device, S, heads, bool(extra)))  # fmt: skip
+                       lambda S=S, extra=extra: forms(device, S, heads, bool(extra)), graph=True)  # fmt: skip

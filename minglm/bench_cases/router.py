@@ -5,7 +5,7 @@ Baselines: the plain form, as written and compiled by torch. What the router's o
 
 import torch
 
-from minglm.bench_cases import normal, with_gradients, without_gradients
+from minglm.bench_cases import compiled, normal, with_gradients, without_gradients
 from minglm.bench_kernels import Case
 from minglm.kernels.backend import backend
 from minglm.kernels.router_topk import group_by_expert, router_topk
@@ -36,8 +36,7 @@ def choosing(device, T, gradients):
     """{form: experts, weights, scores}, or {form: weights and the gradient of the logits}."""
     logits_TE, bias_E = normal(device, T, E, dtype=torch.float32), normal(device, E, scale=0.1, dtype=torch.float32)
     functions = {"minglm": ours, "torch": plain}
-    if device.type == "cuda":
-        functions["torch compiled"] = torch.compile(plain, dynamic=False)
+    functions |= compiled(plain, device, T)
     if not gradients:
         return {name: without_gradients(function, logits_TE, bias_E) for name, function in functions.items()}
     upstream_TK = normal(device, T, K, seed=1, dtype=torch.float32)
@@ -63,7 +62,8 @@ def cases(device, smoke):
     """Choice, with its gradient, and sort."""
     for T in (30,) if smoke else (4096, 16384, 65536):
         moved = T * (8 * E + 12 * K)
-        yield Case(f"router, {T} tokens", 0, moved, lambda T=T: choosing(device, T, False))
+        yield Case(f"router, {T} tokens", 0, moved, lambda T=T: choosing(device, T, False), graph=True)
         yield Case(f"router with gradient, {T} tokens", 0, moved + T * (12 * E + 16 * K),
-                   lambda T=T: choosing(device, T, True))  # fmt: skip
-        yield Case(f"sort by expert, {T} tokens", 0, 32 * T * K, lambda T=T: sorting(device, T))
+                   lambda T=T: choosing(device, T, True), graph=True)  # fmt: skip
+        yield Case(f"sort by expert, {T} tokens", 0, 32 * T * K, lambda T=T: sorting(device, T),
+                   graph=True)  # fmt: skip

@@ -37,13 +37,17 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def modules():
-    """Dotted names of the modules with Triton kernels."""
-    return [f"minglm.kernels.{path.stem}" for path in sorted(Path(__file__).parent.glob("*_triton.py"))]
+    """Dotted names of the modules with Triton and Gluon kernels."""
+    found = {path.stem for kind in ("triton", "gluon") for path in Path(__file__).parent.glob(f"*_{kind}.py")}
+    return [f"minglm.kernels.{name}" for name in sorted(found)]
 
 
 def source_of(spec):
     """The `ASTSource` of a Spec. Raises ValueError where the Spec and the kernel's arguments do not match."""
-    from triton.compiler import ASTSource
+    if spec.kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
+    else:
+        from triton.compiler import ASTSource
 
     names, given = list(spec.kernel.arg_names), spec.signature.keys() | spec.constants.keys()
     if unknown := sorted(given ^ set(names)) + sorted(spec.signature.keys() & spec.constants.keys()):

@@ -32,9 +32,10 @@ from minglm.kernels.flash_attention_triton import (
     spec,
 )
 
-# Tiles by the width of a head; chosen as those of the forward pass, and not timed either.
-ROWS = {128: Tiles(128, 64, 8, 2), 256: Tiles(128, 32, 8, 2)}
-KEYS = {128: Tiles(64, 128, 8, 2), 256: Tiles(16, 128, 8, 3)}
+# Tiles by the width of a head, as those of the forward pass. At least 32 rows: their sums, 4 bytes each, arrive by the
+# bulk copy engine, which needs every tile of them at a multiple of 128 bytes.
+ROWS = {128: Tiles(128, 64, 8, 3), 256: Tiles(128, 32, 8, 2)}
+KEYS = {128: Tiles(64, 128, 8, 2), 256: Tiles(32, 64, 8, 2)}
 TOGETHER = 128  # widest head of which dk and dv of a tile fit in the registers together
 
 

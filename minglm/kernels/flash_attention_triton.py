@@ -2,7 +2,8 @@
 
 `_forward` computes a tile of queries of one head: their `out`, and of each L = log2 of the sum over its keys of
 2^score. Scores are q . k * A^-1/2 * log2(e), because the GPU's exponential is of base 2. Beside q, k and v only out and
-L are saved for the backward pass (`flash_attention_backward_triton.py`).
+L are saved for the backward pass (`flash_attention_backward_triton.py`). On Hopper heads of 128 dimensions take the
+kernel of `flash_attention_gluon.py`, in which the softmax runs beside the products.
 
 Choices, each with its reason:
 - A document is a run of equal ids, so what query i may see is an interval: begin_i <= j <= i. Of the keys between the
@@ -41,9 +42,9 @@ class Tiles:
         return {"ROWS": self.rows, "KEYS": self.keys}
 
 
-# Tiles by the width of a head. Chosen by what the compiler reports for an H100 (nothing spilled, products of whole warp
-# groups, shared memory that fits). They have not been timed.
-FORWARD = {128: Tiles(128, 128, 8, 2), 256: Tiles(128, 64, 8, 2)}
+# Tiles by the width of a head. Small tiles without a pipeline are the fastest of those timed on an H100 for 128: four
+# programs fit on a multiprocessor, and while one has its softmax another has its products.
+FORWARD = {128: Tiles(64, 64, 4, 1), 256: Tiles(128, 64, 8, 2)}
 # For checks and not for speed: each product is three of TF32 (22 bits), and much is spilled. Exact products outside the
 # tensor cores are unrolled along a whole head: they spilled more and took the compiler longer.
 FLOAT32 = Tiles(32, 32, 4, 1)
@@ -172,17 +173,33 @@ def constants(q, k, begin, tiles):
     return sizes | {"DOCUMENTS": begin is not None, "num_warps": tiles.warps, "num_stages": tiles.stages}
 
 
+def forward_triton(q, k, v, begin, scale):
+    """(out, log_sum) of contiguous q (B, S, N, A), k and v (B, S, M, A)."""
+    (B, S, N, _), tiles = q.shape, chosen(FORWARD, q)
+    out, log_sum = torch.empty_like(q), q.new_empty(B, N, S + -S % 4, dtype=torch.float32)[..., :S]
+    by_row, by_key = ([described(x, size) for x in group] for group, size in
+                      (((q, out, log_sum), tiles.rows), ((k, v), tiles.keys)))  # fmt: skip
+    _forward[(N, triton.cdiv(S, tiles.rows), B)](
+        by_row[0], *by_key, begin, *by_row[1:], S, scale * LOG2E, **constants(q, k, begin, tiles)
+    )
+    return out, log_sum
+
+
+def gluon_serves(q):
+    """Whether the kernels in Gluon, which are for Hopper alone, take heads like those of q."""
+    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
+    return hopper and q.shape[3] == 128 and q.element_size() == 2
+
+
 class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, begin, end, scale):
         q, k, v = (x.contiguous() for x in (q, k, v))
-        (B, S, N, _), tiles = q.shape, chosen(FORWARD, q)
-        out, log_sum = torch.empty_like(q), q.new_empty(B, N, S + -S % 4, dtype=torch.float32)[..., :S]
-        by_row, by_key = ([described(x, size) for x in group] for group, size in
-                          (((q, out, log_sum), tiles.rows), ((k, v), tiles.keys)))  # fmt: skip
-        _forward[(N, triton.cdiv(S, tiles.rows), B)](
-            by_row[0], *by_key, begin, *by_row[1:], S, scale * LOG2E, **constants(q, k, begin, tiles)
-        )
+        if gluon_serves(q):
+            from minglm.kernels.flash_attention_gluon import forward_gluon as forward
+        else:
+            forward = forward_triton
+        out, log_sum = forward(q, k, v, begin, scale)
         ctx.scale = scale
         ctx.save_for_backward(q, k, v, begin, end, out, log_sum)
         return out

@@ -53,13 +53,16 @@ def product(terms, order, ends_E, choices, *, pick, transposed):
     return y
 
 
-def outer(a, b, order, ends_E, choices, *, pick_a=False, pick_b=False):
-    """For each expert a' b over its rows, (E, a's width, b's width); of a row's pair or, if picked, of its token."""
+def outer(a, b, order, ends_E, choices, *, pick):
+    """For each expert a' b over its rows, (E, a's width, b's width); those of a (pick 0) or b (pick 1) are tokens."""
     E, height, width = len(ends_E), a.shape[1], b.shape[1]
-    tiles = tiles_for(OUTER, a, 0)
+    tiles, sides = tiles_for(OUTER[pick], a, 0), [a, b]
+    whole, across = 1 - pick, (tiles.rows, tiles.columns)
+    bulk = bulk_readable(sides[whole])
+    sides[whole] = read(sides[whole][None], tiles.step, across[whole], bulk)
     out = a.new_empty(E, height, width)
     kernels.outer_kernel[(programs(a),)](
-        a, b, order, ends_E, out, E, height, width, CHOICES=choices, PICK_A=pick_a, PICK_B=pick_b,
+        *sides, order, ends_E, out, E, len(order), height, width, CHOICES=choices, PICK=pick, BULK=bulk,
         EVEN=height % tiles.rows == 0 and width % tiles.columns == 0,
         **tiles.constants(), num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
@@ -102,14 +105,14 @@ class _Experts(torch.autograd.Function):
         h, dg, du, dweights_TK = swiglu_backward(dh, g, u, order, weights_TK)
         dx_TD = dgate_EFD = dup_EFD = ddown_EDF = None
         if ctx.needs_input_grad[5]:
-            ddown_EDF = outer(grad_TD, h, order, ends_E, K, pick_a=True)
+            ddown_EDF = outer(grad_TD, h, order, ends_E, K, pick=0)
         if ctx.needs_input_grad[0]:
             dx = product([(dg, gate_EFD), (du, up_EFD)], order, ends_E, K, pick=False, transposed=False)
             dx_TD = sum_choices(dx, K)
         if ctx.needs_input_grad[3]:
-            dgate_EFD = outer(dg, x_TD, order, ends_E, K, pick_b=True)
+            dgate_EFD = outer(dg, x_TD, order, ends_E, K, pick=1)
         if ctx.needs_input_grad[4]:
-            dup_EFD = outer(du, x_TD, order, ends_E, K, pick_b=True)
+            dup_EFD = outer(du, x_TD, order, ends_E, K, pick=1)
         return dx_TD, None, dweights_TK, dgate_EFD, dup_EFD, ddown_EDF
 
 

@@ -32,12 +32,13 @@ from minglm.kernels.backend import Spec
 from minglm.kernels.tiles import Tiles, described
 
 # Tiles by the mean number of rows of an expert, which the host knows without asking the GPU: the first entry that is
-# not exceeded. Chosen by what the compiler reports for an H100 (nothing spilled, full use of shared memory) and by
-# arithmetic: 128 x 256 makes 85 products of every number it loads. They have not been timed.
-UP = {32: Tiles(16, 64, 64, 4, 4, True, 3), 300: Tiles(64, 128, 64, 4, 3), 2**31: Tiles(128, 128, 64, 8, 4)}
-DOWN = {32: Tiles(16, 64, 128, 4, 4, True, 2), 300: Tiles(64, 256, 64, 4, 4), 2**31: Tiles(128, 256, 64, 8, 4)}
-PRODUCT = {300: Tiles(64, 256, 64, 4, 4), 2**31: Tiles(128, 256, 64, 8, 4)}  # of the backward pass
-OUTER = {2**31: Tiles(128, 256, 64, 8, 5)}
+# not exceeded. The fastest of those that were timed on an H100, at 1 to 128 tokens, 4,096 and 16,384 (README). Narrower
+# tiles leave less of an expert's last one empty, but their rows and matrices come from the L2 cache more often than it
+# can serve; tiles that fit twice on a multiprocessor lost for the same reason.
+UP = {32: Tiles(16, 64, 128, 4, 4, True), 2**31: Tiles(128, 128, 64, 8, 4)}
+DOWN = {32: Tiles(16, 64, 128, 4, 4, True, 2), 2**31: Tiles(128, 256, 64, 8, 3)}
+PRODUCT = {2**31: Tiles(128, 256, 64, 8, 3)}  # of the backward pass
+OUTER = ({2**31: Tiles(128, 256, 64, 8, 5)}, {2**31: Tiles(256, 128, 64, 8, 5)})  # by the side that is picked
 
 
 @triton.jit
@@ -95,6 +96,7 @@ def up_kernel(
     last_tiles = last_tiles_of(ends, experts, EXPERTS, ROWS, column_tiles)
     for tile in tl.range(tl.program_id(0), tl.max(last_tiles), tl.num_programs(0)):
         expert, row, end, column_tile = locate(tile, last_tiles, ends, ROWS, column_tiles, BAND)
+        column = column_tile * COLUMNS
         rows = row + tl.arange(0, ROWS)
         pair = tl.load(order + rows, mask=rows < end, other=0)
         at = x + (pair // CHOICES).to(tl.int64)[:, None] * D + tl.arange(0, STEP)[None, :]
@@ -102,8 +104,8 @@ def up_kernel(
         b = tl.zeros((COLUMNS, ROWS) if TURN else (ROWS, COLUMNS), dtype=tl.float32)
         for k in range(0, D, STEP):
             xs = _picked(at, k, D, STEP, EVEN)
-            wg = load_tile(gate, expert, column_tile * COLUMNS, k, F, D, COLUMNS, STEP, BULK)
-            wu = load_tile(up, expert, column_tile * COLUMNS, k, F, D, COLUMNS, STEP, BULK)
+            wg = load_tile(gate, expert, column, k, F, D, COLUMNS, STEP, BULK)
+            wu = load_tile(up, expert, column, k, F, D, COLUMNS, STEP, BULK)
             if TURN:
                 a = tl.dot(wg, xs.T, a, input_precision="ieee")
                 b = tl.dot(wu, xs.T, b, input_precision="ieee")
@@ -114,7 +116,7 @@ def up_kernel(
             a, b = a.T, b.T
         # rounded before they are used, so that the backward pass finds the same h; it also halves the registers
         a, b = a.to(h.dtype.element_ty), b.to(h.dtype.element_ty)
-        columns = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+        columns = column + tl.arange(0, COLUMNS)
         out = rows.to(tl.int64)[:, None] * F + columns[None, :]
         mask = (rows < end)[:, None] & (columns < F)[None, :]
         if SAVE:
@@ -207,12 +209,33 @@ def swiglu_backward_kernel(dh, g, u, order, weights, h, dg, dweight, width, WIDT
 
 
 @triton.jit
-def outer_kernel(
-    a, b, order, ends, out, experts, height, width,
-    CHOICES: tl.constexpr, PICK_A: tl.constexpr, PICK_B: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BAND: tl.constexpr, EVEN: tl.constexpr,
+def _outer_side(
+    x, order, i, end, column, pairs, width,
+    CHOICES: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PICK: tl.constexpr, BULK: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
-    """out[e] (height, width) = a' b over the rows of expert e; a row is the pair's own or, if picked, its token's."""
+    """Rows i to i + STEP of x, or of their tokens if PICK: COLUMNS of their `width` numbers, from `column` on."""
+    if PICK:
+        rows, columns = i + tl.arange(0, STEP), column + tl.arange(0, COLUMNS)
+        token = tl.load(order + rows, mask=rows < end, other=0) // CHOICES
+        at = x + token.to(tl.int64)[:, None] * width + columns[None, :]
+        mask = (rows < end)[:, None]
+        return tl.load(at, mask=mask if EVEN else mask & (columns < width)[None, :], other=0)
+    else:
+        return load_tile(x, 0, i, column, pairs, width, STEP, COLUMNS, BULK)
+
+
+@triton.jit
+def outer_kernel(
+    a, b, order, ends, out, experts, pairs, height, width,
+    CHOICES: tl.constexpr, PICK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    BAND: tl.constexpr, BULK: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """out[e] (height, width) = a' b over the rows of expert e. Rows of a (PICK 0) or b (PICK 1) are their tokens'.
+
+    The rows that are picked are zeros beyond the expert's last. So the other side's may be anything there, and come
+    without a mask, through a descriptor: they are the next expert's.
+    """
     row_tiles, column_tiles = tl.cdiv(height, ROWS), tl.cdiv(width, COLUMNS)
     for tile in tl.range(tl.program_id(0), experts * row_tiles * column_tiles, tl.num_programs(0)):
         expert = tile // (row_tiles * column_tiles)
@@ -220,23 +243,15 @@ def outer_kernel(
         band = inside // (BAND * column_tiles)
         inside = inside % (BAND * column_tiles)
         tall = tl.minimum(row_tiles - band * BAND, BAND)
-        rows = (band * BAND + inside % tall) * ROWS + tl.arange(0, ROWS)
-        columns = (inside // tall) * COLUMNS + tl.arange(0, COLUMNS)
+        row, column = (band * BAND + inside % tall) * ROWS, (inside // tall) * COLUMNS
         begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
         end = tl.load(ends + expert)
         total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         for k in range(begin, end, STEP):
-            i = k + tl.arange(0, STEP)
-            token = tl.load(order + i, mask=i < end, other=0) // CHOICES
-            at_a = (token if PICK_A else i).to(tl.int64)[:, None] * height + rows[None, :]
-            at_b = (token if PICK_B else i).to(tl.int64)[:, None] * width + columns[None, :]
-            if EVEN:
-                left = tl.load(a + at_a, mask=(i < end)[:, None], other=0)
-                right = tl.load(b + at_b, mask=(i < end)[:, None], other=0)
-            else:
-                left = tl.load(a + at_a, mask=(i < end)[:, None] & (rows < height)[None, :], other=0)
-                right = tl.load(b + at_b, mask=(i < end)[:, None] & (columns < width)[None, :], other=0)
+            left = _outer_side(a, order, k, end, row, pairs, height, CHOICES, ROWS, STEP, PICK == 0, BULK, EVEN)
+            right = _outer_side(b, order, k, end, column, pairs, width, CHOICES, COLUMNS, STEP, PICK == 1, BULK, EVEN)
             total = tl.dot(left.T, right, total, input_precision="ieee")
+        rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
         at = tl.cast(expert, tl.int64) * height * width + rows[:, None] * width + columns[None, :]
         mask = (rows < height)[:, None] & (columns < width)[None, :]
         tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
@@ -278,13 +293,15 @@ def _specs():
         )
         yield Spec(f"{name} {t.rows}x{t.columns}", product_kernel, signature, common | t.constants() | switches,
                    t.warps, t.stages, ("depth", "width"), "HGMMA", ("UTMALDG",))  # fmt: skip
-    common = {"CHOICES": 8, "EVEN": True}
-    signature = lists | {"a": "*bf16", "b": "*bf16", "out": "*bf16", "height": "i32", "width": "i32"}
-    for t in OUTER.values():
-        for name, pick in (("ddown", True), ("dgate", False)):
-            yield Spec(f"{name} {t.rows}x{t.columns}", outer_kernel, signature,
-                       common | t.constants() | {"PICK_A": pick, "PICK_B": not pick},
-                       t.warps, t.stages, ("height", "width"), "HGMMA", ("LDGSTS",))  # fmt: skip
+    common = {"CHOICES": 8, "BULK": True, "EVEN": True}
+    signature = lists | {"out": "*bf16"} | dict.fromkeys(("pairs", "height", "width"), "i32")
+    for pick, t in enumerate(t for table in OUTER for t in table.values()):
+        sides = {"a": "*bf16", "b": described(t.step, t.columns)}
+        if pick:
+            sides = {"a": described(t.step, t.rows), "b": "*bf16"}
+        yield Spec(f"{('ddown', 'dgate')[pick]} {t.rows}x{t.columns}", outer_kernel, signature | sides,
+                   common | t.constants() | {"PICK": pick}, t.warps, t.stages, ("height", "width"), "HGMMA",
+                   ("UTMALDG", "LDGSTS"))  # fmt: skip
     rows = {name: "*bf16" for name in ("dh", "g", "u", "h", "dg")}
     signature = rows | {"order": "*i64", "weights": "*fp32", "dweight": "*fp32", "width": "i32"}
     yield Spec("swiglu backward", swiglu_backward_kernel, signature, {"WIDTH": 2048}, aligned=("width",))

@@ -43,6 +43,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SMALLEST = 0.002
 BAND = (0.68, 1.21)
 RESTART = 2
+LONG = 2  # a square matrix takes as many operations in either form
 SMALL = 1 << 16  # numbers of a matrix: 256 KiB
 _WAVE_BYTES = {"cpu": 1 << 20, "cuda": 128 << 20}
 
@@ -83,13 +84,13 @@ def _nearest_to_one(low, high):
     return a, b, c
 
 
-def orthogonalize(matrices, steps=5, dtype=None, coefficients=None, gram=False):
+def orthogonalize(matrices, steps=5, dtype=None, coefficients=None, gram=None):
     """Orthogonalise each matrix of a stack (equation above).
 
     matrices: (..., rows, columns), any real dtype; leading axes are independent matrices, for example experts.
     steps: iterations N. dtype: precision of the products; None is what the module's docstring says.
     coefficients: (a, b, c) of each step, `steps` of them, such as `polar_express(steps)`; None is COEFFICIENTS in all.
-    gram: iterate on the small Gram matrix.
+    gram: iterate on the small Gram matrix; None is on a GPU, where one side is at least `LONG` times the other.
     Returns a new tensor of the input's shape and dtype. A matrix of zeros gives zeros. Raises ValueError for fewer
     than two axes, and for coefficients of another number of steps. Source: paper 2.4 and the Muon post it cites.
     """
@@ -98,6 +99,8 @@ def orthogonalize(matrices, steps=5, dtype=None, coefficients=None, gram=False):
     coefficients = [COEFFICIENTS] * steps if coefficients is None else coefficients
     if len(coefficients) != steps:
         raise ValueError(f"orthogonalize: {steps} steps need as many coefficients (a, b, c), got {len(coefficients)}")
+    if gram is None:
+        gram = matrices.is_cuda and max(matrices.shape[-2:]) >= LONG * min(matrices.shape[-2:])
     if dtype is None and matrices.device.type == "cpu":
         dtype = torch.float32
     dtype = dtype or (torch.float16 if gram else torch.bfloat16)
@@ -117,8 +120,9 @@ def orthogonalize(matrices, steps=5, dtype=None, coefficients=None, gram=False):
 
 
 def _normalize(stack, dtype):
-    stack = stack.to(torch.promote_types(dtype, torch.float32))  # a norm over many small numbers needs float32
-    return (stack / torch.linalg.matrix_norm(stack, keepdim=True).clamp(min=1e-7)).to(dtype)
+    wide = torch.promote_types(stack.dtype, torch.float32)  # a norm over many small numbers needs float32
+    norm = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True, dtype=wide).clamp(min=1e-7)
+    return torch.div(stack, norm, out=torch.empty_like(stack, dtype=dtype))  # in one pass, whatever the dtypes
 
 
 def _iterate(stack, coefficients):
