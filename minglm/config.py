@@ -302,6 +302,8 @@ class Run:
     """auto: the GPU where there is one; else cpu or cuda."""
     dtype: str = "float32"
     """Precision of the matrix products: float32, or bfloat16 where the device has it. Weights stay float32."""
+    rollouts: str = "model"
+    """Experts while answers are sampled for RL and distillation: the model's own, or float8 in blocks (paper 3.5)."""
     kernels: str = "auto"
     """Form of the kernels: torch, triton, or auto (triton on a GPU, torch on a CPU)."""
     recompute: bool = False
@@ -332,6 +334,8 @@ class Run:
         for name in MLA_FIELDS:  # at 0 they say nothing: runs from before they existed keep their hash
             if not values["model"][name]:
                 del values["model"][name]
+        if self.rollouts == Run.rollouts:
+            del values["rollouts"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -370,6 +374,7 @@ def from_dict(values, kind=Run):
 POSITIVE = {"prompts", "problems", "max_new_tokens", "max_turns", "updates_per_rollout", "responses_per_prompt"}
 POSITIVE |= {"samples", "batch_tokens", "microbatch_tokens", "top_p", "corpus_megabytes"}
 SHARES = {"muon_momentum", "adam_beta1", "adam_beta2", "final_lr_ratio", "clip_low", "top_p", "heldout", "fim_rate"}
+CHOICES = {"kernels": ("auto", "torch", "triton"), "dtype": ("float32", "bfloat16"), "rollouts": ("model", "float8")}
 SHARES |= {"thinking_share", "terse_share", "near_duplicates", "semantic_duplicates", "educational"}
 
 
@@ -407,11 +412,7 @@ def _check_stages(stages):
 
 
 def _check_phases(post, longest):
-    phases = {
-        "unified": post.unified,
-        "general_rl": post.general_rl,
-        "pathology_rl": post.pathology_rl,
-    }
+    phases = {name: getattr(post, name) for name in ("unified", "general_rl", "pathology_rl")}
     for name, expert in post.experts():
         phases |= {f"{name}.sft": expert.sft, f"{name}.rl": expert.rl}
     for name, phase in phases.items():
@@ -473,12 +474,11 @@ def check(run):
         )
     if 0 < opt.spike_factor <= 1:
         raise ValueError(f"optimizer.spike_factor = {opt.spike_factor}: must be above 1, or 0 to leave out only NaN")
-    if run.kernels not in ("auto", "torch", "triton"):
-        raise ValueError(f"kernels = {run.kernels!r}: must be auto, torch or triton")
+    for name, known in CHOICES.items():
+        if (value := getattr(run, name)) not in known:
+            raise ValueError(f"{name} = {value!r}: must be {', '.join(known[:-1])} or {known[-1]}")
     if run.watch not in ("", "tensorboard", "wandb"):
         raise ValueError(f"watch = {run.watch!r}: must be tensorboard or wandb, or empty")
-    if run.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype = {run.dtype!r}: must be float32 or bfloat16")
     return run
 
 

@@ -247,7 +247,7 @@ class Pipeline:
             model, _ = self.model_of(f"{name}.rl")
             seed = self.run.seed * 100 + DISTILL_SEED
             tasks = [task for e in expert.environments for task in ENVIRONMENTS[e].tasks(prompts[e], seed)]
-            groups = rollout(Engine(model, self.tokenizer), self.tokenizer, ENVIRONMENTS, tasks,
+            groups = rollout(self.sampler(model), self.tokenizer, ENVIRONMENTS, tasks,
                              post.responses_per_prompt, self.run.evaluation, seed=DISTILL_SEED)  # fmt: skip
             accepted, found = distill.accept([trajectory for group in groups for trajectory in group])
             counts |= {f"{name}: {what}": count for what, count in found.items()}
@@ -259,6 +259,10 @@ class Pipeline:
         write_json(path, [answers, counts])
         return answers, counts
 
+    def sampler(self, model):
+        """The engine that answers for RL and for distillation."""
+        return Engine(model, self.tokenizer, experts=self.run.rollouts)
+
     def reinforce(self, stage, model, state, checkpoints):
         """GRPO on an expert's tasks, or on the mix of a general stage, half of its prompts without thinking."""
         post, name = self.run.posttraining, stage.name
@@ -266,7 +270,7 @@ class Pipeline:
         config = getattr(post, name.split(".")[0]).rl if is_expert else getattr(post, name)
         order = {f"{n}.rl": i for i, (n, _) in enumerate(post.experts())} | {"general_rl": 3, "pathology_rl": 4}
         reinforce(
-            model, Muon(model, self.run.optimizer), Engine(model, self.tokenizer), self.tokenizer,
+            model, Muon(model, self.run.optimizer), self.sampler(model), self.tokenizer,
             ENVIRONMENTS, config, name, checkpoints, self.log, (self.run.seed * 100 + RL_SEED) * 10 + order[name],
             1.0 if is_expert else post.thinking_share, self.quiet, self.threads,
         )  # fmt: skip

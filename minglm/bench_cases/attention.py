@@ -1,8 +1,8 @@
 """Attention at GLM-4.5's shape (96 query heads, 8 key/value heads, width 128): forward, backward, packed, decoding.
 
 Baselines are PyTorch's own: its fused attention with each backend by name, because the default's choice changes between
-releases; FlexAttention, compiled, at one length, because that takes half a minute; and for packed documents its
-attention for variable lengths. The baselines of decoding get keys and values in order, one text after another; ours
+releases; FlexAttention, compiled, forward and at one length, because that takes half a minute; and for packed documents
+its attention for variable lengths. The baselines of decoding get keys and values in order, one text after another; ours
 reads them block by block.
 """
 
@@ -94,18 +94,20 @@ def baselines(S, device, length=None):
         forms = {"minglm": lambda q, k, v: flash_attention(q, k, v, documents_BS)}
         if device.type != "cuda":
             return forms | {"SDPA, a loop": by_loop(length)}
-        return forms | {"varlen_attn": variable(S, device, length), "FlexAttention": flex(S, device, length)}
+        return forms | {"varlen_attn": variable(S, device, length)}
     forms = {"minglm": flash_attention}
     if device.type != "cuda":
         return forms | {"SDPA": sdpa(SDPBackend.MATH)}
-    forms |= {"SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION), "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION)}
-    return forms | ({"FlexAttention": flex(S, device)} if PACKED[0] == S else {})
+    return forms | {"SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION), "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION)}
 
 
 def forward(device, B, S, heads, length=None):
     """{form: the forward pass alone}."""
     q, k, v, _ = (x.detach() for x in inputs(device, B, S, heads))
-    return {name: lambda attend=attend: attend(q, k, v) for name, attend in baselines(S, device, length).items()}
+    forms = baselines(S, device, length)
+    if device.type == "cuda" and PACKED[0] == S:
+        forms["FlexAttention"] = flex(S, device, length)
+    return {name: lambda attend=attend: attend(q, k, v) for name, attend in forms.items()}
 
 
 def backward(device, B, S, heads, length=None):

@@ -22,6 +22,7 @@ import torch
 from minglm.inference.kv_cache import Blocks
 from minglm.inference.pages import Pages
 from minglm.inference.pages_cpu import PagesInC
+from minglm.inference.pages_float8 import PagesInFloat8
 from minglm.inference.request import Completion, Event, Request
 from minglm.inference.sampling import DRAW, Settings, distribution, draw, likeliest, uniforms
 from minglm.inference.scheduler import Scheduler, Sequence
@@ -38,12 +39,15 @@ class Engine:
     tokenizer: gives the stop ids of requests that name none. max_batch: most answers under way at once.
     draft_tokens: how many tokens the MTP layer drafts for each pass of the trunk (`speculative.py`); answers follow the
     same distribution with and without. prefill_tokens: most prompt tokens in one pass. cache_tokens: bound on the
-    positions held in the cache (None: it grows as needed), in blocks of `block`.
+    positions held in the cache (None: it grows as needed), in blocks of `block`. experts: the model's own ("model"), or
+    quantised to "float8" (`pages_float8.py`).
     """
 
     def __init__(
-        self, model, tokenizer=None, max_batch=256, draft_tokens=0, prefill_tokens=2048, cache_tokens=None, block=16
-    ):
+        self, model, tokenizer=None, max_batch=256, draft_tokens=0, prefill_tokens=2048, cache_tokens=None, block=16,
+        experts="model",
+    ):  # fmt: skip
+        self.float8 = {"model": False, "float8": True}[experts]
         self.model, self.tokenizer = model, tokenizer
         self.limit = model.config.max_position_embeddings  # of prompt and answer together
         self.blocks = Blocks(block, None if cache_tokens is None else cache_tokens // block)
@@ -207,7 +211,7 @@ class Engine:
             self.parameters = list(self.model.parameters())
             self.weights = [p._version for p in self.parameters]
             self.scheduler.restart()
-            form = PagesInC if PagesInC.serves(self.model) else Pages
+            form = PagesInFloat8 if self.float8 else PagesInC if PagesInC.serves(self.model) else Pages
             if type(self.pages) is not form or not self.pages.fit(self.model):
                 self.pages = form(self.model, self.blocks.size, self.drafter is not None)
             self.pages.read_weights()

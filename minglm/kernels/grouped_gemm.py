@@ -129,7 +129,11 @@ def experts_without_gradient(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, dow
 
 
 def grouped_experts(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF):
-    """The same as `experts_loop`, sorted and grouped. Same arguments and result; differentiable in all but experts."""
+    """The same as `experts_loop`, sorted and grouped; differentiable in all but experts.
+
+    The same arguments and result, but that the matrices may be of another dtype than x, in which the products are made.
+    """
+    gate_EFD, up_EFD, down_EDF = (w.to(x_TD.dtype) for w in (gate_EFD, up_EFD, down_EDF))
     if len(x_TD) and backend(x_TD) == "triton":
         from minglm.kernels.grouped_experts import experts_triton
 

@@ -4,7 +4,8 @@
 
 The shared expert is neither gated nor scaled. The experts are three stacks, so that one grouped product serves them all
 and an optimizer sees each expert's matrix as a slice. `dispatch` is a plain attribute with the signature of
-`grouped_experts`; expert parallelism puts its exchange of tokens there and this file stays as it is.
+`grouped_experts`; expert parallelism puts its exchange of tokens there, generation in float8 its products, and this
+file stays as it is.
 """
 
 from dataclasses import dataclass
@@ -54,12 +55,9 @@ class MoE(nn.Module):
     def forward(self, x_BSD, valid_BS=None):
         """x (B, S, D) to (y (B, S, D), Routing). Positions where valid is False are computed but not counted."""
         B, S, D = x_BSD.shape
-        x_TD, dtype = x_BSD.reshape(B * S, D), x_BSD.dtype
+        x_TD, e = x_BSD.reshape(B * S, D), self.experts
         experts_TK, weights_TK, scores_TE = self.gate(x_TD)
-        e = self.experts
-        y_TD = self.dispatch(
-            x_TD, experts_TK, weights_TK, e.gate_EFD.to(dtype), e.up_EFD.to(dtype), e.down_EDF.to(dtype)
-        )
+        y_TD = self.dispatch(x_TD, experts_TK, weights_TK, e.gate_EFD, e.up_EFD, e.down_EDF)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
         if not torch.is_grad_enabled():  # generation has no use for the report
