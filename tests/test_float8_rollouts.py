@@ -24,7 +24,7 @@ def layers(model):
 @settings(max_examples=10)
 @given(seed=seeds, T=st.integers(1, 40), E=st.integers(1, 6), K=st.integers(1, 3))
 def test_off_by_the_rounding_of_three_bits(seed, T, E, K):
-    """Root mean square error of the layer: that of float8, about 6%, neither more nor, which would mean no float8, less.
+    """Root mean square error of the layer: that of float8, about 6%; not more, and not less, which would be no float8.
 
     A number in float8 is off by 2.5% (tests/test_triton_fp8.py). A product of two such is off by 3.5%; gate and up
     together by 5%; with h and down in float8 by 6%.

@@ -11,6 +11,7 @@ from minglm.testing.model import normal
 from minglm.testing.rl import numbers, seeds
 
 DEVICE = switch_on()
+from minglm.kernels import router_topk_triton as kernel  # noqa: E402
 from minglm.kernels.router_topk_triton import group_by_expert_triton, route_triton  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -53,22 +54,35 @@ def test_nan_gives_experts():
     assert all(sorted(set(row)) == sorted(row) and set(row) <= set(range(5)) for row in experts.tolist())
 
 
-@settings(max_examples=8)
-@given(
-    T=st.integers(0, 40), K=st.integers(1, 4), E=st.sampled_from([1, 3, 8]), skew=st.sampled_from([1, 8]), seed=seeds
-)
-def test_sort_equals_the_plain_form(T, K, E, skew, seed):
-    """Order, its inverse and each expert's end, over several blocks; with a skew most pairs go to the first expert."""
+def compare_sort(T, K, E, skew, seed):
+    """Order, its inverse and each expert's end; with a skew most pairs go to the first expert."""
     experts_TK = (torch.rand(T, K, generator=numbers(seed)) ** skew * E).long().to(DEVICE)
     for found, exact in zip(group_by_expert_triton(experts_TK, E), group_by_expert(experts_TK, E)):
-        assert torch.equal(found, exact)
+        assert found.dtype == exact.dtype and torch.equal(found, exact)
+
+
+@settings(max_examples=8)
+@given(
+    T=st.integers(0, 80), K=st.integers(1, 4), E=st.sampled_from([1, 3, 8]), skew=st.sampled_from([1, 8]), seed=seeds
+)
+def test_sort_in_one_launch(T, K, E, skew, seed):
+    """A few pairs are sorted by one launch, whose programs compare each pair with every other."""
+    compare_sort(T, K, E, skew, seed)
+
+
+@pytest.mark.parametrize(("T", "E", "skew"), [(100, 8, 1), (129, 3, 8), (1, 1, 1)])
+def test_sort_in_blocks(monkeypatch, T, E, skew):
+    """More pairs are sorted by their counts in blocks: here up to three blocks, some counts more than a step each."""
+    for name, value in {"ALONE": 0, "BLOCK": 256, "LOWER": 4, "OWN": 2}.items():
+        monkeypatch.setattr(kernel, name, value)
+    compare_sort(T, 5, E, skew, 0)
 
 
 def test_scores_beyond_32_bits():
     """With 14 million tokens the last token's 160 scores lie past 2^31; it is still the one that is routed."""
     program = (
-        "import torch; from minglm.kernels.router_topk_triton import _choose, _sizes\n"
-        "x, tile = last_tile(14_000_000, 160, tile=(1, 160), dtype=torch.float32); run_as(3_499_999)\n"
+        "import torch; from minglm.kernels.router_topk_triton import TOKENS, _choose, _sizes\n"
+        "x, tile = last_tile(14_000_000, 160, tile=(1, 160), dtype=torch.float32); run_as(len(x) // TOKENS - 1)\n"
         "experts, weights = torch.empty(len(x), 8, dtype=torch.int64), torch.empty(len(x), 8)\n"
         "_choose[(1,)](x, torch.zeros(160), experts, weights, torch.empty_like(x), len(x), 160, 1.0, NORMALIZE=True,\n"
         "              **_sizes(160, 8))\n"
@@ -88,6 +102,5 @@ def test_other_dtypes_are_refused():
 def test_real_shapes():
     """GLM-4.5's 160 experts, eight of them a token."""
     compare(4099, 160, 8, True, False, 0)
-    experts_TK = torch.randint(160, (4099, 8), device=DEVICE)
-    for found, exact in zip(group_by_expert_triton(experts_TK, 160), group_by_expert(experts_TK, 160)):
-        assert torch.equal(found, exact)
+    for T in (4099, 64):
+        compare_sort(T, 8, 160, 1, 0)

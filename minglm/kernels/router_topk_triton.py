@@ -1,9 +1,15 @@
 """The router's choice and the sort by expert as Triton kernels. Equations and plain forms: `router_topk.py`.
 
-A program takes a few tokens with all their E scores in registers and picks the largest K times: with K = 8 of 160 that
-is less work than a sort, and `min(index)` among equal values gives ties to the lower expert exactly. The sort by expert
-has no atomic additions: a block of pairs writes its counts, running sums turn counts into places, and within a block
-the place of a pair is the number of earlier pairs with the same expert.
+A program is one warp with a few tokens and all their E scores in registers, so that no step waits for another warp. It
+picks K times the largest that is left: with K = 8 of 160 that is less work than a sort. Scores are compared as integers
+in the same order, because a warp finds the largest integer in one instruction. The lowest expert of the largest score
+is a second such step, which gives ties to the lower expert exactly. The smallest integer is no score but marks an
+expert as taken.
+
+The sort has no atomic additions in memory: the row of a pair is the number of pairs that come before it, a count.
+Up to ALONE pairs one launch compares every pair with every other. Beyond that three launches do: blocks of pairs count
+their pairs of each expert, running sums over the table (expert, block) are the first rows of each expert in each block,
+and a pair adds to that the number of earlier pairs of its own expert in its block.
 """
 
 import torch
@@ -12,7 +18,18 @@ import triton.language as tl
 
 from minglm.kernels.backend import Spec
 
-TOKENS, PAIRS = 4, 64  # of one program
+TOKENS = 2  # of a program of the choice, which is one warp
+ALONE, BLOCK = 1024, 512  # pairs that one launch sorts; pairs of a block of the table, a multiple of ITEMS
+# Pairs that a program places, and with how many it compares them at a time. More of these than its 128 threads: up to
+# that many Triton lets every thread load all of them, and not shared memory hand them round.
+ITEMS, STEP = 128, 256
+LOWER, OWN = 4096, 512  # counts of lower experts that the running sums take at a time, and of their own
+
+
+@triton.jit
+def _score(logits_ptr, at, inside):
+    """Sigmoid of the logits: an expression of its own, so that a chosen score has the same bits when computed again."""
+    return 1 / (1 + tl.exp(-tl.load(logits_ptr + at, inside, other=0.0)))
 
 
 @triton.jit
@@ -25,26 +42,26 @@ def _choose(
     expert, place = tl.arange(0, EXPERTS), tl.arange(0, PLACES)
     inside = (token < tokens)[:, None] & (expert < experts)[None, :]
     at = token[:, None] * experts + expert[None, :]
-    score = 1 / (1 + tl.exp(-tl.load(logits_ptr + at, inside, other=0.0)))
+    score = _score(logits_ptr, at, inside)
     tl.store(scores_ptr + at, score, inside)
     biased = score + tl.load(bias_ptr + expert, expert < experts, other=0.0)[None, :]
     biased = tl.where(biased == biased, biased, float("-inf"))
-    left = tl.broadcast_to((expert < experts)[None, :], (TOKENS, EXPERTS))
-    chosen = tl.zeros((TOKENS, PLACES), tl.int64)
-    weight = tl.zeros((TOKENS, PLACES), tl.float32)
+    # the order of floats: a score is at least +0, so its sum with a bias is never -0, which would come before +0
+    bits = biased.to(tl.int32, bitcast=True)
+    TAKEN: tl.constexpr = -(2**31)
+    left = tl.where((expert < experts)[None, :], bits ^ ((bits >> 31) & 0x7FFFFFFF), TAKEN)
+    chosen = tl.zeros((TOKENS, PLACES), tl.int32)
     for k in tl.static_range(CHOICES):
-        largest = tl.max(tl.where(left, biased, float("-inf")), 1)
-        # an expert whose bias is minus infinity must not be taken twice: `left` decides, not the value
-        best = tl.min(tl.where(left & (biased == largest[:, None]), expert[None, :], EXPERTS), 1)
-        here = expert[None, :] == best[:, None]
-        left = left & (expert[None, :] != best[:, None])
-        chosen = tl.where((place == k)[None, :], best[:, None].to(tl.int64), chosen)
-        weight = tl.where((place == k)[None, :], tl.sum(tl.where(here, score, 0.0), 1)[:, None], weight)
+        largest = tl.max(left, 1)
+        best = tl.min(tl.where(left == largest[:, None], expert[None, :], EXPERTS), 1)
+        left = tl.where(expert[None, :] == best[:, None], TAKEN, left)
+        chosen = tl.where((place == k)[None, :], best[:, None], chosen)
+    inside = (token < tokens)[:, None] & (place < CHOICES)[None, :]
+    weight = tl.where(inside, _score(logits_ptr, token[:, None] * experts + chosen, inside), 0.0)
     if NORMALIZE:
         weight = weight / (tl.sum(weight, 1) + 1e-20)[:, None]
-    inside = (token < tokens)[:, None] & (place < CHOICES)[None, :]
     at = token[:, None] * CHOICES + place[None, :]
-    tl.store(experts_ptr + at, chosen, inside)
+    tl.store(experts_ptr + at, chosen.to(tl.int64), inside)
     tl.store(weights_ptr + at, weight * scale, inside)
 
 
@@ -53,51 +70,100 @@ def _choose_backward(
     scores_ptr, experts_ptr, dweights_ptr, dscores_ptr, dlogits_ptr, tokens, experts, scale,
     NORMALIZE: tl.constexpr, CHOICES: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
-    """dlogits of TOKENS tokens from the gradients of their weights and of all their scores."""
+    """dlogits of TOKENS tokens from the gradients of all their scores, and then again of those that were chosen."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     expert, place = tl.arange(0, EXPERTS), tl.arange(0, PLACES)
+    inside = (token < tokens)[:, None] & (expert < experts)[None, :]
+    at = token[:, None] * experts + expert[None, :]
+    score = tl.load(scores_ptr + at, inside, other=0.0)
+    tl.store(dlogits_ptr + at, tl.load(dscores_ptr + at, inside, other=0.0) * score * (1 - score), inside)
     inside = (token < tokens)[:, None] & (place < CHOICES)[None, :]
     at = token[:, None] * CHOICES + place[None, :]
-    chosen = tl.load(experts_ptr + at, inside, other=-1)
-    score = tl.load(scores_ptr + token[:, None] * experts + chosen, inside, other=0.0)
     dscore = tl.load(dweights_ptr + at, inside, other=0.0) * scale
+    at = token[:, None] * experts + tl.load(experts_ptr + at, inside, other=0)
+    score = tl.load(scores_ptr + at, inside, other=0.0)
     if NORMALIZE:
         total = tl.sum(score, 1) + 1e-20
         dscore = (dscore - (tl.sum(dscore * score, 1) / total)[:, None]) / total[:, None]
-    inside = (token < tokens)[:, None] & (expert < experts)[None, :]
-    at = token[:, None] * experts + expert[None, :]
-    all_scores = tl.load(scores_ptr + at, inside, other=0.0)
-    total_dscore = tl.load(dscores_ptr + at, inside, other=0.0)
-    for k in tl.static_range(CHOICES):
-        here = (place == k)[None, :]
-        best = tl.sum(tl.where(here, chosen, 0), 1)
-        mine = tl.sum(tl.where(here, dscore, 0.0), 1)
-        total_dscore += tl.where(expert[None, :] == best[:, None], mine[:, None], 0.0)
-    tl.store(dlogits_ptr + at, total_dscore * all_scores * (1 - all_scores), inside)
+    dscore += tl.load(dscores_ptr + at, inside, other=0.0)
+    tl.debug_barrier()  # the store above must not come after this one
+    tl.store(dlogits_ptr + at, dscore * score * (1 - score), inside)
 
 
 @triton.jit
-def _count(flat_ptr, counts_ptr, pairs, experts, PAIRS: tl.constexpr, EXPERTS: tl.constexpr):
-    """How many of this block's pairs go to each expert."""
+def _rank(
+    flat_ptr, order_ptr, inverse_ptr, ends_ptr, pairs, experts,
+    ITEMS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """The whole sort: how many pairs come before each of ITEMS pairs, and before the end of an expert.
+
+    Pair i of expert e has the key e * pairs + i; the ends of the experts are items after the pairs, and expert e ends
+    with the key (e + 1) * pairs.
+    """
+    item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
+    is_pair, ending = item < pairs, item - pairs
+    chosen = tl.load(flat_ptr + item, is_pair, other=0).to(tl.int32)
+    key, row = tl.where(is_pair, chosen * pairs + item, (ending + 1) * pairs), tl.zeros((ITEMS,), tl.int32)
+    for start in range(0, pairs, STEP):
+        other = start + tl.arange(0, STEP)
+        # past the last pair: an expert that comes after every key
+        other_key = tl.load(flat_ptr + other, other < pairs, other=experts).to(tl.int32) * pairs + other
+        row += tl.sum((other_key[:, None] < key[None, :]).to(tl.int32), 0)
+    tl.store(inverse_ptr + item, row.to(tl.int64), is_pair)
+    tl.store(order_ptr + row, item.to(tl.int64), is_pair)
+    tl.store(ends_ptr + ending, row, (ending >= 0) & (ending < experts))
+
+
+@triton.jit
+def _count(flat_ptr, counts_ptr, pairs, experts, blocks, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
+    """How many of this block's pairs go to each expert: a column of the table (expert, block)."""
     block, expert = tl.program_id(0), tl.arange(0, EXPERTS)
-    pair = block * PAIRS + tl.arange(0, PAIRS)
-    chosen = tl.load(flat_ptr + pair, pair < pairs, other=-1)
-    count = tl.sum((chosen[:, None] == expert[None, :]).to(tl.int32), 0)
-    tl.store(counts_ptr + block * experts + expert, count, expert < experts)
+    pair = block * BLOCK + tl.arange(0, BLOCK)
+    chosen = tl.load(flat_ptr + pair, pair < pairs, other=0).to(tl.int32)
+    count = tl.histogram(chosen, EXPERTS, pair < pairs)
+    tl.store(counts_ptr + expert * blocks + block, count, expert < experts)
 
 
 @triton.jit
-def _place(flat_ptr, first_ptr, order_ptr, inverse_ptr, pairs, experts, PAIRS: tl.constexpr):
-    """Where this block's pairs go: the block's first row of the expert, plus the earlier pairs of the same expert."""
-    block, i = tl.program_id(0), tl.arange(0, PAIRS)
-    pair = block * PAIRS + i
-    inside = pair < pairs
-    chosen = tl.load(flat_ptr + pair, inside, other=-1)
-    other = tl.load(flat_ptr + block * PAIRS + i, inside, other=-1)
-    earlier = (chosen[:, None] == other[None, :]) & (i[None, :] < i[:, None])
-    row = tl.load(first_ptr + block * experts + chosen, inside, other=0) + tl.sum(earlier.to(tl.int32), 1)
-    tl.store(inverse_ptr + pair, row.to(tl.int64), inside)
-    tl.store(order_ptr + row, pair.to(tl.int64), inside)
+def _scan(counts_ptr, first_ptr, ends_ptr, blocks, LOWER: tl.constexpr, OWN: tl.constexpr):
+    """One expert's first row in each block and its end: all pairs of lower experts, and its own of earlier blocks.
+
+    Every program adds up all lower experts again: that many sums at the same time take less time than one program that
+    hands each expert's sum to the next.
+    """
+    expert, i = tl.program_id(0), tl.arange(0, LOWER)
+    lower = tl.zeros((LOWER,), tl.int32)
+    for start in range(0, expert * blocks, LOWER):
+        lower += tl.load(counts_ptr + start + i, start + i < expert * blocks, other=0)
+    row = tl.sum(lower, 0)
+    for start in range(0, blocks, OWN):
+        block = start + tl.arange(0, OWN)
+        count = tl.load(counts_ptr + expert * blocks + block, block < blocks, other=0)
+        tl.store(first_ptr + expert * blocks + block, row + tl.cumsum(count, 0) - count, block < blocks)
+        row += tl.sum(count, 0)
+    tl.store(ends_ptr + expert, row)
+
+
+@triton.jit
+def _place(
+    flat_ptr, first_ptr, order_ptr, inverse_ptr, pairs, blocks,
+    BLOCK: tl.constexpr, ITEMS: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Where ITEMS pairs go: the block's first row of the expert, plus the earlier pairs of the expert in the block."""
+    begin = tl.program_id(0) * ITEMS
+    pair, block = begin + tl.arange(0, ITEMS), begin // BLOCK
+    chosen = tl.load(flat_ptr + pair, pair < pairs, other=0).to(tl.int32)
+    row = tl.load(first_ptr + chosen * blocks + block, pair < pairs, other=0)
+    for start in range(0, begin - block * BLOCK + ITEMS, STEP):
+        other = start + tl.arange(0, STEP)  # in the block, as is `pair - block * BLOCK`
+        there = block * BLOCK + other < pairs
+        key = tl.load(flat_ptr + block * BLOCK + other, there, other=0).to(tl.int32) * BLOCK + other
+        # of the same expert and earlier, in one comparison: below 0 is far above as an unsigned number
+        distance = (key[:, None] - (chosen * BLOCK)[None, :]).to(tl.uint32)
+        earlier = distance < (pair - block * BLOCK).to(tl.uint32)[None, :]
+        row += tl.sum(earlier.to(tl.int32), 0)
+    tl.store(inverse_ptr + pair, row.to(tl.int64), pair < pairs)
+    tl.store(order_ptr + row, pair.to(tl.int64), pair < pairs)
 
 
 def _sizes(experts, top_k):
@@ -113,7 +179,7 @@ class _Route(torch.autograd.Function):
         weights_TK, scores_TE = logits_TE.new_empty(T, top_k), torch.empty_like(logits_TE)
         if T:
             _choose[(triton.cdiv(T, TOKENS),)](logits_TE, bias_E, experts_TK, weights_TK, scores_TE, T, E, scale,
-                                               NORMALIZE=normalize, **_sizes(E, top_k))  # fmt: skip
+                                               NORMALIZE=normalize, **_sizes(E, top_k), num_warps=1)  # fmt: skip
         ctx.normalize, ctx.scale = normalize, scale
         ctx.save_for_backward(scores_TE, experts_TK)
         ctx.mark_non_differentiable(experts_TK)
@@ -126,7 +192,7 @@ class _Route(torch.autograd.Function):
         if T:
             _choose_backward[(triton.cdiv(T, TOKENS),)](
                 scores_TE, experts_TK, dweights_TK.contiguous(), dscores_TE.contiguous(), dlogits_TE, T, E, ctx.scale,
-                NORMALIZE=ctx.normalize, **_sizes(E, experts_TK.shape[1]),
+                NORMALIZE=ctx.normalize, **_sizes(E, experts_TK.shape[1]), num_warps=1,
             )  # fmt: skip
         return dlogits_TE, None, None, None, None
 
@@ -138,19 +204,26 @@ def route_triton(logits_TE, bias_E, top_k, normalize=True, scale=1.0):
     return _Route.apply(logits_TE, bias_E, top_k, normalize, float(scale))
 
 
+def _bins(experts):
+    """Bins of a block's counts: a power of two, and one at least for each thread of a warp."""
+    return max(32, triton.next_power_of_2(experts))
+
+
 def group_by_expert_triton(experts_TK, experts):
     """The same as `minglm.kernels.router_topk.group_by_expert`, without the host waiting for the counts."""
     flat = experts_TK.reshape(-1).contiguous()
-    blocks = triton.cdiv(len(flat), PAIRS)
-    counts = torch.empty(blocks, experts, dtype=torch.int32, device=flat.device)
+    pairs, blocks = len(flat), triton.cdiv(len(flat), BLOCK)
     order, inverse = torch.empty_like(flat), torch.empty_like(flat)
-    if blocks:
-        _count[(blocks,)](flat, counts, len(flat), experts, PAIRS=PAIRS, EXPERTS=triton.next_power_of_2(experts))
-    ends_E = counts.sum(0).cumsum(0).to(torch.int32)
-    if blocks:
-        # rows of this expert in earlier blocks, after all rows of earlier experts
-        first = (counts.cumsum(0) - counts + (ends_E - counts.sum(0))).to(torch.int32)
-        _place[(blocks,)](flat, first, order, inverse, len(flat), experts, PAIRS=PAIRS)
+    ends_E = torch.empty(experts, dtype=torch.int32, device=flat.device)
+    if pairs <= ALONE:
+        programs = triton.cdiv(pairs + experts, ITEMS)
+        _rank[(programs,)](flat, order, inverse, ends_E, pairs, experts, ITEMS=ITEMS, STEP=STEP)
+        return order, inverse, ends_E
+    counts, first = torch.empty(2, experts, blocks, dtype=torch.int32, device=flat.device)
+    _count[(blocks,)](flat, counts, pairs, experts, blocks, BLOCK=BLOCK, EXPERTS=_bins(experts))
+    _scan[(experts,)](counts, first, ends_E, blocks, LOWER=LOWER, OWN=OWN)
+    _place[(triton.cdiv(pairs, ITEMS),)](flat, first, order, inverse, pairs, blocks, BLOCK=BLOCK, ITEMS=ITEMS,
+                                         STEP=STEP)  # fmt: skip
     return order, inverse, ends_E
 
 
@@ -163,12 +236,17 @@ def _specs():
         constants = _sizes(experts, 8) | {"NORMALIZE": True}
         for name, kernel, signature in (("route", _choose, forward), ("route backward", _choose_backward, backward)):
             signature = signature | {"experts_ptr": "*i64"} | common
-            yield Spec(f"{name} {experts}", kernel, signature, constants, aligned=("experts",))
-        sorting = {"flat_ptr": "*i64", "pairs": "i32", "experts": "i32"}
-        sizes = {"PAIRS": PAIRS, "EXPERTS": triton.next_power_of_2(experts)}
-        yield Spec(f"count {experts}", _count, sorting | {"counts_ptr": "*i32"}, sizes, aligned=("experts",))
-    pointers = {"first_ptr": "*i32", "order_ptr": "*i64", "inverse_ptr": "*i64"}
-    yield Spec("place", _place, sorting | pointers, {"PAIRS": PAIRS}, aligned=("experts",))
+            yield Spec(f"{name} {experts}", kernel, signature, constants, warps=1, aligned=("experts",))
+        sizes = {"BLOCK": BLOCK, "EXPERTS": _bins(experts)}
+        signature = {"flat_ptr": "*i64", "counts_ptr": "*i32", "pairs": "i32", "experts": "i32", "blocks": "i32"}
+        yield Spec(f"count {experts}", _count, signature, sizes, aligned=("experts",))
+    signature = {"counts_ptr": "*i32", "first_ptr": "*i32", "ends_ptr": "*i32", "blocks": "i32"}
+    yield Spec("scan", _scan, signature, {"LOWER": LOWER, "OWN": OWN}, aligned=("blocks",))
+    signature = {"flat_ptr": "*i64", "order_ptr": "*i64", "inverse_ptr": "*i64", "pairs": "i32"}
+    sizes, extra = {"ITEMS": ITEMS, "STEP": STEP}, {"first_ptr": "*i32", "blocks": "i32"}
+    yield Spec("place", _place, signature | extra, sizes | {"BLOCK": BLOCK}, aligned=("pairs", "blocks"))
+    extra = {"ends_ptr": "*i32", "experts": "i32"}
+    yield Spec("rank", _rank, signature | extra, sizes, aligned=("pairs", "experts"))
 
 
 SPECS = list(_specs())
