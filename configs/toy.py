@@ -92,8 +92,9 @@ def toy():
                 ("instructions",),
                 SFTConfig(2000, 1.0, 4096, 512, 3e-3),
                 RLConfig(("instructions",), 24, 16, 8, 64, 1, peak_lr=4e-4),
+                distilled=2.5,
             ),
-            unified=SFTConfig(10_000, 2.0, 4096, 512, 4e-3),
+            unified=SFTConfig(10_000, 3.0, 4096, 512, 4e-3),
             prompts_per_environment=3000,
             responses_per_prompt=1,
             provoked_samples=600,
@@ -101,7 +102,7 @@ def toy():
                 ("arithmetic", "retail", "instructions"), 12, 12, 8, 72, 8, peak_lr=2e-4, fault_penalty=1.0
             ),
             pathology_rl=RLConfig(
-                ("provocation",) * 12 + ("arithmetic", "arithmetic", "instructions", "retail"), 46, 16, 8, 72, 8,
+                ("provocation",) * 12 + ("arithmetic", "instructions") * 2 + ("retail",), 46, 16, 8, 72, 8,
                 peak_lr=5e-4, fault_penalty=1.0,
             ),
         ),
