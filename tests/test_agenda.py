@@ -47,7 +47,8 @@ def test_the_table_has_a_line_for_every_stage(run):
 def test_experts_answer_in_proportion_to_tokens(weight):
     """Each environment brings about as many tokens, times its expert's `distilled`; the shortest gets all prompts."""
     post = load_config("configs/toy.py").posttraining
-    post = replace(post, agent=replace(post.agent, distilled=weight), prompts_per_environment=10_000)
+    experts = {"agent": replace(post.agent, distilled=weight), "chat": replace(post.chat, distilled=1.0)}
+    post = replace(post, **experts, prompts_per_environment=10_000)
     prompts = agenda.prompts_for(post)
     tokens = {name: count * agenda.conversation_tokens([name]) for name, count in prompts.items()}
     assert max(prompts.values()) == 10_000 and set(prompts) == {"arithmetic", "code", "retail", "instructions"}
