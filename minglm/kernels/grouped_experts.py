@@ -53,18 +53,15 @@ def product(terms, order, ends_E, choices, *, pick, transposed):
     return y
 
 
-def outer(a, b, order, ends_E, choices, *, pick):
-    """For each expert a' b over its rows, (E, a's width, b's width); those of a (pick 0) or b (pick 1) are tokens."""
+def outer(a, b, order, ends_E, choices, *, turn=False):
+    """For each expert a' b over its rows, (E, a's width, b's width), or b' a if turn; rows of a are their tokens'."""
     E, height, width = len(ends_E), a.shape[1], b.shape[1]
-    tiles, sides = tiles_for(OUTER[pick], a, 0), [a, b]
-    whole, across = 1 - pick, (tiles.rows, tiles.columns)
-    bulk = bulk_readable(sides[whole])
-    sides[whole] = read(sides[whole][None], tiles.step, across[whole], bulk)
-    out = a.new_empty(E, height, width)
+    tiles, bulk = tiles_for(OUTER, a, 0), bulk_readable(b)
+    out = a.new_empty(E, width, height) if turn else a.new_empty(E, height, width)
     kernels.outer_kernel[(programs(a),)](
-        *sides, order, ends_E, out, E, len(order), height, width, CHOICES=choices, PICK=pick, BULK=bulk,
-        EVEN=height % tiles.rows == 0 and width % tiles.columns == 0,
-        **tiles.constants(), num_warps=tiles.warps, num_stages=tiles.stages,
+        a, read(b[None], tiles.step, tiles.columns, bulk), order, ends_E, out, E, len(order), height, width,
+        CHOICES=choices, TURN=turn, BULK=bulk, EVEN=height % tiles.rows == 0, **tiles.constants(),
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return out
 
@@ -105,14 +102,14 @@ class _Experts(torch.autograd.Function):
         h, dg, du, dweights_TK = swiglu_backward(dh, g, u, order, weights_TK)
         dx_TD = dgate_EFD = dup_EFD = ddown_EDF = None
         if ctx.needs_input_grad[5]:
-            ddown_EDF = outer(grad_TD, h, order, ends_E, K, pick=0)
+            ddown_EDF = outer(grad_TD, h, order, ends_E, K)
         if ctx.needs_input_grad[0]:
             dx = product([(dg, gate_EFD), (du, up_EFD)], order, ends_E, K, pick=False, transposed=False)
             dx_TD = sum_choices(dx, K)
         if ctx.needs_input_grad[3]:
-            dgate_EFD = outer(dg, x_TD, order, ends_E, K, pick=1)
+            dgate_EFD = outer(x_TD, dg, order, ends_E, K, turn=True)
         if ctx.needs_input_grad[4]:
-            dup_EFD = outer(du, x_TD, order, ends_E, K, pick=1)
+            dup_EFD = outer(x_TD, du, order, ends_E, K, turn=True)
         return dx_TD, None, dweights_TK, dgate_EFD, dup_EFD, ddown_EDF
 
 

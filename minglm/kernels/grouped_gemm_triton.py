@@ -38,7 +38,7 @@ from minglm.kernels.tiles import Tiles, described
 UP = {32: Tiles(16, 64, 128, 4, 4, True), 2**31: Tiles(128, 128, 64, 8, 4)}
 DOWN = {32: Tiles(16, 64, 128, 4, 4, True, 2), 2**31: Tiles(128, 256, 64, 8, 3)}
 PRODUCT = {2**31: Tiles(128, 256, 64, 8, 3)}  # of the backward pass
-OUTER = ({2**31: Tiles(128, 256, 64, 8, 5)}, {2**31: Tiles(256, 128, 64, 8, 5)})  # by the side that is picked
+OUTER = {2**31: Tiles(128, 256, 64, 8, 5)}
 
 
 @triton.jit
@@ -209,32 +209,15 @@ def swiglu_backward_kernel(dh, g, u, order, weights, h, dg, dweight, width, WIDT
 
 
 @triton.jit
-def _outer_side(
-    x, order, i, end, column, pairs, width,
-    CHOICES: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PICK: tl.constexpr, BULK: tl.constexpr,
-    EVEN: tl.constexpr,
-):  # fmt: skip
-    """Rows i to i + STEP of x, or of their tokens if PICK: COLUMNS of their `width` numbers, from `column` on."""
-    if PICK:
-        rows, columns = i + tl.arange(0, STEP), column + tl.arange(0, COLUMNS)
-        token = tl.load(order + rows, mask=rows < end, other=0) // CHOICES
-        at = x + token.to(tl.int64)[:, None] * width + columns[None, :]
-        mask = (rows < end)[:, None]
-        return tl.load(at, mask=mask if EVEN else mask & (columns < width)[None, :], other=0)
-    else:
-        return load_tile(x, 0, i, column, pairs, width, STEP, COLUMNS, BULK)
-
-
-@triton.jit
 def outer_kernel(
     a, b, order, ends, out, experts, pairs, height, width,
-    CHOICES: tl.constexpr, PICK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
+    CHOICES: tl.constexpr, TURN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
     BAND: tl.constexpr, BULK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """out[e] (height, width) = a' b over the rows of expert e. Rows of a (PICK 0) or b (PICK 1) are their tokens'.
+    """out[e] = a' b (height, width), or if TURN b' a, over the rows of expert e; those of a are their tokens'.
 
-    The rows that are picked are zeros beyond the expert's last. So the other side's may be anything there, and come
-    without a mask, through a descriptor: they are the next expert's.
+    What is picked, a, is zeros beyond the expert's last row. So b may be anything there, and comes without a mask,
+    through a descriptor: it is the next expert's. The picked side is the shorter one of a tile, whichever is wanted.
     """
     row_tiles, column_tiles = tl.cdiv(height, ROWS), tl.cdiv(width, COLUMNS)
     for tile in tl.range(tl.program_id(0), experts * row_tiles * column_tiles, tl.num_programs(0)):
@@ -243,18 +226,23 @@ def outer_kernel(
         band = inside // (BAND * column_tiles)
         inside = inside % (BAND * column_tiles)
         tall = tl.minimum(row_tiles - band * BAND, BAND)
-        row, column = (band * BAND + inside % tall) * ROWS, (inside // tall) * COLUMNS
+        rows, column = (band * BAND + inside % tall) * ROWS + tl.arange(0, ROWS), (inside // tall) * COLUMNS
         begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
         end = tl.load(ends + expert)
         total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         for k in range(begin, end, STEP):
-            left = _outer_side(a, order, k, end, row, pairs, height, CHOICES, ROWS, STEP, PICK == 0, BULK, EVEN)
-            right = _outer_side(b, order, k, end, column, pairs, width, CHOICES, COLUMNS, STEP, PICK == 1, BULK, EVEN)
+            i = k + tl.arange(0, STEP)
+            token = tl.load(order + i, mask=i < end, other=0) // CHOICES
+            there = (i < end)[:, None]
+            at = a + token.to(tl.int64)[:, None] * height + rows[None, :]
+            left = tl.load(at, mask=there if EVEN else there & (rows < height)[None, :], other=0)
+            right = load_tile(b, 0, k, column, pairs, width, STEP, COLUMNS, BULK)
             total = tl.dot(left.T, right, total, input_precision="ieee")
-        rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
-        at = tl.cast(expert, tl.int64) * height * width + rows[:, None] * width + columns[None, :]
+        columns = column + tl.arange(0, COLUMNS)
+        at = out + tl.cast(expert, tl.int64) * height * width
+        at += columns[None, :] * height + rows[:, None] if TURN else rows[:, None] * width + columns[None, :]
         mask = (rows < height)[:, None] & (columns < width)[None, :]
-        tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+        tl.store(at, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -294,14 +282,12 @@ def _specs():
         yield Spec(f"{name} {t.rows}x{t.columns}", product_kernel, signature, common | t.constants() | switches,
                    t.warps, t.stages, ("depth", "width"), "HGMMA", ("UTMALDG",))  # fmt: skip
     common = {"CHOICES": 8, "BULK": True, "EVEN": True}
-    signature = lists | {"out": "*bf16"} | dict.fromkeys(("pairs", "height", "width"), "i32")
-    for pick, t in enumerate(t for table in OUTER for t in table.values()):
-        sides = {"a": "*bf16", "b": described(t.step, t.columns)}
-        if pick:
-            sides = {"a": described(t.step, t.rows), "b": "*bf16"}
-        yield Spec(f"{('ddown', 'dgate')[pick]} {t.rows}x{t.columns}", outer_kernel, signature | sides,
-                   common | t.constants() | {"PICK": pick}, t.warps, t.stages, ("height", "width"), "HGMMA",
-                   ("UTMALDG", "LDGSTS"))  # fmt: skip
+    signature = lists | {"a": "*bf16", "out": "*bf16"} | dict.fromkeys(("pairs", "height", "width"), "i32")
+    for t in OUTER.values():
+        for name, turn in (("ddown", False), ("dgate", True)):
+            yield Spec(f"{name} {t.rows}x{t.columns}", outer_kernel, signature | {"b": described(t.step, t.columns)},
+                       common | t.constants() | {"TURN": turn}, t.warps, t.stages, ("height", "width"), "HGMMA",
+                       ("UTMALDG", "LDGSTS"))  # fmt: skip
     rows = {name: "*bf16" for name in ("dh", "g", "u", "h", "dg")}
     signature = rows | {"order": "*i64", "weights": "*fp32", "dweight": "*fp32", "width": "i32"}
     yield Spec("swiglu backward", swiglu_backward_kernel, signature, {"WIDTH": 2048}, aligned=("width",))

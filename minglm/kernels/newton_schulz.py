@@ -45,7 +45,7 @@ BAND = (0.68, 1.21)
 RESTART = 2
 LONG = 2  # a square matrix takes as many operations in either form
 SMALL = 1 << 16  # numbers of a matrix: 256 KiB
-_WAVE_BYTES = {"cpu": 1 << 20, "cuda": 128 << 20}
+_WAVE_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
 
 
 @functools.cache
@@ -122,7 +122,11 @@ def orthogonalize(matrices, steps=5, dtype=None, coefficients=None, gram=None):
 def _normalize(stack, dtype):
     wide = torch.promote_types(stack.dtype, torch.float32)  # a norm over many small numbers needs float32
     norm = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True, dtype=wide).clamp(min=1e-7)
-    return torch.div(stack, norm, out=torch.empty_like(stack, dtype=dtype))  # in one pass, whatever the dtypes
+    if backend(stack) == "triton":
+        from minglm.kernels.newton_schulz_triton import scaled_triton
+
+        return scaled_triton(stack, norm, dtype)
+    return torch.div(stack, norm, out=torch.empty_like(stack, dtype=dtype))
 
 
 def _iterate(stack, coefficients):

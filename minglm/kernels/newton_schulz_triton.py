@@ -4,10 +4,12 @@
 
 A program computes two squares, side by side: one alone makes too few products of every number that it loads. It stores
 a square below the diagonal twice, as it is and turned; of one on the diagonal the lower half counts; one above it is
-left out. So the result is symmetric to the last bit, and no element is stored by two programs. The terms in z and I are
-added to the float32 sum before it is rounded. The last product of an iteration, P X, is not symmetric and is PyTorch's.
+left out. So the result is symmetric to the last bit, and no element is stored by two programs. The float32 sum begins
+with the term in z, and that in I is added before it is rounded. The last product of an iteration, P X, is not symmetric
+and is PyTorch's.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -15,27 +17,35 @@ from minglm.kernels.backend import Spec
 from minglm.kernels.grouped_gemm_triton import load_tile
 from minglm.kernels.tiles import Tiles, bulk_readable, described, read, tiles_for
 
-# Smaller ones for sides that would not make enough of the large to fill an H100.
+# Rows x columns of a program, two squares; smaller ones for sides that would not make enough large ones to fill a GPU.
 SYMMETRIC = {1024: Tiles(64, 128, 64, 4, 4), 2**31: Tiles(128, 256, 64, 8, 4)}
+SIZE = 4096  # numbers that a program scales
 
 
 @triton.jit
-def _store_square(
-    total, z, out, matrix, row, column, rows, z_factor, diagonal,
-    SIDE: tl.constexpr, BULK: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
-    """Finish a square of the result and store it as it is and turned; nothing, if it lies above the diagonal."""
-    if column <= row:
-        if ADD:
-            total += z_factor * load_tile(z, matrix, row, column, rows, rows, SIDE, SIDE, BULK).to(tl.float32)
-        r, c = (row + tl.arange(0, SIDE))[:, None], (column + tl.arange(0, SIDE))[None, :]
-        rounded = tl.where(r == c, total + diagonal, total).to(out.dtype.element_ty)
-        start, inside = out + tl.cast(matrix, tl.int64) * rows * rows, (r < rows) & (c < rows)
-        if column == row:  # its upper half is the lower one turned
-            tl.store(start + r.to(tl.int64) * rows + c, tl.where(r >= c, rounded, rounded.T), mask=inside)
-        else:
-            tl.store(start + r.to(tl.int64) * rows + c, rounded, mask=inside)
-            tl.store(start + c.to(tl.int64) * rows + r, rounded, mask=inside)
+def _store_tile(tile, out, matrix, row, column, rows, SIDE: tl.constexpr, BULK: tl.constexpr):
+    """Store a square at (row, column) of a matrix of the result."""
+    if BULK:
+        out.store([matrix, row, column], tile.reshape(1, SIDE, SIDE))
+    else:
+        r, c = row + tl.arange(0, SIDE), column + tl.arange(0, SIDE)
+        at = out + tl.cast(matrix, tl.int64) * rows * rows + r.to(tl.int64)[:, None] * rows + c[None, :]
+        tl.store(at, tile, mask=(r < rows)[:, None] & (c < rows)[None, :])
+
+
+@triton.jit
+def _store_square(total, out, matrix, row, column, rows, diagonal, KIND: tl.constexpr, SIDE: tl.constexpr,
+                  BULK: tl.constexpr):  # fmt: skip
+    """Store a square of the result as it is and turned; nothing, if it lies above the diagonal."""
+    if column < row:
+        rounded = total.to(KIND)
+        _store_tile(rounded, out, matrix, row, column, rows, SIDE, BULK)
+        _store_tile(rounded.T, out, matrix, column, row, rows, SIDE, BULK)
+    if column == row:  # the upper half of such a square is the lower one turned
+        i = tl.arange(0, SIDE)
+        rounded = tl.where(i[:, None] == i[None, :], total + diagonal, total).to(KIND)
+        rounded = tl.where(i[:, None] >= i[None, :], rounded, rounded.T)
+        _store_tile(rounded, out, matrix, row, column, rows, SIDE, BULK)
 
 
 @triton.jit
@@ -49,13 +59,34 @@ def symmetric_kernel(
     if column > row:
         return
     total = tl.zeros((SIDE, 2 * SIDE), dtype=tl.float32)
+    if ADD:
+        z_tile = load_tile(z, matrix, row, column, rows, rows, SIDE, 2 * SIDE, BULK)
+        total = z_tile.to(tl.float32) * (z_factor / factor)
     for k in range(0, depth, STEP):
         left = load_tile(x, matrix, row, k, rows, depth, SIDE, STEP, BULK)
         right = load_tile(y, matrix, column, k, rows, depth, 2 * SIDE, STEP, BULK)
         total = tl.dot(left, right.T, total, input_precision="ieee")
     first, second = (factor * total).reshape(SIDE, 2, SIDE).permute(0, 2, 1).split()
-    _store_square(first, z, out, matrix, row, column, rows, z_factor, diagonal, SIDE, BULK, ADD)
-    _store_square(second, z, out, matrix, row, column + SIDE, rows, z_factor, diagonal, SIDE, BULK, ADD)
+    KIND: tl.constexpr = out.dtype if BULK else out.dtype.element_ty
+    _store_square(first, out, matrix, row, column, rows, diagonal, KIND, SIDE, BULK)
+    _store_square(second, out, matrix, row, column + SIDE, rows, diagonal, KIND, SIDE, BULK)
+
+
+@triton.jit
+def scale_kernel(x, norm, out, numbers, SIZE: tl.constexpr):
+    """SIZE numbers of matrix program_id(1), divided by its norm and rounded."""
+    matrix, i = tl.program_id(1).to(tl.int64), tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    value = tl.load(x + matrix * numbers + i, mask=i < numbers, other=0).to(tl.float32) / tl.load(norm + matrix)
+    tl.store(out + matrix * numbers + i, value.to(out.dtype.element_ty), mask=i < numbers)
+
+
+def scaled_triton(stack, norm, dtype):
+    """Each matrix of a stack divided by its norm, float32 (matrices, 1, 1), in another dtype: one pass over them."""
+    stack, numbers = stack.contiguous(), stack[0].numel() if len(stack) else 0
+    out = torch.empty_like(stack, dtype=dtype)
+    if out.numel():
+        scale_kernel[(triton.cdiv(numbers, SIZE), len(stack))](stack, norm, out, numbers, SIZE=SIZE)
+    return out
 
 
 def symmetric_product_triton(x, y, factor=1.0, z=None, z_factor=0.0, diagonal=0.0):
@@ -65,13 +96,13 @@ def symmetric_product_triton(x, y, factor=1.0, z=None, z_factor=0.0, diagonal=0.
     out = x.new_empty(matrices, rows, rows)
     if not out.numel():
         return out
-    terms = [x, y] if z is None else [x, y, z.contiguous()]
+    terms = [x, y, out] if z is None else [x, y, out, z.contiguous()]
     tiles, bulk = tiles_for(SYMMETRIC, x, rows), bulk_readable(*terms)
     side, step = tiles.rows, tiles.step
-    boxes = ((side, step), (2 * side, step), (side, side))
-    x, y, *z = (read(term, *box, bulk) for term, box in zip(terms, boxes))
+    boxes = ((side, step), (2 * side, step), (side, side), (side, 2 * side))
+    x, y, target, *z = (read(term, *box, bulk) for term, box in zip(terms, boxes))
     symmetric_kernel[(triton.cdiv(rows, side) * triton.cdiv(rows, 2 * side), matrices)](
-        x, y, *(z or [None]), out, rows, depth, factor, z_factor, float(diagonal), SIDE=side, STEP=step, BULK=bulk,
+        x, y, *(z or [None]), target, rows, depth, factor, z_factor, float(diagonal), SIDE=side, STEP=step, BULK=bulk,
         ADD=bool(z), num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return out
@@ -85,11 +116,13 @@ def _specs():
         for name, kind, add in products:
             constants = {"SIDE": t.rows, "STEP": t.step, "BULK": True, "ADD": add}
             signature = {"x": described(t.rows, t.step, kind), "y": described(t.columns, t.step, kind)}
-            signature |= {"out": f"*{kind}"} | numbers
-            signature |= {"z": described(t.rows, t.rows, kind)} if add else {}
+            signature |= {"out": described(t.rows, t.rows, kind)} | numbers
+            signature |= {"z": described(t.rows, t.columns, kind)} if add else {}
             constants |= {} if add else {"z": None}
             yield Spec(f"{name} {t.rows}x{t.columns}", symmetric_kernel, signature, constants, t.warps, t.stages,
-                       ("rows", "depth"), "HGMMA", ("UTMALDG",))  # fmt: skip
+                       ("rows", "depth"), "HGMMA", ("UTMALDG", "UTMASTG"))  # fmt: skip
+    arguments = {"x": "*fp32", "norm": "*fp32", "out": "*fp16", "numbers": "i32"}
+    yield Spec("scale", scale_kernel, arguments, {"SIZE": SIZE}, aligned=("numbers",))
 
 
 SPECS = list(_specs())

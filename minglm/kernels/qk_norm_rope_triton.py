@@ -7,8 +7,8 @@ dimensions a thread has eight neighbouring numbers of each tile, one load of 16 
 
 The gradient of a weight is summed by a fixed number of programs, each over its own rows, and the parts are added
 afterwards: no atomic additions, bitwise repeatable. Within a program every thread keeps its own sums to the end, so
-that a tile costs no exchange but the two sums over each row. The next tile is copied to shared memory while this one is
-turned (STAGES). The backward pass keeps only queries and keys and computes their norms again.
+that a tile costs no exchange but the two sums over each row. The backward pass keeps only queries and keys and computes
+their norms again.
 """
 
 import torch
@@ -20,8 +20,8 @@ from minglm.kernels.norm_triton import add_parts
 
 ROWS = 16  # of a tile, by 128 threads: one row for eight of them, and few enough registers for many tiles at once
 # Backward: programs for queries, and again for keys, five for each multiprocessor of an H100, which is as many as its
-# registers hold; and the stages of the loop, of which one is at work and the others are on their way.
-PROGRAMS, STAGES = 660, 2
+# registers hold. So many that copying the next tile ahead (num_stages) gained nothing there.
+PROGRAMS = 660
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def _forward(
 def _backward(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_grad_ptr, k_grad_ptr, dq_ptr, dk_ptr, parts_ptr,
     tokens, N, M, period, eps, NORM: tl.constexpr, A: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, STAGES: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Tiles program, program + programs, ... of the queries (axis 1 is 0) or keys: dx, and a part of dweight."""
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -93,7 +93,7 @@ def _backward(
         weight_a = _load(weight_ptr, first, has_first)[None, :]
         weight_b = _load(weight_ptr, second, has_second)[None, :]
         dweight_a, dweight_b = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
-    for tile in tl.range(program, tl.cdiv(rows, ROWS), programs, num_stages=STAGES):
+    for tile in tl.range(program, tl.cdiv(rows, ROWS), programs):
         row = tile * ROWS + tl.arange(0, ROWS)
         inside = row < rows
         base = row.to(tl.int64)[:, None] * A
@@ -146,7 +146,7 @@ class _NormRope(torch.autograd.Function):
         parts = None if q_weight is None else q.new_empty(2, programs, q.shape[-1], dtype=torch.float32)
         if tokens:
             _backward[(programs, 2)](q, k, q_weight, k_weight, cos, sin, dq_out.contiguous(), dk_out.contiguous(),
-                                     dq, dk, parts, *ctx.numbers, **ctx.sizes, STAGES=STAGES)  # fmt: skip
+                                     dq, dk, parts, *ctx.numbers, **ctx.sizes)  # fmt: skip
         if parts is None:
             return dq, dk, None, None, None, None, None
         dq_weight, dk_weight = add_parts(parts)
@@ -173,7 +173,7 @@ def _specs():
         yield Spec(name, _forward, common | out, constants)
         out = {n: "*bf16" for n in ("q_grad_ptr", "k_grad_ptr", "dq_ptr", "dk_ptr")}
         out, constants = (out | {"parts_ptr": "*fp32"}, constants) if normed else (out, constants | {"parts_ptr": None})
-        yield Spec(name + " backward", _backward, common | out, constants | {"STAGES": STAGES}, opcodes=("LDGSTS",))
+        yield Spec(name + " backward", _backward, common | out, constants)
 
 
 SPECS = list(_specs())
