@@ -1,7 +1,7 @@
 """What `python -m minglm bench kernels` measures: a file for each operation, with `cases(device, smoke)`.
 
 Baselines of other packages are there where the package is and there is a GPU for it; what is compiled by torch, only on
-a GPU and at one size, because the compiler takes longer than all the rest.
+a GPU, at one size and mostly the forward pass alone, because the compiler takes longer than all the rest.
 """
 
 import importlib.util

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from minglm.bench_cases import have, normal, with_gradients, without_gradients
+from minglm.bench_cases import compiled, have, normal, with_gradients, without_gradients
 from minglm.bench_kernels import Case
 from minglm.kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -56,8 +56,7 @@ def forms(device, T, D, V, gradients):
     targets_T = torch.randint(V, (T,), generator=torch.Generator(device).manual_seed(2), device=device)
     ones_T = torch.ones(T, device=device)
     functions = {"minglm": lambda h, w, t: linear_cross_entropy(h, w, t, ones_T), "torch, chunks": chunked(piece)}
-    if device.type == "cuda":
-        functions["torch compiled, chunks"] = chunked(torch.compile(piece))
+    functions |= {f"{name}, chunks": chunked(function) for name, function in compiled(piece, device, T).items()}
     if hasattr(F, "linear_cross_entropy"):
         functions["torch linear_cross_entropy"] = fused
     functions |= {"liger": liger} if have("liger_kernel", device) else {}

@@ -30,7 +30,7 @@ def forms(device, S, heads, gradients):
     turn = torch.arange(S, device=device)[:, None] * 10_000 ** -torch.linspace(0, 1, A // 4, device=device)
     inputs = [q, k, *weights, turn.cos()[None, :, None], turn.sin()[None, :, None], EPS]
     functions = {"minglm": ours, "torch": qk_norm_rope}
-    functions |= compiled(qk_norm_rope, device, S)
+    functions |= {} if gradients else compiled(qk_norm_rope, device, S)
     if not gradients:
         return {name: without_gradients(function, *inputs) for name, function in functions.items()}
     needed = [x.requires_grad_() for x in inputs[:4]]

@@ -36,7 +36,7 @@ def choosing(device, T, gradients):
     """{form: experts, weights, scores}, or {form: weights and the gradient of the logits}."""
     logits_TE, bias_E = normal(device, T, E, dtype=torch.float32), normal(device, E, scale=0.1, dtype=torch.float32)
     functions = {"minglm": ours, "torch": plain}
-    functions |= compiled(plain, device, T)
+    functions |= {} if gradients else compiled(plain, device, T)
     if not gradients:
         return {name: without_gradients(function, logits_TE, bias_E) for name, function in functions.items()}
     upstream_TK = normal(device, T, K, seed=1, dtype=torch.float32)

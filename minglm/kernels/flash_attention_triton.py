@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from minglm.kernels.backend import Spec
+from minglm.kernels.tiles import bind
 
 LOG2E = 1.4426950408889634
 LOWEST = tl.constexpr(-1e30)  # a maximum to start from: finite, so that a row that has seen no key yet gives no NaN
@@ -208,6 +209,7 @@ class _Flash(torch.autograd.Function):
     def backward(ctx, grad):
         from minglm.kernels.flash_attention_backward_triton import gradients
 
+        bind(grad)
         return *gradients(*ctx.saved_tensors, grad.contiguous(), ctx.scale), None, None, None
 
 

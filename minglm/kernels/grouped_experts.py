@@ -12,7 +12,7 @@ import torch
 from minglm.kernels import grouped_gemm_triton as kernels
 from minglm.kernels.grouped_gemm_triton import DOWN, OUTER, PRODUCT, UP
 from minglm.kernels.router_topk_triton import group_by_expert_triton
-from minglm.kernels.tiles import bulk_readable, power_of_2, programs, read, tiles_for
+from minglm.kernels.tiles import bind, bulk_readable, power_of_2, programs, read, tiles_for
 
 SUM_WIDTH = 1024
 
@@ -97,6 +97,7 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_TD):
         x_TD, weights_TK, g, u, order, ends_E, gate_EFD, up_EFD, down_EDF = ctx.saved_tensors
+        bind(grad_TD)
         grad_TD, K = grad_TD.contiguous(), weights_TK.shape[1]
         dh = product([(grad_TD, down_EDF)], order, ends_E, K, pick=True, transposed=False)
         h, dg, du, dweights_TK = swiglu_backward(dh, g, u, order, weights_TK)

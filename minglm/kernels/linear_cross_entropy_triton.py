@@ -27,7 +27,7 @@ import triton.language as tl
 
 from minglm.kernels.backend import Spec
 from minglm.kernels.grouped_gemm_triton import load_tile
-from minglm.kernels.tiles import Tiles, bulk_readable, described, read, tiles_for
+from minglm.kernels.tiles import Tiles, bind, bulk_readable, described, read, tiles_for
 
 PRODUCT = {2**31: Tiles(128, 256, 64, 8, 3, band=16)}  # the fastest of those timed on an H100
 SPLITS = 8
@@ -138,6 +138,7 @@ class _LogProbabilities(torch.autograd.Function):
     def backward(ctx, dlogp_T, _):
         x_TD, head_VD, targets_T, lse_T = ctx.saved_tensors
         (T, D), V, dtype = x_TD.shape, len(head_VD), x_TD.dtype
+        bind(dlogp_T)
         dlogp_T = dlogp_T.contiguous()
         dx_TD = x_TD.new_zeros(T, D, dtype=torch.float32)
         dhead_VD = torch.empty_like(head_VD)

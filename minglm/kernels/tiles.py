@@ -56,6 +56,16 @@ def bulk_readable(*tensors):
     return all(t.data_ptr() % 16 == 0 and t.shape[-1] * t.element_size() % 16 == 0 for t in tensors)
 
 
+def bind(x):
+    """Bind x's GPU to this thread, for backward passes: call it before a kernel gets its first descriptor.
+
+    A descriptor is made by the driver, which knows a GPU only in threads that have used it. Autograd's own thread may
+    come to a backward pass as its first work, with memory from PyTorch's cache, and has then used nothing yet.
+    """
+    if x.is_cuda:
+        torch.cuda.Event().record()
+
+
 def read(matrices, rows, columns, bulk):
     """A stack of matrices as a kernel reads (or writes) it, in tiles of rows x columns."""
     from triton.tools.tensor_descriptor import TensorDescriptor
