@@ -6,6 +6,7 @@ its attention for variable lengths. The baselines of decoding get keys and value
 reads them block by block.
 """
 
+import inspect
 from types import SimpleNamespace
 
 import torch
@@ -69,10 +70,12 @@ def variable(S, device, length):
     from torch.nn.attention.varlen import varlen_attn
 
     starts = torch.arange(0, S + 1, length, device=device, dtype=torch.int32)
+    # before torch 2.12 it need not be told that there are fewer key/value heads
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
     def attend(q, k, v):
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        return varlen_attn(q, k, v, starts, starts, length, length, window_size=(-1, 0), enable_gqa=True)[None]
+        return varlen_attn(q, k, v, starts, starts, length, length, window_size=(-1, 0), **grouped)[None]
 
     return attend
 

@@ -35,7 +35,7 @@ def torch_muon(matrices):
 def forms(device, shape):
     """{form: the orthogonalised stack}."""
     matrices = normal(device, *shape)
-    functions = {"minglm": orthogonalize, "minglm, Gram form": lambda x: orthogonalize(x, gram=True)}
+    functions = {"minglm": orthogonalize, "minglm, standard form": lambda x: orthogonalize(x, gram=False)}
     functions["torch bmm"] = batched
     functions |= {"torch.optim.Muon": torch_muon} if shape[0] == 1 else {}
     return {name: without_gradients(function, matrices) for name, function in functions.items()}
