@@ -18,6 +18,12 @@ def product(a_ptr, b_ptr, out_ptr, rows: tl.constexpr, columns: tl.constexpr, in
     tl.store(out_ptr + i[:, None] * columns + j[None, :], total)
 
 
+@triton.jit
+def sums(x, out, width: tl.constexpr):
+    """Two tiles of sums, by descriptor."""
+    tl.store(out + tl.arange(0, width), x.load([0]) + x.load([width]))
+
+
 def _spec(name, rows, columns, inner, warps, stages):
     signature = {"a_ptr": "*bf16", "b_ptr": "*bf16", "out_ptr": "*fp32"}
     tile = {"rows": rows, "columns": columns, "inner": inner, "steps": 8}
@@ -29,5 +35,6 @@ SPECS = [
     _spec("narrow", 16, 64, 64, 4, 3),
     _spec("spilling", 128, 256, 32, 4, 2),
     _spec("deep", 128, 256, 64, 8, 6),
+    Spec("odd", sums, {"x": "tensordesc<fp32[16]>", "out": "*fp32"}, {"width": 16}),
     Spec("unnamed", product, {"a_ptr": "*bf16"}, {}),
 ]

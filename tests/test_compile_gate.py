@@ -24,6 +24,7 @@ def test_each_budget_can_be_broken():
     assert found["narrow"] == ["has no HGMMA", "multiplies by single warps (HMMA)"]
     assert any("spills" in fault for fault in found["spilling"])
     assert any("shared memory" in fault for fault in found["deep"])
+    assert found["odd"] == ["copies x in tiles of 64 bytes, which is no multiple of 128"]
     assert "must name each argument once" in found["unnamed"][0]
 
 

@@ -12,8 +12,9 @@ shared memory of a block, and which instructions there are:
     UTMALDG, LDGSTS  copies to shared memory that run beside the arithmetic: by descriptor (TMA), by pointer
     LDL, STL         loads and stores of spilled registers
 
-The budgets: nothing spilled, at most 227 KiB of shared memory (the compiler itself does not check that one), and
-products by warp groups where there are products. This proves that a kernel compiles, uses the right units and does not
+The budgets: nothing spilled, at most 227 KiB of shared memory, products by warp groups where there are products, and
+tiles of whole 128 bytes for the bulk copy engine, or else the second of them begins where it may not (the compiler
+checks neither the memory nor the tiles). This proves that a kernel compiles, uses the right units and does not
 spill. It proves nothing about its results or its time.
 
 A module is compiled in a process of its own: a process that interprets kernels (TRITON_INTERPRET=1) cannot compile any,
@@ -23,6 +24,7 @@ and a crash of the compiler ends only that process.
 import contextlib
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -89,6 +91,16 @@ def looked_into(cubin):
     }
 
 
+def odd_tiles(spec):
+    """{argument: bytes} of the described tiles that are no multiple of 128 bytes."""
+    found = {}
+    for name, kind in spec.signature.items():
+        if tile := re.match(r"tensordesc<[a-z]+(\d+)(?:e4nv)?\[([\d, ]+)\]", kind):
+            size = math.prod(int(n) for n in tile[2].split(",")) * int(tile[1]) // 8
+            found |= {name: size} if size % 128 else {}
+    return found
+
+
 def compile_spec(spec):
     """Compile one Spec; returns its record, plain numbers and strings. Raises what the compiler raises."""
     import triton
@@ -104,6 +116,7 @@ def compile_spec(spec):
         "stages": spec.stages,
         **looked_into(kernel.asm["cubin"]),
         "shared_bytes": kernel.metadata.shared,
+        "odd_tiles": odd_tiles(spec),
         "waits": sorted({int(n) for n in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)}),
         "asked": {"unit": spec.unit, "opcodes": list(spec.opcodes), "spill_bytes": spec.spill_bytes},
     }
@@ -121,6 +134,8 @@ def faults(record):
     if record["registers"] * 32 * record["warps"] > REGISTERS:
         found.append(f"needs {record['registers']} registers for {32 * record['warps']} threads, there are {REGISTERS}")
     found += [f"has no {name}" for name in (asked["unit"], *asked["opcodes"]) if name and not counts.get(name)]
+    for name, size in record["odd_tiles"].items():
+        found.append(f"copies {name} in tiles of {size} bytes, which is no multiple of 128")
     if counts.get("HMMA"):
         found.append("multiplies by single warps (HMMA)")
     return found

@@ -26,6 +26,7 @@ Choices:
 - On matrices as small as a toy's, a library of products runs at two thirds of its speed. In float32 on a CPU the whole
   iteration is therefore in C (`cpu.c`) where a matrix stays in cache (`SMALL`), one after the other, and of symmetric
   products one half is computed. PyTorch's form runs for larger ones, and without a compiler.
+- On a GPU the Gram form runs where a matrix is long (`LONG`), in two thirds of the standard form's time on an H100.
 - A long stack goes through in waves: on a CPU so small that they stay in cache, on a GPU so large that they fill it.
 - float32 on a CPU, bfloat16 on a GPU, where it is enough (the result is meant to be near one, not equal to it); for
   the Gram form float16, whose three more bits it needs and whose range is enough for numbers up to one.
