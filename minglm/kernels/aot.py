@@ -134,7 +134,7 @@ def faults(record):
     if record["registers"] * 32 * record["warps"] > REGISTERS:
         found.append(f"needs {record['registers']} registers for {32 * record['warps']} threads, there are {REGISTERS}")
     found += [f"has no {name}" for name in (asked["unit"], *asked["opcodes"]) if name and not counts.get(name)]
-    for name, size in record["odd_tiles"].items():
+    for name, size in record.get("odd_tiles", {}).items():  # older records have none
         found.append(f"copies {name} in tiles of {size} bytes, which is no multiple of 128")
     if counts.get("HMMA"):
         found.append("multiplies by single warps (HMMA)")
