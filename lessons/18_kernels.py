@@ -5,7 +5,7 @@
 # programs at a time. Without a GPU four things can still be known: its numbers, because Triton's interpreter runs the
 # programs one after another in numpy; who stores what, by watching them; what the compiler makes of it for an H100; and
 # how fast it can be at best, by counting. What stays unknown is its time, how the units of a GPU round their sums, and
-# what else they insist on: the first run on an H100 (`figures/bench_kernels.png`, and `LOG.md` for what went wrong) found
+# what else they insist on: the first run on an H100 (`figures/bench_kernels.png`; `LOG.md` has what went wrong) found
 # one kernel of thirty that died, because its copies began at odd 64 bytes.
 #
 # **Your prediction.** Write down first: (1) The interpreter has a fault: it multiplies bfloat16 wrongly. By how much,

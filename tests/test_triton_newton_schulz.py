@@ -56,7 +56,7 @@ def test_large_tiles(monkeypatch, rows, depth):
 @pytest.mark.skipif(DEVICE == "cuda", reason="watches the interpreter")
 @pytest.mark.parametrize("rows", [1, 40, 150])
 def test_every_element_is_stored_once(monkeypatch, rows):
-    """No element of a result is stored by two programs, or twice with different bits, and none is left out."""
+    """No element of a result is stored by two programs, which would be a race, and none is left out."""
     monkeypatch.setattr(kernel, "SYMMETRIC", {2**31: Tiles(32, 64, 64, 4, 1)})
     x = normal(0, 2, rows, 16).half()
     with watched() as stores:
