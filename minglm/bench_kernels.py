@@ -249,16 +249,18 @@ def run(device, only=(), out=None, rounds=20, seconds=3.0, smoke=False):
 
 def draw_kernels(record, axis):
     """Of each case what share of the ceiling each form reaches."""
-    cases = record["cases"]
+    cases, widest = record["cases"], 1.0
     for row, case in enumerate(cases):
         shares = {name: form["share"] for name, form in case["forms"].items() if "share" in form}
+        widest = max(widest, *shares.values(), 0)
         for i, (name, share) in enumerate(shares.items()):
             ours = name.startswith("minglm")
             axis.plot([share], [-row], "|" if i else "o", markersize=6, color="#1f5fa8" if ours else "#c2571a")
             if not ours and share == max(value for other, value in shares.items() if not other.startswith("minglm")):
                 axis.annotate(name, (share, -row), (0, 3), textcoords="offset points", fontsize=4, ha="center")
     axis.set_yticks([-row for row in range(len(cases))], [case["case"] for case in cases], fontsize=6)
-    axis.set(xlim=(0, 1.1), xlabel="share of the ceiling: minglm (dot), baselines (strokes; the best is named)")
+    axis.set_xlim(0, 1.05 * widest)
+    axis.set_xlabel("share of the ceiling: minglm (dot), baselines (strokes; the best is named)")
     axis.margins(y=0.01)
     figures.title(axis, f"{record['versions']['device']}, ceilings measured in the same run")
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minglm.__main__ import main
+from minglm.config import load_config
 from minglm.inference import Engine, Request
 from minglm.inference.pages_float8 import Float8Experts
 from minglm.kernels.grouped_gemm import grouped_experts
@@ -84,3 +85,7 @@ def test_a_run_can_ask_for_it(tmp_path, capsys):
     assert main(["run", "configs/nano.py", "--out", str(tmp_path), "--rollouts", "fp8", "--dry-run"]) == 2
     assert "rollouts = 'fp8': must be model or float8" in capsys.readouterr().err
     assert main(["run", "configs/nano.py", "--out", str(tmp_path), "--rollouts", "float8", "--dry-run"]) == 0
+    plain, asked = (load_config("configs/nano.py", words) for words in ([], ["--rollouts", "float8"]))
+    assert plain.hash() != asked.hash()
+    with pytest.raises(ValueError, match=r"^experts = 'fp8': must be model or float8$"):
+        Engine(tiny_model(0), experts="fp8")

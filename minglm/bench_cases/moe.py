@@ -94,8 +94,11 @@ def layer_forms(device, T, E, loads, widths, gradients, loops):
         "torch grouped_mm": (grouped_gemm._Experts.apply, apart),
     }
     joined = [both_EFD[:, :F], both_EFD[:, F:], down_EDF]
-    functions |= {"loop over experts": (grouped_gemm.experts_loop, apart)} if loops else {}
-    for kind in ("grouped_mm", "eager")[: 1 + loops]:
+    kinds = ["grouped_mm"]
+    if loops:
+        functions["loop over experts"] = (grouped_gemm.experts_loop, apart)
+        kinds.append("eager")
+    for kind in kinds:
         functions[f"transformers {kind}"] = (halves(transformers_experts(kind, E, widths)), joined)
     if have("liger_kernel", device):
         functions["liger"] = (halves(liger), joined)

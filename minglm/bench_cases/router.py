@@ -8,7 +8,7 @@ import torch
 from minglm.bench_cases import compiled, normal, with_gradients, without_gradients
 from minglm.bench_kernels import Case
 from minglm.kernels.backend import backend
-from minglm.kernels.router_topk import group_by_expert, router_topk
+from minglm.kernels.router_topk import group_by_expert, router_topk, sort_by_expert
 
 E, K = 160, 8
 
@@ -47,15 +47,7 @@ def choosing(device, T, gradients):
 def sorting(device, T):
     """{form: order, its inverse, ends}."""
     experts_TK = normal(device, T, E, dtype=torch.float32).topk(K).indices
-
-    def sort():
-        if backend(experts_TK) != "triton":
-            return group_by_expert(experts_TK, E)
-        from minglm.kernels.router_topk_triton import group_by_expert_triton
-
-        return group_by_expert_triton(experts_TK, E)
-
-    return {"minglm": sort, "torch": lambda: group_by_expert(experts_TK, E)}
+    return {"minglm": lambda: sort_by_expert(experts_TK, E), "torch": lambda: group_by_expert(experts_TK, E)}
 
 
 def cases(device, smoke):

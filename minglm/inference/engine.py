@@ -47,7 +47,9 @@ class Engine:
         self, model, tokenizer=None, max_batch=256, draft_tokens=0, prefill_tokens=2048, cache_tokens=None, block=16,
         experts="model",
     ):  # fmt: skip
-        self.float8 = {"model": False, "float8": True}[experts]
+        if experts not in ("model", "float8"):
+            raise ValueError(f"experts = {experts!r}: must be model or float8")
+        self.float8 = experts == "float8"
         self.model, self.tokenizer = model, tokenizer
         self.limit = model.config.max_position_embeddings  # of prompt and answer together
         self.blocks = Blocks(block, None if cache_tokens is None else cache_tokens // block)

@@ -16,19 +16,9 @@ import contextlib
 import torch.nn.functional as F
 
 from minglm.inference.pages import Pages
-from minglm.kernels.backend import backend
 from minglm.kernels.fp8_block import ACTIVATION_BLOCK, quantize, scaled_product
-from minglm.kernels.router_topk import group_by_expert
+from minglm.kernels.router_topk import sort_by_expert
 from minglm.model.moe import MoE
-
-
-def sorted_by_expert(experts_TK, experts):
-    """`group_by_expert` in the form that `minglm.kernels.backend` chooses."""
-    if backend(experts_TK) == "triton":
-        from minglm.kernels.router_topk_triton import group_by_expert_triton
-
-        return group_by_expert_triton(experts_TK, experts)
-    return group_by_expert(experts_TK, experts)
 
 
 class Float8Experts:
@@ -40,7 +30,7 @@ class Float8Experts:
     def __call__(self, x_TD, experts_TK, weights_TK, *matrices):
         """x (T, D), experts int64 (T, K), weights float32 (T, K); returns (T, D) in x's dtype."""
         (T, K), dtype = experts_TK.shape, x_TD.dtype
-        order, row, ends_E = sorted_by_expert(experts_TK, len(self.gate[0]))
+        order, row, ends_E = sort_by_expert(experts_TK, len(self.gate[0]))
         x = quantize(x_TD, ACTIVATION_BLOCK)
         g, u = (scaled_product(*x, *w, ends_E, order, K, dtype) for w in (self.gate, self.up))
         y = scaled_product(*quantize(F.silu(g).mul_(u), ACTIVATION_BLOCK), *self.down, ends_E, dtype=dtype)

@@ -30,6 +30,7 @@ from minglm.kernels.flash_attention_triton import (
     constants,
     described,
     spec,
+    sums_like,
 )
 
 # Tiles by the width of a head, as those of the forward pass. At least 32 rows: their sums, 4 bytes each, arrive by the
@@ -155,7 +156,7 @@ def gradients(q, k, v, begin, end, out, log_sum, grad, scale):
     """dq, dk and dv of `_Flash`, from what it saved and the gradient of out."""
     (B, S, N, A), M = q.shape, k.shape[2]
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    delta = log_sum.new_empty(B, N, S + -S % 4)[..., :S]
+    delta = sums_like(q)
 
     def tiles_of(tiles, by_row, by_key):
         return [described(x, tiles.rows) for x in by_row], [described(x, tiles.keys) for x in by_key]

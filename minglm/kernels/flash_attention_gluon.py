@@ -32,7 +32,6 @@ Choices, each with its reason:
 - Tensors are seen as (B, S, heads A): what lies beyond S arrives as zeros, and is not written.
 """
 
-import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -45,12 +44,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from minglm.kernels.backend import Spec
+from minglm.kernels.flash_attention_triton import LOG2E, LOWEST
 
 # Copies by the copy engine; Triton 3.6 has other names for them than later versions.
 load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-LOG2E = 1.4426950408889634
-LOWEST = gl.constexpr(-1e30)  # a maximum to start from: finite, so that a row that has seen no key yet gives no NaN
 WIDTH = gl.constexpr(128)  # of a head
 TILES = {"ROWS": 128, "KEYS": 128, "STAGES": 2}
 LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)  # of a tile in shared memory
@@ -299,20 +297,18 @@ def described(x_BSNA, rows):
     return TensorDescriptor.from_tensor(x_BSNA.flatten(2), [1, rows, WIDTH.value], LAYOUT)
 
 
-def forward_gluon(q_BSNA, k_BSMA, v_BSMA, begin, scale):
-    """(out, log_sum) of causal attention. q (B, S, N, 128), k and v (B, S, M, 128): contiguous, of 16 bits.
+def forward_gluon(q_BSNA, k_BSMA, v_BSMA, begin, out_BSNA, log_sum, scale):
+    """Compute out and log_sum. q (B, S, N, 128), k and v (B, S, M, 128): contiguous, of 16 bits.
 
     begin: int32 (B, S), the first key that each query may see, or None where it is always the first one.
     """
-    (B, S, N, _), M, padded = q_BSNA.shape, k_BSMA.shape[2], q_BSNA.shape[1] + -q_BSNA.shape[1] % 4
-    out, log_sum = torch.empty_like(q_BSNA), q_BSNA.new_empty(B, N, padded, dtype=torch.float32)
-    q, result = (described(x, TILES["ROWS"] // 2) for x in (q_BSNA, out))
+    (B, S, N, _), M = q_BSNA.shape, k_BSMA.shape[2]
+    q, out = (described(x, TILES["ROWS"] // 2) for x in (q_BSNA, out_BSNA))
     k, v = (described(x, TILES["KEYS"]) for x in (k_BSMA, v_BSMA))
     _forward[(N, triton.cdiv(S, TILES["ROWS"]), B)](
-        q, k, v, begin, result, log_sum, S, padded, scale * LOG2E, GROUP=N // M, DOCUMENTS=begin is not None,
+        q, k, v, begin, out, log_sum, S, log_sum.stride(1), scale * LOG2E, GROUP=N // M, DOCUMENTS=begin is not None,
         num_warps=WARPS, **TILES,
     )  # fmt: skip
-    return out, log_sum[..., :S]
 
 
 def _specs():

@@ -174,16 +174,20 @@ def constants(q, k, begin, tiles):
     return sizes | {"DOCUMENTS": begin is not None, "num_warps": tiles.warps, "num_stages": tiles.stages}
 
 
-def forward_triton(q, k, v, begin, scale):
-    """(out, log_sum) of contiguous q (B, S, N, A), k and v (B, S, M, A)."""
+def sums_like(q_BSNA):
+    """Room for a float32 number of each query, (B, N, S), in rows that the copy engine can read and write."""
+    B, S, N, _ = q_BSNA.shape
+    return q_BSNA.new_empty(B, N, S + -S % 4, dtype=torch.float32)[..., :S]
+
+
+def forward_triton(q, k, v, begin, out, log_sum, scale):
+    """Compute out and log_sum of contiguous q (B, S, N, A), k and v (B, S, M, A)."""
     (B, S, N, _), tiles = q.shape, chosen(FORWARD, q)
-    out, log_sum = torch.empty_like(q), q.new_empty(B, N, S + -S % 4, dtype=torch.float32)[..., :S]
     by_row, by_key = ([described(x, size) for x in group] for group, size in
                       (((q, out, log_sum), tiles.rows), ((k, v), tiles.keys)))  # fmt: skip
     _forward[(N, triton.cdiv(S, tiles.rows), B)](
         by_row[0], *by_key, begin, *by_row[1:], S, scale * LOG2E, **constants(q, k, begin, tiles)
     )
-    return out, log_sum
 
 
 def gluon_serves(q):
@@ -200,7 +204,8 @@ class _Flash(torch.autograd.Function):
             from minglm.kernels.flash_attention_gluon import forward_gluon as forward
         else:
             forward = forward_triton
-        out, log_sum = forward(q, k, v, begin, scale)
+        out, log_sum = torch.empty_like(q), sums_like(q)
+        forward(q, k, v, begin, out, log_sum, scale)
         ctx.scale = scale
         ctx.save_for_backward(q, k, v, begin, end, out, log_sum)
         return out

@@ -27,12 +27,16 @@ FEW = 2**23  # multiplications of one matrix by all tokens, below which sorting 
 
 
 def experts_loop(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF):
-    """Plain form. x (T, D); experts int (T, K); weights (T, K) float32; returns (T, D) in x's dtype."""
+    """Plain form. x (T, D); experts int (T, K); weights (T, K) float32; returns (T, D) in x's dtype.
+
+    The matrices may be of another dtype, as a model's are that computes in bfloat16: products are made in x's.
+    """
     y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
     for e in range(gate_EFD.shape[0]):
         token, slot = (experts_TK == e).nonzero(as_tuple=True)
         x = x_TD[token]
-        out = (F.silu(x @ gate_EFD[e].T) * (x @ up_EFD[e].T)) @ down_EDF[e].T
+        gate_FD, up_FD, down_DF = (w[e].to(x.dtype) for w in (gate_EFD, up_EFD, down_EDF))
+        out = (F.silu(x @ gate_FD.T) * (x @ up_FD.T)) @ down_DF.T
         y_TD = y_TD.index_add(0, token, out.float() * weights_TK[token, slot, None])
     return y_TD.to(x_TD.dtype)
 
@@ -129,10 +133,7 @@ def experts_without_gradient(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, dow
 
 
 def grouped_experts(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF):
-    """The same as `experts_loop`, sorted and grouped; differentiable in all but experts.
-
-    The same arguments and result, but that the matrices may be of another dtype than x, in which the products are made.
-    """
+    """The same as `experts_loop`, sorted and grouped. Same arguments and result; differentiable in all but experts."""
     gate_EFD, up_EFD, down_EDF = (w.to(x_TD.dtype) for w in (gate_EFD, up_EFD, down_EDF))
     if len(x_TD) and backend(x_TD) == "triton":
         from minglm.kernels.grouped_experts import experts_triton

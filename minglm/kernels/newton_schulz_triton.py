@@ -82,7 +82,7 @@ def scale_kernel(x, norm, out, numbers, SIZE: tl.constexpr):
 
 def scaled_triton(stack, norm, dtype):
     """Each matrix of a stack divided by its norm, float32 (matrices, 1, 1), in another dtype: one pass over them."""
-    stack, numbers = stack.contiguous(), stack[0].numel() if len(stack) else 0
+    stack, numbers = stack.contiguous(), stack.shape[1:].numel()
     out = torch.empty_like(stack, dtype=dtype)
     if out.numel():
         scale_kernel[(triton.cdiv(numbers, SIZE), len(stack))](stack, norm, out, numbers, SIZE=SIZE)

@@ -16,6 +16,8 @@ waits for the router; a tile of a grouped product finds its expert from `ends` (
 
 import torch
 
+from minglm.kernels.backend import backend
+
 
 def router_topk(logits_TE, bias_E, top_k, normalize=True, scale=1.0):
     """Plain form: experts int64 (T, K), best first; weights (T, K); scores (T, E), both in the logits' dtype.
@@ -30,6 +32,15 @@ def router_topk(logits_TE, bias_E, top_k, normalize=True, scale=1.0):
     if normalize:
         weights_TK = weights_TK / (weights_TK.sum(1, keepdim=True) + 1e-20)
     return experts_TK, weights_TK * scale, scores_TE
+
+
+def sort_by_expert(experts_TK, experts):
+    """`group_by_expert` in the form that `minglm.kernels.backend` chooses."""
+    if backend(experts_TK) == "triton":
+        from minglm.kernels.router_topk_triton import group_by_expert_triton
+
+        return group_by_expert_triton(experts_TK, experts)
+    return group_by_expert(experts_TK, experts)
 
 
 def group_by_expert(experts_TK, experts, multiple=1):

@@ -253,6 +253,16 @@ def check_experts(dispatch):
             torch.testing.assert_close(ours, theirs, atol=3e-4, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
     @holds(seed=seeds, T=st.integers(1, 9))
+    def dtype_of_rows(seed, T):
+        """Matrices kept in float32 serve rows in bfloat16, in which the result is: as matrices rounded to it."""
+        x_TD, experts_TK = normal(seed, T, 4).bfloat16(), torch.rand(T, 5, generator=numbers(seed + 1)).topk(2).indices
+        weights_TK = torch.rand(T, 2, generator=numbers(seed + 2))
+        matrices = [normal(seed + 3 + i, 5, *shape) for i, shape in enumerate([(3, 4), (3, 4), (4, 3)])]
+        y_TD = dispatch(x_TD, experts_TK, weights_TK, *matrices)
+        rounded_TD = dispatch(x_TD, experts_TK, weights_TK, *(w.bfloat16() for w in matrices))
+        torch.testing.assert_close(y_TD, rounded_TD, atol=0, rtol=0)
+
+    @holds(seed=seeds, T=st.integers(1, 9))
     def order_of_tokens(seed, T):
         """Tokens in another order give the same rows in that order."""
         x_TD, experts_TK = normal(seed, T, 4), torch.rand(T, 5, generator=numbers(seed + 1)).topk(2).indices
