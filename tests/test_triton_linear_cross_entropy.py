@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from minglm.common import peak_bytes
 from minglm.kernels import backend
+from minglm.kernels import linear_cross_entropy as plain_form
 from minglm.kernels.interpreter import in_new_process, switch_on
 from minglm.kernels.linear_cross_entropy import cross_entropy, linear_cross_entropy, token_log_probabilities
 from minglm.testing.model import normal
@@ -127,6 +128,57 @@ def test_the_switch_and_the_mask(monkeypatch):
     assert logp_T.shape == (0,)
 
 
+def check_loss(seed, T, D, V, most, dtype, factor=1.0):
+    """Loss and gradients, by chunks of at most `most` tokens, are float64's; twice the same bits."""
+    hidden_TD, head_VD, targets_T, _ = problem(seed, T, D, V, dtype, D**-0.5)
+    weights_T = (torch.rand(T, generator=numbers(seed)) + 0.1).to(DEVICE)
+    values = [x.requires_grad_() for x in (hidden_TD, head_VD)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "_chosen", "triton")
+        patch.setattr(plain_form, "GPU_CHUNK_BYTES", most * V * dtype.itemsize)
+        loss, again = (linear_cross_entropy(*values, targets_T, weights_T) for _ in range(2))
+        alone = linear_cross_entropy(*(x.detach() for x in values), targets_T, weights_T)
+    ours = loss, *torch.autograd.grad(factor * loss, values)
+    assert all(map(torch.equal, ours, (again, *torch.autograd.grad(factor * again, values, retain_graph=True))))
+    exact = [x.detach().double().requires_grad_() for x in values]
+    loss = cross_entropy(*exact, targets_T, weights_T.double())
+    # A logit of up to 4 is rounded by 2^-7, and its gradient with it; the head's is also rounded after every chunk.
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-6
+    for name, a, b in zip(("loss", *NAMES[2:]), ours, (loss, *torch.autograd.grad(factor * loss, exact))):
+        away = float((a.double() - b).abs().max() / b.abs().max())
+        assert away <= tolerance, f"{name}: off by {away:.1e}"
+    assert alone.item() == pytest.approx(loss.item(), rel=tolerance)
+    return again, values
+
+
+@settings(max_examples=10)
+@given(
+    seed=seeds, T=st.integers(1, 20), D=st.sampled_from([1, 8, 45]), V=st.sampled_from([2, 16, 77, 300]),
+    most=st.integers(1, 20), dtype=st.sampled_from([torch.float32, torch.bfloat16]), factor=st.sampled_from([1, -0.3]),
+)  # fmt: skip
+@example(seed=0, T=20, D=8, V=300, most=7, dtype=torch.float32, factor=1)  # three chunks, three pieces of each row
+def test_loss_and_its_gradients(seed, T, D, V, most, dtype, factor):
+    """The loss whose logits are in memory a chunk of tokens at a time, for sizes that fit no chunk and no piece."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "WIDTH", 128)
+        check_loss(seed, T, D, V, most, dtype, factor)
+
+
+def test_a_second_backward_pass_is_refused():
+    """Gradients that were scaled in place are not handed out again."""
+    loss, values = check_loss(0, 5, 8, 16, 7, torch.float32, 0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(0.5 * loss, values)
+
+
+def test_a_target_that_is_off_is_found(monkeypatch):
+    """The comparison fails where the kernel takes the target's neighbour."""
+    right = kernel.softmax_gradient_triton
+    monkeypatch.setattr(kernel, "softmax_gradient_triton", lambda logits, targets, w: right(logits, targets ^ 1, w))
+    with pytest.raises(AssertionError, match="off by"):
+        check_loss(0, 5, 8, 16, 7, torch.float32)
+
+
 def test_memory_is_that_of_a_chunk(monkeypatch):
     """Beyond its results a call holds twice CHUNK_BYTES, 4 T D, and a few numbers a token; the plain form, T V."""
     monkeypatch.setattr(backend, "_chosen", "triton")
@@ -207,14 +259,25 @@ def test_real_shapes(dtype, T):
 
 
 @pytest.mark.gpu
-def test_memory_at_real_size():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_at_real_shapes(dtype):
+    """GLM-4.5's head under the loss, in three chunks of tokens."""
+    check_loss(0, 700, 5120, 151_552, 300, dtype, 0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["loss", "log-probabilities"])
+def test_memory_at_real_size(name):
     """At 16,384 tokens forward and backward need less than 0.7 GB beyond the head's and the states' gradients."""
     values = problem(0, 16_384, 5120, 151_552, torch.bfloat16, 5120**-0.5)
-    inputs = [x.requires_grad_() for x in values[:2]]
+    inputs, targets_T, upstream_T = [x.requires_grad_() for x in values[:2]], *values[2:]
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    logp_T, _ = kernel.log_probabilities_triton(*inputs, values[2], 1.0)
-    gradients = torch.autograd.grad(logp_T, inputs, values[3])
+    if name == "loss":
+        gradients = torch.autograd.grad(linear_cross_entropy(*inputs, targets_T, upstream_T + 1), inputs)
+    else:
+        logp_T, _ = kernel.log_probabilities_triton(*inputs, targets_T, 1.0)
+        gradients = torch.autograd.grad(logp_T, inputs, upstream_T)
     extra = torch.cuda.max_memory_allocated() - before - sum(g.nbytes for g in gradients)
     assert extra < 0.7e9

@@ -6,6 +6,7 @@ import torch
 from minglm.inference import Engine, Request
 from minglm.kernels import backend
 from minglm.kernels.interpreter import switch_on
+from minglm.kernels.linear_cross_entropy import linear_cross_entropy
 from minglm.testing.model import tiny_model
 
 DEVICE = switch_on()
@@ -21,15 +22,18 @@ def restore():
 
 
 def outputs(kind, qk_norm):
-    """Hidden states and gradients of a tiny model with one form of the kernels."""
+    """Hidden states of a tiny model and gradients of its losses with one form of the kernels."""
     backend.use(kind)
     model = tiny_model(3, use_qk_norm=qk_norm).to(DEVICE)
     tokens_BS = torch.arange(10, device=DEVICE).view(2, 5)
     documents_BS = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, -1]], dtype=torch.int32, device=DEVICE)
     out = model.hidden(tokens_BS, documents_BS=documents_BS, mtp=True)
-    loss = out.hidden_BSD.square().mean() + out.mtp_hidden_BSD.square().mean()
-    loss = loss + sum(routing.balance_loss for routing in out.routing)
-    named = {name: p for name, p in model.named_parameters() if "lm_head" not in name}
+    head_VD, targets_T = model.lm_head.weight, tokens_BS.flatten() + 1
+    weights_T = (documents_BS.flatten() >= 0) / 9
+    loss = sum(routing.balance_loss for routing in out.routing)
+    for hidden_BSD in (out.hidden_BSD, out.mtp_hidden_BSD):
+        loss = loss + linear_cross_entropy(hidden_BSD.flatten(0, 1), head_VD, targets_T, weights_T)
+    named = dict(model.named_parameters())
     return {"hidden": out.hidden_BSD, **dict(zip(named, torch.autograd.grad(loss, named.values())))}
 
 

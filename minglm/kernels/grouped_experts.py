@@ -56,10 +56,11 @@ def product(terms, order, ends_E, choices, *, pick, transposed):
 def outer(a, b, order, ends_E, choices, *, turn=False):
     """For each expert a' b over its rows, (E, a's width, b's width), or b' a if turn; rows of a are their tokens'."""
     E, height, width = len(ends_E), a.shape[1], b.shape[1]
-    tiles, bulk = tiles_for(OUTER, a, 0), bulk_readable(b)
     out = a.new_empty(E, width, height) if turn else a.new_empty(E, height, width)
+    tiles, bulk = tiles_for(OUTER, a, 0), bulk_readable(b, out)
     kernels.outer_kernel[(programs(a),)](
-        a, read(b[None], tiles.step, tiles.columns, bulk), order, ends_E, out, E, len(order), height, width,
+        a, read(b[None], tiles.step, tiles.columns, bulk), order, ends_E,
+        read(out, tiles.columns, tiles.rows, bulk and turn), E, len(order), height, width,
         CHOICES=choices, TURN=turn, BULK=bulk, EVEN=height % tiles.rows == 0, **tiles.constants(),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

@@ -34,9 +34,9 @@ from minglm.kernels.tiles import Tiles, described
 # Tiles by the mean number of rows of an expert, which the host knows without asking the GPU: the first entry that is
 # not exceeded. The fastest of those that were timed on an H100, at 1 to 128 tokens, 4,096 and 16,384. The L2 cache is
 # what limits the large: narrower tiles leave less of an expert's last one empty, but ask it for more than it can serve.
-UP = {32: Tiles(16, 64, 128, 4, 4, True), 2**31: Tiles(128, 128, 64, 8, 4)}
+UP = {32: Tiles(16, 64, 128, 4, 4, True), 2**31: Tiles(128, 128, 64, 8, 4, band=16)}
 DOWN = {32: Tiles(16, 64, 128, 4, 4, True, 2), 2**31: Tiles(128, 256, 64, 8, 3)}
-PRODUCT = {2**31: Tiles(128, 256, 64, 8, 3)}  # of the backward pass
+PRODUCT = {2**31: Tiles(128, 256, 64, 8, 3, band=16)}  # of the backward pass
 OUTER = {2**31: Tiles(128, 256, 64, 8, 5)}
 
 
@@ -225,7 +225,8 @@ def outer_kernel(
         band = inside // (BAND * column_tiles)
         inside = inside % (BAND * column_tiles)
         tall = tl.minimum(row_tiles - band * BAND, BAND)
-        rows, column = (band * BAND + inside % tall) * ROWS + tl.arange(0, ROWS), (inside // tall) * COLUMNS
+        row, column = (band * BAND + inside % tall) * ROWS, (inside // tall) * COLUMNS
+        rows = row + tl.arange(0, ROWS)
         begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
         end = tl.load(ends + expert)
         total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
@@ -237,11 +238,14 @@ def outer_kernel(
             left = tl.load(at, mask=there if EVEN else there & (rows < height)[None, :], other=0)
             right = load_tile(b, 0, k, column, pairs, width, STEP, COLUMNS, BULK)
             total = tl.dot(left.T, right, total, input_precision="ieee")
-        columns = column + tl.arange(0, COLUMNS)
-        at = out + tl.cast(expert, tl.int64) * height * width
-        at += columns[None, :] * height + rows[:, None] if TURN else rows[:, None] * width + columns[None, :]
-        mask = (rows < height)[:, None] & (columns < width)[None, :]
-        tl.store(at, total.to(out.dtype.element_ty), mask=mask)
+        if BULK and TURN:  # through shared memory, since what a thread has side by side is not so in the result
+            out.store([expert, column, row], total.to(out.dtype).T.reshape(1, COLUMNS, ROWS))
+        else:
+            columns = column + tl.arange(0, COLUMNS)
+            at = out + tl.cast(expert, tl.int64) * height * width
+            at += columns[None, :] * height + rows[:, None] if TURN else rows[:, None] * width + columns[None, :]
+            mask = (rows < height)[:, None] & (columns < width)[None, :]
+            tl.store(at, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -281,12 +285,16 @@ def _specs():
         yield Spec(f"{name} {t.rows}x{t.columns}", product_kernel, signature, common | t.constants() | switches,
                    t.warps, t.stages, ("depth", "width"), "HGMMA", ("UTMALDG",))  # fmt: skip
     common = {"CHOICES": 8, "BULK": True, "EVEN": True}
-    signature = lists | {"a": "*bf16", "out": "*bf16"} | dict.fromkeys(("pairs", "height", "width"), "i32")
+    signature = lists | {"a": "*bf16"} | dict.fromkeys(("pairs", "height", "width"), "i32")
     for t in OUTER.values():
-        for name, turn in (("ddown", False), ("dgate", True)):
-            yield Spec(f"{name} {t.rows}x{t.columns}", outer_kernel, signature | {"b": described(t.step, t.columns)},
+        for name, turn, out, store in (
+            ("ddown", False, "*bf16", "STG"),
+            ("dgate", True, described(t.columns, t.rows), "UTMASTG"),
+        ):
+            yield Spec(f"{name} {t.rows}x{t.columns}", outer_kernel,
+                       signature | {"b": described(t.step, t.columns), "out": out},
                        common | t.constants() | {"TURN": turn}, t.warps, t.stages, ("height", "width"), "HGMMA",
-                       ("UTMALDG", "LDGSTS"))  # fmt: skip
+                       ("UTMALDG", "LDGSTS", store))  # fmt: skip
     rows = {name: "*bf16" for name in ("dh", "g", "u", "h", "dg")}
     signature = rows | {"order": "*i64", "weights": "*fp32", "dweight": "*fp32", "width": "i32"}
     yield Spec("swiglu backward", swiglu_backward_kernel, signature, {"WIDTH": 2048}, aligned=("width",))

@@ -1,18 +1,21 @@
-"""Output head and softmax as Triton kernels that never hold the logits. Plain forms: `linear_cross_entropy.py`.
+"""The softmax over the output head as Triton kernels. Plain forms: `linear_cross_entropy.py`.
 
     l = x W' / temperature;   log p_t = l_target - lse,   lse = log sum_v exp l_v,   entropy = lse - sum_v p_v l_v
     dlog p_t -> dl = dlog p_t * (onehot_target - p);   dx = dl W / temperature;   dW = dl' x / temperature
 
+Cross-entropy knows dlog p_t beforehand, so its logits may be in memory, a chunk of tokens at a time, until
+`softmax_gradient_kernel` puts dl in their place; the products are cuBLAS's.
+
+The loss of reinforcement learning does not, and its function never holds logits.
 Forward: `statistics_kernel` multiplies tile by tile and keeps of each row only the running maximum, the sum of
 exponentials, their sum weighted by l, and the target's logit; `SPLITS` programs share a row's vocabulary, and PyTorch
 joins their parts.
 Backward: for a chunk of the vocabulary `gradient_kernel` multiplies once more and writes dl; two products of PyTorch's
 turn that into the chunk's rows of dW, complete at once, and its part of dx, which is summed in float32.
 
-Choices:
+Choices of that function:
 - The logits are computed twice: 8 T D V operations where storing them would need 6. In exchange nothing is kept between
-  the passes but a number a token, the gradient of each token may be anything (cross-entropy's weights are known
-  beforehand, those of reinforcement learning are not), and one function serves both.
+  the passes but a number a token, the gradient of each token may be anything, and logits are not rounded to bfloat16.
 - Chunks of the vocabulary, not of the tokens: each row of dW then comes from one product and needs no float32 copy.
 - Beyond the results a call in bfloat16 allocates CHUNK_BYTES for dl, 6 T D bytes for the float32 sum of dx and the part
   that is added to it, and a chunk of dW: 0.68 GB for 16,384 tokens of GLM-4.5. A head whose dtype is not that of the
@@ -27,11 +30,12 @@ import triton.language as tl
 
 from minglm.kernels.backend import Spec
 from minglm.kernels.grouped_gemm_triton import load_tile
-from minglm.kernels.tiles import Tiles, bind, bulk_readable, described, read, tiles_for
+from minglm.kernels.tiles import Tiles, bind, bulk_readable, described, power_of_2, read, tiles_for
 
 PRODUCT = {2**31: Tiles(128, 256, 64, 8, 3, band=16)}  # the fastest of those timed on an H100
 SPLITS = 8
 CHUNK_BYTES = 2**27
+WIDTH, WARPS = 8192, 16  # words that a program of the softmax takes at a time
 
 
 @triton.jit
@@ -108,6 +112,40 @@ def gradient_kernel(
     tl.store(at, d.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def softmax_gradient_kernel(logits, targets, weights, losses, vocabulary, WIDTH: tl.constexpr):
+    """A token's loss, weight * (lse - l_target); its logits become their gradients, weight * (p - onehot_target)."""
+    row = tl.program_id(0)
+    at = logits + row.to(tl.int64) * vocabulary
+    target, weight = tl.load(targets + row), tl.load(weights + row)
+    hit = tl.load(at + target).to(tl.float32)
+    most = float("-inf")
+    mass = tl.zeros((WIDTH,), tl.float32)
+    for begin in range(0, vocabulary, WIDTH):
+        columns = begin + tl.arange(0, WIDTH)
+        piece = tl.load(at + columns, mask=columns < vocabulary, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(most, tl.max(piece, 0))
+        mass = mass * tl.exp(most - higher) + tl.exp(piece - higher)
+        most = higher
+    total = tl.sum(mass, 0)
+    tl.store(losses + row, weight * (most + tl.log(total) - hit))
+    last = (tl.cdiv(vocabulary, WIDTH) - 1) * WIDTH
+    for back in range(0, vocabulary, WIDTH):  # backwards, since what was read last is still in the cache
+        columns = last - back + tl.arange(0, WIDTH)
+        piece = tl.load(at + columns, mask=columns < vocabulary, other=0).to(tl.float32)
+        d = tl.exp(piece - most) * (weight / total) - tl.where(columns == target, weight, 0.0)
+        tl.store(at + columns, d.to(logits.dtype.element_ty), mask=columns < vocabulary)
+
+
+def softmax_gradient_triton(logits_TV, targets_T, weights_T):
+    """The weighted loss of each token, (T,) float32; its logits become the gradients of that. No copy is made."""
+    losses_T, V = torch.empty_like(weights_T), logits_TV.shape[1]
+    softmax_gradient_kernel[(len(losses_T),)](
+        logits_TV, targets_T, weights_T, losses_T, V, WIDTH=min(WIDTH, power_of_2(V)), num_warps=WARPS
+    )
+    return losses_T
+
+
 def _launch(x_TD, head_VD):
     """(tiles, x and head as a kernel reads them, the arguments that both kernels share)."""
     tiles, bulk = tiles_for(PRODUCT, x_TD, len(x_TD)), bulk_readable(x_TD, head_VD)
@@ -177,6 +215,8 @@ def _specs():
                    t.stages, ("depth", "vocabulary"), **common)  # fmt: skip
         yield Spec(f"gradient {t.rows}x{t.columns}", gradient_kernel, read | sizes | gradients, constants, t.warps,
                    t.stages, ("depth", "vocabulary"), **common)  # fmt: skip
+    signature = {"logits": "*bf16", "targets": "*i64", "weights": "*fp32", "losses": "*fp32", "vocabulary": "i32"}
+    yield Spec("softmax gradient", softmax_gradient_kernel, signature, {"WIDTH": WIDTH}, WARPS, aligned=("vocabulary",))
 
 
 SPECS = list(_specs())
