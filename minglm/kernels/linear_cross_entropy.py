@@ -54,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Products in low precision are summed over the chunks in float32, except where that would be 3 GB (GLM-4.5's
         # head) and the chunks are few.
         sums = head_VD.dtype if on_gpu else torch.float32
-        dhidden_TD, dhead_VD = torch.empty_like(hidden_TD), torch.zeros_like(head_VD, dtype=sums)
+        dhidden_TD, dhead_VD = torch.empty_like(hidden_TD), None
         loss = hidden_TD.new_zeros((), dtype=torch.float32)
         room = head.new_empty(min(chunk, T), len(head))  # the same for every chunk: it stays in cache
         wide = room if on_gpu else room.float()
@@ -64,11 +64,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d = torch.mm(hidden, head.T, out=room[: len(hidden)])
             loss += gradients_in_place(d, targets_T[rows], weights_T[rows], wide[: len(hidden)])
             torch.mm(d, head, out=dhidden_TD[rows])
-            if dhead_VD.dtype == d.dtype:
+            if dhead_VD is None:
+                dhead_VD = (d.T @ hidden).to(sums)
+            elif dhead_VD.dtype == d.dtype:
                 dhead_VD.addmm_(d.T, hidden)
             else:
                 dhead_VD += d.T @ hidden
-        ctx.save_for_backward(dhidden_TD, dhead_VD.to(head_VD.dtype))
+        dhead_VD = torch.zeros_like(head_VD) if dhead_VD is None else dhead_VD.to(head_VD.dtype)
+        ctx.save_for_backward(dhidden_TD, dhead_VD)
         return loss
 
     @staticmethod

@@ -1,10 +1,10 @@
 """The router's choice and the sort by expert as Triton kernels. Equations and plain forms: `router_topk.py`.
 
-A program is one warp with a few tokens and all their E scores in registers, so that no step waits for another warp. It
-picks K times the largest that is left: with K = 8 of 160 that is less work than a sort. Scores are compared as integers
-in the same order, because a warp finds the largest integer in one instruction. The lowest expert of the largest score
-is a second such step, which gives ties to the lower expert exactly. The smallest integer is no score but marks an
-expert as taken.
+A program is one warp with a few tokens and all their E scores in registers, in groups of one expert a lane, so that no
+step waits for another warp and few lanes are without an expert. It picks K times the largest that is left: with K = 8
+of 160 that is less work than a sort. Scores are compared as integers in the same order, because a warp finds the
+largest integer in one instruction. The lowest expert of the largest score is a second such step, which gives ties to
+the lower expert exactly. The smallest integer is no score but marks an expert as taken.
 
 The sort has no atomic additions in memory: the row of a pair is the number of pairs that come before it, a count.
 Up to ALONE pairs one launch compares every pair with every other. Beyond that three launches do: blocks of pairs count
@@ -18,7 +18,7 @@ import triton.language as tl
 
 from minglm.kernels.backend import Spec
 
-TOKENS = 2  # of a program of the choice, which is one warp
+TOKENS, LANES = 2, 32  # tokens of a program of the choice, which is one warp; experts of a group
 ALONE, BLOCK = 1024, 512  # pairs that one launch sorts; pairs of a block of the table, a multiple of ITEMS
 # Pairs that a program places, and with how many it compares them at a time. More of these than its 128 threads: up to
 # that many Triton lets every thread load all of them, and not shared memory hand them round.
@@ -32,29 +32,44 @@ def _score(logits_ptr, at, inside):
     return 1 / (1 + tl.exp(-tl.load(logits_ptr + at, inside, other=0.0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["experts"])  # that it is a multiple of 16 would give a lane four experts side by side
 def _choose(
     logits_ptr, bias_ptr, experts_ptr, weights_ptr, scores_ptr, tokens, experts, scale,
-    NORMALIZE: tl.constexpr, CHOICES: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr, PLACES: tl.constexpr,
+    NORMALIZE: tl.constexpr, CHOICES: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr,
+    PLACES: tl.constexpr,
 ):  # fmt: skip
     """Scores of TOKENS tokens, and CHOICES times the largest biased score that is left of each."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    expert, place = tl.arange(0, EXPERTS), tl.arange(0, PLACES)
-    inside = (token < tokens)[:, None] & (expert < experts)[None, :]
-    at = token[:, None] * experts + expert[None, :]
-    score = _score(logits_ptr, at, inside)
-    tl.store(scores_ptr + at, score, inside)
-    biased = score + tl.load(bias_ptr + expert, expert < experts, other=0.0)[None, :]
-    biased = tl.where(biased == biased, biased, float("-inf"))
-    # the order of floats: a score is at least +0, so its sum with a bias is never -0, which would come before +0
-    bits = biased.to(tl.int32, bitcast=True)
+    lane, place = tl.arange(0, LANES), tl.arange(0, PLACES)
     TAKEN: tl.constexpr = -(2**31)
-    left = tl.where((expert < experts)[None, :], bits ^ ((bits >> 31) & 0x7FFFFFFF), TAKEN)
+    left = ()
+    for group in tl.static_range(GROUPS):
+        expert = group * LANES + lane
+        inside = (token < tokens)[:, None] & (expert < experts)[None, :]
+        at = token[:, None] * experts + expert[None, :]
+        score = _score(logits_ptr, at, inside)
+        tl.store(scores_ptr + at, score, inside)
+        biased = score + tl.load(bias_ptr + expert, expert < experts, other=0.0)[None, :]
+        biased = tl.where(biased == biased, biased, float("-inf"))
+        # the order of floats: a score is at least +0, so its sum with a bias is never -0, which would come before +0
+        bits = biased.to(tl.int32, bitcast=True)
+        left += (tl.where((expert < experts)[None, :], bits ^ ((bits >> 31) & 0x7FFFFFFF), TAKEN),)
     chosen = tl.zeros((TOKENS, PLACES), tl.int32)
     for k in tl.static_range(CHOICES):
-        largest = tl.max(left, 1)
-        best = tl.min(tl.where(left == largest[:, None], expert[None, :], EXPERTS), 1)
-        left = tl.where(expert[None, :] == best[:, None], TAKEN, left)
+        largest = left[0]
+        for group in tl.static_range(1, GROUPS):
+            largest = tl.maximum(largest, left[group])
+        largest = tl.max(largest, 1)
+        best = tl.full((TOKENS, LANES), GROUPS * LANES, tl.int32)
+        for group in tl.static_range(GROUPS):
+            expert = (group * LANES + lane)[None, :]
+            best = tl.minimum(best, tl.where(left[group] == largest[:, None], expert, GROUPS * LANES))
+        best = tl.min(best, 1)
+        remaining = ()
+        for group in tl.static_range(GROUPS):
+            expert = (group * LANES + lane)[None, :]
+            remaining += (tl.where(expert == best[:, None], TAKEN, left[group]),)
+        left = remaining
         chosen = tl.where((place == k)[None, :], best[:, None], chosen)
     inside = (token < tokens)[:, None] & (place < CHOICES)[None, :]
     weight = tl.where(inside, _score(logits_ptr, token[:, None] * experts + chosen, inside), 0.0)
@@ -68,15 +83,18 @@ def _choose(
 @triton.jit
 def _choose_backward(
     scores_ptr, experts_ptr, dweights_ptr, dscores_ptr, dlogits_ptr, tokens, experts, scale,
-    NORMALIZE: tl.constexpr, CHOICES: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr, PLACES: tl.constexpr,
+    NORMALIZE: tl.constexpr, CHOICES: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr,
+    PLACES: tl.constexpr,
 ):  # fmt: skip
     """dlogits of TOKENS tokens from the gradients of all their scores, and then again of those that were chosen."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    expert, place = tl.arange(0, EXPERTS), tl.arange(0, PLACES)
-    inside = (token < tokens)[:, None] & (expert < experts)[None, :]
-    at = token[:, None] * experts + expert[None, :]
-    score = tl.load(scores_ptr + at, inside, other=0.0)
-    tl.store(dlogits_ptr + at, tl.load(dscores_ptr + at, inside, other=0.0) * score * (1 - score), inside)
+    place = tl.arange(0, PLACES)
+    for group in tl.static_range(GROUPS):
+        expert = group * LANES + tl.arange(0, LANES)
+        inside = (token < tokens)[:, None] & (expert < experts)[None, :]
+        at = token[:, None] * experts + expert[None, :]
+        score = tl.load(scores_ptr + at, inside, other=0.0)
+        tl.store(dlogits_ptr + at, tl.load(dscores_ptr + at, inside, other=0.0) * score * (1 - score), inside)
     inside = (token < tokens)[:, None] & (place < CHOICES)[None, :]
     at = token[:, None] * CHOICES + place[None, :]
     dscore = tl.load(dweights_ptr + at, inside, other=0.0) * scale
@@ -167,7 +185,7 @@ def _place(
 
 
 def _sizes(experts, top_k):
-    return {"CHOICES": top_k, "TOKENS": TOKENS, "EXPERTS": triton.next_power_of_2(experts),
+    return {"CHOICES": top_k, "TOKENS": TOKENS, "GROUPS": triton.cdiv(experts, LANES), "LANES": LANES,
             "PLACES": triton.next_power_of_2(top_k)}  # fmt: skip
 
 
@@ -236,7 +254,7 @@ def _specs():
         constants = _sizes(experts, 8) | {"NORMALIZE": True}
         for name, kernel, signature in (("route", _choose, forward), ("route backward", _choose_backward, backward)):
             signature = signature | {"experts_ptr": "*i64"} | common
-            yield Spec(f"{name} {experts}", kernel, signature, constants, warps=1, aligned=("experts",))
+            yield Spec(f"{name} {experts}", kernel, signature, constants, warps=1)
         sizes = {"BLOCK": BLOCK, "EXPERTS": _bins(experts)}
         signature = {"flat_ptr": "*i64", "counts_ptr": "*i32", "pairs": "i32", "experts": "i32", "blocks": "i32"}
         yield Spec(f"count {experts}", _count, signature, sizes, aligned=("experts",))
