@@ -247,14 +247,14 @@ def group_by_expert_triton(experts_TK, experts):
 
 def _specs():
     """The experts and choices of GLM-4.5 and of GLM-4.5-Air."""
-    common = {"tokens": "i32", "experts": "i32", "scale": "fp32"}
+    common = {"experts_ptr": "*i64", "tokens": "i32", "experts": "i32", "scale": "fp32"}
     forward = {name: "*fp32" for name in ("logits_ptr", "bias_ptr", "weights_ptr", "scores_ptr")}
     backward = {name: "*fp32" for name in ("scores_ptr", "dweights_ptr", "dscores_ptr", "dlogits_ptr")}
     for experts in (160, 128):
         constants = _sizes(experts, 8) | {"NORMALIZE": True}
-        for name, kernel, signature in (("route", _choose, forward), ("route backward", _choose_backward, backward)):
-            signature = signature | {"experts_ptr": "*i64"} | common
-            yield Spec(f"{name} {experts}", kernel, signature, constants, warps=1)
+        yield Spec(f"route {experts}", _choose, forward | common, constants, warps=1)
+        yield Spec(f"route backward {experts}", _choose_backward, backward | common, constants, warps=1,
+                   aligned=("experts",))  # fmt: skip
         sizes = {"BLOCK": BLOCK, "EXPERTS": _bins(experts)}
         signature = {"flat_ptr": "*i64", "counts_ptr": "*i32", "pairs": "i32", "experts": "i32", "blocks": "i32"}
         yield Spec(f"count {experts}", _count, signature, sizes, aligned=("experts",))
