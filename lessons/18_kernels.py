@@ -252,8 +252,8 @@ def draw_tiles(axis, log):
 # by less than u; log-probabilities of bfloat16 states by 1e-7, since no logit is ever rounded.
 # **Wrong prediction:** float32's error grows 1.9 times where the root of the length says 8. A kernel adds 32 products
 # at a time to its sum, so 2,048 of them are 64 additions. (How a tensor core adds, the interpreter cannot show.)
-# The loss takes 12 times less memory in chunks, and no more for more tokens; at 16,384 tokens of GLM-4.5 one copy of the
-# logits is 9.9 GB. The expert layer is bound by memory while it decodes, and up to 4,096 tokens of training.
+# The loss takes 12 times less memory in chunks, and no more for more tokens; at 16,384 tokens of GLM-4.5 one copy of
+# the logits is 9.9 GB. The expert layer is bound by memory while it decodes, and up to 4,096 tokens of training.
 #
 # ## Exercise
 # Let `load_tile` multiply `matrix` as it is, without the cast to 64 bits, and run this lesson again: nothing changes.

@@ -28,7 +28,7 @@ import math
 
 EXPERT_PARALLEL = 8
 USABLE = 0.9
-HEAD_CHUNK = 2048  # tokens whose logits exist at one time, see kernels/linear_cross_entropy.py
+LOGITS = 5 * 2**27  # bytes that exist at one time, see kernels/linear_cross_entropy.py
 GIB = 2**30
 
 
@@ -195,7 +195,7 @@ def memory(run, gpus=1, recompute=False):
         "adamw": 8 * math.ceil(adamw / gpus),
         "working copies": copies,
         "activations": where["tokens"] * kept,
-        "head": min(HEAD_CHUNK, where["tokens"]) * c.vocab_size * 8 + 4 * n["embedding"],
+        "head": min(LOGITS, where["tokens"] * c.vocab_size * b) + 4 * n["embedding"],
     }
     return terms | {"total": sum(terms.values())}
 
