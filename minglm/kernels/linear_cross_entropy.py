@@ -62,7 +62,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk)
             hidden = hidden_TD[rows]
             d = torch.mm(hidden, head.T, out=room[: len(hidden)])
-            loss += gradients_in_place(d, targets_T[rows], weights_T[rows], wide[: len(hidden)])
+            p = d if wide is room else wide[: len(hidden)]
+            loss += gradients_in_place(d, targets_T[rows], weights_T[rows], p)
             torch.mm(d, head, out=dhidden_TD[rows])
             if dhead_VD is None:
                 dhead_VD = (d.T @ hidden).to(sums)
