@@ -32,8 +32,9 @@ from minglm.kernels.backend import Spec
 from minglm.kernels.tiles import Tiles, described
 
 # Tiles by the mean number of rows of an expert, which the host knows without asking the GPU: the first entry that is
-# not exceeded. The fastest of those that were timed on an H100, at 1 to 128 tokens, 4,096 and 16,384. The L2 cache is
-# what limits the large: narrower tiles leave less of an expert's last one empty, but ask it for more than it can serve.
+# not exceeded. The fastest of those that were timed on an H100, at 1 to 128 tokens, 4,096, 16,384 and 65,536. The L2
+# cache is what limits the large: narrower tiles leave less of an expert's last one empty, but ask it for more than it
+# can serve.
 UP = {32: Tiles(16, 64, 128, 4, 4, True), 2**31: Tiles(128, 128, 64, 8, 4, band=16)}
 DOWN = {32: Tiles(16, 64, 128, 4, 4, True, 2), 2**31: Tiles(128, 256, 64, 8, 3)}
 PRODUCT = {2**31: Tiles(128, 256, 64, 8, 3, band=16)}  # of the backward pass
