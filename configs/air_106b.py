@@ -3,10 +3,10 @@
     python -m minglm plan configs/air_106b.py --gpus 64
 
 Narrower than GLM-4.5 and half as deep, and besides: no QK-norm, routed experts not scaled, one dense layer. Stages,
-schedule and post-training are the paper's, the defaults of `minglm.config`.
+schedule and post-training are the paper's, the defaults of `minglm.config.run`.
 """
 
-from minglm.config import ModelConfig, OptimizerConfig, Run
+from minglm.config.run import ModelConfig, OptimizerConfig, Run
 
 
 def air_106b():

@@ -4,10 +4,10 @@
 
 Not in the paper: its successor for a single machine. Multi-head latent attention in place of grouped-query attention,
 no QK-norm, 64 experts of which 4 and a shared one serve a token, another vocabulary. Stages, schedule and post-training
-are the paper's, the defaults of `minglm.config`.
+are the paper's, the defaults of `minglm.config.run`.
 """
 
-from minglm.config import ModelConfig, OptimizerConfig, Run
+from minglm.config.run import ModelConfig, OptimizerConfig, Run
 
 
 def flash_30b():

@@ -3,14 +3,14 @@
     python -m minglm plan configs/glm45_355b.py --gpus 512
     python -m minglm plan configs/glm45_355b.py:glm46 --gpus 512
 
-Model, stages, schedule and post-training are the defaults of `minglm.config`, which are the paper's numbers. What the
+Model, stages, schedule and post-training are the defaults of `minglm.config.run`, which are the paper's numbers. What the
 paper does not say is set here for a cluster of 80 GiB GPUs: bfloat16 products and 16,384 tokens per GPU and pass,
 enough work to hide the gathering of the weights.
 """
 
 from dataclasses import replace
 
-from minglm.config import ModelConfig, OptimizerConfig, Run
+from minglm.config.run import ModelConfig, OptimizerConfig, Run
 
 
 def glm45_355b():

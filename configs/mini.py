@@ -9,7 +9,7 @@ one serve a token, QK-norm, the ratio of the stages' tokens and their lengths ar
 tried yet at this size: watch `grad_norm` and `left_out` for the first hour. Tasks and their lengths are the toy's.
 """
 
-from minglm.config import (
+from minglm.config.run import (
     DataConfig,
     EvaluationConfig,
     ExpertConfig,
@@ -21,7 +21,7 @@ from minglm.config import (
     SFTConfig,
     StageConfig,
     StagesConfig,
-)  # fmt: skip
+)
 
 
 def mini():

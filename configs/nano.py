@@ -1,6 +1,6 @@
 """The whole pipeline in about a minute, for tests and for a first look: too small and too short to learn its tasks."""
 
-from minglm.config import (
+from minglm.config.run import (
     DataConfig,
     EvaluationConfig,
     ExpertConfig,
@@ -12,7 +12,7 @@ from minglm.config import (
     SFTConfig,
     StageConfig,
     StagesConfig,
-)  # fmt: skip
+)
 
 
 def nano():

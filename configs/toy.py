@@ -4,7 +4,7 @@ The stages have the paper's order and its ratios of sequence length (x8, then x4
 paper's 5% because a model this small has to learn its tasks there.
 """
 
-from minglm.config import (
+from minglm.config.run import (
     BalanceConfig,
     DataConfig,
     EvaluationConfig,
@@ -17,7 +17,7 @@ from minglm.config import (
     SFTConfig,
     StageConfig,
     StagesConfig,
-)  # fmt: skip
+)
 
 
 def toy():

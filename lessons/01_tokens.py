@@ -24,11 +24,14 @@ import dataclasses
 import numpy as np
 from tqdm import tqdm
 
-from minglm import figures, lesson, load_config, plan
-from minglm.config import DataConfig, ModelConfig
-from minglm.data import corpus, packing
+from minglm import lesson, load_config
+from minglm.config.run import DataConfig, ModelConfig
+from minglm.data import packing
 from minglm.data.mixture import Mixture, tokenize
+from minglm.data.sources import corpus
 from minglm.data.tokenizer import Tokenizer
+from minglm.plan import memory
+from minglm.report import drawing
 
 VOCABULARIES, LENGTHS = [292, 512, 1024, 2048, 4096, 8192], [128, 256, 512, 1024, 2048, 4096]
 SIZES = {"megabytes": 1.0, "generated": 200, "vocabularies": VOCABULARIES, "lengths": LENGTHS}
@@ -95,7 +98,7 @@ def experiment(sizes, seeds):
         for vocabulary in sizes["vocabularies"]:
             values, tokenizer = compression(documents, vocabulary, seed)
             for name, model in models.items():
-                flops = plan.flops_per_token(dataclasses.replace(model, vocab_size=vocabulary), 128)["total"]
+                flops = memory.flops_per_token(dataclasses.replace(model, vocab_size=vocabulary), 128)["total"]
                 values[name] = flops / values["code"]
             log["compression"].append({"vocabulary": vocabulary, "seed": seed, **values})
             if vocabulary == max(v for v in sizes["vocabularies"] if v <= 2048):  # the toy's own
@@ -113,7 +116,7 @@ def series(rows, field, x):
 
 def draw(log):
     """The figure, from the log alone."""
-    figure, ((waste, cuts), (short, work)) = figures.canvas(2, 2, (10, 7.2))
+    figure, ((waste, cuts), (short, work)) = drawing.canvas(2, 2, (10, 7.2))
     lengths, vocabularies = log["sizes"]["lengths"], log["sizes"]["vocabularies"]
     label = {"textcoords": "offset points", "va": "center"}
 
@@ -136,7 +139,7 @@ def draw(log):
     cuts.text(0.22, 0.8, "documents cut apart", color=CUT, transform=cuts.transAxes)
     cuts.text(0.03, 0.14, "tokens that no longer see\ntheir document begin", color=PAD, transform=cuts.transAxes)
     ends = [line(short, kind, shade, 1)[-1] for kind, (_, shade) in TEXTS.items()]
-    for (name, shade), height in zip(TEXTS.values(), figures.spread(ends, 0.3)):
+    for (name, shade), height in zip(TEXTS.values(), drawing.spread(ends, 0.3)):
         short.annotate(name, (vocabularies[-1], height), (8, 0), color=shade, **label)
     for name, shade in (("the toy", CUT), ("GLM-4.5", FIT)):
         costs = line(work, name, shade, 100 / series(log["compression"], name, "vocabulary")[0][1])
@@ -147,7 +150,7 @@ def draw(log):
         (short, "What a token covers", "bytes per token, unseen text", vocabularies),
         (work, "What a byte costs", f"FLOPs to read a byte of code ({vocabularies[0]} ids: 100)", vocabularies),
     ):
-        figures.title(axis, heading)
+        drawing.title(axis, heading)
         axis.set_xscale("log", base=2)
         axis.set_xticks(ticks, [f"{value:,}" for value in ticks])
         axis.minorticks_off()

@@ -21,12 +21,14 @@ import dataclasses
 import numpy as np
 import torch
 
-from minglm import figures, lesson, plan
-from minglm.config import ModelConfig
+from minglm import lesson
+from minglm.config.run import ModelConfig
 from minglm.data.packing import Batch
 from minglm.model.attention import Attention
 from minglm.model.glm import GLM
 from minglm.model.rope import angles, rotate
+from minglm.plan import memory
+from minglm.report import drawing
 
 NANO = dataclasses.replace(lesson.NANO, num_attention_heads=10)  # 10 heads of 16 on a width of 64: 2.5 times as well
 SIZES = {"megabytes": 1.2, "text": 81_920, "puzzle": 131_072, "batch": 2048, "rates": [0.03, 0.1, 0.3]}
@@ -160,8 +162,8 @@ def experiment(sizes, seeds):
 def full_scale():
     """What 96 heads cost in GLM-4.5, against the 40 that its width suggests."""
     few = dataclasses.replace(ModelConfig(), num_attention_heads=40)
-    many, less = plan.count_parameters(ModelConfig()), plan.count_parameters(few)
-    work, cheaper = (plan.flops_per_token(config, 4096)["total"] for config in (ModelConfig(), few))
+    many, less = memory.count_parameters(ModelConfig()), memory.count_parameters(few)
+    work, cheaper = (memory.flops_per_token(config, 4096)["total"] for config in (ModelConfig(), few))
     return {
         "attention of GLM-4.5, billions of weights": round(many["attention"] / 1e9, 2),
         "the same with 40 heads": round(less["attention"] / 1e9, 2),
@@ -185,7 +187,7 @@ def solved(log, field, fraction):
 
 def draw(log):
     """The figure, from the log alone."""
-    figure, ((logits, losses), (content, place)) = figures.canvas(2, 2, (10, 7.4))
+    figure, ((logits, losses), (content, place)) = drawing.canvas(2, 2, (10, 7.4))
     rates, distances, row = (log["sizes"][name] for name in ("rates", "distances", "row"))
     for norm, (name, shade) in NORM.items():
         for rate, style in {rates[0]: "-", rates[-1]: "--"}.items():
@@ -198,17 +200,17 @@ def draw(log):
         values = np.array([ends(log, "loss", norm, rate) for rate in rates]).T
         lesson.curve(losses, rates, values, name, shade, (8, 0), "o-")
     few = ends(log, "loss", True, rates[0], heads=4)
-    losses.plot([rates[0]] * len(few), few, "_", color=figures.INK, markersize=12)
+    losses.plot([rates[0]] * len(few), few, "_", color=drawing.INK, markersize=12)
     losses.annotate("4 heads, with QK-norm", (rates[0], few.mean()), (9, 0), textcoords="offset points", va="center")
     for at, (fraction, (name, shade)) in enumerate(ROTATED.items()):
         lesson.curve(content, distances, solved(log, "content", fraction), name, shade, (6, 4 - 4 * at), "o-")
-    content.axvline(row, color=figures.PALE, linewidth=0.8)
-    content.axhline(100 / MARKS, color=figures.PALE, linewidth=0.8, linestyle=":")
-    content.text(row + 3, 101, "longest trained row", color=figures.PALE, fontsize=8)
+    content.axvline(row, color=drawing.PALE, linewidth=0.8)
+    content.axhline(100 / MARKS, color=drawing.PALE, linewidth=0.8, linestyle=":")
+    content.text(row + 3, 101, "longest trained row", color=drawing.PALE, fontsize=8)
     lesson.panel(
         logits, "Largest attention logit on held-out text", "tokens trained on (thousands)", "|q . k| / sqrt(A)"
     )
-    heading = f"Held-out loss after {figures.thousands(log['sizes']['text'])} tokens"
+    heading = f"Held-out loss after {drawing.thousands(log['sizes']['text'])} tokens"
     lesson.panel(losses, heading, "peak learning rate", "nats per token", xscale="log")
     losses.set_xticks(rates, [f"{rate:g}" for rate in rates])
     losses.minorticks_off()

@@ -22,11 +22,13 @@ import keyword
 import numpy as np
 import torch
 
-from minglm import figures, lesson, plan
-from minglm.config import BalanceConfig, ModelConfig, OptimizerConfig, StagesConfig
+from minglm import lesson
+from minglm.config.run import BalanceConfig, ModelConfig, OptimizerConfig, StagesConfig
 from minglm.model.balance import sequence_loss, step_bias
 from minglm.model.glm import GLM
 from minglm.model.router import choose, mix
+from minglm.plan import memory
+from minglm.report import drawing
 
 NANO = dataclasses.replace(lesson.NANO, num_hidden_layers=3, n_routed_experts=16, moe_intermediate_size=24)
 SIZES = {"megabytes": 1.6, "tokens": 196_608, "batch": 2048, "rate": 0.03, "length": 64, "heldout": 256}
@@ -115,7 +117,7 @@ def experiment(sizes, seeds):
 # %%
 def full_scale():
     """What is at stake in GLM-4.5, from its config."""
-    counts, balance, optimizer = plan.count_parameters(ModelConfig()), BalanceConfig(), OptimizerConfig()
+    counts, balance, optimizer = memory.count_parameters(ModelConfig()), BalanceConfig(), OptimizerConfig()
     steps = StagesConfig().general.tokens / optimizer.batch_tokens_end
     return {
         "share of the body in routed experts": round(counts["experts"] / counts["body"], 3),
@@ -147,14 +149,14 @@ def information(counts):
 
 def draw(log):
     """The figure, from the log alone."""
-    figure, ((loads, losses), (free, forced)) = figures.canvas(2, 2, (10, 7.6))
+    figure, ((loads, losses), (free, forced)) = drawing.canvas(2, 2, (10, 7.6))
     x = [log["sizes"]["batch"] * (i + 1) / 1000 for i in range(len(log["runs"][0]["load"]))]
-    values = {kind: np.array([figures.running_mean(load) for load in of(log, kind, "load")]) for kind in KINDS}
-    heights = np.exp(figures.spread([np.log(value.mean(0)[-1]) for value in values.values()], 0.15))
+    values = {kind: np.array([drawing.running_mean(load) for load in of(log, kind, "load")]) for kind in KINDS}
+    heights = np.exp(drawing.spread([np.log(value.mean(0)[-1]) for value in values.values()], 0.15))
     for (kind, value), height in zip(values.items(), heights):
         lesson.curve(loads, x, value, "", KINDS[kind][0])
         loads.annotate(kind, (x[-1], height), (4, 0), textcoords="offset points", color=KINDS[kind][0], va="center")
-    loads.axvline(LATE * x[-1], color=figures.PALE, linewidth=0.8, linestyle=":")
+    loads.axvline(LATE * x[-1], color=drawing.PALE, linewidth=0.8, linestyle=":")
     lesson.panel(loads, "Load of the busiest expert, over the mean", "tokens trained on (thousands)", "", yscale="log")
     loads.set_yticks([1, 1.5, 2, 3, 4, 6, 8], ["1", "1.5", "2", "3", "4", "6", "8"])
     loads.minorticks_off()
@@ -163,7 +165,7 @@ def draw(log):
     change = [1000 * (np.array(of(log, kind, "heldout")) - of(log, "nothing", "heldout")) for kind in others]
     names = [kind.replace(" loss ", "\nloss ").replace("bias ", "bias\n").replace(", ", ",\n") for kind in others]
     lesson.bars(losses, names, change, [KINDS[kind][0] for kind in others])
-    losses.axhline(0, color=figures.PALE, linewidth=0.8)
+    losses.axhline(0, color=drawing.PALE, linewidth=0.8)
     lesson.panel(losses, "Held-out loss: change against doing nothing, same seed", "", "nats per token / 1000")
     for axis, kind in ((free, "bias 0.01"), (forced, "balance loss 10")):
         counts_XE = np.array(of(log, kind, "counts")[0][-1], dtype=float)

@@ -10,7 +10,7 @@
 # (3) Muon's update is scaled by 0.2 sqrt(max(rows, columns)). What breaks here without that factor?
 # (4) The coefficients (a, b, c) are the same in all five steps. Could others, one set for each step, do better?
 #
-# **Equation** (paper 2.4; `minglm/optim/muon.py`, `minglm/kernels/newton_schulz.py`)
+# **Equation** (paper 2.4; `minglm/optim/muon.py`, `minglm/kernels/newton_schulz/eager.py`)
 #
 #     M <- mu M + (1 - mu) g;   U = orthogonalize(mu M + (1 - mu) g);   W <- (1 - lr wd) W - lr 0.2 sqrt(max(r, c)) U
 #     orthogonalize: X <- X / |X|, then 5 times X <- a X + b (X X') X + c (X X')^2 X
@@ -21,14 +21,16 @@ import dataclasses
 import torch
 from tqdm import tqdm
 
-from minglm import figures, lesson
-from minglm.config import ModelConfig, OptimizerConfig
-from minglm.data import corpus, mixture
+from minglm import lesson
+from minglm.config.run import ModelConfig, OptimizerConfig
+from minglm.data import mixture
+from minglm.data.sources import corpus
 from minglm.data.tokenizer import Tokenizer
-from minglm.kernels import newton_schulz
+from minglm.kernels.newton_schulz import eager
 from minglm.model.glm import GLM
 from minglm.optim.muon import POLYNOMIALS, Muon, assign, update_scale
 from minglm.optim.schedule import learning_rate
+from minglm.report import drawing
 from minglm.train.loop import Phase, step
 
 KINDS = {"AdamW": "#c2571a", "Muon": "#1f5fa8", "Muon without the 0.2 rule": "#55958c"}
@@ -108,8 +110,8 @@ def polynomials():
     """What Newton-Schulz makes of singular values: of each after five steps, the worst distance from one by steps."""
     values, found = torch.logspace(-3, 0, 101, dtype=torch.float64), {}
     for name, of_steps in POLYNOMIALS.items():
-        tables = [of_steps(steps) or [newton_schulz.COEFFICIENTS] * steps for steps in range(1, 9)]
-        ends = [newton_schulz._iterate(values.diag()[None], table)[0].diagonal() for table in tables]
+        tables = [of_steps(steps) or [eager.COEFFICIENTS] * steps for steps in range(1, 9)]
+        ends = [eager._iterate(values.diag()[None], table)[0].diagonal() for table in tables]
         found[name] = {"five": ends[4].tolist(), "worst": [(end - 1).abs().max().item() for end in ends]}
     return found | {"values": values.tolist()}
 
@@ -143,7 +145,7 @@ def full_scale():
 # %%
 def draw(log):
     """The figure, from the log alone."""
-    figure, axes = figures.canvas(2, 3, (14, 7.2))
+    figure, axes = drawing.canvas(2, 3, (14, 7.2))
     (small, large), total = log["sizes"]["batches"], log["sizes"]["tokens"]
     for (kind, shade), below in zip(KINDS.items(), (-14, 14, 27)):
         ours = {"color": shade, "linewidth": 1.6}
@@ -154,17 +156,17 @@ def draw(log):
             axis.fill_between(x, curves.amin(0), curves.amax(0), color=shade, alpha=0.2, linewidth=0)
             axis.plot(x, curves.mean(0), **ours)
             axis.annotate(xy=(x[-1], curves.mean(0)[-1]), xytext=(0, -below), ha="right", **name)
-            figures.title(axis, f"Batch of {batch:,} tokens, {total // batch} steps; best rate of each")
+            drawing.title(axis, f"Batch of {batch:,} tokens, {total // batch} steps; best rate of each")
             axis.set(xlabel=f"tokens (thousands); shaded: range of {len(curves)} seeds", ylim=(2.9, 6.4))
             runs = [r for r in log["runs"] if (r["kind"], r["batch"], r["seed"]) == (kind, batch, 0)]
             axes[1][0].plot([r["rate"] for r in runs], [r["final"] for r in runs], marker="o", **ours, **dots)
         values = best(log, kind, small)[0]["spectrum"]
         axes[1][1].plot(range(1, len(values) + 1), values, **ours)
         axes[1][1].annotate(xy=(len(values), values[-1]), xytext=(0, 9 if below < 20 else -9), ha="right", **name)
-    figures.title(axes[1][0], f"End of each run of seed 0: batch {small:,} filled, {large:,} hollow")
+    drawing.title(axes[1][0], f"End of each run of seed 0: batch {small:,} filled, {large:,} hollow")
     axes[1][0].set(xscale="log", xlabel="peak learning rate")
     axes[1][0].set_xticks(log["sizes"]["rates"], [f"{rate:g}" for rate in log["sizes"]["rates"]], minor=False)
-    figures.title(axes[1][1], f"An update of the experts' up matrices, step {total // small // 2} of {total // small}")
+    drawing.title(axes[1][1], f"An update of the experts' up matrices, step {total // small // 2} of {total // small}")
     axes[1][1].set(xlabel="direction, strongest first", ylabel="singular value / learning rate", ylim=(0, None))
     for axis in axes[:, 0]:
         axis.set_ylabel("loss (nats per token)")
@@ -174,9 +176,9 @@ def draw(log):
         worst.plot(range(1, 9), found[name]["worst"], "o-", color=shade, linewidth=1.6, markersize=3.5)
         at = {"xytext": (-8, -12), "textcoords": "offset points", "ha": "right", "color": shade}
         worst.annotate(name.replace("_", " "), (7, found[name]["worst"][6]), **at)
-    figures.title(after, "Five steps of Newton-Schulz on a singular value")
+    drawing.title(after, "Five steps of Newton-Schulz on a singular value")
     after.set(xscale="log", xlabel="before, as a share of the norm", ylabel="after", ylim=(0, 1.4))
-    figures.title(worst, "The worst value from 0.001 to 1, by steps")
+    drawing.title(worst, "The worst value from 0.001 to 1, by steps")
     worst.set(xlabel="steps", ylabel="largest distance from one", yscale="log")
     return figure
 
@@ -196,7 +198,7 @@ def draw(log):
 # ## Exercise
 # Write `mine(stack, steps)`, Newton-Schulz on a stack of experts with `torch.einsum` only, and hold it to the contract:
 # `check_optimizer(lambda named, config: Muon(named, config, mine))` from `minglm.testing.optim`. Put it in the place of
-# `minglm.kernels.newton_schulz.orthogonalize`. Check: `pytest tests/test_muon.py -k "stack or contract"`.
+# `minglm.kernels.newton_schulz.eager.orthogonalize`. Check: `pytest tests/test_muon.py -k "stack or contract"`.
 
 
 # %%
@@ -218,7 +220,7 @@ def verdicts(log):
 
 def main(argv=None):
     """Run the experiment, or only redraw it, and print what it shows."""
-    shown = [newton_schulz._iterate, Muon._muon, update_scale]
+    shown = [eager._iterate, Muon._muon, update_scale]
     lesson.run("04_muon", experiment, draw, verdicts, shown, SIZES, SMOKE, NANO, argv=argv)
 
 

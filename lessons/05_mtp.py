@@ -22,10 +22,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minglm import figures, lesson, plan
-from minglm.config import BalanceConfig, ModelConfig
+from minglm import lesson
+from minglm.config.run import BalanceConfig, ModelConfig
 from minglm.model.glm import GLM
 from minglm.model.mtp import MTPLayer, targets
+from minglm.plan import memory
+from minglm.report import drawing
 from minglm.train.loop import accumulate
 
 NANO = dataclasses.replace(lesson.NANO, num_nextn_predict_layers=1)
@@ -99,7 +101,7 @@ def experiment(sizes, seeds):
 def full_scale():
     """What the MTP layer of GLM-4.5 costs, from its config."""
     config, balance = ModelConfig(), BalanceConfig()
-    n, flops = plan.count_parameters(config), plan.flops_per_token(config, 4096)
+    n, flops = memory.count_parameters(config), memory.flops_per_token(config, 4096)
     draft = n["active_with_mtp"] - n["active_body"] + n["head"]
     return {
         "weights of the MTP layer, billions": round(n["mtp"] / 1e9, 2),
@@ -118,22 +120,22 @@ def series(log, kind, field):
 
 def draw(log):
     """The figure, from the log alone."""
-    figure, ((losses, cost), (sampled, greedy)) = figures.canvas(2, 2, (10, 7.4))
+    figure, ((losses, cost), (sampled, greedy)) = drawing.canvas(2, 2, (10, 7.4))
     x = [point["tokens"] / 1000 for point in log["runs"][0]["trace"]]
     trained, trunk = [kind for kind in KINDS if kind != "0"], np.concatenate([series(log, k, "loss") for k in KINDS])
     lines = {losses: ("mtp_loss", 1, 0.09), sampled: ("accepted", 100, 0.9), greedy: ("agreed", 100, 2.3)}
     for axis, (field, factor, least) in lines.items():
         curves = {f"weight {kind}": (factor * series(log, kind, field), KINDS[kind][0]) for kind in trained}
         if axis is losses:
-            curves["trunk, all weights"] = trunk, figures.INK
-        heights = figures.spread([values.mean(0)[-1] for values, _ in curves.values()], least)
+            curves["trunk, all weights"] = trunk, drawing.INK
+        heights = drawing.spread([values.mean(0)[-1] for values, _ in curves.values()], least)
         for (name, (values, shade)), height in zip(curves.items(), heights):
             lesson.curve(axis, x, values, "", shade, style="o-")
             axis.annotate(name, (x[-1], height), (1.03 * x[-1], height), color=shade, va="center")
         axis.set_xlim(0, 1.36 * x[-1])
     gaps = [1000 * (series(log, kind, "loss") - series(log, "0", "loss"))[:, -1] for kind in trained]
     lesson.bars(cost, [kind.replace(", ", ",\n") for kind in trained], gaps, [KINDS[kind][0] for kind in trained])
-    cost.axhline(0, color=figures.PALE, linewidth=0.8)
+    cost.axhline(0, color=drawing.PALE, linewidth=0.8)
     tokens = "tokens trained on (thousands)"
     lesson.panel(losses, "Held-out loss: the MTP layer, and the trunk (dark)", tokens, "nats per token")
     heading = "Trunk: change of held-out loss against weight 0, same seed"

@@ -9,7 +9,7 @@
 # (rotating neighbours in place of halves, for instance). How much does each cost in nats per token? Which of them would
 # you never see in a loss curve? (3) The paper says 355B. Hugging Face shows 358B for the same files. Who is wrong?
 #
-# **Equation** (paper 2.1, Table 1; `minglm/model/compare.py`, `minglm/plan.py`)
+# **Equation** (paper 2.1, Table 1; `minglm/model/parity.py`, `minglm/plan/memory.py`)
 #
 #     error of a module = max |ours - theirs| / max |theirs|,    on the same weights and tokens
 #     355B = body + MTP layer,    358B = that + (embedding + head) twice,    106B = body of Air, without its MTP layer
@@ -23,14 +23,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from minglm import figures, lesson, plan
-from minglm.config import ModelConfig, load_config
+from minglm import lesson
+from minglm.config.run import ModelConfig, load_config
 from minglm.model import attention, rope
 from minglm.model.attention import Attention
-from minglm.model.compare import compare, first_difference, load_pair
 from minglm.model.glm import GLM
 from minglm.model.layers import RMSNorm
+from minglm.model.parity import compare, first_difference, load_pair
 from minglm.model.router import Router, choose, mix
+from minglm.plan import memory
+from minglm.report import drawing
 
 NANO = dataclasses.replace(lesson.NANO, num_hidden_layers=6, routed_scaling_factor=2.5)
 SIZES = {"megabytes": 1.2, "tokens": 98_304, "batch": 2048, "rate": 0.03, "length": 64, "heldout": 64}
@@ -128,7 +130,7 @@ def experiment(sizes, seeds):
 
 # %% [markdown]
 # ## At full scale
-# The same check for a folder on your disk: `python -m minglm.model.compare FOLDER`. And the sums, from the configs:
+# The same check for a folder on your disk: `python -m minglm.model.parity FOLDER`. And the sums, from the configs:
 # the note of Table 1 counts the MTP layer and leaves out embedding and head; whoever shows 358B counts every value in
 # the files, and GLM-4.5's hold embedding and head a second time, with the MTP layer (GLM-4.6's do not: 357B).
 
@@ -138,7 +140,7 @@ def counts():
     """Parameters of the released models by kind, from their configs."""
     configs = {"GLM-4.5": "glm45_355b", "Air": "air_106b", "4.7-Flash": "flash_30b"}
     folder = lesson.FIGURES.parent / "configs"
-    return {name: plan.count_parameters(load_config(folder / f"{file}.py").model) for name, file in configs.items()}
+    return {name: memory.count_parameters(load_config(folder / f"{file}.py").model) for name, file in configs.items()}
 
 
 def full_scale():
@@ -163,7 +165,7 @@ def series(log, name, field):
 
 def draw(log):
     """The figure, from the log alone."""
-    figure, ((right, wrong), (cost, where)) = figures.canvas(2, 2, (10, 7.4))
+    figure, ((right, wrong), (cost, where)) = drawing.canvas(2, 2, (10, 7.4))
     x = list(range(1, NANO.num_hidden_layers + 2))
     for name, shade in (("float32", "#1f5fa8"), ("bfloat16", "#c2571a")):
         lesson.curve(right, x, np.maximum(series(log, name, "layers"), 1e-8), name, shade, style="o-")

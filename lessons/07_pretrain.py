@@ -24,13 +24,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from minglm import evaluate, figures, lesson
-from minglm.config import DataConfig, ModelConfig, OptimizerConfig, Run, StageConfig, StagesConfig
+from minglm import lesson
+from minglm.config.run import DataConfig, ModelConfig, OptimizerConfig, Run, StageConfig, StagesConfig
+from minglm.data.build import prepare
 from minglm.data.mixture import Mixture
+from minglm.eval import text as evaluate
 from minglm.model.glm import GLM
 from minglm.optim import schedule
 from minglm.optim.muon import Muon
-from minglm.prepare import prepare
+from minglm.report import drawing
 from minglm.train.loop import step
 from minglm.train.stages import phases
 
@@ -156,12 +158,12 @@ def of(log, name):
 
 def draw(log):
     """The figure, from the log alone."""
-    figure, ((curve, rate), (batch, end)) = figures.canvas(2, 2, (10.5, 7.2))
+    figure, ((curve, rate), (batch, end)) = drawing.canvas(2, 2, (10.5, 7.2))
     first = of(log, "cosine, ramp")
     x = smooth(first[0])[0] / 1000
     lesson.curve(curve, x, [smooth(run)[1] for run in first], "", SHADES["cosine, ramp"])
     for stage, bound in zip(SHARES, log["bounds"], strict=False):
-        curve.axvline(bound / 1000, color=figures.PALE, linewidth=1)
+        curve.axvline(bound / 1000, color=drawing.PALE, linewidth=1)
         at = {"xy": (bound / 1000, max(smooth(first[0])[1])), "xytext": (3, 0), "textcoords": "offset points"}
         curve.annotate(stage.replace("_", " "), **at, fontsize=7, rotation=-90, va="top")
     lesson.panel(curve, "Five stages, one curve", "tokens (thousands)", "loss (nats per token)")

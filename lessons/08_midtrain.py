@@ -10,7 +10,7 @@
 # the fact stands? (3) Kept or raised: which base ends higher, and already at 512 or only at 2,048? (4) What do cut
 # repositories cost at equal tokens, in right answers about whole ones?
 #
-# **Equation** (paper 2.3, 2.4; `minglm/model/rope.py`, `minglm/long_context.py`)
+# **Equation** (paper 2.3, 2.4; `minglm/model/rope.py`, `minglm/eval/needles.py`)
 #
 #     pair i of a head turns by  s theta^(-2 i / R)  at position s:  raising theta slows the slow pairs most
 #     found(length, depth) = share of rows where the answer is the most probable token after the question
@@ -25,13 +25,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minglm import figures, lesson, plan
-from minglm.config import ModelConfig
+from minglm import lesson
+from minglm.config.run import ModelConfig
 from minglm.data.mixture import Mixture
 from minglm.data.packing import Batch, best_fit
-from minglm.long_context import Needle, hide, needle_test
+from minglm.eval.needles import Needle, hide, needle_test
 from minglm.model.glm import GLM
 from minglm.model.rope import angles
+from minglm.plan import memory
+from minglm.report import drawing
 
 NANO = dataclasses.replace(lesson.NANO, max_position_embeddings=2048)
 BASES = {"kept": (10_000.0, "#c2571a"), "raised": (1_000_000.0, "#1f5fa8")}
@@ -171,9 +173,9 @@ def full_scale():
         turn = theta ** -((config.rotary_dim - 2) / config.rotary_dim) * last / (2 * math.pi)
         found[f"turns of the slowest pair in {last:,} positions, base {theta:,.0f}"] = round(turn, 3)
     for length in (4096, 32_768, last):
-        flops = plan.flops_per_token(config, length)
+        flops = memory.flops_per_token(config, length)
         found[f"share of attention in the training FLOPs at {length:,}"] = round(flops["attention"] / flops["total"], 3)
-    found["GiB of keys and values for one such row"] = round(plan.kv_cache_bytes_per_token(config) * last / 2**30, 1)
+    found["GiB of keys and values for one such row"] = round(memory.kv_cache_bytes_per_token(config) * last / 2**30, 1)
     return found
 
 
@@ -190,13 +192,13 @@ def packed(log, packing):
 
 def draw(log):
     """The figure, from the log alone."""
-    figure, axes = figures.canvas(2, 3, (11.5, 6.8))
+    figure, axes = drawing.canvas(2, 3, (11.5, 6.8))
     lengths, probes, (*maps, curves, bars) = log["sizes"]["lengths"], log["sizes"]["probes"], axes.flat
     for axis, (stage, base) in zip(maps, ((0, "kept"), (1, "raised"), (2, "raised"), (2, "kept")), strict=True):
         found = of(log, stage, base).mean(0)
         axis.imshow(found.T, vmin=0, vmax=100, cmap="Blues", aspect="auto")
         for at, value in np.ndenumerate(found):
-            shade = "white" if value > 60 else figures.INK
+            shade = "white" if value > 60 else drawing.INK
             axis.text(*at, f"{value:.0f}", ha="center", va="center", fontsize=7, color=shade)
         axis.set_xticks(range(len(probes)), probes)
         axis.set_yticks(range(5), [0, 25, 50, 75, 100])
@@ -208,7 +210,7 @@ def draw(log):
     for stage, base in ((0, "kept"), (1, "kept"), (1, "raised"), (2, "kept"), (2, "raised")):
         name, style = f"{base}, {lengths[stage]}" if stage else f"{lengths[0]} only", (":", "--", "-")[stage]
         lesson.curve(curves, x, of(log, stage, base).mean(2), name, BASES[base][1], style=style, fontsize=7)
-    curves.axhline(100 / MARKS, color=figures.PALE, linewidth=0.8, linestyle=":")
+    curves.axhline(100 / MARKS, color=drawing.PALE, linewidth=0.8, linestyle=":")
     curves.set_xticks(x, probes)
     lesson.panel(curves, "By base and longest rows; mean of depths", "tokens of the row", "found (%)")
     lesson.bars(bars, ["cut anywhere", "best fit"], [packed(log, p) for p in PACKINGS], PACKINGS.values())

@@ -10,7 +10,7 @@
 # each take that it should leave? (3) Fill-in-the-middle on half of the code: what does it cost from left to right, and
 # does so small a model look at the suffix at all?
 #
-# **Equation** (paper 2.2; `minglm/data/dedup.py`, `semdedup.py`, `classifier.py`, `quality.py`, `fim.py`)
+# **Equation** (paper 2.2; `minglm/data/cleaning/minhash.py`, `semdedup.py`, `classifier.py`, `quality.py`, `fim.py`)
 #
 #     MinHash   drop b if a better a stays with |a and b| / |a or b| >= 0.7, as sets of runs of five words
 #     SemDedup  drop b if a better a of its cluster stays with cos(embedding a, embedding b) >= 0.8
@@ -26,12 +26,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minglm import figures, lesson
-from minglm.data import classifier, corpus, dedup, fim, mixture, quality, semdedup
-from minglm.data.corpus import Document
+from minglm import lesson
+from minglm.data import fim, mixture
+from minglm.data.cleaning import classifier, minhash, quality, semdedup
+from minglm.data.sources import corpus
+from minglm.data.sources.corpus import Document
 from minglm.data.tokenizer import Tokenizer
 from minglm.lesson import NANO, bars, panel, pretrain
 from minglm.model.glm import GLM
+from minglm.report import drawing
 
 STEPS = ["as it came", "MinHash", "SemDedup", "rubric\nbuckets", "learned\nbuckets"]
 ORIGINS = {"docstrings": "#1f5fa8", "mirrors": "#e0a458", "forms": "#c2571a", "salad": "#8c6bb1", "adverts": "#b5b5bd",
@@ -93,7 +96,7 @@ def ladder(documents, marks, marked):
     """{step: what the corpus is after it}, and how reliable a score is that learned from the `marked`."""
     model, about = classifier.fit([documents[i].text for i in marked], [marks[i] for i in marked])
     left = {"as it came": documents}
-    left["MinHash"] = dedup.near_duplicates(documents, 0.7)
+    left["MinHash"] = minhash.near_duplicates(documents, 0.7)
     left["SemDedup"] = semdedup.semantic_duplicates(left["MinHash"], 0.8)
     left["rubric\nbuckets"] = buckets(left["SemDedup"])
     scores = model.score([d.text for d in left["SemDedup"]])
@@ -218,7 +221,7 @@ def of(log, part, key, **where):
 
 def draw(log):
     """The figure, from the log alone."""
-    figure, ((left, losses), (curves, inserted)) = figures.canvas(2, 2, (10, 7))
+    figure, ((left, losses), (curves, inserted)) = drawing.canvas(2, 2, (10, 7))
     highest = 0.0
     for at, step in enumerate(STEPS):
         parts, bottom = of(log, "ladder", "characters", step=step, seed=0)[0], 0.0
@@ -234,7 +237,7 @@ def draw(log):
     limits = (min(map(min, ends)) - 0.1, max(map(max, ends)) + 0.05)
     heading = f"Held-out docstrings after {log['sizes']['tokens'] // 1000} k tokens"
     panel(losses, heading, "", "nats per token", ylim=limits)
-    curves.plot([0, 1], [0, 1], color=figures.PALE, linewidth=0.8)
+    curves.plot([0, 1], [0, 1], color=drawing.PALE, linewidth=0.8)
     for name, shade, height in (("raw", "#c2571a", 0.93), ("calibrated", "#1f5fa8", 0.85)):
         for calibration in log["calibration"]:
             score, mark, _ = zip(*calibration["curves"][name], strict=True)
@@ -245,7 +248,7 @@ def draw(log):
         for at, name in enumerate(ASKED):
             values = of(log, "fim", name, rate=rate)
             inserted.bar(at + side, np.mean(values), 0.36, color=shade, alpha=0.7, label=None if at else f"rate {rate}")
-            inserted.plot([at + side] * len(values), values, "_", color=figures.INK, markersize=10)
+            inserted.plot([at + side] * len(values), values, "_", color=drawing.INK, markersize=10)
     inserted.set_xticks(range(3), [name.replace(", ", ",\n") for name in ASKED])
     inserted.legend(frameon=False, fontsize=8)
     heights = [run[name] for run in log["fim"] for name in ASKED]
@@ -294,7 +297,7 @@ def verdicts(log):
 
 def main(argv=None):
     """Run the experiment, or only redraw it, and print what it shows."""
-    shown = [dedup.choose, semdedup._repeated, classifier.calibrate]
+    shown = [minhash.choose, semdedup._repeated, classifier.calibrate]
     lesson.run("09_data", experiment, draw, verdicts, shown, SIZES, SMOKE, NANO, argv=argv)
 
 

@@ -23,12 +23,13 @@ import time
 import numpy as np
 import torch
 
-from minglm import figures, lesson
-from minglm.config import ModelConfig
+from minglm import lesson
+from minglm.config.run import ModelConfig
 from minglm.inference import Engine, Request
 from minglm.inference.kv_cache import Blocks
 from minglm.inference.speculative import Drafter, verify
 from minglm.model.glm import GLM
+from minglm.report import drawing
 
 NANO = dataclasses.replace(lesson.NANO, num_nextn_predict_layers=1)
 SIZES = {"megabytes": 1.6, "tokens": 49_152, "batch": 2048, "rate": 0.03, "length": 64, "answer": 32}
@@ -146,7 +147,7 @@ def values(log, part, field, **where):
 
 def draw(log):
     """The figure, from the log alone."""
-    figure, ((speeds, caches), (passes, exact)) = figures.canvas(2, 2, (10, 7.4))
+    figure, ((speeds, caches), (passes, exact)) = drawing.canvas(2, 2, (10, 7.4))
     for samples, name, shade in ((1, "prompts differ", SHADES[0]), (8, "8 samples a prompt", SHADES[3])):
         x = values(log, "speed", "batch", samples=samples)[0]
         lesson.curve(speeds, x, values(log, "speed", "speed", samples=samples), name, shade, style="o-")
@@ -156,7 +157,7 @@ def draw(log):
         y = 1 / values(log, "drafting", "passes", temperature=temperature)
         lesson.curve(passes, x, y, name, shade, style="o-")
     one = log["runs"][0]["counted"]
-    exact.plot([0, max(one["exact"])], [0, max(one["exact"])], color=figures.PALE, linewidth=0.8)
+    exact.plot([0, max(one["exact"])], [0, max(one["exact"])], color=drawing.PALE, linewidth=0.8)
     for drafts, shade in (("0", SHADES[0]), ("3", SHADES[3])):
         exact.plot(one["exact"], one[drafts], "o", color=shade, markersize=3, label=f"{drafts} drafts")
     exact.legend(frameon=False, fontsize=8)

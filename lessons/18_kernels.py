@@ -30,13 +30,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minglm import figures, lesson, plan
-from minglm.common import peak_bytes
-from minglm.config import ModelConfig
-from minglm.kernels import aot, interpreter
-from minglm.kernels.backend import installed
-from minglm.kernels.linear_cross_entropy import cross_entropy, linear_cross_entropy
-from minglm.kernels.tiles import Tiles
+from minglm import lesson
+from minglm.common.device import peak_bytes
+from minglm.config.run import ModelConfig
+from minglm.kernels.cross_entropy.eager import cross_entropy, linear_cross_entropy
+from minglm.kernels.dispatch import installed
+from minglm.kernels.toolchain import compile_check, interpreter
+from minglm.kernels.toolchain.tiles import Tiles
+from minglm.plan import memory as plan
+from minglm.report import drawing
 
 ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 SHADES = {"float32": "#55958c", "float16": "#1f5fa8", "bfloat16": "#c2571a"}
@@ -63,10 +65,10 @@ SMOKE = SIZES | {"sums": [32, 64], "trap": 32, "tokens": [64, 256], "words": 512
 # %%
 def operations(size, kind, seed):
     """{name: (a kernel as a function of nothing, the same in float64)}: sums of `size` numbers of dtype `kind`."""
-    from minglm.kernels.flash_attention_triton import flash_attention_triton
-    from minglm.kernels.grouped_experts import product
-    from minglm.kernels.linear_cross_entropy_triton import log_probabilities_triton
-    from minglm.kernels.norm_triton import add_norm_triton
+    from minglm.kernels.attention.triton_forward import flash_attention_triton
+    from minglm.kernels.cross_entropy.triton_kernel import log_probabilities_triton
+    from minglm.kernels.experts.triton_layer import product
+    from minglm.kernels.norm.triton_kernel import add_norm_triton
 
     random, ends = torch.Generator().manual_seed(seed), torch.tensor([10, 10, 24], dtype=torch.int32)
 
@@ -117,7 +119,7 @@ def memory(sizes):
 
 def stored(sizes):
     """Every store of a grouped product, its program and the box of its tile; and how often an element is stored."""
-    from minglm.kernels import grouped_experts as layer
+    from minglm.kernels.experts import triton_layer as layer
 
     loads, F = torch.tensor(sizes["loads"]), sizes["outputs"]
     R, D = int(loads.sum()), 64
@@ -137,7 +139,7 @@ def stored(sizes):
 
 def counted():
     """Operations and bytes of what `bench kernels` would measure of these operations, at GLM-4.5's sizes."""
-    found = {name: importlib.import_module(f"minglm.bench_cases.{name}") for name in NAMES}
+    found = {name: importlib.import_module(f"minglm.bench.cases.{name}") for name in NAMES}
     return [{"operation": name, "case": c.name, "flops": c.flops, "bytes": c.bytes}
             for name, module in found.items() for c in module.cases(torch.device("cpu"), False)]  # fmt: skip
 
@@ -176,7 +178,7 @@ def full_scale():
 # %%
 def draw(log):
     """The figure, from the log alone."""
-    figure, ((sums, trap, memory), (product, roof, code)) = figures.canvas(2, 3, (13.5, 8))
+    figure, ((sums, trap, memory), (product, roof, code)) = drawing.canvas(2, 3, (13.5, 8))
     sizes, note = log["sizes"], {"textcoords": "offset points", "fontsize": 7}
     for kind, shade in SHADES.items():
         sums.axhline(ROUNDING[kind], color=shade, linewidth=0.8, linestyle=":")
@@ -200,7 +202,7 @@ def draw(log):
     memory.set(xlim=(0, 1.5 * sizes["tokens"][-1]), ylim=(0, None))
     draw_tiles(product, log)
     intensity = np.geomspace(0.5, 1e5, 100)
-    roof.plot(intensity, np.minimum(PEAK, intensity * COPIED) / 1e12, color=figures.PALE)
+    roof.plot(intensity, np.minimum(PEAK, intensity * COPIED) / 1e12, color=drawing.PALE)
     for shade, (name, label) in zip(PROGRAMS, NAMES.items()):
         x = np.array([r["flops"] / r["bytes"] for r in log["counted"] if r["operation"] == name])
         roof.plot(x, np.minimum(PEAK, x * COPIED) / 1e12, "o", color=shade, markersize=4, alpha=0.6, label=label)
@@ -210,7 +212,7 @@ def draw(log):
         rows = [k for k in log["compiled"] if k["asked"]["unit"] == unit]
         look = {"color": shade, "markersize": 4, "alpha": 0.7, "label": f"{unit or 'no products'}: {len(rows)}"}
         code.plot([k["registers"] for k in rows], [k["shared_bytes"] / 1024 for k in rows], "o", **look)
-    code.plot([0, 255, 255], [aot.SHARED_BYTES / 1024] * 2 + [0], color=figures.PALE)  # the most there are
+    code.plot([0, 255, 255], [compile_check.SHARED_BYTES / 1024] * 2 + [0], color=drawing.PALE)  # the most there are
     code.legend(frameon=False, fontsize=8, loc=(0.02, 0.7))
     log_log = {"xscale": "log", "yscale": "log"}
     lesson.panel(sums, "Error in the mended interpreter", "numbers in a sum", "error / largest", **log_log)
@@ -234,7 +236,7 @@ def draw_tiles(axis, log):
         axis.fill(x, y, color=PROGRAMS[program], alpha=0.6, edgecolor="white")
         axis.text(column + width / 2, row + height / 2, turns[program], ha="center", va="center", fontsize=6)
     for expert, (begin, end) in enumerate(zip([0, *log["product"]["ends"]], log["product"]["ends"])):
-        axis.plot([0, log["sizes"]["outputs"]], [end, end], color=figures.INK, linewidth=1.2)
+        axis.plot([0, log["sizes"]["outputs"]], [end, end], color=drawing.INK, linewidth=1.2)
         name = f"expert {expert}" if begin < end else ""
         axis.text(log["sizes"]["outputs"] + 4, (begin + end) / 2, name, va="center", fontsize=7)
     lesson.panel(axis, "A grouped product, as stored", "columns (colour: program, number: its turn)", "rows by expert")
@@ -279,7 +281,7 @@ def verdicts(log):
     bound = [r["case"] for r in layers if r["flops"] / PEAK < r["bytes"] / COPIED and "160 experts, even" in r["case"]]
     step = next(r["flops"] for r in layers if "backward, 16384 tokens, 8 of 160" in r["case"])
     planned = 6 * 16_384 * ModelConfig().num_experts_per_tok * plan.unit_counts(ModelConfig())["expert"]
-    faults = [fault for kernel in log["compiled"] for fault in aot.faults(kernel)]
+    faults = [fault for kernel in log["compiled"] for fault in compile_check.faults(kernel)]
     claims = [
         (f"before mending bfloat16 products are garbage, off by {garbage:.0e} times the largest or more", garbage > 1),
         (f"a norm, without products, is then off by {norm:.1f} times what it should be or more", norm > 1.5),
@@ -302,9 +304,9 @@ def main(argv=None):
     if not installed():
         sys.exit("lesson 18 runs Triton kernels: pip install triton (Linux)")
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: it asks when a kernel is defined
-    from minglm.kernels.grouped_gemm_triton import load_tile, locate
+    from minglm.kernels.experts.triton_kernels import load_tile, locate
 
-    shown = [locate.fn, load_tile.fn, interpreter.mend, interpreter.watched, aot.faults]
+    shown = [locate.fn, load_tile.fn, interpreter.mend, interpreter.watched, compile_check.faults]
     lesson.run("18_kernels", experiment, draw, verdicts, shown, SIZES, SMOKE, argv=argv)
 
 

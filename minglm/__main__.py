@@ -24,7 +24,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from minglm.exchange import load_run, load_served
+from minglm.recipe.convert import load_run, load_served
 
 VERBS = {}
 
@@ -50,17 +50,17 @@ def run(words):
     p.add_argument("--only", metavar="STAGE", help="run this stage only; the stage before must be complete")
     p.add_argument("--until", metavar="STAGE", help="stop after this stage")
     p.add_argument("--dry-run", action="store_true", help="print the resolved config and the stages, start nothing")
-    from minglm.config import load_config, to_dict
+    from minglm.config.run import load_config, to_dict
 
     if {"-h", "--help"} & set(words) and not words[0].startswith("-"):
         p.print_help()
         load_config(words[0], ["--help"])  # prints every field with its meaning, and ends
     args, overrides = p.parse_known_args(words)
-    from minglm import report
-    from minglm.agenda import matmul_speed, plan_stages, table
-    from minglm.common import pick_device
-    from minglm.pipeline import Pipeline
-    from minglm.plan import count_parameters
+    from minglm.common.device import pick_device
+    from minglm.plan.memory import count_parameters
+    from minglm.recipe.run import Pipeline
+    from minglm.recipe.stages import matmul_speed, plan_stages, table
+    from minglm.report import card
 
     config = load_config(args.config, overrides)
     stages = plan_stages(config)
@@ -80,7 +80,7 @@ def run(words):
         again = shlex.join([*program, "run", *words])
         print(f"\nstopped; everything up to here is saved. Continue with: {again}", file=sys.stderr)
         sys.exit(130)
-    print(report.write(out))
+    print(card.write(out))
     rest = shlex.join([*program, "run", args.config, "--out", str(out), *overrides])
     print(f"talk to it: {shlex.join([*program, 'chat', str(out)])}" if complete else f"continue with: {rest}")
 
@@ -88,9 +88,9 @@ def run(words):
 @verb
 def data(words):
     """Build, inspect and verify the token shards of a config."""
-    from minglm import stock
+    from minglm.cli import data
 
-    stock.command(parser("data", stock.command.__doc__), words)
+    data.command(parser("data", data.command.__doc__), words)
 
 
 @verb
@@ -104,7 +104,7 @@ def chat(words):
     p.add_argument("--max-new-tokens", type=int, default=200)
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args(words)
-    from minglm import terminal
+    from minglm.serve import terminal
 
     if not (args.temperature >= 0 and 0 < args.top_p <= 1 and args.max_new_tokens > 0):
         raise ValueError("--temperature is at least 0, --top-p above 0 and at most 1, --max-new-tokens at least 1")
@@ -138,11 +138,11 @@ def serve(words):
     except ImportError as error:
         raise ValueError(f"the server needs {error.name}: pip install 'minglm[serve]'") from None
     from minglm.chat.template import dialect_of
-    from minglm.common import pick_device
+    from minglm.common.device import pick_device
     from minglm.inference import Engine
-    from minglm.inference.api import Served
-    from minglm.inference.server import create_app
-    from minglm.inference.server import serve as listen
+    from minglm.serve.app import create_app
+    from minglm.serve.app import serve as listen
+    from minglm.serve.requests import Served
 
     if args.dialect is not None:
         dialect_of(args.dialect)
@@ -176,8 +176,8 @@ def eval_(words):
     args = p.parse_args(words)
     import dataclasses
 
-    from minglm import evaluate
     from minglm.envs import ENVIRONMENTS
+    from minglm.eval import text
     from minglm.inference import Engine
 
     model, tokenizer, config, stage = load_run(args.run, args.stage)
@@ -192,7 +192,7 @@ def eval_(words):
             raise ValueError(f"--task {name}: no such task; the tasks are {', '.join(ENVIRONMENTS)}")
     for name in names:
         for thinking in (True, False):
-            record, _ = evaluate.tasks(
+            record, _ = text.tasks(
                 Engine(model, tokenizer), tokenizer, ENVIRONMENTS[name], settings, thinking, config.seed
             )
             if args.json:
@@ -212,8 +212,8 @@ def plan(words):
     p.add_argument("--gpu-memory-gib", type=float, default=80.0)
     p.add_argument("--json", action="store_true", help="print the plan as JSON")
     args, overrides = p.parse_known_args(words)
-    from minglm import plan as planner
-    from minglm.config import load_config
+    from minglm.config.run import load_config
+    from minglm.plan import memory as planner
 
     config = load_config(args.config, overrides)
     found = planner.plan(config, args.gpus, args.gpu_memory_gib)
@@ -228,10 +228,10 @@ def import_(words):
     p.add_argument("folder", help="folder with config.json and safetensors")
     p.add_argument("--out", required=True, help="folder of the new run")
     args, overrides = p.parse_known_args(words)
-    from minglm import exchange
-    from minglm.config import load_config
+    from minglm.config.run import load_config
+    from minglm.recipe import convert
 
-    stage = exchange.import_checkpoint(load_config(args.config, overrides), args.folder, args.out)
+    stage = convert.import_checkpoint(load_config(args.config, overrides), args.folder, args.out)
     again = shlex.join(["python", "-m", "minglm", "run", args.config, "--out", args.out, *overrides])
     print(f"{args.folder} is stage {stage} of {args.out}; go on with: {again}")
 
@@ -246,11 +246,11 @@ def export(words):
     p.add_argument("--dtype", help="float32, bfloat16, float16 or fp8 (blocks of float8); default: as it came")
     p.add_argument("--shard-gigabytes", type=float, default=5.0, help="size of a file")
     args = p.parse_args(words)
-    from minglm import exchange
+    from minglm.recipe import convert
 
     if not args.shard_gigabytes > 0:
         raise ValueError(f"--shard-gigabytes {args.shard_gigabytes}: must be positive")
-    stage = exchange.export_checkpoint(args.run, args.folder, args.stage, args.dtype, args.shard_gigabytes)
+    stage = convert.export_checkpoint(args.run, args.folder, args.stage, args.dtype, args.shard_gigabytes)
     print(f"{args.folder} holds {args.run}, stage {stage}")
 
 
@@ -258,7 +258,7 @@ def export(words):
 def bench(words):
     """Speed beside baselines: `generate`, `train`, `kernels` (its own options); `compile`: kernels for an H100."""
     if words[:1] == ["kernels"]:
-        from minglm.bench_kernels import command
+        from minglm.bench.kernels import command
 
         return command(parser("bench kernels", command.__doc__), words[1:])
     p = parser("bench", bench.__doc__)
@@ -273,8 +273,8 @@ def bench(words):
     args, overrides = p.parse_known_args(words)
     if min(args.prompt, args.tokens, args.train_tokens, args.repeats, *args.batches) < 1:
         raise ValueError("--batches, --prompt, --tokens, --train-tokens and --repeats must be at least 1")
-    from minglm import bench as benches
-    from minglm.config import load_config
+    from minglm.bench import generate as benches
+    from minglm.config.run import load_config
 
     for path in benches.run(args.what, load_config(args.config, overrides), args):
         print(path)
@@ -286,11 +286,11 @@ def figures(words):
     p = parser("figures", figures.__doc__)
     p.add_argument("paths", nargs="*", help="default: everything under figures/")
     args = p.parse_args(words)
-    from minglm import report
+    from minglm.report import card
 
     stored = sorted({log.parent for log in Path("figures").glob("*/seed*.jsonl")})
     paths = args.paths or [*sorted(Path("figures").glob("*_*.json")), *stored, Path("configs/toy.py")]
-    for path in report.redraw(paths):
+    for path in card.redraw(paths):
         print(path)
 
 

@@ -22,13 +22,14 @@ from pathlib import Path
 
 import numpy as np
 
-from minglm import figures
-from minglm.common import use_threads, versions, write_json
-from minglm.config import ModelConfig, OptimizerConfig
-from minglm.data import corpus, mixture
+from minglm.common.device import use_threads, versions, write_json
+from minglm.config.run import ModelConfig, OptimizerConfig
+from minglm.data import mixture
+from minglm.data.sources import corpus
 from minglm.data.tokenizer import Tokenizer
 from minglm.optim.muon import Muon
 from minglm.optim.schedule import learning_rate
+from minglm.report import drawing
 from minglm.train.loop import Phase, step
 
 FIGURES = Path(__file__).parent.parent / "figures"
@@ -92,13 +93,13 @@ def bars(axis, names, values, shades):
     """Draw a bar for each row of `values` (names, seeds), at its mean, with a tick for each seed."""
     for at, (row, shade) in enumerate(zip(values, shades, strict=True)):
         axis.bar(at, np.mean(row), color=shade, alpha=0.7, width=0.55)
-        axis.plot([at] * len(row), row, "_", color=figures.INK, markersize=12)
+        axis.plot([at] * len(row), row, "_", color=drawing.INK, markersize=12)
     axis.set_xticks(range(len(names)), names)
 
 
 def panel(axis, heading, x, y, **more):
     """Heading and axis labels of one panel, and other settings of the axis."""
-    figures.title(axis, heading)
+    drawing.title(axis, heading)
     axis.set(xlabel=x, ylabel=y, **more)
 
 
@@ -132,4 +133,4 @@ def run(name, experiment, draw, verdicts, shown, sizes, smoke, model=None, seeds
             write_json(folder / f"{name}.json", log | {"cpu_seconds": round(time.process_time() - began, 1)})
         log = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         print(*[f"{text}: {value}" for text, value in (verdicts(log) | log.get("full_scale", {})).items()], sep="\n")
-        print(f"{log['cpu_seconds']} CPU-seconds; {figures.save(draw(log), folder / f'{name}.png')}")
+        print(f"{log['cpu_seconds']} CPU-seconds; {drawing.save(draw(log), folder / f'{name}.png')}")

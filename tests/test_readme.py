@@ -134,15 +134,15 @@ def test_every_contract_is_named():
 @pytest.mark.xdist_group("readme")
 def test_logged_metrics_are_explained(finished):
     """Every number that a run logs at its steps has a row in README's tables."""
-    from minglm.common import read_jsonl
-    from minglm.rl import synchronous
+    from minglm.common.device import read_jsonl
+    from minglm.rl import trainer
 
     about = {"kind", "stage", "step", "tokens", "batch_tokens", "trained_tokens", "seconds"}
     dials = {"learning_rate", "mtp_weight", "bias_rate"}
     records = [r for r in read_jsonl(finished / "log.jsonl") if r["kind"] in ("step", "rl")]
     names = {name for record in records for name in record}
     # a small run may skip every update, so what an update logs is read from its source
-    source = "".join(map(inspect.getsource, (synchronous.update, synchronous.summarize, synchronous.learn)))
+    source = "".join(map(inspect.getsource, (trainer.update, trainer.summarize, trainer.learn)))
     names |= set(re.findall(r'(?:metrics\[|[{,\s])"(\w+)"(?:\] =|: )', source))
     names -= about | dials | {"reward_by_env", "switch_ok"}
     assert {"loss", "reward", "clip_share"} <= names

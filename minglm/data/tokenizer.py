@@ -24,7 +24,7 @@ from pathlib import Path
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from minglm.common import atomic_path
+from minglm.common.device import atomic_path
 
 
 def _pair(kind):

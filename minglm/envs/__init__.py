@@ -3,7 +3,7 @@
 from minglm.envs.arithmetic import Arithmetic
 from minglm.envs.code import Code
 from minglm.envs.instructions import Instructions
-from minglm.envs.provocation import Provocation
+from minglm.envs.pathology import Provocation
 from minglm.envs.retail import Retail
 
 ENVIRONMENTS = {

@@ -17,7 +17,7 @@ import random
 import re
 
 from minglm.envs.base import SingleTurn, SingleTurnEpisode, assistant, fingerprint, user, verdict
-from minglm.envs.sandbox import shared
+from minglm.envs.sandbox.pool import shared
 
 # name: (words, expression, meaning). {e} is the expression so far, {a} the same in brackets if it needs them, {c} the
 # constant, if there is one.

@@ -19,16 +19,16 @@ from itertools import count, repeat
 
 import torch
 
+from minglm.inference.cpu_decoder import PagesInC
+from minglm.inference.fp8_experts import PagesInFloat8
 from minglm.inference.kv_cache import Blocks
 from minglm.inference.pages import Pages
-from minglm.inference.pages_cpu import PagesInC
-from minglm.inference.pages_float8 import PagesInFloat8
 from minglm.inference.request import Completion, Event, Request
 from minglm.inference.sampling import DRAW, Settings, distribution, draw, likeliest, uniforms
 from minglm.inference.scheduler import Scheduler, Sequence
 from minglm.inference.speculative import Drafter, check
-from minglm.kernels.backend import backend
-from minglm.kernels.cpu import sample_cpu
+from minglm.kernels.cpu.build import sample_cpu
+from minglm.kernels.dispatch import backend
 
 __all__ = ["Completion", "Engine", "Event", "Request"]
 

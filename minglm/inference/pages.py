@@ -11,9 +11,9 @@ from itertools import groupby
 
 import torch
 
-from minglm.kernels.backend import backend
-from minglm.kernels.flash_attention import WIDEST
-from minglm.kernels.paged_attention import paged_attention, slot_mask
+from minglm.kernels.attention.eager import WIDEST
+from minglm.kernels.attention.paged import paged_attention, slot_mask
+from minglm.kernels.dispatch import backend
 
 
 class LayerPages:
@@ -42,10 +42,10 @@ class LayerPages:
         return torch.cat(out)[None]
 
     def read(self, group, q_BSNA):
-        """Attend q over what is stored for a group of rows, in the form that `minglm.kernels.backend` chooses."""
+        """Attend q over what is stored for a group of rows, in the form that `minglm.kernels.dispatch` chooses."""
         rows, positions_BS = self.plan.groups[group]
         if q_BSNA.shape[3] <= WIDEST and backend(q_BSNA) == "triton":
-            from minglm.kernels.paged_attention_triton import paged_attention_triton
+            from minglm.kernels.attention.triton_paged import paged_attention_triton
 
             return paged_attention_triton(q_BSNA, self.store, rows, positions_BS, self.first)
         return paged_attention(q_BSNA, self.store, rows, self.mask(group, q_BSNA))

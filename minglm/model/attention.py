@@ -11,9 +11,9 @@ context parallelism say, is put there from outside and the file knows nothing of
 import torch
 from torch import nn
 
-from minglm.kernels.backend import backend
-from minglm.kernels.flash_attention import flash_attention
-from minglm.kernels.qk_norm_rope import norm_rope_by_hand
+from minglm.kernels.attention.eager import flash_attention
+from minglm.kernels.dispatch import backend
+from minglm.kernels.qk_norm_rope.eager import norm_rope_by_hand
 from minglm.model.layers import Linear, RMSNorm
 from minglm.model.rope import rotate
 
@@ -39,7 +39,7 @@ class Attention(nn.Module):
         k = self.k_proj(x_BSD).unflatten(-1, (self.kv_heads, self.head_dim))
         weights = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
         if backend(q) == "triton":
-            from minglm.kernels.qk_norm_rope_triton import qk_norm_rope_triton
+            from minglm.kernels.qk_norm_rope.triton_kernel import qk_norm_rope_triton
 
             return qk_norm_rope_triton(q, k, *weights, *rotation, self.eps)
         if self.q_norm is not None:

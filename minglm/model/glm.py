@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minglm.model.attention import Attention
-from minglm.model.hf_files import fill, open_folder, save
+from minglm.model.hf.files import fill, open_folder, save
 from minglm.model.layers import MLP, RMSNorm
 from minglm.model.mla import LatentAttention
 from minglm.model.moe import MoE, Routing
@@ -91,7 +91,7 @@ class GLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=None, device="cpu"):
-        """The model of a released checkpoint: a folder with config.json and safetensors, see `minglm.model.hf_files`.
+        """The model of a released checkpoint: a folder with config.json and safetensors, see `minglm.model.hf.files`.
 
         dtype: of all parameters, torch.float32 to train; None: as stored, and computed in. Raises ValueError, one line,
         for a folder that is not a whole checkpoint of a GLM-4.5 model.
@@ -103,7 +103,7 @@ class GLM(nn.Module):
         return model
 
     def save_pretrained(self, folder, dtype=None, shard_gigabytes=5.0):
-        """Write a released checkpoint: arguments and errors are those of `minglm.model.hf_files.save`."""
+        """Write a released checkpoint: arguments and errors are those of `minglm.model.hf.files.save`."""
         save(self, folder, dtype, shard_gigabytes)
 
     @property

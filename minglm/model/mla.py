@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minglm.kernels.flash_attention import flash_attention
+from minglm.kernels.attention.eager import flash_attention
 from minglm.model.layers import Linear, RMSNorm
 from minglm.model.rope import rotate_pairs
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from minglm.kernels.grouped_gemm import grouped_experts
+from minglm.kernels.experts.eager import grouped_experts
 from minglm.model import balance
 from minglm.model.layers import MLP
 from minglm.model.router import Router

@@ -11,7 +11,7 @@ a group being as good as its two best biased scores together.
 import torch
 from torch import nn
 
-from minglm.kernels.backend import backend
+from minglm.kernels.dispatch import backend
 
 
 def choose(scores_TE, bias_E, top_k, groups=1, top_groups=1):
@@ -48,7 +48,7 @@ class Router(nn.Module):
         c = self.config
         logits_TE = x_TD.float() @ self.weight.float().T
         if c.n_group == 1 and backend(logits_TE) == "triton":
-            from minglm.kernels.router_topk_triton import route_triton
+            from minglm.kernels.router.triton_kernel import route_triton
 
             options = self.e_score_correction_bias, c.num_experts_per_tok, c.norm_topk_prob, c.routed_scaling_factor
             return route_triton(logits_TE, *options)

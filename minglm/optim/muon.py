@@ -34,8 +34,8 @@ from collections import defaultdict
 
 import torch
 
-from minglm.kernels.newton_schulz import orthogonalize as newton_schulz
-from minglm.kernels.newton_schulz import polar_express
+from minglm.kernels.newton_schulz.eager import orthogonalize as newton_schulz
+from minglm.kernels.newton_schulz.eager import polar_express
 
 ADAM_EPS = 1e-8
 HEADS = re.compile(r"\b[qkv]_proj\.weight$")  # matrices whose rows are heads, one after the other

@@ -21,7 +21,7 @@ Simplified: duplicates are the business of `data.dedup`. The paper gives no thre
 from dataclasses import dataclass
 from statistics import fmean
 
-from minglm.rl.pathology import detect
+from minglm.rewards.pathology import detect
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.data.corpus import Document
-from minglm.data.shingles import shingles
+from minglm.data.cleaning.shingles import shingles
+from minglm.data.sources.corpus import Document
 from minglm.testing.data import contract, seeds
 
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]

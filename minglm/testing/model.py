@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 
-from minglm.config import ModelConfig
+from minglm.config.run import ModelConfig
 from minglm.model.glm import GLM
 from minglm.testing.rl import holds, numbers, seeds
 

@@ -16,7 +16,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from minglm.config import OptimizerConfig
+from minglm.config.run import OptimizerConfig
 
 # one plain AssertionError at the first failing example: its message says which property, so smaller shapes add little
 contract = settings(deadline=None, report_multiple_bugs=False, phases=[Phase.generate], database=None)

@@ -231,7 +231,7 @@ _LOOP = {"en": "so we go on ", "zh": "我们继续算"}
 
 
 def check_detectors(detect):
-    """`detect(text, language)` like `minglm.rl.pathology.detect`: nothing on clean turns, and every inserted fault."""
+    """`detect(text, language)` like `minglm.rewards.pathology.detect`: nothing on clean turns, and every inserted fault."""
 
     def turn(sentences, thinks, calls):
         """A clean assistant turn of the GLM-4.5 template."""

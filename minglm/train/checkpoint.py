@@ -21,11 +21,11 @@ from contextlib import contextmanager
 
 import torch
 
-from minglm.common import atomic_path
+from minglm.common.device import atomic_path
 
 
 class Checkpoints:
-    """The checkpoints of one stage under `folder`. `log` is the run's `minglm.common.Log`, or None."""
+    """The checkpoints of one stage under `folder`. `log` is the run's `minglm.common.device.Log`, or None."""
 
     def __init__(self, folder, log=None, seconds=60.0):
         self.partial, self.previous, self.final = (folder / f"{n}.pt" for n in ("partial", "previous", "final"))

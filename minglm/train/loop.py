@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from minglm.kernels.linear_cross_entropy import linear_cross_entropy
+from minglm.kernels.cross_entropy.eager import linear_cross_entropy
 from minglm.model.balance import step_bias
 from minglm.model.mtp import targets
+from minglm.parallel.replicas import Replicas
 from minglm.train.checkpoint import Interrupted, stop_between_steps
 from minglm.train.guard import Guard
-from minglm.train.replicas import Replicas
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def train(model, optimizer, stream, phase, checkpoints, log, quiet=False, evalua
     evaluate: called without arguments whenever another `every` tokens have been seen (0: never).
     ceiling: tokens a second at which the device's matrix products would be never idle, measured FLOP/s over the model's
     FLOPs a token; with it each step says its utilisation, `mfu` (0: unknown).
-    threads: how many share the rows of each batch (`minglm.train.replicas`); results equal bit for bit at equal counts.
+    threads: how many share the rows of each batch (`minglm.parallel.replicas`); results equal bit for bit at equal counts.
     Ctrl-C saves and raises `Interrupted`. Leaves a partial checkpoint behind; the caller marks the stage final.
     """
     device, guard = model.lm_head.weight.device, Guard(phase.spike_factor, phase.rollback_after)

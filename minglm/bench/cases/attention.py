@@ -1,0 +1,170 @@
+"""Attention at GLM-4.5's shape (96 query heads, 8 key/value heads, width 128): forward, backward, packed, decoding.
+
+Baselines are PyTorch's own: its fused attention with each backend by name, because the default's choice changes between
+releases; FlexAttention, compiled, forward and at one length, because that takes half a minute; and for packed documents
+its attention for variable lengths. The baselines of decoding get keys and values in order, one text after another; ours
+reads them block by block.
+"""
+
+import inspect
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from minglm.bench.kernels import Case
+from minglm.inference.pages import LayerPages
+from minglm.kernels.attention.eager import flash_attention
+
+N, M, A = 96, 8, 128
+ROWS = ((8, 512), (1, 4096), (4, 4096), (1, 32768), (1, 131072))
+PACKED = (32768, 2048)  # positions of a row, and of each document in it
+CACHES = [(texts, slots) for slots in (4096, 32768, 131072) for texts in (1, 8, 64) if texts * slots <= 2**21]
+BLOCK = 16  # slots
+
+
+def inputs(device, B, S, heads):
+    """q, k, v and the gradient of the output, bfloat16 (B, S, heads, A)."""
+    N, M, A = heads
+    generator = torch.Generator(device).manual_seed(0)
+    return [
+        torch.randn(B, S, h, A, generator=generator, device=device, dtype=torch.bfloat16).requires_grad_(i < 3)
+        for i, h in enumerate((N, M, M, N))
+    ]
+
+
+def sdpa(backend, causal=True):
+    """PyTorch's attention with one of its backends, on tensors (B, S, heads, A)."""
+
+    def attend(q, k, v):
+        with sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(
+                *(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal, enable_gqa=q.shape[2] != k.shape[2]
+            )
+        return out.transpose(1, 2)
+
+    return attend
+
+
+def flex(S, device, length=None):
+    """PyTorch's FlexAttention, compiled: causal, in documents of one length if given."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def seen(b, h, i, j):
+        return (i >= j) & (i // length == j // length) if length else i >= j
+
+    # compiled, because the mask of all pairs of 131,072 positions would take 16 GiB
+    mask = torch.compile(create_block_mask)(seen, None, None, S, S, device=device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attend(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return compiled(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+    return attend
+
+
+def variable(S, device, length):
+    """PyTorch's attention for variable lengths, causal in documents of one length; it takes rows without a batch."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    starts = torch.arange(0, S + 1, length, device=device, dtype=torch.int32)
+    # before torch 2.12 it need not be told that there are fewer key/value heads
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+    def attend(q, k, v):
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        return varlen_attn(q, k, v, starts, starts, length, length, window_size=(-1, 0), **grouped)[None]
+
+    return attend
+
+
+def by_loop(length):
+    """Packed documents one after the other: the baseline of a machine without a GPU."""
+
+    def attend(q, k, v):
+        documents = zip(*(x.split(length, 1) for x in (q, k, v)), strict=True)
+        return torch.cat([sdpa(SDPBackend.MATH)(*document) for document in documents], 1)
+
+    return attend
+
+
+def baselines(S, device, length=None):
+    """Every form of the forward pass; ours first. length: of each document of a packed row."""
+    if length:
+        documents_BS = (torch.arange(S, device=device, dtype=torch.int32) // length)[None]
+        forms = {"minglm": lambda q, k, v: flash_attention(q, k, v, documents_BS)}
+        if device.type != "cuda":
+            return forms | {"SDPA, a loop": by_loop(length)}
+        return forms | {"varlen_attn": variable(S, device, length)}
+    forms = {"minglm": flash_attention}
+    if device.type != "cuda":
+        return forms | {"SDPA": sdpa(SDPBackend.MATH)}
+    return forms | {"SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION), "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION)}
+
+
+def forward(device, B, S, heads, length=None):
+    """{form: the forward pass alone}."""
+    q, k, v, _ = (x.detach() for x in inputs(device, B, S, heads))
+    forms = baselines(S, device, length)
+    if device.type == "cuda" and PACKED[0] == S:
+        forms["FlexAttention"] = flex(S, device, length)
+    return {name: lambda attend=attend: attend(q, k, v) for name, attend in forms.items()}
+
+
+def backward(device, B, S, heads, length=None):
+    """{form: the backward pass alone}, of forward passes that have been made."""
+    q, k, v, grad = inputs(device, B, S, heads)
+    forms = {}
+    for name, attend in baselines(S, device, length).items():
+
+        def run(attend=attend, made=[]):  # noqa: B006  a forward pass of its own, kept between the calls
+            if not made:
+                made.append(attend(q, k, v))
+            return torch.autograd.grad(made[0], (q, k, v), grad, retain_graph=True)
+
+        forms[name] = run
+    return forms
+
+
+def decode(device, texts, slots, heads):
+    """{form: the attention of one layer for the next token of so many texts, each with so many slots}."""
+    N, M, A = heads
+    generator = torch.Generator(device).manual_seed(0)
+    blocks = texts * slots // BLOCK
+    store = torch.randn(blocks, 2, M, BLOCK, A, generator=generator, device=device, dtype=torch.bfloat16)
+    q = torch.randn(texts, 1, N, A, generator=generator, device=device, dtype=torch.bfloat16)
+    tables = torch.randperm(blocks, generator=generator, device=device).view(1, texts, 1, -1) * (2 * M)
+    rows = (tables + torch.arange(2 * M, device=device).view(2, 1, M, 1)).flatten()
+    k, v = (store.view(-1, BLOCK * A)[part].view(texts, M, slots, A).transpose(1, 2) for part in rows.chunk(2))
+    layer = LayerPages(store, BLOCK)
+    layer.plan = SimpleNamespace(groups=[(rows, torch.full((texts, 1), slots - 1, device=device))], masks={})
+    if device.type == "cuda":
+        others = {"SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION, False)}
+        others |= {"SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION, False)}
+    else:
+        others = {"SDPA": sdpa(SDPBackend.MATH, False)}
+    forms = {"minglm": lambda: layer.read(0, q)}
+    return forms | {name: lambda attend=attend: attend(q, k, v) for name, attend in others.items()}
+
+
+def cases(device, smoke):
+    """Forward and backward at each size, with packed documents, and a step of decoding."""
+    heads = (4, 2, 16) if smoke else (N, M, A)
+    shape = f"{heads[0]}/{heads[1]} heads of {heads[2]}"
+    packed = (40, 10) if smoke else PACKED
+    for B, S, length in [(*row, None) for row in (((2, 40),) if smoke else ROWS)] + [(1, *packed)]:
+        pairs = B * S * ((length or S) + 1) / 2
+        flops, moved = 4 * heads[2] * heads[0] * pairs, 2 * B * S * heads[2] * 2 * (heads[0] + heads[1])
+        name = f"{B} x {S}, {f'documents of {length}, ' if length else ''}{shape}"
+        made = (device, B, S, heads, length)
+        yield Case(f"attention forward, {name}", flops, moved, lambda made=made: forward(*made))
+        if S <= 2**16:  # a minute for each form, beyond
+            yield Case(f"attention backward, {name}", 2.5 * flops, 2.5 * moved, lambda made=made: backward(*made))
+    for texts, slots in ((2, 48),) if smoke else CACHES:
+        total = texts * slots * heads[2]
+        yield Case(
+            f"attention decoding, {texts} x {slots}, {shape}", 4 * total * heads[0], 2 * 2 * total * heads[1],
+            lambda texts=texts, slots=slots: decode(device, texts, slots, heads), graph=True,
+        )  # fmt: skip

@@ -1,0 +1,74 @@
+"""The expert layer's two products alone, at GLM-4.5's shapes, rows sorted: x w_e', and the gradient of w_e.
+
+The expert layer is held against these: fused, it should cost no more than its two bare products by torch.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+
+from minglm.bench.cases import normal
+from minglm.bench.kernels import Case
+from minglm.kernels.dispatch import backend
+from minglm.kernels.experts.eager import grouped_mm, grouped_outer
+
+SHAPES = ((3072, 5120), (5120, 1536))  # outputs, inputs
+LOADS = [(E, rows) for E in (20, 160) for rows in (205, 819, 3277)]
+
+
+def drawn(device, E, rows, outputs, inputs):
+    """x, w, dy, and the end of each expert's rows, whose number varies by a half."""
+    part = torch.rand(E, generator=torch.Generator().manual_seed(0)) + 0.5
+    ends_E = (part.cumsum(0) / part.sum() * E * rows).round().int().to(device)
+    x, w = normal(device, E * rows, inputs), normal(device, E, outputs, inputs, seed=1, scale=inputs**-0.5)
+    return x, w, normal(device, E * rows, outputs, seed=2), ends_E
+
+
+def forward(device, *sizes):
+    """{form: y}."""
+    x, w, _, ends_E = drawn(device, *sizes)
+    bounds = [0, *ends_E.tolist()]
+    order = torch.arange(len(x), device=device)
+
+    def ours():
+        if backend(x) != "triton":
+            return grouped_mm(x, w.mT, ends_E)
+        from minglm.kernels.experts.triton_layer import product
+
+        return product([(x, w)], order, ends_E, 1, pick=False, transposed=True)
+
+    def loop():
+        return torch.cat([x[a:b] @ m.T for (a, b), m in zip(pairwise(bounds), w)])
+
+    return {"minglm": ours, "torch grouped_mm": lambda: F.grouped_mm(x, w.mT, offs=ends_E), "loop": loop}
+
+
+def gradient(device, *sizes):
+    """{form: the gradient of w}."""
+    x, _, dy, ends_E = drawn(device, *sizes)
+    bounds = [0, *ends_E.tolist()]
+    order = torch.arange(len(x), device=device)
+
+    def ours():
+        if backend(x) != "triton":
+            return grouped_outer(dy, x, ends_E)
+        from minglm.kernels.experts.triton_layer import outer
+
+        return outer(dy, x, order, ends_E, 1)
+
+    def loop():
+        return torch.stack([dy[a:b].T @ x[a:b] for a, b in pairwise(bounds)])
+
+    return {"minglm": ours, "torch grouped_mm": lambda: F.grouped_mm(dy.T, x, offs=ends_E), "loop": loop}
+
+
+def cases(device, smoke):
+    """Both products at each shape and load."""
+    for outputs, inputs in ((24, 16),) if smoke else SHAPES:
+        for E, rows in ((3, 10),) if smoke else LOADS:
+            T, made = E * rows, (device, E, rows, outputs, inputs)
+            flops, moved = 2 * T * outputs * inputs, 2 * (T * (inputs + outputs) + E * inputs * outputs)
+            name = f"{E} experts, {rows} rows each, {outputs} x {inputs}"
+            yield Case(f"grouped product, {name}", flops, moved, lambda made=made: forward(*made))
+            yield Case(f"grouped product, gradient of w, {name}", flops, moved, lambda made=made: gradient(*made))

@@ -1,0 +1,77 @@
+"""Output head and cross-entropy over GLM-4.5's 151,552 words: the loss alone, and with its gradients.
+
+Operations are counted as 6 T D V with gradients, each product once. Baselines: PyTorch by chunks of tokens whose logits
+are computed again in the backward pass, as written and compiled; PyTorch's own fused function where this release has
+it; Liger; cut-cross-entropy (which leaves out gradients too small for bfloat16).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from minglm.bench.cases import compiled, have, normal, with_gradients, without_gradients
+from minglm.bench.kernels import Case
+from minglm.kernels.cross_entropy.eager import linear_cross_entropy
+
+D, V, CHUNK = 5120, 151_552, 2048
+
+
+def piece(hidden_TD, head_VD, targets_T):
+    """The summed loss of a chunk."""
+    return F.cross_entropy((hidden_TD @ head_VD.T).float(), targets_T, reduction="sum")
+
+
+def chunked(loss):
+    """A loss by chunks of tokens, each computed again in the backward pass."""
+
+    def run(hidden_TD, head_VD, targets_T):
+        parts = zip(hidden_TD.split(CHUNK), targets_T.split(CHUNK))
+        return sum(checkpoint(loss, hidden, head_VD, targets, use_reentrant=False) for hidden, targets in parts)
+
+    return run
+
+
+def liger(hidden_TD, head_VD, targets_T):
+    """Liger's fused function."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(hidden_TD, head_VD, targets_T, reduction="sum")
+
+
+def cut(hidden_TD, head_VD, targets_T):
+    """cut-cross-entropy's Triton kernels."""
+    from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
+
+    return cut_cross_entropy(hidden_TD, head_VD, targets_T, reduction="sum", impl="cce")
+
+
+def fused(hidden_TD, head_VD, targets_T):
+    """PyTorch's own fused function."""
+    return F.linear_cross_entropy(hidden_TD, head_VD, targets_T, reduction="sum")
+
+
+def forms(device, T, D, V, gradients):
+    """{form: the summed loss}, or {form: the loss and the gradients of states and head}."""
+    hidden_TD, head_VD = normal(device, T, D), normal(device, V, D, seed=1, scale=D**-0.5)
+    targets_T = torch.randint(V, (T,), generator=torch.Generator(device).manual_seed(2), device=device)
+    ones_T = torch.ones(T, device=device)
+    functions = {"minglm": lambda h, w, t: linear_cross_entropy(h, w, t, ones_T), "torch, chunks": chunked(piece)}
+    functions |= {f"{name}, chunks": chunked(function) for name, function in compiled(piece, device, T).items()}
+    if hasattr(F, "linear_cross_entropy"):
+        functions["torch linear_cross_entropy"] = fused
+    functions |= {"liger": liger} if have("liger_kernel", device) else {}
+    functions |= {"cut-cross-entropy": cut} if have("cut_cross_entropy", device) else {}
+    if not gradients:
+        return {name: without_gradients(f, hidden_TD, head_VD, targets_T) for name, f in functions.items()}
+    inputs = [hidden_TD.requires_grad_(), head_VD.requires_grad_(), targets_T]
+    return {name: with_gradients(f, inputs, None) for name, f in functions.items()}
+
+
+def cases(device, smoke):
+    """The loss, and the loss with its gradients."""
+    d, v = (16, 50) if smoke else (D, V)
+    for T in (30,) if smoke else (4096, 16384):
+        name, read = f"{T} tokens, {d} x {v}", 2 * d * (T + v)
+        yield Case(f"head and cross-entropy, {name}", 2 * T * d * v, read, lambda T=T: forms(device, T, d, v, False))
+        yield Case(f"head and cross-entropy with gradients, {name}", 6 * T * d * v, 3 * read,
+                   lambda T=T: forms(device, T, d, v, True))  # fmt: skip

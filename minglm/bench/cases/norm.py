@@ -1,0 +1,48 @@
+"""RMSNorm after an addition to the residual stream, at GLM-4.5's width: alone, and with its gradients.
+
+Baselines: the plain form, as written and compiled by torch, and Liger's fused kernel.
+"""
+
+import torch
+
+from minglm.bench.cases import compiled, have, normal, with_gradients, without_gradients
+from minglm.bench.kernels import Case
+from minglm.kernels.norm.eager import add_norm, norm
+
+EPS = 1e-5
+
+
+def liger(x_TD, weight_D, eps, change_TD):
+    """Liger's kernel: the same two results."""
+    from liger_kernel.transformers.functional import liger_fused_add_rms_norm
+
+    return liger_fused_add_rms_norm(x_TD, change_TD, weight_D, eps, in_place=False)
+
+
+def forms(device, T, D, gradients):
+    """{form: the norm and the stream}, or {form: the norm and its gradients}."""
+    x_TD, change_TD, upstream_TD = (normal(device, T, D, seed=seed) for seed in range(3))
+    weight_D = 1 + normal(device, D, seed=3, scale=0.1, dtype=torch.float32)
+    functions = {"minglm": add_norm, "torch": norm}
+    functions |= {} if gradients else compiled(norm, device, T)
+    if have("liger_kernel", device):
+        functions["liger"] = liger
+    inputs = [x_TD, weight_D, EPS, change_TD]
+    if not gradients:
+        return {name: without_gradients(function, *inputs) for name, function in functions.items()}
+    inputs = [v.requires_grad_() if isinstance(v, torch.Tensor) else v for v in inputs]
+
+    def run(function):
+        return with_gradients(lambda x, weight, change: function(x, weight, EPS, change), inputs[:2] + inputs[3:],
+                              upstream_TD)  # fmt: skip
+
+    return {name: run(function) for name, function in functions.items()}
+
+
+def cases(device, smoke):
+    """Forward, and forward with backward."""
+    D = 32 if smoke else 5120
+    for T in (20,) if smoke else (4096, 16384, 65536):
+        yield Case(f"add and norm, {T} x {D}", 0, 8 * T * D, lambda T=T: forms(device, T, D, False), graph=True)
+        yield Case(f"add and norm with gradients, {T} x {D}", 0, 14 * T * D, lambda T=T: forms(device, T, D, True),
+                   graph=True)  # fmt: skip

@@ -1,0 +1,52 @@
+"""QK-norm and rotary embedding of GLM-4.5's 96 query and 8 key heads: alone, and with gradients.
+
+Baselines: the plain form, as written and compiled by torch.
+"""
+
+import torch
+
+from minglm.bench.cases import compiled, normal, without_gradients
+from minglm.bench.kernels import Case
+from minglm.kernels.dispatch import backend
+from minglm.kernels.qk_norm_rope.eager import qk_norm_rope
+
+EPS = 1e-5
+
+
+def ours(q, *rest):
+    """The form that this machine runs."""
+    if backend(q) != "triton":
+        return qk_norm_rope(q, *rest)
+    from minglm.kernels.qk_norm_rope.triton_kernel import qk_norm_rope_triton
+
+    return qk_norm_rope_triton(q, *rest)
+
+
+def forms(device, S, heads, gradients):
+    """{form: queries and keys}, with the gradients of both and of their weights if asked for."""
+    N, M, A = heads
+    q, k, dq, dk = (normal(device, 1, S, h, A, seed=seed) for seed, h in enumerate((N, M, N, M)))
+    weights = [1 + normal(device, A, seed=seed, scale=0.1, dtype=torch.float32) for seed in (4, 5)]
+    turn = torch.arange(S, device=device)[:, None] * 10_000 ** -torch.linspace(0, 1, A // 4, device=device)
+    inputs = [q, k, *weights, turn.cos()[None, :, None], turn.sin()[None, :, None], EPS]
+    functions = {"minglm": ours, "torch": qk_norm_rope}
+    functions |= {} if gradients else compiled(qk_norm_rope, device, S)
+    if not gradients:
+        return {name: without_gradients(function, *inputs) for name, function in functions.items()}
+    needed = [x.requires_grad_() for x in inputs[:4]]
+
+    def run(function):
+        return lambda: torch.autograd.grad(function(*inputs), needed, (dq, dk))
+
+    return {name: run(function) for name, function in functions.items()}
+
+
+def cases(device, smoke):
+    """Forward, and forward with backward."""
+    heads = (4, 2, 16) if smoke else (96, 8, 128)
+    for S in (20,) if smoke else (4096, 16384, 65536):
+        moved = 4 * S * (heads[0] + heads[1]) * heads[2]
+        name = f"{S} tokens, {heads[0]}/{heads[1]} heads of {heads[2]}"
+        for extra, factor in (("", 1), (" with gradients", 2.5)):
+            yield Case(f"QK-norm and rotation{extra}, {name}", 0, factor * moved,
+                       lambda S=S, extra=extra: forms(device, S, heads, bool(extra)), graph=True)  # fmt: skip

@@ -1,0 +1,61 @@
+"""The router's choice of 8 of 160 experts from its logits, and the sort of the choices by expert.
+
+Baselines: the plain form, as written and compiled by torch. What the router's own product costs is not in it.
+"""
+
+import torch
+
+from minglm.bench.cases import compiled, normal, with_gradients, without_gradients
+from minglm.bench.kernels import Case
+from minglm.kernels.dispatch import backend
+from minglm.kernels.router.eager import group_by_expert, router_topk, sort_by_expert
+
+E, K = 160, 8
+
+
+def ours(logits_TE, bias_E):
+    """The form that this machine runs."""
+    if backend(logits_TE) != "triton":
+        return router_topk(logits_TE, bias_E, K, True, 2.5)
+    from minglm.kernels.router.triton_kernel import route_triton
+
+    return route_triton(logits_TE, bias_E, K, True, 2.5)
+
+
+def plain(logits_TE, bias_E):
+    """The plain form."""
+    return router_topk(logits_TE, bias_E, K, True, 2.5)
+
+
+def weights_of(function):
+    """Only the weights, which have gradients."""
+    return lambda *inputs: function(*inputs)[1]
+
+
+def choosing(device, T, gradients):
+    """{form: experts, weights, scores}, or {form: weights and the gradient of the logits}."""
+    logits_TE, bias_E = normal(device, T, E, dtype=torch.float32), normal(device, E, scale=0.1, dtype=torch.float32)
+    functions = {"minglm": ours, "torch": plain}
+    functions |= {} if gradients else compiled(plain, device, T)
+    if not gradients:
+        return {name: without_gradients(function, logits_TE, bias_E) for name, function in functions.items()}
+    upstream_TK = normal(device, T, K, seed=1, dtype=torch.float32)
+    inputs = (logits_TE.requires_grad_(), bias_E)
+    return {name: with_gradients(weights_of(function), inputs, upstream_TK) for name, function in functions.items()}
+
+
+def sorting(device, T):
+    """{form: order, its inverse, ends}."""
+    experts_TK = normal(device, T, E, dtype=torch.float32).topk(K).indices
+    return {"minglm": lambda: sort_by_expert(experts_TK, E), "torch": lambda: group_by_expert(experts_TK, E)}
+
+
+def cases(device, smoke):
+    """Choice, with its gradient, and sort."""
+    for T in (30,) if smoke else (4096, 16384, 65536):
+        moved = T * (8 * E + 12 * K)
+        yield Case(f"router, {T} tokens", 0, moved, lambda T=T: choosing(device, T, False), graph=True)
+        yield Case(f"router with gradient, {T} tokens", 0, moved + T * (12 * E + 16 * K),
+                   lambda T=T: choosing(device, T, True), graph=True)  # fmt: skip
+        yield Case(f"sort by expert, {T} tokens", 0, 32 * T * K, lambda T=T: sorting(device, T),
+                   graph=True)  # fmt: skip

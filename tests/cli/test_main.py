@@ -1,0 +1,234 @@
+"""The command line: what each verb prints, its exit status, and one line for every mistake."""
+
+import io
+import json
+import os
+import re
+
+import pytest
+from helpers.nano_run import CONFIG, OVERRIDES, ROOT, copied, finished, records, small
+
+from minglm.__main__ import VERBS, load_run, main
+from minglm.data.store.shards import load_shards
+from minglm.eval import text as evaluate
+from minglm.plan.memory import count_parameters
+
+__all__ = ["copied", "finished"]  # fixtures
+
+RUN = [pytest.mark.slow, pytest.mark.xdist_group("pipeline")]  # for what needs the finished run
+on_a_run = lambda test: RUN[1](RUN[0](test))  # noqa: E731
+
+
+def output(capsys, *words, status=0):
+    """What a command prints, with the exit status it must have."""
+    assert main([str(word) for word in words]) == status
+    captured = capsys.readouterr()
+    if status:
+        assert captured.err.startswith("minglm: ") and captured.err.count("\n") == 1, captured.err
+        return captured.err
+    return captured.out
+
+
+def test_the_first_help(capsys):
+    """Without a word, or with --help: every verb with what it does."""
+    for words in ([], ["--help"], ["-h"]):
+        printed = output(capsys, *words)
+        assert all(re.search(rf"^    {name} ", printed, re.MULTILINE) for name in VERBS)
+
+
+def test_an_unknown_verb(capsys):
+    """The verbs that exist are named."""
+    line = output(capsys, "rum", status=2)
+    assert "'rum'" in line and all(name in line for name in VERBS)
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_every_verb_has_help(verb, capsys):
+    """--help says what the verb does and lists its options, exit status 0."""
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    printed = capsys.readouterr().out
+    assert end.value.code == 0 and f"usage: python -m minglm {verb}" in printed
+    assert len(printed.splitlines()) > 5
+
+
+def test_help_with_a_config_lists_every_field(capsys):
+    """Fields of all sections, with their meaning."""
+    with pytest.raises(SystemExit) as end:
+        main(["run", CONFIG, "--help"])
+    printed = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert end.value.code == 0
+    for name in ("--until", "--model.hidden_size", "--stages.general.tokens", "--evaluation.problems"):
+        assert name in printed
+    assert "Width D of the residual stream" in printed
+
+
+@pytest.mark.parametrize("words", [["run"], ["chat"], ["eval"], ["plan"], ["eval", "a", "--problems", "many"]])
+def test_missing_words(words, capsys):
+    """What argparse refuses: exit status 2 and the name of what is missing or wrong."""
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2 and re.search(r"error: .*(config|run|--problems)", capsys.readouterr().err)
+
+
+MISTAKES = {
+    "no such config": (["run", "configs/none.py"], "configs/none.py"),
+    "no such function": (["run", f"{CONFIG}:micro"], "has no function micro()"),
+    "unknown option": (["run", CONFIG, "--model.hiden_size", "64"], "--model.hiden_size"),
+    "a word that belongs nowhere": (["run", CONFIG, "fast"], "fast"),
+    "not a number": (["run", CONFIG, "--model.hidden_size", "wide"], "wide"),
+    "heads": (["run", CONFIG, "--model.num_key_value_heads", "3"], "model.num_attention_heads = 4"),
+    "experts": (["run", CONFIG, "--model.num_experts_per_tok", "9"], "model.num_experts_per_tok = 9"),
+    "top-1": (["run", CONFIG, "--model.num_experts_per_tok", "1"], "the router gets no gradient"),
+    "context": (["run", CONFIG, "--stages.long_agent.sequence_length", "4096"], "max_position_embeddings = 2048"),
+    "environment": (["run", CONFIG, "--posttraining.general_rl.environments", "chess"], "must be some of arithmetic"),
+    "no environment": (["run", CONFIG, "--posttraining.chat.rl.environments"], "posttraining.chat.rl.environments"),
+    "device": (["run", CONFIG, "--device", "tpu"], "must be auto, cpu or cuda"),
+    "only": (["run", CONFIG, "--only", "sleeping"], "--only sleeping: no such stage"),
+    "until": (["run", CONFIG, "--until", "long"], "the stages are general, code_reasoning"),
+    "plan": (["plan", CONFIG, "--model.hiden_size", "64"], "--model.hiden_size"),
+    "no run to talk to": (["chat", "{tmp}"], "is not the folder of a run"),
+    "no run to score": (["eval", "{tmp}/nothing"], "is not the folder of a run"),
+    "no run to draw": (["figures", "{tmp}"], "{tmp}"),
+    "nothing to draw": (["figures", "{tmp}/none.json"], "none.json"),
+    "temperature": (["chat", "{tmp}", "--temperature", "-1"], "--temperature"),
+    "nucleus": (["chat", "{tmp}", "--top-p", "0"], "--top-p"),
+    "no tokens": (["chat", "{tmp}", "--max-new-tokens", "0"], "--max-new-tokens"),
+    "an --out that is a file": (["run", CONFIG, "--out", "{tmp}/file"], "{tmp}/file"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_starts_nothing(name, capsys, tmp_path, monkeypatch):
+    """Exit status 2, one line with the field or word and the remedy; no folder is made."""
+    words, part = MISTAKES[name]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    line = output(capsys, *[word.replace("{tmp}", str(tmp_path)) for word in words], status=2)
+    assert part.replace("{tmp}", str(tmp_path)) in line
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_dry_run_starts_nothing(capsys, tmp_path, monkeypatch):
+    """The stages and the resolved config, overrides applied, as JSON; no folder is made."""
+    monkeypatch.chdir(tmp_path)
+    printed = output(capsys, "run", CONFIG, "--dry-run", *OVERRIDES)
+    assert os.listdir(tmp_path) == []
+    table, rest = printed.split("\n{", 1)
+    config, last = json.JSONDecoder().raw_decode("{" + rest)
+    assert config["stages"]["general"]["tokens"] == 12_000 and config["name"] == "nano"
+    names = [line.split()[0] for line in table.splitlines()[2:]]
+    assert names[:5] == ["general", "code_reasoning", "repository", "reasoning", "long_agent"]
+    assert names[-3:] == ["unified", "general_rl", "pathology_rl"]
+    assert f"{count_parameters(small().model)['body']:,} parameters" in ("{" + rest)[last:]
+
+
+@pytest.mark.parametrize("config", ["nano", "toy", "air_106b", "glm45_355b"])
+def test_plans(config, capsys):
+    """--json is JSON, and the other form is text for people; overrides and GPUs count."""
+    words = ["plan", ROOT / "configs" / f"{config}.py", "--gpus", "512"]
+    plan, text = json.loads(output(capsys, *words, "--json")), output(capsys, *words)
+    assert plan and len(text.splitlines()) > 5
+    longer = json.loads(output(capsys, *words, "--json", "--stages.long_agent.tokens", "7"))
+    assert longer != plan
+
+
+def test_interrupts_and_broken_files_are_no_tracebacks(capsys, monkeypatch):
+    """Ctrl-C anywhere is status 130; an error of the file system names its file; others are not hidden."""
+    for error, status in (
+        (KeyboardInterrupt(), 130),
+        (PermissionError(13, "Permission denied", "/root/run"), 2),
+        (OSError(28, "No space left on device"), 2),
+    ):
+        monkeypatch.setitem(VERBS, "run", lambda words, error=error: (_ for _ in ()).throw(error))
+        assert main(["run"]) == status
+        printed = capsys.readouterr().err
+        assert printed.count("\n") <= 1 and (status == 130 or "/root/run: Perm" in printed or "disk is full" in printed)
+    monkeypatch.setitem(VERBS, "run", lambda words: [][1])
+    with pytest.raises(IndexError):
+        main(["run"])
+
+
+@on_a_run
+def test_eval_repeats_the_evaluation_of_the_run(finished, capsys):
+    """The records of the last stage's evaluation, number by number, from its checkpoint alone."""
+    printed = output(capsys, "eval", finished, "--json")
+    found = [json.loads(line) for line in printed.splitlines()]
+    logged = [r for r in records(finished, "evaluation") if r["stage"] == "pathology_rl"]
+    assert len(found) == 10 and all(record | {"kind": "evaluation"} in logged for record in found)
+
+
+@on_a_run
+def test_eval_of_a_stage_and_a_task(finished, capsys):
+    """One line a mode: task, avg@k with its interval, pass@k."""
+    words = ["eval", finished, "--stage", "reasoning.sft", "--task", "arithmetic", "--problems", "3", "--samples", "1"]
+    lines = output(capsys, *words).splitlines()
+    assert [line.split()[:3] for line in lines] == [["arithmetic", m, "avg@1"] for m in ("thinking", "direct")]
+    assert all(re.search(r"0\.000 \(0\.000 to 0\.\d+\)  pass@1 0\.000", line) for line in lines)
+
+
+@on_a_run
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["eval", "--stage", "sleeping"], "no complete stage sleeping; complete: general, "),
+        (["eval", "--task", "chess"], "--task chess: no such task"),
+        (["eval", "--problems", "0"], "--problems 0"),
+        (["eval", "--samples", "-2"], "--samples -2"),
+        (["chat", "--stage", "sleeping"], "no complete stage sleeping"),
+    ],
+)
+def test_mistakes_with_a_run(finished, capsys, words, part):
+    """Stages, tasks and numbers that do not exist."""
+    assert part in output(capsys, words[0], finished, *words[1:], status=2)
+
+
+@on_a_run
+def test_a_run_without_a_complete_stage(copied, capsys):
+    """Nothing to talk to yet, in one line."""
+    for path in (copied / "checkpoints").rglob("final.pt"):
+        path.unlink()
+    for verb in ("chat", "eval"):
+        assert "no complete stage; complete: none" in output(capsys, verb, copied, status=2)
+
+
+@on_a_run
+@pytest.mark.parametrize("damage", ["checkpoint", "tokenizer"])
+def test_damaged_files_of_a_run(copied, capsys, damage):
+    """The damaged file is named."""
+    path = {"checkpoint": "checkpoints/pathology_rl/final.pt", "tokenizer": "data/tokenizer.json"}[damage]
+    (copied / path).write_bytes((copied / path).read_bytes()[:-500])
+    assert path in output(capsys, "eval", copied, status=2)
+
+
+@on_a_run
+@pytest.mark.parametrize("stage", ["general", "long_agent"])
+def test_a_stage_is_loaded_as_it_was_trained(finished, stage):
+    """Bits per byte of the loaded model are those in the log, which needs the stage's own rotary base."""
+    model, tokenizer, config, name = load_run(finished, stage)
+    assert name == stage and model.rope_theta == getattr(config.stages, stage).rope_theta
+    heldout = load_shards(finished / "data" / "heldout")["prose"]
+    length = min(getattr(config.stages, stage).sequence_length, 1024)
+    found = evaluate.bits_per_byte(model, tokenizer, heldout, length, config.evaluation.heldout_tokens)
+    logged = [r for r in records(finished, "bits_per_byte") if r["source"] == "prose"]
+    (expected,) = [r["value"] for r in logged if r["stage"] == stage]
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+@on_a_run
+def test_chat_with_a_run(finished, capsys, monkeypatch):
+    """Lines from standard input, answers on standard output, until the input ends."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("/nothink\nhello\n/tools\nhello\n"))
+    printed = output(capsys, "chat", finished, "--max-new-tokens", "5", "--stage", "unified")
+    assert printed.startswith("stage unified\n") and "thinking off" in printed and "tools on" in printed
+
+
+@on_a_run
+def test_figures_of_a_run_are_redrawn(copied, capsys):
+    """From the log alone, the same bytes as before; the paths are printed."""
+    before = {path: path.read_bytes() for path in (copied / "figures").glob("*.png")}
+    for path in before:
+        path.unlink()
+    printed = output(capsys, "figures", copied).split()
+    assert sorted(printed) == sorted(map(str, before))
+    assert all(path.read_bytes() == data for path, data in before.items())

@@ -1,0 +1,70 @@
+"""What TensorBoard and Weights & Biases are told is what the log says."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minglm.common.device import Log, read_jsonl
+from minglm.common.trackers import scalars, writer
+
+STEP = {"stage": "general", "step": 3, "tokens": 96, "loss": 2.5, "load_entropy": [0.9, 0.8], "left_out": "spike"}
+values = st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=3), st.lists, max_leaves=5)
+
+
+def test_names_say_stage_kind_and_number():
+    """Stage and source come first, then the kind, then the number's own name; labels keep needles of a stage apart."""
+    assert scalars("step", STEP) == {
+        "general/step/tokens": 96, "general/step/loss": 2.5, "general/step/load_entropy/0": 0.9,
+        "general/step/load_entropy/1": 0.8,
+    }  # fmt: skip
+    assert scalars("evaluation", {"stage": "sft", "env": "code", "thinking": True, "avg": 0.5, "low": None}) == {
+        "sft/code/True/evaluation/avg": 0.5
+    }
+    needles = [{"stage": "s", "length": n, "depth": d, "found": 1.0} for n in (8, 9) for d in (0.0, 0.5)]
+    assert len({name for record in needles for name in scalars("needle", record)}) == 4
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=4), values, max_size=5))
+def test_any_record_gives_numbers_only(record):
+    """Whatever JSON a record holds, names are strings and values numbers, and no truth value passes for one."""
+    for name, value in scalars("any", record).items():
+        assert isinstance(name, str) and type(value) in (int, float)
+
+
+def test_tensorboard_reads_back_what_was_logged(tmp_path):
+    """TensorBoard's own reader finds every number of the log, at its step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = Log(tmp_path / "log.jsonl", writer("tensorboard", tmp_path / "watch", {"name": "test"}))
+    for step in range(3):
+        log.write("step", stage="general", step=step, loss=2.5 - step)
+    log.file.close()
+    board = EventAccumulator(str(tmp_path / "watch")).Reload()
+    wanted = [(r["step"], r["loss"]) for r in read_jsonl(tmp_path / "log.jsonl")]
+    assert [(e.step, e.value) for e in board.Scalars("general/step/loss")] == wanted
+
+
+def test_wandb_is_told_the_same(tmp_path, monkeypatch):
+    """A stand-in for the package gets the config once, and each record's numbers with their step."""
+    told = []
+    run = SimpleNamespace(log=told.append)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **about: told.append(about) or run))
+    log = Log(tmp_path / "log.jsonl", writer("wandb", tmp_path, {"name": "toy"}))
+    log.write("step", **STEP)
+    log.write("sample", text="no number in it")
+    log.file.close()
+    assert told[0]["name"] == "toy" and told[1]["step"] == 3 and told[1]["general/step/loss"] == 2.5
+    assert len(told) == 2 and json.dumps(told)
+
+
+@pytest.mark.parametrize(("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+def test_a_missing_package_is_one_line(name, module, tmp_path, monkeypatch):
+    """Before anything is trained, with what to install; without a name nothing is needed."""
+    assert writer("", tmp_path, {}) is None
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=r"needs a package: pip install 'minglm\[log\]'"):
+        writer(name, tmp_path, {"name": "toy"})

@@ -1,0 +1,164 @@
+"""Every config of the ladder loads, and every wrong value is one line that names the field, before anything starts."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minglm.config.overrides import override
+from minglm.config.run import COMFORT, ModelConfig, Run, StageConfig, StagesConfig, check, load_config, to_dict
+
+ROOT = Path(__file__).parent.parent.parent
+LADDER = sorted((ROOT / "configs").glob("*.py"))
+
+
+def small():
+    """A run of a possible shape, with nothing in it that a file of the ladder decides."""
+    model = ModelConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=512)
+    return check(Run("small", model))
+
+
+def leaves(config, prefix=""):
+    """(dotted name, value) of every single value of a config."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{f.name}.")
+        elif isinstance(value, bool | int | float | str):
+            yield prefix + f.name, value
+
+
+LEAVES = list(leaves(small()))
+
+
+def refused(words, run=None):
+    """The message with which a run refuses these words; it must be one line."""
+    with pytest.raises(ValueError) as error:
+        check(override(run or small(), words))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_the_ladder_is_there():
+    """The rungs that the README names exist."""
+    assert {"nano", "toy", "air_106b", "glm45_355b"} <= {path.stem for path in LADDER}
+
+
+@pytest.mark.parametrize("path", LADDER, ids=lambda path: path.stem)
+def test_config_loads_and_takes_overrides(path):
+    """Every file of the ladder gives a checked run, which an override changes in one place."""
+    run = load_config(path)
+    assert run.name
+    other = load_config(path, ["--seed", "7"])
+    assert dataclasses.replace(run, seed=7) == other
+
+
+WRONG = {
+    "--model.hiden_size 3": "unknown option --model.hiden_size; did you mean --model.hidden_size?",
+    "--hidden_size 3": "unknown option --hidden_size; did you mean --model.hidden_size?",
+    "--model 3": "unknown option --model; it is a section",
+    "--stages.general.mixture.prsoe 1": "did you mean --stages.general.mixture.prose?",
+    "--model.hidden_size abc": "--model.hidden_size: invalid literal for int",
+    "--model.hidden_size": "--model.hidden_size",
+    "--model.use_qk_norm maybe": "--model.use_qk_norm",
+    "stray": "these words follow no option: stray",
+    "--model.hidden_size 64 65": "these words follow no option: 65",
+    "--model.num_attention_heads 5": "model.num_attention_heads = 5: must be a multiple of num_key_value_heads = 2",
+    "--model.num_experts_per_tok 161": "model.num_experts_per_tok = 161: cannot exceed n_routed_experts = 160",
+    "--model.num_experts_per_tok 1": "model.num_experts_per_tok = 1: with norm_topk_prob",
+    "--model.num_hidden_layers 0": "model.num_hidden_layers = 0: must be at least 1",
+    "--model.n_group 3": "model.n_group = 3: must divide n_routed_experts = 160",
+    "--model.partial_rotary_factor 1.5": "model.partial_rotary_factor = 1.5",
+    "--model.num_nextn_predict_layers 2": "model.num_nextn_predict_layers = 2",
+    "--stages.repository.packing tight": "stages.repository.packing = 'tight': must be truncate or best_fit",
+    "--stages.general.sequence_length 65536": "stages.code_reasoning.sequence_length = 4096: shorter than",
+    "--model.max_position_embeddings 4096": "model.max_position_embeddings = 4096: the longest stage",
+    "--stages.general.mixture.prose 0 --stages.general.mixture.code 0": "stages.general.mixture",
+    "--stages.general.mixture.prose nan": "stages.general.mixture",
+    "--posttraining.unified.sequence_length 200000": "posttraining.unified.sequence_length = 200000: must lie between",
+    "--evaluation.problems 0": "evaluation.problems = 0: must be positive",
+    "--optimizer.muon_momentum 1.5": "optimizer.muon_momentum = 1.5: must lie between 0 and 1",
+    "--posttraining.chat.rl.steps -1": "posttraining.chat.rl.steps = -1: must be a finite number, not negative",
+    "--optimizer.batch_tokens_start 0": "optimizer.batch_tokens_start = 0",
+    "--optimizer.peak_lr nan": "optimizer.peak_lr = nan",
+    "--posttraining.reasoning.rl.samples 1": "posttraining.reasoning.rl.samples = 1: a group of one has no advantage",
+    "--posttraining.general_rl.aggregation sum": "posttraining.general_rl.aggregation = 'sum'",
+    "--posttraining.thinking_share 2": "posttraining.thinking_share = 2.0",
+    "--dtype float16": "dtype = 'float16': must be float32 or bfloat16",
+    "--watch mlflow": "watch = 'mlflow': must be tensorboard or wandb, or empty",
+    "--data.fim_rate 2": "data.fim_rate",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_wrong_option_is_one_line_with_its_name(words):
+    """What is wrong, where, and what to do: in one line."""
+    assert WRONG[words] in refused(words.split())
+
+
+def test_missing_files_and_functions_are_one_line(tmp_path):
+    """A path that is no config says where the configs are; a file without the function says what a config is."""
+    with pytest.raises(ValueError, match=r"no config file at nowhere\.py; the ladder is in configs/"):
+        load_config("nowhere.py")
+    (tmp_path / "mine.py").write_text("x = 1\n")
+    with pytest.raises(ValueError, match=r"mine\.py has no function mine\(\)"):
+        load_config(tmp_path / "mine.py")
+    with pytest.raises(ValueError, match=r"has no function other\(\)"):
+        load_config(f"{tmp_path / 'mine.py'}:other")
+
+
+numbers = st.integers(-5, 200_000) | st.floats() | st.booleans()
+
+
+@given(st.sampled_from(LEAVES), numbers)
+def test_any_value_of_any_field_is_accepted_or_refused_in_one_line(leaf, value):
+    """No value, however strange, ends in a traceback."""
+    try:
+        check(override(small(), [f"--{leaf[0]}={value}"]))
+    except ValueError as error:
+        assert "\n" not in str(error)
+        assert leaf[0].rpartition(".")[2] in str(error)
+
+
+@given(st.sampled_from(LEAVES), st.integers(1, 3))
+def test_the_hash_says_whether_two_runs_ask_for_the_same(leaf, by):
+    """Equal configs have equal hashes, and any change of a value changes it; where a run is computed does not count."""
+    name, value = leaf
+    other = f"{value}{by}" if isinstance(value, str) else not value if isinstance(value, bool) else value + by
+    changed = override(small(), [f"--{name}={other}"])
+    assert small().hash() == small().hash()
+    assert (changed.hash() == small().hash()) == (name in COMFORT)
+
+
+@given(st.sampled_from(LEAVES))
+def test_an_override_with_the_value_a_field_has_changes_nothing(leaf):
+    """Every field can be written on the command line, hyphens or underscores, and reads back as it was."""
+    name, value = leaf
+    assert override(small(), [f"--{name}", str(value)] if value != "" else []) == small()
+    assert override(small(), [f"--{name.replace('_', '-')}={value}"]) == small()
+
+
+def test_a_source_of_ones_own_joins_the_mixture():
+    """Your own files become a source by one option, and only the stage that names it has it."""
+    run = override(small(), ["--stages.general.mixture.user:notes", "0.5"])
+    assert run.stages.general.mixture["user:notes"] == 0.5
+    assert "user:notes" not in run.stages.repository.mixture
+    assert "user:notes" not in StagesConfig().general.mixture
+
+
+def test_help_documents_every_field(capsys):
+    """--help prints every field with its docstring, and ends without an error."""
+    with pytest.raises(SystemExit) as stop:
+        override(small(), ["--help"])
+    assert not stop.value.code
+    printed = capsys.readouterr().out
+    assert all(f"--{name}" in printed for name, _ in LEAVES)
+
+
+def test_a_config_is_plain_data():
+    """A config as dictionaries has every field, so RUN/config.json can be read by anything."""
+    values = to_dict(small())
+    assert set(values) == {f.name for f in dataclasses.fields(Run)}
+    assert set(values["stages"]["general"]) == {f.name for f in dataclasses.fields(StageConfig)}

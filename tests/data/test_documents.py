@@ -1,0 +1,340 @@
+"""From documents to shards: what each step of cleaning takes, any engine, any number of processes, any accident."""
+
+import dataclasses
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minglm.config.run import DataConfig, check, load_config
+from minglm.data import build, workers
+from minglm.data.mixture import Mixture
+from minglm.data.sources.corpus import Document
+from minglm.data.store import documents as parts
+from minglm.data.store import shards
+from minglm.data.store.shards import damaged, load_shards, save_shards
+from minglm.data.workers import map_parts
+from minglm.testing.cleaning import document, made_up, templates
+
+OVERRIDES = ["--data.corpus_megabytes", "0.04", "--data.synthetic_documents", "12", "--data.trajectories", "4"]
+OVERRIDES += ["--data.near_duplicates", "0.8", "--data.semantic_duplicates", "0.95"]
+
+
+def small(*words):
+    return load_config("configs/nano.py", [*OVERRIDES, *words])
+
+
+@pytest.fixture
+def tiny_parts(monkeypatch):
+    """Parts of 15 thousand characters, so that a small corpus has several."""
+    monkeypatch.setattr(parts, "PART", 15_000)
+
+
+def contents(folder):
+    """{file: its bytes} of the shards under a folder, without what was noted about paths and time."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("*/*")) if path.suffix == ".npy"
+    }
+
+
+documents = st.builds(
+    Document,
+    st.text(max_size=40),
+    st.sampled_from(["code", "prose"]),
+    st.just("en"),
+    st.none() | st.floats(0, 1),
+    st.text(max_size=4),
+    st.none() | st.text(max_size=4),
+    st.booleans(),
+)
+
+
+@given(st.lists(documents, max_size=12), st.integers(1, 100))
+def test_parts_hold_every_document(some, size):
+    """Read again, the parts are the documents that were written, in order, without the empty ones."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "PART", size)
+        paths = parts.write(some, folder)
+        assert [d for path in paths for d in parts.read(path)] == [d for d in some if d.text.strip()]
+        assert len(parts.records(paths)) == sum(bool(d.text.strip()) for d in some)
+
+
+def clean(some, **settings):
+    """(how often each document stays, what was done) of documents, by these fields of DataConfig."""
+    run = load_config("configs/nano.py")
+    settings = {"decontaminate": 0, "lowest_share": 0.0, "top_share": 0.0} | settings
+    run = dataclasses.replace(run, data=dataclasses.replace(DataConfig(), **settings))
+    with tempfile.TemporaryDirectory() as folder:
+        times, done = build.clean(run, parts.write(some, f"{folder}/documents"), Path(folder))
+    return dict(zip([d.name for d in some], times.tolist(), strict=True)), done
+
+
+def test_each_step_takes_what_it_should_and_says_so():
+    """A corpus with an exact copy, a near copy, pages of a form and bad pages loses each to its own step."""
+    rng = random.Random(0)
+    good = [document(f"good{n}", made_up(rng, 200), quality=0.5 + n / 100) for n in range(20)]
+    words = good[3].text.split()
+    near = document("near", words[:100] + made_up(rng, 2) + words[102:], quality=0.1)
+    copy = dataclasses.replace(good[4], name="copy")
+    form = templates(rng, 1, 5)
+    some = [*good, near, copy, *form]
+    times, done = clean(some)
+    assert [name for name, n in times.items() if not n] == ["copy"] and done["exact_copies"] == 1
+    times, done = clean(some, near_duplicates=0.7)
+    assert [name for name, n in times.items() if not n] == ["near", "copy"] and done["near_duplicates"] == {"prose": 1}
+    times, done = clean(some, near_duplicates=0.7, semantic_duplicates=0.65)
+    best = max(form, key=lambda d: d.quality).name
+    assert [name for name, n in times.items() if n and name.startswith("0.")] == [best]
+    assert done["semantic_duplicates"] == {"prose": 4}
+    times, done = clean(good, lowest_share=0.25, top_share=0.1, top_epochs=4.0)
+    assert [times[d.name] for d in good] == [0] * 5 + [1] * 13 + [4] * 2
+    assert done["lowest_quality"] == {"prose": 5} and done["repeated"] == {"prose": 2} and done["documents"] == 21
+
+
+def test_duplicates_are_looked_for_inside_a_source():
+    """The same text may stand in two sources."""
+    page = document("a", made_up(random.Random(0), 100))
+    times, _ = clean([page, dataclasses.replace(page, name="b", source="user:mail")], near_duplicates=0.5)
+    assert times == {"a": 1, "b": 1}
+
+
+@pytest.mark.parametrize("taught_by", ["rubric", "labels"])
+def test_a_learned_score_decides_the_buckets(tmp_path, taught_by):
+    """Taught by the rubric, or by marks that say the opposite, the classifier drops what its teacher calls bad."""
+    rng = random.Random(1)
+    good = " ".join(["A sentence of quite ordinary words follows another one."] * 3)
+    pages = [document(f"{n}", [*good.split(), *made_up(rng, 5)], quality=None) for n in range(60)]
+    noise = [
+        document(f"n{n}", ["buy", "now", "$$$", "!!!", "0.1", *made_up(rng, 2)] * 4, quality=None) for n in range(60)
+    ]
+    marks = tmp_path / "marks.jsonl"
+    rows = [{"text": d.text, "label": float(d in noise)} for d in pages + noise]
+    marks.write_text("\n".join(map(json.dumps, rows)))
+    times, done = clean(pages + noise, lowest_share=0.5, quality="learned" if taught_by == "rubric" else f"{marks}")
+    dropped = [name for name, n in times.items() if not n]
+    wrong = sum(name.startswith("n") == (taught_by == "labels") for name in dropped)
+    assert len(dropped) == 60 and wrong <= 3 and done["judges"]["prose"]["documents"] == 120
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder of a small corpus in several parts, built by one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "PART", 15_000)
+        build.prepare(small(), tmp_path_factory.mktemp("built") / "data")
+    return tmp_path_factory.getbasetemp() / "built0" / "data"
+
+
+def test_parts_join_to_the_whole(built, tmp_path):
+    """A corpus in several parts holds the documents that one part holds, in the same order."""
+    one, many = build.prepare(small(), tmp_path)[1], load_shards(built / "train")
+    assert one.keys() == many.keys() and len(shards.index(built / "train")) > 4
+    for name, shard in one.items():
+        assert [d.tolist() for d in shard] == [d.tolist() for d in many[name]]
+        assert shard.lengths.tolist() == many[name].lengths.tolist() == [len(d) for d in shard]
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_shards(built, tmp_path, tiny_parts, monkeypatch):
+    """One process and two give the same files."""
+    monkeypatch.setattr(workers, "WORTH", 1)
+    build.prepare(dataclasses.replace(small(), threads=2), tmp_path)
+    assert contents(tmp_path) == contents(built)
+
+
+@pytest.mark.slow
+def test_ray_writes_the_same_shards(built, tmp_path, tiny_parts):
+    """The same functions as stages of Ray Data, embedded in this process, give the same files. (Ray is not in the extra
+    `test`: its wheel has 80 MB and comes months after a new Python. `pip install 'minglm[ray]'` switches this on.)"""
+    ray = pytest.importorskip("ray")
+    try:
+        build.prepare(small(), tmp_path, engine="ray")
+        with pytest.raises(ValueError, match="Expecting"):
+            map_parts(json.loads, ["1", "{"], "ray", 1)
+    finally:
+        ray.shutdown()
+    assert contents(tmp_path) == contents(built)
+
+
+def fail(task):
+    raise ValueError("a mistake")
+
+
+def test_engines_keep_order_and_mistakes():
+    """Results come in the order of the tasks; a ValueError of a task is one here; other engines are refused."""
+    tasks = [f"{n}" for n in range(5)]
+    assert map_parts(json.loads, tasks) == [0, 1, 2, 3, 4] and map_parts(json.loads, []) == []
+    with pytest.raises(ValueError, match="a mistake"):
+        map_parts(fail, [1])
+    with pytest.raises(ValueError, match=r"--engine spark: must be one of local, ray"):
+        map_parts(fail, [1], "spark")
+
+
+def test_a_build_that_was_stopped_goes_on(built, tmp_path, tiny_parts, monkeypatch):
+    """Stopped at each of its files in turn, the same command ends with the same shards, and does not begin anew."""
+    run, original, read = small(), shards.write_part, []
+    monkeypatch.setattr(build.corpus, "documents", lambda *a, f=build.corpus.documents: read.append(1) or f(*a))
+    for stop in (0, 1, 3):
+        count = iter(range(stop))
+
+        def killed(*args, count=count):
+            if next(count, None) is None:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        monkeypatch.setattr(parts, "write_part", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build.prepare(run, tmp_path / "again")
+        assert load_shards(tmp_path / "again" / "train") is None
+    monkeypatch.setattr(parts, "write_part", original)
+    build.prepare(run, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(built) and len(read) == 1
+
+
+@pytest.mark.parametrize("accident", ["cut short", "gone", "part gone", "texts gone too"])
+def test_a_torn_shard_is_built_again(built, tmp_path, tiny_parts, accident, capsys):
+    """A file that lost its end, or itself, is noticed and made again, from its part or from the sources; the rest of
+    the shards is not touched."""
+    shutil.copytree(built, tmp_path, dirs_exist_ok=True)
+    before, victim = contents(tmp_path), tmp_path / "train" / "00001.00.tokens.npy"
+    other = tmp_path / "train" / "00002.00.tokens.npy"
+    stamp = other.stat().st_mtime_ns
+    if accident == "part gone":
+        (tmp_path / "train" / "00001.json").write_text('{"key"')
+    elif accident == "gone":
+        victim.unlink()
+    else:
+        victim.write_bytes(victim.read_bytes()[:-7])
+    if accident == "texts gone too":
+        (tmp_path / "documents" / "done.json").unlink()
+    build.prepare(small(), tmp_path)
+    assert contents(tmp_path) == before and "it is built again" in capsys.readouterr().err
+    assert (other.stat().st_mtime_ns == stamp) or accident == "texts gone too"
+
+
+def test_another_config_builds_other_shards(built, tmp_path, tiny_parts):
+    """The folder of another config is not taken for its own."""
+    shutil.copytree(built, tmp_path, dirs_exist_ok=True)
+    build.prepare(small("--seed", "1"), tmp_path)
+    assert contents(tmp_path) != contents(built)
+    build.prepare(small(), tmp_path)
+    assert {name: data for name, data in contents(tmp_path).items() if name in contents(built)} == contents(built)
+
+
+def test_shards_come_back_and_damage_is_noticed(tmp_path):
+    """Saved shards load equal, only under their key; a file that was cut or changed is named."""
+    saved = {"user:my notes/x": [np.arange(n, dtype=np.uint16) for n in (3, 1, 5)], "code": []}
+    assert load_shards(tmp_path / "none") is None
+    save_shards(tmp_path, saved, {"hash": "abc"})
+    loaded = load_shards(tmp_path, {"hash": "abc"})
+    assert {k: [d.tolist() for d in v] for k, v in loaded.items()} == {
+        k: [d.tolist() for d in v] for k, v in saved.items()
+    }
+    assert shards.totals(tmp_path)["user:my notes/x"] == {"documents": 3, "tokens": 9, "bytes": 0}
+    with pytest.raises(IndexError):
+        loaded["code"][0]
+    assert load_shards(tmp_path, {"hash": "other"}) is None
+    mixture = Mixture(loaded, {"user:my notes/x": 1}, 4, "best_fit")
+    assert json.dumps(mixture.state_dict()) and mixture.next(2).tokens_BS.shape == (2, 4)
+    path = tmp_path / "00000.00.tokens.npy"
+    array = np.load(path)
+    np.save(path, array + 1)
+    assert not damaged(tmp_path) and "wrong checksum" in damaged(tmp_path, verify=True)[0]
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"damaged token shard .*00000\.00\.tokens\.npy"):
+        load_shards(tmp_path)
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=5), min_size=1, max_size=5), st.integers(0, 2**31))
+def test_a_shard_of_parts_is_the_sequence_of_their_documents(sizes, seed):
+    """Whatever the parts, some without a document, item k is document k of all."""
+    rng = np.random.default_rng(seed)
+    some = [[rng.integers(0, 99, n).astype(np.uint16) for n in part] for part in sizes]
+    pairs = [
+        (np.concatenate([*part, np.zeros(0, np.uint16)]), np.cumsum([len(d) for d in part], dtype=np.int64))
+        for part in some
+    ]
+    shard, flat = shards.Shard(pairs), [d for part in some for d in part]
+    assert len(shard) == len(flat) and shard.lengths.tolist() == [len(d) for d in flat]
+    assert [shard[n].tolist() for n in range(len(shard))] == [d.tolist() for d in flat]
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path):
+    """With room for 60 kB a file the build ends in one line that names the file; with room again, it completes."""
+    words = [
+        sys.executable,
+        "-m",
+        "minglm",
+        "run",
+        "configs/nano.py",
+        "--out",
+        str(tmp_path / "run"),
+        "--until",
+        "general",
+    ]
+    words += [*OVERRIDES, "--stages.general.tokens", "1024"]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+
+    def little_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, preexec_fn=little_room, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("minglm: ")]
+    assert "cannot write" in line and str(tmp_path) in line and "free space" in line
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_documents_longer_than_any_row_and_sources_that_run_dry(tmp_path):
+    """A text of a hundred rows is read in pieces by either packing, and a source of one short text is repeated."""
+    (tmp_path / "long.txt").write_text("word after word " * 4000)
+    (tmp_path / "short.jsonl").write_text('{"text": "one short text", "source": "tiny"}\n')
+    run = small(
+        "--data.files",
+        str(tmp_path / "long.txt"),
+        str(tmp_path / "short.jsonl"),
+        "--data.heldout",
+        "0",
+        "--data.lowest_share",
+        "0",
+    )
+    tokenizer, train, _, about = build.prepare(run, tmp_path / "data")
+    assert max(train["prose"].lengths) > 64 * 100 and about["skipped"] == 0
+    for packing in ("truncate", "best_fit"):
+        mixture = Mixture(train, {"prose": 1, "user:tiny": 1}, 64, packing)
+        batch = mixture.next(200)
+        assert batch.tokens_BS.shape == (200, 64) and mixture.epochs["user:tiny"] > 10
+    with pytest.raises(ValueError, match=r"source 'user:tiny' has no tokens"):
+        Mixture({"user:tiny": []}, {"user:tiny": 1}, 64)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--data.near_duplicates", "1.5"], r"data\.near_duplicates = 1\.5: must lie between 0 and 1"),
+        (["--data.lowest_share", "0.8", "--data.top_share", "0.4"], r"data\.lowest_share = 0\.8 .*at most 1"),
+        (["--data.quality", "rubrik"], r"data\.quality = 'rubrik': must be rubric, learned or a \.jsonl file"),
+        (["--data.top_epochs", "-1"], r"data\.top_epochs = -1\.0: must be a finite number, not negative"),
+    ],
+)
+def test_impossible_cleaning_is_refused(words, said):
+    """One line with field and value, before anything is read."""
+    with pytest.raises(ValueError, match=said):
+        small(*words)
+
+
+def test_cleaning_at_its_defaults_keeps_old_hashes():
+    """A run from before the fields of cleaning existed is found by its hash; a field that is set changes it."""
+    run = load_config("configs/nano.py")
+    assert run.hash() != check(dataclasses.replace(run, data=dataclasses.replace(run.data, near_duplicates=0.7))).hash()
+    assert not {"near_duplicates", "quality"} & set(build.older(dataclasses.asdict(run.data)))

@@ -1,0 +1,493 @@
+"""Environments: each holds the contract, broken ones are refused, and the scores say what the task says."""
+
+import dataclasses
+import json
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minglm.envs import ENVIRONMENTS
+from minglm.envs import code as code_module
+from minglm.envs.arithmetic import Arithmetic
+from minglm.envs.base import SingleTurnEpisode, assistant, message_fault, user, verdict
+from minglm.envs.code import Code, cases, meaning
+from minglm.envs.instructions import CHECKS, VALUE, WORDS, Instructions, split_words
+from minglm.envs.pathology import Provocation, faults, spoil
+from minglm.envs.retail import OUTCOME, TOOLS, Retail, RetailEpisode, outcomes_told
+from minglm.envs.sandbox.pool import Verdict
+from minglm.testing.envs import check_environment
+
+seeds = st.integers(0, 2**31)
+
+
+@pytest.mark.parametrize("env", ENVIRONMENTS.values(), ids=ENVIRONMENTS)
+def test_contract_holds(env):
+    """Every environment of the project keeps the contract it offers to others."""
+    check_environment(env)
+
+
+class Forgetful(Arithmetic):
+    """A task depends on how many were drawn before."""
+
+    drawn = 0
+
+    def task(self, index, seed, split="train", tiers=None):
+        self.drawn += 1
+        return super().task(index + self.drawn, seed, split, tiers)
+
+
+class OneSplit(Arithmetic):
+    """Train and test are the same tasks."""
+
+    def task(self, index, seed, split="train", tiers=None):
+        return super().task(index, seed, "train", tiers)
+
+
+class SeedSplit(Arithmetic):
+    """Train and test differ by the seed only, so that short tasks occur in both."""
+
+    def task(self, index, seed, split="train", tiers=None):
+        if split == "test":
+            seed += 12345
+        return super().task(index, seed, "train", tiers)
+
+
+class CarelessOracle(Arithmetic):
+    """The oracle is wrong where the result is large."""
+
+    def oracle(self, task, conversation, rng):
+        message = super().oracle(task, conversation, rng)
+        return message | {"content": str(min(7, int(message["content"])))}
+
+
+class AlwaysThinks(Arithmetic):
+    """The oracle cannot be told not to think."""
+
+    def demonstrate(self, task, thinking=True, seed=0):
+        return super().demonstrate(task, True, seed)
+
+
+class Lenient(Arithmetic):
+    """The answer may stand anywhere, so listing all answers pays."""
+
+    def judge(self, task, message):
+        return verdict(task.label in message["content"].split())
+
+
+class Fragile(Arithmetic):
+    """The grader assumes a number; its exception would count as the machine's fault."""
+
+    def judge(self, task, message):
+        return verdict(int(message["content"]) == int(task.label))
+
+
+class Forgiving(Arithmetic):
+    """Malformed messages are graded by their content."""
+
+    def episode(self, task):
+        class Deaf(SingleTurnEpisode):
+            def step(self, message):
+                self.message, self.done = message, True
+                return []
+
+        return Deaf(self, task)
+
+
+class Parity(Arithmetic):
+    """Even or odd: half of the reward is there for the guessing, and not declared."""
+
+    def oracle(self, task, conversation, rng):
+        return super().oracle(task, conversation, rng) | {"content": "odd" if int(task.label) % 2 else "even"}
+
+    def judge(self, task, message):
+        return verdict(message["content"] == ("odd" if int(task.label) % 2 else "even"))
+
+
+class Trusting(Retail):
+    """The final words are enough when nothing had to change."""
+
+    def episode(self, task):
+        class NoLookup(RetailEpisode):
+            def grade(self):
+                self.looked_up = set(self.task.label["wanted"])
+                return super().grade()
+
+        return NoLookup(task, self.max_turns)
+
+
+class Partial(Instructions):
+    """Full reward for half of the constraints."""
+
+    def judge(self, task, message):
+        parts = super().judge(task, message).parts
+        return verdict(sum(parts.values()) / len(parts) >= 0.5, parts)
+
+
+class Silent(Provocation):
+    """No fault found is all it asks, so that silence is the best answer."""
+
+    def judge(self, task, message):
+        return verdict(True)
+
+
+BROKEN = {
+    Forgetful: "give another task",
+    OneSplit: "occurs in training",
+    SeedSplit: "occurs in training",
+    CarelessOracle: "the oracle earns",
+    AlwaysThinks: "thoughts where asked for",
+    Lenient: "earns",
+    Fragile: "gives Score",
+    Forgiving: "earns|raised|NoneType",
+    Parity: "everywhere",
+    Trusting: "earns",
+    Partial: "earns",
+    Silent: "earns",
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda cls: cls.__name__)
+def test_contract_refuses_broken_environments(broken):
+    """Each fault is found, by the property it breaks."""
+    with pytest.raises(AssertionError, match=BROKEN[broken]):
+        check_environment(broken())
+
+
+def test_tiers_and_splits_are_checked():
+    """An unknown tier or split is one clear line."""
+    with pytest.raises(ValueError, match=r"tiers = \(9,\): arithmetic has tiers"):
+        ENVIRONMENTS["arithmetic"].task(0, 0, tiers=(9,))
+    with pytest.raises(ValueError, match="use 'train' or 'test'"):
+        ENVIRONMENTS["arithmetic"].task(0, 0, split="dev")
+
+
+@given(seeds)
+def test_test_share(seed):
+    """About one content in ten is a test task: the hash divides evenly, whatever the seed."""
+    env = ENVIRONMENTS["arithmetic"]
+    rng = random.Random(seed)
+    tests = 0
+    for _ in range(400):
+        messages, label = env.draw(rng, 5)
+        task = dataclasses.replace(env.task(0, 0), messages=tuple(messages), label=label)
+        tests += int(code_module.fingerprint([env.name, list(task.messages), label]), 16) % 10 == 0
+    assert 12 <= tests <= 72  # 40 expected, deviation 6; five of them to each side
+
+
+def test_faults_of_calls():
+    """Every way to break a call's schema is named; what the schema allows is no fault, in either nesting."""
+
+    def call(name, arguments):
+        return assistant() | {"tool_calls": [{"name": name, "arguments": arguments}]}
+
+    nested = tuple({"type": "function", "function": tool} for tool in TOOLS)
+    for tools in (TOOLS, nested):
+        assert message_fault(call("get_order", {"order_id": 482}), tools) is None
+        assert "unknown tool" in message_fault(call("drop_table", {}), tools)
+        assert "wrong arguments" in message_fault(call("get_order", {}), tools)
+        assert "wrong arguments" in message_fault(call("get_order", {"order_id": 1, "x": 2}), tools)
+        for value in ("482", 4.5, True, None, [482]):
+            assert "not of type integer" in message_fault(call("get_order", {"order_id": value}), tools)
+    assert message_fault(assistant("hello") | {"error": "bad_tool_call"}, TOOLS) == "bad_tool_call"
+
+
+# Arithmetic
+
+
+@given(seeds, st.integers(1, 6))
+def test_arithmetic_is_right(seed, tier):
+    """The label is the value of the sum, every step of the thought is true, and partial results stay in range."""
+    env = ENVIRONMENTS["arithmetic"]
+    task = env.task(seed, seed, tiers=(tier,))
+    prompt = task.messages[0]["content"]
+    terms = [int(t) for t in prompt.rstrip("=").replace("+", " ").replace("-", " -").split()]
+    assert len(terms) == tier + 1 and int(task.label) == sum(terms)
+    steps = env.demonstrate(task)[-1]["reasoning_content"].split(";")
+    for i, step in enumerate(steps):
+        left, right = step.split("=")
+        assert int(left.replace("-", "+-").split("+")[0]) == sum(terms[: i + 1])
+        assert int(right) == sum(terms[: i + 2]) and 0 <= int(right) <= 9
+
+
+def test_arithmetic_score_is_strict():
+    """Blanks around the number are forgiven; everything else is not."""
+    env = ENVIRONMENTS["arithmetic"]
+    task = env.task(0, 0)
+    for text, value in ((task.label, 1), (f" {task.label}\n", 1), (f"{task.label}.", 0), (f"0{task.label}", 0)):
+        episode = env.episode(task)
+        episode.step(assistant(text))
+        assert episode.score().value == value, text
+
+
+# Retail
+
+
+def shop(status, tier=1, secret=None, other="pending"):
+    """An episode about order 482 (and 317 in tier 3), with two bystanders."""
+    wanted = [482, 317] if tier == 3 else [482]
+    orders = {"482": status, "317": other, "555": "pending", "666": "delivered"}
+    label = {"orders": orders, "wanted": wanted, "secret": secret}
+    task = dataclasses.replace(ENVIRONMENTS["retail"].task(0, 0), label=label, messages=(user("..."),), tier=tier)
+    return ENVIRONMENTS["retail"].episode(task)
+
+
+def play(episode, *turns):
+    """Say strings, make calls ("get", 482); the score, and the last replies."""
+    replies = []
+    for turn in turns:
+        message = assistant(turn) if isinstance(turn, str) else assistant("", None, [call_of(turn)])
+        replies = episode.step(message)
+    return episode.score(), replies
+
+
+def call_of(turn):
+    return f"{turn[0]}_order", {"order_id": turn[1]}
+
+
+@pytest.mark.parametrize(
+    ("status", "turns", "value"),
+    [
+        ("pending", [("get", 482), ("cancel", 482), "Order 482 is cancelled."], 1),
+        ("pending", [("get", 482), ("cancel", 482), "It is canceled"], 1),
+        ("pending", [("get", 482), ("cancel", 482), "Order 482 is returned."], 0),
+        ("pending", [("get", 482), ("cancel", 482), "Order 482 is cancelled or returned."], 0),
+        ("pending", [("get", 482), ("cancel", 482), "Order 483 is cancelled."], 0),
+        ("pending", [("get", 482), ("cancel", 482), "Done."], 0),
+        ("pending", [("get", 482), "Order 482 is cancelled."], 0),  # said, not done
+        ("pending", [("cancel", 482), ("get", 482), ("cancel", 482), "Order 482 is cancelled."], 0),  # acted blindly
+        ("pending", [("get", 482), ("return", 482), ("cancel", 482), "Order 482 is cancelled."], 0),  # tried both
+        ("pending", [("get", 482), ("cancel", 482), ("get", 555), ("cancel", 555), "Order 482 is cancelled."], 0),
+        ("pending", [("get", 482), ("get", 999), ("cancel", 482), "Order 482 is cancelled."], 1),
+        ("delivered", [("get", 482), ("return", 482), "Order 482 is returned."], 1),
+        ("delivered", [("get", 482), ("cancel", 482), "Order 482 is cancelled."], 0),
+        ("shipped", [("get", 482), "Order 482 is on its way."], 1),
+        ("shipped", ["Order 482 is on its way."], 0),  # a guess
+        ("shipped", [("get", 482), ("get", 482), "Order 482 is on its way."], 1),
+        ("shipped", [("get", 482)] * 8, 0),  # out of turns
+    ],
+)
+def test_retail_policy(status, turns, value):
+    """Look up, do what the policy says and nothing else, and tell the customer."""
+    score, _ = play(shop(status), *turns)
+    assert (score.value, score.status) == (value, "ok" if value else "wrong"), score
+
+
+def test_retail_customer_tells_the_number_once():
+    """A question brings the number, if it is still unknown; a statement, or a second question, ends the talk."""
+    episode = shop("shipped", tier=2, secret="It is 482.")
+    assert episode.step(assistant("Which order?")) == [user("It is 482.")]
+    assert play(episode, ("get", 482), "Order 482 is on its way.")[0].value == 1
+    assert play(shop("shipped", tier=2, secret="482."), "I will help you.")[1] == []
+    episode = shop("shipped", tier=2, secret="482.")
+    play(episode, "Which order?", "Which order?")
+    assert episode.done and episode.score().value == 0
+
+
+def test_retail_two_orders_and_parallel_calls():
+    """Both orders count, and several calls in one message get one result each, in order."""
+    episode = shop("pending", tier=3, other="shipped")
+    both = assistant("", None, [call_of(("get", 482)), call_of(("get", 317))])
+    replies = episode.step(both)
+    assert [json.loads(r["content"]) for r in replies] == [{"status": "pending"}, {"status": "shipped"}]
+    assert all(r["role"] == "tool" for r in replies)
+    score, _ = play(episode, ("cancel", 482), "Order 482 is cancelled. Order 317 is on its way.")
+    assert score.value == 1 and (score.parts["calls"], score.parts["valid_calls"]) == (3, 3)
+    episode = shop("pending", tier=3, other="shipped")
+    assert play(episode, ("get", 482), ("cancel", 482), "Order 482 is cancelled.")[0].value == 0
+
+
+def test_retail_halts_on_a_malformed_call():
+    """Value 0 at once, with the calls counted: one was valid, one was not."""
+    episode = shop("shipped")
+    play(episode, ("get", 482))
+    assert episode.step(assistant("", None, [("get_order", {"order_id": "482"})])) == []
+    score = episode.score()
+    assert episode.done and (score.value, score.status) == (0, "format")
+    assert (score.parts["calls"], score.parts["valid_calls"], score.parts["format"]) == (2, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("reply", "told"),
+    [
+        ("482 and 317 are cancelled.", ("cancelled", "cancelled")),
+        ("Order 317 is returned, 482 is cancelled.", ("cancelled", "returned")),
+        ("Cancelled: 482. On its way: 317.", ("on its way", None)),  # read from the number on; no credit for less
+        ("482 cancelled", (None, None)),
+        ("482 is cancelled, 482 and 317 are returned", (None, None)),
+        ("482 is cancelled and returned, 317 is returned", (None, "returned")),
+        ("", (None, None)),
+    ],
+)
+def test_retail_reading_of_replies(reply, told):
+    """Each order gets the statement that follows its number, or none."""
+    assert tuple(outcomes_told(reply, [482, 317])[n] for n in ("482", "317")) == told
+
+
+@given(seeds, st.sampled_from([1, 2, 3]))
+def test_retail_wrong_outcomes_earn_nothing(seed, tier):
+    """The oracle's talk, with the last message about another outcome, earns nothing."""
+    env = ENVIRONMENTS["retail"]
+    task = env.task(seed, seed, tiers=(tier,))
+    talk = [m for m in env.demonstrate(task)[1:] if m["role"] == "assistant"]
+    for right in OUTCOME.values():
+        for wrong in OUTCOME.values():
+            if right in talk[-1]["content"] and wrong != right:
+                episode = env.episode(task)
+                for message in talk[:-1]:
+                    episode.step(message)
+                episode.step(talk[-1] | {"content": talk[-1]["content"].replace(right, wrong, 1)})
+                assert episode.score().value == 0
+
+
+# Instructions
+
+
+def changed(kind, value, text, language):
+    """The answer `text`, changed so that it breaks one kind of constraint."""
+    words = split_words(text)
+    free = [w for w in WORDS[language] if w not in words]
+
+    def instead(fits):
+        return text.replace(words[0], next(w for w in free if fits(w)), 1)
+
+    return {
+        "count": lambda: text.replace(words[0], f"{words[0]} {free[0]}", 1),
+        "repeat": lambda: instead(lambda word: True),
+        "language": lambda: text.replace(words[0], "café" if language == "zh" else "七", 1),
+        "even": lambda: instead(lambda word: VALUE[word] % 2 == 1),
+        "odd": lambda: instead(lambda word: VALUE[word] % 2 == 0),
+        "above": lambda: instead(lambda word: VALUE[word] <= value),
+        "below": lambda: instead(lambda word: VALUE[word] >= value),
+        "include": lambda: text.replace(value, free[0]),
+        "avoid": lambda: text.replace(words[0], value, 1),
+        "up": lambda: text.replace(words[0], WORDS[language][8], 1).replace(words[1], WORDS[language][0], 1),
+        "down": lambda: text.replace(words[0], WORDS[language][0], 1).replace(words[1], WORDS[language][8], 1),
+        "start": lambda: instead(lambda word: word[0] != value),
+        "forbid": lambda: text.replace(words[0], words[0] + value, 1),
+        "capitals": lambda: text.lower(),
+        "dashes": lambda: text.replace("- ", "* ", 1),
+        "numbered": lambda: text.replace("1. ", "2. ", 1),
+        "commas": lambda: text.replace(", ", " ", 1).replace("，", " ", 1),
+        "brackets": lambda: text.replace(")", ""),
+        "end": lambda: text[:-1],
+    }[kind]()
+
+
+@given(seeds, st.sampled_from([1, 2, 3, 4]))
+def test_each_instruction_counts(seed, tier):
+    """Every constraint of a perfect answer, broken by itself, costs the reward, and `parts` names it."""
+    env = ENVIRONMENTS["instructions"]
+    task = env.task(seed, seed, tiers=(tier,))
+    constraints = task.label["constraints"]
+    assert len(constraints) == min(tier, 3) + 2  # number and language are always given
+    right = env.demonstrate(task)[-1]["content"]
+    text = right.lower() if "capitals" not in constraints else right
+    for kind, value in constraints.items():
+        if kind != "capitals" and "capitals" in constraints:
+            broken = changed(kind, value, text.lower(), constraints["language"]).upper()
+        else:
+            broken = changed(kind, value, text, constraints["language"])
+        score = env.judge(task, assistant(broken))
+        assert score.value == 0 and score.parts[kind] == 0, (kind, broken, score)
+
+
+def test_instructions_have_every_kind():
+    """Many tasks show all kinds of constraints, in both languages."""
+    tasks = ENVIRONMENTS["instructions"].tasks(2000, 0, tiers=(1, 2, 3, 4))
+    assert {kind for t in tasks for kind in t.label["constraints"]} == set(CHECKS)
+    pairs = {(t.label["asked"], t.label["constraints"]["language"]) for t in tasks}
+    assert pairs == {("en", "en"), ("en", "zh"), ("zh", "zh"), ("zh", "en")}
+
+
+# Code
+
+
+@given(seeds, st.sampled_from([1, 2, 3, 4]))
+def test_code_tests_mean_what_the_words_say(seed, tier):
+    """The prompt names the steps of the label in order, and the tests tell it from every shorter list of steps."""
+    task = ENVIRONMENTS["code"].task(seed, seed, tiers=(tier,))
+    steps = task.label["steps"]
+    words = task.messages[0]["content"].split(": ")[1].rstrip(".").split(", then ")
+    assert words == [code_module.STEPS[name][0].format(c=c) for name, c in steps] and len(steps) == tier
+    for name, c in steps:  # a constant that the prompt does not show would make two tasks of one prompt
+        assert (c is None) == ("{c}" not in code_module.STEPS[name][0])
+    for i in range(tier):
+        shorter = steps[:i] + steps[i + 1 :]
+        assert any(meaning(shorter, value) != expected for [value], expected in cases(task.label))
+
+
+def test_code_accepts_any_right_program():
+    """Another way to compute the function, and a fenced one, earn the reward; the batch and the single score agree."""
+    env = ENVIRONMENTS["code"]
+    label = {"argument": "x", "steps": [["add", 3], ["abs", None], ["times", 2]]}
+    task = dataclasses.replace(env.task(0, 0), label=label)
+    sources = {
+        "def f(x):\n    return 2 * abs(x + 3)": 1,
+        "f = lambda x: 2 * max(x + 3, -x - 3)": 1,
+        "Here:\n```python\ndef f(x):\n    y = x + 3\n    return y * 2 if y > 0 else -y - y\n```\nDone.": 1,
+        "def f(x):\n    return 2 * (x + 3)": 0,
+        "def g(x):\n    return 2 * abs(x + 3)": 0,
+    }
+    episodes = [env.episode(task) for _ in sources]
+    for episode, source in zip(episodes, sources):
+        episode.step(assistant(source))
+    assert [s.value for s in env.score_all(episodes)] == list(sources.values())
+    assert env.judge(task, assistant(next(iter(sources)))).value == 1
+
+
+def test_code_failure_of_the_sandbox_is_nobodys_fault():
+    """An infrastructure Verdict becomes an infrastructure Score, by itself and beside others."""
+    env = ENVIRONMENTS["code"]
+    episode = env.episode(env.task(0, 0))
+    episode.step(assistant("def f(x):\n    return x"))
+    episode.result = Verdict("infrastructure", 0, 10, "a sandbox worker died")
+    score = episode.score()
+    assert (score.value, score.status) == (0, "infrastructure") and "worker died" in score.detail
+
+
+def test_code_refuses_weak_isolation(monkeypatch):
+    """Below the floor, grading stops with one clear line, and does not report failures sample by sample."""
+    env = Code()
+    episode = env.episode(env.task(0, 0))
+    episode.step(assistant("def f(x):\n    return x"))
+
+    def refuse(floor):
+        raise ValueError(f"below {floor}")
+
+    monkeypatch.setattr(code_module, "shared", refuse)
+    with pytest.raises(ValueError, match="below no-namespaces"):
+        env.score_all([episode])
+
+
+# Provocation
+
+
+def test_provocation_reports_each_detector():
+    """A fault of each kind costs the reward and shows in parts, also when the format halts the episode."""
+    env = ENVIRONMENTS["provocation"]
+    task = next(t for t in env.tasks(50, 0) if t.label == "en")
+    for text, error, part in (
+        ("Iron is 一种 金属 and 固体 too.", None, "language_mixing"),
+        ("iron is iron " * 40, None, "repetition"),
+        ("Iron is a solid.</think>", None, "format"),
+        ("Iron is a solid.", "stray_tag", "format"),
+    ):
+        episode = env.episode(task)
+        episode.step(assistant(text) | {"error": error})
+        score = episode.score()
+        assert score.value == 0 and score.parts[part] == 1, (text, score)
+        assert {"language_mixing", "repetition", "format"} <= set(score.parts)
+
+
+@given(seeds, st.booleans())
+def test_a_spoilt_answer_has_one_fault(seed, thinking):
+    """`spoil` puts exactly one of the three faults into the oracle's answer, and changes nothing else."""
+    env = ENVIRONMENTS["provocation"]
+    task = env.task(seed, seed, tiers=env.tiers)
+    clean = env.demonstrate(task, thinking)
+    spoilt = spoil(task, clean, random.Random(seed))
+    assert spoilt[:-1] == clean[:-1] and spoilt[-1] | {"content": clean[-1]["content"]} == clean[-1]
+    assert not any(faults(task, clean[-1]).values())
+    assert sum(faults(task, spoilt[-1]).values()) == 1

@@ -1,0 +1,103 @@
+"""`python -m minglm run configs/nano.py`, made small, in processes of its own; and one finished run to share."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from minglm.common.device import read_jsonl
+from minglm.config.run import load_config
+
+ROOT = Path(__file__).parent.parent.parent
+SMALL = {
+    "stages.general.tokens": 12_000,
+    "stages.code_reasoning.tokens": 6_000,
+    "stages.repository.tokens": 4_000,
+    "stages.reasoning.tokens": 4_000,
+    "stages.long_agent.tokens": 5_000,
+    "data.corpus_megabytes": 0.2,
+    "data.synthetic_documents": 60,
+    "data.trajectories": 40,
+    "evaluation.problems": 2,
+    "evaluation.max_new_tokens": 16,
+    "evaluation.needles": 1,
+    "posttraining.prompts_per_environment": 3,
+}
+OVERRIDES = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
+CONFIG = str(ROOT / "configs" / "nano.py")
+CLOCK = ("seconds", "evaluation_seconds", "tokens_per_second", "mfu")
+finished_folder = []
+
+
+def small():
+    """The `Run`."""
+    return load_config(CONFIG, OVERRIDES)
+
+
+def start(out, *words, before=None):
+    """The command in a process of its own; `before` is called in it first."""
+
+    def prepare():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test suite in the background has Ctrl-C switched off
+        if before is not None:
+            before()
+
+    command = [sys.executable, "-m", "minglm", "run", CONFIG, "--out", str(out), *OVERRIDES, *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=prepare,
+    )  # fmt: skip
+
+
+def complete(out, *words, before=None):
+    """(exit status, standard output, standard error) of the command, run to its end."""
+    process = start(out, *words, before=before)
+    printed, errors = process.communicate(timeout=900)
+    return process.returncode, printed, errors
+
+
+def stop(process, reached, how):
+    """Send a signal once `reached()`; returns (exit status, standard error)."""
+    deadline = time.monotonic() + 900
+    while process.poll() is None and not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=900)
+    return process.returncode, errors
+
+
+def records(folder, kind=None):
+    """The log without what the clock says, and without its head."""
+    found = read_jsonl(folder / "log.jsonl")
+    found = [{k: v for k, v in r.items() if k not in CLOCK} for r in found if r["kind"] != "start"]
+    return [r for r in found if kind in (None, r["kind"])]
+
+
+def weights(folder, stage):
+    """The state of a stage's model."""
+    return torch.load(folder / "checkpoints" / stage / "final.pt", weights_only=True)["model"]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a run that was never stopped. Look, do not touch: `copied` is for changing."""
+    if not finished_folder:  # a fixture that two modules import is set up for each of them
+        finished_folder.append(tmp_path_factory.mktemp("nano") / "run")
+        status, printed, errors = complete(finished_folder[0])
+        assert status == 0, f"{printed}\n{errors}"
+        (finished_folder[0] / "printed.txt").write_text(printed)
+    return finished_folder[0]
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))

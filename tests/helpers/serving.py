@@ -1,0 +1,107 @@
+"""Servers for tests: a model that says what it is told to behind the step-wise engine, and a server on a free port."""
+
+import contextlib
+import itertools
+import threading
+import time
+
+import httpx
+from helpers.scripted import byte_tokenizer, spelled
+from openai import OpenAI
+
+from minglm.inference import Event
+from minglm.serve.app import create_app, serve
+from minglm.serve.requests import Served
+
+TOKENIZER = byte_tokenizer()
+
+
+class Script:
+    """An engine whose answers are a function of the prompt: script(text of the prompt) -> text, or an exception.
+
+    Each step gives each open request one token. `pause` is how long a step takes; `prompts` is what it was asked.
+    """
+
+    def __init__(self, script, pause=0.0):
+        self.script, self.pause, self.prompts = script, pause, []
+        self.lock, self.numbers = threading.Condition(), itertools.count()
+        self.open, self.cancelled = {}, []
+
+    def submit(self, request, on_event=None):
+        """Queue a request."""
+        prompt = TOKENIZER.decode(request.prompt)
+        self.prompts.append(prompt)
+        with self.lock:
+            number = next(self.numbers)
+            self.open[number] = (request, on_event, [])
+            self.lock.notify_all()
+        return number
+
+    def cancel(self, number):
+        """Forget a request."""
+        with self.lock:
+            self.cancelled += [number] * (number in self.open)
+            return self.open.pop(number, None) is not None
+
+    def wait(self, timeout=None):
+        """Wait for something to do."""
+        with self.lock:
+            return bool(self.lock.wait_for(lambda: self.open, timeout))
+
+    def step(self):
+        """One token for everyone; a script that raises fails the step, and all that is under way."""
+        time.sleep(self.pause)
+        for number, (request, on_event, said) in list(self.open.items()):
+            answer = self.script(TOKENIZER.decode(request.prompt))
+            if isinstance(answer, Exception):
+                lost, self.open = self.open, {}
+                for failed, (_, hear, _) in lost.items():  # as the engine does
+                    hear(Event(failed, None, finish_reason="error"))
+                raise answer
+            ids = spelled(TOKENIZER, answer)
+            token = ids[len(said)]
+            said.append(token)
+            stopped = token in TOKENIZER.stop_ids
+            full = len(said) >= request.max_new_tokens or len(said) == len(ids)
+            end = "stop" if stopped else "length" if full else None
+            if end:
+                self.open.pop(number, None)
+            top = tuple((other, -1.0 - other) for other in range(request.top_logprobs))
+            on_event(Event(number, token, -0.5, top, end))
+
+
+@contextlib.contextmanager
+def running(engine, tokenizer=TOKENIZER, limit=4096, **options):
+    """(url, OpenAI client, the app's service) of a server in a thread of its own."""
+    bounds = {key: options.pop(key) for key in ("most_open", "most_bytes") if key in options}
+    app = create_app(engine, Served(tokenizer, "tiny", limit, **options), **bounds)
+    found, ready = [], threading.Event()
+
+    def run():
+        serve(app, port=0, ready=lambda url: (found.append(url), ready.set()))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    assert ready.wait(60)
+    with httpx.Client(base_url=found[0], timeout=60) as client:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(httpx.TransportError):
+                if client.get("/health").status_code == 200:
+                    break
+            time.sleep(0.02)
+        openai = OpenAI(base_url=found[0] + "/v1", api_key="none", max_retries=0, timeout=60)
+        try:
+            yield client, openai, app.state.service
+        finally:
+            openai.close()
+            app.state.server.should_exit = True
+            thread.join(timeout=20)
+
+
+def settled(condition, seconds=20):
+    """Whether a condition comes true within some seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()

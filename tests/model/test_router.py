@@ -1,0 +1,123 @@
+"""The router: who is chosen, with what weight, and that it can learn."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minglm.config.run import ModelConfig
+from minglm.model.router import Router, choose, mix
+from minglm.testing.model import check_router, normal
+from minglm.testing.rl import seeds
+
+
+def ours(scores_TE, bias_E, config):
+    """Our two functions as one."""
+    experts_TK = choose(scores_TE, bias_E, config.num_experts_per_tok, config.n_group, config.topk_group)
+    return experts_TK, mix(scores_TE, experts_TK, config.norm_topk_prob, config.routed_scaling_factor)
+
+
+def test_router_keeps_the_contract():
+    """Choice by biased score, ties to the lower index, weights from the scores alone, a gradient for every token."""
+    check_router(ours)
+
+
+def bias_in_the_weights(scores_TE, bias_E, config):
+    """Mixes with the biased scores: balancing changes what the experts say."""
+    experts_TK, _ = ours(scores_TE, bias_E, config)
+    return experts_TK, mix(scores_TE + bias_E, experts_TK, config.norm_topk_prob, config.routed_scaling_factor)
+
+
+def last_of_equals(scores_TE, bias_E, config):
+    """Ties go to the higher index."""
+    flipped, weights_TK = ours(scores_TE.flip(1), bias_E.flip(0), config)
+    return scores_TE.shape[1] - 1 - flipped, weights_TK
+
+
+def unbiased_choice(scores_TE, bias_E, config):
+    """Forgets the bias: nothing is balanced."""
+    return ours(scores_TE, torch.zeros_like(bias_E), config)
+
+
+def zeros_for_other_groups(scores_TE, bias_E, config):
+    """Masks the groups that are out with 0, which beats a negative biased score."""
+    biased_TE = scores_TE + bias_E
+    grouped = biased_TE.unflatten(1, (config.n_group, -1))
+    best = grouped.topk(2, -1).values.sum(-1).sort(descending=True, stable=True).indices[:, : config.topk_group]
+    out = torch.ones(grouped.shape[:2], dtype=torch.bool).scatter_(1, best, False)
+    masked_TE = grouped.masked_fill(out[..., None], 0.0).flatten(1)
+    experts_TK = masked_TE.sort(descending=True, stable=True).indices[:, : config.num_experts_per_tok]
+    return experts_TK, mix(scores_TE, experts_TK, config.norm_topk_prob, config.routed_scaling_factor)
+
+
+def no_gradient(scores_TE, bias_E, config):
+    """The weights are cut from the graph, as when they are computed under no_grad with the choice."""
+    experts_TK, weights_TK = ours(scores_TE.detach(), bias_E, config)
+    return experts_TK, weights_TK + 0 * scores_TE.sum()
+
+
+def forgets_the_factor(scores_TE, bias_E, config):
+    """Weights that sum to one, right for GLM-4.5-Air and wrong for GLM-4.5."""
+    return ours(scores_TE, bias_E, dataclasses.replace(config, routed_scaling_factor=1.0))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [bias_in_the_weights, last_of_equals, unbiased_choice, zeros_for_other_groups, no_gradient, forgets_the_factor],
+)
+def test_contract_finds_broken_router(broken):
+    """Each mistake others have made is found."""
+    with pytest.raises(AssertionError):
+        check_router(broken)
+
+
+def router(seed, E=6, D=8, K=2):
+    """A router with drawn weights and bias."""
+    config = dataclasses.replace(ModelConfig(), hidden_size=D, n_routed_experts=E, num_experts_per_tok=K)
+    module = Router(config)
+    with torch.no_grad():
+        module.weight.copy_(normal(seed, E, D))
+        module.e_score_correction_bias.copy_(normal(seed + 1, E, scale=0.3))
+    return module
+
+
+@given(seed=seeds, T=st.integers(1, 6))
+def test_module_is_its_equation(seed, T):
+    """Scores are the sigmoid of a product in float32; the rest is `choose` and `mix`."""
+    module, x_TD = router(seed), normal(seed + 2, T, 8)
+    experts_TK, weights_TK, scores_TE = module(x_TD)
+    expected_TE = torch.sigmoid(x_TD.double() @ module.weight.double().T)
+    torch.testing.assert_close(scores_TE.double(), expected_TE, atol=1e-6, rtol=0)  # float32, 8 products
+    chosen_TK, mixed_TK = ours(scores_TE, module.e_score_correction_bias, module.config)
+    assert torch.equal(experts_TK, chosen_TK) and torch.equal(weights_TK, mixed_TK)
+
+
+@given(seed=seeds)
+def test_bfloat16_activations_are_routed_in_float32(seed):
+    """The scores, the bias and the weights are float32 whatever the activations are."""
+    module, x_TD = router(seed), normal(seed + 2, 4, 8).bfloat16()
+    experts_TK, weights_TK, scores_TE = module(x_TD)
+    assert weights_TK.dtype == scores_TE.dtype == module.e_score_correction_bias.dtype == torch.float32
+    assert torch.equal(scores_TE, module(x_TD.float())[2])
+
+
+@given(seed=seeds, K=st.integers(2, 4))
+def test_router_learns_and_its_bias_does_not(seed, K):
+    """With two experts or more every row of the weight that was used gets a gradient; the bias is no parameter."""
+    module, x_TD = router(seed, K=K), normal(seed + 2, 3, 8)
+    experts_TK, weights_TK, _ = module(x_TD)
+    (weights_TK * torch.arange(1.0, K + 1)).sum().backward()
+    assert (module.weight.grad[experts_TK.unique()].abs().amax(1) > 0).any()
+    assert [name for name, _ in module.named_parameters()] == ["weight"]
+    assert "e_score_correction_bias" in module.state_dict()
+
+
+def test_one_normalised_expert_is_refused_with_the_reason():
+    """With one expert a token its normalised weight is always 1: the router could not learn."""
+    with pytest.raises(ValueError, match="router gets no gradient"):
+        dataclasses.replace(ModelConfig(), num_experts_per_tok=1).check()
+    scores_TE = torch.rand(3, 4, requires_grad=True)
+    weights_TK = mix(scores_TE, choose(scores_TE, torch.zeros(4), 1))
+    assert not torch.autograd.grad(weights_TK.sum(), scores_TE)[0].abs().max() > 1e-6  # why it is refused

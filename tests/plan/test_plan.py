@@ -1,0 +1,297 @@
+"""The planner: published counts to the last parameter, and its formulas against models that are built and run."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minglm import GLM
+from minglm.config.run import ModelConfig, OptimizerConfig, Run, StageConfig, StagesConfig, load_config
+from minglm.kernels.attention import eager
+from minglm.optim.muon import Muon
+from minglm.plan.memory import (
+    GIB,
+    activation_bytes_per_token,
+    count_parameters,
+    flops_per_token,
+    kv_cache_bytes_per_token,
+    memory,
+    plan,
+    render,
+    unit_counts,
+)
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
+GLM45, AIR = load_config(CONFIGS / "glm45_355b.py"), load_config(CONFIGS / "air_106b.py")
+FLASH = load_config(CONFIGS / "flash_30b.py")
+
+# Worked out by hand from the released configurations. "355B" is the body with the MTP layer, "106B" Air's body; the
+# Hugging Face hub shows 358B because the released file stores embedding and head twice.
+GOLDEN = {
+    "body": (351_245_936_544, 105_610_737_280, 29_309_005_440),
+    "mtp": (3_988_069_792, 2_375_059_584, 643_706_176),
+    "body_with_mtp": (355_234_006_336, 107_985_796_864, 29_952_711_616),
+    "embedding": (775_946_240, 620_756_992, 317_194_240),
+    "head": (775_946_240, 620_756_992, 317_194_240),
+    "total": (352_797_829_024, 106_852_251_264, 29_943_393_920),
+    "total_with_mtp": (356_785_898_816, 109_227_310_848, 30_587_100_096),
+    "total_with_mtp_copies": (358_337_791_296, 110_468_824_832, 31_221_488_576),
+    "active_body": (32_080_373_664, 12_182_615_680, 3_262_377_600),
+    "active_with_mtp": (32_482_313_536, 12_481_494_784, 3_339_852_736),
+    "active_with_head": (32_856_319_904, 12_803_372_672, 3_579_571_840),
+    "active_with_embedding": (33_632_266_144, 13_424_129_664, 3_896_766_080),
+}
+GOLDEN_UNITS = {
+    "attention": (136_329_472, 109_066_240, 21_759_232),
+    "expert": (23_592_960, 17_301_504, 9_437_184),
+    "dense": (188_743_680, 134_479_872, 62_914_560),
+    "router": (819_360, 524_416, 131_136),
+    "moe": (3_799_285_920, 2_232_418_432, 613_548_096),
+}
+
+
+@st.composite
+def models(draw):
+    """A small ModelConfig of any shape the model accepts."""
+    kv_heads, layers = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    experts = draw(st.integers(2, 6))
+    config = ModelConfig(
+        vocab_size=draw(st.integers(8, 60)),
+        hidden_size=draw(st.integers(2, 40)),
+        num_hidden_layers=layers,
+        first_k_dense_replace=draw(st.integers(0, layers)),
+        num_nextn_predict_layers=draw(st.integers(0, 1)),
+        num_attention_heads=kv_heads * draw(st.integers(1, 3)),
+        num_key_value_heads=kv_heads,
+        head_dim=4 * draw(st.integers(1, 6)),
+        intermediate_size=draw(st.integers(2, 60)),
+        moe_intermediate_size=draw(st.integers(2, 30)),
+        n_routed_experts=experts,
+        num_experts_per_tok=draw(st.integers(2, experts)),
+        n_shared_experts=draw(st.integers(0, 2)),
+        use_qk_norm=draw(st.booleans()),
+        attention_bias=draw(st.booleans()),
+        tie_word_embeddings=draw(st.booleans()),
+        max_position_embeddings=64,
+    )
+    if draw(st.booleans()):
+        return config
+    rope = 2 * draw(st.integers(1, 6))
+    return replace(  # latent attention
+        config, num_key_value_heads=config.num_attention_heads, head_dim=rope + 4, use_qk_norm=False,
+        kv_lora_rank=draw(st.integers(2, 9)), q_lora_rank=draw(st.sampled_from([0, 7])), qk_nope_head_dim=4,
+        qk_rope_head_dim=rope, v_head_dim=draw(st.integers(2, 9)),
+    )  # fmt: skip
+
+
+def small_run(model, microbatch_tokens=64, **changes):
+    """A Run of this model whose stages are short."""
+    stage = StageConfig("a test", 1000, 16, {"prose": 1.0})
+    stages = StagesConfig(*[stage] * 5)
+    optimizer = OptimizerConfig(batch_tokens_start=64, batch_tokens_end=64, microbatch_tokens=microbatch_tokens)
+    return Run("small", model, stages, optimizer=optimizer, **changes)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_published_counts(name):
+    """GLM-4.5, Air and GLM-4.7-Flash have exactly the parameters of the released models."""
+    assert tuple(count_parameters(run.model)[name] for run in (GLM45, AIR, FLASH)) == GOLDEN[name]
+
+
+@pytest.mark.parametrize("name", GOLDEN_UNITS)
+def test_published_counts_of_the_parts(name):
+    """So has each part of a layer."""
+    assert tuple(unit_counts(run.model)[name] for run in (GLM45, AIR, FLASH)) == GOLDEN_UNITS[name]
+
+
+def test_variants_share_the_body():
+    """GLM-4.6 and 4.7 are the same network for longer contexts."""
+    for variant in ("glm46", "glm47"):
+        model = load_config(f"{CONFIGS / 'glm45_355b.py'}:{variant}").model
+        assert model == replace(GLM45.model, max_position_embeddings=202752)
+
+
+@given(models())
+def test_counts_equal_the_built_model(config):
+    """Every parameter and every selection bias of the real model is counted once, and the parts make the sums."""
+    with torch.device("meta"):
+        model = GLM(config)
+    counts = count_parameters(config)
+    assert sum(t.numel() for t in [*model.parameters(), *model.buffers()]) == counts["total_with_mtp"]
+    parts = ("attention", "dense", "experts", "shared", "router", "norms")
+    assert sum(counts[part] for part in parts) == counts["body"]
+    assert counts["mtp"] == (
+        sum(t.numel() for t in [*model.mtp.parameters(), *model.mtp.buffers()]) if model.mtp else 0
+    )
+
+
+@given(models())
+def test_state_bytes_equal_the_built_run(config):
+    """Weights, gradients and optimizer state on one device take exactly the planned bytes."""
+    run = small_run(config)
+    with torch.device("meta"):
+        model = GLM(config)
+    state = Muon(model, run.optimizer).state
+    size = {"weights": sum(4 * t.numel() for t in [*model.parameters(), *model.buffers()])}
+    size["gradients"] = sum(4 * p.numel() for p in model.parameters())
+    size["muon"] = sum(4 * s["momentum"].numel() for s in state.values() if "momentum" in s)
+    size["adamw"] = sum(4 * (s["first"].numel() + s["second"].numel()) for s in state.values() if "first" in s)
+    planned = memory(run)
+    # a matrix with one row is a vector to Muon, and the planner does not look that closely
+    assert min(config.hidden_size, config.vocab_size, config.moe_intermediate_size) > 1
+    assert {name: planned[name] for name in size} == size
+
+
+def kept_bytes(config, dtype, rows, length):
+    """Bytes that the trunk of a real model keeps for its backward pass, parameters and their copies left out."""
+    model = GLM(config)
+    model.dtype = dtype
+    shapes = {tuple(p.shape) for p in model.parameters()} | {
+        tuple(p.mT.shape) for p in model.parameters() if p.ndim > 1
+    }
+    sizes = {}
+
+    def note(tensor):
+        if tuple(tensor.shape) not in shapes:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = model.hidden(torch.zeros(rows, length, dtype=torch.int64))
+    assert out.mtp_hidden_BSD is None
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["qk_norm", "plain", "latent"])
+@pytest.mark.parametrize("dense", [True, False])
+def test_activations_equal_what_the_layers_keep(dtype, attention, dense, monkeypatch):
+    """One layer more keeps what is planned for a layer of its kind, but for a few statistics and indices per token."""
+    monkeypatch.setattr(eager, "KEEP", 0)  # rows longer than those whose weights are kept
+    config = ModelConfig(
+        vocab_size=32, hidden_size=96, num_hidden_layers=1, first_k_dense_replace=int(dense),
+        num_attention_heads=6, num_key_value_heads=2, head_dim=32, intermediate_size=200, moe_intermediate_size=56,
+        n_routed_experts=8, num_experts_per_tok=3, use_qk_norm=attention == "qk_norm", max_position_embeddings=128,
+    )  # fmt: skip
+    if attention == "latent":
+        config = replace(
+            config, num_key_value_heads=6, kv_lora_rank=40, q_lora_rank=48, qk_nope_head_dim=24, qk_rope_head_dim=8,
+            v_head_dim=32,
+        )  # fmt: skip
+    two = replace(config, num_hidden_layers=2, first_k_dense_replace=2 * dense)
+    kept = (kept_bytes(two, dtype, 3, 128) - kept_bytes(config, dtype, 3, 128)) / (3 * 128)
+    planned = activation_bytes_per_token(config, dense, 2 if dtype == torch.bfloat16 else 4)
+    assert planned <= kept <= planned + 100, (planned, kept)  # a root mean square for each norm and each head
+
+
+@settings(max_examples=10)
+@given(models())
+def test_operations_equal_a_counted_pass(config):
+    """Twice the active parameters and the attention are the operations that torch counts in a forward pass."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    if config.kv_lora_rank:  # values of another width are padded, and counted so
+        config = replace(config, v_head_dim=config.head_dim)
+    rows, length = 2, 32  # up to 64 positions the plain kernel computes the whole square, twice the causal half
+
+    def in_place(_, left, right, **settings):  # torch counts baddbmm, not baddbmm_
+        return 2 * math.prod(left) * right[-1]
+
+    def grouped(left, right, *_, **settings):  # nor does it know this one
+        return 2 * math.prod(left) * right[-1]
+
+    known = {torch.ops.aten.baddbmm_: in_place, torch.ops.aten._grouped_mm: grouped}
+    counter = FlopCounterMode(display=False, custom_mapping=known)
+    with counter:  # without gradients few tokens go through every expert
+        GLM(config)(torch.zeros(rows, length, dtype=torch.int64))
+    planned = flops_per_token(config, length)
+    vectors = sum(p.numel() for n, p in GLM(config).named_parameters() if p.ndim < 2 and ".layers." in n)
+    forward = (planned["matmul"] / 3 + 2 * planned["attention"] / 3) * rows * length
+    # biases and norms are parameters, so the planner counts them, but they are no matrix products
+    slack = 2 * (vectors + config.hidden_size + config.num_hidden_layers * config.n_routed_experts) * rows * length
+    assert forward - slack <= counter.get_total_flops() <= forward
+
+
+def test_operations_at_full_scale():
+    """GLM-4.5 trains with 197.1 GFLOP per token in matrix products, and 27.8 at 4K to 889 at 128K in attention."""
+    for length, attention in ((4096, 27.8e9), (32768, 222e9), (131072, 889e9)):
+        planned = flops_per_token(GLM45.model, length)
+        assert planned["matmul"] == pytest.approx(197.1e9, rel=1e-3)
+        assert planned["attention"] == pytest.approx(attention, rel=2e-3)
+        assert planned["total"] == planned["matmul"] + planned["attention"] + planned["mtp"]
+
+
+def test_cache_at_full_scale():
+    """A token of GLM-4.5 costs 376,832 bytes of bfloat16 keys and values, one of Air half, of Flash a seventh."""
+    assert kv_cache_bytes_per_token(GLM45.model) == 376_832 and kv_cache_bytes_per_token(AIR.model) == 188_416
+    assert kv_cache_bytes_per_token(FLASH.model) == 54_144  # 47 layers of 576 values
+
+
+@given(models(), st.integers(1, 64), st.booleans(), st.sampled_from(["float32", "bfloat16"]))
+def test_terms_add_up_and_shrink(config, gpus, recompute, dtype):
+    """The total is the sum of its terms; more GPUs never need more state; recomputation never more activations."""
+    run = small_run(config, dtype=dtype)
+    terms = memory(run, gpus, recompute)
+    total = terms.pop("total")
+    assert total == sum(terms.values()) and min(terms.values()) >= 0
+    more = memory(run, 2 * gpus, recompute)
+    assert all(more[name] <= terms[name] for name in ("weights", "gradients", "muon", "adamw"))
+
+
+def test_plan_of_the_paper():
+    """On 512 GPUs the recipe fits with recomputation; time is operations over speed; JSON and a table hold it."""
+    planned = json.loads(json.dumps(plan(GLM45, gpus=512, utilisation=0.25)))
+    assert planned["placement"] == {"expert_parallel": 8, "context_parallel": 8, "tokens": 16384, "recompute": True}
+    assert planned["memory"]["total"] < planned["memory"]["usable"] == int(72 * GIB)
+    assert planned["days"] == pytest.approx(planned["flops"] / (512 * 0.25 * 989e12 * 86400))
+    assert planned["days"] == pytest.approx(2 * plan(GLM45, gpus=1024)["days"])
+    text = render(planned)
+    assert "355,234,006,336" in text and "recomputed" in text and max(map(len, text.splitlines())) <= 120
+
+
+def test_small_run_fits_one_device():
+    """A toy fits one device with its activations kept, and has no traffic."""
+    planned = plan(small_run(ModelConfig(64, 32, 2, 1, 1, 4, 2, 16, n_routed_experts=4, num_experts_per_tok=2)))
+    assert not planned["placement"]["recompute"] and not any(planned["traffic"].values())
+
+
+def test_what_cannot_fit_is_refused_with_the_remedy():
+    """One line says what is missing, and the number of GPUs it names does fit."""
+    with pytest.raises(ValueError, match=r"^glm45_355b on --gpus 64 needs .*; use --gpus \d+$") as refusal:
+        plan(GLM45, gpus=64)
+    assert plan(GLM45, gpus=int(str(refusal.value).split()[-1]))
+    with pytest.raises(ValueError, match="lower --optimizer"):
+        plan(GLM45, gpus=512, gpu_memory_gib=16)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"gpus": 0}, {"gpu_memory_gib": -1}, {"peak_flops": 0}, {"utilisation": 0}, {"utilisation": 45}]
+)
+def test_impossible_numbers_are_one_line(bad):
+    """The line names the number."""
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        plan(AIR, **{"gpus": 64} | bad)
+
+
+def test_mini_is_an_eighth_of_glm_in_each_width_and_fits_on_one_gpu():
+    """The config for one GPU: shape ratios of GLM-4.5, parameters as built, everything within 80 GiB, within a day."""
+    run = load_config(CONFIGS / "mini.py")
+    mini, full = run.model, GLM45.model
+    for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        assert 8 * getattr(mini, name) == getattr(full, name)
+    for name in ("head_dim", "n_routed_experts", "num_experts_per_tok", "use_qk_norm", "n_shared_experts"):
+        assert getattr(mini, name) == getattr(full, name)
+    assert 8 * mini.moe_intermediate_size == full.moe_intermediate_size
+    with torch.device("meta"):
+        built = sum(p.numel() for p in GLM(mini).parameters())
+    found = plan(run)
+    buffers = (mini.num_hidden_layers - mini.first_k_dense_replace + 1) * mini.n_routed_experts
+    assert built + buffers == found["parameters"]["total_with_mtp"] and 0.3e9 < built < 1e9
+    assert (
+        found["placement"]["recompute"] and found["memory"]["total"] < found["memory"]["usable"] and found["days"] < 1
+    )

@@ -1,0 +1,361 @@
+"""The whole paper end to end: killed anywhere and continued, it is the same run; what cannot work is one line."""
+
+import dataclasses
+import errno
+import json
+import os
+import random
+import resource
+import signal
+import time
+
+import pytest
+import torch
+from helpers.nano_run import CONFIG, OVERRIDES, complete, copied, finished, records, small, start, stop, weights
+
+from minglm.__main__ import main
+from minglm.common.device import read_jsonl
+from minglm.config.run import load_config
+from minglm.envs.pathology import CATALOGUE
+from minglm.recipe.run import Pipeline, first_step_only
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pipeline")]
+__all__ = ["copied", "finished"]  # fixtures
+
+PRETRAINING = ["general", "code_reasoning", "repository", "reasoning", "long_agent"]
+EXPERTS = ["reasoning.sft", "reasoning.rl", "agent.sft", "agent.rl", "chat.sft", "chat.rl"]
+STAGES = [*PRETRAINING, *EXPERTS, "unified", "general_rl", "pathology_rl"]
+RL = [name for name in STAGES if name.endswith("rl")]
+
+
+def test_every_stage_is_in_the_log(finished):
+    """The stages in the paper's order, each trained, evaluated and closed; then the claims' evidence."""
+    log = records(finished)
+    for kind in ("stage_begin", "stage_end"):
+        assert [r["stage"] for r in log if r["kind"] == kind] == STAGES
+    assert {r["stage"] for r in log if r["kind"] == "step"} == set(STAGES) - set(RL)
+    assert {r["stage"] for r in log if r["kind"] == "rl"} == set(RL)
+    for kind in ("bits_per_byte", "mtp_acceptance"):
+        assert [r["stage"] for r in log if r["kind"] == kind and r.get("source") != "prose"] == PRETRAINING
+    for kind in ("needle", "bits_by_position"):  # after the stages whose rows are longer
+        assert {r["stage"] for r in log if r["kind"] == kind} == {"repository", "long_agent"}
+    scored = {(r["stage"], r["env"], r["thinking"]) for r in log if r["kind"] == "evaluation"}
+    learned = ("arithmetic", "code", "retail", "instructions")
+    for stage in ("unified", "general_rl", "pathology_rl"):
+        assert {(stage, env, thinking) for env in learned for thinking in (True, False)} <= scored
+    for expert, environments in (("reasoning", learned[:2]), ("agent", learned[2:3]), ("chat", learned[3:])):
+        for env in environments:
+            assert {("long_agent", env, True), (f"{expert}.sft", env, True), (f"{expert}.rl", env, True)} <= scored
+    assert [(r["stage"], r["when"]) for r in log if r["kind"] == "pathology"] == [
+        ("general_rl", "before"),
+        ("pathology_rl", "after"),
+    ]
+    kinds = [r["kind"] for r in log]
+    assert kinds[0] == "data" and kinds[-1] == "end" and kinds.count("rejection") == 1 and "sample" in kinds
+
+
+def test_steps_go_on_from_stage_to_stage(finished):
+    """Pre- and mid-training is one count of tokens, one schedule and the stages' own lengths."""
+    seen, start_of, run = 0, {}, small()
+    for name in PRETRAINING:
+        start_of[name] = sum(getattr(run.stages, earlier).tokens for earlier in start_of)
+    for r in (r for r in records(finished, "step") if r["stage"] in PRETRAINING):
+        seen = (start_of[r["stage"]] if r["step"] == 1 else seen) + r["batch_tokens"]
+        assert r["tokens"] == seen
+        assert r["batch_tokens"] % getattr(run.stages, r["stage"]).sequence_length == 0
+    losses = [r["loss"] for r in records(finished, "step") if r["stage"] == "general"]
+    assert losses[-1] < losses[0] - 0.5, "even this run learns something"
+
+
+def test_the_report_is_there(finished):
+    """report.md, every figure, and at the end of the output the claims and what to do next."""
+    report = (finished / "report.md").read_text()
+    for heading in ("# Run nano", "## Claims", "## Scores", "## Samples", "## Time"):
+        assert heading in report
+    drawn = {path.stem for path in (finished / "figures").glob("*.png")}
+    assert {"loss", "load", "scores", "rl", "pathology", "time"} <= drawn
+    printed = (finished / "printed.txt").read_text()
+    assert all(stage in printed for stage in STAGES) and "report:" in printed
+    assert f"talk to it: python -m minglm chat {finished}" in printed.splitlines()[-1]
+
+
+def test_the_folder_is_as_documented(finished):
+    """config.json with its hash, the log, a final checkpoint for each stage, and nothing half done."""
+    config = json.loads((finished / "config.json").read_text())
+    assert config["hash"] == small().hash() and config["config"]["name"] == "nano"
+    assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == sorted(STAGES)
+    assert {p.name for p in finished.rglob("*") if p.parent.parent.name == "checkpoints"} == {"final.pt"}
+    assert not list(finished.rglob("*.tmp"))
+
+
+KILLS = [  # in the order of the run: (what the log must hold, how often), and then a moment at random
+    ("data", 0),
+    ("general", 4),
+    ("reasoning.sft", 1),
+    ("agent.rl", 1),
+    ("rejection", 1),
+]
+
+
+def held(folder, what):
+    """How often the log has a record of this kind, or a step of this stage."""
+    steps = [r for r in read_jsonl(folder / "log.jsonl") if r["kind"] in ("step", "rl")]
+    return sum(r["stage"] == what for r in steps) + len(records(folder, what))
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A run that was killed five times and interrupted once, by Ctrl-C; with the error output of the latter."""
+    out, rng = tmp_path_factory.mktemp("killed") / "run", random.Random(1)
+    often = ("--checkpoint_seconds", "0.02")
+    for what, count in KILLS:
+        process = start(out, *often)
+        began = time.monotonic()
+
+        def reached(what=what, count=count, began=began):
+            return (out / "data").exists() if what == "data" else held(out, what) >= count
+
+        delay = rng.random() * 0.3
+
+        def later(reached=reached, delay=delay, moment=[]):  # noqa: B006
+            if not moment and reached():
+                moment.append(time.monotonic() + delay)
+            return moment and time.monotonic() >= moment[0]
+
+        status, _ = stop(process, later, signal.SIGKILL)
+        assert status == -signal.SIGKILL, f"the run was over before it could be killed at {what}"
+    process = start(out, *often)
+    status, errors = stop(process, lambda: held(out, "general_rl") >= 1, signal.SIGINT)
+    assert status == 130, errors
+    status, printed, last = complete(out, *often)
+    assert status == 0, f"{printed}\n{last}"
+    return out, errors
+
+
+def test_killed_and_continued_is_the_same_run(killed, finished):
+    """Every record but the clock's, every step once and in order, and all weights of all stages, bit for bit."""
+    out, _ = killed
+    mine, straight = (records(folder, "step") for folder in (out, finished))
+    for stage in [s for s in STAGES if s not in RL]:
+        assert [r["step"] for r in mine if r["stage"] == stage] == list(
+            range(1, 1 + sum(r["stage"] == stage for r in straight))
+        )
+    assert mine == straight
+    for stage in STAGES:
+        a, b = weights(out, stage), weights(finished, stage)
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), stage
+    assert records(out) == records(finished)
+    assert (out / "report.md").exists() and len(list((out / "figures").glob("*.png"))) >= 6
+    assert not list(out.rglob("*.tmp")), "half-written files of killed processes are removed"
+
+
+def test_ctrl_c_says_how_to_continue(killed):
+    """Exit status 130, no traceback, and the command that continues."""
+    out, errors = killed
+    last = errors.strip().splitlines()[-1]
+    assert "saved" in last and f"python -m minglm run {CONFIG} --out {out}" in last and "Traceback" not in errors
+
+
+def test_a_finished_run_that_is_started_again_changes_nothing(copied, capsys):
+    """No stage is trained, and the log and the checkpoints stay as they are, byte for byte."""
+    before = {p: p.read_bytes() for p in [copied / "log.jsonl", *(copied / "checkpoints").rglob("*.pt")]}
+    assert main(["run", CONFIG, "--out", str(copied), *OVERRIDES]) == 0
+    assert "talk to it" in capsys.readouterr().out
+    assert all(path.read_bytes() == data for path, data in before.items())
+
+
+def one_line(capsys, words, status=2):
+    """The only line of error output of a command that is refused."""
+    assert main([str(word) for word in words]) == status
+    errors = capsys.readouterr().err.strip().splitlines()
+    lines = [line for line in errors if "it/s" not in line and "B/s" not in line]  # progress bars
+    assert len(lines) == 1 and lines[0].startswith("minglm: "), errors
+    return lines[0]
+
+
+@pytest.mark.parametrize("change", [["--seed", "7"], ["--stages.general.tokens", "13000"], ["--name", "other"]])
+def test_a_folder_of_another_config_is_refused(finished, capsys, change):
+    """One line that names the folder and the remedy; what is in the folder stays."""
+    before = (finished / "log.jsonl").read_bytes()
+    line = one_line(capsys, ["run", CONFIG, "--out", finished, *OVERRIDES, *change])
+    assert f"{finished} holds a run of another config" in line and "--out" in line
+    assert (finished / "log.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("change", [["--threads", "2"], ["--checkpoint_seconds", "5"], ["--device", "cpu"]])
+def test_how_it_is_computed_is_no_other_config(finished, change):
+    """Threads, device and seconds between checkpoints may change from one start to the next."""
+    found = json.loads((finished / "config.json").read_text())["hash"]
+    assert load_config(CONFIG, [*OVERRIDES, *change]).hash() == found
+
+
+BAD_ROWS = {
+    '{"text": "torn': "line 1: not JSON",
+    '\n\n{"words": 1}\n': 'line 3: needs a string "text"',
+    '{"text": 7}\n': 'line 1: needs a string "text"',
+    "\n": None,
+}
+
+
+@pytest.mark.parametrize("rows", [rows for rows, wrong in BAD_ROWS.items() if wrong])
+def test_an_unreadable_data_file_is_named_with_its_line(tmp_path, capsys, rows):
+    """One line with file and line, before anything is trained; the folder is free for the corrected config."""
+    bad, out = tmp_path / "mine.jsonl", tmp_path / "run"
+    bad.write_text(rows)
+    line = one_line(capsys, ["run", CONFIG, "--out", out, *OVERRIDES, "--data.files", bad])
+    assert f"nothing in {bad} can be used; {BAD_ROWS[rows]}" in line
+    assert not (out / "config.json").exists() and not (out / "checkpoints").exists()
+
+
+def test_a_missing_data_file_is_named(tmp_path, capsys):
+    """The path that does not exist stands in the line."""
+    line = one_line(capsys, ["run", CONFIG, "--out", tmp_path / "run", *OVERRIDES, "--data.files", "/no/such.txt"])
+    assert "/no/such.txt" in line
+
+
+def test_a_source_that_is_not_there_is_refused_before_training(copied):
+    """A mixture of a later stage is checked when the data is ready, not when its turn comes."""
+    run = small()
+    stage = dataclasses.replace(run.stages.long_agent, mixture={"tasks:chess": 1.0})
+    run = dataclasses.replace(run, stages=dataclasses.replace(run.stages, long_agent=stage))
+    (copied / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"stages.long_agent.mixture names the source 'tasks:chess'; the corpus has"):
+        Pipeline(run, copied)
+
+
+def test_a_full_disk_loses_nothing(tmp_path, finished):
+    """No room for the first checkpoint: one line, exit status 2; with room again it goes on to the same weights."""
+    out = tmp_path / "run"
+    largest = 700_000  # bytes of a file: the data fits, a checkpoint with its optimizer does not
+    status, _, errors = complete(
+        out, "--until", "general", before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    )
+    last = errors.replace("\r", "\n").strip().splitlines()[-1]
+    assert status == 2 and "Traceback" not in errors, errors
+    assert last.startswith("minglm: cannot write") and "free space" in last, last
+    assert not list(out.rglob("*.tmp")) and (out / "config.json").exists()
+    status, printed, errors = complete(out, "--until", "general")
+    assert status == 0, errors
+    a, b = weights(out, "general"), weights(finished, "general")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert records(out) == records(finished)[: len(records(out))]
+    assert f"continue with: python -m minglm run {CONFIG} --out {out} --stages" in printed and "--until" not in printed
+
+
+def test_a_full_disk_under_the_log_is_one_line(copied, capsys, monkeypatch):
+    """The log cannot grow: one line and exit status 2."""
+
+    def full(self, kind, **values):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("minglm.common.device.Log.write", full)
+    assert "the disk is full" in one_line(capsys, ["run", CONFIG, "--out", copied, *OVERRIDES])
+
+
+def unfinish(folder, *stages, partial=()):
+    """Take stages back; some of them to a checkpoint that says they were interrupted."""
+    for stage in stages:
+        path = folder / "checkpoints" / stage / "final.pt"
+        if stage in partial:
+            torch.save({"log_position": (folder / "log.jsonl").stat().st_size}, path.parent / "partial.pt")
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("gone", "partial", "only", "until", "expected"),
+    [
+        (["chat.sft", "chat.rl"], [], None, None, ["chat.sft", "chat.rl"]),
+        (["chat.sft", "chat.rl"], [], None, "chat.sft", ["chat.sft"]),
+        (["chat.sft", "chat.rl"], [], "chat.rl", None, ["chat.rl"]),
+        (["agent.sft", "chat.sft"], ["chat.sft"], None, None, ["chat.sft", "agent.sft"]),
+        (["agent.sft", "chat.sft"], ["chat.sft"], "chat.sft", None, ["chat.sft"]),
+        (["agent.sft", "chat.sft"], ["chat.sft"], "agent.sft", None, "chat.sft was interrupted; finish it first"),
+        (["agent.sft", "chat.sft"], ["chat.sft"], None, "agent.sft", "chat.sft was interrupted; finish it first"),
+        ([], [], "unified", None, []),
+    ],
+)
+def test_which_stages_are_executed(copied, monkeypatch, gone, partial, only, until, expected):
+    """Those asked for that are not complete; an interrupted one first, for its log is cut back to its checkpoint."""
+    unfinish(copied, *gone, partial=partial)
+    executed = []
+    monkeypatch.setattr(Pipeline, "execute_stage", lambda self, stage: executed.append(stage.name))
+    pipeline = Pipeline(small(), copied, quiet=True)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            pipeline.execute(only, until)
+    else:
+        assert pipeline.execute(only, until) == (not gone) and executed == expected
+
+
+def test_a_stage_needs_the_one_before(copied):
+    """One line that names the checkpoint which is not there."""
+    unfinish(copied, "agent.sft", "agent.rl")
+    with pytest.raises(ValueError, match=r"the stage before has not been run.*agent\.sft"):
+        Pipeline(small(), copied, quiet=True).execute(only="agent.rl")
+
+
+@pytest.fixture
+def taught(copied, monkeypatch):
+    """A function: the conversations that an SFT stage would train on, {environment: [(messages, tools, thinking)]}."""
+    found = []
+    monkeypatch.setattr(Pipeline, "fine_tune", lambda self, stage, model, c, *_: found.append(c) or {"tokens": 0})
+
+    def conversations(name, run=None, method="cold_start"):
+        (copied / "config.json").unlink()  # so that another config may use the folder
+        pipeline = Pipeline(run or small(), copied, quiet=True)
+        stage = next(stage for stage in pipeline.stages if stage.name == name)
+        getattr(pipeline, method)(stage, None, None, pipeline.checkpoints(name))
+        return found[-1]
+
+    return conversations
+
+
+def thoughts(messages):
+    """The reasoning of every assistant message."""
+    return [m.get("reasoning_content") for m in messages if m["role"] == "assistant"]
+
+
+def test_the_unified_model_learns_both_modes(taught):
+    """Half of the answers with their thinking and half without it, from every environment of the experts; and answers
+    to provoking prompts, clean ones and spoilt ones.
+    """
+    conversations = taught("unified", method="unify")
+    assert set(conversations) == {"arithmetic", "code", "retail", "instructions", "provocation"}
+    clean = {reply for page in CATALOGUE.values() for _, replies in page.values() for reply in replies.values()}
+    spoilt = [messages[-1]["content"] not in clean for messages, *_ in conversations["provocation"]]
+    assert len(spoilt) == 8 and 0 < sum(spoilt) < 8
+    flat = [c for group in conversations.values() for c in group]
+    assert abs(sum(thinking for *_, thinking in flat) - len(flat) / 2) <= 1
+    for messages, _, thinking in flat:
+        assert all(bool(text) == thinking for text in thoughts(messages))
+
+
+def test_the_cold_start_thinks(taught):
+    """Solutions of the oracle to training tasks, as many for each environment as the config says, all with thinking."""
+    conversations = taught("reasoning.sft")
+    assert {name: len(group) for name, group in conversations.items()} == {"arithmetic": 8, "code": 8}
+    assert all(thinking and all(thoughts(messages)) for g in conversations.values() for messages, _, thinking in g)
+
+
+def test_a_terse_share_of_the_cold_start_stops_after_the_first_step(taught):
+    """A quarter of each environment's solutions have the first step of their thought only; the answers stay."""
+    run, whole = small(), taught("reasoning.sft")["arithmetic"]
+    terse = dataclasses.replace(run.posttraining.reasoning, terse_share=0.25)
+    run = dataclasses.replace(run, posttraining=dataclasses.replace(run.posttraining, reasoning=terse))
+    found = taught("reasoning.sft", run)["arithmetic"]
+    changed = [pair for pair in zip(found, whole) if pair[0] != pair[1]]
+    assert len(changed) == len(whole) // 4
+    for (short, _, _), (full, _, _) in changed:
+        assert short == [first_step_only(message) for message in full] and thoughts(short) != thoughts(full)
+        assert thoughts(full)[0].startswith(thoughts(short)[0] + ";") and short[-1]["content"] == full[-1]["content"]
+
+
+def test_conversations_that_do_not_fit_are_left_out(copied):
+    """A row that holds no conversation at all is refused in one line."""
+    run = small()
+    short = dataclasses.replace(run.posttraining.reasoning.sft, sequence_length=4)
+    pipeline = Pipeline(run, copied, quiet=True)
+    stage = next(stage for stage in pipeline.stages if stage.name == "reasoning.sft")
+    messages = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
+    with pytest.raises(ValueError, match=r"reasoning\.sft: no conversation fits sequence_length = 4"):
+        pipeline.fine_tune(stage, None, {"arithmetic": [(messages, (), False)]}, short, None)

@@ -1,0 +1,241 @@
+"""The report card: verdicts follow the log, figures are redrawn to the byte, and a killed run still has a report."""
+
+import dataclasses
+import json
+import math
+import re
+from itertools import pairwise
+
+import pytest
+from helpers.fake_log import fake_log
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minglm.config.run import ModelConfig, Run, StagesConfig
+from minglm.report import card, curves, drawing
+
+LOG = fake_log()
+
+
+def verdicts(records):
+    """{claim function's name: verdict}"""
+    return {claim.__name__: claim(records).verdict for claim in card.CLAIMS}
+
+
+def changed(keep=lambda r: True, **values):
+    """The made-up log with `values` set in the evaluation or pathology records that `keep` chooses."""
+    return [{**r, **values} if r["kind"] in ("evaluation", "pathology") and keep(r) else r for r in LOG]
+
+
+def write_log(folder, records):
+    """Store records as a run's log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+def test_claims_of_the_made_up_log_are_met():
+    """The made-up run shows everything a run must show."""
+    assert set(verdicts(LOG).values()) == {"met"}
+
+
+BROKEN = {
+    "claim_gain": changed(lambda r: r["stage"] == "reasoning.rl", avg=0.5, low=0.49, high=0.51),
+    "claim_kept": changed(lambda r: r["stage"] == "unified" and r["env"] == "retail", avg=0.6),
+    "claim_calls": changed(lambda r: r["stage"] == "pathology_rl" and r.get("env") == "retail", valid_calls=0.949),
+    "claim_pathology": changed(lambda r: r.get("when") == "after", incidence={"any": 0.0841}),
+    "claim_switch": changed(lambda r: r["stage"] == "pathology_rl" and not r.get("thinking"), switch_ok=0.999),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_claim_fails_alone(name):
+    """Each claim turns to 'not met' when its own number misses the bound by little, and no other claim moves."""
+    assert verdicts(BROKEN[name]) == {**verdicts(LOG), name: "not met"}
+
+
+def test_gain_needs_intervals_apart():
+    """A gain of 29 points with overlapping intervals is not a gain that was shown."""
+    wide = changed(lambda r: r["stage"] == "reasoning.rl" and r["env"] == "arithmetic", low=0.40, high=0.99)
+    assert verdicts(wide)["claim_gain"] == "not met"
+
+
+def test_an_expert_that_knows_nothing_has_nothing_to_keep():
+    """Nothing kept of nothing is no success."""
+    nothing = changed(lambda r: r.get("env") == "retail", avg=0.0, low=0.0, high=0.1)
+    assert verdicts(nothing)["claim_kept"] == "not met"
+    assert "nothing to keep" in card.claim_kept(nothing).measured
+
+
+def test_no_pathology_left_is_a_fall_and_none_before_is_not():
+    """Division by zero is neither infinite praise nor a crash: from some to none is met, from none to none is not."""
+    none = {"language_mixing": 0.0, "repetition": 0.0, "format": 0.0, "any": 0.0}
+    assert verdicts(changed(lambda r: r.get("when") == "after", incidence=none))["claim_pathology"] == "met"
+    assert verdicts(changed(lambda r: r["kind"] == "pathology", incidence=none))["claim_pathology"] == "not met"
+
+
+def test_an_empty_log_claims_nothing():
+    """What was not measured is called so, and nothing is drawn."""
+    assert set(verdicts([]).values()) == {"not measured"}
+    assert all(draw([], "nowhere.png") is None for draw in curves.FIGURES.values())
+
+
+def test_the_finished_model_is_not_an_expert():
+    """Before the experts are unified nothing is said of the finished model."""
+    early = LOG[: next(i for i, r in enumerate(LOG) if r["kind"] == "rejection")]
+    names = {"claim_kept", "claim_calls", "claim_pathology", "claim_switch"}
+    assert {name: v for name, v in verdicts(early).items() if v == "not measured"}.keys() == names
+
+
+@given(st.integers(0, len(LOG)))
+def test_report_of_a_killed_run(length):
+    """Whatever record a run was killed after, its log makes a report."""
+    text = card.markdown(LOG[:length])
+    assert "## Claims" in text
+    assert card.summary(LOG[:length])
+
+
+@settings(max_examples=4)
+@given(length=st.integers(1, len(LOG)))
+def test_figures_of_a_killed_run(length, tmp_path_factory):
+    """Whatever record a run was killed after, its log makes figures, and the report links exactly those drawn."""
+    folder = write_log(tmp_path_factory.mktemp("run"), LOG[:length])
+    card.write(folder)
+    drawn = {path.stem for path in (folder / "figures").glob("*.png")}
+    text = (folder / "report.md").read_text()
+    assert drawn == {name for name in curves.FIGURES if f"(figures/{name}.png)" in text}
+
+
+def test_whole_report_and_redrawing_to_the_byte(tmp_path):
+    """A run's figures come from its log alone: drawn again elsewhere they are the same bytes."""
+    first, second = (write_log(tmp_path / name, LOG) for name in ("first", "second"))
+    assert "report.md" in card.write(first)
+    drawn = card.redraw([second])
+    assert len(drawn) == len(curves.FIGURES)
+    for path in drawn:
+        assert path.read_bytes() == (first / "figures" / path.name).read_bytes()
+    text = (first / "report.md").read_text()
+    for word in ("abcdef012345", "2.13.0+cpu", "One seed", "MTP drafts accepted", "bits per byte", "13.5 minutes"):
+        assert word in text
+
+
+def test_reinforcement_over_seeds(tmp_path):
+    """A folder of logs of several seeds gives one figure, which differs from that of one seed and ignores no run."""
+    folders = [tmp_path / str(count) for count in (1, 2, 3)]
+    for count, folder in enumerate(folders, 1):
+        folder.mkdir()
+        for seed in range(count):
+            scale = 1 - 0.2 * seed
+            log = [r | {"reward": scale * r["reward"]} if r["kind"] == "rl" else r for r in LOG]
+            (folder / f"seed{seed}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
+    drawn = card.redraw(folders)
+    assert drawn == [folder / "rl.png" for folder in folders]
+    assert len({path.read_bytes() for path in drawn}) == 3
+
+
+@given(st.text("`~ab\n|", max_size=60))
+def test_samples_stay_inside_their_fence(text):
+    """No dialogue, whatever fences it writes, ends the block it is shown in."""
+    shown = card.sample_text([{"kind": "sample", "stage": "unified", "title": "t", "text": text}])
+    lines = shown.split("\n")
+    fence = lines[2]
+    assert set(fence) == {"`"}
+    assert [i for i, line in enumerate(lines) if line.startswith(fence)] == [2, 3 + text.count("\n") + 1]
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=50), st.floats(0.01, 0.5))
+def test_running_mean_stays_in_range(values, share):
+    """A running mean is as long as its series and never leaves its range."""
+    means = drawing.running_mean(values, share)
+    assert len(means) == len(values)
+    # sums of 50 values of at most 1e3 round by less than 1e-9
+    assert all(min(values) - 1e-9 <= mean <= max(values) + 1e-9 for mean in means)
+
+
+@given(st.lists(st.integers(1, 10**9), min_size=1, max_size=7), st.floats(0.02, 0.3))
+def test_bands_tile_the_axis(counts, least):
+    """Stages lie side by side in order, none narrower than the least width, and every step inside its own."""
+    records = []
+    for number, count in enumerate(counts):
+        records += [{"kind": "step", "stage": f"s{number}", "tokens": count * i} for i in (1, 2, 5)]
+        records.append({"kind": "stage_end", "stage": f"s{number}", "tokens": count, "seconds": 1})
+    placed = curves.bands(records, drawing.stages_of(records, "step"), least)
+    edge = 0.0
+    for stage, (left, right, _) in placed.items():
+        assert left == edge
+        assert right - left > least - 1e-9  # rounding of a sum of seven
+        assert all(left < x < right + 1e-9 for x in curves.along(records, stage, placed[stage]))
+        edge = right
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=6), st.floats(0.01, 0.5))
+def test_labels_stand_apart_in_order(heights, least):
+    """Labels never overlap, stay in the order of their lines, and stay put where there is room."""
+    placed = drawing.spread(heights, least)
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    gaps = [placed[b] - placed[a] for a, b in pairwise(order)]
+    assert all(gap > 0.9 * least for gap in gaps)  # pushing converges geometrically; a tenth of a gap is not seen
+    if all(heights[b] - heights[a] >= least for a, b in pairwise(order)):
+        assert placed == heights
+
+
+@given(st.floats(1, 1e15))
+def test_thousands_keep_three_figures(tokens):
+    """A count of tokens is rounded by less than half a percent above a thousand, and to a whole number below."""
+    number, _, unit = drawing.thousands(tokens).partition(" ")
+    value = float(number) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[unit]
+    assert math.isclose(value, tokens, rel_tol=5e-3, abs_tol=0.5)
+
+
+def test_redraw_runs_a_lessons_own_draw_and_refuses_the_rest(tmp_path):
+    """A lesson's log is drawn by the lesson; anything that is neither is refused by name."""
+    for name in ("lessons", "figures"):
+        (tmp_path / name).mkdir()
+    lesson = "from minglm.report.drawing import canvas\ndef draw(log):\n    return canvas(log['rows'])[0]\n"
+    (tmp_path / "lessons" / "01_x.py").write_text(lesson)
+    log = tmp_path / "figures" / "01_x.json"
+    log.write_text('{"rows": 2}')
+    assert card.redraw([log]) == [log.with_suffix(".png")]
+    assert log.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"other\.json"):
+        card.redraw([tmp_path / "figures" / "other.json"])
+    with pytest.raises(ValueError, match=r"no log\.jsonl"):
+        card.redraw([tmp_path])
+
+
+def test_the_stages_are_drawn_from_the_config(tmp_path):
+    """The picture of the stages shows another config's numbers: it is drawn and not stored."""
+    pictures = []
+    for tokens in (1_000_000, 2_000_000):
+        general = dataclasses.replace(StagesConfig().general, tokens=tokens)
+        run = Run("x", ModelConfig(), dataclasses.replace(StagesConfig(), general=general))
+        pictures.append(card.draw_stages(run, tmp_path / f"{tokens}.png").read_bytes())
+    assert pictures[0] != pictures[1]
+
+
+def test_every_row_has_a_cell_for_each_column():
+    """No table of the whole report has a row longer or shorter than its header."""
+    tables = [block.split("\n") for block in card.markdown(LOG).split("\n\n") if block.startswith("|")]
+    assert len(tables) > 6
+    for table in tables:
+        widths = {len(re.sub(r"\\\|", "", line).split("|")) for line in table if line}
+        assert len(widths) == 1, table[0]
+
+
+def test_the_report_says_what_became_of_the_documents():
+    """Counts of what was left out and why, and of records that could not be used, with the log that names them."""
+    rows = dict(card.cleaning_rows(LOG))
+    assert rows == {
+        "used, repetitions included": "9,000",
+        "exact copies, left out": "3",
+        "evaluation items in them, left out": "18",
+        "near duplicates, left out": "5",
+        "lowest quality, left out": "7",
+        "best quality, repeated": "8",
+        "records that could not be used, named in data/documents/skipped.log": "11",
+    }
+
+
+def test_tables_escape_bars():
+    """A bar inside a cell is text and not the end of the cell."""
+    assert card.table(("a",), [("x|y",)]).splitlines()[-1] == "| x\\|y |"

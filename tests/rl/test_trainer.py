@@ -1,0 +1,492 @@
+"""The reinforcement loop: what was sampled is trained, equal rewards teach nothing, and a stopped run goes on."""
+
+import dataclasses
+import math
+import signal
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers.scripted import Scripted, byte_tokenizer, said
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minglm.common.device import Log, read_jsonl
+from minglm.config.run import OptimizerConfig, RLConfig
+from minglm.envs import ENVIRONMENTS
+from minglm.envs.base import Environment, Score, Task, assistant, user
+from minglm.inference import Engine
+from minglm.model.glm import GLM, Output
+from minglm.optim.muon import Muon
+from minglm.parallel.replicas import Replicas
+from minglm.rl import trainer
+from minglm.rl.rollout import Segment, Trajectory, rollout
+from minglm.rl.trainer import collate, draw_tasks, learn, reinforce, sampled_log_probabilities, summarize, update
+from minglm.testing.model import tiny_model
+from minglm.testing.rl import numbers, seeds
+from minglm.train.checkpoint import Checkpoints, Interrupted
+
+TASK = Task("0", "letters", (user("?"),), (), None, 1)
+CONFIG = RLConfig(("letters",), steps=1, prompts=2, samples=2, max_new_tokens=8, peak_lr=1e-2)
+
+
+def drawn_segment(seed, sampled=True):
+    """Up to 12 random tokens of the tiny vocabulary, some of them sampled, with made-up log-probabilities."""
+    size = int(torch.randint(3, 13, (), generator=numbers(seed)))
+    tokens = torch.randint(0, 24, (size,), generator=numbers(seed + 1)).tolist()
+    mask = (torch.rand(size, generator=numbers(seed + 2)) < 0.5).tolist()
+    mask[0], mask[1] = False, sampled
+    logprobs = (-3 * torch.rand(size, generator=numbers(seed + 3))).tolist()
+    return Segment(tokens, mask, [p if m else 0.0 for p, m in zip(logprobs, mask)])
+
+
+def drawn_groups(seed, rewards, status="ok"):
+    """Groups of trajectories of one to three segments with these rewards; None is a failure of the machine."""
+    groups = []
+    for p, row in enumerate(rewards):
+        groups.append([])
+        for g, reward in enumerate(row):
+            segments = [drawn_segment(seed + 1000 * p + 100 * g + 10 * i) for i in range(1 + (seed + p + g) % 3)]
+            score = Score(0.0, "infrastructure") if reward is None else Score(reward, status)
+            groups[-1].append(Trajectory(TASK, True, [], segments, ["a<|user|>"], score))
+    return groups
+
+
+def recorded(model, segments, temperature=1.0):
+    """The same segments with the log-probabilities that the model gives them now."""
+    found = []
+    for s in segments:
+        tokens_BS, mask_BS, _, documents_BS = collate([s], 0)
+        with torch.no_grad():
+            logprobs_BS, _ = sampled_log_probabilities(model, tokens_BS, mask_BS, documents_BS, temperature)
+        found.append(Segment(s.tokens, s.mask, logprobs_BS[0].tolist()))
+    return found
+
+
+class Looks(torch.optim.SGD):
+    """An optimizer that changes nothing and keeps the gradients it is shown."""
+
+    def __init__(self, model):
+        super().__init__(model.parameters(), lr=0.0)
+        self.model, self.seen = model, []
+
+    def step(self):
+        """Copy the gradients; zeros where there is none."""
+        named = self.model.named_parameters()
+        self.seen.append({n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named})
+
+
+def gradients(model, pairs, config=CONFIG, clip_norm=1e9, threads=1):
+    """({name: gradient}, metrics) of one update."""
+    optimizer = Looks(model)
+    metrics = update(model, optimizer, pairs, config, 0, clip_norm, Replicas(model, threads))
+    (seen,) = optimizer.seen
+    return seen, metrics
+
+
+def weights(model):
+    """A copy of everything the model is made of."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a, b):
+    """Whether two such copies are equal bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@settings(max_examples=15)
+@given(seed=seeds, temperature=st.sampled_from([0.5, 1.0, 1.7]))
+def test_log_probabilities_are_those_of_a_forward_pass(seed, temperature):
+    """At sampled tokens log softmax of logits over temperature, alone and unpadded; 0 elsewhere; entropy as a sum."""
+    model, segments = tiny_model(seed), [drawn_segment(seed + 10 * i, sampled=i > 0) for i in range(4)]
+    tokens_BS, mask_BS, _, documents_BS = collate(segments, pad=7)
+    found_BS, entropy = sampled_log_probabilities(model, tokens_BS, mask_BS, documents_BS, temperature)
+    total = 0.0
+    for b, s in enumerate(segments):
+        with torch.no_grad():
+            logp_SV = (model(torch.tensor([s.tokens]))[0] / temperature).log_softmax(-1)
+        for at in range(tokens_BS.shape[1]):
+            sampled = at < len(s.tokens) and s.mask[at]
+            expected = logp_SV[at - 1, s.tokens[at]].item() if sampled else 0.0
+            assert found_BS[b, at].item() == pytest.approx(expected, abs=1e-4)  # float32, padded rows sum otherwise
+            total += -(logp_SV[at - 1].exp() * logp_SV[at - 1]).sum().item() if sampled else 0.0
+    assert entropy.item() == pytest.approx(total, rel=1e-4, abs=1e-4)
+
+
+@given(seed=seeds)
+def test_environment_tokens_have_no_gradient(seed):
+    """The state before a token that came from outside gets a gradient of exactly zero; before a sampled one it does."""
+    segments = [drawn_segment(seed), drawn_segment(seed + 50)]
+    tokens_BS, mask_BS, _, documents_BS = collate(segments, 0)
+    hidden_BSD = torch.randn(*tokens_BS.shape, 6, generator=numbers(seed)).requires_grad_()
+    stub = SimpleNamespace(
+        hidden=lambda *_, **__: Output(hidden_BSD),
+        lm_head=SimpleNamespace(weight=torch.randn(24, 6, generator=numbers(seed + 1))),
+    )
+    logprobs_BS, _ = sampled_log_probabilities(stub, tokens_BS, mask_BS, documents_BS, 1.0)
+    logprobs_BS.sum().backward()
+    before_BS = torch.zeros_like(mask_BS)
+    before_BS[:, :-1] = mask_BS[:, 1:]
+    assert torch.equal(hidden_BSD.grad.abs().sum(-1) > 0, before_BS)
+
+
+@settings(max_examples=10)
+@given(seed=seeds)
+def test_what_follows_the_last_sampled_token_changes_nothing(seed):
+    """Tool results that no turn answered, other ids in their place, or none: the same gradient, and as with padding."""
+    model, s = tiny_model(seed), drawn_segment(seed)
+    last = max(i for i, m in enumerate(s.mask) if m) + 1
+    cut = Segment(s.tokens[:last], s.mask[:last], s.logprobs[:last])
+    tail = torch.randint(0, 24, (5,), generator=numbers(seed + 9)).tolist()
+    longer = Segment(cut.tokens + tail, cut.mask + [False] * 5, cut.logprobs + [0.0] * 5)
+    other = drawn_segment(seed + 70)
+    first, _ = gradients(model, [(cut, 1.0), (other, -1.0)])
+    second, _ = gradients(model, [(longer, 1.0), (other, -1.0)])
+    for name in first:  # float32, the padding of the two batches differs
+        torch.testing.assert_close(first[name], second[name], atol=1e-5, rtol=1e-3)
+
+
+@settings(max_examples=10)
+@given(
+    seed=seeds,
+    size=st.sampled_from([1, 13, 30, 60]),
+    threads=st.integers(1, 9),
+    mode=st.sampled_from(["token", "sequence", "constant"]),
+)
+def test_neither_micro_batches_nor_threads_change_a_gradient(seed, size, threads, mode):
+    """Any bound on the tokens of a pass, any number of threads and aggregation: the same gradient, norm and metrics."""
+    model, config = tiny_model(seed), dataclasses.replace(CONFIG, aggregation=mode)
+    pairs = [(drawn_segment(seed + 10 * i), [1.0, -0.5, 2.0][i % 3]) for i in range(7)]
+    whole, metrics = gradients(model, pairs, config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "MICROBATCH_TOKENS", size)
+        cut, other = gradients(model, pairs, config, threads=threads)
+    for name in whole:  # float32 sums of up to 84 tokens in another order; ratios of up to e^3
+        torch.testing.assert_close(whole[name], cut[name], atol=1e-4 * max(1, whole[name].abs().max()), rtol=1e-3)
+    assert metrics == pytest.approx(other, rel=1e-3, abs=1e-4)
+
+
+@settings(max_examples=8)
+@given(seed=seeds, temperature=st.sampled_from([0.7, 1.0]))
+def test_on_policy_the_ratio_is_one(seed, temperature):
+    """Just sampled and not yet trained: ratio 1, nothing clipped, divergence 0, whatever engine recorded it."""
+    model, tokenizer = tiny_model(seed, vocab_size=292, max_position_embeddings=512), byte_tokenizer()
+    config = dataclasses.replace(CONFIG, temperature=temperature)
+    tasks = ENVIRONMENTS["arithmetic"].tasks(2, seed)
+    groups = rollout(Engine(model, tokenizer), tokenizer, ENVIRONMENTS, tasks, 3, config, seed=seed)
+    pairs = [(s, 1.0) for group in groups for t in group for s in t.segments]
+    _, metrics = gradients(model, pairs, config)
+    # the engine's float32 log-probabilities differ from the trainer's by up to 1e-4; the divergence is quadratic in it
+    assert metrics["ratio_max"] == pytest.approx(1, abs=2e-4) and metrics["clip_share"] == 0
+    assert abs(metrics["kl"]) < 1e-6 and metrics["entropy"] > 0
+    alone = recorded(model, [s for s, _ in pairs], temperature)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "MICROBATCH_TOKENS", 1)  # each on its own, as it was recorded
+        _, metrics = gradients(model, [(s, -1.0) for s in alone], config)
+    # without gradients the experts are multiplied in another order: equal but for rounding
+    assert metrics["ratio_max"] == pytest.approx(1, abs=1e-5) and abs(metrics["kl"]) < 1e-9
+
+
+@settings(max_examples=10)
+@given(seed=seeds)
+def test_on_policy_the_gradient_is_reinforce(seed):
+    """The gradient of minus advantage times log-probability, mean over all sampled tokens of the batch."""
+    model = tiny_model(seed)
+    segments = recorded(model, [drawn_segment(seed + 10 * i) for i in range(3)])
+    pairs = list(zip(segments, (1.0, -2.0, 0.5)))
+    found, _ = gradients(model, pairs)
+    model.zero_grad()
+    count = sum(sum(s.mask) for s in segments)
+    loss = 0.0
+    for s, advantage in pairs:
+        logp_SV = model(torch.tensor([s.tokens]))[0].log_softmax(-1)
+        loss -= sum(advantage * logp_SV[i - 1, s.tokens[i]] for i, m in enumerate(s.mask) if m) / count
+    loss.backward()
+    for name, p in model.named_parameters():
+        expected = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.testing.assert_close(found[name], expected, atol=1e-4, rtol=1e-3)  # float32
+
+
+def test_gradients_are_clipped_to_the_bound():
+    """The optimizer sees a norm of at most one; the log shows the norm before."""
+    model, pairs = tiny_model(1), [(drawn_segment(i), 30.0) for i in range(3)]
+    found, metrics = gradients(model, pairs, clip_norm=0.5)
+    assert metrics["grad_norm"] > 0.5
+    assert torch.nn.utils.get_total_norm(found.values()).item() == pytest.approx(0.5, rel=1e-3)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights():
+    """A bad step is logged and left out."""
+    model = tiny_model(1)
+    before = weights(model)
+    handle = model.model.norm.register_forward_hook(lambda module, inputs, output: output * float("inf"))
+    metrics = update(model, muon(model), [(drawn_segment(1), 1.0), (drawn_segment(2), -1.0)], CONFIG, 0)
+    handle.remove()
+    assert not math.isfinite(metrics["grad_norm"]) and same(before, weights(model))
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def muon(model):
+    """The optimizer of a run."""
+    return Muon(model, OptimizerConfig())
+
+
+REWARDS = {
+    "nothing": ([[0, 0], [0, 0]], True),
+    "everything": ([[1, 1], [1, 1]], True),
+    "half marks": ([[0.1, 0.1, 0.1], [0.7, 0.7, 0.7]], True),
+    "one live group": ([[0, 1], [1, 1], [0, 0]], True),
+    "all but one failed": ([[None, 1], [None, 0], [0, 1]], True),
+    "two live groups": ([[0, 1], [1, 1], [1, 0]], False),
+    "live with a failure": ([[None, 1, 0], [0, 1, None]], False),
+}
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_groups_without_variance_teach_nothing(name):
+    """With fewer than two groups whose rewards differ no weight moves by a bit; otherwise they do."""
+    rewards, skipped = REWARDS[name]
+    model = tiny_model(1)
+    before, optimizer = weights(model), muon(model)
+    metrics = learn(model, optimizer, drawn_groups(1, rewards), CONFIG, 0, step=9)
+    assert metrics["skipped"] == skipped and same(before, weights(model)) == skipped
+    memory = [value for state in optimizer.state_dict()["state"].values() for value in state.values()]
+    assert any(torch.as_tensor(value).any() for value in memory) != skipped, "nor does the optimizer's memory"
+    live = sum(len({r for r in row if r is not None}) > 1 for row in rewards)
+    assert metrics["live_groups"] == pytest.approx(live / len(rewards), abs=1e-4)
+
+
+@settings(max_examples=8)
+@given(seed=seeds, normalize=st.booleans())
+def test_mute_groups_are_as_if_they_had_not_been(seed, normalize):
+    """A step with a group of equal rewards is the step without that group, bit for bit."""
+    config, found = dataclasses.replace(CONFIG, normalize_std=normalize), []
+    rewards = [[0, 1, 1], [1, 1, 1], [0.5, 0, 1]]
+    groups = drawn_groups(seed, rewards)
+    for chosen in (groups, [groups[0], groups[2]]):
+        model = tiny_model(seed)
+        metrics = learn(model, muon(model), chosen, config, 0, step=9)
+        found.append(weights(model))
+    assert same(*found)
+    assert metrics["trained_tokens"] == sum(len(s.tokens) for group in chosen for t in group for s in t.segments)
+
+
+@settings(max_examples=8)
+@given(seed=seeds, normalize=st.booleans(), mode=st.sampled_from(["token", "sequence", "constant"]))
+def test_failures_of_the_machine_leave_the_statistics(seed, normalize, mode):
+    """A sample whose environment failed is as if it had not been drawn: for the advantages and for the denominator."""
+    config, found = dataclasses.replace(CONFIG, normalize_std=normalize, aggregation=mode), []
+    groups = drawn_groups(seed, [[0, 1, 1, None], [None, 1, 0, 0]])
+    without = [[t for t in group if t.score.status != "infrastructure"] for group in groups]
+    for chosen in (groups, without):
+        model = tiny_model(seed)
+        learn(model, muon(model), chosen, config, 0, step=9)
+        found.append(weights(model))
+    assert same(*found)
+
+
+def test_the_learning_rate_warms_up_over_five_steps():
+    """A fifth of the peak in the first step, all of it from the fifth on."""
+    for step, share in ((0, 0.2), (1, 0.4), (4, 1.0), (100, 1.0)):
+        model = tiny_model(1)
+        optimizer = muon(model)
+        learn(model, optimizer, drawn_groups(1, [[0, 1], [1, 0]]), CONFIG, 0, step)
+        assert all(group["lr"] == pytest.approx(share * CONFIG.peak_lr) for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize("updates", [1, 2, 3, 99])
+def test_a_rollout_can_serve_several_updates(updates):
+    """Each share is one optimizer step, and there are never more shares than segments."""
+    model, groups, calls = tiny_model(1), drawn_groups(1, [[0, 1], [1, 0]]), []
+    segments = sum(len(t.segments) for group in groups for t in group)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "update", lambda *a, replicas: calls.append(a[2]) or {})
+        learn(model, muon(model), groups, dataclasses.replace(CONFIG, updates_per_rollout=updates), 0, 9)
+    assert len(calls) == min(updates, segments) and all(calls)
+    assert Counter(id(s) for pairs in calls for s, _ in pairs) == Counter(
+        id(s) for group in groups for t in group for s in t.segments
+    )
+
+
+@given(
+    seed=seeds,
+    names=st.lists(st.sampled_from(["arithmetic", "retail", "instructions"]), min_size=1, max_size=4),
+    count=st.integers(1, 12),
+    share=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
+)
+def test_every_environment_is_asked_with_and_without_thinking(seed, names, count, share):
+    """Tasks follow from seed and step, none comes twice, and each place in the turn has its share of thinking."""
+    steps = 4 * len(names)
+    drawn = [draw_tasks(ENVIRONMENTS, names, count, seed, step, share) for step in range(steps)]
+    assert drawn == [draw_tasks(ENVIRONMENTS, names, count, seed, step, share) for step in range(steps)]
+    tasks, thinking = ([x for step in drawn for x in step[part]] for part in (0, 1))
+    assert [t.environment for t in tasks] == [names[n % len(names)] for n in range(steps * count)]
+    for place in range(len(names)):  # 4 * count turns, so that every share is a whole number
+        assert sum(thinking[place :: len(names)]) == share * 4 * count
+    again = [ENVIRONMENTS[t.environment].task(n, seed, "train") for n, t in enumerate(tasks)]
+    assert tasks == again
+
+
+def test_the_log_says_what_happened():
+    """Means over all episodes: reward, also by environment, length, truncation, switch; calls of tasks with tools."""
+    shop = dataclasses.replace(TASK, environment="shop", tools=({"name": "f"},))
+    parts = {"calls": 4, "valid_calls": 3}
+    segment = Segment([1, 2, 3], [False, True, True], [0.0, -1.0, -1.0])
+    groups = [
+        [
+            Trajectory(TASK, True, [], [segment], ["\n<think>a</think>\nfine<|user|>"], Score(1.0, "ok", {})),
+            Trajectory(TASK, True, [], [segment] * 3, ["so we go on " * 60 + "<|user|>"], Score(0.0, "wrong", {})),
+        ],
+        [
+            Trajectory(shop, True, [], [segment], ["fine<|user|>"], Score(0.5, "ok", parts), False, False),
+            Trajectory(shop, True, [], [segment], ["fine"], Score(0.0, "format", {"calls": 1, "valid_calls": 0}), True),
+        ],
+    ]
+    found = summarize(groups)
+    assert found["reward"] == 0.375 and found["reward_by_env"] == {"letters": 0.5, "shop": 0.25}
+    assert (found["length"], found["truncated"], found["switch_ok"]) == (3.0, 0.25, 0.75)
+    assert found["valid_calls"] == 0.6 and found["incidence"]["repetition"] == 0.25
+    assert summarize(groups[:1])["valid_calls"] is None
+
+
+class Letters(Environment):
+    """A bandit: say a letter of the Latin alphabet. Whatever else is wrong with the turn does not matter here."""
+
+    name = "letters"
+
+    def draw(self, rng, tier):
+        return [user(f"{rng.randint(0, 10**6)}?")], None
+
+    def episode(self, task):
+        episode = SimpleNamespace(task=task, done=False, message=None)
+
+        def step(message):
+            episode.done, episode.message = True, message
+            return []
+
+        def score():
+            text = episode.message["content"] + episode.message["reasoning_content"]
+            return Score(float(text.isascii() and text.isalpha()), "ok")
+
+        episode.step, episode.score = step, score
+        return episode
+
+
+LETTERS = RLConfig(("letters",), steps=6, prompts=4, samples=8, max_new_tokens=1, peak_lr=2e-2)
+
+
+class Run:
+    """One process of a reinforcement run: everything is built anew, and the folder is all that it knows of the past."""
+
+    def __init__(self, folder, config=LETTERS, seconds=1e9, stop_after=None):
+        self.model = GLM(tiny_model(1, vocab_size=292).config, seed=3)
+        self.optimizer, self.config = muon(self.model), config
+        self.log = Log(folder / "log.jsonl")
+        self.checkpoints = Checkpoints(folder / "checkpoints" / "letters.rl", self.log, seconds)
+        self.stop_after, self.steps = stop_after, 0
+
+    def write(self, kind, **values):
+        """The log's; sends Ctrl-C during the step it was told to stop after."""
+        self.steps += 1
+        if self.steps == self.stop_after:
+            signal.raise_signal(signal.SIGINT)
+        self.log.write(kind, **values)
+
+    def go(self):
+        """Train to the end, or until stopped."""
+        tokenizer = byte_tokenizer()
+        reinforce(
+            self.model, self.optimizer, Engine(self.model, tokenizer), tokenizer, {"letters": Letters()}, self.config,
+            "letters.rl", self.checkpoints, self, seed=5, thinking_share=0.5, quiet=True,
+        )  # fmt: skip
+        return self
+
+
+def logged(folder):
+    """The log without what the clock says."""
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_jsonl(folder / "log.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """(folder, run) of a run that was never stopped."""
+    folder = tmp_path_factory.mktemp("straight")
+    return folder, Run(folder).go()
+
+
+@settings(max_examples=4)
+@given(stops=st.lists(st.integers(1, 3), min_size=1, max_size=3))
+def test_stopped_and_resumed_equals_straight(straight, tmp_path_factory, stops):
+    """Ctrl-C after any steps, a new process each time: weights, optimizer and log are those of one run, bit for bit."""
+    whole, run = straight
+    folder, left = tmp_path_factory.mktemp("stopped"), LETTERS.steps
+    for stop in stops:
+        if stop > left:
+            break
+        with pytest.raises(Interrupted):
+            Run(folder, stop_after=stop).go()
+        left -= stop
+    resumed = Run(folder).go()
+    assert same(weights(resumed.model), weights(run.model)) and logged(folder) == logged(whole)
+    states = [r.optimizer.state_dict()["state"] for r in (resumed, run)]
+    assert states[0].keys() == states[1].keys()
+    assert all(
+        torch.equal(torch.as_tensor(v), torch.as_tensor(states[1][k][name]))
+        for k, s in states[0].items()
+        for name, v in s.items()
+    )
+
+
+def test_steps_after_the_last_checkpoint_are_done_once(straight, tmp_path):
+    """Killed without a word: the steps since the last checkpoint are repeated, and stand in the log once."""
+    whole, run = straight
+    with pytest.raises(Interrupted):
+        Run(tmp_path, stop_after=2).go()
+    kept = (tmp_path / "checkpoints" / "letters.rl" / "partial.pt").read_bytes()
+    with pytest.raises(Interrupted):
+        Run(tmp_path, stop_after=2).go()
+    (tmp_path / "checkpoints" / "letters.rl" / "partial.pt").write_bytes(kept)
+    resumed = Run(tmp_path).go()
+    assert same(weights(resumed.model), weights(run.model)) and logged(tmp_path) == logged(whole)
+
+
+def test_checkpoints_on_the_way_change_nothing(straight, tmp_path):
+    """A checkpoint after every step gives the same run, and the last one is of the last step."""
+    _, run = straight
+    again = Run(tmp_path, seconds=0).go()
+    assert same(weights(again.model), weights(run.model))
+    assert again.checkpoints.load()["step"] == LETTERS.steps and Run(tmp_path).go().steps == 0
+
+
+def test_what_reinforcement_leaves_alone(straight):
+    """The MTP layer and the routers' selection biases have no part in it; the rest of the model has moved."""
+    _, run = straight
+    fresh = GLM(run.model.config, seed=3)
+    mtp = f"model.layers.{fresh.config.num_hidden_layers}."
+    moved = {name for name, value in weights(run.model).items() if not torch.equal(value, fresh.state_dict()[name])}
+    rest = {n for n, _ in fresh.named_parameters() if not n.startswith(mtp)}
+    assert not {n for n in moved if n.startswith(mtp) or n.endswith("e_score_correction_bias")}
+    assert "lm_head.weight" in moved and len(moved) > 0.8 * len(rest)
+
+
+def test_reward_rises(tmp_path):
+    """Thirty steps on the bandit: from chance to nearly always."""
+    run = Run(tmp_path, dataclasses.replace(LETTERS, steps=30, prompts=8)).go()
+    rewards = [r["reward"] for r in logged(tmp_path)]
+    assert rewards[0] < 0.4 and sum(rewards[-5:]) / 5 > 0.9, rewards
+    assert all(r["trained_tokens"] > 0 for r in logged(tmp_path) if not r["skipped"]) and run.steps == 30
+
+
+def test_a_model_that_is_always_right_is_not_touched(tmp_path):
+    """All rewards equal: every step is skipped and logged as such, and the weights stay, bit for bit."""
+    model, tokenizer = tiny_model(1, vocab_size=292), byte_tokenizer()
+    before, log = weights(model), Log(tmp_path / "log.jsonl")
+    tasks, _ = draw_tasks(ENVIRONMENTS, ("arithmetic",), 6, 5, 0)
+    answers = {task.messages[-1]["content"]: said(tokenizer, assistant(task.label, "so")) for task in tasks}
+    engine = Scripted(tokenizer, lambda prompt: next(a for q, a in answers.items() if f"\n{q}<|" in prompt))
+    config = dataclasses.replace(CONFIG, environments=("arithmetic",), steps=3)
+    checkpoints = Checkpoints(tmp_path / "rl", log)
+    reinforce(model, muon(model), engine, tokenizer, ENVIRONMENTS, config, "rl", checkpoints, log, 5, quiet=True)
+    assert same(before, weights(model))
+    assert [(r["reward"], r["skipped"], r["live_groups"]) for r in logged(tmp_path)] == [(1.0, True, 0.0)] * 3

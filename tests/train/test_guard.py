@@ -1,0 +1,135 @@
+"""Steps that are left out, the way back to a good checkpoint, and layers that are computed twice."""
+
+import math
+import warnings
+
+import torch
+from helpers.tiny import drawn_batch, gradients
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_checkpoint import ROWS, STEPS, Run, S
+
+from minglm.common.device import read_jsonl
+from minglm.testing.model import tiny_model
+from minglm.testing.rl import seeds
+from minglm.train.checkpoint import read
+from minglm.train.guard import ENOUGH, Guard
+from minglm.train.loop import train
+
+healthy = st.lists(st.floats(0.5, 2), min_size=ENOUGH, max_size=80)
+
+
+@given(healthy, st.floats(4, 100), st.sampled_from([math.nan, math.inf]))
+def test_what_is_left_out(norms, factor, broken):
+    """No norm near the others is, everything above factor times the median is, and so is what is not finite."""
+    guard = Guard(spike_factor=factor)
+    assert not any(guard.reason(norm) for norm in norms)
+    usual = sorted(norms[-50:])[len(norms[-50:]) // 2]
+    assert guard.reason(factor * usual * 1.01) == "spike" and guard.reason(broken) == "not finite"
+    assert guard.reason(usual) is None and (guard.in_a_row, guard.left_out) == (0, 2)
+    assert Guard().reason(1e30) is None  # by default only NaN and infinity are
+
+
+@given(healthy, st.lists(st.sampled_from([1.0, math.nan, 1e9]), max_size=12))
+def test_a_guard_goes_on_after_a_restart(norms, later):
+    """Its state is all it knows."""
+    guard, other = Guard(10, 3), Guard(10, 3)
+    for norm in norms:
+        guard.reason(norm)
+    other.load_state_dict(guard.state_dict())
+    for norm in later:
+        assert guard.reason(norm) == other.reason(norm) and guard.gives_up == other.gives_up
+
+
+class Poisoned(Run):
+    """A run whose gradients of some steps are NaN."""
+
+    def __init__(self, folder, poisoned, **values):
+        super().__init__(folder, seconds=0)
+        for name, value in values.items():
+            object.__setattr__(self.phase, name, value)
+
+        def poison(gradient):
+            return gradient * (math.nan if self.steps in poisoned else 1)
+
+        self.model.lm_head.weight.register_hook(poison)
+
+
+def test_a_nan_in_a_gradient_costs_one_step(tmp_path):
+    """The weights never see it, the log says which step was left out and why, and training goes on."""
+    run = Poisoned(tmp_path, {3}).go()
+    records = read_jsonl(tmp_path / "log.jsonl")
+    assert [r.get("left_out") for r in records] == [None, None, "not finite", None, None, None]
+    assert all(p.isfinite().all() for p in run.model.parameters())
+    assert all(v.isfinite().all() for s in run.optimizer.state.values() for v in s.values())
+
+
+def test_utilisation_is_speed_over_the_ceiling(tmp_path):
+    """With a ceiling each step says its share of it; without one nothing is claimed."""
+    run = Run(tmp_path)
+    train(run.model, run.optimizer, run, run.phase, run.checkpoints, run.log, quiet=True, ceiling=1000.0)
+    steps = [r for r in read_jsonl(tmp_path / "log.jsonl") if r["kind"] == "step"]
+    assert steps and all(abs(r["mfu"] - r["tokens_per_second"] / 1000) < 1e-3 for r in steps)
+    assert not any("mfu" in r for r in read_jsonl(Run(tmp_path / "other").go().log.path))
+
+
+def test_after_repeated_failures_the_last_good_weights_come_back(tmp_path):
+    """Two steps left out in a row: the checkpoint before them comes back, the data go on, and the log says so."""
+    run = Poisoned(tmp_path, {3, 4}, rollback_after=2).go()
+    records = read_jsonl(tmp_path / "log.jsonl")
+    (back,) = (r for r in records if r["kind"] == "rollback")
+    assert (back["step"], back["to_step"], back["left_out"]) == (4, 2, 2)
+    assert [r["tokens"] for r in records if r["kind"] == "step"] == [ROWS * S * (i + 1) for i in range(STEPS)]
+    assert all(p.isfinite().all() for p in run.model.parameters())
+
+
+def test_no_checkpoint_is_written_while_steps_fail(tmp_path, monkeypatch):
+    """What a rollback returns to is from before the failures, even when every step is a time to save."""
+    seen = []
+    run = Poisoned(tmp_path, {3, 4, 5}, rollback_after=9)
+    save = run.checkpoints.save
+    monkeypatch.setattr(run.checkpoints, "save", lambda state: seen.append(state["step"]) or save(state))
+    run.go()
+    assert seen == [0, 1, 2, 6, 6] and read(run.checkpoints.partial)["guard"]["left_out"] == 3
+
+
+@settings(max_examples=8)
+@given(seed=seeds, packed=st.booleans())
+def test_recomputing_layers_changes_nothing(seed, packed):
+    """Losses, gradients and the routers' loads are the same bits: a load is not counted a second time."""
+    model, batch = tiny_model(seed), drawn_batch(seed, 3, 8, packed)
+    sums, kept, loads = gradients(model, batch, 0.3, balance_weight=0.1)
+    model.recompute = True
+    other_sums, again, other_loads = gradients(model, batch, 0.3, balance_weight=0.1)
+    assert sums == other_sums and torch.equal(loads, other_loads)
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+def test_recomputing_keeps_less():
+    """Between the passes a layer's input is all that is held of it."""
+    held = []
+    for recompute in (False, True):
+        model, batch, sizes = tiny_model(0), drawn_batch(0, 4, 32, False), {}
+        model.recompute = recompute
+
+        def pack(x, sizes=sizes):
+            sizes[x.data_ptr()] = x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model.hidden(batch.tokens_BS)
+        held.append(sum(sizes.values()))
+    assert held[1] < held[0] / 4
+
+
+def test_compiled_layers_compute_the_same():
+    """The switch changes neither names of parameters nor logits. Traced only: no compiler is needed."""
+    model, batch = tiny_model(0), drawn_batch(0, 2, 8, False)
+    names = list(model.state_dict())
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = model(batch.tokens_BS)
+        model.compile_layers(backend="eager")
+        # float32
+        torch.testing.assert_close(model(batch.tokens_BS), plain, atol=1e-5, rtol=1e-5)
+    assert list(model.state_dict()) == names
