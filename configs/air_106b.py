@@ -6,7 +6,7 @@ Narrower than GLM-4.5 and half as deep, and besides: no QK-norm, routed experts 
 schedule and post-training are the paper's, the defaults of `minglm.config.run`.
 """
 
-from minglm.config.run import ModelConfig, OptimizerConfig, Run
+from minglm.config import ModelConfig, OptimizerConfig, Run
 
 
 def air_106b():

@@ -7,7 +7,7 @@ no QK-norm, 64 experts of which 4 and a shared one serve a token, another vocabu
 are the paper's, the defaults of `minglm.config.run`.
 """
 
-from minglm.config.run import ModelConfig, OptimizerConfig, Run
+from minglm.config import ModelConfig, OptimizerConfig, Run
 
 
 def flash_30b():

@@ -10,7 +10,7 @@ enough work to hide the gathering of the weights.
 
 from dataclasses import replace
 
-from minglm.config.run import ModelConfig, OptimizerConfig, Run
+from minglm.config import ModelConfig, OptimizerConfig, Run
 
 
 def glm45_355b():

@@ -9,7 +9,7 @@ one serve a token, QK-norm, the ratio of the stages' tokens and their lengths ar
 tried yet at this size: watch `grad_norm` and `left_out` for the first hour. Tasks and their lengths are the toy's.
 """
 
-from minglm.config.run import (
+from minglm.config import (
     DataConfig,
     EvaluationConfig,
     ExpertConfig,
@@ -26,7 +26,10 @@ from minglm.config.run import (
 
 def mini():
     """1 dense and 11 MoE layers, 12 heads of 128 that share one key/value head, 160 experts, one 80 GB GPU."""
-    sft, rl = SFTConfig(20_000, 2.0, 131_072, 8192, 2e-4), {"prompts": 32, "samples": 16, "max_new_tokens": 2048}
+    sft, rl = (
+        SFTConfig(20_000, 2.0, 131_072, 8192, 2e-4),
+        {"prompts": 32, "samples": 16, "max_new_tokens": 2048},
+    )
     return Run(
         name="mini",
         model=ModelConfig(
@@ -40,26 +43,52 @@ def mini():
             moe_intermediate_size=192,
         ),
         data=DataConfig(
-            corpus_megabytes=20_000.0, near_duplicates=0.7, synthetic_documents=200_000, trajectories=200_000
+            corpus_megabytes=20_000.0,
+            near_duplicates=0.7,
+            synthetic_documents=200_000,
+            trajectories=200_000,
         ),
         stages=StagesConfig(
             general=StageConfig(
-                "prose, code, facts", 3_900_000_000, 4096,
+                "prose, code, facts",
+                3_900_000_000,
+                4096,
                 {"prose": 6, "code": 3, "qa": 0.2, "science": 0.1, "math": 0.1},
             ),
-            code_reasoning=StageConfig("code and mathematics", 1_820_000_000, 4096, {"code": 6, "prose": 3, "math": 1}),
+            code_reasoning=StageConfig(
+                "code and mathematics", 1_820_000_000, 4096, {"code": 6, "prose": 3, "math": 1}
+            ),
             repository=StageConfig(
-                "code across files", 130_000_000, 32_768, {"repository": 3, "code": 1}, "best_fit", 1_000_000.0
+                "code across files",
+                130_000_000,
+                32_768,
+                {"repository": 3, "code": 1},
+                "best_fit",
+                1_000_000.0,
             ),
             reasoning=StageConfig(
-                "worked solutions", 130_000_000, 32_768,
-                {"tasks:arithmetic": 2, "tasks:instructions": 2, "tasks:code": 2, "tasks:retail": 2,
-                 "tasks:provocation": 0.5, "prose": 2, "code": 2},
-                "best_fit", 1_000_000.0,
+                "worked solutions",
+                130_000_000,
+                32_768,
+                {
+                    "tasks:arithmetic": 2,
+                    "tasks:instructions": 2,
+                    "tasks:code": 2,
+                    "tasks:retail": 2,
+                    "tasks:provocation": 0.5,
+                    "prose": 2,
+                    "code": 2,
+                },
+                "best_fit",
+                1_000_000.0,
             ),
             long_agent=StageConfig(
-                "long documents, agents", 26_000_000, 131_072,
-                {"tasks:retail": 3, "long": 3, "repository": 2, "prose": 2}, "best_fit", 1_000_000.0,
+                "long documents, agents",
+                26_000_000,
+                131_072,
+                {"tasks:retail": 3, "long": 3, "repository": 2, "prose": 2},
+                "best_fit",
+                1_000_000.0,
             ),
         ),
         optimizer=OptimizerConfig(
@@ -73,21 +102,33 @@ def mini():
             rollback_after=20,
         ),
         posttraining=PostTrainingConfig(
-            reasoning=ExpertConfig(("arithmetic", "code"), sft, RLConfig(("arithmetic",), 200, peak_lr=5e-6, **rl)),
-            agent=ExpertConfig(
-                ("retail",), sft, RLConfig(("retail",), 200, max_turns=8, peak_lr=5e-6, normalize_std=False, **rl)
+            reasoning=ExpertConfig(
+                ("arithmetic", "code"), sft, RLConfig(("arithmetic",), 200, peak_lr=5e-6, **rl)
             ),
-            chat=ExpertConfig(("instructions",), sft, RLConfig(("instructions",), 200, peak_lr=5e-6, **rl)),
+            agent=ExpertConfig(
+                ("retail",),
+                sft,
+                RLConfig(("retail",), 200, max_turns=8, peak_lr=5e-6, normalize_std=False, **rl),
+            ),
+            chat=ExpertConfig(
+                ("instructions",), sft, RLConfig(("instructions",), 200, peak_lr=5e-6, **rl)
+            ),
             unified=SFTConfig(100_000, 2.0, 131_072, 8192, 2e-4),
             prompts_per_environment=20_000,
             responses_per_prompt=2,
             provoked_samples=2000,
-            general_rl=RLConfig(("arithmetic", "retail", "instructions"), 100, max_turns=8, peak_lr=2e-6, **rl),
+            general_rl=RLConfig(
+                ("arithmetic", "retail", "instructions"), 100, max_turns=8, peak_lr=2e-6, **rl
+            ),
             pathology_rl=RLConfig(
-                ("provocation",) * 6 + ("arithmetic", "instructions"), 50, fault_penalty=1.0, peak_lr=2e-6, **rl
+                ("provocation",) * 6 + ("arithmetic", "instructions"),
+                50,
+                fault_penalty=1.0,
+                peak_lr=2e-6,
+                **rl,
             ),
         ),
         evaluation=EvaluationConfig(max_new_tokens=4096, every_tokens=250_000_000),
         dtype="bfloat16",
         recompute=True,
-    )  # fmt: skip
+    )

@@ -4,7 +4,7 @@ The stages have the paper's order and its ratios of sequence length (x8, then x4
 paper's 5% because a model this small has to learn its tasks there.
 """
 
-from minglm.config.run import (
+from minglm.config import (
     BalanceConfig,
     DataConfig,
     EvaluationConfig,
@@ -41,29 +41,63 @@ def toy():
             initializer_range=0.06,
         ),
         data=DataConfig(
-            corpus_megabytes=6.0, fim_rate=0.3, fim_characters=250, synthetic_documents=6000, trajectories=9000
+            corpus_megabytes=6.0,
+            fim_rate=0.3,
+            fim_characters=250,
+            synthetic_documents=6000,
+            trajectories=9000,
         ),
         stages=StagesConfig(
             general=StageConfig(
-                "prose, code, facts", 330_000, 128, {"prose": 3, "code": 3, "qa": 2, "science": 1, "math": 1}
+                "prose, code, facts",
+                330_000,
+                128,
+                {"prose": 3, "code": 3, "qa": 2, "science": 1, "math": 1},
             ),
             code_reasoning=StageConfig(
                 "code and mathematics", 155_000, 128, {"code": 4, "math": 4, "qa": 1, "science": 1}
             ),
             repository=StageConfig(
-                "code across files", 60_000, 1024, {"repository": 3, "code": 1}, "best_fit", 1_000_000.0
+                "code across files",
+                60_000,
+                1024,
+                {"repository": 3, "code": 1},
+                "best_fit",
+                1_000_000.0,
             ),
             reasoning=StageConfig(
-                "worked solutions", 1_000_000, 1024,
-                {"tasks:arithmetic": 5, "tasks:instructions": 6, "tasks:code": 2, "tasks:retail": 6,
-                 "tasks:provocation": 1, "qa": 1, "prose": 1, "code": 1},
-                "best_fit", 1_000_000.0,
+                "worked solutions",
+                1_000_000,
+                1024,
+                {
+                    "tasks:arithmetic": 5,
+                    "tasks:instructions": 6,
+                    "tasks:code": 2,
+                    "tasks:retail": 6,
+                    "tasks:provocation": 1,
+                    "qa": 1,
+                    "prose": 1,
+                    "code": 1,
+                },
+                "best_fit",
+                1_000_000.0,
             ),
             long_agent=StageConfig(
-                "long documents, agents", 350_000, 4096,
-                {"tasks:retail": 4, "long": 1, "tasks:arithmetic": 3, "tasks:instructions": 4, "tasks:provocation": 1,
-                 "tasks:code": 1, "prose": 1, "code": 1},
-                "best_fit", 1_000_000.0,
+                "long documents, agents",
+                350_000,
+                4096,
+                {
+                    "tasks:retail": 4,
+                    "long": 1,
+                    "tasks:arithmetic": 3,
+                    "tasks:instructions": 4,
+                    "tasks:provocation": 1,
+                    "tasks:code": 1,
+                    "prose": 1,
+                    "code": 1,
+                },
+                "best_fit",
+                1_000_000.0,
             ),
         ),
         optimizer=OptimizerConfig(
@@ -99,12 +133,27 @@ def toy():
             responses_per_prompt=1,
             provoked_samples=600,
             general_rl=RLConfig(
-                ("arithmetic", "retail", "instructions"), 12, 12, 8, 72, 8, peak_lr=2e-4, fault_penalty=1.0
+                ("arithmetic", "retail", "instructions"),
+                12,
+                12,
+                8,
+                72,
+                8,
+                peak_lr=2e-4,
+                fault_penalty=1.0,
             ),
             pathology_rl=RLConfig(
-                ("provocation",) * 12 + ("arithmetic",) * 2 + ("instructions",) * 2 + ("retail",), 46, 16, 8, 72, 8,
-                peak_lr=5e-4, fault_penalty=1.0,
+                ("provocation",) * 12 + ("arithmetic",) * 2 + ("instructions",) * 2 + ("retail",),
+                46,
+                16,
+                8,
+                72,
+                8,
+                peak_lr=5e-4,
+                fault_penalty=1.0,
             ),
         ),
-        evaluation=EvaluationConfig(problems=100, samples=2, max_new_tokens=80, heldout_tokens=10_000),
-    )  # fmt: skip
+        evaluation=EvaluationConfig(
+            problems=100, samples=2, max_new_tokens=80, heldout_tokens=10_000
+        ),
+    )

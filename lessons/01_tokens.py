@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minglm import lesson, load_config
-from minglm.config.run import DataConfig, ModelConfig
+from minglm.config import DataConfig, ModelConfig
 from minglm.data import packing
 from minglm.data.mixture import Mixture, tokenize
 from minglm.data.sources import corpus
@@ -36,7 +36,11 @@ from minglm.report import drawing
 VOCABULARIES, LENGTHS = [292, 512, 1024, 2048, 4096, 8192], [128, 256, 512, 1024, 2048, 4096]
 SIZES = {"megabytes": 1.0, "generated": 200, "vocabularies": VOCABULARIES, "lengths": LENGTHS}
 SMOKE = {"megabytes": 0.05, "generated": 30, "vocabularies": [292, 400], "lengths": [64, 128]}
-TEXTS = {"chinese": ("Chinese Q&A", "#55958c"), "prose": ("English prose", "#1f5fa8"), "code": ("Python", "#c2571a")}
+TEXTS = {
+    "chinese": ("Chinese Q&A", "#55958c"),
+    "prose": ("English prose", "#1f5fa8"),
+    "code": ("Python", "#c2571a"),
+}
 FIT, CUT, PAD = "#1f5fa8", "#c2571a", "#9a5ba3"
 
 # %% [markdown]
@@ -54,15 +58,23 @@ FIT, CUT, PAD = "#1f5fa8", "#c2571a", "#9a5ba3"
 def compression(documents, vocabulary, seed):
     """Bytes per token on texts the tokenizer has not seen, {kind of text: value}, and the tokenizer."""
     files = sorted({d.name.partition(":")[0] for d in documents})  # a docstring goes with its file
-    seen = {file for file, draw in zip(files, np.random.default_rng(seed).random(len(files))) if draw < 0.7}
-    tokenizer = Tokenizer.train([d.text for d in documents if d.name.partition(":")[0] in seen], vocabulary)
+    seen = {
+        file
+        for file, draw in zip(files, np.random.default_rng(seed).random(len(files)))
+        if draw < 0.7
+    }
+    tokenizer = Tokenizer.train(
+        [d.text for d in documents if d.name.partition(":")[0] in seen], vocabulary
+    )
     texts = {kind: [] for kind in TEXTS}
     for document in documents:
         kind = "chinese" if document.language == "zh" else document.source
         if kind in texts and document.name.partition(":")[0] not in seen:
             texts[kind].append(document.text)
     tokens = {kind: sum(map(len, tokenizer.encode_batch(some))) for kind, some in texts.items()}
-    return {kind: sum(len(t.encode()) for t in some) / tokens[kind] for kind, some in texts.items()}, tokenizer
+    return {
+        kind: sum(len(t.encode()) for t in some) / tokens[kind] for kind, some in texts.items()
+    }, tokenizer
 
 
 def pack(documents, length, seed):
@@ -73,7 +85,9 @@ def pack(documents, length, seed):
     while stream.epochs["all"] < 1:
         filled.append(packing.utilisation(stream.next(16)))
     parts, lost = np.zeros(len(sizes), int), np.zeros(len(sizes), int)
-    for row in packing.cut(sizes, random.permutation(len(sizes)), length, int(random.integers(length))):
+    for row in packing.cut(
+        sizes, random.permutation(len(sizes)), length, int(random.integers(length))
+    ):
         for document, start, stop in row:
             parts[document] += 1
             lost[document] += (stop - start) * (start > 0)
@@ -90,19 +104,30 @@ def pack(documents, length, seed):
 
 def experiment(sizes, seeds):
     """All measurements."""
-    models = {"the toy": load_config(lesson.FIGURES.parent / "configs" / "toy.py").model, "GLM-4.5": ModelConfig()}
+    models = {
+        "the toy": load_config(lesson.FIGURES.parent / "configs" / "toy.py").model,
+        "GLM-4.5": ModelConfig(),
+    }
     log = {"compression": [], "packing": []}
     for seed in tqdm(range(seeds), desc="seeds", disable=None):
-        data = DataConfig(corpus_megabytes=sizes["megabytes"], synthetic_documents=sizes["generated"], heldout=0.0)
-        documents = [document for document in corpus.build(data, seed) if document.source != "repository"]
+        data = DataConfig(
+            corpus_megabytes=sizes["megabytes"], synthetic_documents=sizes["generated"], heldout=0.0
+        )
+        documents = [
+            document for document in corpus.build(data, seed) if document.source != "repository"
+        ]
         for vocabulary in sizes["vocabularies"]:
             values, tokenizer = compression(documents, vocabulary, seed)
             for name, model in models.items():
-                flops = memory.flops_per_token(dataclasses.replace(model, vocab_size=vocabulary), 128)["total"]
+                flops = memory.flops_per_token(
+                    dataclasses.replace(model, vocab_size=vocabulary), 128
+                )["total"]
                 values[name] = flops / values["code"]
             log["compression"].append({"vocabulary": vocabulary, "seed": seed, **values})
             if vocabulary == max(v for v in sizes["vocabularies"] if v <= 2048):  # the toy's own
-                arrays = [array for some in tokenize(documents, tokenizer).values() for array in some]
+                arrays = [
+                    array for some in tokenize(documents, tokenizer).values() for array in some
+                ]
         log["packing"] += [pack(arrays, length, seed) for length in sizes["lengths"]]
     return log | {"documents": len(arrays), "tokens": sum(map(len, arrays))}
 
@@ -111,7 +136,10 @@ def experiment(sizes, seeds):
 def series(rows, field, x):
     """[(x, mean, lowest, highest over the seeds)] of a field of the log."""
     groups = {row[x]: [other[field] for other in rows if other[x] == row[x]] for row in rows}
-    return [(value, sum(some) / len(some), min(some), max(some)) for value, some in sorted(groups.items())]
+    return [
+        (value, sum(some) / len(some), min(some), max(some))
+        for value, some in sorted(groups.items())
+    ]
 
 
 def draw(log):
@@ -121,10 +149,19 @@ def draw(log):
     label = {"textcoords": "offset points", "va": "center"}
 
     def line(axis, field, shade, scale=100.0, **style):
-        rows, x = (log["packing"], "length") if axis in (waste, cuts) else (log["compression"], "vocabulary")
+        rows, x = (
+            (log["packing"], "length")
+            if axis in (waste, cuts)
+            else (log["compression"], "vocabulary")
+        )
         xs, mean, low, high = (np.array(column) for column in zip(*series(rows, field, x)))
         axis.fill_between(xs, scale * low, scale * high, color=shade, alpha=0.2, linewidth=0)
-        axis.plot(xs, scale * mean, color=shade, **{"linewidth": 1.6, "marker": "o", "markersize": 4, **style})
+        axis.plot(
+            xs,
+            scale * mean,
+            color=shade,
+            **{"linewidth": 1.6, "marker": "o", "markersize": 4, **style},
+        )
         return scale * mean
 
     alone, fitted = line(waste, "alone", PAD), line(waste, "best fit", FIT)
@@ -137,18 +174,36 @@ def draw(log):
         line(cuts, field, shade, linestyle="none")
         line(cuts, f"{field}, expected", shade, marker="", linewidth=1)
     cuts.text(0.22, 0.8, "documents cut apart", color=CUT, transform=cuts.transAxes)
-    cuts.text(0.03, 0.14, "tokens that no longer see\ntheir document begin", color=PAD, transform=cuts.transAxes)
+    cuts.text(
+        0.03,
+        0.14,
+        "tokens that no longer see\ntheir document begin",
+        color=PAD,
+        transform=cuts.transAxes,
+    )
     ends = [line(short, kind, shade, 1)[-1] for kind, (_, shade) in TEXTS.items()]
     for (name, shade), height in zip(TEXTS.values(), drawing.spread(ends, 0.3)):
         short.annotate(name, (vocabularies[-1], height), (8, 0), color=shade, **label)
     for name, shade in (("the toy", CUT), ("GLM-4.5", FIT)):
         costs = line(work, name, shade, 100 / series(log["compression"], name, "vocabulary")[0][1])
-        work.annotate(name, (vocabularies[-1], costs[-1]), (-30, 16), color=shade, ha="right", **label)
+        work.annotate(
+            name, (vocabularies[-1], costs[-1]), (-30, 16), color=shade, ha="right", **label
+        )
     for axis, heading, unit, ticks in (
         (waste, "Padding", "positions that hold padding (%)", lengths),
-        (cuts, "Cut anywhere: measured (dots), expected (lines)", "share of what would fit a row (%)", lengths),
+        (
+            cuts,
+            "Cut anywhere: measured (dots), expected (lines)",
+            "share of what would fit a row (%)",
+            lengths,
+        ),
         (short, "What a token covers", "bytes per token, unseen text", vocabularies),
-        (work, "What a byte costs", f"FLOPs to read a byte of code ({vocabularies[0]} ids: 100)", vocabularies),
+        (
+            work,
+            "What a byte costs",
+            f"FLOPs to read a byte of code ({vocabularies[0]} ids: 100)",
+            vocabularies,
+        ),
     ):
         drawing.title(axis, heading)
         axis.set_xscale("log", base=2)
@@ -180,19 +235,35 @@ def draw(log):
 def verdicts(log):
     """{claim: whether the log supports it}."""
     gap = max(abs(r["cut"] - r["cut, expected"]) for r in log["packing"])
-    best, alone = max(r["best fit"] for r in log["packing"]), min(r["alone"] for r in log["packing"])
-    costs = {name: series(log["compression"], name, "vocabulary") for name in ("the toy", "GLM-4.5")}
+    best, alone = (
+        max(r["best fit"] for r in log["packing"]),
+        min(r["alone"] for r in log["packing"]),
+    )
+    costs = {
+        name: series(log["compression"], name, "vocabulary") for name in ("the toy", "GLM-4.5")
+    }
     toy, large = (min(rows, key=lambda row: row[1])[0] for rows in costs.values())
     return {
-        f"measured and expected shares of cut documents differ by {100 * gap:.1f} points at most": gap < 0.03,
-        f"best fit pads {100 * best:.1f}% at most, one document a row {100 * alone:.0f}% at least": best < alone / 10,
+        f"measured and expected shares of cut documents differ by {100 * gap:.1f} points at most": gap
+        < 0.03,
+        f"best fit pads {100 * best:.1f}% at most, one document a row {100 * alone:.0f}% at least": best
+        < alone / 10,
         f"cheapest vocabulary: the toy {toy}, GLM-4.5 {large} of those tried": toy < large,
     }
 
 
 def main(argv=None):
     """Run the experiment, or only redraw it, and print what it shows."""
-    lesson.run("01_tokens", experiment, draw, verdicts, [packing.best_fit, packing.cut], SIZES, SMOKE, argv=argv)
+    lesson.run(
+        "01_tokens",
+        experiment,
+        draw,
+        verdicts,
+        [packing.best_fit, packing.cut],
+        SIZES,
+        SMOKE,
+        argv=argv,
+    )
 
 
 if __name__ == "__main__":

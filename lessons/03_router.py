@@ -23,15 +23,24 @@ import numpy as np
 import torch
 
 from minglm import lesson
-from minglm.config.run import BalanceConfig, ModelConfig, OptimizerConfig, StagesConfig
+from minglm.config import BalanceConfig, ModelConfig, OptimizerConfig, StagesConfig
 from minglm.model.balance import sequence_loss, step_bias
 from minglm.model.glm import GLM
 from minglm.model.router import choose, mix
 from minglm.plan import memory
 from minglm.report import drawing
 
-NANO = dataclasses.replace(lesson.NANO, num_hidden_layers=3, n_routed_experts=16, moe_intermediate_size=24)
-SIZES = {"megabytes": 1.6, "tokens": 196_608, "batch": 2048, "rate": 0.03, "length": 64, "heldout": 256}
+NANO = dataclasses.replace(
+    lesson.NANO, num_hidden_layers=3, n_routed_experts=16, moe_intermediate_size=24
+)
+SIZES = {
+    "megabytes": 1.6,
+    "tokens": 196_608,
+    "batch": 2048,
+    "rate": 0.03,
+    "length": 64,
+    "heldout": 256,
+}
 SMOKE = SIZES | {"megabytes": 0.03, "tokens": 256, "batch": 128, "heldout": 2}
 LATE = 15 / 23.1  # share of the tokens after which the paper's bias stands still
 KINDS = {  # name: (colour, bias rate as a function of the share of training done, weight of the balance loss)
@@ -67,7 +76,11 @@ def token_types(tokenizer):
         if not any(c.isalpha() for c in word):
             return TYPES.index("sign")
         return TYPES.index(
-            "keyword" if word in keyword.kwlist else "begins a word" if text[0] == " " else "inside a word"
+            "keyword"
+            if word in keyword.kwlist
+            else "begins a word"
+            if text[0] == " "
+            else "inside a word"
         )
 
     return torch.tensor([kind(tokenizer.decode([i])) for i in range(tokenizer.vocab_size)])
@@ -77,12 +90,18 @@ def token_types(tokenizer):
 def measure(model, tokens_BS, types_V):
     """Held-out loss, and for each MoE layer how often tokens of each type chose each expert: (layers, types, E)."""
     chosen, E = [], model.config.n_routed_experts
-    hooks = [gate.register_forward_hook(lambda gate, x, out: chosen.append(out[0])) for gate in model.routers()]
+    hooks = [
+        gate.register_forward_hook(lambda gate, x, out: chosen.append(out[0]))
+        for gate in model.routers()
+    ]
     logp = model(tokens_BS)[:, :-1].log_softmax(-1).gather(2, tokens_BS[:, 1:, None])
     for hook in hooks:
         hook.remove()
     cells = [types_V[tokens_BS].reshape(-1, 1) * E + experts_TK for experts_TK in chosen]
-    counts = [torch.bincount(cell.flatten(), minlength=len(TYPES) * E).view(-1, E).tolist() for cell in cells]
+    counts = [
+        torch.bincount(cell.flatten(), minlength=len(TYPES) * E).view(-1, E).tolist()
+        for cell in cells
+    ]
     return {"heldout": -logp.mean().item(), "counts": counts}
 
 
@@ -91,10 +110,18 @@ def train(kind, seed, shards, heldout_BS, types_V, sizes):
     _, rate, weight = KINDS[kind]
     model, rows = GLM(NANO, seed), lesson.stream(shards, sizes["length"], seed)
     settings = {"bias_rate": lambda seen: rate(seen / sizes["tokens"]), "balance_weight": weight}
-    history = lesson.pretrain(model, rows, sizes["length"], sizes["tokens"], sizes["batch"], sizes["rate"], **settings)
+    history = lesson.pretrain(
+        model, rows, sizes["length"], sizes["tokens"], sizes["batch"], sizes["rate"], **settings
+    )
     load = [sum(metrics["load_max_over_mean"]) / 2 for metrics in history]
     dead = max(metrics["dead_experts"] for metrics in history[-8:])
-    return {"kind": kind, "seed": seed, "load": load, "dead": dead, **measure(model, heldout_BS, types_V)}
+    return {
+        "kind": kind,
+        "seed": seed,
+        "load": load,
+        "dead": dead,
+        **measure(model, heldout_BS, types_V),
+    }
 
 
 def experiment(sizes, seeds):
@@ -104,7 +131,11 @@ def experiment(sizes, seeds):
         lesson.stream(heldout, sizes["length"]).next(sizes["heldout"]).tokens_BS,
         token_types(tokenizer),
     )
-    runs = [train(kind, seed, shards, heldout_BS, types_V, sizes) for seed in range(seeds) for kind in KINDS]
+    runs = [
+        train(kind, seed, shards, heldout_BS, types_V, sizes)
+        for seed in range(seeds)
+        for kind in KINDS
+    ]
     return {"runs": runs, "full_scale": full_scale()}
 
 
@@ -117,12 +148,18 @@ def experiment(sizes, seeds):
 # %%
 def full_scale():
     """What is at stake in GLM-4.5, from its config."""
-    counts, balance, optimizer = memory.count_parameters(ModelConfig()), BalanceConfig(), OptimizerConfig()
+    counts, balance, optimizer = (
+        memory.count_parameters(ModelConfig()),
+        BalanceConfig(),
+        OptimizerConfig(),
+    )
     steps = StagesConfig().general.tokens / optimizer.batch_tokens_end
     return {
         "share of the body in routed experts": round(counts["experts"] / counts["body"], 3),
         "share of a layer's experts that a token visits": ModelConfig().num_experts_per_tok / 160,
-        "choices an expert gets from a batch, if balanced": round(optimizer.batch_tokens_end * 8 / 160),
+        "choices an expert gets from a batch, if balanced": round(
+            optimizer.batch_tokens_end * 8 / 160
+        ),
         "steps in which the bias can cross the range of a score": round(1 / balance.bias_rate),
         "steps of the first stage": round(steps),
     }
@@ -144,40 +181,78 @@ def information(counts):
     """Bits that a token's expert tells about its type, mean of the layers: 0 if experts do not specialise by type."""
     joint = np.array(counts) / np.array(counts).sum((1, 2), keepdims=True)
     apart = joint.sum(1, keepdims=True) * joint.sum(2, keepdims=True)
-    return (joint * np.log2(np.where(joint > 0, joint, 1) / np.where(joint > 0, apart, 1))).sum((1, 2)).mean()
+    return (
+        (joint * np.log2(np.where(joint > 0, joint, 1) / np.where(joint > 0, apart, 1)))
+        .sum((1, 2))
+        .mean()
+    )
 
 
 def draw(log):
     """The figure, from the log alone."""
     figure, ((loads, losses), (free, forced)) = drawing.canvas(2, 2, (10, 7.6))
     x = [log["sizes"]["batch"] * (i + 1) / 1000 for i in range(len(log["runs"][0]["load"]))]
-    values = {kind: np.array([drawing.running_mean(load) for load in of(log, kind, "load")]) for kind in KINDS}
+    values = {
+        kind: np.array([drawing.running_mean(load) for load in of(log, kind, "load")])
+        for kind in KINDS
+    }
     heights = np.exp(drawing.spread([np.log(value.mean(0)[-1]) for value in values.values()], 0.15))
     for (kind, value), height in zip(values.items(), heights):
         lesson.curve(loads, x, value, "", KINDS[kind][0])
-        loads.annotate(kind, (x[-1], height), (4, 0), textcoords="offset points", color=KINDS[kind][0], va="center")
+        loads.annotate(
+            kind,
+            (x[-1], height),
+            (4, 0),
+            textcoords="offset points",
+            color=KINDS[kind][0],
+            va="center",
+        )
     loads.axvline(LATE * x[-1], color=drawing.PALE, linewidth=0.8, linestyle=":")
-    lesson.panel(loads, "Load of the busiest expert, over the mean", "tokens trained on (thousands)", "", yscale="log")
+    lesson.panel(
+        loads,
+        "Load of the busiest expert, over the mean",
+        "tokens trained on (thousands)",
+        "",
+        yscale="log",
+    )
     loads.set_yticks([1, 1.5, 2, 3, 4, 6, 8], ["1", "1.5", "2", "3", "4", "6", "8"])
     loads.minorticks_off()
     loads.set_xlim(0, 1.38 * x[-1])
     others = [kind for kind in KINDS if kind != "nothing"]
-    change = [1000 * (np.array(of(log, kind, "heldout")) - of(log, "nothing", "heldout")) for kind in others]
-    names = [kind.replace(" loss ", "\nloss ").replace("bias ", "bias\n").replace(", ", ",\n") for kind in others]
+    change = [
+        1000 * (np.array(of(log, kind, "heldout")) - of(log, "nothing", "heldout"))
+        for kind in others
+    ]
+    names = [
+        kind.replace(" loss ", "\nloss ").replace("bias ", "bias\n").replace(", ", ",\n")
+        for kind in others
+    ]
     lesson.bars(losses, names, change, [KINDS[kind][0] for kind in others])
     losses.axhline(0, color=drawing.PALE, linewidth=0.8)
-    lesson.panel(losses, "Held-out loss: change against doing nothing, same seed", "", "nats per token / 1000")
+    lesson.panel(
+        losses,
+        "Held-out loss: change against doing nothing, same seed",
+        "",
+        "nats per token / 1000",
+    )
     for axis, kind in ((free, "bias 0.01"), (forced, "balance loss 10")):
         counts_XE = np.array(of(log, kind, "counts")[0][-1], dtype=float)
         lift = counts_XE / counts_XE.sum(1, keepdims=True) * counts_XE.shape[1]
         order = np.lexsort((-lift.max(0), lift.argmax(0)))
         image = axis.imshow(lift[:, order], aspect="auto", cmap="Blues", vmin=0, vmax=8)
         bits = np.mean([information(counts) for counts in of(log, kind, "counts")])
-        lesson.panel(axis, f"Who takes what with {kind}", f"experts; they tell {bits:.2f} bits about the type", "")
+        lesson.panel(
+            axis,
+            f"Who takes what with {kind}",
+            f"experts; they tell {bits:.2f} bits about the type",
+            "",
+        )
         axis.set_yticks(range(len(TYPES)), TYPES)
         axis.set_xticks([])
         axis.grid(False)
-    figure.colorbar(image, ax=[free, forced], label="choices, times an even share", shrink=0.9, pad=0.01)
+    figure.colorbar(
+        image, ax=[free, forced], label="choices, times an even share", shrink=0.9, pad=0.01
+    )
     note = f"above: mean and range of {len(log['seeds'])} seeds (dotted: the bias may stop); below: last layer, seed 0"
     figure.supxlabel(note, fontsize=8.5, color="#5c5c64")
     return figure
@@ -204,17 +279,33 @@ def draw(log):
 # %%
 def verdicts(log):
     """{claim: whether the log supports it}."""
-    load = {kind: np.array([busiest(counts) for counts in of(log, kind, "counts")]) for kind in KINDS}
-    bits = {kind: np.array([information(counts) for counts in of(log, kind, "counts")]) for kind in KINDS}
-    cost = {kind: np.array(of(log, kind, "heldout")) - of(log, "nothing", "heldout") for kind in KINDS}
+    load = {
+        kind: np.array([busiest(counts) for counts in of(log, kind, "counts")]) for kind in KINDS
+    }
+    bits = {
+        kind: np.array([information(counts) for counts in of(log, kind, "counts")])
+        for kind in KINDS
+    }
+    cost = {
+        kind: np.array(of(log, kind, "heldout")) - of(log, "nothing", "heldout") for kind in KINDS
+    }
     best, late, strong = "bias 0.01", "bias 0.01, then 0", "balance loss 10"
     means = {kind: f"{values.mean():.2f}" for kind, values in load.items()}
     tells = {kind: f"{values.mean():.2f}" for kind, values in bits.items()}
     claims = [
         (f"busiest expert, held out: {means}", load["nothing"].min() > 2 * load[best].max()),
-        (f"the bias changes the loss by {cost[best].round(3).tolist()}: no cost", cost[best].mean() < 0.01),
-        (f"a strong balance loss by {cost[strong].round(3).tolist()}: more", (cost[strong] > cost[best]).all()),
-        (f"balance holds when the bias stops: {means[late]}", load[late].mean() < 1.1 * load[best].mean()),
+        (
+            f"the bias changes the loss by {cost[best].round(3).tolist()}: no cost",
+            cost[best].mean() < 0.01,
+        ),
+        (
+            f"a strong balance loss by {cost[strong].round(3).tolist()}: more",
+            (cost[strong] > cost[best]).all(),
+        ),
+        (
+            f"balance holds when the bias stops: {means[late]}",
+            load[late].mean() < 1.1 * load[best].mean(),
+        ),
         (f"bits the expert tells about the type: {tells}", bits[strong].max() < bits[best].min()),
     ]
     return {claim: bool(holds) for claim, holds in claims}

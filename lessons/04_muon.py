@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from minglm import lesson
-from minglm.config.run import ModelConfig, OptimizerConfig
+from minglm.config import ModelConfig, OptimizerConfig
 from minglm.data import mixture
 from minglm.data.sources import corpus
 from minglm.data.tokenizer import Tokenizer
@@ -35,11 +35,27 @@ from minglm.train.loop import Phase, step
 
 KINDS = {"AdamW": "#c2571a", "Muon": "#1f5fa8", "Muon without the 0.2 rule": "#55958c"}
 NANO = ModelConfig(
-    vocab_size=512, hidden_size=64, num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=0,
-    num_attention_heads=6, num_key_value_heads=2, head_dim=16, intermediate_size=192, moe_intermediate_size=32,
-    n_routed_experts=8, num_experts_per_tok=2, max_position_embeddings=64, initializer_range=0.06,
-)  # fmt: skip
-SIZES = {"megabytes": 1.2, "tokens": 114_688, "batches": [1024, 4096], "rates": [0.003, 0.01, 0.03, 0.1]}
+    vocab_size=512,
+    hidden_size=64,
+    num_hidden_layers=2,
+    first_k_dense_replace=1,
+    num_nextn_predict_layers=0,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=16,
+    intermediate_size=192,
+    moe_intermediate_size=32,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    max_position_embeddings=64,
+    initializer_range=0.06,
+)
+SIZES = {
+    "megabytes": 1.2,
+    "tokens": 114_688,
+    "batches": [1024, 4096],
+    "rates": [0.003, 0.01, 0.03, 0.1],
+}
 SMOKE = {"megabytes": 0.03, "tokens": 512, "batches": [128, 256], "rates": [0.01]}
 
 # %% [markdown]
@@ -58,7 +74,10 @@ def build(kind, model, config):
     """The optimizer of this name. AdamW gets the very groups Muon would make, so what decays is the same."""
     if kind == "AdamW":
         groups = assign(model.named_parameters(), config)
-        groups = [{"params": [p for _, p in g["params"]], "weight_decay": g["weight_decay"]} for g in groups]
+        groups = [
+            {"params": [p for _, p in g["params"]], "weight_decay": g["weight_decay"]}
+            for g in groups
+        ]
         return torch.optim.AdamW(groups, betas=(config.adam_beta1, config.adam_beta2))
     return Muon(model, config if kind == "Muon" else dataclasses.replace(config, update_rms=0.0))
 
@@ -67,12 +86,19 @@ def train(kind, batch, rate, seed, shards, total):
     """One run: losses in bins of 4,096 tokens, and the singular values of an update half-way (mean over experts)."""
     config = OptimizerConfig(peak_lr=rate, warmup_tokens=total // 10)
     model, length = GLM(NANO, seed), NANO.max_position_embeddings
-    optimizer, stream = build(kind, model, config), mixture.Mixture(shards, {"code": 1.0}, length, seed=seed)
+    optimizer, stream = (
+        build(kind, model, config),
+        mixture.Mixture(shards, {"code": 1.0}, length, seed=seed),
+    )
 
-    def rate_at(seen):  # at the end of the step: a first step at rate zero would cost the large batch one of 28
+    def rate_at(
+        seen,
+    ):  # at the end of the step: a first step at rate zero would cost the large batch one of 28
         return learning_rate(seen + batch, config, total + 1)
 
-    phase = Phase(kind, total, 0, length, rate_at, lambda seen: batch, lambda seen: 0.0, lambda seen: 0.001)
+    phase = Phase(
+        kind, total, 0, length, rate_at, lambda seen: batch, lambda seen: 0.0, lambda seen: 0.001
+    )
     up_EFD, losses, spectrum = model.model.layers[1].mlp.experts.up_EFD, [], None
     for seen in range(0, total, batch):
         before_EFD = up_EFD.detach().clone()
@@ -82,7 +108,14 @@ def train(kind, batch, rate, seed, shards, total):
             spectrum = (torch.linalg.svdvals(change_EFD).mean(0) / rate_at(seen)).tolist()
     size = max(1, 4096 // batch)
     bins = [sum(losses[i : i + size]) / size for i in range(0, len(losses), size)]
-    run = {"kind": kind, "batch": batch, "rate": rate, "seed": seed, "loss": bins, "spectrum": spectrum}
+    run = {
+        "kind": kind,
+        "batch": batch,
+        "rate": rate,
+        "seed": seed,
+        "loss": bins,
+        "spectrum": spectrum,
+    }
     return run | {"final": sum(bins[-3:]) / len(bins[-3:])}
 
 
@@ -96,7 +129,9 @@ def best(log, kind, batch):
 def experiment(sizes, seeds):
     """All runs."""
     documents = list(corpus.python_library(megabytes=sizes["megabytes"]))
-    shards = mixture.tokenize(documents, Tokenizer.train([d.text for d in documents], NANO.vocab_size))
+    shards = mixture.tokenize(
+        documents, Tokenizer.train([d.text for d in documents], NANO.vocab_size)
+    )
     log = {"runs": []}
     cells = [(kind, batch) for batch in sizes["batches"] for kind in KINDS]
     for seed in range(seeds):
@@ -112,7 +147,10 @@ def polynomials():
     for name, of_steps in POLYNOMIALS.items():
         tables = [of_steps(steps) or [eager.COEFFICIENTS] * steps for steps in range(1, 9)]
         ends = [eager._iterate(values.diag()[None], table)[0].diagonal() for table in tables]
-        found[name] = {"five": ends[4].tolist(), "worst": [(end - 1).abs().max().item() for end in ends]}
+        found[name] = {
+            "five": ends[4].tolist(),
+            "worst": [(end - 1).abs().max().item() for end in ends],
+        }
     return found | {"values": values.tolist()}
 
 
@@ -131,14 +169,21 @@ def full_scale():
         groups = assign(GLM(ModelConfig()).named_parameters(), OptimizerConfig())
     shapes = [p.shape for group in groups if group["kind"] == "muon" for _, p in group["params"]]
     sides = [sorted(shape[-2:]) for shape in shapes]
-    cost = sum(shape.numel() // (r * c) * 5 * (4 * r**2 * c + 2 * r**3) for shape, (r, c) in zip(shapes, sides))
+    cost = sum(
+        shape.numel() // (r * c) * 5 * (4 * r**2 * c + 2 * r**3)
+        for shape, (r, c) in zip(shapes, sides)
+    )
     total = sum(p.numel() for group in groups for _, p in group["params"])
     return {
         "share of weights under Muon": round(sum(shape.numel() for shape in shapes) / total, 4),
-        "share in expert stacks": round(sum(shape.numel() for shape in shapes if len(shape) == 3) / total, 4),
+        "share in expert stacks": round(
+            sum(shape.numel() for shape in shapes if len(shape) == 3) / total, 4
+        ),
         "Newton-Schulz, PFLOP a step": round(cost / 1e15, 2),
         "share of a step's 6 * 32e9 * 64e6 FLOP": round(cost / (6 * 32e9 * 64e6), 5),
-        "factor 0.2 sqrt(max), largest": round(max(update_scale(shape, 0.2) for shape in shapes), 1),
+        "factor 0.2 sqrt(max), largest": round(
+            max(update_scale(shape, 0.2) for shape in shapes), 1
+        ),
     }
 
 
@@ -150,30 +195,56 @@ def draw(log):
     for (kind, shade), below in zip(KINDS.items(), (-14, 14, 27)):
         ours = {"color": shade, "linewidth": 1.6}
         name = {"text": kind, "textcoords": "offset points", "color": shade, "va": "center"}
-        for axis, batch, dots in ((axes[0][0], small, {}), (axes[0][1], large, {"linestyle": ":", "mfc": "w"})):
+        for axis, batch, dots in (
+            (axes[0][0], small, {}),
+            (axes[0][1], large, {"linestyle": ":", "mfc": "w"}),
+        ):
             curves = torch.tensor([run["loss"] for run in best(log, kind, batch)])
             x = [total / 1000 * (i + 0.5) / curves.shape[1] for i in range(curves.shape[1])]
-            axis.fill_between(x, curves.amin(0), curves.amax(0), color=shade, alpha=0.2, linewidth=0)
+            axis.fill_between(
+                x, curves.amin(0), curves.amax(0), color=shade, alpha=0.2, linewidth=0
+            )
             axis.plot(x, curves.mean(0), **ours)
             axis.annotate(xy=(x[-1], curves.mean(0)[-1]), xytext=(0, -below), ha="right", **name)
-            drawing.title(axis, f"Batch of {batch:,} tokens, {total // batch} steps; best rate of each")
-            axis.set(xlabel=f"tokens (thousands); shaded: range of {len(curves)} seeds", ylim=(2.9, 6.4))
-            runs = [r for r in log["runs"] if (r["kind"], r["batch"], r["seed"]) == (kind, batch, 0)]
-            axes[1][0].plot([r["rate"] for r in runs], [r["final"] for r in runs], marker="o", **ours, **dots)
+            drawing.title(
+                axis, f"Batch of {batch:,} tokens, {total // batch} steps; best rate of each"
+            )
+            axis.set(
+                xlabel=f"tokens (thousands); shaded: range of {len(curves)} seeds", ylim=(2.9, 6.4)
+            )
+            runs = [
+                r for r in log["runs"] if (r["kind"], r["batch"], r["seed"]) == (kind, batch, 0)
+            ]
+            axes[1][0].plot(
+                [r["rate"] for r in runs], [r["final"] for r in runs], marker="o", **ours, **dots
+            )
         values = best(log, kind, small)[0]["spectrum"]
         axes[1][1].plot(range(1, len(values) + 1), values, **ours)
-        axes[1][1].annotate(xy=(len(values), values[-1]), xytext=(0, 9 if below < 20 else -9), ha="right", **name)
-    drawing.title(axes[1][0], f"End of each run of seed 0: batch {small:,} filled, {large:,} hollow")
+        axes[1][1].annotate(
+            xy=(len(values), values[-1]), xytext=(0, 9 if below < 20 else -9), ha="right", **name
+        )
+    drawing.title(
+        axes[1][0], f"End of each run of seed 0: batch {small:,} filled, {large:,} hollow"
+    )
     axes[1][0].set(xscale="log", xlabel="peak learning rate")
-    axes[1][0].set_xticks(log["sizes"]["rates"], [f"{rate:g}" for rate in log["sizes"]["rates"]], minor=False)
-    drawing.title(axes[1][1], f"An update of the experts' up matrices, step {total // small // 2} of {total // small}")
-    axes[1][1].set(xlabel="direction, strongest first", ylabel="singular value / learning rate", ylim=(0, None))
+    axes[1][0].set_xticks(
+        log["sizes"]["rates"], [f"{rate:g}" for rate in log["sizes"]["rates"]], minor=False
+    )
+    drawing.title(
+        axes[1][1],
+        f"An update of the experts' up matrices, step {total // small // 2} of {total // small}",
+    )
+    axes[1][1].set(
+        xlabel="direction, strongest first", ylabel="singular value / learning rate", ylim=(0, None)
+    )
     for axis in axes[:, 0]:
         axis.set_ylabel("loss (nats per token)")
     (after, worst), found = axes[:, 2], log["polynomials"]
     for name, shade in (("jordan", "#1f5fa8"), ("polar_express", "#c2571a")):
         after.plot(found["values"], found[name]["five"], color=shade, linewidth=1.6)
-        worst.plot(range(1, 9), found[name]["worst"], "o-", color=shade, linewidth=1.6, markersize=3.5)
+        worst.plot(
+            range(1, 9), found[name]["worst"], "o-", color=shade, linewidth=1.6, markersize=3.5
+        )
         at = {"xytext": (-8, -12), "textcoords": "offset points", "ha": "right", "color": shade}
         worst.annotate(name.replace("_", " "), (7, found[name]["worst"][6]), **at)
     drawing.title(after, "Five steps of Newton-Schulz on a singular value")
@@ -211,10 +282,15 @@ def verdicts(log):
     rates = {kind: [runs[kind, batch][0]["rate"] for batch in (small, large)] for kind in KINDS}
     jordan, express = (log["polynomials"][name]["worst"][4] for name in ("jordan", "polar_express"))
     return {
-        f"Muon ends below AdamW, by {gaps[0]:.2f} nats or more at {small}, {gaps[1]:.2f} at {large}": min(gaps) > 0,
+        f"Muon ends below AdamW, by {gaps[0]:.2f} nats or more at {small}, {gaps[1]:.2f} at {large}": min(
+            gaps
+        )
+        > 0,
         "the difference is larger at the large batch": gaps[1] > gaps[0],
-        f"Muon's best rates {rates['Muon']} are AdamW's {rates['AdamW']}": rates["Muon"] == rates["AdamW"],
-        f"five steps of Polar Express end {express:.2f} from one at most, Jordan's {jordan:.2f}": express < jordan,
+        f"Muon's best rates {rates['Muon']} are AdamW's {rates['AdamW']}": rates["Muon"]
+        == rates["AdamW"],
+        f"five steps of Polar Express end {express:.2f} from one at most, Jordan's {jordan:.2f}": express
+        < jordan,
     }
 
 

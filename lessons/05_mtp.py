@@ -23,15 +23,23 @@ import torch
 import torch.nn.functional as F
 
 from minglm import lesson
-from minglm.config.run import BalanceConfig, ModelConfig
+from minglm.config import BalanceConfig, ModelConfig
 from minglm.model.glm import GLM
-from minglm.model.mtp import MTPLayer, targets
+from minglm.model.mtp import MTPLayer
 from minglm.plan import memory
 from minglm.report import drawing
 from minglm.train.loop import accumulate
+from minglm.train.loss import targets
 
 NANO = dataclasses.replace(lesson.NANO, num_nextn_predict_layers=1)
-SIZES = {"megabytes": 1.6, "tokens": 196_608, "batch": 2048, "rate": 0.03, "length": 64, "heldout": 256}
+SIZES = {
+    "megabytes": 1.6,
+    "tokens": 196_608,
+    "batch": 2048,
+    "rate": 0.03,
+    "length": 64,
+    "heldout": 256,
+}
 SMOKE = SIZES | {"megabytes": 0.03, "tokens": 256, "batch": 128, "heldout": 2}
 LATE = 15 / 23.1  # share of the tokens after which the paper lowers the weight
 KINDS = {  # name: (colour, weight as a function of the share of training done)
@@ -59,10 +67,15 @@ def measure(model, tokens_BS):
     """Losses of both heads, and how often the MTP layer's draft is accepted, on rows of tokens."""
     out = model.hidden(tokens_BS, mtp=True)
     main_BSV, ahead_BSV = model.head(out.hidden_BSD), model.head(out.mtp_hidden_BSD)
-    p, q = main_BSV[:, 1:-1].softmax(-1), ahead_BSV[:, :-2].softmax(-1)  # two opinions on token t + 2
+    p, q = (
+        main_BSV[:, 1:-1].softmax(-1),
+        ahead_BSV[:, :-2].softmax(-1),
+    )  # two opinions on token t + 2
     return {
         "loss": F.cross_entropy(main_BSV[:, :-1].flatten(0, 1), tokens_BS[:, 1:].flatten()).item(),
-        "mtp_loss": F.cross_entropy(ahead_BSV[:, :-2].flatten(0, 1), tokens_BS[:, 2:].flatten()).item(),
+        "mtp_loss": F.cross_entropy(
+            ahead_BSV[:, :-2].flatten(0, 1), tokens_BS[:, 2:].flatten()
+        ).item(),
         "accepted": torch.minimum(p, q).sum(-1).mean().item(),
         "agreed": (p.argmax(-1) == q.argmax(-1)).float().mean().item(),
     }
@@ -76,9 +89,22 @@ def train(kind, seed, shards, heldout_BS, sizes):
         if seen * 8 // sizes["tokens"] > len(trace):
             trace.append({"tokens": seen, **measure(model, heldout_BS)})
 
-    settings = {"mtp_weight": lambda seen: weight(seen / sizes["tokens"]), "bias_rate": 0.01, "balance_weight": 1e-4}
+    settings = {
+        "mtp_weight": lambda seen: weight(seen / sizes["tokens"]),
+        "bias_rate": 0.01,
+        "balance_weight": 1e-4,
+    }
     rows = lesson.stream(shards, sizes["length"], seed)
-    lesson.pretrain(model, rows, sizes["length"], sizes["tokens"], sizes["batch"], sizes["rate"], watch, **settings)
+    lesson.pretrain(
+        model,
+        rows,
+        sizes["length"],
+        sizes["tokens"],
+        sizes["batch"],
+        sizes["rate"],
+        watch,
+        **settings,
+    )
     return {"weight": kind, "seed": seed, "trace": trace}
 
 
@@ -105,7 +131,9 @@ def full_scale():
     draft = n["active_with_mtp"] - n["active_body"] + n["head"]
     return {
         "weights of the MTP layer, billions": round(n["mtp"] / 1e9, 2),
-        "of these a token uses, billions": round((n["active_with_mtp"] - n["active_body"]) / 1e9, 2),
+        "of these a token uses, billions": round(
+            (n["active_with_mtp"] - n["active_body"]) / 1e9, 2
+        ),
         "share of the training FLOPs": round(flops["mtp"] / flops["total"], 3),
         "cost of a draft, in passes of the trunk": round(draft / n["active_with_head"], 3),
         "weight of its loss, first and last": [balance.mtp_weight, balance.mtp_weight_late],
@@ -115,17 +143,29 @@ def full_scale():
 # %%
 def series(log, kind, field):
     """A field on the way of the runs with this weight: (seeds, points)."""
-    return np.array([[point[field] for point in run["trace"]] for run in log["runs"] if run["weight"] == kind])
+    return np.array(
+        [[point[field] for point in run["trace"]] for run in log["runs"] if run["weight"] == kind]
+    )
 
 
 def draw(log):
     """The figure, from the log alone."""
     figure, ((losses, cost), (sampled, greedy)) = drawing.canvas(2, 2, (10, 7.4))
     x = [point["tokens"] / 1000 for point in log["runs"][0]["trace"]]
-    trained, trunk = [kind for kind in KINDS if kind != "0"], np.concatenate([series(log, k, "loss") for k in KINDS])
-    lines = {losses: ("mtp_loss", 1, 0.09), sampled: ("accepted", 100, 0.9), greedy: ("agreed", 100, 2.3)}
+    trained, trunk = (
+        [kind for kind in KINDS if kind != "0"],
+        np.concatenate([series(log, k, "loss") for k in KINDS]),
+    )
+    lines = {
+        losses: ("mtp_loss", 1, 0.09),
+        sampled: ("accepted", 100, 0.9),
+        greedy: ("agreed", 100, 2.3),
+    }
     for axis, (field, factor, least) in lines.items():
-        curves = {f"weight {kind}": (factor * series(log, kind, field), KINDS[kind][0]) for kind in trained}
+        curves = {
+            f"weight {kind}": (factor * series(log, kind, field), KINDS[kind][0])
+            for kind in trained
+        }
         if axis is losses:
             curves["trunk, all weights"] = trunk, drawing.INK
         heights = drawing.spread([values.mean(0)[-1] for values, _ in curves.values()], least)
@@ -133,11 +173,20 @@ def draw(log):
             lesson.curve(axis, x, values, "", shade, style="o-")
             axis.annotate(name, (x[-1], height), (1.03 * x[-1], height), color=shade, va="center")
         axis.set_xlim(0, 1.36 * x[-1])
-    gaps = [1000 * (series(log, kind, "loss") - series(log, "0", "loss"))[:, -1] for kind in trained]
-    lesson.bars(cost, [kind.replace(", ", ",\n") for kind in trained], gaps, [KINDS[kind][0] for kind in trained])
+    gaps = [
+        1000 * (series(log, kind, "loss") - series(log, "0", "loss"))[:, -1] for kind in trained
+    ]
+    lesson.bars(
+        cost,
+        [kind.replace(", ", ",\n") for kind in trained],
+        gaps,
+        [KINDS[kind][0] for kind in trained],
+    )
     cost.axhline(0, color=drawing.PALE, linewidth=0.8)
     tokens = "tokens trained on (thousands)"
-    lesson.panel(losses, "Held-out loss: the MTP layer, and the trunk (dark)", tokens, "nats per token")
+    lesson.panel(
+        losses, "Held-out loss: the MTP layer, and the trunk (dark)", tokens, "nats per token"
+    )
     heading = "Trunk: change of held-out loss against weight 0, same seed"
     lesson.panel(cost, heading, "weight of the MTP loss", "nats per token / 1000")
     lesson.panel(sampled, "Drafts accepted when sampling", tokens, "share of drafts (%)")
@@ -166,7 +215,10 @@ def draw(log):
 # %%
 def verdicts(log):
     """{claim: whether the log supports it}."""
-    end = {kind: {f: series(log, kind, f)[:, -1] for f in ("loss", "mtp_loss", "accepted", "agreed")} for kind in KINDS}
+    end = {
+        kind: {f: series(log, kind, f)[:, -1] for f in ("loss", "mtp_loss", "accepted", "agreed")}
+        for kind in KINDS
+    }
     gap = {kind: end[kind]["loss"] - end["0"]["loss"] for kind in KINDS}
     paper = "0.3, then 0.1"
     behind = (end[paper]["mtp_loss"] - end[paper]["loss"]).mean()
@@ -176,7 +228,10 @@ def verdicts(log):
             f"the paper's weights change the next token's loss by {gap[paper].mean():+.3f}: no harm",
             gap[paper].mean() < 0.01,
         ),
-        (f"they help it by 0.01 or more in every seed: {gap[paper].round(3).tolist()}", (gap[paper] < -0.01).all()),
+        (
+            f"they help it by 0.01 or more in every seed: {gap[paper].round(3).tolist()}",
+            (gap[paper] < -0.01).all(),
+        ),
         (f"a weight of 1 harms it: {gap['1'].round(3).tolist()}", (gap["1"] > 0).all()),
         (f"the MTP layer's loss is above the trunk's, by {behind:+.2f} nats", behind > 0),
         (

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from minglm import lesson
-from minglm.config.run import ModelConfig, load_config
+from minglm.config import ModelConfig, load_config
 from minglm.model import attention, rope
 from minglm.model.attention import Attention
 from minglm.model.glm import GLM
@@ -35,7 +35,14 @@ from minglm.plan import memory
 from minglm.report import drawing
 
 NANO = dataclasses.replace(lesson.NANO, num_hidden_layers=6, routed_scaling_factor=2.5)
-SIZES = {"megabytes": 1.2, "tokens": 98_304, "batch": 2048, "rate": 0.03, "length": 64, "heldout": 64}
+SIZES = {
+    "megabytes": 1.2,
+    "tokens": 98_304,
+    "batch": 2048,
+    "rate": 0.03,
+    "length": 64,
+    "heldout": 64,
+}
 SMOKE = SIZES | {"megabytes": 0.03, "tokens": 128, "batch": 128, "heldout": 2}
 COLOURS = ("#c2571a", "#1f5fa8", "#55958c", "#8a8a92", "#9b6fb0", "#b59a2c")
 
@@ -67,7 +74,11 @@ def biased_weights(self, x_TD):
     scores_TE, c = (x_TD @ self.weight.T).sigmoid(), self.config
     experts_TK = choose(scores_TE, self.e_score_correction_bias, c.num_experts_per_tok)
     biased_TE = scores_TE + self.e_score_correction_bias
-    return experts_TK, mix(biased_TE, experts_TK, c.norm_topk_prob, c.routed_scaling_factor), scores_TE
+    return (
+        experts_TK,
+        mix(biased_TE, experts_TK, c.norm_topk_prob, c.routed_scaling_factor),
+        scores_TE,
+    )
 
 
 def unscaled(self, x_TD):
@@ -96,9 +107,13 @@ def measure(model, reference, tokens_BS):
     """Errors of the layers, the first module that differs, and the loss of minglm's model, as it now computes."""
     rows = compare(model, reference, tokens_BS[:4])
     errors = {row.name: row.error for row in rows}
-    layers = [errors[f"model.layers.{i}"] for i in range(NANO.num_hidden_layers)] + [errors["lm_head"]]
+    layers = [errors[f"model.layers.{i}"] for i in range(NANO.num_hidden_layers)] + [
+        errors["lm_head"]
+    ]
     with torch.no_grad():
-        loss = F.cross_entropy(model(tokens_BS)[:, :-1].float().flatten(0, 1), tokens_BS[:, 1:].flatten()).item()
+        loss = F.cross_entropy(
+            model(tokens_BS)[:, :-1].float().flatten(0, 1), tokens_BS[:, 1:].flatten()
+        ).item()
     return {"layers": layers, "first": first_difference(rows), "loss": loss}
 
 
@@ -106,7 +121,9 @@ def one_seed(seed, shards, heldout_BS, sizes):
     """Train, save, let transformers read it, compare: right in float32 and bfloat16, then wrong in each way."""
     model = GLM(NANO, seed)
     rows = lesson.stream(shards, sizes["length"], seed)
-    lesson.pretrain(model, rows, sizes["length"], sizes["tokens"], sizes["batch"], sizes["rate"], bias_rate=0.01)
+    lesson.pretrain(
+        model, rows, sizes["length"], sizes["tokens"], sizes["batch"], sizes["rate"], bias_rate=0.01
+    )
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         model, reference = load_pair(folder)
@@ -140,7 +157,10 @@ def counts():
     """Parameters of the released models by kind, from their configs."""
     configs = {"GLM-4.5": "glm45_355b", "Air": "air_106b", "4.7-Flash": "flash_30b"}
     folder = lesson.FIGURES.parent / "configs"
-    return {name: memory.count_parameters(load_config(folder / f"{file}.py").model) for name, file in configs.items()}
+    return {
+        name: memory.count_parameters(load_config(folder / f"{file}.py").model)
+        for name, file in configs.items()
+    }
 
 
 def full_scale():
@@ -168,7 +188,9 @@ def draw(log):
     figure, ((right, wrong), (cost, where)) = drawing.canvas(2, 2, (10, 7.4))
     x = list(range(1, NANO.num_hidden_layers + 2))
     for name, shade in (("float32", "#1f5fa8"), ("bfloat16", "#c2571a")):
-        lesson.curve(right, x, np.maximum(series(log, name, "layers"), 1e-8), name, shade, style="o-")
+        lesson.curve(
+            right, x, np.maximum(series(log, name, "layers"), 1e-8), name, shade, style="o-"
+        )
     for number, (name, shade) in enumerate(zip(MISTAKES, COLOURS)):
         lesson.curve(wrong, x, np.maximum(series(log, name, "layers"), 1e-8), "", shade, style="o-")
         wrong.annotate(name, (0.55, 0.03 + 0.058 * number), xycoords="axes fraction", color=shade)
@@ -184,10 +206,13 @@ def draw(log):
     for row, n in enumerate(log["counts"].values()):
         left, total = 0.0, sum(n[kind] for kind in kinds)
         for kind, shade in zip(kinds, ("#1f5fa8", *COLOURS[2:], "#c2571a", "#333333", "#dddddd")):
-            where.barh(row, 100 * n[kind] / total, left=left, color=shade, label=kind if row == 0 else None)
+            where.barh(
+                row, 100 * n[kind] / total, left=left, color=shade, label=kind if row == 0 else None
+            )
             left += 100 * n[kind] / total
     where.set_yticks(
-        range(len(log["counts"])), [f"{k}\n{sum(v[i] for i in kinds) / 1e9:.0f}B" for k, v in log["counts"].items()]
+        range(len(log["counts"])),
+        [f"{k}\n{sum(v[i] for i in kinds) / 1e9:.0f}B" for k, v in log["counts"].items()],
     )
     where.set_xlim(80, 100)
     where.legend(ncols=4, fontsize=6.5, loc="lower center", bbox_to_anchor=(0.5, -0.42))
@@ -218,16 +243,28 @@ def draw(log):
 def verdicts(log):
     """{claim: whether the log supports it}."""
     exact, rounded = (series(log, name, "layers").max() for name in ("float32", "bfloat16"))
-    gap = {name: (series(log, name, "loss") - series(log, "float32", "loss")).mean() for name in MISTAKES}
+    gap = {
+        name: (series(log, name, "loss") - series(log, "float32", "loss")).mean()
+        for name in MISTAKES
+    }
     spared = abs(series(log, "bfloat16", "loss") - series(log, "float32", "loss")).max()
     first = {name: sorted({str(run[name]["first"]) for run in log["runs"]}) for name in MISTAKES}
     hidden = [name for name, value in gap.items() if abs(value) < 0.02]
     claims = [
         (f"float32 error of {exact:.1e} at most, in every layer", exact < 1e-5),
-        (f"bfloat16 error of {rounded:.1e}, and a loss that changes by {spared:.4f} at most", spared < 0.01),
-        (f"cost in nats: { ({k: round(float(v), 3) for k, v in gap.items()}) }", max(gap.values()) > 0.02),
+        (
+            f"bfloat16 error of {rounded:.1e}, and a loss that changes by {spared:.4f} at most",
+            spared < 0.01,
+        ),
+        (
+            f"cost in nats: { ({k: round(float(v), 3) for k, v in gap.items()}) }",
+            max(gap.values()) > 0.02,
+        ),
         (f"mistakes that cost less than 0.02 nats: {', '.join(hidden) or 'none'}", bool(hidden)),
-        (f"the comparison names a place for each: {first}", all("None" not in names for names in first.values())),
+        (
+            f"the comparison names a place for each: {first}",
+            all("None" not in names for names in first.values()),
+        ),
     ]
     return {claim: bool(holds) for claim, holds in claims}
 

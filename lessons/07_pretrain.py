@@ -25,10 +25,10 @@ import numpy as np
 from tqdm import tqdm
 
 from minglm import lesson
-from minglm.config.run import DataConfig, ModelConfig, OptimizerConfig, Run, StageConfig, StagesConfig
+from minglm.config import DataConfig, ModelConfig, OptimizerConfig, Run, StageConfig, StagesConfig
 from minglm.data.build import prepare
 from minglm.data.mixture import Mixture
-from minglm.eval import text as evaluate
+from minglm.eval.text import bits_per_byte
 from minglm.model.glm import GLM
 from minglm.optim import schedule
 from minglm.optim.muon import Muon
@@ -37,8 +37,16 @@ from minglm.train.loop import step
 from minglm.train.stages import phases
 
 LONG = 1_000_000.0
-NANO = replace(lesson.NANO, num_nextn_predict_layers=1, rope_theta=LONG, max_position_embeddings=2048)
-SHARES = {"general": 0.45, "code_reasoning": 0.25, "repository": 0.1, "reasoning": 0.1, "long_agent": 0.1}
+NANO = replace(
+    lesson.NANO, num_nextn_predict_layers=1, rope_theta=LONG, max_position_embeddings=2048
+)
+SHARES = {
+    "general": 0.45,
+    "code_reasoning": 0.25,
+    "repository": 0.1,
+    "reasoning": 0.1,
+    "long_agent": 0.1,
+}
 TASKS = {"tasks:arithmetic": 2, "tasks:code": 1, "math": 1, "prose": 1}
 VARIANTS = {
     "cosine, ramp": {},
@@ -68,19 +76,32 @@ def config(sizes, seed, **changes):
     row = min(2048, total // 12)  # the longest: 32 times the shortest, as in the paper
     general, code, repository, reasoning, long = (int(share * total) for share in SHARES.values())
     stages = StagesConfig(
-        StageConfig("prose, code, facts", general, row // 32, {"prose": 3, "code": 3, "qa": 1, "science": 1}),
+        StageConfig(
+            "prose, code, facts", general, row // 32, {"prose": 3, "code": 3, "qa": 1, "science": 1}
+        ),
         StageConfig("code, mathematics", code, row // 32, {"code": 2, "math": 1, "prose": 1}),
-        StageConfig("code across files", repository, row // 4, {"code": 3, "prose": 1}, "best_fit", LONG),
+        StageConfig(
+            "code across files", repository, row // 4, {"code": 3, "prose": 1}, "best_fit", LONG
+        ),
         StageConfig("worked solutions", reasoning, row // 4, TASKS, "best_fit", LONG),
-        StageConfig("long documents", long, row, {"long": 2, "prose": 1, "code": 1}, "best_fit", LONG),
+        StageConfig(
+            "long documents", long, row, {"long": 2, "prose": 1, "code": 1}, "best_fit", LONG
+        ),
     )
     optimizer = OptimizerConfig(
-        peak_lr=sizes["peak_lr"], warmup_tokens=total // 20, batch_tokens_start=small, batch_tokens_end=4 * small,
-        batch_ramp_tokens=total // 2, microbatch_tokens=4096,
-    )  # fmt: skip
+        peak_lr=sizes["peak_lr"],
+        warmup_tokens=total // 20,
+        batch_tokens_start=small,
+        batch_tokens_end=4 * small,
+        batch_ramp_tokens=total // 2,
+        microbatch_tokens=4096,
+    )
     few = {"synthetic_documents": sizes["documents"], "trajectories": sizes["documents"] // 2}
     data = DataConfig(corpus_megabytes=sizes["megabytes"], decontaminate=0, **few)
-    changes = {field: {"start": small, "end": 4 * small}.get(value, value) for field, value in changes.items()}
+    changes = {
+        field: {"start": small, "end": 4 * small}.get(value, value)
+        for field, value in changes.items()
+    }
     return Run("pretrain", NANO, stages, data, replace(optimizer, **changes), seed=seed)
 
 
@@ -90,11 +111,19 @@ def train(name, run, tokenizer, shards, heldout, limit):
     optimizer, steps, bits = Muon(model, run.optimizer), [], []
     for phase in phases(run):
         if name == "no switch":
-            first = {"bias_rate": lambda seen: run.balance.bias_rate, "mtp_weight": lambda seen: run.balance.mtp_weight}
+            first = {
+                "bias_rate": lambda seen: run.balance.bias_rate,
+                "mtp_weight": lambda seen: run.balance.mtp_weight,
+            }
             phase = replace(phase, **first)
         stage = getattr(run.stages, phase.name)
         model.rope_theta = stage.rope_theta
-        draws = (stage.mixture, stage.sequence_length, stage.packing, run.seed * 100 + phase.start % 97)
+        draws = (
+            stage.mixture,
+            stage.sequence_length,
+            stage.packing,
+            run.seed * 100 + phase.start % 97,
+        )
         stream, done = Mixture(shards, *draws, pad=tokenizer.pad), 0
         while done < phase.tokens:
             seen = phase.start + done
@@ -102,8 +131,12 @@ def train(name, run, tokenizer, shards, heldout, limit):
             found = step(model, optimizer, stream.next(rows), phase, seen)
             done += rows * phase.sequence_length
             load = float(np.mean(found["load_max_over_mean"]))
-            steps.append([phase.start + done, found["loss"], found["learning_rate"], load, found["mtp_loss"]])
-        both = [evaluate.bits_per_byte(model, tokenizer, heldout[name], 64, limit) for name in ("prose", "code")]
+            steps.append(
+                [phase.start + done, found["loss"], found["learning_rate"], load, found["mtp_loss"]]
+            )
+        both = [
+            bits_per_byte(model, tokenizer, heldout[name], 64, limit) for name in ("prose", "code")
+        ]
         bits.append(sum(both) / 2)
     return {"variant": name, "seed": run.seed, "steps": np.round(steps, 5).tolist(), "bits": bits}
 
@@ -112,7 +145,11 @@ def experiment(sizes, seeds):
     """All runs."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer, shards, heldout, _ = prepare(config(sizes, 0), Path(folder))
-        cells = [(name, config(sizes, seed, **VARIANTS[name])) for seed in range(seeds) for name in VARIANTS]
+        cells = [
+            (name, config(sizes, seed, **VARIANTS[name]))
+            for seed in range(seeds)
+            for name in VARIANTS
+        ]
         data = (tokenizer, shards, heldout, sizes["heldout"])
         runs = [train(*cell, *data) for cell in tqdm(cells, desc="runs", disable=None)]
     bounds = [phase.start for phase in phases(config(sizes, 0))] + [sizes["tokens"]]
@@ -131,8 +168,13 @@ def full_scale():
     run, found = Run("glm", ModelConfig()), {}
     total = run.stages.total_tokens
     for tokens in (10**12, 15 * 10**12, 22 * 10**12):
-        rate, batch = schedule.learning_rate(tokens, run.optimizer, total), schedule.batch_tokens(tokens, run.optimizer)
-        weight, bias = (f(tokens, run.balance, run.stages) for f in (schedule.mtp_weight, schedule.bias_rate))
+        rate, batch = (
+            schedule.learning_rate(tokens, run.optimizer, total),
+            schedule.batch_tokens(tokens, run.optimizer),
+        )
+        weight, bias = (
+            f(tokens, run.balance, run.stages) for f in (schedule.mtp_weight, schedule.bias_rate)
+        )
         about = f"at {tokens / 1e12:g}T: rate, batch, MTP weight, bias rate"
         found[about] = f"{rate:.3g}, {batch:,}, {weight}, {bias}"
     seen = steps = 0
@@ -164,13 +206,21 @@ def draw(log):
     lesson.curve(curve, x, [smooth(run)[1] for run in first], "", SHADES["cosine, ramp"])
     for stage, bound in zip(SHARES, log["bounds"], strict=False):
         curve.axvline(bound / 1000, color=drawing.PALE, linewidth=1)
-        at = {"xy": (bound / 1000, max(smooth(first[0])[1])), "xytext": (3, 0), "textcoords": "offset points"}
+        at = {
+            "xy": (bound / 1000, max(smooth(first[0])[1])),
+            "xytext": (3, 0),
+            "textcoords": "offset points",
+        }
         curve.annotate(stage.replace("_", " "), **at, fontsize=7, rotation=-90, va="top")
     lesson.panel(curve, "Five stages, one curve", "tokens (thousands)", "loss (nats per token)")
     for name, ends in (("cosine, ramp", (6, 0)), ("WSD, ramp", (6, 6))):
         steps = np.array(of(log, name)[0]["steps"])
         rate.plot(steps[:, 0] / 1000, steps[:, 2], color=SHADES[name], linewidth=1.6)
-        at = {"xy": (steps[-1, 0] / 1000, steps[-1, 2]), "xytext": ends, "textcoords": "offset points"}
+        at = {
+            "xy": (steps[-1, 0] / 1000, steps[-1, 2]),
+            "xytext": ends,
+            "textcoords": "offset points",
+        }
         rate.annotate(name.split(",")[0], **at, color=SHADES[name], fontsize=8)
     lesson.panel(rate, "Learning rate", "tokens (thousands)", "")
     for name in VARIANTS:
@@ -179,9 +229,20 @@ def draw(log):
     batch.set_xticks(range(1, 6))
     lesson.panel(batch, "Held-out text after each stage", "stage", "bits per byte")
     names = [f"{name}\n{len(of(log, name)[0]['steps'])} steps" for name in VARIANTS]
-    lesson.bars(end, names, [[run["bits"][-1] for run in of(log, name)] for name in VARIANTS], SHADES.values())
+    lesson.bars(
+        end,
+        names,
+        [[run["bits"][-1] for run in of(log, name)] for name in VARIANTS],
+        SHADES.values(),
+    )
     values = [run["bits"][-1] for run in log["runs"]]
-    lesson.panel(end, "At the end, each seed a tick", "", "bits per byte", ylim=(min(values) - 0.1, max(values) + 0.1))
+    lesson.panel(
+        end,
+        "At the end, each seed a tick",
+        "",
+        "bits per byte",
+        ylim=(min(values) - 0.1, max(values) + 0.1),
+    )
     end.tick_params(axis="x", labelsize=7)
     return figure
 
@@ -212,17 +273,37 @@ def verdicts(log):
     ends = {name: np.array([run["bits"][-1] for run in of(log, name)]) for name in VARIANTS}
     steps = {name: len(of(log, name)[0]["steps"]) for name in VARIANTS}
     gain = {name: (ends[name] - ends["cosine, ramp"]) for name in VARIANTS}
-    text = {name: f"{values.mean():+.3f} ({values.min():+.3f} to {values.max():+.3f})" for name, values in gain.items()}
-    late = {name: np.mean([[s[3:] for s in run["steps"][-8:]] for run in of(log, name)], (0, 1)) for name in VARIANTS}
+    text = {
+        name: f"{values.mean():+.3f} ({values.min():+.3f} to {values.max():+.3f})"
+        for name, values in gain.items()
+    }
+    late = {
+        name: np.mean([[s[3:] for s in run["steps"][-8:]] for run in of(log, name)], (0, 1))
+        for name in VARIANTS
+    }
     load, mtp = zip(late["cosine, ramp"], late["no switch"], strict=True)
     return {
-        f"cosine ends below WSD with every seed; WSD {text['WSD, ramp']} bits per byte": gain["WSD, ramp"].min() > 0,
-        f"the ramp ends below the large batch; that {text['large batch']}": gain["large batch"].min() > 0,
+        f"cosine ends below WSD with every seed; WSD {text['WSD, ramp']} bits per byte": gain[
+            "WSD, ramp"
+        ].min()
+        > 0,
+        f"the ramp ends below the large batch; that {text['large batch']}": gain[
+            "large batch"
+        ].min()
+        > 0,
         f"the ramp ends within 0.05 of the small batch, {text['small batch']}, in "
-        f"{steps['cosine, ramp']} steps against {steps['small batch']}": gain["small batch"].min() > -0.05,
-        f"the switch costs the trunk less than 0.02: without it {text['no switch']}": gain["no switch"].min() > -0.02,
-        f"and the balance stays: max over mean {load[0]:.2f} with it, {load[1]:.2f} without": load[0] < 1.1 * load[1],
-        f"MTP alone pays: its loss {mtp[0]:.2f} with the switch, {mtp[1]:.2f} without": mtp[0] > mtp[1],
+        f"{steps['cosine, ramp']} steps against {steps['small batch']}": gain["small batch"].min()
+        > -0.05,
+        f"the switch costs the trunk less than 0.02: without it {text['no switch']}": gain[
+            "no switch"
+        ].min()
+        > -0.02,
+        f"and the balance stays: max over mean {load[0]:.2f} with it, {load[1]:.2f} without": load[
+            0
+        ]
+        < 1.1 * load[1],
+        f"MTP alone pays: its loss {mtp[0]:.2f} with the switch, {mtp[1]:.2f} without": mtp[0]
+        > mtp[1],
     }
 
 

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from minglm import lesson
-from minglm.config.run import ModelConfig
+from minglm.config import ModelConfig
 from minglm.data.mixture import Mixture
 from minglm.data.packing import Batch, best_fit
 from minglm.eval.needles import Needle, hide, needle_test
@@ -39,10 +39,30 @@ NANO = dataclasses.replace(lesson.NANO, max_position_embeddings=2048)
 BASES = {"kept": (10_000.0, "#c2571a"), "raised": (1_000_000.0, "#1f5fa8")}
 PACKINGS = {"truncate": "#c2571a", "best_fit": "#1f5fa8"}
 THINGS, MARKS, SHOWN = 32, 4, 8
-ASK, MARK, NOISE = 128, 160, 200  # ids: a question about a thing, a mark, filler; 0 to 127 say a thing with its mark
-SIZES = {"lengths": [64, 512, 2048], "tokens": [163_840, 32_768, 32_768], "batch": [2048, 2048, 4096], "rate": 0.03}
-SIZES |= {"probes": [64, 128, 256, 512, 1024, 2048], "needles": 12, "repositories": 2000, "tests": 64}
-SMOKE = SIZES | {"lengths": [16, 32, 64], "tokens": [512] * 3, "batch": [128] * 3, "probes": [16, 64], "needles": 2}
+ASK, MARK, NOISE = (
+    128,
+    160,
+    200,
+)  # ids: a question about a thing, a mark, filler; 0 to 127 say a thing with its mark
+SIZES = {
+    "lengths": [64, 512, 2048],
+    "tokens": [163_840, 32_768, 32_768],
+    "batch": [2048, 2048, 4096],
+    "rate": 0.03,
+}
+SIZES |= {
+    "probes": [64, 128, 256, 512, 1024, 2048],
+    "needles": 12,
+    "repositories": 2000,
+    "tests": 64,
+}
+SMOKE = SIZES | {
+    "lengths": [16, 32, 64],
+    "tokens": [512] * 3,
+    "batch": [128] * 3,
+    "probes": [16, 64],
+    "needles": 2,
+}
 SMOKE |= {"repositories": 40, "tests": 2}
 
 # %% [markdown]
@@ -68,7 +88,11 @@ def rows(random, count, length, spread):
     marks = random.integers(MARKS, size=(count, SHOWN))
     tokens = NOISE + random.integers(64, size=(count, blocks, 2))
     places = random.permuted(np.tile(np.arange(1, blocks), (count, 1)), axis=1)[:, : SHOWN - 1]
-    places = np.concatenate([np.zeros((count, 1), int), np.sort(places)], 1) if spread else np.arange(SHOWN)[None]
+    places = (
+        np.concatenate([np.zeros((count, 1), int), np.sort(places)], 1)
+        if spread
+        else np.arange(SHOWN)[None]
+    )
     shown = (places[:, :, None] <= np.arange(blocks)).sum(1) + np.zeros((count, 1), int)
     which = random.integers(shown)
     asks = random.random((count, blocks)) < 0.5
@@ -82,7 +106,9 @@ def rows(random, count, length, spread):
 def puzzle(length, seed):
     """A stream of rows of one length."""
     random = np.random.default_rng(seed)
-    return SimpleNamespace(next=lambda count: Batch(*map(torch.tensor, rows(random, count, length, spread=True))))
+    return SimpleNamespace(
+        next=lambda count: Batch(*map(torch.tensor, rows(random, count, length, spread=True)))
+    )
 
 
 def probe(model, sizes):
@@ -91,7 +117,9 @@ def probe(model, sizes):
     said, marked = random.integers(THINGS // 2 * MARKS, size=size), random.random(size) < 1 / 64
     noise = np.where(marked, said, NOISE + random.integers(64, size=size))
     hidden = random.integers((THINGS // 2, 0), (THINGS, MARKS), (sizes["needles"], 2)).tolist()
-    needles = [Needle([thing * MARKS + mark], [ASK + thing], [MARK + mark]) for thing, mark in hidden]
+    needles = [
+        Needle([thing * MARKS + mark], [ASK + thing], [MARK + mark]) for thing, mark in hidden
+    ]
     records = needle_test(model, noise, needles, sizes["probes"])
     return [[r["found"] for r in records if r["length"] == length] for length in sizes["probes"]]
 
@@ -123,14 +151,18 @@ def read_repositories(model, packing, seed, sizes):
     """Train on repositories. Returns the share of right answers about whole ones, and of rows that was not padding."""
     length = sizes["lengths"][1]
     documents, masks = repositories(sizes["repositories"], length, seed)
-    stream = Mixture({"repository": documents}, {"repository": 1.0}, length, packing, seed, {"repository": masks})
+    stream = Mixture(
+        {"repository": documents}, {"repository": 1.0}, length, packing, seed, {"repository": masks}
+    )
     study(model, 1, stream, sizes)
     right = asked = 0
     for tokens, mask in zip(*repositories(sizes["tests"], length, seed + 1000)):
         with torch.no_grad():
             said = model(torch.tensor(tokens)[None])[0, :-1].argmax(-1).numpy()
         right, asked = right + (said == tokens[1:])[mask[1:]].sum(), asked + mask[1:].sum()
-    fitted = sum(map(len, documents)) / (length * len(best_fit([len(d) for d in documents], length)))
+    fitted = sum(map(len, documents)) / (
+        length * len(best_fit([len(d) for d in documents], length))
+    )
     return {"right": float(right / asked), "filled": 1.0 if packing == "truncate" else fitted}
 
 
@@ -147,12 +179,16 @@ def experiment(sizes, seeds):
     for seed in tqdm(range(seeds), desc="seeds", disable=None):
         short = copy_of(GLM(NANO, seed), "kept")
         study(short, 0, puzzle(sizes["lengths"][0], [seed, 0]), sizes)
-        log["needles"].append({"seed": seed, "stage": 0, "base": "kept", "found": probe(short, sizes)})
+        log["needles"].append(
+            {"seed": seed, "stage": 0, "base": "kept", "found": probe(short, sizes)}
+        )
         for base in BASES:
             model = copy_of(short, base)
             for stage in (1, 2):
                 study(model, stage, puzzle(sizes["lengths"][stage], [seed, stage]), sizes)
-                log["needles"].append({"seed": seed, "stage": stage, "base": base, "found": probe(model, sizes)})
+                log["needles"].append(
+                    {"seed": seed, "stage": stage, "base": base, "found": probe(model, sizes)}
+                )
         for packing in PACKINGS:
             found = read_repositories(copy_of(short, "raised"), packing, seed, sizes)
             log["packing"].append({"seed": seed, "packing": packing, **found})
@@ -171,18 +207,26 @@ def full_scale():
     config, last, found = ModelConfig(), 131_072, {}
     for theta, _ in BASES.values():
         turn = theta ** -((config.rotary_dim - 2) / config.rotary_dim) * last / (2 * math.pi)
-        found[f"turns of the slowest pair in {last:,} positions, base {theta:,.0f}"] = round(turn, 3)
+        found[f"turns of the slowest pair in {last:,} positions, base {theta:,.0f}"] = round(
+            turn, 3
+        )
     for length in (4096, 32_768, last):
         flops = memory.flops_per_token(config, length)
-        found[f"share of attention in the training FLOPs at {length:,}"] = round(flops["attention"] / flops["total"], 3)
-    found["GiB of keys and values for one such row"] = round(memory.kv_cache_bytes_per_token(config) * last / 2**30, 1)
+        found[f"share of attention in the training FLOPs at {length:,}"] = round(
+            flops["attention"] / flops["total"], 3
+        )
+    found["GiB of keys and values for one such row"] = round(
+        memory.kv_cache_bytes_per_token(config) * last / 2**30, 1
+    )
     return found
 
 
 # %%
 def of(log, stage, base):
     """Found in percent, (seeds, lengths, depths), after a stage."""
-    return 100 * np.array([r["found"] for r in log["needles"] if (r["stage"], r["base"]) == (stage, base)])
+    return 100 * np.array(
+        [r["found"] for r in log["needles"] if (r["stage"], r["base"]) == (stage, base)]
+    )
 
 
 def packed(log, packing):
@@ -193,8 +237,14 @@ def packed(log, packing):
 def draw(log):
     """The figure, from the log alone."""
     figure, axes = drawing.canvas(2, 3, (11.5, 6.8))
-    lengths, probes, (*maps, curves, bars) = log["sizes"]["lengths"], log["sizes"]["probes"], axes.flat
-    for axis, (stage, base) in zip(maps, ((0, "kept"), (1, "raised"), (2, "raised"), (2, "kept")), strict=True):
+    lengths, probes, (*maps, curves, bars) = (
+        log["sizes"]["lengths"],
+        log["sizes"]["probes"],
+        axes.flat,
+    )
+    for axis, (stage, base) in zip(
+        maps, ((0, "kept"), (1, "raised"), (2, "raised"), (2, "kept")), strict=True
+    ):
         found = of(log, stage, base).mean(0)
         axis.imshow(found.T, vmin=0, vmax=100, cmap="Blues", aspect="auto")
         for at, value in np.ndenumerate(found):
@@ -204,16 +254,28 @@ def draw(log):
         axis.set_yticks(range(5), [0, 25, 50, 75, 100])
         axis.grid(visible=False)
         lesson.panel(
-            axis, f"Rows of {lengths[stage]}, base {base}: found (%)", "tokens of the row", "depth of the needle (%)"
+            axis,
+            f"Rows of {lengths[stage]}, base {base}: found (%)",
+            "tokens of the row",
+            "depth of the needle (%)",
         )
     x = np.log2(probes)
     for stage, base in ((0, "kept"), (1, "kept"), (1, "raised"), (2, "kept"), (2, "raised")):
-        name, style = f"{base}, {lengths[stage]}" if stage else f"{lengths[0]} only", (":", "--", "-")[stage]
-        lesson.curve(curves, x, of(log, stage, base).mean(2), name, BASES[base][1], style=style, fontsize=7)
+        name, style = (
+            f"{base}, {lengths[stage]}" if stage else f"{lengths[0]} only",
+            (":", "--", "-")[stage],
+        )
+        lesson.curve(
+            curves, x, of(log, stage, base).mean(2), name, BASES[base][1], style=style, fontsize=7
+        )
     curves.axhline(100 / MARKS, color=drawing.PALE, linewidth=0.8, linestyle=":")
     curves.set_xticks(x, probes)
-    lesson.panel(curves, "By base and longest rows; mean of depths", "tokens of the row", "found (%)")
-    lesson.bars(bars, ["cut anywhere", "best fit"], [packed(log, p) for p in PACKINGS], PACKINGS.values())
+    lesson.panel(
+        curves, "By base and longest rows; mean of depths", "tokens of the row", "found (%)"
+    )
+    lesson.bars(
+        bars, ["cut anywhere", "best fit"], [packed(log, p) for p in PACKINGS], PACKINGS.values()
+    )
     lesson.panel(bars, "Questions about whole repositories", "", "right (%)", ylim=(90, 100.5))
     return figure
 
@@ -243,21 +305,37 @@ def verdicts(log):
     """{claim: whether the log supports it}."""
     probes, lengths = log["sizes"]["probes"], log["sizes"]["lengths"]
     last, chance = probes.index(lengths[-1]), 100 / MARKS
-    ends = [of(log, stage, base)[:, last].mean(1) for stage, base in ((0, "kept"), (2, "kept"), (2, "raised"))]
+    ends = [
+        of(log, stage, base)[:, last].mean(1)
+        for stage, base in ((0, "kept"), (2, "kept"), (2, "raised"))
+    ]
     gain, better = ends[2] - ends[1], packed(log, "best_fit") - packed(log, "truncate")
     filled = next(run["filled"] for run in log["packing"] if run["packing"] == "best_fit")
     where = f"is found at {probes[last]} (chance {chance:.0f}%)"
     return {
-        f"from rows of {lengths[0]}, less than half {where}: {ends[0].mean():.0f}%": ends[0].max() < 50,
+        f"from rows of {lengths[0]}, less than half {where}: {ends[0].mean():.0f}%": ends[0].max()
+        < 50,
         f"extended, more than 90% {where}: {ends[2].mean():.0f}%": ends[2].min() > 90,
-        f"the raised base finds more there than the kept one, each seed: {gain.round().tolist()}": gain.min() > 0,
-        f"best fit, {filled:.0%} full, answers more, each seed: {better.round(1).tolist()} points": better.min() > 0,
+        f"the raised base finds more there than the kept one, each seed: {gain.round().tolist()}": gain.min()
+        > 0,
+        f"best fit, {filled:.0%} full, answers more, each seed: {better.round(1).tolist()} points": better.min()
+        > 0,
     }
 
 
 def main(argv=None):
     """Run the experiment, or only redraw it, and print what it shows."""
-    lesson.run("08_midtrain", experiment, draw, verdicts, [angles, hide, best_fit], SIZES, SMOKE, NANO, argv=argv)
+    lesson.run(
+        "08_midtrain",
+        experiment,
+        draw,
+        verdicts,
+        [angles, hide, best_fit],
+        SIZES,
+        SMOKE,
+        NANO,
+        argv=argv,
+    )
 
 
 if __name__ == "__main__":

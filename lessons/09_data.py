@@ -37,13 +37,38 @@ from minglm.model.glm import GLM
 from minglm.report import drawing
 
 STEPS = ["as it came", "MinHash", "SemDedup", "rubric\nbuckets", "learned\nbuckets"]
-ORIGINS = {"docstrings": "#1f5fa8", "mirrors": "#e0a458", "forms": "#c2571a", "salad": "#8c6bb1", "adverts": "#b5b5bd",
-           "tables": "#6b6b75"}  # fmt: skip
-SIZES = {"megabytes": 5.0, "pages": 350, "marks": 500, "tokens": 98_304, "fim_tokens": 196_608, "rate": 0.03,
-         "held": 300}  # fmt: skip
-SMOKE = {"megabytes": 0.1, "pages": 10, "marks": 60, "tokens": 1024, "fim_tokens": 1024, "rate": 0.03, "held": 8}
+ORIGINS = {
+    "docstrings": "#1f5fa8",
+    "mirrors": "#e0a458",
+    "forms": "#c2571a",
+    "salad": "#8c6bb1",
+    "adverts": "#b5b5bd",
+    "tables": "#6b6b75",
+}
+SIZES = {
+    "megabytes": 5.0,
+    "pages": 350,
+    "marks": 500,
+    "tokens": 98_304,
+    "fim_tokens": 196_608,
+    "rate": 0.03,
+    "held": 300,
+}
+SMOKE = {
+    "megabytes": 0.1,
+    "pages": 10,
+    "marks": 60,
+    "tokens": 1024,
+    "fim_tokens": 1024,
+    "rate": 0.03,
+    "held": 8,
+}
 ASKED = ["left to right", "middle, prefix only", "middle, both sides"]
-LENGTH, SPAN, ADVERT = 128, 150, "BUY NOW!!! CHEAP $$$ OFFER click here >>> 50% OFF free FREE win only today!"
+LENGTH, SPAN, ADVERT = (
+    128,
+    150,
+    "BUY NOW!!! CHEAP $$$ OFFER click here >>> 50% OFF free FREE win only today!",
+)
 
 # %% [markdown]
 # ## The lines that matter
@@ -73,7 +98,9 @@ def page(kind, words, number, rng, forms):
         words = rng.choices(ADVERT.split(), k=60)
     else:
         words = [f"{rng.random() * 1000:.2f}" for _ in range(60)]
-    return Document(" ".join(words), "prose", "en", quality.score(" ".join(words)), f"{kind}/{number}")
+    return Document(
+        " ".join(words), "prose", "en", quality.score(" ".join(words)), f"{kind}/{number}"
+    )
 
 
 def rubbish(clean, pages, rng):
@@ -100,7 +127,10 @@ def ladder(documents, marks, marked):
     left["SemDedup"] = semdedup.semantic_duplicates(left["MinHash"], 0.8)
     left["rubric\nbuckets"] = buckets(left["SemDedup"])
     scores = model.score([d.text for d in left["SemDedup"]])
-    judged = [dataclasses.replace(d, quality=float(s)) for d, s in zip(left["SemDedup"], scores, strict=True)]
+    judged = [
+        dataclasses.replace(d, quality=float(s))
+        for d, s in zip(left["SemDedup"], scores, strict=True)
+    ]
     left["learned\nbuckets"] = buckets(judged)
     others = sorted(set(range(len(documents))) - set(marked))
     fresh, truth = [documents[i].text for i in others], [marks[i] for i in others]
@@ -127,7 +157,9 @@ def loss_of(model, sequences, starts):
         first_B1 = torch.tensor(starts[at : at + 32])[:, None]
         last_B1 = torch.tensor([len(ids) for ids in some])[:, None]
         logits_BSV, place_S = model(tokens_BS)[:, :-1], torch.arange(1, tokens_BS.shape[1])
-        losses_BS = torch.nn.functional.cross_entropy(logits_BSV.mT, tokens_BS[:, 1:], reduction="none")
+        losses_BS = torch.nn.functional.cross_entropy(
+            logits_BSV.mT, tokens_BS[:, 1:], reduction="none"
+        )
         wanted_BS = (place_S >= first_B1) & (place_S < last_B1)
         total, count = total + float(losses_BS[wanted_BS].sum()), count + int(wanted_BS.sum())
     return total / count
@@ -135,7 +167,10 @@ def loss_of(model, sequences, starts):
 
 def train(shards, tokens, rate, seed, packing="truncate"):
     """A nano model trained on these shards."""
-    model, rows = GLM(NANO, seed), mixture.Mixture(shards, dict.fromkeys(shards, 1.0), LENGTH, packing, seed)
+    model, rows = (
+        GLM(NANO, seed),
+        mixture.Mixture(shards, dict.fromkeys(shards, 1.0), LENGTH, packing, seed),
+    )
     pretrain(model, rows, LENGTH, tokens, 1024, rate, bias_rate=0.01)
     return model
 
@@ -154,8 +189,17 @@ def clean_up(sizes, files, tokenizer, seed):
     runs = []
     for step in STEPS:
         model = train(mixture.tokenize(left[step], tokenizer), sizes["tokens"], sizes["rate"], seed)
-        parts = {name: sum(len(d.text) for d in left[step] if origin(d) == name) for name in ORIGINS}
-        runs.append({"step": step, "seed": seed, "loss": loss_of(model, held, [1] * len(held)), "characters": parts})
+        parts = {
+            name: sum(len(d.text) for d in left[step] if origin(d) == name) for name in ORIGINS
+        }
+        runs.append(
+            {
+                "step": step,
+                "seed": seed,
+                "loss": loss_of(model, held, [1] * len(held)),
+                "characters": parts,
+            }
+        )
     return runs, calibration
 
 
@@ -174,9 +218,13 @@ def insert(sizes, files, tokenizer, seed):
     """One seed of fill-in-the-middle: losses of a model trained with it and of one without."""
     code, rng = [d for d in files if not d.heldout], np.random.default_rng(seed)
     spans = [s for d in files if d.heldout for s in fim.spans(d.text, SPAN) if len(s) > 60]
-    spans = [spans[i] for i in rng.choice(len(spans), min(sizes["held"], len(spans)), replace=False)]
+    spans = [
+        spans[i] for i in rng.choice(len(spans), min(sizes["held"], len(spans)), replace=False)
+    ]
     text = [tokenizer.encode(d.text) for d in files if d.heldout]
-    held = [ids[at : at + LENGTH] for ids in text for at in range(0, len(ids) - LENGTH, LENGTH)][: sizes["held"]]
+    held = [ids[at : at + LENGTH] for ids in text for at in range(0, len(ids) - LENGTH, LENGTH)][
+        : sizes["held"]
+    ]
     rewritten = [fim.fim(span, tokenizer, rng) for span in spans]
     cuts = [insertion(ids, tokenizer) for ids in rewritten]
     kept = [n for n, (prefix, middle) in enumerate(cuts) if prefix and middle]
@@ -187,7 +235,10 @@ def insert(sizes, files, tokenizer, seed):
         shards = mixture.tokenize(code, tokenizer, rate, seed, SPAN)
         model = train(shards, sizes["fim_tokens"], sizes["rate"], seed, "best_fit")
         losses = {"left to right": loss_of(model, held, [1] * len(held))}
-        losses |= {"middle, prefix only": loss_of(model, *one), "middle, both sides": loss_of(model, *both)}
+        losses |= {
+            "middle, prefix only": loss_of(model, *one),
+            "middle, both sides": loss_of(model, *both),
+        }
         runs.append({"rate": rate, "seed": seed, **losses})
     return runs
 
@@ -216,7 +267,9 @@ def experiment(sizes, seeds):
 # %%
 def of(log, part, key, **where):
     """Values of the runs of a part, one a seed."""
-    return [run[key] for run in log[part] if all(run[name] == value for name, value in where.items())]
+    return [
+        run[key] for run in log[part] if all(run[name] == value for name, value in where.items())
+    ]
 
 
 def draw(log):
@@ -226,7 +279,9 @@ def draw(log):
     for at, step in enumerate(STEPS):
         parts, bottom = of(log, "ladder", "characters", step=step, seed=0)[0], 0.0
         for name, shade in ORIGINS.items():
-            left.bar(at, parts[name] / 1e6, 0.62, bottom, color=shade, label=name if at == 0 else None)
+            left.bar(
+                at, parts[name] / 1e6, 0.62, bottom, color=shade, label=name if at == 0 else None
+            )
             bottom += parts[name] / 1e6
         highest = max(highest, bottom)
     left.set_xticks(range(len(STEPS)), STEPS)
@@ -243,17 +298,28 @@ def draw(log):
             score, mark, _ = zip(*calibration["curves"][name], strict=True)
             curves.plot(score, mark, "o-", color=shade, markersize=3, linewidth=1, alpha=0.7)
         curves.text(0.03, height, name, color=shade)
-    panel(curves, "Reliability of the learned score, all seeds", "score", "share of pages marked good")
+    panel(
+        curves, "Reliability of the learned score, all seeds", "score", "share of pages marked good"
+    )
     for side, rate, shade in ((-0.2, 0.0, "#c2571a"), (0.2, 0.5, "#1f5fa8")):
         for at, name in enumerate(ASKED):
             values = of(log, "fim", name, rate=rate)
-            inserted.bar(at + side, np.mean(values), 0.36, color=shade, alpha=0.7, label=None if at else f"rate {rate}")
+            inserted.bar(
+                at + side,
+                np.mean(values),
+                0.36,
+                color=shade,
+                alpha=0.7,
+                label=None if at else f"rate {rate}",
+            )
             inserted.plot([at + side] * len(values), values, "_", color=drawing.INK, markersize=10)
     inserted.set_xticks(range(3), [name.replace(", ", ",\n") for name in ASKED])
     inserted.legend(frameon=False, fontsize=8)
     heights = [run[name] for run in log["fim"] for name in ASKED]
     limits = (min(heights) - 0.3, max(heights) + 0.3)
-    panel(inserted, "Fill-in-the-middle: trained without and with", "", "nats per token", ylim=limits)
+    panel(
+        inserted, "Fill-in-the-middle: trained without and with", "", "nats per token", ylim=limits
+    )
     return figure
 
 
@@ -285,13 +351,22 @@ def verdicts(log):
     for before, after in [*itertools.pairwise(STEPS[:4]), ("SemDedup", STEPS[4])]:
         gain = [round(a - b, 3) for a, b in zip(ladder[before], ladder[after], strict=True)]
         claims[f"{after} lowers the loss (by {gain} nats)".replace("\n", " ")] = min(gain) > 0
-    errors = [(round(c["error"]["raw"], 3), round(c["error"]["calibrated"], 3)) for c in log["calibration"]]
-    claims[f"calibration makes the score more reliable (error {errors})"] = all(after < raw for raw, after in errors)
-    without, trained = ({name: of(log, "fim", name, rate=rate) for name in ASKED} for rate in (0.0, 0.5))
+    errors = [
+        (round(c["error"]["raw"], 3), round(c["error"]["calibrated"], 3))
+        for c in log["calibration"]
+    ]
+    claims[f"calibration makes the score more reliable (error {errors})"] = all(
+        after < raw for raw, after in errors
+    )
+    without, trained = (
+        {name: of(log, "fim", name, rate=rate) for name in ASKED} for rate in (0.0, 0.5)
+    )
     cost = [round(a - b, 3) for a, b in zip(trained[ASKED[0]], without[ASKED[0]], strict=True)]
     claims[f"FIM costs less than 0.02 nats from left to right ({cost})"] = max(cost) < 0.02
     suffix = [round(a - b, 3) for a, b in zip(trained[ASKED[1]], trained[ASKED[2]], strict=True)]
-    claims[f"the model trained with FIM uses the suffix (it lowers the loss by {suffix} nats)"] = min(suffix) > 0
+    claims[f"the model trained with FIM uses the suffix (it lowers the loss by {suffix} nats)"] = (
+        min(suffix) > 0
+    )
     return claims
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from minglm import lesson
-from minglm.config.run import ModelConfig
+from minglm.config import ModelConfig
 from minglm.inference import Engine, Request
 from minglm.inference.kv_cache import Blocks
 from minglm.inference.speculative import Drafter, verify
@@ -32,9 +32,23 @@ from minglm.model.glm import GLM
 from minglm.report import drawing
 
 NANO = dataclasses.replace(lesson.NANO, num_nextn_predict_layers=1)
-SIZES = {"megabytes": 1.6, "tokens": 49_152, "batch": 2048, "rate": 0.03, "length": 64, "answer": 32}
+SIZES = {
+    "megabytes": 1.6,
+    "tokens": 49_152,
+    "batch": 2048,
+    "rate": 0.03,
+    "length": 64,
+    "answer": 32,
+}
 SIZES |= {"batches": [1, 4, 16, 64], "drafts": [0, 1, 2, 3, 4], "texts": 6, "answers": 2000}
-SMOKE = SIZES | {"megabytes": 0.03, "tokens": 256, "batch": 128, "answer": 4, "batches": [1, 8], "drafts": [0, 2]}
+SMOKE = SIZES | {
+    "megabytes": 0.03,
+    "tokens": 256,
+    "batch": 128,
+    "answer": 4,
+    "batches": [1, 8],
+    "drafts": [0, 2],
+}
 SMOKE |= {"texts": 2, "answers": 50}
 SHADES = ["#8a8a92", "#9fc3e6", "#5f93c8", "#1f5fa8", "#123a68"]
 
@@ -78,19 +92,29 @@ def drafting(model, prompts, sizes):
         began = time.process_time()
         for i, prompt in enumerate(prompts[: sizes["texts"]]):
             engine = Engine(model, draft_tokens=drafts)
-            (done,) = engine.generate([Request(prompt, sizes["answer"], temperature, seed=i, stop_ids=())])
+            (done,) = engine.generate(
+                [Request(prompt, sizes["answer"], temperature, seed=i, stop_ids=())]
+            )
             passes, tokens = passes + engine.passes, tokens + len(done.tokens)
             if drafts:
-                drafted, accepted = drafted + engine.drafter.drafted, accepted + engine.drafter.accepted
+                drafted, accepted = (
+                    drafted + engine.drafter.drafted,
+                    accepted + engine.drafter.accepted,
+                )
         row = {"temperature": temperature, "drafts": drafts, "passes": passes / tokens}
-        rows.append(row | {"accepted": accepted / max(1, drafted), "seconds": time.process_time() - began})
+        rows.append(
+            row | {"accepted": accepted / max(1, drafted), "seconds": time.process_time() - began}
+        )
     return rows
 
 
 @torch.no_grad()
 def counted(seed, sizes):
     """Every answer of three tokens from a vocabulary of four: exact probability, and shares without and with drafts."""
-    model, prompt = GLM(dataclasses.replace(NANO, vocab_size=4, initializer_range=0.3), seed), [1, 2]
+    model, prompt = (
+        GLM(dataclasses.replace(NANO, vocab_size=4, initializer_range=0.3), seed),
+        [1, 2],
+    )
     answers = list(itertools.product(range(4), repeat=3))
     texts = torch.tensor([[*prompt, *answer] for answer in answers])
     log_p = model(texts)[:, 1:-1].log_softmax(-1).gather(2, texts[:, 2:, None])
@@ -113,9 +137,13 @@ def experiment(sizes, seeds):
         model = GLM(NANO, seed)
         rows = lesson.stream(shards, sizes["length"], seed)
         settings = {"mtp_weight": 0.3, "bias_rate": 0.01}
-        lesson.pretrain(model, rows, sizes["length"], sizes["tokens"], sizes["batch"], sizes["rate"], **settings)
+        lesson.pretrain(
+            model, rows, sizes["length"], sizes["tokens"], sizes["batch"], sizes["rate"], **settings
+        )
         model.eval()
-        runs.append({"speed": speed(model, prompts, sizes), "drafting": drafting(model, prompts, sizes)})
+        runs.append(
+            {"speed": speed(model, prompts, sizes), "drafting": drafting(model, prompts, sizes)}
+        )
         runs[-1]["counted"] = counted(seed, sizes)
     return {"runs": runs, "full_scale": full_scale()}
 
@@ -134,24 +162,35 @@ def full_scale():
     return {
         "bytes of cache for a token": token,
         "gigabytes for the longest sequence": round(token * c.max_position_embeddings / 1e9, 1),
-        "gigabytes that eight samples of 32,768 tokens of prompt share": round(token * 32768 / 1e9, 1),
+        "gigabytes that eight samples of 32,768 tokens of prompt share": round(
+            token * 32768 / 1e9, 1
+        ),
     }
 
 
 # %%
 def values(log, part, field, **where):
     """A field of the rows that match, (seeds, rows)."""
-    rows = [[r for r in run[part] if all(r[k] == v for k, v in where.items())] for run in log["runs"]]
+    rows = [
+        [r for r in run[part] if all(r[k] == v for k, v in where.items())] for run in log["runs"]
+    ]
     return np.array([[r[field] for r in run] for run in rows])
 
 
 def draw(log):
     """The figure, from the log alone."""
     figure, ((speeds, caches), (passes, exact)) = drawing.canvas(2, 2, (10, 7.4))
-    for samples, name, shade in ((1, "prompts differ", SHADES[0]), (8, "8 samples a prompt", SHADES[3])):
+    for samples, name, shade in (
+        (1, "prompts differ", SHADES[0]),
+        (8, "8 samples a prompt", SHADES[3]),
+    ):
         x = values(log, "speed", "batch", samples=samples)[0]
-        lesson.curve(speeds, x, values(log, "speed", "speed", samples=samples), name, shade, style="o-")
-        lesson.curve(caches, x, values(log, "speed", "cache", samples=samples) / 1e6, name, shade, style="o-")
+        lesson.curve(
+            speeds, x, values(log, "speed", "speed", samples=samples), name, shade, style="o-"
+        )
+        lesson.curve(
+            caches, x, values(log, "speed", "cache", samples=samples) / 1e6, name, shade, style="o-"
+        )
     for temperature, name, shade in ((0.0, "greedy", SHADES[0]), (1.0, "temperature 1", SHADES[3])):
         x = values(log, "drafting", "drafts", temperature=temperature)[0]
         y = 1 / values(log, "drafting", "passes", temperature=temperature)
@@ -159,7 +198,9 @@ def draw(log):
     one = log["runs"][0]["counted"]
     exact.plot([0, max(one["exact"])], [0, max(one["exact"])], color=drawing.PALE, linewidth=0.8)
     for drafts, shade in (("0", SHADES[0]), ("3", SHADES[3])):
-        exact.plot(one["exact"], one[drafts], "o", color=shade, markersize=3, label=f"{drafts} drafts")
+        exact.plot(
+            one["exact"], one[drafts], "o", color=shade, markersize=3, label=f"{drafts} drafts"
+        )
     exact.legend(frameon=False, fontsize=8)
     for axis in (speeds, caches):
         axis.set(xscale="log", yscale="log")
@@ -193,7 +234,10 @@ def verdicts(log):
     gain = (alone[:, -1] / alone[:, 0]).mean()
     cache = {n: values(log, "speed", "cache", samples=n, batch=batches[-1]).mean() for n in (1, 8)}
     passes = {t: values(log, "drafting", "passes", temperature=t).mean(0) for t in (0.0, 1.0)}
-    best = {t: f"{p.min():.2f} with {log['sizes']['drafts'][int(p.argmin())]}" for t, p in passes.items()}
+    best = {
+        t: f"{p.min():.2f} with {log['sizes']['drafts'][int(p.argmin())]}"
+        for t, p in passes.items()
+    }
     accepted = values(log, "drafting", "accepted", temperature=1.0).mean(0)[1:].round(2).tolist()
     n, worst = log["sizes"]["answers"], 0.0
     for run in log["runs"]:
@@ -201,12 +245,23 @@ def verdicts(log):
         worst = max(worst, float((n * (np.array(run["counted"]["3"]) - p) ** 2 / p).sum()))
     claims = [
         (f"{batches[-1]} answers at once give {gain:.1f} times the tokens of one", gain > 5),
-        (f"eight samples that share a prompt need {cache[8] / cache[1]:.2f} of the cache", cache[8] < 0.75 * cache[1]),
-        (f"passes of the trunk per token, at their fewest: greedy {best[0.0]} drafts, sampled {best[1.0]}",
-         passes[1.0].min() < 0.7),
-        (f"share of drafts that stand, fewest drafts first: {accepted}; it falls", accepted == sorted(accepted)[::-1]),
-        (f"answers with drafts follow the model: chi-square of 63 degrees {worst:.0f} at most", worst < 120),
-    ]  # fmt: skip
+        (
+            f"eight samples that share a prompt need {cache[8] / cache[1]:.2f} of the cache",
+            cache[8] < 0.75 * cache[1],
+        ),
+        (
+            f"passes of the trunk per token, at their fewest: greedy {best[0.0]} drafts, sampled {best[1.0]}",
+            passes[1.0].min() < 0.7,
+        ),
+        (
+            f"share of drafts that stand, fewest drafts first: {accepted}; it falls",
+            accepted == sorted(accepted)[::-1],
+        ),
+        (
+            f"answers with drafts follow the model: chi-square of 63 degrees {worst:.0f} at most",
+            worst < 120,
+        ),
+    ]
     return {claim: bool(holds) for claim, holds in claims}
 
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from minglm import lesson
 from minglm.common.device import peak_bytes
-from minglm.config.run import ModelConfig
+from minglm.config import ModelConfig
 from minglm.kernels.cross_entropy.eager import cross_entropy, linear_cross_entropy
 from minglm.kernels.dispatch import installed
 from minglm.kernels.toolchain import compile_check, interpreter
@@ -44,13 +44,29 @@ ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 SHADES = {"float32": "#55958c", "float16": "#1f5fa8", "bfloat16": "#c2571a"}
 MARKS = {"grouped product": "o", "attention": "s", "log-probability": "^", "norm": "D"}
 PROGRAMS = ["#1f5fa8", "#c2571a", "#55958c", "#b8b8c0"]
-PEAK, COPIED = 989e12, 3.35e12  # bfloat16 products and bytes a second: an H100's data sheet, not measured
+PEAK, COPIED = (
+    989e12,
+    3.35e12,
+)  # bfloat16 products and bytes a second: an H100's data sheet, not measured
 LOSSES = {"full logits": cross_entropy, "in chunks": linear_cross_entropy}
 NAMES = {"moe": "expert layer", "attention": "attention", "linear_cross_entropy": "head and loss"}
 GARBAGE = 1e9  # stands for "not a number" and for a crash
-SIZES = {"sums": [32, 256, 2048], "trap": 256, "tokens": [512, 1024, 2048], "words": 8192, "width": 64}
+SIZES = {
+    "sums": [32, 256, 2048],
+    "trap": 256,
+    "tokens": [512, 1024, 2048],
+    "words": 8192,
+    "width": 64,
+}
 SIZES |= {"loads": [37, 1, 0, 23, 29, 6], "outputs": 256}
-SMOKE = SIZES | {"sums": [32, 64], "trap": 32, "tokens": [64, 256], "words": 512, "width": 16, "outputs": 128}
+SMOKE = SIZES | {
+    "sums": [32, 64],
+    "trap": 32,
+    "tokens": [64, 256],
+    "words": 512,
+    "width": 16,
+    "outputs": 128,
+}
 
 # %% [markdown]
 # ## The lines that matter
@@ -70,23 +86,42 @@ def operations(size, kind, seed):
     from minglm.kernels.experts.triton_layer import product
     from minglm.kernels.norm.triton_kernel import add_norm_triton
 
-    random, ends = torch.Generator().manual_seed(seed), torch.tensor([10, 10, 24], dtype=torch.int32)
+    random, ends = (
+        torch.Generator().manual_seed(seed),
+        torch.tensor([10, 10, 24], dtype=torch.int32),
+    )
 
     def drawn(*shape, scale=1.0):
         x = torch.randn(*shape, generator=random).mul(scale).to(kind)
         return x, x.double()
 
-    (x, X), (w, W), (v, V) = drawn(24, size), drawn(3, 64, size, scale=size**-0.5), drawn(1, size, 1, 64)
-    (head, HEAD), (q, Q), (k, K) = drawn(256, size, scale=size**-0.5), drawn(1, size, 1, 64), drawn(1, size, 1, 64)
+    (x, X), (w, W), (v, V) = (
+        drawn(24, size),
+        drawn(3, 64, size, scale=size**-0.5),
+        drawn(1, size, 1, 64),
+    )
+    (head, HEAD), (q, Q), (k, K) = (
+        drawn(256, size, scale=size**-0.5),
+        drawn(1, size, 1, 64),
+        drawn(1, size, 1, 64),
+    )
     scores = Q[0, :, 0] @ K[0, :, 0].T / 8 + torch.full((size, size), -torch.inf).triu(1)
     rows, logp = torch.arange(24), (X @ HEAD.T).log_softmax(1)
     return {
-        "grouped product": (lambda: product([(x, w)], rows, ends, 1, pick=False, transposed=True),
-                            torch.cat([X[:10] @ W[0].T, X[10:] @ W[2].T])),
-        "attention": (lambda: flash_attention_triton(q, k, v)[0, :, 0], scores.softmax(1) @ V[0, :, 0]),
+        "grouped product": (
+            lambda: product([(x, w)], rows, ends, 1, pick=False, transposed=True),
+            torch.cat([X[:10] @ W[0].T, X[10:] @ W[2].T]),
+        ),
+        "attention": (
+            lambda: flash_attention_triton(q, k, v)[0, :, 0],
+            scores.softmax(1) @ V[0, :, 0],
+        ),
         "log-probability": (lambda: log_probabilities_triton(x, head, rows)[0], logp[rows, rows]),
-        "norm": (lambda: add_norm_triton(x, torch.ones(size), 0.0)[0], X / X.square().mean(1, keepdim=True).sqrt()),
-    }  # fmt: skip
+        "norm": (
+            lambda: add_norm_triton(x, torch.ones(size), 0.0)[0],
+            X / X.square().mean(1, keepdim=True).sqrt(),
+        ),
+    }
 
 
 def errors(kind, sizes, seed):
@@ -96,7 +131,9 @@ def errors(kind, sizes, seed):
         for name, (kernel, exact) in operations(size, getattr(torch, kind), seed).items():
             try:
                 away = float((kernel().double() - exact).abs().max() / exact.abs().max())
-            except Exception:  # an unmended interpreter may also crash, in its own ways in each release
+            except (
+                Exception
+            ):  # an unmended interpreter may also crash, in its own ways in each release
                 away = GARBAGE
             away = away if away < GARBAGE else GARBAGE
             rows.append({"kind": kind, "size": size, "kernel": name, "seed": seed, "error": away})
@@ -124,24 +161,38 @@ def stored(sizes):
     loads, F = torch.tensor(sizes["loads"]), sizes["outputs"]
     R, D = int(loads.sum()), 64
     ends, gate = loads.cumsum(0).int(), torch.randn(len(loads), F, D).half()
-    x, order, weights, tile = torch.randn(R, D).half(), torch.arange(R), torch.ones(R, 1), Tiles(16, 64, 64, 4, 2)
+    x, order, weights, tile = (
+        torch.randn(R, D).half(),
+        torch.arange(R),
+        torch.ones(R, 1),
+        Tiles(16, 64, 64, 4, 2),
+    )
     changed = {"UP": {2**31: tile}, "programs": lambda x, each=1: len(PROGRAMS)}
     with patch.multiple(layer, **changed), interpreter.watched() as stores:
         h, _, _ = layer.up(x, order, weights, ends, gate, gate, save=False)
     counts, tiles = np.zeros((R, F), dtype=int), []
     for program, addresses, mask in stores:
-        rows, columns = np.divmod((addresses[mask].astype(np.int64) - h.data_ptr()) // h.element_size(), F)
+        rows, columns = np.divmod(
+            (addresses[mask].astype(np.int64) - h.data_ptr()) // h.element_size(), F
+        )
         np.add.at(counts, (rows, columns), 1)
         box = [int(v) for v in (rows.min(), columns.min(), np.ptp(rows) + 1, np.ptp(columns) + 1)]
         tiles.append({"program": int(program[0]), "box": box})
-    return {"tiles": tiles, "ends": ends.tolist(), "stores of an element": sorted(set(counts.flatten().tolist()))}
+    return {
+        "tiles": tiles,
+        "ends": ends.tolist(),
+        "stores of an element": sorted(set(counts.flatten().tolist())),
+    }
 
 
 def counted():
     """Operations and bytes of what `bench kernels` would measure of these operations, at GLM-4.5's sizes."""
     found = {name: importlib.import_module(f"minglm.bench.cases.{name}") for name in NAMES}
-    return [{"operation": name, "case": c.name, "flops": c.flops, "bytes": c.bytes}
-            for name, module in found.items() for c in module.cases(torch.device("cpu"), False)]  # fmt: skip
+    return [
+        {"operation": name, "case": c.name, "flops": c.flops, "bytes": c.bytes}
+        for name, module in found.items()
+        for c in module.cases(torch.device("cpu"), False)
+    ]
 
 
 def experiment(sizes, seeds):
@@ -149,8 +200,12 @@ def experiment(sizes, seeds):
     trap = [row for seed in range(seeds) for row in errors("bfloat16", [sizes["trap"]], seed)]
     interpreter.mend()
     cells = [(kind, seed) for seed in range(seeds) for kind in ROUNDING]
-    mended = [row for kind, seed in tqdm(cells, disable=None) for row in errors(kind, sizes["sums"], seed)]
-    compiled = json.loads((lesson.FIGURES / "bench_compile.json").read_text(encoding="utf-8"))["kernels"]
+    mended = [
+        row for kind, seed in tqdm(cells, disable=None) for row in errors(kind, sizes["sums"], seed)
+    ]
+    compiled = json.loads((lesson.FIGURES / "bench_compile.json").read_text(encoding="utf-8"))[
+        "kernels"
+    ]
     log = {"trap": trap, "errors": mended, "memory": memory(sizes), "product": stored(sizes)}
     return log | {"compiled": compiled, "counted": counted(), "full_scale": full_scale()}
 
@@ -170,7 +225,9 @@ def full_scale():
     return {
         "gigabytes of 16,384 tokens' logits in float32": round(4 * T * c.vocab_size / 1e9, 1),
         "tokens whose expert rows pass 2^31": 2**31 // (c.num_experts_per_tok * c.hidden_size) + 1,
-        "expert layer forward, milliseconds at least by products": round(1e3 * layer["flops"] / PEAK, 1),
+        "expert layer forward, milliseconds at least by products": round(
+            1e3 * layer["flops"] / PEAK, 1
+        ),
         "by bytes": round(1e3 * layer["bytes"] / COPIED, 1),
     }
 
@@ -182,14 +239,21 @@ def draw(log):
     sizes, note = log["sizes"], {"textcoords": "offset points", "fontsize": 7}
     for kind, shade in SHADES.items():
         sums.axhline(ROUNDING[kind], color=shade, linewidth=0.8, linestyle=":")
-        sums.annotate(f"u of {kind}", (0.4 * sizes["sums"][0], ROUNDING[kind]), (0, 3), color=shade, **note)
+        sums.annotate(
+            f"u of {kind}", (0.4 * sizes["sums"][0], ROUNDING[kind]), (0, 3), color=shade, **note
+        )
         for i, (name, mark) in enumerate(MARKS.items()):  # beside each other
             rows = [r for r in log["errors"] if (r["kind"], r["kernel"]) == (kind, name)]
             x = [r["size"] * 1.12 ** (i - 1.5) for r in rows]
             sums.plot(x, [r["error"] for r in rows], mark, color=shade, markersize=4, alpha=0.6)
-    sums.legend(handles=sums.lines[1:5], labels=list(MARKS), frameon=False, fontsize=7, loc=(0.6, 0.4))
+    sums.legend(
+        handles=sums.lines[1:5], labels=list(MARKS), frameon=False, fontsize=7, loc=(0.6, 0.4)
+    )
     for at, name in enumerate(MARKS):
-        for shade, label, rows in ((PROGRAMS[1], "as it is", log["trap"]), (PROGRAMS[0], "mended", log["errors"])):
+        for shade, label, rows in (
+            (PROGRAMS[1], "as it is", log["trap"]),
+            (PROGRAMS[0], "mended", log["errors"]),
+        ):
             values = [r["error"] for r in rows if (r["kernel"], r["kind"]) == (name, "bfloat16")]
             look = {"color": shade, "markersize": 16, "label": None if at else label}
             trap.plot([at] * len(values), values, "_", **look)
@@ -198,31 +262,70 @@ def draw(log):
     trap.legend(frameon=False, fontsize=8, loc=(0.7, 0.6))
     for shade, form in zip(PROGRAMS[1::-1], LOSSES):
         rows = [r for r in log["memory"] if r["form"] == form]
-        lesson.curve(memory, [r["tokens"] for r in rows], [[r["bytes"] / 2**20 for r in rows]], form, shade, style="o-")
+        lesson.curve(
+            memory,
+            [r["tokens"] for r in rows],
+            [[r["bytes"] / 2**20 for r in rows]],
+            form,
+            shade,
+            style="o-",
+        )
     memory.set(xlim=(0, 1.5 * sizes["tokens"][-1]), ylim=(0, None))
     draw_tiles(product, log)
     intensity = np.geomspace(0.5, 1e5, 100)
     roof.plot(intensity, np.minimum(PEAK, intensity * COPIED) / 1e12, color=drawing.PALE)
     for shade, (name, label) in zip(PROGRAMS, NAMES.items()):
         x = np.array([r["flops"] / r["bytes"] for r in log["counted"] if r["operation"] == name])
-        roof.plot(x, np.minimum(PEAK, x * COPIED) / 1e12, "o", color=shade, markersize=4, alpha=0.6, label=label)
+        roof.plot(
+            x,
+            np.minimum(PEAK, x * COPIED) / 1e12,
+            "o",
+            color=shade,
+            markersize=4,
+            alpha=0.6,
+            label=label,
+        )
     roof.annotate("decoding", (3, 3 * COPIED / 1e12), (8, -8), **note)
     roof.legend(frameon=False, fontsize=8, loc="lower right")
     for unit, shade in zip(("HGMMA", "QGMMA", ""), (PROGRAMS[0], PROGRAMS[1], PROGRAMS[3])):
         rows = [k for k in log["compiled"] if k["asked"]["unit"] == unit]
-        look = {"color": shade, "markersize": 4, "alpha": 0.7, "label": f"{unit or 'no products'}: {len(rows)}"}
-        code.plot([k["registers"] for k in rows], [k["shared_bytes"] / 1024 for k in rows], "o", **look)
-    code.plot([0, 255, 255], [compile_check.SHARED_BYTES / 1024] * 2 + [0], color=drawing.PALE)  # the most there are
+        look = {
+            "color": shade,
+            "markersize": 4,
+            "alpha": 0.7,
+            "label": f"{unit or 'no products'}: {len(rows)}",
+        }
+        code.plot(
+            [k["registers"] for k in rows], [k["shared_bytes"] / 1024 for k in rows], "o", **look
+        )
+    code.plot(
+        [0, 255, 255], [compile_check.SHARED_BYTES / 1024] * 2 + [0], color=drawing.PALE
+    )  # the most there are
     code.legend(frameon=False, fontsize=8, loc=(0.02, 0.7))
     log_log = {"xscale": "log", "yscale": "log"}
-    lesson.panel(sums, "Error in the mended interpreter", "numbers in a sum", "error / largest", **log_log)
+    lesson.panel(
+        sums, "Error in the mended interpreter", "numbers in a sum", "error / largest", **log_log
+    )
     sums.set_xticks(sizes["sums"], sizes["sums"])
     sums.set_xticks([], minor=True)
     sums.set_xlim(0.3 * sizes["sums"][0], 2 * sizes["sums"][-1])
-    lesson.panel(trap, "In bfloat16, before and after mending", "", "error / largest", yscale="log", ylim=(1e-8, 1e11))
-    lesson.panel(memory, "Memory of the loss with its gradients", "tokens", "MiB beyond inputs and results")
-    lesson.panel(roof, "Best possible on an H100 (data sheet)", "operations / byte", "TFLOP/s", **log_log)
-    lesson.panel(code, "Every kernel, compiled for an H100", "registers of a thread", "KiB of shared memory")
+    lesson.panel(
+        trap,
+        "In bfloat16, before and after mending",
+        "",
+        "error / largest",
+        yscale="log",
+        ylim=(1e-8, 1e11),
+    )
+    lesson.panel(
+        memory, "Memory of the loss with its gradients", "tokens", "MiB beyond inputs and results"
+    )
+    lesson.panel(
+        roof, "Best possible on an H100 (data sheet)", "operations / byte", "TFLOP/s", **log_log
+    )
+    lesson.panel(
+        code, "Every kernel, compiled for an H100", "registers of a thread", "KiB of shared memory"
+    )
     return figure
 
 
@@ -232,14 +335,31 @@ def draw_tiles(axis, log):
     for tile in log["product"]["tiles"]:
         (row, column, height, width), program = tile["box"], tile["program"]
         turns[program] += 1
-        x, y = (column, column + width, column + width, column), (row, row, row + height, row + height)
+        x, y = (
+            (column, column + width, column + width, column),
+            (row, row, row + height, row + height),
+        )
         axis.fill(x, y, color=PROGRAMS[program], alpha=0.6, edgecolor="white")
-        axis.text(column + width / 2, row + height / 2, turns[program], ha="center", va="center", fontsize=6)
-    for expert, (begin, end) in enumerate(zip([0, *log["product"]["ends"]], log["product"]["ends"])):
+        axis.text(
+            column + width / 2,
+            row + height / 2,
+            turns[program],
+            ha="center",
+            va="center",
+            fontsize=6,
+        )
+    for expert, (begin, end) in enumerate(
+        zip([0, *log["product"]["ends"]], log["product"]["ends"])
+    ):
         axis.plot([0, log["sizes"]["outputs"]], [end, end], color=drawing.INK, linewidth=1.2)
         name = f"expert {expert}" if begin < end else ""
         axis.text(log["sizes"]["outputs"] + 4, (begin + end) / 2, name, va="center", fontsize=7)
-    lesson.panel(axis, "A grouped product, as stored", "columns (colour: program, number: its turn)", "rows by expert")
+    lesson.panel(
+        axis,
+        "A grouped product, as stored",
+        "columns (colour: program, number: its turn)",
+        "rows by expert",
+    )
     axis.set(xlim=(0, 1.2 * log["sizes"]["outputs"]), ylim=(log["product"]["ends"][-1], 0))
     axis.grid(False)
 
@@ -269,33 +389,67 @@ def verdicts(log):
     sums, seeds, u = log["sizes"]["sums"], log["seeds"], ROUNDING["bfloat16"]
     at = {(r["kernel"], r["kind"], r["size"], r["seed"]): r["error"] for r in log["errors"]}
     before = {name: [r["error"] for r in log["trap"] if r["kernel"] == name] for name in MARKS}
-    product = {k: [max(at["grouped product", k, size, seed] for seed in seeds) for size in sums] for k in ROUNDING}
+    product = {
+        k: [max(at["grouped product", k, size, seed] for seed in seeds) for size in sums]
+        for k in ROUNDING
+    }
     root, growth = (sums[-1] / sums[0]) ** 0.5, product["float32"][-1] / product["float32"][0]
-    norm = min(old / at["norm", "bfloat16", log["sizes"]["trap"], r] for r, old in zip(seeds, before["norm"]))
+    norm = min(
+        old / at["norm", "bfloat16", log["sizes"]["trap"], r]
+        for r, old in zip(seeds, before["norm"])
+    )
     garbage = min(error for name in MARKS if name != "norm" for error in before[name])
     loss = max(at["log-probability", "bfloat16", size, seed] for size in sums for seed in seeds)
     held = {(r["form"], r["tokens"]): r["bytes"] for r in log["memory"]}
     few, most = log["sizes"]["tokens"][0], log["sizes"]["tokens"][-1]
     saved = held["full logits", most] / held["in chunks", most]
     layers = [r for r in log["counted"] if r["operation"] == "moe"]
-    bound = [r["case"] for r in layers if r["flops"] / PEAK < r["bytes"] / COPIED and "160 experts, even" in r["case"]]
+    bound = [
+        r["case"]
+        for r in layers
+        if r["flops"] / PEAK < r["bytes"] / COPIED and "160 experts, even" in r["case"]
+    ]
     step = next(r["flops"] for r in layers if "backward, 16384 tokens, 8 of 160" in r["case"])
-    planned = 6 * 16_384 * ModelConfig().num_experts_per_tok * plan.unit_counts(ModelConfig())["expert"]
+    planned = (
+        6 * 16_384 * ModelConfig().num_experts_per_tok * plan.unit_counts(ModelConfig())["expert"]
+    )
     faults = [fault for kernel in log["compiled"] for fault in compile_check.faults(kernel)]
     claims = [
-        (f"before mending bfloat16 products are garbage, off by {garbage:.0e} times the largest or more", garbage > 1),
-        (f"a norm, without products, is then off by {norm:.1f} times what it should be or more", norm > 1.5),
-        (f"mended, one is off by {max(product['bfloat16']) / u:.2f} u at most", max(product["bfloat16"]) <= u),
-        (f"in float32 it grows like the root of the sum's length, {root:.0f} times: {growth:.1f}", growth > root / 2),
-        (f"log-probabilities of bfloat16 states are off by {loss:.0e}: they are never rounded to it", loss < u / 100),
-        (f"the loss of {most} tokens takes {saved:.0f} times less memory in chunks, and no more for more tokens",
-         saved > 4 and held["in chunks", most] < 1.2 * held["in chunks", few]),
-        ("every element of the grouped product is stored by one program, once",
-         log["product"]["stores of an element"] == [1]),
+        (
+            f"before mending bfloat16 products are garbage, off by {garbage:.0e} times the largest or more",
+            garbage > 1,
+        ),
+        (
+            f"a norm, without products, is then off by {norm:.1f} times what it should be or more",
+            norm > 1.5,
+        ),
+        (
+            f"mended, one is off by {max(product['bfloat16']) / u:.2f} u at most",
+            max(product["bfloat16"]) <= u,
+        ),
+        (
+            f"in float32 it grows like the root of the sum's length, {root:.0f} times: {growth:.1f}",
+            growth > root / 2,
+        ),
+        (
+            f"log-probabilities of bfloat16 states are off by {loss:.0e}: they are never rounded to it",
+            loss < u / 100,
+        ),
+        (
+            f"the loss of {most} tokens takes {saved:.0f} times less memory in chunks, and no more for more tokens",
+            saved > 4 and held["in chunks", most] < 1.2 * held["in chunks", few],
+        ),
+        (
+            "every element of the grouped product is stored by one program, once",
+            log["product"]["stores of an element"] == [1],
+        ),
         (f"bound by memory: {'; '.join(bound)}", bool(bound)),
-        ("the benchmark counts as many operations of a training step of the experts as the planner", step == planned),
+        (
+            "the benchmark counts as many operations of a training step of the experts as the planner",
+            step == planned,
+        ),
         (f"{len(log['compiled'])} kernels keep their budgets; nothing spills", not faults),
-    ]  # fmt: skip
+    ]
     return {claim: bool(holds) for claim, holds in claims}
 
 
@@ -303,7 +457,9 @@ def main(argv=None):
     """Run the experiment, or only redraw it, and print what it shows."""
     if not installed():
         sys.exit("lesson 18 runs Triton kernels: pip install triton (Linux)")
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: it asks when a kernel is defined
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # before triton is imported: it asks when a kernel is defined
+    )
     from minglm.kernels.experts.triton_kernels import load_tile, locate
 
     shown = [locate.fn, load_tile.fn, interpreter.mend, interpreter.watched, compile_check.faults]

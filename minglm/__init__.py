@@ -12,11 +12,11 @@ Axis letters. A tensor's name ends in the letters of its axes, in order: `scores
 A name without such an ending is a scalar, a Python object, or a tensor whose docstring gives its shape.
 """
 
-from minglm.common.device import use_threads as _use_threads
+from minglm.common.threads import use_threads as _use_threads
 
 _use_threads()  # before torch starts its thread pool: idle OpenMP threads that spin make two cores slower than one
 
-from minglm.config.run import load_config
+from minglm.config import load_config
 from minglm.model.glm import GLM
 
 __version__ = "0.1.0"

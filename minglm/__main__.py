@@ -24,7 +24,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from minglm.recipe.convert import load_run, load_served
+from minglm.recipe.load import load_run, load_served
 
 VERBS = {}
 
@@ -47,17 +47,24 @@ def run(words):
     p = parser("run", run.__doc__ + more)
     p.add_argument("config", help="a config file, such as configs/toy.py (or FILE:FUNCTION)")
     p.add_argument("--out", help="folder of the run (default: runs/NAME)")
-    p.add_argument("--only", metavar="STAGE", help="run this stage only; the stage before must be complete")
+    p.add_argument(
+        "--only", metavar="STAGE", help="run this stage only; the stage before must be complete"
+    )
     p.add_argument("--until", metavar="STAGE", help="stop after this stage")
-    p.add_argument("--dry-run", action="store_true", help="print the resolved config and the stages, start nothing")
-    from minglm.config.run import load_config, to_dict
+    p.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved config and the stages, start nothing",
+    )
+    from minglm.config import load_config
+    from minglm.config.run import to_dict
 
     if {"-h", "--help"} & set(words) and not words[0].startswith("-"):
         p.print_help()
         load_config(words[0], ["--help"])  # prints every field with its meaning, and ends
     args, overrides = p.parse_known_args(words)
     from minglm.common.device import pick_device
-    from minglm.plan.memory import count_parameters
+    from minglm.plan.counts import count_parameters
     from minglm.recipe.run import Pipeline
     from minglm.recipe.stages import matmul_speed, plan_stages, table
     from minglm.report import card
@@ -71,7 +78,9 @@ def run(words):
         return
     for option, name in (("--only", args.only), ("--until", args.until)):
         if name is not None and name not in [stage.name for stage in stages]:
-            raise ValueError(f"{option} {name}: no such stage; the stages are {', '.join(s.name for s in stages)}")
+            raise ValueError(
+                f"{option} {name}: no such stage; the stages are {', '.join(s.name for s in stages)}"
+            )
     out = Path(args.out or f"runs/{config.name}")
     program = ["python", "-m", "minglm"]
     try:
@@ -82,7 +91,11 @@ def run(words):
         sys.exit(130)
     print(card.write(out))
     rest = shlex.join([*program, "run", args.config, "--out", str(out), *overrides])
-    print(f"talk to it: {shlex.join([*program, 'chat', str(out)])}" if complete else f"continue with: {rest}")
+    print(
+        f"talk to it: {shlex.join([*program, 'chat', str(out)])}"
+        if complete
+        else f"continue with: {rest}"
+    )
 
 
 @verb
@@ -98,7 +111,9 @@ def chat(words):
     """Talk to a run in the terminal."""
     p = parser("chat", chat.__doc__)
     p.add_argument("run", help="folder of a run, or of a released checkpoint")
-    p.add_argument("--stage", help="use the model as this stage left it (default: the last complete one)")
+    p.add_argument(
+        "--stage", help="use the model as this stage left it (default: the last complete one)"
+    )
     p.add_argument("--temperature", type=float, default=0.6)
     p.add_argument("--top-p", type=float, default=0.95)
     p.add_argument("--max-new-tokens", type=int, default=200)
@@ -107,28 +122,57 @@ def chat(words):
     from minglm.serve import terminal
 
     if not (args.temperature >= 0 and 0 < args.top_p <= 1 and args.max_new_tokens > 0):
-        raise ValueError("--temperature is at least 0, --top-p above 0 and at most 1, --max-new-tokens at least 1")
+        raise ValueError(
+            "--temperature is at least 0, --top-p above 0 and at most 1, --max-new-tokens at least 1"
+        )
     model, tokenizer, dialect, stage = load_served(args.run, args.stage)
     print(f"stage {stage}")
-    terminal.chat(model, tokenizer, temperature=args.temperature, top_p=args.top_p,
-                  max_new_tokens=args.max_new_tokens, seed=args.seed, dialect=dialect)  # fmt: skip
+    terminal.chat(
+        model,
+        tokenizer,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        max_new_tokens=args.max_new_tokens,
+        seed=args.seed,
+        dialect=dialect,
+    )
 
 
 @verb
 def serve(words):
     """Answer over HTTP as OpenAI's API does: chat, completions, tools, a chat page, health and metrics."""
     p = parser("serve", serve.__doc__)
-    p.add_argument("model", help="folder of a run, or of a Hugging Face checkpoint with its tokenizer.json")
-    p.add_argument("--stage", help="serve the model as this stage left it (default: the last complete one)")
+    p.add_argument(
+        "model", help="folder of a run, or of a Hugging Face checkpoint with its tokenizer.json"
+    )
+    p.add_argument(
+        "--stage", help="serve the model as this stage left it (default: the last complete one)"
+    )
     p.add_argument("--name", help="what clients call the model (default: the folder's name)")
-    p.add_argument("--dialect", help="glm-4.5, glm-4.6 or glm-4.7 (default: that of the checkpoint's chat template)")
-    p.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    p.add_argument(
+        "--dialect",
+        help="glm-4.5, glm-4.6 or glm-4.7 (default: that of the checkpoint's chat template)",
+    )
+    p.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
+    )
     p.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     p.add_argument("--device", default="auto")
     p.add_argument("--max-batch", type=int, default=64, help="answers at once")
-    p.add_argument("--max-queue", type=int, default=256, help="answers that may wait; more are refused with status 429")
-    p.add_argument("--cache-tokens", type=int, help="bound on the key/value cache, in tokens (default: none)")
-    p.add_argument("--dry-run", action="store_true", help="load the model and say what would be served, then end")
+    p.add_argument(
+        "--max-queue",
+        type=int,
+        default=256,
+        help="answers that may wait; more are refused with status 429",
+    )
+    p.add_argument(
+        "--cache-tokens", type=int, help="bound on the key/value cache, in tokens (default: none)"
+    )
+    p.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="load the model and say what would be served, then end",
+    )
     args = p.parse_args(words)
     if args.max_batch < 1 or args.max_queue < 0 or (args.cache_tokens or 1) < 1:
         raise ValueError("--max-batch and --cache-tokens are at least 1, --max-queue at least 0")
@@ -147,20 +191,34 @@ def serve(words):
     if args.dialect is not None:
         dialect_of(args.dialect)
     model, tokenizer, dialect, stage = load_served(args.model, args.stage)
-    engine = Engine(model.to(pick_device(args.device)), tokenizer, args.max_batch, cache_tokens=args.cache_tokens)
+    engine = Engine(
+        model.to(pick_device(args.device)),
+        tokenizer,
+        args.max_batch,
+        cache_tokens=args.cache_tokens,
+    )
     name, dialect = args.name or Path(args.model).resolve().name, args.dialect or dialect
     limit = engine.limit
     if args.cache_tokens is not None:
         limit = min(limit, engine.blocks.limit * engine.blocks.size)
         if limit < 2:
-            raise ValueError(f"--cache-tokens {args.cache_tokens}: at least {engine.blocks.size}, one block")
-    served = Served(tokenizer, name, limit, dialect, bare_tools=stage != "released", most_answers=args.max_batch)
+            raise ValueError(
+                f"--cache-tokens {args.cache_tokens}: at least {engine.blocks.size}, one block"
+            )
+    served = Served(
+        tokenizer, name, limit, dialect, bare_tools=stage != "released", most_answers=args.max_batch
+    )
     about = f"{name}, template {dialect}, up to {limit} tokens"
     if args.dry_run:
         print(about)
         return
     app = create_app(engine, served, most_open=args.max_batch + args.max_queue)
-    listen(app, args.host, args.port, lambda url: print(f"{about}\nchat page {url}\nAPI {url}/v1", flush=True))
+    listen(
+        app,
+        args.host,
+        args.port,
+        lambda url: print(f"{about}\nchat page {url}\nAPI {url}/v1", flush=True),
+    )
 
 
 @verb
@@ -177,11 +235,13 @@ def eval_(words):
     import dataclasses
 
     from minglm.envs import ENVIRONMENTS
-    from minglm.eval import text
+    from minglm.eval import tasks
     from minglm.inference import Engine
 
     model, tokenizer, config, stage = load_run(args.run, args.stage)
-    changes = {k: v for k, v in (("problems", args.problems), ("samples", args.samples)) if v is not None}
+    changes = {
+        k: v for k, v in (("problems", args.problems), ("samples", args.samples)) if v is not None
+    }
     for option, value in changes.items():
         if value < 1:
             raise ValueError(f"--{option} {value}: must be at least 1")
@@ -189,18 +249,28 @@ def eval_(words):
     names = args.task or list(ENVIRONMENTS)
     for name in names:
         if name not in ENVIRONMENTS:
-            raise ValueError(f"--task {name}: no such task; the tasks are {', '.join(ENVIRONMENTS)}")
+            raise ValueError(
+                f"--task {name}: no such task; the tasks are {', '.join(ENVIRONMENTS)}"
+            )
     for name in names:
         for thinking in (True, False):
-            record, _ = text.tasks(
-                Engine(model, tokenizer), tokenizer, ENVIRONMENTS[name], settings, thinking, config.seed
+            record, _ = tasks.tasks(
+                Engine(model, tokenizer),
+                tokenizer,
+                ENVIRONMENTS[name],
+                settings,
+                thinking,
+                config.seed,
             )
             if args.json:
                 print(json.dumps({"stage": stage, **record}), flush=True)
             else:
                 mode = "thinking" if thinking else "direct"
-                print(f"{name:13} {mode:9} avg@{record['k']} {record['avg']:.3f} ({record['low']:.3f} to "
-                      f"{record['high']:.3f})  pass@{record['k']} {record['pass_k']:.3f}", flush=True)  # fmt: skip
+                print(
+                    f"{name:13} {mode:9} avg@{record['k']} {record['avg']:.3f} ({record['low']:.3f} to "
+                    f"{record['high']:.3f})  pass@{record['k']} {record['pass_k']:.3f}",
+                    flush=True,
+                )
 
 
 @verb
@@ -212,7 +282,7 @@ def plan(words):
     p.add_argument("--gpu-memory-gib", type=float, default=80.0)
     p.add_argument("--json", action="store_true", help="print the plan as JSON")
     args, overrides = p.parse_known_args(words)
-    from minglm.config.run import load_config
+    from minglm.config import load_config
     from minglm.plan import memory as planner
 
     config = load_config(args.config, overrides)
@@ -228,11 +298,13 @@ def import_(words):
     p.add_argument("folder", help="folder with config.json and safetensors")
     p.add_argument("--out", required=True, help="folder of the new run")
     args, overrides = p.parse_known_args(words)
-    from minglm.config.run import load_config
+    from minglm.config import load_config
     from minglm.recipe import convert
 
     stage = convert.import_checkpoint(load_config(args.config, overrides), args.folder, args.out)
-    again = shlex.join(["python", "-m", "minglm", "run", args.config, "--out", args.out, *overrides])
+    again = shlex.join(
+        ["python", "-m", "minglm", "run", args.config, "--out", args.out, *overrides]
+    )
     print(f"{args.folder} is stage {stage} of {args.out}; go on with: {again}")
 
 
@@ -242,15 +314,21 @@ def export(words):
     p = parser("export", export.__doc__)
     p.add_argument("run", help="folder of a run, or of a released checkpoint")
     p.add_argument("folder", help="a new folder")
-    p.add_argument("--stage", help="the model as this stage left it (default: the last complete one)")
-    p.add_argument("--dtype", help="float32, bfloat16, float16 or fp8 (blocks of float8); default: as it came")
+    p.add_argument(
+        "--stage", help="the model as this stage left it (default: the last complete one)"
+    )
+    p.add_argument(
+        "--dtype", help="float32, bfloat16, float16 or fp8 (blocks of float8); default: as it came"
+    )
     p.add_argument("--shard-gigabytes", type=float, default=5.0, help="size of a file")
     args = p.parse_args(words)
     from minglm.recipe import convert
 
     if not args.shard_gigabytes > 0:
         raise ValueError(f"--shard-gigabytes {args.shard_gigabytes}: must be positive")
-    stage = convert.export_checkpoint(args.run, args.folder, args.stage, args.dtype, args.shard_gigabytes)
+    stage = convert.export_checkpoint(
+        args.run, args.folder, args.stage, args.dtype, args.shard_gigabytes
+    )
     print(f"{args.folder} holds {args.run}, stage {stage}")
 
 
@@ -264,7 +342,9 @@ def bench(words):
     p = parser("bench", bench.__doc__)
     p.add_argument("what", choices=["generate", "train", "kernels", "compile"])
     p.add_argument("config", nargs="?", default="configs/toy.py")
-    p.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256], help="answers at once")
+    p.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 8, 64, 256], help="answers at once"
+    )
     p.add_argument("--prompt", type=int, default=32, help="tokens of each prompt")
     p.add_argument("--tokens", type=int, default=48, help="tokens of each answer")
     p.add_argument("--train-tokens", type=int, default=2048, help="tokens of a training batch")
@@ -272,9 +352,11 @@ def bench(words):
     p.add_argument("--out", default="figures", help="folder of the record and the figure")
     args, overrides = p.parse_known_args(words)
     if min(args.prompt, args.tokens, args.train_tokens, args.repeats, *args.batches) < 1:
-        raise ValueError("--batches, --prompt, --tokens, --train-tokens and --repeats must be at least 1")
+        raise ValueError(
+            "--batches, --prompt, --tokens, --train-tokens and --repeats must be at least 1"
+        )
     from minglm.bench import generate as benches
-    from minglm.config.run import load_config
+    from minglm.config import load_config
 
     for path in benches.run(args.what, load_config(args.config, overrides), args):
         print(path)
@@ -289,7 +371,11 @@ def figures(words):
     from minglm.report import card
 
     stored = sorted({log.parent for log in Path("figures").glob("*/seed*.jsonl")})
-    paths = args.paths or [*sorted(Path("figures").glob("*_*.json")), *stored, Path("configs/toy.py")]
+    paths = args.paths or [
+        *sorted(Path("figures").glob("*_*.json")),
+        *stored,
+        Path("configs/toy.py"),
+    ]
     for path in card.redraw(paths):
         print(path)
 

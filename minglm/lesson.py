@@ -22,8 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
-from minglm.common.device import use_threads, versions, write_json
-from minglm.config.run import ModelConfig, OptimizerConfig
+from minglm.common.files import write_json
+from minglm.common.threads import use_threads
+from minglm.common.version import versions
+from minglm.config import ModelConfig, OptimizerConfig
 from minglm.data import mixture
 from minglm.data.sources import corpus
 from minglm.data.tokenizer import Tokenizer
@@ -34,11 +36,22 @@ from minglm.train.loop import Phase, step
 
 FIGURES = Path(__file__).parent.parent / "figures"
 NANO = ModelConfig(
-    vocab_size=512, hidden_size=64, num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=0,
-    num_attention_heads=6, num_key_value_heads=2, head_dim=16, rope_theta=10_000.0, intermediate_size=192,
-    moe_intermediate_size=32, n_routed_experts=8, num_experts_per_tok=2, max_position_embeddings=512,
+    vocab_size=512,
+    hidden_size=64,
+    num_hidden_layers=2,
+    first_k_dense_replace=1,
+    num_nextn_predict_layers=0,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=16,
+    rope_theta=10_000.0,
+    intermediate_size=192,
+    moe_intermediate_size=32,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    max_position_embeddings=512,
     initializer_range=0.06,
-)  # fmt: skip
+)
 """The model of most lessons, 0.2 M parameters: 25 k tokens a second in training on one core."""
 
 
@@ -67,9 +80,14 @@ def pretrain(model, rows, length, tokens, batch, peak_lr, watch=None, **settings
     """
     config = OptimizerConfig(peak_lr=peak_lr, warmup_tokens=tokens // 10)
     schedules = {name: settings.pop(name, 0.0) for name in ("mtp_weight", "bias_rate")}
-    schedules = {name: value if callable(value) else lambda seen, v=value: v for name, value in schedules.items()}
+    schedules = {
+        name: value if callable(value) else lambda seen, v=value: v
+        for name, value in schedules.items()
+    }
     schedules["learning_rate"] = lambda seen: learning_rate(seen + batch, config, tokens + batch)
-    phase = Phase("lesson", tokens, 0, length, batch_tokens=lambda seen: batch, **schedules, **settings)
+    phase = Phase(
+        "lesson", tokens, 0, length, batch_tokens=lambda seen: batch, **schedules, **settings
+    )
     optimizer, history = Muon(model, config), []
     for seen in range(0, tokens, batch):
         history.append(step(model, optimizer, rows.next(batch // length), phase, seen))
@@ -86,7 +104,15 @@ def curve(axis, x, values, name, shade, at=(6, 0), style="-", **more):
     values = np.asarray(values)
     axis.fill_between(x, values.min(0), values.max(0), color=shade, alpha=0.18, linewidth=0)
     axis.plot(x, values.mean(0), style, color=shade, linewidth=1.6, markersize=3.5)
-    axis.annotate(name, (x[-1], values.mean(0)[-1]), at, textcoords="offset points", color=shade, va="center", **more)
+    axis.annotate(
+        name,
+        (x[-1], values.mean(0)[-1]),
+        at,
+        textcoords="offset points",
+        color=shade,
+        va="center",
+        **more,
+    )
 
 
 def bars(axis, names, values, shades):
@@ -112,14 +138,22 @@ def run(name, experiment, draw, verdicts, shown, sizes, smoke, model=None, seeds
     for a test. model: ModelConfig, if there is one.
     """
     parser = argparse.ArgumentParser(description=f"Lesson {name.replace('_', ' ')}.")
-    parser.add_argument("--smoke", action="store_true", help="a few steps in a temporary folder, under 5 seconds")
-    parser.add_argument("--seeds", type=int, default=seeds, help="how often the experiment is repeated")
-    parser.add_argument("--redraw", action="store_true", help="only draw the figure again from the stored log")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a few steps in a temporary folder, under 5 seconds"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=seeds, help="how often the experiment is repeated"
+    )
+    parser.add_argument(
+        "--redraw", action="store_true", help="only draw the figure again from the stored log"
+    )
     words = parser.parse_args([] if argv is None and "ipykernel" in sys.modules else argv)
     if words.seeds < 1:
         parser.error(f"--seeds {words.seeds}: must be at least 1")
     if words.redraw and (words.smoke or not (FIGURES / f"{name}.json").exists()):
-        parser.error(f"--redraw: no stored log {FIGURES / name}.json to draw from; run the lesson without it")
+        parser.error(
+            f"--redraw: no stored log {FIGURES / name}.json to draw from; run the lesson without it"
+        )
     use_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if words.smoke else FIGURES
@@ -127,10 +161,31 @@ def run(name, experiment, draw, verdicts, shown, sizes, smoke, model=None, seeds
             print(*map(inspect.getsource, shown), sep="\n")
             began = time.process_time()
             sizes, count = (smoke, 1) if words.smoke else (sizes, words.seeds)
-            asked = {"sizes": sizes, "model": model and dataclasses.asdict(model), "seeds": list(range(count))}
+            asked = {
+                "sizes": sizes,
+                "model": model and dataclasses.asdict(model),
+                "seeds": list(range(count)),
+            }
             key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
-            log = {"lesson": name, "config_hash": key, "versions": versions(), **asked, **experiment(sizes, count)}
-            write_json(folder / f"{name}.json", log | {"cpu_seconds": round(time.process_time() - began, 1)})
+            log = {
+                "lesson": name,
+                "config_hash": key,
+                "versions": versions(),
+                **asked,
+                **experiment(sizes, count),
+            }
+            write_json(
+                folder / f"{name}.json",
+                log | {"cpu_seconds": round(time.process_time() - began, 1)},
+            )
         log = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        print(*[f"{text}: {value}" for text, value in (verdicts(log) | log.get("full_scale", {})).items()], sep="\n")
-        print(f"{log['cpu_seconds']} CPU-seconds; {drawing.save(draw(log), folder / f'{name}.png')}")
+        print(
+            *[
+                f"{text}: {value}"
+                for text, value in (verdicts(log) | log.get("full_scale", {})).items()
+            ],
+            sep="\n",
+        )
+        print(
+            f"{log['cpu_seconds']} CPU-seconds; {drawing.save(draw(log), folder / f'{name}.png')}"
+        )

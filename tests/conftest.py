@@ -19,9 +19,15 @@ from hypothesis import HealthCheck, settings
 
 # No deadline and no complaint about slow data: a shared machine may stop a test for a second at any time.
 settings.register_profile(
-    "ci", max_examples=25, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    "ci",
+    max_examples=25,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
 )
-settings.register_profile("nightly", parent=settings.get_profile("ci"), max_examples=300, derandomize=False)
+settings.register_profile(
+    "nightly", parent=settings.get_profile("ci"), max_examples=300, derandomize=False
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

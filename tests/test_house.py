@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / "minglm").rglob("*.py"))}
+SOURCES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in sorted((ROOT / "minglm").rglob("*.py"))
+}
 
 FLOORS = {
     0: ("config", "model_config", "overrides", "common", "writers"),
@@ -37,21 +40,44 @@ FLOORS = {
     ),
 }
 FLOORS[5] += ("exchange",)  # models of runs, in and out
-FLOORS[5] += ("figures", "curves", "diagram", "lesson", "bench")  # what reports and lessons draw with
+FLOORS[5] += (
+    "figures",
+    "curves",
+    "diagram",
+    "lesson",
+    "bench",
+)  # what reports and lessons draw with
 FLOORS[5] += ("bench_train", "bench_kernels", "bench_cases", "bench_compile")
-FLOOR = {name: floor for floor, names in FLOORS.items() for name in names} | {"load_config": 0, "GLM": 2}
+FLOOR = {name: floor for floor, names in FLOORS.items() for name in names} | {
+    "load_config": 0,
+    "GLM": 2,
+}
 
 # What `pip install minglm` brings; everything else that is not Python's own is imported where it is used.
-DEPENDENCIES = {"torch", "einops", "numpy", "tqdm", "matplotlib", "tokenizers", "safetensors", "tyro", "minglm"}
+DEPENDENCIES = {
+    "torch",
+    "einops",
+    "numpy",
+    "tqdm",
+    "matplotlib",
+    "tokenizers",
+    "safetensors",
+    "tyro",
+    "minglm",
+}
 
 FILE_LINES, FUNCTION_LINES = 330, 70
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
-LONGER = {"minglm/config/run.py": 500}  # one table of every field, which is looked up and not read from top to bottom
+LONGER = {
+    "minglm/config/run.py": 500
+}  # one table of every field, which is looked up and not read from top to bottom
 
 
 def imports(tree):
     """(dotted module, line, at top level?) of every import statement, also those inside functions."""
-    inside = {id(n) for f in ast.walk(tree) if isinstance(f, FUNCTIONS | ast.Lambda) for n in ast.walk(f)}
+    inside = {
+        id(n) for f in ast.walk(tree) if isinstance(f, FUNCTIONS | ast.Lambda) for n in ast.walk(f)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -82,7 +108,9 @@ def high_imports(path, text):
     for name, line, _ in imports(ast.parse(text)):
         parts = name.split(".")
         if parts[0] == "minglm" and len(parts) > 1 and FLOOR.get(parts[1], 0) > floor:
-            offences.append(f"{path}:{line}: floor {floor} imports {name} from floor {FLOOR[parts[1]]}")
+            offences.append(
+                f"{path}:{line}: floor {floor} imports {name} from floor {FLOOR[parts[1]]}"
+            )
     return offences
 
 
@@ -91,7 +119,9 @@ def undeclared_imports(path, text):
     allowed = DEPENDENCIES | set(sys.stdlib_module_names)
     if house(path) == "testing":
         allowed |= {"hypothesis", "pytest"}
-    if house(path) == "kernels" and path.endswith(("_triton.py", "_gluon.py")):  # imported where a tensor asks for it
+    if house(path) == "kernels" and path.endswith(
+        ("_triton.py", "_gluon.py")
+    ):  # imported where a tensor asks for it
         allowed |= {"triton"}
     tree = ast.parse(text)
     return [
@@ -111,7 +141,9 @@ def unknown_axes(path, text):
     """Names that end in capitals outside the legend; a 1 stands for an axis of length one."""
     found = set()
     for node in ast.walk(ast.parse(text)):
-        name = getattr(node, {ast.Name: "id", ast.arg: "arg", ast.Attribute: "attr"}.get(type(node), ""), "")
+        name = getattr(
+            node, {ast.Name: "id", ast.arg: "arg", ast.Attribute: "attr"}.get(type(node), ""), ""
+        )
         ending = re.fullmatch(r"_*[a-z]\w*_([A-Z][A-Z0-9]{0,5})", name)
         if ending and not set(ending[1]) <= axis_letters() | {"1"}:
             found.add(f"{path}:{node.lineno}: {name} has axes outside the legend")
@@ -143,7 +175,9 @@ def oversized(path, text):
     offences = [f"{path}: {lines} lines, at most {most}"] if lines > most else []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, FUNCTIONS) and node.end_lineno - node.lineno >= FUNCTION_LINES:
-            offences.append(f"{path}:{node.lineno}: {node.name} has {node.end_lineno - node.lineno + 1} lines")
+            offences.append(
+                f"{path}:{node.lineno}: {node.name} has {node.end_lineno - node.lineno + 1} lines"
+            )
     return offences
 
 
@@ -152,7 +186,9 @@ def runs_text(path, text):
     return [
         f"{path}:{node.lineno}: {node.func.id}() runs text as code"
         for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec")
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("eval", "exec")
     ]
 
 
@@ -170,7 +206,10 @@ def leftovers(path, text):
 # rule: (a file name, a sample that breaks it)
 RULES = {
     high_imports: ("minglm/model/moe.py", "def f():\n    from minglm.train import loop\n"),
-    undeclared_imports: ("minglm/kernels/x.py", "try:\n    import triton\nexcept ImportError:\n    triton = None\n"),
+    undeclared_imports: (
+        "minglm/kernels/x.py",
+        "try:\n    import triton\nexcept ImportError:\n    triton = None\n",
+    ),
     unknown_axes: ("minglm/model/moe.py", "def f(scores_TZ):\n    return scores_TZ\n"),
     missing_docstrings: ("minglm/model/moe.py", '"""A module."""\n\ndef f():\n    return 1\n'),
     oversized: ("minglm/model/moe.py", "def f():\n" + "    x = 1\n" * FUNCTION_LINES),
@@ -195,9 +234,13 @@ def test_rule_flags_its_bad_sample(rule):
 def test_a_long_file_is_flagged_and_a_lazy_import_is_not():
     """The other half of two rules: file size counts lines, and an optional package inside a function is welcome."""
     assert oversized("minglm/model/moe.py", "x = 1\n" * (FILE_LINES + 1))
-    assert not undeclared_imports("minglm/kernels/x.py", "def f():\n    import triton\n    return triton\n")
+    assert not undeclared_imports(
+        "minglm/kernels/x.py", "def f():\n    import triton\n    return triton\n"
+    )
     assert not undeclared_imports("minglm/kernels/x_triton.py", "import triton\n")
-    assert not unknown_axes("minglm/model/moe.py", "scores_TE = weight_1V + self.last_id + MASK_Z\n")
+    assert not unknown_axes(
+        "minglm/model/moe.py", "scores_TE = weight_1V + self.last_id + MASK_Z\n"
+    )
 
 
 def test_legend_has_the_letters_of_the_design():
@@ -215,23 +258,45 @@ def test_every_text_file_is_finished_and_portable():
     """No file of the project names a path of one machine, or says that something is still to be done."""
     suffixes = {".py", ".md", ".toml", ".json", ".jsonl", ".yaml", ".html", ".sh", ""}
     files = [ROOT / name for name in tracked() if Path(name).suffix in suffixes]
-    files = [file for file in files if file.exists() and file != Path(__file__)]  # this one names the words
-    offences = [o for file in files for o in leftovers(str(file.relative_to(ROOT)), file.read_text())]
+    files = [
+        file for file in files if file.exists() and file != Path(__file__)
+    ]  # this one names the words
+    offences = [
+        o for file in files for o in leftovers(str(file.relative_to(ROOT)), file.read_text())
+    ]
     assert not offences, "\n" + "\n".join(offences)
 
 
 def test_top_level_holds_what_the_design_names():
     """A visitor finds five folders, the README, the package file and the licence; the rest are dot-files."""
-    named = {"minglm", "lessons", "configs", "tests", "figures", "pyproject.toml", "README.md", "LICENSE"}
+    named = {
+        "minglm",
+        "lessons",
+        "configs",
+        "tests",
+        "figures",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+    }
     extra = {Path(name).parts[0] for name in tracked()} - named
     assert all(name.startswith(".") for name in extra), extra
 
 
 def test_import_is_light():
     """`import minglm` loads none of the optional packages and no test library."""
-    optional = {"triton", "transformers", "ray", "uvicorn", "pyarrow", "trl", "hypothesis", "matplotlib.pyplot"}
-    program = (
-        f"import sys, torch; old = set(sys.modules); import minglm; print({optional} & (sys.modules.keys() - old))"
+    optional = {
+        "triton",
+        "transformers",
+        "ray",
+        "uvicorn",
+        "pyarrow",
+        "trl",
+        "hypothesis",
+        "matplotlib.pyplot",
+    }
+    program = f"import sys, torch; old = set(sys.modules); import minglm; print({optional} & (sys.modules.keys() - old))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -22,11 +22,24 @@ PHASE = {"samples": 12, "epochs": 1}
 ROLLOUT = {"steps": 1, "prompts": 2, "samples": 2, "max_new_tokens": 16}
 SMALL = {
     **{
-        f"stages.{name}.tokens": 4096 for name in ("general", "code_reasoning", "repository", "reasoning", "long_agent")
+        f"stages.{name}.tokens": 4096
+        for name in ("general", "code_reasoning", "repository", "reasoning", "long_agent")
     },
-    **{f"posttraining.{name}.sft.{k}": v for name in ("reasoning", "agent", "chat") for k, v in PHASE.items()},
-    **{f"posttraining.{name}.rl.{k}": v for name in ("reasoning", "agent", "chat") for k, v in ROLLOUT.items()},
-    **{f"posttraining.{name}.{k}": v for name in ("general_rl", "pathology_rl") for k, v in ROLLOUT.items()},
+    **{
+        f"posttraining.{name}.sft.{k}": v
+        for name in ("reasoning", "agent", "chat")
+        for k, v in PHASE.items()
+    },
+    **{
+        f"posttraining.{name}.rl.{k}": v
+        for name in ("reasoning", "agent", "chat")
+        for k, v in ROLLOUT.items()
+    },
+    **{
+        f"posttraining.{name}.{k}": v
+        for name in ("general_rl", "pathology_rl")
+        for k, v in ROLLOUT.items()
+    },
     **{f"posttraining.unified.{k}": v for k, v in PHASE.items()},
     "optimizer.warmup_tokens": 2048,
     "optimizer.batch_tokens_start": 1024,
@@ -57,15 +70,31 @@ def run(command, **options):
     """Run a command of README in the root of the project with this Python. Returns what it printed."""
     words = [sys.executable if word == "python" else word for word in command]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HYPOTHESIS_PROFILE": "ci"}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, **options)
-    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    done = subprocess.run(
+        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, **options
+    )
+    assert done.returncode == 0, (
+        f"{shlex.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    )
     return done.stdout
 
 
 def small_run(folder, extra=()):
     """`minglm run` of the nano config with a few steps per stage."""
     overrides = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
-    return run(["python", "-m", "minglm", "run", "configs/nano.py", "--out", str(folder), *overrides, *extra])
+    return run(
+        [
+            "python",
+            "-m",
+            "minglm",
+            "run",
+            "configs/nano.py",
+            "--out",
+            str(folder),
+            *overrides,
+            *extra,
+        ]
+    )
 
 
 @pytest.fixture(scope="session")
@@ -107,8 +136,14 @@ def test_paths_exist():
 def test_the_map_leaves_nothing_out():
     """Every module, lesson and figure that exists stands in README's map or is support that no section describes."""
     support = "__init__ __main__ common config overrides figures curves diagram lesson layers tables"  # of no section
-    files = [p for p in (ROOT / "minglm").rglob("*.py") if p.stem not in support.split() and "testing" not in p.parts]
-    files = [p for p in files if not p.stem.endswith("_triton")]  # beside the plain form, which the map names
+    files = [
+        p
+        for p in (ROOT / "minglm").rglob("*.py")
+        if p.stem not in support.split() and "testing" not in p.parts
+    ]
+    files = [
+        p for p in files if not p.stem.endswith("_triton")
+    ]  # beside the plain form, which the map names
     files += [*(ROOT / "lessons").glob("*.py"), *(ROOT / "figures").glob("*.png")]
     names = [str(path.relative_to(ROOT)) for path in files]
     assert not [name for name in sorted(names) if name not in README]
@@ -118,15 +153,36 @@ def test_the_map_leaves_nothing_out():
 @pytest.mark.parametrize("number", range(len(re.findall("^```python", README, re.MULTILINE))))
 def test_python_block_runs(number):
     """Every block of Python in README runs as it stands."""
-    run(["python", "-c", re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[number]])
+    run(
+        [
+            "python",
+            "-c",
+            re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[number],
+        ]
+    )
 
 
 def test_every_contract_is_named():
     """README's table of contracts has each contract that `minglm.testing` offers, beside the file it is in."""
-    parts = {"check_tasks", "check_oracle", "check_lazy_answers", "check_malformed_messages", "check_chance"}
+    parts = {
+        "check_tasks",
+        "check_oracle",
+        "check_lazy_answers",
+        "check_malformed_messages",
+        "check_chance",
+    }
     for path in sorted((ROOT / "minglm" / "testing").glob("[a-z]*.py")):
-        row = next((line for line in README.splitlines() if line.startswith(f"| `minglm/testing/{path.name}`")), "")
-        names = set(re.findall(r"^def (check_\w+)", path.read_text(), re.MULTILINE)) - parts  # of check_environment
+        row = next(
+            (
+                line
+                for line in README.splitlines()
+                if line.startswith(f"| `minglm/testing/{path.name}`")
+            ),
+            "",
+        )
+        names = (
+            set(re.findall(r"^def (check_\w+)", path.read_text(), re.MULTILINE)) - parts
+        )  # of check_environment
         assert not [name for name in sorted(names) if f"`{name}`" not in row], path.name
 
 
@@ -134,15 +190,15 @@ def test_every_contract_is_named():
 @pytest.mark.xdist_group("readme")
 def test_logged_metrics_are_explained(finished):
     """Every number that a run logs at its steps has a row in README's tables."""
-    from minglm.common.device import read_jsonl
-    from minglm.rl import trainer
+    from minglm.common.files import read_jsonl
+    from minglm.rl import loop, trainer
 
     about = {"kind", "stage", "step", "tokens", "batch_tokens", "trained_tokens", "seconds"}
     dials = {"learning_rate", "mtp_weight", "bias_rate"}
     records = [r for r in read_jsonl(finished / "log.jsonl") if r["kind"] in ("step", "rl")]
     names = {name for record in records for name in record}
     # a small run may skip every update, so what an update logs is read from its source
-    source = "".join(map(inspect.getsource, (trainer.update, trainer.summarize, trainer.learn)))
+    source = "".join(map(inspect.getsource, (trainer.update, loop.summarize, trainer.learn)))
     names |= set(re.findall(r'(?:metrics\[|[{,\s])"(\w+)"(?:\] =|: )', source))
     names -= about | dials | {"reward_by_env", "switch_ok"}
     assert {"loss", "reward", "clip_share"} <= names
@@ -156,7 +212,9 @@ def test_command_runs(command, finished, tmp_path):
     """Every command of README runs to its end without an error."""
     words = shlex.split(command.replace("HYPOTHESIS_PROFILE=nightly ", ""))
     if words[0] == "pytest":
-        assert "test" in run(["python", "-m", "pytest", "-n", "0", "--collect-only", "-q", *(words[1:] or ["tests"])])
+        assert "test" in run(
+            ["python", "-m", "pytest", "-n", "0", "--collect-only", "-q", *(words[1:] or ["tests"])]
+        )
     elif words[1].startswith("lessons/"):
         run([*words, *(["--smoke"] if "--smoke" not in words else [])])
     elif words[1:4] == ["-m", "minglm", "run"]:
@@ -165,15 +223,22 @@ def test_command_runs(command, finished, tmp_path):
         else:
             check_run(words[4:], finished, tmp_path)
     elif words[1:4] == ["-m", "minglm", "chat"]:
-        run(["python", "-m", "minglm", "chat", str(finished)], input="/nothink\nhello\n/tools\n/think\nhello\n")
+        run(
+            ["python", "-m", "minglm", "chat", str(finished)],
+            input="/nothink\nhello\n/tools\n/think\nhello\n",
+        )
     elif words[1:4] == ["-m", "minglm", "serve"]:
         check_server(finished)
     else:
-        config = tmp_path / "configs" / "nano.py"  # a copy: the picture of the stages is drawn beside its folder
+        config = (
+            tmp_path / "configs" / "nano.py"
+        )  # a copy: the picture of the stages is drawn beside its folder
         config.parent.mkdir()
         shutil.copy(ROOT / "configs" / "nano.py", config)
         small = {"runs/toy": finished, "configs/toy.py": config}
-        small |= {name: tmp_path / name for name in words if name.startswith(("exported/", "runs/again"))}
+        small |= {
+            name: tmp_path / name for name in words if name.startswith(("exported/", "runs/again"))
+        }
         if words[3] == "import":
             run(["python", "-m", "minglm", "export", str(finished), str(small["exported/toy"])])
         assert run([str(small.get(word, word)) for word in words])
@@ -185,7 +250,17 @@ def check_server(finished):
     import signal
     from urllib.request import Request, urlopen
 
-    command = [sys.executable, "-m", "minglm", "serve", str(finished), "--port", "0", "--name", "toy"]
+    command = [
+        sys.executable,
+        "-m",
+        "minglm",
+        "serve",
+        str(finished),
+        "--port",
+        "0",
+        "--name",
+        "toy",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def take_interrupts():  # a test suite in the background has Ctrl-C switched off
@@ -196,7 +271,11 @@ def check_server(finished):
     ) as server:
         try:
             printed = [server.stdout.readline() for _ in range(3)]
-            body = {"model": "toy", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+            body = {
+                "model": "toy",
+                "messages": [{"role": "user", "content": "hello"}],
+                "max_tokens": 4,
+            }
             url = printed[2].split()[1] + "/chat/completions"
             headers = {"Content-Type": "application/json"}
             with urlopen(Request(url, json.dumps(body).encode(), headers), timeout=100) as answer:

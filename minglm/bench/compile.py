@@ -22,7 +22,9 @@ def row(record):
     name = f"{record['module'].removesuffix('_triton')}: {record['kernel']}"
     if "error" in record:
         return f"{name:44} {record['error']}"
-    counts = " ".join(f"{unit} {count}" for unit, count in record["opcodes"].items() if unit not in ("LDG", "STG"))
+    counts = " ".join(
+        f"{unit} {count}" for unit, count in record["opcodes"].items() if unit not in ("LDG", "STG")
+    )
     numbers = f"{record['warps']:5} {record['stages']:6} {record['registers']:9} {record['spill_bytes']:7}"
     broken = "".join(f"  <- {fault}" for fault in faults(record))
     return f"{name:44} {numbers} {record['shared_bytes']:8}  {counts}{broken}"
@@ -38,13 +40,20 @@ def compile_kernels(config, options):
         for record in compile_module(module):
             kernels.append(record)
             print(row(record), flush=True)
-    return {"target": "sm_90a", "triton": version("triton"), "kernels": kernels, "size": [8, 1 + 0.2 * len(kernels)]}
+    return {
+        "target": "sm_90a",
+        "triton": version("triton"),
+        "kernels": kernels,
+        "size": [8, 1 + 0.2 * len(kernels)],
+    }
 
 
 def draw_compile(record, axis):
     """Registers and shared memory of each kernel, as shares of what a thread and a block may have."""
     kernels = [kernel for kernel in record["kernels"] if "error" not in kernel]
-    names = [f"{kernel['module'].removesuffix('_triton')}: {kernel['kernel']}" for kernel in kernels]
+    names = [
+        f"{kernel['module'].removesuffix('_triton')}: {kernel['kernel']}" for kernel in kernels
+    ]
     height = [-i for i in range(len(kernels))]
     registers = [kernel["registers"] / 255 for kernel in kernels]
     shared = [kernel["shared_bytes"] / SHARED_BYTES for kernel in kernels]
@@ -54,10 +63,20 @@ def draw_compile(record, axis):
     for h, kernel, most in zip(height, kernels, map(max, registers, shared)):
         units = [f"{kernel['opcodes'][unit]} {unit}" for unit in UNITS if unit in kernel["opcodes"]]
         spilled = [f"{kernel['spill_bytes']} bytes spilled"] if kernel["spill_bytes"] else []
-        axis.annotate(", ".join(units + spilled), (most, h), (4, 0), textcoords="offset points", va="center",
-                      fontsize=7, color=drawing.INK)  # fmt: skip
+        axis.annotate(
+            ", ".join(units + spilled),
+            (most, h),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7,
+            color=drawing.INK,
+        )
     axis.axvline(1, color=drawing.PALE, linewidth=1)
-    axis.set(xlim=(0, 1.25), xlabel="share of 255 registers (blue) and of 227 KiB of shared memory (orange)")
+    axis.set(
+        xlim=(0, 1.25),
+        xlabel="share of 255 registers (blue) and of 227 KiB of shared memory (orange)",
+    )
     axis.margins(y=0.01)
     axis.grid(False, axis="y")
     drawing.title(axis, f"Triton {record['triton']} for {record['target']}, compiled without a GPU")

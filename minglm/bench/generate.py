@@ -7,21 +7,19 @@ of the turns is reported, and speeds are to be read as ratios. Seconds are those
 together): a machine that does other work meanwhile spoils them least.
 """
 
-import json
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 
-from minglm.bench.compile import compile_kernels, draw_compile
-from minglm.bench.kernels import draw_kernels
-from minglm.bench.train import draw_train, train
-from minglm.common.device import versions, write_json
+from minglm.bench.compile import compile_kernels
+from minglm.bench.train import train
+from minglm.common.files import write_json
+from minglm.common.version import versions
 from minglm.inference import Engine, Request
 from minglm.kernels.cpu import build
 from minglm.model.glm import GLM
-from minglm.report import drawing
 
 
 def interleaved(sides, repeats):
@@ -41,7 +39,9 @@ def transformers_generate(model):
         from transformers import AutoModelForCausalLM, GenerationConfig
         from transformers.utils import logging
     except ImportError:
-        raise ValueError("bench generate compares with transformers: pip install transformers") from None
+        raise ValueError(
+            "bench generate compares with transformers: pip install transformers"
+        ) from None
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
@@ -51,9 +51,16 @@ def transformers_generate(model):
     def generate(prompts, tokens):
         tokens_BS = torch.tensor(prompts)
         config = GenerationConfig(
-            max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, top_k=0, pad_token_id=0, eos_token_id=None
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=True,
+            top_k=0,
+            pad_token_id=0,
+            eos_token_id=None,
         )
-        return twin.generate(tokens_BS, attention_mask=torch.ones_like(tokens_BS), generation_config=config)
+        return twin.generate(
+            tokens_BS, attention_mask=torch.ones_like(tokens_BS), generation_config=config
+        )
 
     return generate
 
@@ -71,7 +78,10 @@ def products(model, texts, length, batch, tokens):
                 if w.dim() == 2:
                     torch.mm(torch.ones(T, w.shape[1]), w.T)
                 else:
-                    torch.bmm(torch.ones(len(w), -(-T * c.num_experts_per_tok // len(w)), w.shape[2]), w.mT)
+                    torch.bmm(
+                        torch.ones(len(w), -(-T * c.num_experts_per_tok // len(w)), w.shape[2]),
+                        w.mT,
+                    )
             torch.mm(torch.ones(batch, c.hidden_size), model.lm_head.weight.T)
 
     return run
@@ -84,23 +94,37 @@ def generate(config, options):
     model = GLM(config.model).eval()
     engine, theirs = Engine(model), transformers_generate(model)
     length, tokens = options.prompt, options.tokens
-    record = {"prompt": length, "tokens": tokens, "curve": [], "drafts": [], "c": build.library() is not None}
-    record["baseline"] = "transformers generate: do_sample at temperature 1 without top-k, its cache and kernels as set"
+    record = {
+        "prompt": length,
+        "tokens": tokens,
+        "curve": [],
+        "drafts": [],
+        "c": build.library() is not None,
+    }
+    record["baseline"] = (
+        "transformers generate: do_sample at temperature 1 without top-k, its cache and kernels as set"
+    )
     for batch in options.batches:
         for samples in (1, 8):
             if batch % samples:
                 continue
             drawn = torch.Generator().manual_seed(batch)
-            unique = torch.randint(config.model.vocab_size, (batch // samples, length), generator=drawn).tolist()
+            unique = torch.randint(
+                config.model.vocab_size, (batch // samples, length), generator=drawn
+            ).tolist()
             prompts = [prompt for prompt in unique for _ in range(samples)]
-            requests = [Request(prompt, tokens, seed=i, stop_ids=()) for i, prompt in enumerate(prompts)]
+            requests = [
+                Request(prompt, tokens, seed=i, stop_ids=()) for i, prompt in enumerate(prompts)
+            ]
             sides = {
                 # told of new weights, the engine packs them and knows nothing of the texts of the turn before
                 "minglm": lambda r=requests: engine.update_weights() or engine.generate(r),
                 "transformers": lambda p=prompts: theirs(p, tokens),
                 "products": products(model, len(unique), length, batch, tokens),
             }
-            speeds = {name: batch * tokens / s for name, s in interleaved(sides, options.repeats).items()}
+            speeds = {
+                name: batch * tokens / s for name, s in interleaved(sides, options.repeats).items()
+            }
             speeds["ratio"] = speeds["minglm"] / speeds["transformers"]
             record["curve"].append({"batch": batch, "samples": samples, **speeds})
             print(*(f"{k} {v:.4g}" for k, v in record["curve"][-1].items()), flush=True)
@@ -114,40 +138,20 @@ def generate(config, options):
     return record
 
 
-def draw_generate(record, axis):
-    """Tokens a second against the batch."""
-    for name, shade in (("minglm", "#1f5fa8"), ("transformers", "#c2571a")):
-        for samples, style in ((1, "o-"), (8, "s--")):
-            points = [p for p in record["curve"] if p["samples"] == samples]
-            if points:
-                axis.plot([p["batch"] for p in points], [p[name] for p in points], style, color=shade, markersize=4)
-                text = f"{name}, {'prompts differ' if samples == 1 else '8 samples a prompt'}"
-                axis.annotate(text, (points[-1]["batch"], points[-1][name]), (6, 7 if samples == 8 else -7),
-                              textcoords="offset points",
-                              color=shade, va="center", fontsize=8)  # fmt: skip
-    axis.set(xscale="log", yscale="log", xlabel="answers at once", ylabel="tokens a CPU-second")
-    axis.set_xlim(None, 12 * max(p["batch"] for p in record["curve"]))
-    drawing.title(
-        axis, f"{record['prompt']} tokens of prompt, {record['tokens']} of answer, {record['versions']['device']}"
-    )
-
-
 BENCHES = {"generate": generate, "train": train, "compile": compile_kernels}
-DRAWN = {"generate": draw_generate, "train": draw_train, "compile": draw_compile, "kernels": draw_kernels}
 
 
 def run(name, config, options):
     """Run one benchmark, write its record and draw it. Returns the paths."""
-    record = {"bench": name, "config": config.name, "versions": versions(), "repeats": options.repeats}
+    record = {
+        "bench": name,
+        "config": config.name,
+        "versions": versions(),
+        "repeats": options.repeats,
+    }
     record |= BENCHES[name](config, options)
     path = Path(options.out) / f"bench_{name}.json"
     write_json(path, record)
+    from minglm.bench.plots import redraw
+
     return path, redraw(path)
-
-
-def redraw(path):
-    """Draw the figure of a stored record again. Returns its path."""
-    record = json.loads(Path(path).read_text(encoding="utf-8"))
-    figure, ((axis,),) = drawing.canvas(1, 1, record.get("size", (7, 4)))
-    DRAWN[record["bench"]](record, axis)
-    return drawing.save(figure, Path(path).with_suffix(".png"))

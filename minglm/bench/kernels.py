@@ -28,7 +28,9 @@ from pathlib import Path
 
 import torch
 
-from minglm.common.device import pick_device, versions, write_json
+from minglm.common.device import pick_device
+from minglm.common.files import write_json
+from minglm.common.version import versions
 from minglm.kernels.dispatch import backend, use
 from minglm.report import drawing
 
@@ -65,7 +67,9 @@ class Clock:
 
     def __init__(self, device):
         self.gpu = device.type == "cuda"
-        self.other = torch.empty(2**28 if self.gpu else 1, dtype=torch.int8, device=device)  # 256 MiB; L2 has 50
+        self.other = torch.empty(
+            2**28 if self.gpu else 1, dtype=torch.int8, device=device
+        )  # 256 MiB; L2 has 50
 
     def fill(self):
         """Fill the cache with other data; 0.1 ms."""
@@ -105,11 +109,16 @@ def ceilings(device, smoke):
     if device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
         a, b = (torch.ones(size, size, device=device).to(torch.float8_e4m3fn) for _ in range(2))
         one = torch.ones((), device=device)
-        product = lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)  # noqa: E731
+
+        def product():
+            return torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
         found["float8"] = 2 * size**3 / min(clock(product) for _ in range(10)) * 1e3
     source = torch.zeros(2**20 if smoke else 2**31, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    found["bytes"] = 2 * source.nbytes / min(clock(lambda: target.copy_(source)) for _ in range(10)) * 1e3
+    found["bytes"] = (
+        2 * source.nbytes / min(clock(lambda: target.copy_(source)) for _ in range(10)) * 1e3
+    )
     return found
 
 
@@ -121,7 +130,9 @@ def tensors(result):
 def difference(result, ours):
     """Largest relative distance of two results, ||a - b|| / ||b||, over their tensors."""
     pairs = zip(tensors(result), tensors(ours), strict=True)
-    return max(float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30)) for a, b in pairs)
+    return max(
+        float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30)) for a, b in pairs
+    )
 
 
 def warm_up(forms, device):
@@ -194,7 +205,11 @@ def measure(case, limits, device, rounds, seconds):
     except torch.OutOfMemoryError as error:
         return {"case": case.name, "forms": {"inputs": failure(error)}}
     found = warm_up(forms, device)
-    timed = {name: functools.partial(clock, run) for name, run in forms.items() if "error" not in found[name]}
+    timed = {
+        name: functools.partial(clock, run)
+        for name, run in forms.items()
+        if "error" not in found[name]
+    }
     for name in timed if case.graph and device.type == "cuda" else ():
         found[name]["recorded"] = True
         try:
@@ -210,7 +225,13 @@ def measure(case, limits, device, rounds, seconds):
         found[name] |= {"milliseconds": middle, "quartiles": [low, high], "share": floor / middle}
         found[name] |= {"tflops": case.flops / middle / 1e9, "tbytes": case.bytes / middle / 1e9}
         found[name] |= {"times_ours": ours and middle / ours}
-    return {"case": case.name, "flops": case.flops, "bytes": case.bytes, "floor_ms": floor, "forms": found}
+    return {
+        "case": case.name,
+        "flops": case.flops,
+        "bytes": case.bytes,
+        "floor_ms": floor,
+        "forms": found,
+    }
 
 
 def line(name, form):
@@ -219,8 +240,10 @@ def line(name, form):
         return f"    {name:24} {form['error']}"
     against = f"{form['times_ours']:6.2f} x ours" if form["times_ours"] else ""
     against += " not recorded" if not form.get("recorded", True) else ""
-    return (f"    {name:24} {form['milliseconds']:10.4f} ms {form['tflops']:8.1f} TFLOP/s {form['tbytes']:7.3f} TB/s "
-            f"{form['share']:6.1%} of the ceiling {against}  differs {form['difference']:.1e}")  # fmt: skip
+    return (
+        f"    {name:24} {form['milliseconds']:10.4f} ms {form['tflops']:8.1f} TFLOP/s {form['tbytes']:7.3f} TB/s "
+        f"{form['share']:6.1%} of the ceiling {against}  differs {form['difference']:.1e}"
+    )
 
 
 def run(device, only=(), out=None, rounds=20, seconds=3.0, smoke=False):
@@ -230,11 +253,21 @@ def run(device, only=(), out=None, rounds=20, seconds=3.0, smoke=False):
     """
     unknown = set(only) - set(operations())
     if unknown:
-        raise ValueError(f"--only {sorted(unknown)[0]}: no such operation; there are {', '.join(operations())}")
-    record = {"bench": "kernels", "versions": versions() | gpu_versions(), "rounds": rounds, "cases": []}
+        raise ValueError(
+            f"--only {sorted(unknown)[0]}: no such operation; there are {', '.join(operations())}"
+        )
+    record = {
+        "bench": "kernels",
+        "versions": versions() | gpu_versions(),
+        "rounds": rounds,
+        "cases": [],
+    }
     limits = record["ceilings"] = ceilings(device, smoke)
-    print(f"{record['versions']['device']}: {limits['bfloat16'] / 1e12:.1f} TFLOP/s bfloat16, "
-          f"{limits['bytes'] / 1e12:.2f} TB/s copied", flush=True)  # fmt: skip
+    print(
+        f"{record['versions']['device']}: {limits['bfloat16'] / 1e12:.1f} TFLOP/s bfloat16, "
+        f"{limits['bytes'] / 1e12:.2f} TB/s copied",
+        flush=True,
+    )
     for operation in only or operations():
         for case in importlib.import_module(f"minglm.bench.cases.{operation}").cases(device, smoke):
             print(case.name, flush=True)
@@ -257,10 +290,22 @@ def draw_kernels(record, axis):
         widest = max(widest, *shares.values(), 0)
         for i, (name, share) in enumerate(shares.items()):
             ours = name.startswith("minglm")
-            axis.plot([share], [-row], "|" if i else "o", markersize=6, color="#1f5fa8" if ours else "#c2571a")
-            if not ours and share == max(value for other, value in shares.items() if not other.startswith("minglm")):
-                axis.annotate(name, (share, -row), (0, 3), textcoords="offset points", fontsize=4, ha="center")
-    axis.set_yticks([-row for row in range(len(cases))], [case["case"] for case in cases], fontsize=6)
+            axis.plot(
+                [share],
+                [-row],
+                "|" if i else "o",
+                markersize=6,
+                color="#1f5fa8" if ours else "#c2571a",
+            )
+            if not ours and share == max(
+                value for other, value in shares.items() if not other.startswith("minglm")
+            ):
+                axis.annotate(
+                    name, (share, -row), (0, 3), textcoords="offset points", fontsize=4, ha="center"
+                )
+    axis.set_yticks(
+        [-row for row in range(len(cases))], [case["case"] for case in cases], fontsize=6
+    )
     axis.set_xlim(0, 1.05 * widest)
     axis.set_xlabel("share of the ceiling: minglm (dot), baselines (strokes; the best is named)")
     axis.margins(y=0.01)
@@ -286,18 +331,29 @@ def command(p, words):
     """Every form of each operation side by side, as a share of the ceilings measured in the same run."""
     p.add_argument("--only", nargs="+", default=[], metavar="OPERATION", help="default: all")
     p.add_argument("--rounds", type=int, default=20, help="turns of each form; the median counts")
-    p.add_argument("--seconds", type=float, default=3.0, help="of a case, after which it gets no turn beyond the third")
+    p.add_argument(
+        "--seconds",
+        type=float,
+        default=3.0,
+        help="of a case, after which it gets no turn beyond the third",
+    )
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    p.add_argument("--kernels", default="auto", choices=["auto", "torch", "triton"], help="which form ours is")
-    p.add_argument("--smoke", action="store_true", help="toy sizes: shows that the benchmark runs, and no more")
+    p.add_argument(
+        "--kernels", default="auto", choices=["auto", "torch", "triton"], help="which form ours is"
+    )
+    p.add_argument(
+        "--smoke", action="store_true", help="toy sizes: shows that the benchmark runs, and no more"
+    )
     p.add_argument("--out", default="figures/bench_kernels.json", help="the record")
     args = p.parse_args(words)
     if args.rounds < 1:
         raise ValueError("--rounds must be at least 1")
     device = pick_device(args.device)
     if device.type != "cuda" and not args.smoke:
-        raise ValueError("bench kernels measures GPU kernels and found no GPU; --smoke shows on a CPU that it runs")
-    from minglm.bench.generate import redraw
+        raise ValueError(
+            "bench kernels measures GPU kernels and found no GPU; --smoke shows on a CPU that it runs"
+        )
+    from minglm.bench.plots import redraw
 
     use(args.kernels)
     backend(torch.empty(0, device=device))  # refuses Triton on a CPU outside its interpreter

@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minglm.common.device import pick_dtype, use_threads
+from minglm.common.device import pick_dtype
+from minglm.common.threads import use_threads
 from minglm.data.packing import Batch
 from minglm.model.glm import GLM
 from minglm.optim.muon import Muon
@@ -34,8 +35,13 @@ from minglm.train.loop import Phase, step
 
 LAYOUTS = {"rows of 128": (128, 0), "rows of 1024, documents of 85": (1024, 85)}
 """Positions of a row, and tokens of each packed document (0: one text)."""
-SIDES = (("minglm", "float32"), ("transformers", "float32"), ("minglm", "bfloat16"), ("transformers", "bfloat16"),
-         ("transformers", "bfloat16 weights"))  # fmt: skip
+SIDES = (
+    ("minglm", "float32"),
+    ("transformers", "float32"),
+    ("minglm", "bfloat16"),
+    ("transformers", "bfloat16"),
+    ("transformers", "bfloat16 weights"),
+)
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 
 
@@ -59,8 +65,12 @@ def ours(model, config, dtype):
     constant = {"learning_rate": 1e-3, "mtp_weight": 0.0, "bias_rate": 1e-3, "batch_tokens": 0}
     schedules = {name: lambda seen, value=value: value for name, value in constant.items()}
     phase = Phase("bench", 0, 0, 0, balance_weight=0.0, microbatch_tokens=2**30, **schedules)
-    phases = {length: dataclasses.replace(phase, sequence_length=length) for length, _ in LAYOUTS.values()}
-    return optimizer, lambda batch: step(model, optimizer, batch, phases[batch.tokens_BS.shape[1]], 0)["loss"]
+    phases = {
+        length: dataclasses.replace(phase, sequence_length=length) for length, _ in LAYOUTS.values()
+    }
+    return optimizer, lambda batch: step(
+        model, optimizer, batch, phases[batch.tokens_BS.shape[1]], 0
+    )["loss"]
 
 
 def theirs(model, config, dtype):
@@ -69,7 +79,9 @@ def theirs(model, config, dtype):
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
     except ImportError:
-        raise ValueError("bench train compares with transformers: pip install transformers") from None
+        raise ValueError(
+            "bench train compares with transformers: pip install transformers"
+        ) from None
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +93,9 @@ def theirs(model, config, dtype):
     def run(batch):
         labels_BS = batch.tokens_BS.masked_fill(~batch.mask_BS, -100)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            out = twin(batch.tokens_BS, labels=labels_BS, position_ids=batch.positions_BS, use_cache=False)
+            out = twin(
+                batch.tokens_BS, labels=labels_BS, position_ids=batch.positions_BS, use_cache=False
+            )
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -109,7 +123,9 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         if function.overloadpacket.__name__ in PRODUCTS:
-            a, b = arguments[:2] if "add" not in function.overloadpacket.__name__ else arguments[1:3]
+            a, b = (
+                arguments[:2] if "add" not in function.overloadpacket.__name__ else arguments[1:3]
+            )
             self.calls[tuple((tuple(x.shape), x.stride(), x.dtype) for x in (a, b))] += 1
         return function(*arguments, **keywords or {})
 
@@ -120,7 +136,10 @@ def floor(run, batch, repeats):
         run(batch)
     total = 0.0
     for key, count in found.calls.items():
-        a, b = (torch.empty_strided(shape, stride, dtype=dtype).normal_() for shape, stride, dtype in key)
+        a, b = (
+            torch.empty_strided(shape, stride, dtype=dtype).normal_()
+            for shape, stride, dtype in key
+        )
         seconds = []
         for _ in range(repeats + 2):
             began = time.process_time()
@@ -170,23 +189,39 @@ def train(config, options):
     for layout, (length, document) in LAYOUTS.items():
         sizes = (config.model.vocab_size, options.train_tokens, length, document)
         sides = {side: build(side, config) for side in SIDES}
-        first = {side: run(drawn_batch(0, *sizes)) for side, (_, run) in sides.items()}  # also warms up
+        first = {
+            side: run(drawn_batch(0, *sizes)) for side, (_, run) in sides.items()
+        }  # also warms up
         for (_, dtype), loss in first.items():
             if abs(loss - first[SIDES[0]]) > (1e-4 if dtype == "float32" else 0.05) * loss:
-                raise ValueError(f"{layout}, {dtype}: the losses differ, so the speeds mean nothing: {first}")
+                raise ValueError(
+                    f"{layout}, {dtype}: the losses differ, so the speeds mean nothing: {first}"
+                )
         found = turns(sides, [drawn_batch(seed, *sizes) for seed in range(1, 1 + options.repeats)])
         for side, pairs in found.items():
             whole, update = min(s for s, _ in pairs), min(u for _, u in pairs)
-            row = {"layout": layout, "side": side[0], "dtype": side[1], "seconds": whole, "optimizer_seconds": update}
+            row = {
+                "layout": layout,
+                "side": side[0],
+                "dtype": side[1],
+                "seconds": whole,
+                "optimizer_seconds": update,
+            }
             row["median_seconds"] = statistics.median(s for s, _ in pairs)
             row["tokens_per_second"] = options.train_tokens / whole
-            if side[0] == "minglm":  # transformers' attention and grouped products are whole operations, not products
-                row["floor_seconds"] = floor(sides[side][1], drawn_batch(1, *sizes), options.repeats)
+            if (
+                side[0] == "minglm"
+            ):  # transformers' attention and grouped products are whole operations, not products
+                row["floor_seconds"] = floor(
+                    sides[side][1], drawn_batch(1, *sizes), options.repeats
+                )
                 row["share_of_floor"] = row["floor_seconds"] / whole
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 row["memory_bytes"] = pool.apply(memory, (side, config, drawn_batch(0, *sizes)))
             record["results"].append(row)
-            print(*(f"{k} {v:.4g}" if isinstance(v, float) else v for k, v in row.items()), flush=True)
+            print(
+                *(f"{k} {v:.4g}" if isinstance(v, float) else v for k, v in row.items()), flush=True
+            )
     record["ratios"] = ratios(record["results"])
     print(record["ratios"])
     return record
@@ -198,7 +233,11 @@ def ratios(results):
     for layout in LAYOUTS:
         rows = [row for row in results if row["layout"] == layout]
         for mine in (row for row in rows if row["side"] == "minglm"):
-            others = [r for r in rows if r["side"] == "transformers" and r["dtype"].startswith(mine["dtype"])]
+            others = [
+                r
+                for r in rows
+                if r["side"] == "transformers" and r["dtype"].startswith(mine["dtype"])
+            ]
             other = min(others, key=lambda r: r["seconds"])
             without = (row["seconds"] - row["optimizer_seconds"] for row in (other, mine))
             found[f"{layout}, {mine['dtype']}"] = {
@@ -218,10 +257,20 @@ def draw_train(record, axis):
         shade = "#1f5fa8" if row["side"] == "minglm" else "#c2571a"
         axis.barh(at, row["tokens_per_second"], color=shade, alpha=0.85, height=0.6)
         if "floor_seconds" in row:
-            axis.barh(at, record["tokens"] / row["floor_seconds"], color="none", edgecolor=drawing.PALE, height=0.6)
+            axis.barh(
+                at,
+                record["tokens"] / row["floor_seconds"],
+                color="none",
+                edgecolor=drawing.PALE,
+                height=0.6,
+            )
     names = [f"{row['side']}, {row['dtype']}\n{row['layout']}" for row in reversed(results)]
     axis.set_yticks(range(len(results)), names, fontsize=7)
-    note = "" if record["bfloat16_products"] else "\nthis CPU has no bfloat16 products: ours computes in float32"
+    note = (
+        ""
+        if record["bfloat16_products"]
+        else "\nthis CPU has no bfloat16 products: ours computes in float32"
+    )
     axis.set(xlabel="tokens a second, one thread; outline: our matrix products alone" + note)
     axis.grid(axis="y", visible=False)
     drawing.title(axis, "A training step, optimizer included")

@@ -42,7 +42,14 @@ ERRORS = {
     "text_after_call": "content after a tool call",
 }
 
-_TYPES = {"integer": int, "number": (int, float), "boolean": bool, "array": list, "object": dict, "string": str}
+_TYPES = {
+    "integer": int,
+    "number": (int, float),
+    "boolean": bool,
+    "array": list,
+    "object": dict,
+    "string": str,
+}
 _NAME = re.compile(r"[\w.:/-]+")
 _ALL_TAGS = (*TAGS, "<tool_response>", "</tool_response>", *ROLES.values(), "<|endoftext|>")
 
@@ -80,10 +87,20 @@ class Parser:
 
     def __init__(self, tools=None, opened=False):
         self.schemas = None if tools is None else dict(_schema(tool) for tool in tools)
-        self.texts, self.calls, self.error, self.done = {"reasoning": [], "content": []}, [], None, False
+        self.texts, self.calls, self.error, self.done = (
+            {"reasoning": [], "content": []},
+            [],
+            None,
+            False,
+        )
         self._state, self._buffer, self._events = self._reasoning if opened else self._start, "", []
         self._blank = ""  # white space that counts only if text follows
-        self._part, self._piece, self._name, self._pairs = None, [], None, []  # of the call that is being read
+        self._part, self._piece, self._name, self._pairs = (
+            None,
+            [],
+            None,
+            [],
+        )  # of the call that is being read
 
     def feed(self, text):
         """Read more text; returns the events it settles."""
@@ -191,7 +208,9 @@ class Parser:
             self._pairs[-1] = (self._pairs[-1][0], "".join(self._piece))
             self._state, self._part, self._piece = self._call, "after", []
         elif "<arg_key>".startswith(rest) or "</tool_call>".startswith(rest):
-            self._buffer = tag + self._buffer  # what follows decides whether this tag ends the value
+            self._buffer = (
+                tag + self._buffer
+            )  # what follows decides whether this tag ends the value
             return False
         else:
             self._piece.append(tag)
@@ -282,15 +301,26 @@ def _typed_arguments(name, pairs, schemas):
 
 def _typed(text, spec):
     """(value, does it fit) of an argument written as `text`, by the `type` or the alternatives of its schema."""
-    types = {kind for option in (spec, *spec.get("anyOf", ()), *spec.get("oneOf", ())) for kind in _listed(option)}
+    types = {
+        kind
+        for option in (spec, *spec.get("anyOf", ()), *spec.get("oneOf", ()))
+        for kind in _listed(option)
+    }
     if types == {"string"} or text in spec.get("enum", ()):
         return text, True
     try:
         value = json.loads(text, parse_float=_finite, parse_constant=_finite)
-        json.dumps(value, ensure_ascii=False).encode()  # an escaped half of a surrogate pair could never be written
+        json.dumps(
+            value, ensure_ascii=False
+        ).encode()  # an escaped half of a surrogate pair could never be written
     except (ValueError, RecursionError):  # RecursionError: brackets nested thousands deep
         return text, not types or "string" in types
-    if isinstance(value, float) and value.is_integer() and "integer" in types and "number" not in types:
+    if (
+        isinstance(value, float)
+        and value.is_integer()
+        and "integer" in types
+        and "number" not in types
+    ):
         value = int(value)
     if not types or any(_is(value, kind) for kind in types - {"string"}):
         return value, True

@@ -33,9 +33,18 @@ import re
 from itertools import groupby
 from typing import NamedTuple
 
-ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>", "tool": "<|observation|>"}
+ROLES = {
+    "system": "<|system|>",
+    "user": "<|user|>",
+    "assistant": "<|assistant|>",
+    "tool": "<|observation|>",
+}
 STOPS = ("<|endoftext|>", "<|user|>", "<|observation|>")  # what ends a sampled turn
-TAGS = tuple(f"<{slash}{name}>" for name in ("think", "tool_call", "arg_key", "arg_value") for slash in ("", "/"))
+TAGS = tuple(
+    f"<{slash}{name}>"
+    for name in ("think", "tool_call", "arg_key", "arg_value")
+    for slash in ("", "/")
+)
 NO_THINK = "/nothink"
 
 # The wording the released model was trained on: data of the format, equal to the published one byte by byte.
@@ -71,7 +80,11 @@ class Dialect(NamedTuple):
 
 
 _LINES = Dialect("\n", opens=False, preserves=False)
-DIALECTS = {"glm-4.5": _LINES, "glm-4.6": _LINES, "glm-4.7": Dialect("", opens=True, preserves=True)}
+DIALECTS = {
+    "glm-4.5": _LINES,
+    "glm-4.6": _LINES,
+    "glm-4.7": Dialect("", opens=True, preserves=True),
+}
 
 
 class Segment(NamedTuple):
@@ -90,7 +103,9 @@ class Rendered(NamedTuple):
     text: str
 
 
-def render(tokenizer, messages, tools=None, thinking=True, generation_prompt=False, close=True, **dialect):
+def render(
+    tokenizer, messages, tools=None, thinking=True, generation_prompt=False, close=True, **dialect
+):
     """Conversation to `Rendered(ids, mask, text)`.
 
     messages: dicts {"role": system|user|assistant|tool, "content", "reasoning_content", "tool_calls"}; content is text
@@ -113,7 +128,9 @@ def render(tokenizer, messages, tools=None, thinking=True, generation_prompt=Fal
 
 def render_text(messages, tools=None, thinking=True, generation_prompt=False, **dialect):
     """The text of the published template, nothing added: for people, logs, and engines that tokenize themselves."""
-    return "".join(piece.text for piece in segments(messages, tools, thinking, generation_prompt, **dialect))
+    return "".join(
+        piece.text for piece in segments(messages, tools, thinking, generation_prompt, **dialect)
+    )
 
 
 def continuation(tokenizer, messages, thinking=True, dialect="glm-4.5"):
@@ -125,14 +142,24 @@ def continuation(tokenizer, messages, thinking=True, dialect="glm-4.5"):
     tokenized again. (Not where a 4.7 model opened its reasoning and wrote none: its template renders that otherwise.)
     """
     if not messages or messages[0].get("role") not in ("user", "tool"):
-        raise ValueError("continuation: the first new message must have role user or tool, which a sampled stop opens")
-    _, _, opening, *rest = _joined(segments(messages, None, thinking, generation_prompt=True, dialect=dialect))
+        raise ValueError(
+            "continuation: the first new message must have role user or tool, which a sampled stop opens"
+        )
+    _, _, opening, *rest = _joined(
+        segments(messages, None, thinking, generation_prompt=True, dialect=dialect)
+    )
     assert opening.text in STOPS
     return [token for piece in rest for token in _ids(tokenizer, piece)]
 
 
 def segments(
-    messages, tools=None, thinking=True, generation_prompt=False, close=False, dialect="glm-4.5", clear_thinking=True
+    messages,
+    tools=None,
+    thinking=True,
+    generation_prompt=False,
+    close=False,
+    dialect="glm-4.5",
+    clear_thinking=True,
 ):
     """Walk the conversation and yield its `Segment`s in order; neighbouring text pieces are still to be joined.
 
@@ -149,7 +176,9 @@ def segments(
         previous = roles[index - 1] if index else None
         if role != "tool" or previous != "tool" or _tool_outputs(message) is not None:
             # The token that opens a turn is what ended the assistant turn before it.
-            yield Segment(ROLES[role], True, trained=previous == "assistant" and ROLES[role] in STOPS)
+            yield Segment(
+                ROLES[role], True, trained=previous == "assistant" and ROLES[role] in STOPS
+            )
         if role == "system":
             yield Segment(form.line + _content(message, index))
         elif role == "user":
@@ -157,7 +186,9 @@ def segments(
         elif role == "tool":
             yield from _tool_results(message, index, form)
         else:
-            yield from _assistant(message, index, index > last_user or not clear_thinking, thinking, form)
+            yield from _assistant(
+                message, index, index > last_user or not clear_thinking, thinking, form
+            )
     if generation_prompt:
         yield Segment(ROLES["assistant"], True)
         if form.opens:
@@ -165,15 +196,21 @@ def segments(
         elif not thinking:
             yield from _think("", False, form)
     elif close and roles and roles[-1] == "assistant":
-        yield Segment(ROLES["tool" if messages[-1].get("tool_calls") else "user"], True, trained=True)
+        yield Segment(
+            ROLES["tool" if messages[-1].get("tool_calls") else "user"], True, trained=True
+        )
 
 
 def dialect_of(name, clear_thinking=True):
     """The `Dialect` of this name. Raises ValueError for another name, and where it cannot keep all reasoning."""
     if name not in DIALECTS:
-        raise ValueError(f"dialect {name!r}: there is no such template; choose one of {', '.join(DIALECTS)}")
+        raise ValueError(
+            f"dialect {name!r}: there is no such template; choose one of {', '.join(DIALECTS)}"
+        )
     if not (clear_thinking or DIALECTS[name].preserves):
-        raise ValueError(f"clear_thinking = False: {name} drops the reasoning of older turns; use glm-4.7 to keep it")
+        raise ValueError(
+            f"clear_thinking = False: {name} drops the reasoning of older turns; use glm-4.7 to keep it"
+        )
     return DIALECTS[name]
 
 
@@ -243,7 +280,9 @@ def _tool_results(message, index, form):
 def _tool_outputs(message):
     """A tool message may carry a list of results, {"output": ...} or strings; None when it is one result."""
     content = message.get("content")
-    if not isinstance(content, (list, tuple)) or all(isinstance(item, dict) and "text" in item for item in content):
+    if not isinstance(content, (list, tuple)) or all(
+        isinstance(item, dict) and "text" in item for item in content
+    ):
         return None
     return [item.get("output", item) if isinstance(item, dict) else item for item in content]
 
@@ -269,10 +308,14 @@ def _content(message, index):
     if isinstance(content, str):
         return content
     if not isinstance(content, (list, tuple)):
-        raise ValueError(f"messages[{index}]: content must be text or a list of parts, not {type(content).__name__}")
+        raise ValueError(
+            f"messages[{index}]: content must be text or a list of parts, not {type(content).__name__}"
+        )
     parts = [part.get("text") if isinstance(part, dict) else part for part in content]
     if not all(isinstance(part, str) for part in parts):
-        raise ValueError(f"messages[{index}]: content has a part that is not text; these models read text only")
+        raise ValueError(
+            f"messages[{index}]: content has a part that is not text; these models read text only"
+        )
     return "".join(parts)
 
 
@@ -285,9 +328,13 @@ def _call(call, index):
         try:
             arguments = json.loads(arguments)
         except ValueError as error:
-            raise ValueError(f"messages[{index}]: arguments of {name!r} are not JSON: {error}") from error
+            raise ValueError(
+                f"messages[{index}]: arguments of {name!r} are not JSON: {error}"
+            ) from error
     if not isinstance(name, str) or not isinstance(arguments, dict):
-        raise ValueError(f"messages[{index}]: a tool call needs a name and an object of arguments, got {call!r:.80}")
+        raise ValueError(
+            f"messages[{index}]: a tool call needs a name and an object of arguments, got {call!r:.80}"
+        )
     return name, arguments
 
 
@@ -308,7 +355,9 @@ def _joined(pieces):
     The mask never changes between two text pieces: a special token stands at every such border.
     """
     joined = []
-    for special, run in groupby((piece for piece in pieces if piece.text), key=lambda piece: piece.special):
+    for special, run in groupby(
+        (piece for piece in pieces if piece.text), key=lambda piece: piece.special
+    ):
         run = list(run)
         if special:
             joined += run
@@ -322,5 +371,7 @@ def _ids(tokenizer, piece):
     if not piece.special:
         return tokenizer.encode(piece.text)
     if piece.text not in tokenizer.special:
-        raise ValueError(f"the tokenizer has no special token {piece.text}; train one with minglm or load GLM-4.5's")
+        raise ValueError(
+            f"the tokenizer has no special token {piece.text}; train one with minglm or load GLM-4.5's"
+        )
     return [tokenizer.special[piece.text]]

@@ -11,8 +11,8 @@ import json
 import random
 from pathlib import Path
 
-from minglm.common.device import read_jsonl
-from minglm.config.run import load_config
+from minglm.common.files import read_jsonl
+from minglm.config import load_config
 from minglm.data.build import prepare
 from minglm.data.store import shards
 from minglm.data.workers import ENGINES
@@ -26,7 +26,11 @@ def table(rows):
     rows = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        [cell.ljust(w) if at == 0 else cell.rjust(w) for at, (cell, w) in enumerate(zip(row, widths))] for row in rows
+        [
+            cell.ljust(w) if at == 0 else cell.rjust(w)
+            for at, (cell, w) in enumerate(zip(row, widths))
+        ]
+        for row in rows
     ]
     return ["  ".join(line).rstrip() for line in lines]
 
@@ -35,7 +39,13 @@ def stock(folder):
     """Everything that is known of the shards under `folder`, as plain values."""
     about = json.loads((folder / "about.json").read_text())
     found = {part: shards.totals(folder / part) for part in ("train", "heldout")}
-    return {**found, **{name: about[name] for name in ("documents", "cleaning", "skipped", "skipped_log", "seconds")}}
+    return {
+        **found,
+        **{
+            name: about[name]
+            for name in ("documents", "cleaning", "skipped", "skipped_log", "seconds")
+        },
+    }
 
 
 def render(found):
@@ -55,14 +65,19 @@ def render(found):
             continue
         parts = {} if isinstance(taken, int) else taken
         many = ", ".join(f"{name} {count:,}" for name, count in parts.items())
-        steps.append([step.replace("_", " "), taken if isinstance(taken, int) else sum(parts.values()), many])
+        steps.append(
+            [step.replace("_", " "), taken if isinstance(taken, int) else sum(parts.values()), many]
+        )
     lines += [
-        f"{a}  {b}" if b else a for a, b in zip(table([s[:2] for s in steps]), [s[2] for s in steps], strict=True)
+        f"{a}  {b}" if b else a
+        for a, b in zip(table([s[:2] for s in steps]), [s[2] for s in steps], strict=True)
     ]
     for kind, judge in found["cleaning"].get("judges", {}).items():
         before, after = judge["calibration_error"]
-        lines.append(f"quality of {kind}: learned from {judge['documents']} marks, correlation {judge['correlation']}, "
-                     f"calibration error {before} before and {after} after calibration")  # fmt: skip
+        lines.append(
+            f"quality of {kind}: learned from {judge['documents']} marks, correlation {judge['correlation']}, "
+            f"calibration error {before} before and {after} after calibration"
+        )
     lines.append(
         f"{found['skipped']:,} records could not be used"
         + (f"; see {found['skipped_log']}" if found["skipped"] else "")
@@ -84,17 +99,31 @@ def command(parser, words):
     """Build the token shards of CONFIG where they are missing, and say what is in them and what cleaning took."""
     parser.add_argument("config", help="a config file, such as configs/toy.py")
     parser.add_argument("--out", help="folder of the run (default: runs/NAME)")
-    parser.add_argument("--engine", default="local", choices=ENGINES, help="local processes, or stages of Ray Data")
-    parser.add_argument("--verify", action="store_true", help="read every shard and compare its checksum")
-    parser.add_argument("--samples", type=int, default=0, metavar="N", help="show N documents of each source")
-    parser.add_argument("--skipped", type=int, default=3, metavar="N", help="show N records that could not be used")
+    parser.add_argument(
+        "--engine", default="local", choices=ENGINES, help="local processes, or stages of Ray Data"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read every shard and compare its checksum"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=0, metavar="N", help="show N documents of each source"
+    )
+    parser.add_argument(
+        "--skipped", type=int, default=3, metavar="N", help="show N records that could not be used"
+    )
     parser.add_argument("--json", action="store_true", help="print as JSON")
-    parser.add_argument("--dry-run", action="store_true", help="say where the shards would be, read nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say where the shards would be, read nothing"
+    )
     args, overrides = parser.parse_known_args(words)
     run = load_config(args.config, overrides)
     folder = Path(args.out or f"runs/{run.name}") / "data"
     if args.dry_run:
-        built = "are" if all(shards.index(folder / part) is not None for part in ("train", "heldout")) else "would be"
+        built = (
+            "are"
+            if all(shards.index(folder / part) is not None for part in ("train", "heldout"))
+            else "would be"
+        )
         print(f"the shards of {run.name}, config {run.hash()}, {built} in {folder}")
         return
     if args.verify:

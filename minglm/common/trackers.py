@@ -15,7 +15,11 @@ LABELS = {"needle": ("length", "depth")}  # so do these numbers
 def scalars(kind, record):
     """{name: number} of a log record: STAGE/.../kind/.../name; a list gives one number for each element."""
     labels, found = LABELS.get(kind, ()), {}
-    path = "/".join(str(part) for part in (*map(record.get, WORDS), kind, *map(record.get, labels)) if part is not None)
+    path = "/".join(
+        str(part)
+        for part in (*map(record.get, WORDS), kind, *map(record.get, labels))
+        if part is not None
+    )
     for key, value in record.items():
         if key in (*WORDS, *labels, "step"):
             continue

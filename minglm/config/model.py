@@ -79,7 +79,11 @@ class ModelConfig:
     @property
     def rotary_dim(self):
         """Dimensions of a head that rotate."""
-        return self.qk_rope_head_dim if self.kv_lora_rank else round(self.head_dim * self.partial_rotary_factor)
+        return (
+            self.qk_rope_head_dim
+            if self.kv_lora_rank
+            else round(self.head_dim * self.partial_rotary_factor)
+        )
 
     @property
     def cache_shape(self):
@@ -97,41 +101,69 @@ class ModelConfig:
         def refuse(name, why):
             raise ValueError(f"model.{name} = {getattr(self, name)}: {why}")
 
-        may_be_zero = {"first_k_dense_replace", "num_nextn_predict_layers", "n_shared_experts", *MLA_FIELDS}
+        may_be_zero = {
+            "first_k_dense_replace",
+            "num_nextn_predict_layers",
+            "n_shared_experts",
+            *MLA_FIELDS,
+        }
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             least = 0 if f.name in may_be_zero else 1
             if f.type in ("int", int) and value < least:
                 refuse(f.name, f"must be at least {least}")
         if self.num_attention_heads % self.num_key_value_heads:
-            refuse("num_attention_heads", f"must be a multiple of num_key_value_heads = {self.num_key_value_heads}")
+            refuse(
+                "num_attention_heads",
+                f"must be a multiple of num_key_value_heads = {self.num_key_value_heads}",
+            )
         if self.num_experts_per_tok > self.n_routed_experts:
-            refuse("num_experts_per_tok", f"cannot exceed n_routed_experts = {self.n_routed_experts}")
+            refuse(
+                "num_experts_per_tok", f"cannot exceed n_routed_experts = {self.n_routed_experts}"
+            )
         if self.num_experts_per_tok == 1 and self.norm_topk_prob:
             refuse(
-                "num_experts_per_tok", "with norm_topk_prob every weight is 1 and the router gets no gradient; use 2"
+                "num_experts_per_tok",
+                "with norm_topk_prob every weight is 1 and the router gets no gradient; use 2",
             )
         if self.n_routed_experts % self.n_group:
             refuse("n_group", f"must divide n_routed_experts = {self.n_routed_experts}")
         if self.topk_group > self.n_group:
             refuse("topk_group", f"cannot exceed n_group = {self.n_group}")
         if self.topk_group * (self.n_routed_experts // self.n_group) < self.num_experts_per_tok:
-            refuse("topk_group", f"leaves fewer experts than num_experts_per_tok = {self.num_experts_per_tok}")
+            refuse(
+                "topk_group",
+                f"leaves fewer experts than num_experts_per_tok = {self.num_experts_per_tok}",
+            )
         self._check_mla(refuse)
         if not 0 <= self.partial_rotary_factor <= 1 or self.rotary_dim % 2:
-            refuse("partial_rotary_factor", f"times head_dim = {self.head_dim} must be an even number of dimensions")
+            refuse(
+                "partial_rotary_factor",
+                f"times head_dim = {self.head_dim} must be an even number of dimensions",
+            )
         if self.first_k_dense_replace > self.num_hidden_layers:
-            refuse("first_k_dense_replace", f"cannot exceed num_hidden_layers = {self.num_hidden_layers}")
+            refuse(
+                "first_k_dense_replace",
+                f"cannot exceed num_hidden_layers = {self.num_hidden_layers}",
+            )
         if self.num_nextn_predict_layers > 1:
-            refuse("num_nextn_predict_layers", "GLM-4.5 has one MTP layer, applied repeatedly; use 0 or 1")
+            refuse(
+                "num_nextn_predict_layers",
+                "GLM-4.5 has one MTP layer, applied repeatedly; use 0 or 1",
+            )
         if self.initializer_range <= 0 or self.rms_norm_eps <= 0 or self.rope_theta <= 0:
-            raise ValueError("model.initializer_range, model.rms_norm_eps and model.rope_theta must be positive")
+            raise ValueError(
+                "model.initializer_range, model.rms_norm_eps and model.rope_theta must be positive"
+            )
 
     def _check_mla(self, refuse):
         if not self.kv_lora_rank:
             for name in MLA_FIELDS:
                 if getattr(self, name):
-                    refuse(name, "is a field of multi-head latent attention; set model.kv_lora_rank too, or leave it 0")
+                    refuse(
+                        name,
+                        "is a field of multi-head latent attention; set model.kv_lora_rank too, or leave it 0",
+                    )
             return
         for name in ("qk_nope_head_dim", "v_head_dim"):
             if not getattr(self, name):
@@ -141,6 +173,9 @@ class ModelConfig:
         if self.head_dim != self.qk_nope_head_dim + self.qk_rope_head_dim:
             refuse("head_dim", "with kv_lora_rank it must be qk_nope_head_dim + qk_rope_head_dim")
         if self.num_key_value_heads != self.num_attention_heads:
-            refuse("num_key_value_heads", "with kv_lora_rank every head has its keys; use num_attention_heads")
+            refuse(
+                "num_key_value_heads",
+                "with kv_lora_rank every head has its keys; use num_attention_heads",
+            )
         if self.use_qk_norm:
             refuse("use_qk_norm", "with kv_lora_rank the latents are normalised instead; use False")

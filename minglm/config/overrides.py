@@ -58,7 +58,9 @@ def _remedy(option, known):
     if inside:
         return f"it is a section; name a field of it, such as --{inside[0]}"
     last = option.rpartition(".")[2]
-    near = [name for name in known if name.rpartition(".")[2] == last] or difflib.get_close_matches(option, known, 1)
+    near = [name for name in known if name.rpartition(".")[2] == last] or difflib.get_close_matches(
+        option, known, 1
+    )
     return f"did you mean --{near[0]}?" if near else "--help lists them all"
 
 
@@ -80,4 +82,6 @@ def _one_line(printed):
     rules = [i for i, line in enumerate(lines) if len(line) > 3 and not line.strip("─-")]
     first, last = rules[:2] if len(rules) > 1 else (-1, len(lines))
     text = " ".join(line for line in lines[first + 1 : last] if line)
-    return text.removeprefix("Error parsing ").replace("Unrecognized options:", "these words follow no option:")
+    return text.removeprefix("Error parsing ").replace(
+        "Unrecognized options:", "these words follow no option:"
+    )

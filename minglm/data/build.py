@@ -21,7 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from minglm.chat import render, render_text
-from minglm.common.device import atomic_path, thread_count, write_json
+from minglm.common.files import atomic_path, write_json
+from minglm.common.threads import thread_count
 from minglm.config.run import older, to_dict
 from minglm.data.cleaning import classifier, quality
 from minglm.data.cleaning.decontaminate import Index
@@ -31,24 +32,9 @@ from minglm.data.store import documents as parts
 from minglm.data.store import shards
 from minglm.data.tokenizer import Tokenizer
 from minglm.data.workers import map_parts
-from minglm.envs import ENVIRONMENTS
-from minglm.eval.text import TEST_SEED
 
-TASK_SEED = 1
 MARKED = 2000
 """Documents of a kind that the rubric marks for the classifier."""
-
-
-def check_environments(run):
-    """Raises ValueError for a stage of post-training without tasks, or with tasks that do not exist."""
-    post = run.posttraining
-    named = {f"{name}.environments": expert.environments for name, expert in post.experts()}
-    named |= {f"{name}.rl.environments": expert.rl.environments for name, expert in post.experts()}
-    named |= {f"{name}.environments": getattr(post, name).environments for name in ("general_rl", "pathology_rl")}
-    for name, environments in named.items():
-        if not environments or not set(environments) <= set(ENVIRONMENTS):
-            given = " ".join(environments) or "nothing"
-            raise ValueError(f"posttraining.{name} = {given}: must be some of {', '.join(ENVIRONMENTS)}")
 
 
 def prepare(run, folder, engine="local"):
@@ -59,7 +45,12 @@ def prepare(run, folder, engine="local"):
     engine: local or ray, see `minglm.data.workers`. Raises ValueError when a mixture names no source, when the tokenizer
     has more ids than the model, or as the corpus does for unreadable files.
     """
-    key = {"data": older(to_dict(run)["data"]), "vocab_size": run.model.vocab_size, "seed": run.seed, "format": 2}
+    key = {
+        "data": older(to_dict(run)["data"]),
+        "vocab_size": run.model.vocab_size,
+        "seed": run.seed,
+        "format": 2,
+    }
     about, parts_of = folder / "about.json", [folder / "train", folder / "heldout"]
     for part in parts_of:
         if shards.index(part, key) is not None:
@@ -75,20 +66,35 @@ def prepare(run, folder, engine="local"):
 
 def build(run, folder, key, engine="local"):
     """Write documents, tokenizer and shards of a run under `folder`, as far as they are not there under this key."""
+    from minglm.recipe.solutions import solutions
+
     began, workers, solved = time.time(), thread_count(run.threads), solutions(run)
     documents, tokenizer = folder / "documents", folder / "tokenizer.json"
     done = _done(documents, key)
     if done is None:
         shutil.rmtree(documents, ignore_errors=True)
         skipped = Skipped(documents / "skipped.log")
-        bar = tqdm(corpus.documents(run.data, run.seed, skipped), desc="read", unit=" documents", disable=None)
+        bar = tqdm(
+            corpus.documents(run.data, run.seed, skipped),
+            desc="read",
+            unit=" documents",
+            disable=None,
+        )
         paths = parts.write(bar, documents)
         times, cleaning = clean(run, paths, folder, engine, workers)
         build_tokenizer(run, texts(paths, times), solved).save(tokenizer)
         with atomic_path(documents / "times.npy") as temporary, open(temporary, "wb") as file:
             np.save(file, times)
-        done = {"key": key, "parts": len(paths), "documents": cleaning.pop("documents"), "cleaning": cleaning}
-        done |= {"skipped": skipped.count, "skipped_log": f"{skipped.path}" if skipped.count else ""}
+        done = {
+            "key": key,
+            "parts": len(paths),
+            "documents": cleaning.pop("documents"),
+            "cleaning": cleaning,
+        }
+        done |= {
+            "skipped": skipped.count,
+            "skipped_log": f"{skipped.path}" if skipped.count else "",
+        }
         write_json(documents / "done.json", done)
     tasks = shard_tasks(run, folder, key, done["parts"])
     sizes = [Path(task["path"]).stat().st_size for task in tasks]
@@ -102,7 +108,10 @@ def build(run, folder, key, engine="local"):
     about |= {name: done[name] for name in ("documents", "cleaning", "skipped", "skipped_log")}
     write_json(folder / "about.json", about | {"seconds": round(time.time() - began, 1)})
     if done["skipped"]:
-        print(f"minglm: {done['skipped']:,} records could not be used; see {done['skipped_log']}", file=sys.stderr)
+        print(
+            f"minglm: {done['skipped']:,} records could not be used; see {done['skipped_log']}",
+            file=sys.stderr,
+        )
 
 
 def _done(documents, key):
@@ -122,10 +131,18 @@ def clean(run, paths, folder, engine="local", workers=1):
     task |= {"near": bool(data.near_duplicates), "semantic": bool(data.semantic_duplicates)}
     task["educational"] = bool(data.educational)
     if data.decontaminate:
+        from minglm.recipe.solutions import evaluation_sets
+
         originals = set(corpus.originals([(r.digest, r.heldout) for r in found]))
-        kept = (d for n, d in enumerate(d for path in paths for d in parts.read(path)) if n in originals)
+        kept = (
+            d for n, d in enumerate(d for path in paths for d in parts.read(path)) if n in originals
+        )
         index = Index(evaluation_sets(run, kept), data.decontaminate)
-        noted["decontamination"] = {"n": data.decontaminate, "items": index.sets, "not_searched": index.passed}
+        noted["decontamination"] = {
+            "n": data.decontaminate,
+            "items": index.sets,
+            "not_searched": index.passed,
+        }
         task["index"] = f"{work / 'items.pickle'}"
         with atomic_path(task["index"]) as temporary:
             temporary.write_bytes(pickle.dumps(index))
@@ -134,7 +151,9 @@ def clean(run, paths, folder, engine="local", workers=1):
         task["judge"] = f"{work / 'judge.npz'}"
         judge.save(task["judge"])
     tasks = [{**task, "path": f"{path}"} for path in paths]
-    features = map_parts(parts.measure, tasks, engine, workers, "clean", [path.stat().st_size for path in paths])
+    features = map_parts(
+        parts.measure, tasks, engine, workers, "clean", [path.stat().st_size for path in paths]
+    )
     times, done = parts.decide(found, features, data)
     if "decontamination" in noted:
         done["decontamination"] = noted["decontamination"] | {"removed": done["decontamination"]}
@@ -157,11 +176,17 @@ def labels(quality_of, paths):
             if not document.heldout and document.source not in ("repository", "long", "qa"):
                 kind = chosen.setdefault(classifier.kind(document.source, document.language), [])
                 kind.append((zlib.crc32(document.name.encode()), document))
-        chosen = {kind: sorted(some, key=lambda pair: pair[0])[:MARKED] for kind, some in chosen.items()}
+        chosen = {
+            kind: sorted(some, key=lambda pair: pair[0])[:MARKED] for kind, some in chosen.items()
+        }
     rows = []
     for _, document in (pair for some in chosen.values() for pair in some):
         science = document.source in ("math", "science")
-        mark = quality.educational(document.text) if science else quality.score(document.text, document.language)
+        mark = (
+            quality.educational(document.text)
+            if science
+            else quality.score(document.text, document.language)
+        )
         rows.append((document.text, mark, document.source, document.language))
     return rows
 
@@ -175,9 +200,16 @@ def shard_tasks(run, folder, key, count):
         heldout = np.array([d.heldout for d in parts.read(path)], bool)
         mine = times[at : at + len(heldout)]
         if None in [shards.part(folder / name, number, key) for name in ("train", "heldout")]:
-            options = {"seed": run.seed, "fim_rate": run.data.fim_rate, "fim_characters": run.data.fim_characters}
+            options = {
+                "seed": run.seed,
+                "fim_rate": run.data.fim_rate,
+                "fim_characters": run.data.fim_characters,
+            }
             options |= {"path": f"{path}", "number": number, "times": mine.tolist(), "first": first}
-            tasks.append(options | {"folder": f"{folder}", "key": key, "tokenizer": f"{folder / 'tokenizer.json'}"})
+            tasks.append(
+                options
+                | {"folder": f"{folder}", "key": key, "tokenizer": f"{folder / 'tokenizer.json'}"}
+            )
         at, first = at + len(mine), first + int(mine[~heldout].sum())
     return tasks
 
@@ -185,8 +217,13 @@ def shard_tasks(run, folder, key, count):
 def save_solutions(solved, tokenizer, folder, number, key):
     """Solved tasks as the last part of the training shards."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    tokens = {f"tasks:{n}": [np.array(render(tokenizer, *c).ids, dtype) for c in some] for n, some in solved.items()}
-    sizes = {f"tasks:{n}": sum(len(render_text(*c).encode()) for c in some) for n, some in solved.items()}
+    tokens = {
+        f"tasks:{n}": [np.array(render(tokenizer, *c).ids, dtype) for c in some]
+        for n, some in solved.items()
+    }
+    sizes = {
+        f"tasks:{n}": sum(len(render_text(*c).encode()) for c in some) for n, some in solved.items()
+    }
     shards.write_part(folder, number, tokens, key, sizes)
 
 
@@ -200,25 +237,15 @@ def texts(paths, times):
                     yield document.text
 
 
-def evaluation_sets(run, documents):
-    """The text of everything a run is scored on, {name: texts}: test tasks by environment, held-out text by source."""
-    sets = {}
-    for name, environment in ENVIRONMENTS.items():
-        tasks = environment.test_tasks(run.evaluation.problems, TEST_SEED)
-        sets[f"tasks:{name}"] = ["\n".join(m["content"] for m in t.messages if m["role"] == "user") for t in tasks]
-    for document in documents:
-        if document.heldout:
-            sets.setdefault(document.source, []).append(document.text)
-    return sets
-
-
 def _check_mixtures(run, shards):
     """Refuse a mixture now, and not when its stage is reached."""
     for name, stage in run.stages.items():
         for source in stage.mixture:
             if stage.tokens and source not in shards:
                 known = ", ".join(sorted(shards))
-                raise ValueError(f"stages.{name}.mixture names the source {source!r}; the corpus has {known}")
+                raise ValueError(
+                    f"stages.{name}.mixture names the source {source!r}; the corpus has {known}"
+                )
 
 
 def build_tokenizer(run, corpus_texts, solved):
@@ -226,23 +253,14 @@ def build_tokenizer(run, corpus_texts, solved):
     if run.data.tokenizer:
         tokenizer = Tokenizer.load(run.data.tokenizer)
     else:
-        rendered = (render_text(*conversation) for conversations in solved.values() for conversation in conversations)
+        rendered = (
+            render_text(*conversation)
+            for conversations in solved.values()
+            for conversation in conversations
+        )
         tokenizer = Tokenizer.train(itertools.chain(corpus_texts, rendered), run.model.vocab_size)
     if tokenizer.vocab_size > run.model.vocab_size:
-        raise ValueError(f"model.vocab_size = {run.model.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids")
+        raise ValueError(
+            f"model.vocab_size = {run.model.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids"
+        )
     return tokenizer
-
-
-def solutions(run):
-    """Solved tasks for mid-training, {environment: [(messages, tools, thinking)]}; three in four with thinking.
-
-    Only one trajectory in four lists its tools: the block is longer than the conversation, and always the same.
-    """
-    post, found = run.posttraining, {}
-    names = [name for _, expert in post.experts() for name in expert.environments]
-    for name in dict.fromkeys([*names, *post.pathology_rl.environments]):
-        found[name] = []
-        for number, task in enumerate(ENVIRONMENTS[name].tasks(run.data.trajectories, run.seed * 100 + TASK_SEED)):
-            thinking, tools = number % 4 != 3, task.tools if number % 8 < 2 else ()
-            found[name].append((ENVIRONMENTS[name].demonstrate(task, thinking), tools, thinking))
-    return found

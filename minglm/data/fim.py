@@ -24,7 +24,11 @@ def fim(text, tokenizer, rng):
     first, second = sorted(rng.integers(0, len(text) + 1, 2).tolist())
     prefix, middle, suffix = (
         [tokenizer.special[f"<|code_{name}|>"], *tokenizer.encode(part)]
-        for name, part in (("prefix", text[:first]), ("middle", text[first:second]), ("suffix", text[second:]))
+        for name, part in (
+            ("prefix", text[:first]),
+            ("middle", text[first:second]),
+            ("suffix", text[second:]),
+        )
     )
     return (prefix + suffix if psm else suffix + prefix) + middle
 
@@ -38,9 +42,14 @@ def unfim(ids, tokenizer):
     marks = [at for at, token in enumerate(ids) if token in names]
     if not marks:
         return tokenizer.decode(ids)
-    parts = {names[ids[at]]: ids[at + 1 : end] for at, end in zip(marks, [*marks[1:], len(ids)], strict=True)}
+    parts = {
+        names[ids[at]]: ids[at + 1 : end]
+        for at, end in zip(marks, [*marks[1:], len(ids)], strict=True)
+    }
     if len(marks) != 3 or len(parts) != 3 or marks[0] != 0:
-        raise ValueError(f"not a fill-in-the-middle sequence: markers {[names[ids[at]] for at in marks]} at {marks}")
+        raise ValueError(
+            f"not a fill-in-the-middle sequence: markers {[names[ids[at]] for at in marks]} at {marks}"
+        )
     # Parts are decoded together: bytes of one character cannot lie on both sides of a cut, so nothing changes.
     return tokenizer.decode([*parts["prefix"], *parts["middle"], *parts["suffix"]])
 

@@ -40,26 +40,42 @@ class Mixture:
     Raises ValueError for a weight that names no source, or a source without tokens.
     """
 
-    def __init__(self, sources, weights, sequence_length, packing="truncate", seed=0, masks=None, pad=0):
+    def __init__(
+        self, sources, weights, sequence_length, packing="truncate", seed=0, masks=None, pad=0
+    ):
         if packing not in ("truncate", "best_fit"):
             raise ValueError(f"packing = {packing!r}: must be truncate or best_fit")
         for name, weight in weights.items():
             if name not in sources:
-                raise ValueError(f"mixture names the source {name!r}; the corpus has {', '.join(sorted(sources))}")
+                raise ValueError(
+                    f"mixture names the source {name!r}; the corpus has {', '.join(sorted(sources))}"
+                )
             if not (weight >= 0 and np.isfinite(weight)):
-                raise ValueError(f"mixture gives {name!r} the weight {weight}: it must be finite and not negative")
+                raise ValueError(
+                    f"mixture gives {name!r} the weight {weight}: it must be finite and not negative"
+                )
         total = sum(weights.values())
         if total <= 0:
             raise ValueError("the mixture needs at least one source with a positive weight")
         self.weights = {name: weight / total for name, weight in weights.items() if weight}
-        self.sources, self.masks, self.packing, self.seed, self.pad = sources, masks or {}, packing, seed, pad
+        self.sources, self.masks, self.packing, self.seed, self.pad = (
+            sources,
+            masks or {},
+            packing,
+            seed,
+            pad,
+        )
         self.sequence_length = sequence_length
         self._lengths = {name: _lengths(sources[name]) for name in self.weights}
         for name, lengths in self._lengths.items():
             if not lengths.sum():
-                raise ValueError(f"source {name!r} has no tokens; take it out of the mixture or add documents to it")
+                raise ValueError(
+                    f"source {name!r} has no tokens; take it out of the mixture or add documents to it"
+                )
             if name in self.masks and [len(m) for m in self.masks[name]] != lengths.tolist():
-                raise ValueError(f"masks of source {name!r} do not have the lengths of its documents")
+                raise ValueError(
+                    f"masks of source {name!r} do not have the lengths of its documents"
+                )
         self._units = {}  # the present epoch of each source, made when first needed
         self._epoch = dict.fromkeys(self.weights, 0)
         self._cursor = dict.fromkeys(self.weights, 0)
@@ -81,13 +97,24 @@ class Mixture:
     def state_dict(self):
         """Everything that decides the batches to come, as plain JSON values."""
         spans = [list(span) for span in self._pool]
-        return {"epoch": {**self._epoch}, "cursor": {**self._cursor}, "drawn": {**self._drawn}, "pool": spans}
+        return {
+            "epoch": {**self._epoch},
+            "cursor": {**self._cursor},
+            "drawn": {**self._drawn},
+            "pool": spans,
+        }
 
     def load_state_dict(self, state):
         """Continue from a state of a Mixture over the same sources. Raises ValueError where the sources differ."""
         if set(state["epoch"]) != set(self.weights):
-            raise ValueError(f"the saved mixture has sources {sorted(state['epoch'])}, this one {sorted(self.weights)}")
-        self._epoch, self._cursor, self._drawn = {**state["epoch"]}, {**state["cursor"]}, {**state["drawn"]}
+            raise ValueError(
+                f"the saved mixture has sources {sorted(state['epoch'])}, this one {sorted(self.weights)}"
+            )
+        self._epoch, self._cursor, self._drawn = (
+            {**state["epoch"]},
+            {**state["cursor"]},
+            {**state["drawn"]},
+        )
         self._pool = [tuple(span) for span in state["pool"]]
         self._units = {}
 
@@ -112,7 +139,9 @@ class Mixture:
         random = np.random.default_rng([self.seed, zlib.crc32(name.encode()), self._epoch[name]])
         if self.packing == "truncate":
             order = random.permutation(len(lengths))
-            units = Cut(lengths, order, self.sequence_length, int(random.integers(self.sequence_length)))
+            units = Cut(
+                lengths, order, self.sequence_length, int(random.integers(self.sequence_length))
+            )
         else:
             units = pieces(lengths, self.sequence_length)[:, None].tolist()
         return units, random.permutation(len(units))
@@ -135,7 +164,9 @@ class Mixture:
 
     def _read(self, name, document, start, stop):
         masks = self.masks.get(name)
-        return self.sources[name][document][start:stop], None if masks is None else masks[document][start:stop]
+        return self.sources[name][document][start:stop], None if masks is None else masks[document][
+            start:stop
+        ]
 
 
 def _lengths(documents):
@@ -157,13 +188,23 @@ def tokenize(documents, tokenizer, fim_rate=0.0, seed=0, fim_characters=600, fir
         group = list(enumerate(documents[at : at + 256], first + at))
         rewritten = {index for index, d in group if d.source == "code" and fim_rate > 0}
         plain = [(index, d) for index, d in group if index not in rewritten]
-        ids = dict(zip([i for i, _ in plain], tokenizer.encode_batch([d.text for _, d in plain]), strict=True))
+        ids = dict(
+            zip(
+                [i for i, _ in plain],
+                tokenizer.encode_batch([d.text for _, d in plain]),
+                strict=True,
+            )
+        )
         for index, document in group:
             if index in ids:
                 sequences = [ids[index]]
             else:
                 rng = np.random.default_rng([seed, index])
                 sequences = rewrite(document.text, tokenizer, rng, fim_rate, fim_characters)
-            arrays = [np.array([*sequence, tokenizer.end], dtype=dtype) for sequence in sequences if sequence]
+            arrays = [
+                np.array([*sequence, tokenizer.end], dtype=dtype)
+                for sequence in sequences
+                if sequence
+            ]
             shards.setdefault(document.source, []).extend(arrays)
     return shards

@@ -43,7 +43,10 @@ class Batch:
 
     def split(self, rows):
         """The same rows as a list of batches of at most `rows` rows each."""
-        return [self._map(lambda t, at=at: t[at : at + rows]) for at in range(0, len(self.tokens_BS), rows)]
+        return [
+            self._map(lambda t, at=at: t[at : at + rows])
+            for at in range(0, len(self.tokens_BS), rows)
+        ]
 
     def to(self, device):
         """The batch on another device; copies overlap with computation where the memory is pinned."""
@@ -57,11 +60,17 @@ def best_fit(lengths, capacity):
     by the room they have left, and a bisection finds the least room that suffices.
     Raises ValueError for a length below 1 or above the capacity; `pieces` splits long documents first.
     """
-    rows, open_rows, rooms = [], {}, []  # open_rows: {room: rows with exactly this room}; rooms: its keys, sorted
+    rows, open_rows, rooms = (
+        [],
+        {},
+        [],
+    )  # open_rows: {room: rows with exactly this room}; rooms: its keys, sorted
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         length = int(lengths[index])
         if not 1 <= length <= capacity:
-            raise ValueError(f"document {index} has {length} tokens: a row of {capacity} holds 1 to {capacity}")
+            raise ValueError(
+                f"document {index} has {length} tokens: a row of {capacity} holds 1 to {capacity}"
+            )
         found = bisect_left(rooms, length)
         if found < len(rooms):
             room = rooms[found]

@@ -24,7 +24,7 @@ from pathlib import Path
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from minglm.common.device import atomic_path
+from minglm.common.files import atomic_path
 
 
 def _pair(kind):
@@ -61,7 +61,9 @@ def _byte_alphabet():
     """
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+    return {chr(byte): byte for byte in visible} | {
+        chr(256 + n): byte for n, byte in enumerate(hidden)
+    }
 
 
 _BYTES = _byte_alphabet()
@@ -79,8 +81,12 @@ class Tokenizer:
         specification = dict(specification)
         self._added = specification.pop("added_tokens", None) or []
         specification["added_tokens"] = []
-        if (specification.get("decoder") or {}).get("type") != "ByteLevel" or "vocab" not in specification["model"]:
-            raise ValueError("not a byte-level tokenizer: minglm needs a BPE model with a ByteLevel decoder")
+        if (specification.get("decoder") or {}).get(
+            "type"
+        ) != "ByteLevel" or "vocab" not in specification["model"]:
+            raise ValueError(
+                "not a byte-level tokenizer: minglm needs a BPE model with a ByteLevel decoder"
+            )
         self._specification = specification
         self._backend = Backend.from_str(json.dumps(specification))
         self.special = {token["content"]: token["id"] for token in self._added}
@@ -94,8 +100,13 @@ class Tokenizer:
             for word, token in words.items():
                 self._pieces[token] = bytes(_BYTES[character] for character in word)
         except KeyError as error:
-            raise ValueError(f"not a byte-level tokenizer: the word {word!r} holds {error}") from None
-        for name, token in self.special.items():  # after the words: a special token may also be listed as a word
+            raise ValueError(
+                f"not a byte-level tokenizer: the word {word!r} holds {error}"
+            ) from None
+        for (
+            name,
+            token,
+        ) in self.special.items():  # after the words: a special token may also be listed as a word
             self._pieces[token] = name.encode()
         self._special_ids = frozenset(self.special.values())
         self.end = self.pad = self.special["<|endoftext|>"]
@@ -110,19 +121,28 @@ class Tokenizer:
         """
         room = vocab_size - len(SPECIAL_TOKENS)
         if room < len(_BYTES):
-            raise ValueError(f"vocab_size = {vocab_size}: 256 bytes and 36 special tokens need at least 292")
+            raise ValueError(
+                f"vocab_size = {vocab_size}: 256 bytes and 36 special tokens need at least 292"
+            )
         backend = Backend(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+            [
+                pre_tokenizers.Split(Regex(WORDS), "isolated"),
+                pre_tokenizers.ByteLevel(False, use_regex=False),
+            ]
         )
         backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(vocab_size=room, initial_alphabet=sorted(_BYTES), show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=room, initial_alphabet=sorted(_BYTES), show_progress=False
+        )
         backend.train_from_iterator(_sample(texts, sample_bytes), trainer)
         specification = json.loads(backend.to_str())
         words = specification["model"]["vocab"]
         for token in range(len(words), room):  # no merge leads to these, so no text gives them
             words[f"<|unused_{token}|>"] = token
-        specification["added_tokens"] = [_added_token(room + n, name) for n, name in enumerate(SPECIAL_TOKENS)]
+        specification["added_tokens"] = [
+            _added_token(room + n, name) for n, name in enumerate(SPECIAL_TOKENS)
+        ]
         return cls(specification)
 
     @classmethod
@@ -131,14 +151,18 @@ class Tokenizer:
         try:
             return cls(json.loads(Path(path).read_text(encoding="utf-8")))
         except OSError as error:
-            raise ValueError(f"cannot read tokenizer {path}: {error.strerror}; give a tokenizer.json") from None
+            raise ValueError(
+                f"cannot read tokenizer {path}: {error.strerror}; give a tokenizer.json"
+            ) from None
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"tokenizer {path}: {error}") from error
 
     def save(self, path):
         """Write a tokenizer.json that `load` and the Hugging Face libraries read, atomically."""
         with atomic_path(path) as temporary:
-            text = json.dumps({**self._specification, "added_tokens": self._added}, ensure_ascii=False)
+            text = json.dumps(
+                {**self._specification, "added_tokens": self._added}, ensure_ascii=False
+            )
             temporary.write_text(text, encoding="utf-8")
 
     def encode(self, text):
@@ -151,7 +175,10 @@ class Tokenizer:
     def encode_batch(self, texts):
         """The ids of each text of a list, on all cores: a list of lists of ints."""
         texts = [_valid(text) for text in texts]
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            encoding.ids
+            for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
     def bytes(self, ids, skip_special=False):
         """The bytes that the ids stand for, exactly; special tokens as their names unless skipped.
@@ -161,8 +188,16 @@ class Tokenizer:
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
         for token in (min(ids, default=0), max(ids, default=0)):
             if not 0 <= token < self.vocab_size:
-                raise ValueError(f"token id {token}: this tokenizer has the ids 0 to {self.vocab_size - 1}")
-        return b"".join([self._pieces[token] for token in ids if not (skip_special and token in self._special_ids)])
+                raise ValueError(
+                    f"token id {token}: this tokenizer has the ids 0 to {self.vocab_size - 1}"
+                )
+        return b"".join(
+            [
+                self._pieces[token]
+                for token in ids
+                if not (skip_special and token in self._special_ids)
+            ]
+        )
 
     def decode(self, ids, skip_special=False):
         """The text of the ids. Bytes that are no valid UTF-8, such as half a character, become U+FFFD."""
@@ -178,7 +213,13 @@ def _valid(text):
 
 
 def _added_token(token, name):
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    flags = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
     return {"id": token, "content": name, **flags}
 
 

@@ -80,7 +80,10 @@ def _ray(function, tasks, workers):
 
     def stage(row):  # rows are columns of simple values: results travel pickled
         try:
-            return {"number": row["number"], "result": pickle.dumps(function(pickle.loads(row["task"])))}
+            return {
+                "number": row["number"],
+                "result": pickle.dumps(function(pickle.loads(row["task"]))),
+            }
         except ValueError as error:  # a user's mistake keeps its one line
             return {"number": row["number"], "result": pickle.dumps(error)}
 

@@ -7,6 +7,7 @@ from minglm.envs.pathology import Provocation
 from minglm.envs.retail import Retail
 
 ENVIRONMENTS = {
-    environment.name: environment for environment in (Arithmetic(), Code(), Retail(), Instructions(), Provocation())
+    environment.name: environment
+    for environment in (Arithmetic(), Code(), Retail(), Instructions(), Provocation())
 }
 """Every environment by name."""

@@ -94,7 +94,9 @@ class Episode:
         try:
             score = self.grade()
             return replace(score, parts=self.parts() | score.parts)
-        except Exception as error:  # one reward per sample, whatever a grader meets in model-written text
+        except (
+            Exception
+        ) as error:  # one reward per sample, whatever a grader meets in model-written text
             return Score(0.0, "infrastructure", self.parts(), f"{type(error).__name__}: {error}")
 
     def respond(self, message):
@@ -108,7 +110,12 @@ class Episode:
     def parts(self):
         """Numbers that are reported with every score, faulty ones included."""
         format_fault = float(bool(self.fault))
-        return {"turns": self.turns, "calls": self.calls, "valid_calls": self.valid_calls, "format": format_fault}
+        return {
+            "turns": self.turns,
+            "calls": self.calls,
+            "valid_calls": self.valid_calls,
+            "format": format_fault,
+        }
 
 
 class Environment:
@@ -187,7 +194,10 @@ class Environment:
     def hack_probes(self, task):
         """Assistant messages without any understanding of the task; each must score 0."""
         prompt = task.messages[-1]["content"]
-        return [assistant(text) for text in ("", " \n", "None", "null", "?", "x" * 200, prompt, (prompt + " ") * 20)]
+        return [
+            assistant(text)
+            for text in ("", " \n", "None", "null", "?", "x" * 200, prompt, (prompt + " ") * 20)
+        ]
 
 
 class SingleTurn(Environment):
@@ -230,7 +240,9 @@ def assistant(content="", reasoning=None, calls=()):
     if reasoning is not None:
         message["reasoning_content"] = reasoning
     if calls:
-        message["tool_calls"] = [{"name": name, "arguments": dict(arguments)} for name, arguments in calls]
+        message["tool_calls"] = [
+            {"name": name, "arguments": dict(arguments)} for name, arguments in calls
+        ]
     return message
 
 
@@ -245,7 +257,14 @@ def fingerprint(value):
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-JSON_TYPES = {"integer": int, "string": str, "number": (int, float), "boolean": bool, "array": list, "object": dict}
+JSON_TYPES = {
+    "integer": int,
+    "string": str,
+    "number": (int, float),
+    "boolean": bool,
+    "array": list,
+    "object": dict,
+}
 
 
 def message_fault(message, tools):
@@ -259,7 +278,9 @@ def message_fault(message, tools):
     calls = message.get("tool_calls") or []
     if not isinstance(calls, (list, tuple)):
         return "tool_calls is not a list"
-    functions = [tool.get("function", tool) for tool in tools]  # with or without OpenAI's outer layer
+    functions = [
+        tool.get("function", tool) for tool in tools
+    ]  # with or without OpenAI's outer layer
     schemas = {function["name"]: function.get("parameters", {}) for function in functions}
     for call in calls:
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
@@ -270,10 +291,14 @@ def message_fault(message, tools):
         if not isinstance(arguments, dict):
             return "arguments are not an object"
         properties = schema.get("properties", {})
-        if not set(schema.get("required", ())) <= set(arguments) or not set(arguments) <= set(properties):
+        if not set(schema.get("required", ())) <= set(arguments) or not set(arguments) <= set(
+            properties
+        ):
             return f"wrong arguments of {call['name']}"
         for key, value in arguments.items():
             kind = properties[key].get("type", "string")
-            if not isinstance(value, JSON_TYPES.get(kind, object)) or (isinstance(value, bool) and kind != "boolean"):
+            if not isinstance(value, JSON_TYPES.get(kind, object)) or (
+                isinstance(value, bool) and kind != "boolean"
+            ):
                 return f"{key} is not of type {kind}"
     return None

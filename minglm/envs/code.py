@@ -31,8 +31,16 @@ NUMBER_STEPS = {
     "at_most": ("at most {c}", "min({e}, {c})", lambda x, c: min(x, c)),
 }
 LIST_STEPS = {
-    "even": ("keep even", "[x for x in {e} if x % 2 == 0]", lambda xs, c: [x for x in xs if not x % 2]),
-    "above": ("keep above {c}", "[x for x in {e} if x > {c}]", lambda xs, c: [x for x in xs if x > c]),
+    "even": (
+        "keep even",
+        "[x for x in {e} if x % 2 == 0]",
+        lambda xs, c: [x for x in xs if not x % 2],
+    ),
+    "above": (
+        "keep above {c}",
+        "[x for x in {e} if x > {c}]",
+        lambda xs, c: [x for x in xs if x > c],
+    ),
     "each_add": ("add {c} to each", "[x + {c} for x in {e}]", lambda xs, c: [x + c for x in xs]),
     "each_times": ("times {c} each", "[x * {c} for x in {e}]", lambda xs, c: [x * c for x in xs]),
     "sort": ("sort", "sorted({e})", lambda xs, c: sorted(xs)),
@@ -66,7 +74,9 @@ class Code(SingleTurn):
             names = [rng.choice(list(LIST_STEPS if lists else NUMBER_STEPS)) for _ in range(tier)]
             if lists and rng.random() < 0.5:
                 names[-1] = rng.choice(list(LAST_STEPS))
-            steps = [[name, rng.randint(2, 9) if "{c}" in STEPS[name][0] else None] for name in names]
+            steps = [
+                [name, rng.randint(2, 9) if "{c}" in STEPS[name][0] else None] for name in names
+            ]
             label = {"argument": "xs" if lists else "x", "steps": steps}
             if every_step_matters(label):
                 words = ", then ".join(STEPS[name][0].format(c=c) for name, c in steps)
@@ -94,9 +104,15 @@ class Code(SingleTurn):
     def score_of(self, result):
         """The Score of a sandbox Verdict."""
         if result.status == "infrastructure":
-            raise RuntimeError(result.detail)  # the episode turns it into a Score that leaves the statistics
+            raise RuntimeError(
+                result.detail
+            )  # the episode turns it into a Score that leaves the statistics
         parts = {status: float(result.status == status) for status in ("timeout", "crash")}
-        return verdict(result.status == "passed", parts | {"tests": result.passed / result.total}, result.detail)
+        return verdict(
+            result.status == "passed",
+            parts | {"tests": result.passed / result.total},
+            result.detail,
+        )
 
     def score_all(self, episodes):
         """Judge all answers in parallel; equal answers to one task once. Raises ValueError below the floor."""
@@ -156,7 +172,10 @@ def cases(label):
     if label["argument"] == "x":
         inputs = [0, *rng.sample(range(-30, 0), 4), *rng.sample(range(1, 40), TESTS - 5)]
     else:
-        inputs = [[], *([rng.randint(-9, 20) for _ in range(rng.randint(2, 6))] for _ in range(TESTS - 1))]
+        inputs = [
+            [],
+            *([rng.randint(-9, 20) for _ in range(rng.randint(2, 6))] for _ in range(TESTS - 1)),
+        ]
     return [([value], meaning(label["steps"], value)) for value in inputs]
 
 

@@ -53,7 +53,12 @@ PHRASES = {
     "brackets": ("In brackets.", "放在括号里。"),
     "end": ("End with {}", "以{}结尾。"),
 }
-RIVALS = (("even", "odd"), ("up", "down"), ("dashes", "numbered", "commas"), ("dashes", "numbered", "brackets"))
+RIVALS = (
+    ("even", "odd"),
+    ("up", "down"),
+    ("dashes", "numbered", "commas"),
+    ("dashes", "numbered", "brackets"),
+)
 MEANING = ("even", "odd", "above", "below", "include", "avoid", "up", "down")
 LAYOUT = ("dashes", "numbered", "commas", "brackets", "end")
 KINDS = {"en": (*MEANING, "capitals", *LAYOUT), "zh": (*MEANING, *LAYOUT)}
@@ -77,7 +82,9 @@ class Instructions(SingleTurn):
     def draw(self, rng, tier):
         """Label: {"asked": language of the request, "constraints": {kind: value}, "language" of the answer in it}."""
         while True:
-            asked, language = rng.choice(["en en", "en en", "en zh", "zh zh", "zh zh", "zh en"]).split()
+            asked, language = rng.choice(
+                ["en en", "en en", "en zh", "zh zh", "zh zh", "zh en"]
+            ).split()
             base = "count" if tier < 4 else rng.choice(["count", "repeat"])
             kinds = rng.sample(KINDS[language] if tier < 4 else HARD[base, language], min(tier, 3))
             constraints = {base: rng.randint(2, 5)}
@@ -88,7 +95,10 @@ class Instructions(SingleTurn):
                 constraints[kind] = draw_value(rng, kind, language)
             possible = base == "repeat" or len(candidates(constraints)) >= constraints["count"]
             if possible and all(len({*kinds} & {*rivals}) < 2 for rivals in RIVALS):
-                return [user(request(constraints, asked))], {"asked": asked, "constraints": constraints}
+                return [user(request(constraints, asked))], {
+                    "asked": asked,
+                    "constraints": constraints,
+                }
 
     def oracle(self, task, conversation, rng):
         constraints = task.label["constraints"]
@@ -106,7 +116,10 @@ class Instructions(SingleTurn):
     def judge(self, task, message):
         text = message["content"].strip()
         words = split_words(text)
-        parts = {kind: float(CHECKS[kind](words, text, value)) for kind, value in task.label["constraints"].items()}
+        parts = {
+            kind: float(CHECKS[kind](words, text, value))
+            for kind, value in task.label["constraints"].items()
+        }
         return verdict(all(parts.values()), parts)
 
     def hack_probes(self, task):
@@ -116,7 +129,9 @@ class Instructions(SingleTurn):
         return (
             super().hack_probes(task)
             + [
-                assistant(" ".join(same) + constraints.get("end", "")),  # a word that fits, again and again
+                assistant(
+                    " ".join(same) + constraints.get("end", "")
+                ),  # a word that fits, again and again
                 assistant(" ".join(every)),
                 assistant(" ".join(every).upper() + "!"),
                 assistant("\n".join("- " + word for word in every)),
@@ -142,8 +157,16 @@ def draw_value(rng, kind, language):
 
 def candidates(constraints):
     """The words that each satisfy the constraints on single words; none if the word to include does not."""
-    kinds = [kind for kind in ("even", "odd", "above", "below", "avoid", "start", "forbid") if kind in constraints]
-    words = [w for w in WORDS[constraints["language"]] if all(CHECKS[k]([w], w, constraints[k]) for k in kinds)]
+    kinds = [
+        kind
+        for kind in ("even", "odd", "above", "below", "avoid", "start", "forbid")
+        if kind in constraints
+    ]
+    words = [
+        w
+        for w in WORDS[constraints["language"]]
+        if all(CHECKS[k]([w], w, constraints[k]) for k in kinds)
+    ]
     return words if constraints.get("include", words[0] if words else "") in words else []
 
 
@@ -157,7 +180,11 @@ def request(constraints, asked):
         if kind == "language":
             value = LANGUAGE_NAMES[value][column]
         if not (kind == "language" and unsaid):
-            texts.append(PHRASES[kind][column].format(*(value if isinstance(value, (list, tuple)) else (value,))))
+            texts.append(
+                PHRASES[kind][column].format(
+                    *(value if isinstance(value, (list, tuple)) else (value,))
+                )
+            )
     return ("" if asked == "zh" else " ").join(texts)
 
 
@@ -200,13 +227,17 @@ def values(words):
 def is_list(words, text, marks):
     """Whether an answer has one word a line, each behind its mark."""
     lines = text.splitlines()
-    return len(lines) == len(words) and all(line.startswith(mark) for line, mark in zip(lines, marks))
+    return len(lines) == len(words) and all(
+        line.startswith(mark) for line, mark in zip(lines, marks)
+    )
 
 
 CHECKS = {
     "count": lambda words, text, value: len(words) == len(set(words)) == value,
     "repeat": lambda words, text, value: words == [value[1]] * value[0],
-    "language": lambda words, text, value: bool(words) and all(word in WORDS[value] for word in words),
+    "language": lambda words, text, value: (
+        bool(words) and all(word in WORDS[value] for word in words)
+    ),
     "even": lambda words, text, value: all(number % 2 == 0 for number in values(words)),
     "odd": lambda words, text, value: all(number % 2 == 1 for number in values(words)),
     "above": lambda words, text, value: all(number > value for number in values(words)),
@@ -219,9 +250,13 @@ CHECKS = {
     "forbid": lambda words, text, value: value not in text.lower(),
     "capitals": lambda words, text, value: text == text.upper() != "",
     "dashes": lambda words, text, value: is_list(words, text, ["- "] * len(words)),
-    "numbered": lambda words, text, value: is_list(words, text, [f"{n}. " for n in range(1, len(words) + 1)]),
+    "numbered": lambda words, text, value: is_list(
+        words, text, [f"{n}. " for n in range(1, len(words) + 1)]
+    ),
     "commas": lambda words, text, value: re.split(r", |，", inner(text).lower()) == words,
-    "brackets": lambda words, text, value: re.fullmatch(r"[(（].*[)）][.!?。！？]?", text, re.DOTALL) is not None,
+    "brackets": lambda words, text, value: (
+        re.fullmatch(r"[(（].*[)）][.!?。！？]?", text, re.DOTALL) is not None
+    ),
     "end": lambda words, text, value: text.endswith(value),
 }
 """Each check takes the words in lower case, the stripped answer, and the constraint's value."""

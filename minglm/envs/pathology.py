@@ -86,7 +86,14 @@ def _things():
     for e in ELEMENTS:
         yield e.name, e.chinese, f"{e.name} is a", e.state, f"{e.chinese}是", STATES[e.state]
     for c in COUNTRIES:
-        yield c.name, c.chinese, f"{c.name} is in", c.continent, f"{c.chinese}在", CONTINENTS[c.continent]
+        yield (
+            c.name,
+            c.chinese,
+            f"{c.name} is in",
+            c.continent,
+            f"{c.chinese}在",
+            CONTINENTS[c.continent],
+        )
     for english, chinese in ANIMALS:
         yield english, chinese, f"a {english} is an", "animal", f"{chinese}是一种", "动物"
 
@@ -147,11 +154,13 @@ def spoil(task, conversation, rng):
     """The oracle's conversation with one fault, drawn by `rng`, in its answer: mixed, endless or with a stray tag."""
     language, replies = CATALOGUE[task.tier][task.messages[-1]["content"]]
     reply, foreign = replies[language], replies["en" if language == "zh" else "zh"]
-    spoilt = rng.choice([
-        f"{foreign} {reply} {foreign}",
-        " ".join([reply] * max(3, math.ceil(LOOP_CHARACTERS / len(reply)))),
-        reply + rng.choice(["</think>", "<think>", "<tool_call>", "</arg_value>"]),
-    ])  # fmt: skip
+    spoilt = rng.choice(
+        [
+            f"{foreign} {reply} {foreign}",
+            " ".join([reply] * max(3, math.ceil(LOOP_CHARACTERS / len(reply)))),
+            reply + rng.choice(["</think>", "<think>", "<tool_call>", "</arg_value>"]),
+        ]
+    )
     return [*conversation[:-1], conversation[-1] | {"content": spoilt}]
 
 

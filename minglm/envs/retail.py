@@ -50,7 +50,11 @@ def tool(name, description):
     return {"name": name, "description": description, "parameters": parameters}
 
 
-TOOLS = (tool("get_order", "status"), tool("cancel_order", "if pending"), tool("return_order", "if delivered"))
+TOOLS = (
+    tool("get_order", "status"),
+    tool("cancel_order", "if pending"),
+    tool("return_order", "if delivered"),
+)
 
 
 class Retail(Environment):
@@ -81,10 +85,19 @@ class Retail(Environment):
 
     def oracle(self, task, conversation, rng):
         """Read the conversation, as the model must, and do what the policy says next."""
-        numbers = [int(n) for m in conversation if m["role"] == "user" for n in re.findall(r"\d{3}", m["content"])]
+        numbers = [
+            int(n)
+            for m in conversation
+            if m["role"] == "user"
+            for n in re.findall(r"\d{3}", m["content"])
+        ]
         if not numbers:
             return assistant("Which order?", "no number, ask")
-        calls = [(c["name"], c["arguments"]["order_id"]) for m in conversation for c in m.get("tool_calls", ())]
+        calls = [
+            (c["name"], c["arguments"]["order_id"])
+            for m in conversation
+            for c in m.get("tool_calls", ())
+        ]
         results = [json.loads(m["content"]) for m in conversation if m["role"] == "tool"]
         seen = dict(zip(calls, results))
         outcomes = []
@@ -95,13 +108,17 @@ class Retail(Environment):
             action = ACTION.get(status)
             if action and (action, number) not in seen:
                 verb = action.removesuffix("_order")
-                return assistant("", f"{status} so {verb} {number}", [(action, {"order_id": number})])
+                return assistant(
+                    "", f"{status} so {verb} {number}", [(action, {"order_id": number})]
+                )
             outcomes.append(f"Order {number} is {OUTCOME[status]}.")
         return assistant(" ".join(outcomes), "done")
 
     def hack_probes(self, task):
         wanted = task.label["wanted"]
-        all_outcomes = " ".join(f"Order {n} is {outcome}." for n in wanted for outcome in OUTCOME.values())
+        all_outcomes = " ".join(
+            f"Order {n} is {outcome}." for n in wanted for outcome in OUTCOME.values()
+        )
         truth = " ".join(f"Order {n} is {OUTCOME[task.label['orders'][str(n)]]}." for n in wanted)
         everything = [(name, {"order_id": n}) for n in wanted for name in ("get_order", *AFTER)]
         return super().hack_probes(task) + [
@@ -167,7 +184,10 @@ def outcomes_told(reply, wanted):
     The text from an order's number to the next number is about that order; where it says nothing ("482 and 317 are
     cancelled") the next statement counts. A reply about one order is read whole, and need not repeat its number.
     """
-    reply, wanted = reply.lower().replace("canceled", "cancelled"), [str(number) for number in wanted]
+    reply, wanted = (
+        reply.lower().replace("canceled", "cancelled"),
+        [str(number) for number in wanted],
+    )
     places = [(match.start(), match.group()) for match in re.finditer(r"[0-9]+", reply)]
     if len(wanted) == 1 and {number for _, number in places} <= {wanted[0]}:
         places = [(0, wanted[0])]

@@ -56,9 +56,13 @@ def hide(filler, needle, length, depth):
     if room < 0:
         raise ValueError(f"a needle of {length - room} tokens does not fit into a row of {length}")
     if len(filler) < room:
-        raise ValueError(f"a row of {length} tokens needs {room} tokens of filler, got {len(filler)}")
+        raise ValueError(
+            f"a row of {length} tokens needs {room} tokens of filler, got {len(filler)}"
+        )
     at = round(depth * room)
-    return np.concatenate([filler[:at], needle.statement, filler[at:room], needle.question, needle.answer])
+    return np.concatenate(
+        [filler[:at], needle.statement, filler[at:room], needle.question, needle.answer]
+    )
 
 
 @torch.inference_mode()
@@ -70,9 +74,13 @@ def needle_test(model, filler, needles, lengths, depths=DEPTHS):
     """
     records = []
     for length in lengths:
-        begins = np.linspace(0, max(0, len(filler) - length), len(needles)).astype(int)  # other text in each row
+        begins = np.linspace(0, max(0, len(filler) - length), len(needles)).astype(
+            int
+        )  # other text in each row
         for depth in depths:
-            rows = [hide(filler[at : at + length], n, length, depth) for at, n in zip(begins, needles)]
+            rows = [
+                hide(filler[at : at + length], n, length, depth) for at, n in zip(begins, needles)
+            ]
             scores = answer_scores(model, rows, [len(needle.answer) for needle in needles])
             found, nats = (sum(column) / len(scores) for column in zip(*scores))
             records.append({"length": length, "depth": depth, "found": found, "nats": nats})
@@ -108,7 +116,12 @@ def bits_by_position(model, tokenizer, documents, length, limit):
     documents: integer arrays; those shorter than a row are left out. Returns [[first position, end, bits per byte]] of
     `bounds`, or None where no document fills a row. Bits are None for a bin without text.
     """
-    spans = [d[at : at + length] for d in documents if len(d) >= length for at in range(0, len(d) - length + 1, length)]
+    spans = [
+        d[at : at + length]
+        for d in documents
+        if len(d) >= length
+        for at in range(0, len(d) - length + 1, length)
+    ]
     spans = spans[: max(1, limit // length)]
     if not spans:
         return None
@@ -123,7 +136,9 @@ def bits_by_position(model, tokenizer, documents, length, limit):
         nats = [F.cross_entropy(model.head(h).float().mT, t, reduction="none") for h, t in parts]
         nats_S[1:] += torch.cat(nats, 1).double().sum(0).cpu().numpy()
     bins = pairwise(bounds(length))
-    bits = [(nats_S[a:b].sum() / math.log(2), bytes_S[a:b].sum()) for a, b in pairwise(bounds(length))]
+    bits = [
+        (nats_S[a:b].sum() / math.log(2), bytes_S[a:b].sum()) for a, b in pairwise(bounds(length))
+    ]
     return [[a, b, found / size if size else None] for (a, b), (found, size) in zip(bins, bits)]
 
 
@@ -143,9 +158,13 @@ def measure(model, tokenizer, heldout, run, stage):
     if text:
         filler = np.resize(np.concatenate(text), max(2 * length, sum(map(len, text))))
         needles = written_needles(tokenizer, count, run.seed)
-        for record in needle_test(model, filler, needles, sorted({before, max(before, length // 2), length})):
+        for record in needle_test(
+            model, filler, needles, sorted({before, max(before, length // 2), length})
+        ):
             yield "needle", record
     for source in sorted(heldout):
-        bits = bits_by_position(model, tokenizer, heldout[source], length, run.evaluation.heldout_tokens)
+        bits = bits_by_position(
+            model, tokenizer, heldout[source], length, run.evaluation.heldout_tokens
+        )
         if bits is not None:
             yield "bits_by_position", {"source": source, "length": length, "bits": bits}

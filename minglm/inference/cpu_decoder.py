@@ -17,7 +17,7 @@ import ctypes
 import torch
 import torch.nn.functional as F
 
-from minglm.common import device
+from minglm.common.threads import threads_in_use
 from minglm.inference.pages import Pages, integers
 from minglm.kernels.attention.eager import flash_attention
 from minglm.kernels.cpu import build
@@ -38,7 +38,10 @@ class Layer(ctypes.Structure):
     """A decoder layer, as in the source: pointers, null where the model has none, and the width without experts."""
 
     _fields_ = [
-        *fields(ctypes.c_void_p, "input_norm qkv qkv_bias q_norm k_norm o post_norm router router_bias gate_up down"),
+        *fields(
+            ctypes.c_void_p,
+            "input_norm qkv qkv_bias q_norm k_norm o post_norm router router_bias gate_up down",
+        ),
         *fields(ctypes.c_void_p, "dense_gate_up dense_down store"),
         *fields(ctypes.c_long, "dense"),
     ]
@@ -48,8 +51,14 @@ class Pass(ctypes.Structure):
     """What one call computes, as in the source."""
 
     _fields_ = [
-        *fields(ctypes.c_void_p, "layers x cosine sine positions rows tables norm head wanted logits scratch"),
-        *fields(ctypes.c_long, "layer_count T D N M A half blocks size first E K F normalize logit_rows V"),
+        *fields(
+            ctypes.c_void_p,
+            "layers x cosine sine positions rows tables norm head wanted logits scratch",
+        ),
+        *fields(
+            ctypes.c_long,
+            "layer_count T D N M A half blocks size first E K F normalize logit_rows V",
+        ),
         *fields(ctypes.c_long, "threads per_token per_thread"),
         *fields(ctypes.c_float, "eps scale"),
         *fields(ctypes.c_long, "ready arrived"),
@@ -103,7 +112,10 @@ class Packed:
             found |= {"q_norm": a.q_norm.weight, "k_norm": a.k_norm.weight}
         if isinstance(mlp, MoE):
             e = mlp.experts
-            found |= {"router": pack(mlp.gate.weight), "router_bias": mlp.gate.e_score_correction_bias}
+            found |= {
+                "router": pack(mlp.gate.weight),
+                "router_bias": mlp.gate.e_score_correction_bias,
+            }
             found |= {"gate_up": pack_both(e.gate_EFD, e.up_EFD), "down": pack(e.down_EDF)}
             mlp = mlp.shared_experts
         if mlp is not None:
@@ -124,7 +136,11 @@ class PagesInC(Pages):
             plain
             and backend(model.lm_head.weight) == "c"
             and all(layer.self_attn.attend is flash_attention for layer in layers)
-            and all(layer.mlp.dispatch is grouped_experts for layer in layers if isinstance(layer.mlp, MoE))
+            and all(
+                layer.mlp.dispatch is grouped_experts
+                for layer in layers
+                if isinstance(layer.mlp, MoE)
+            )
         )
 
     def store(self):
@@ -135,7 +151,9 @@ class PagesInC(Pages):
     def read_weights(self):
         """Pack the weights as they are now."""
         model, c = self.model, self.model.config
-        self.packed = Packed(model.model.layers[: c.num_hidden_layers], model.model.norm, model.lm_head.weight)
+        self.packed = Packed(
+            model.model.layers[: c.num_hidden_layers], model.model.norm, model.lm_head.weight
+        )
         self.packed_mtp = None
         if self.states is not None:
             self.packed_mtp = Packed([model.mtp], model.mtp.shared_head["norm"])
@@ -144,7 +162,12 @@ class PagesInC(Pages):
         """As in `Pages`."""
         tokens_T = integers(tokens, self.device)
         return self._run(
-            self.packed, self[: len(self.packed.layers)], rows, tokens_T, self.model.embed(tokens_T), wanted
+            self.packed,
+            self[: len(self.packed.layers)],
+            rows,
+            tokens_T,
+            self.model.embed(tokens_T),
+            wanted,
         )
 
     def mtp(self, rows, tokens, states_TD):
@@ -155,7 +178,12 @@ class PagesInC(Pages):
 
     def _run(self, packed, pages, rows, tokens_T, x_TD, wanted, first=0):
         c, (T, D), (_, M, size, A) = self.model.config, x_TD.shape, self.shape
-        N, E, K, F_ = c.num_attention_heads, c.n_routed_experts, c.num_experts_per_tok, c.moe_intermediate_size
+        N, E, K, F_ = (
+            c.num_attention_heads,
+            c.n_routed_experts,
+            c.num_experts_per_tok,
+            c.moe_intermediate_size,
+        )
         positions, places, tables = [], [], []
         widest = (max(row.stop for row in rows) - 1) // size + 1
         for place, row in enumerate(rows):
@@ -168,9 +196,12 @@ class PagesInC(Pages):
         positions_T, places_T, wanted, tables = numbers.split((T, T, len(wanted), len(tables)))
         cosine, sine = self.model.rotation(tokens_T[None], positions_T[None])
         logits = x_TD.new_empty(len(wanted), c.vocab_size)
-        threads = max(1, min(device.threads, T // FEW))
+        threads = max(1, min(threads_in_use(), T // FEW))
         per_token = whole(D + (2 * N + 2 * M) * A + whole(E) + 5 * K)
-        scores, hidden = 4 * (widest * whole(size) + whole(1)), 2 * CHUNK * whole(max(F_, packed.widest))
+        scores, hidden = (
+            4 * (widest * whole(size) + whole(1)),
+            2 * CHUNK * whole(max(F_, packed.widest)),
+        )
         per_thread = max(scores, hidden) + 8 * whole(1)  # each part begins with a vector of its own
         scratch = x_TD.new_empty(T * per_token + threads * per_thread)
         for layer, of_layer in zip(packed.layers, pages):
@@ -178,9 +209,36 @@ class PagesInC(Pages):
         call = Pass(
             ctypes.addressof(packed.layers),
             *map(
-                build.at, (x_TD, cosine, sine, positions_T, places_T, tables, packed.norm, packed.head, wanted, logits)
+                build.at,
+                (
+                    x_TD,
+                    cosine,
+                    sine,
+                    positions_T,
+                    places_T,
+                    tables,
+                    packed.norm,
+                    packed.head,
+                    wanted,
+                    logits,
+                ),
             ),
-            *(build.at(scratch), len(packed.layers), T, D, N, M, A, cosine.shape[-1], widest, size, first, E, K, F_),
+            *(
+                build.at(scratch),
+                len(packed.layers),
+                T,
+                D,
+                N,
+                M,
+                A,
+                cosine.shape[-1],
+                widest,
+                size,
+                first,
+                E,
+                K,
+                F_,
+            ),
             *(c.norm_topk_prob, len(wanted), c.vocab_size, threads, per_token, per_thread),
             *(c.rms_norm_eps, c.routed_scaling_factor),
         )

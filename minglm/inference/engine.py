@@ -44,9 +44,16 @@ class Engine:
     """
 
     def __init__(
-        self, model, tokenizer=None, max_batch=256, draft_tokens=0, prefill_tokens=2048, cache_tokens=None, block=16,
+        self,
+        model,
+        tokenizer=None,
+        max_batch=256,
+        draft_tokens=0,
+        prefill_tokens=2048,
+        cache_tokens=None,
+        block=16,
         experts="model",
-    ):  # fmt: skip
+    ):
         if experts not in ("model", "float8"):
             raise ValueError(f"experts = {experts!r}: must be model or float8")
         self.float8 = experts == "float8"
@@ -71,9 +78,14 @@ class Engine:
         Raises ValueError for a request that cannot be answered.
         """
         request.check(self.limit)
-        most, room = min(len(request.prompt) + request.max_new_tokens, self.limit), self.blocks.limit
+        most, room = (
+            min(len(request.prompt) + request.max_new_tokens, self.limit),
+            self.blocks.limit,
+        )
         if room is not None and most > room * self.blocks.size:
-            raise ValueError(f"{most} tokens of prompt and answer; cache_tokens allows {room * self.blocks.size}")
+            raise ValueError(
+                f"{most} tokens of prompt and answer; cache_tokens allows {room * self.blocks.size}"
+            )
         stops = request.stop_ids
         if stops is None:
             stops = self.tokenizer.stop_ids if self.tokenizer is not None else ()
@@ -161,7 +173,11 @@ class Engine:
                 self._look_at_weights()
                 rows, copies = self.scheduler.plan(self.drafter.most if self.drafter else 0)
                 self.pages.begin(copies, len(self.blocks.holders))
-                events += self._draw_ahead(rows) if self.drafter else self._draw(rows, self._forward(rows))
+                events += (
+                    self._draw_ahead(rows)
+                    if self.drafter
+                    else self._draw(rows, self._forward(rows))
+                )
                 return events
             except BaseException:
                 self._abandon()
@@ -213,7 +229,9 @@ class Engine:
             self.parameters = list(self.model.parameters())
             self.weights = [p._version for p in self.parameters]
             self.scheduler.restart()
-            form = PagesInFloat8 if self.float8 else PagesInC if PagesInC.serves(self.model) else Pages
+            form = (
+                PagesInFloat8 if self.float8 else PagesInC if PagesInC.serves(self.model) else Pages
+            )
             if type(self.pages) is not form or not self.pages.fit(self.model):
                 self.pages = form(self.model, self.blocks.size, self.drafter is not None)
             self.pages.read_weights()
@@ -242,7 +260,9 @@ class Engine:
             logits_BV = logits_BV[[b for b, row in enumerate(rows) for _ in row.draws]]
         s = self._settings(sequences, logits_BV.device)
         if s.plain and backend(logits_BV) == "c":
-            drawn = sample_cpu(logits_BV, s.temperature_B, s.top_p_B, s.seeds_B, s.index(sequences), DRAW)
+            drawn = sample_cpu(
+                logits_BV, s.temperature_B, s.top_p_B, s.seeds_B, s.index(sequences), DRAW
+            )
             return list(map(self._take, sequences, *(values.tolist() for values in drawn)))
         p_BV, q_BV = distribution(logits_BV, s.temperature_B, s.top_p_B, s.top_k_B, s.min_p_B)
         tokens_B = draw(q_BV, uniforms(s.seeds_B, s.index(sequences)))
@@ -276,7 +296,9 @@ class Engine:
         for b, (sequence, row, _) in enumerate(entries):
             sequence.read = row.end
             for i in range(accepted[b] + 1):
-                events.append(self._take(sequence, tokens[b][i], logprobs[b][i], best[i][b] if best else ()))
+                events.append(
+                    self._take(sequence, tokens[b][i], logprobs[b][i], best[i][b] if best else ())
+                )
                 if events[-1].finish_reason:
                     break
             else:

@@ -25,7 +25,9 @@ class Float8Experts:
     """The experts of one layer as they were when this was made; called in place of `grouped_experts`."""
 
     def __init__(self, experts):
-        self.gate, self.up, self.down = (quantize(w) for w in (experts.gate_EFD, experts.up_EFD, experts.down_EDF))
+        self.gate, self.up, self.down = (
+            quantize(w) for w in (experts.gate_EFD, experts.up_EFD, experts.down_EDF)
+        )
 
     def __call__(self, x_TD, experts_TK, weights_TK, *matrices):
         """x (T, D), experts int64 (T, K), weights float32 (T, K); returns (T, D) in x's dtype."""
@@ -33,8 +35,12 @@ class Float8Experts:
         order, row, ends_E = sort_by_expert(experts_TK, len(self.gate[0]))
         x = quantize(x_TD, ACTIVATION_BLOCK)
         g, u = (scaled_product(*x, *w, ends_E, order, K, dtype) for w in (self.gate, self.up))
-        y = scaled_product(*quantize(F.silu(g).mul_(u), ACTIVATION_BLOCK), *self.down, ends_E, dtype=dtype)
-        return F.embedding_bag(row.view(T, K), y, mode="sum", per_sample_weights=weights_TK.to(dtype))
+        y = scaled_product(
+            *quantize(F.silu(g).mul_(u), ACTIVATION_BLOCK), *self.down, ends_E, dtype=dtype
+        )
+        return F.embedding_bag(
+            row.view(T, K), y, mode="sum", per_sample_weights=weights_TK.to(dtype)
+        )
 
 
 class PagesInFloat8(Pages):

@@ -23,7 +23,10 @@ class Table:
 
     def __init__(self):
         self.blocks, self.length = [], 0
-        self.serial, self.named = 0, 0  # of the longest beginning that is known, and how many blocks it has
+        self.serial, self.named = (
+            0,
+            0,
+        )  # of the longest beginning that is known, and how many blocks it has
 
 
 class Blocks:
@@ -32,7 +35,10 @@ class Blocks:
     def __init__(self, size=16, limit=None):
         self.size, self.limit = size, limit
         self.holders = []  # how many tables hold each block
-        self.free, self.kept = [], {}  # without content; with content that nobody holds, least recently used first
+        self.free, self.kept = (
+            [],
+            {},
+        )  # without content; with content that nobody holds, least recently used first
         self.known, self.names = {}, {}
         self.serials = itertools.count(1)
 
@@ -72,7 +78,9 @@ class Blocks:
         if table.length % size or table.named * size != table.length:
             return
         while table.length + size < len(tokens):
-            found = self.known.get((table.serial, tuple(tokens[table.length : table.length + size])))
+            found = self.known.get(
+                (table.serial, tuple(tokens[table.length : table.length + size]))
+            )
             if found is None:
                 return
             block, table.serial = found
@@ -96,7 +104,11 @@ class Blocks:
             return None
         before = list(table.blocks)
         try:
-            if length > table.length and first < len(table.blocks) and self.holders[table.blocks[first]] > 1:
+            if (
+                length > table.length
+                and first < len(table.blocks)
+                and self.holders[table.blocks[first]] > 1
+            ):
                 copy = (table.blocks[first], self._take())
             while len(table.blocks) * self.size < length:
                 table.blocks.append(self._take())
@@ -120,8 +132,13 @@ class Blocks:
     def publish(self, table, tokens):
         """Make the full blocks of a table known, as far as they hold `tokens`."""
         while (end := (table.named + 1) * self.size) <= min(table.length, len(tokens)):
-            key, block = (table.serial, tuple(tokens[end - self.size : end])), table.blocks[table.named]
-            if key not in self.known:  # two sequences may have computed the same block; one of them is known
+            key, block = (
+                (table.serial, tuple(tokens[end - self.size : end])),
+                table.blocks[table.named],
+            )
+            if (
+                key not in self.known
+            ):  # two sequences may have computed the same block; one of them is known
                 self.known[key] = block, next(self.serials)
                 self.names[block] = key
             table.serial = self.known[key][1]
@@ -130,7 +147,12 @@ class Blocks:
     def fork(self, table):
         """A second table with the same blocks."""
         twin = Table()
-        twin.blocks, twin.length, twin.serial, twin.named = list(table.blocks), table.length, table.serial, table.named
+        twin.blocks, twin.length, twin.serial, twin.named = (
+            list(table.blocks),
+            table.length,
+            table.serial,
+            table.named,
+        )
         for block in twin.blocks:
             self.holders[block] += 1
         return twin

@@ -56,7 +56,9 @@ class LayerPages:
         if key not in self.plan.masks:
             parts, M, size = self.store.shape[1:4]
             slots = rows.numel() // (parts * M * len(positions_BS)) * size
-            self.plan.masks[key] = slot_mask(positions_BS, slots, q_BSNA.shape[2] // M, q_BSNA.dtype, self.first)
+            self.plan.masks[key] = slot_mask(
+                positions_BS, slots, q_BSNA.shape[2] // M, q_BSNA.dtype, self.first
+            )
         return self.plan.masks[key]
 
 
@@ -79,7 +81,9 @@ class Plan:
         spans = [(row.table.blocks, row.start, row.stop) for row in rows]
         for blocks, start, stop in spans:
             positions += range(start, stop)
-            slots += [blocks[p // size] * (parts * heads * size) + p % size for p in range(start, stop)]
+            slots += [
+                blocks[p // size] * (parts * heads * size) + p % size for p in range(start, stop)
+            ]
         slots_T, self.positions_T = integers(slots + positions, device).view(2, -1)
         head = torch.arange(parts * heads, device=device)
         self.written = (slots_T[:, None] + head * size).flatten()
@@ -133,7 +137,9 @@ class Pages(list):
             old, self.blocks = self.blocks, 2 * blocks
             self._change(lambda x: torch.cat([x, self._zeros(*x.shape[1:])[old:]]))
         if copies:
-            source, target = (torch.tensor(side, device=self.device) for side in zip(*copies, strict=True))
+            source, target = (
+                torch.tensor(side, device=self.device) for side in zip(*copies, strict=True)
+            )
             self._change(lambda x: x.index_copy_(0, target, x[source]))
 
     def _change(self, change):
@@ -152,19 +158,24 @@ class Pages(list):
             layer.plan = plan
         tokens_BS = torch.tensor([tokens], device=self.device)
         hidden_TD = self.model.hidden(tokens_BS, plan.positions_T[None], cache=self).hidden_BSD[0]
-        return hidden_TD, self.model.head(hidden_TD if len(wanted) == len(tokens) else hidden_TD[wanted])
+        return hidden_TD, self.model.head(
+            hidden_TD if len(wanted) == len(tokens) else hidden_TD[wanted]
+        )
 
     def mtp(self, rows, tokens, states_TD):
         """One pass of the MTP layer over rows, their tokens and the states before those. Returns states (T, D)."""
         plan = self[-1].plan = Plan(rows, self.shape, self.device)
         tokens_BS = torch.tensor([tokens], device=self.device)
         rotation = self.model.rotation(tokens_BS, plan.positions_T[None])  # only distances matter
-        return self.model.mtp(states_TD[None], self.model.embed(tokens_BS), rotation, None, self[-1])[0][0]
+        return self.model.mtp(
+            states_TD[None], self.model.embed(tokens_BS), rotation, None, self[-1]
+        )[0][0]
 
     def _slots(self, rows, back=0):
         at = [(row.table.blocks, p - back) for row in rows for p in range(row.start, row.stop)]
         return torch.tensor(
-            [blocks[p // self.size] * self.size + p % self.size for blocks, p in at], device=self.device
+            [blocks[p // self.size] * self.size + p % self.size for blocks, p in at],
+            device=self.device,
         )
 
     def keep_states(self, rows, states_TD):

@@ -28,12 +28,21 @@ class Request:
     def check(self, limit):
         """Raise ValueError, in one line, for a request that cannot be answered by a model of `limit` positions."""
         if not self.prompt or len(self.prompt) >= limit:
-            raise ValueError(f"a prompt of {len(self.prompt)} tokens; this model takes 1 to {limit - 1}")
-        bounds = {"max_new_tokens": (0, None), "temperature": (0, None), "top_p": (0, 1), "top_k": (0, None)}
+            raise ValueError(
+                f"a prompt of {len(self.prompt)} tokens; this model takes 1 to {limit - 1}"
+            )
+        bounds = {
+            "max_new_tokens": (0, None),
+            "temperature": (0, None),
+            "top_p": (0, 1),
+            "top_k": (0, None),
+        }
         for name, (low, high) in (bounds | {"min_p": (0, 1), "top_logprobs": (0, None)}).items():
             value = getattr(self, name)
             if not (value >= low and (high is None or value <= high)):
-                raise ValueError(f"{name} = {value}: must be at least {low}{f' and at most {high}' if high else ''}")
+                raise ValueError(
+                    f"{name} = {value}: must be at least {low}{f' and at most {high}' if high else ''}"
+                )
 
 
 @dataclass

@@ -11,7 +11,10 @@ order, and a run that resumes needs no random state.
 import torch
 import torch.nn.functional as F
 
-_MIX = (-4658895280553007687, -7723592293110705685)  # the two multipliers of the splitmix64 finaliser, as int64
+_MIX = (
+    -4658895280553007687,
+    -7723592293110705685,
+)  # the two multipliers of the splitmix64 finaliser, as int64
 _GOLDEN = -7046029254386353131
 DRAW, ACCEPT, RESIDUAL, DRAFT = range(1, 5)
 """What a number is for: each purpose has numbers of its own."""
@@ -23,18 +26,30 @@ class Settings:
     def __init__(self, sequences, device):
         def column(name, none=None):
             values = [getattr(sequence.request, name) for sequence in sequences]
-            return None if all(value == none for value in values) else torch.tensor(values, device=device)
+            return (
+                None
+                if all(value == none for value in values)
+                else torch.tensor(values, device=device)
+            )
 
         self.sequences = sequences
         self.seeds_B, self.temperature_B = column("seed"), column("temperature").float()
-        self.top_p_B, self.top_k_B, self.min_p_B = column("top_p", 1), column("top_k", 0), column("min_p", 0)
+        self.top_p_B, self.top_k_B, self.min_p_B = (
+            column("top_p", 1),
+            column("top_k", 0),
+            column("min_p", 0),
+        )
         self.tops = [sequence.request.top_logprobs for sequence in sequences]
         self.top = max(self.tops)
-        self.plain = self.top_k_B is None and self.min_p_B is None and not self.top  # no cut, or top-p alone
+        self.plain = (
+            self.top_k_B is None and self.min_p_B is None and not self.top
+        )  # no cut, or top-p alone
 
     def index(self, sequences):
         """The number of each sequence's next token, int64 (B,)."""
-        return torch.tensor([len(s.completion.tokens) for s in sequences], device=self.seeds_B.device)
+        return torch.tensor(
+            [len(s.completion.tokens) for s in sequences], device=self.seeds_B.device
+        )
 
 
 def _unsigned_shift(x, bits):
@@ -70,7 +85,9 @@ def cut(p_BV, top_p_B=None, top_k_B=None, min_p_B=None):
     left = ordered.masked_fill(outside, 0.0)
     before, whole = left.cumsum(-1) - left, left.sum(-1, keepdim=True)
     if top_p_B is not None:
-        outside |= (before >= top_p_B[:, None] * whole) & (top_p_B < 1)[:, None]  # a sum may round up to one
+        outside |= (before >= top_p_B[:, None] * whole) & (top_p_B < 1)[
+            :, None
+        ]  # a sum may round up to one
     if min_p_B is not None:
         outside |= ordered < min_p_B[:, None] * ordered[:, :1]
     outside[:, 0] = False
@@ -107,7 +124,9 @@ def draw(q_BV, uniform_B):
     ends = parts.sum(-1, dtype=torch.float64).cumsum(-1)
     goal_B1 = uniform_B[:, None] * ends[:, -1:]
     part_B1 = torch.searchsorted(ends, goal_B1, right=True).clamp_(max=ends.shape[1] - 1)
-    inside = parts[torch.arange(B, device=q_BV.device), part_B1[:, 0]].cumsum(-1, dtype=torch.float64)
+    inside = parts[torch.arange(B, device=q_BV.device), part_B1[:, 0]].cumsum(
+        -1, dtype=torch.float64
+    )
     inside += ends.gather(1, part_B1) - inside[:, -1:]
     # rounding may leave the goal just outside its stretch: never draw what has no probability
     goal_B1 = torch.minimum(goal_B1, inside[:, -1:] * (1 - 2**-52))

@@ -109,7 +109,9 @@ class Scheduler:
         self.copies, rows, at = [], [], 0
         while at < len(self.live):
             sequence = self.live[at]
-            if self._extend(sequence.table, len(sequence.ids) + (drafts and min(drafts, sequence.left - 1))):
+            if self._extend(
+                sequence.table, len(sequence.ids) + (drafts and min(drafts, sequence.left - 1))
+            ):
                 at += 1
             else:
                 self._preempt()
@@ -122,7 +124,9 @@ class Scheduler:
         if self.waiting:
             self._admit()
         for job in self.prefills:
-            self.blocks.match(job.table, job.ids)  # all of them first, before any takes a block that another knows
+            self.blocks.match(
+                job.table, job.ids
+            )  # all of them first, before any takes a block that another knows
         left, at = self.prefill_tokens, 0
         while at < len(self.prefills) and left > 0:
             job = self.prefills[at]
@@ -148,7 +152,9 @@ class Scheduler:
 
     def _prefill(self, job, most):
         """The next row of a text, of at most so many tokens; None when there is no room for it yet."""
-        self.blocks.match(job.table, job.ids)  # what rows of this very pass compute is known already
+        self.blocks.match(
+            job.table, job.ids
+        )  # what rows of this very pass compute is known already
         start = job.table.length
         end = min(len(job.ids), start + most)
         while not self._extend(job.table, end):
@@ -191,6 +197,8 @@ class Scheduler:
             return
         sequence = self.live.pop()
         given = set(sequence.table.blocks)
-        self.copies = [copy for copy in self.copies if copy[1] not in given]  # somebody else may take that block now
+        self.copies = [
+            copy for copy in self.copies if copy[1] not in given
+        ]  # somebody else may take that block now
         self.blocks.close(sequence.table)
         self.waiting.appendleft(sequence)

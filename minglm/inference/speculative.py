@@ -20,7 +20,15 @@ import torch
 import torch.nn.functional as F
 
 from minglm.inference.kv_cache import Table
-from minglm.inference.sampling import ACCEPT, DRAFT, RESIDUAL, Settings, distribution, draw, uniforms
+from minglm.inference.sampling import (
+    ACCEPT,
+    DRAFT,
+    RESIDUAL,
+    Settings,
+    distribution,
+    draw,
+    uniforms,
+)
 
 
 def verify(p_BSV, q_BSV, drafts_BS, lengths_B, accept_BS, last_B):
@@ -59,8 +67,13 @@ def check(entries, logits_TV, q_BSV, settings):
     device, B = logits_TV.device, len(entries)
     S = 0 if q_BSV is None else q_BSV.shape[1]
     lengths_B = torch.tensor([len(row.drafts) for _, row, _ in entries], device=device)
-    places = torch.tensor([at + min(i, len(row.drafts)) for _, row, at in entries for i in range(S + 1)], device=device)
-    drafts_BS = torch.tensor([row.drafts + [0] * (S - len(row.drafts)) for _, row, _ in entries], device=device)
+    places = torch.tensor(
+        [at + min(i, len(row.drafts)) for _, row, at in entries for i in range(S + 1)],
+        device=device,
+    )
+    drafts_BS = torch.tensor(
+        [row.drafts + [0] * (S - len(row.drafts)) for _, row, _ in entries], device=device
+    )
     drafts_BS = drafts_BS.view(B, S).long()
     columns = (settings.temperature_B, settings.top_p_B, settings.top_k_B, settings.min_p_B)
     columns = [None if x is None else x.repeat_interleave(S + 1) for x in columns]
@@ -98,7 +111,9 @@ class Drafter:
 
     def __init__(self, model, most):
         if model.mtp is None:
-            raise ValueError("draft_tokens needs an MTP layer; this model has num_nextn_predict_layers = 0")
+            raise ValueError(
+                "draft_tokens needs an MTP layer; this model has num_nextn_predict_layers = 0"
+            )
         self.model, self.most = model, most
         self.drafted = self.accepted = 0
 
@@ -116,17 +131,23 @@ class Drafter:
         """
         rows = sorted(rows, key=lambda row: (-row.room, row.end - row.draws[0].read))
         spans = [Span(row.table, row.draws[0].read, row.end) for row in rows]
-        states_TD = self._pass(pages, spans, [t for row in rows for t in row.ids[row.draws[0].read : row.end]], None)
+        states_TD = self._pass(
+            pages, spans, [t for row in rows for t in row.ids[row.draws[0].read : row.end]], None
+        )
         ends = list(accumulate(span.stop - span.start for span in spans))
         states_BD, found = states_TD[[end - 1 for end in ends]], []
         for step in range(rows[0].room):
             active = [row for row in rows if row.room > step]
             if step:
                 spans = [Span(row.table, row.end + step - 1, row.end + step) for row in active]
-                states_BD = self._pass(pages, spans, [row.drafts[-1] for row in active], states_BD[: len(active)])
+                states_BD = self._pass(
+                    pages, spans, [row.drafts[-1] for row in active], states_BD[: len(active)]
+                )
             sequences = [row.draws[0] for row in active]
             s = Settings(sequences, states_BD.device)
-            q_BV = distribution(self.model.head(states_BD), s.temperature_B, s.top_p_B, s.top_k_B, s.min_p_B)[1]
+            q_BV = distribution(
+                self.model.head(states_BD), s.temperature_B, s.top_p_B, s.top_k_B, s.min_p_B
+            )[1]
             tokens_B = draw(q_BV, uniforms(s.seeds_B, s.index(sequences) + step, DRAFT))
             for row, token in zip(active, tokens_B.tolist(), strict=True):
                 row.drafts.append(token)
@@ -138,4 +159,6 @@ class Drafter:
 
     def _pass(self, pages, spans, tokens, states_TD):
         """One pass of the layer over these tokens and the states before them; by default the trunk's. States (T, D)."""
-        return pages.mtp(spans, tokens, pages.states_before(spans) if states_TD is None else states_TD)
+        return pages.mtp(
+            spans, tokens, pages.states_before(spans) if states_TD is None else states_TD
+        )

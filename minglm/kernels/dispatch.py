@@ -21,7 +21,6 @@ the top and is itself imported only here, when a tensor asks for it. There is on
 import functools
 import importlib.util
 import os
-from dataclasses import dataclass
 
 import torch
 
@@ -30,33 +29,6 @@ from minglm.kernels.toolchain.interpreter import mend
 
 CHOICES = ("auto", "torch", "triton")
 _chosen = "auto"
-
-
-@dataclass(frozen=True)
-class Spec:
-    """One Triton kernel in one configuration, as it is compiled for an H100 without one (`minglm.kernels.toolchain.compile_check`).
-
-    A file `x_triton.py` exports a list of these as `SPECS`: every kernel, in each configuration that is a default.
-    """
-
-    name: str
-    """What the table calls it: unique in its file."""
-    kernel: object
-    """The function that `@triton.jit` made."""
-    signature: dict[str, str]
-    """Type of each run-time argument in order: "*bf16", "*fp8e4nv", "i32", "fp32", "tensordesc<bf16[128, 64]>"."""
-    constants: dict[str, object]
-    """Value of each `tl.constexpr` argument (and None for pointers that this configuration does without)."""
-    warps: int = 4
-    stages: int = 3
-    aligned: tuple[str, ...] = ()
-    """Integers that are multiples of 16 (strides, widths). Pointers always are, as PyTorch's allocations."""
-    unit: str = ""
-    """Tensor-core instruction that must be there: "HGMMA", "QGMMA" for float8; empty for a kernel without products."""
-    opcodes: tuple[str, ...] = ()
-    """Other instructions that must be there: "UTMALDG" for TMA loads, "LDGSTS" for asynchronous copies."""
-    spill_bytes: int = 0
-    """Most bytes of registers that may be spilled to memory; anything but 0 needs a reason beside it."""
 
 
 @functools.cache
@@ -74,7 +46,9 @@ def use(name):
     if name not in CHOICES:
         raise ValueError(f"kernels = {name!r}: must be auto, torch or triton")
     if name == "triton" and not installed():
-        raise ValueError("kernels = 'triton': triton is not installed; pip install triton, or use --kernels auto")
+        raise ValueError(
+            "kernels = 'triton': triton is not installed; pip install triton, or use --kernels auto"
+        )
     if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         mend()
     _chosen = name
@@ -96,5 +70,7 @@ def backend(tensor, gradients=True):
     if _chosen == "auto":
         return "triton" if installed() else "torch"
     if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("kernels = 'triton' needs a GPU; use --kernels auto, or TRITON_INTERPRET=1 for a slow test")
+        raise ValueError(
+            "kernels = 'triton' needs a GPU; use --kernels auto, or TRITON_INTERPRET=1 for a slow test"
+        )
     return "triton"

@@ -23,7 +23,12 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, N, M, A = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        D, N, M, A = (
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
         self.heads, self.kv_heads, self.head_dim, self.eps = N, M, A, config.rms_norm_eps
         self.q_proj = Linear(D, N * A, bias=config.attention_bias)
         self.k_proj = Linear(D, M * A, bias=config.attention_bias)
@@ -44,7 +49,9 @@ class Attention(nn.Module):
             return qk_norm_rope_triton(q, k, *weights, *rotation, self.eps)
         if self.q_norm is not None:
             if not q.is_cuda and torch.is_grad_enabled():
-                return norm_rope_by_hand(q, k, self.q_norm.weight, self.k_norm.weight, *rotation, self.eps)
+                return norm_rope_by_hand(
+                    q, k, self.q_norm.weight, self.k_norm.weight, *rotation, self.eps
+                )
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(torch.cat((q, k), 2), *rotation).split((self.heads, self.kv_heads), 2)
 

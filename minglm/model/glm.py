@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from minglm.model.attention import Attention
+from minglm.model.decoder import DecoderLayer
 from minglm.model.hf.files import fill, open_folder, save
-from minglm.model.layers import MLP, RMSNorm
-from minglm.model.mla import LatentAttention
+from minglm.model.layers import RMSNorm
 from minglm.model.moe import MoE, Routing
 from minglm.model.mtp import MTPLayer, shift
 from minglm.model.rope import angles
@@ -32,29 +31,6 @@ class Output:
     routing: list[Routing] = field(default_factory=list)
 
 
-class DecoderLayer(nn.Module):
-    """Attention and FFN with their norms; the FFN is dense in the first layers and a MoE after them."""
-
-    def __init__(self, config, dense):
-        super().__init__()
-        D, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn = LatentAttention(config) if config.kv_lora_rank else Attention(config)
-        self.mlp = MLP(D, config.intermediate_size) if dense else MoE(config)
-        self.input_layernorm = RMSNorm(D, eps)
-        self.post_attention_layernorm = RMSNorm(D, eps)
-
-    def forward(self, x_BSD, rotation, documents_BS=None, cache=None):
-        """x (B, S, D) to (x (B, S, D), Routing or None)."""
-        change_BSD = self.self_attn(self.input_layernorm(x_BSD), rotation, documents_BS, cache)
-        normed_BSD, x_BSD = self.post_attention_layernorm(x_BSD, change_BSD)
-        routing = None
-        if isinstance(self.mlp, MoE):
-            change_BSD, routing = self.mlp(normed_BSD, None if documents_BS is None else documents_BS >= 0)
-        else:
-            change_BSD = self.mlp(normed_BSD)
-        return x_BSD + change_BSD, routing
-
-
 class Trunk(nn.Module):
     """Everything but the output head; exists because the checkpoints call it `model`."""
 
@@ -62,7 +38,10 @@ class Trunk(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Module()
         self.embed_tokens.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        layers = [DecoderLayer(config, i < config.first_k_dense_replace) for i in range(config.num_hidden_layers)]
+        layers = [
+            DecoderLayer(config, i < config.first_k_dense_replace)
+            for i in range(config.num_hidden_layers)
+        ]
         if config.num_nextn_predict_layers:
             layers.append(MTPLayer(config, DecoderLayer(config, dense=False)))
         self.layers = nn.ModuleList(layers)
@@ -84,7 +63,9 @@ class GLM(nn.Module):
         self.lm_head = nn.Module()
         tied = config.tie_word_embeddings
         self.lm_head.weight = (
-            self.model.embed_tokens.weight if tied else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+            self.model.embed_tokens.weight
+            if tied
+            else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         )
         if self.lm_head.weight.device.type != "meta":
             initialize(self, seed)
@@ -131,13 +112,17 @@ class GLM(nn.Module):
         x_BSD = self.embed(tokens_BS)
         out = Output(x_BSD)
         for i, layer in enumerate(self.model.layers[: self.config.num_hidden_layers]):
-            x_BSD, routing = self.run(layer, x_BSD, rotation, documents_BS, None if cache is None else cache[i])
+            x_BSD, routing = self.run(
+                layer, x_BSD, rotation, documents_BS, None if cache is None else cache[i]
+            )
             if routing is not None:
                 out.routing.append(routing)
         out.hidden_BSD = self.model.norm(x_BSD)
         if mtp:
             ahead_BSD = self.embed(shift(tokens_BS, 1, 0))
-            out.mtp_hidden_BSD, routing = self.run(self.mtp, out.hidden_BSD, ahead_BSD, rotation, documents_BS)
+            out.mtp_hidden_BSD, routing = self.run(
+                self.mtp, out.hidden_BSD, ahead_BSD, rotation, documents_BS
+            )
             out.routing.append(routing)
         return out
 

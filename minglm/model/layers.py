@@ -23,7 +23,9 @@ class Linear(nn.Module):
 
     def forward(self, x):
         """(..., in) to (..., out), in x's dtype."""
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(
+            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        )
 
 
 class RMSNorm(nn.Module):

@@ -68,12 +68,16 @@ class LatentAttention(nn.Module):
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
         else:
             q = self.q_proj(x_BSD)
-        flat, rope_BSNR = q.unflatten(-1, (self.heads, -1)).split([self.flat_dim, self.rope_dim], -1)
+        flat, rope_BSNR = q.unflatten(-1, (self.heads, -1)).split(
+            [self.flat_dim, self.rope_dim], -1
+        )
         return flat, rotate_pairs(rope_BSNR, *rotation)
 
     def latents(self, x_BSD, rotation):
         """What the cache holds: the normed latent (B, S, 1, L) and the rotated key (B, S, 1, R)."""
-        latent, key = self.kv_a_proj_with_mqa(x_BSD)[:, :, None].split([self.latent, self.rope_dim], -1)
+        latent, key = self.kv_a_proj_with_mqa(x_BSD)[:, :, None].split(
+            [self.latent, self.rope_dim], -1
+        )
         return self.kv_a_layernorm(latent), rotate_pairs(key, *rotation)
 
     def forward(self, x_BSD, rotation, documents_BS=None, cache=None):
@@ -90,7 +94,11 @@ class LatentAttention(nn.Module):
             up = self.kv_b_proj.weight.to(x_BSD.dtype).unflatten(0, (self.heads, -1))
             up_key, up_value = up.split([self.flat_dim, self.value_dim], 1)  # (N, ..., L) each
             q = torch.cat([torch.einsum("bsna,nal->bsnl", flat, up_key), rope_BSNR], -1)
-            wider = q.shape[-1] / (self.flat_dim + self.rope_dim)  # scores are divided by the root of the width
-            mean = cache.attend(q * wider**0.5, torch.cat([latent, key], -1), None)[..., : self.latent]
+            wider = q.shape[-1] / (
+                self.flat_dim + self.rope_dim
+            )  # scores are divided by the root of the width
+            mean = cache.attend(q * wider**0.5, torch.cat([latent, key], -1), None)[
+                ..., : self.latent
+            ]
             out = torch.einsum("bsnl,nal->bsna", mean, up_value)
         return self.o_proj(out.flatten(2))

@@ -19,18 +19,6 @@ def shift(x_BS, by, fill):
     return torch.cat([x_BS[:, by:], x_BS.new_full((x_BS.shape[0], by), fill)], 1)
 
 
-def targets(tokens_BS, mask_BS, documents_BS, ahead):
-    """What a position is to predict `ahead` tokens on, and whether it counts.
-
-    Returns tokens int64 (B, S) and a bool mask (B, S): the target exists, is a training target, and lies in the same
-    document as the position. ahead is 1 for the trunk, 2 for the MTP layer.
-    """
-    counts_BS = shift(mask_BS, ahead, False)
-    if documents_BS is not None:
-        counts_BS = counts_BS & (shift(documents_BS, ahead, -1) == documents_BS)
-    return shift(tokens_BS, ahead, 0), counts_BS
-
-
 class MTPLayer(nn.Module):
     """The MTP layer around a decoder layer; its parameters have the names of the released checkpoints."""
 
@@ -40,9 +28,14 @@ class MTPLayer(nn.Module):
         self.enorm, self.hnorm = RMSNorm(D, eps), RMSNorm(D, eps)
         self.eh_proj = Linear(2 * D, D)
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(D, eps)})
-        for name, part in decoder_layer.named_children():  # checkpoints store both parts under one layer index
+        for (
+            name,
+            part,
+        ) in decoder_layer.named_children():  # checkpoints store both parts under one layer index
             self.add_module(name, part)
-        self.decode = type(decoder_layer).forward  # a function, not a bound method: those do not survive pickling
+        self.decode = type(
+            decoder_layer
+        ).forward  # a function, not a bound method: those do not survive pickling
 
     def forward(self, hidden_BSD, next_embeddings_BSD, *arguments):
         """Hidden states and the embeddings of the tokens after them, both (B, S, D), to normed states (B, S, D).

@@ -31,7 +31,9 @@ def _plain(output):
     parts = output if isinstance(output, tuple) else (output,)
     whole = [part for part in parts if isinstance(part, torch.Tensor)]
     chosen = next((part for part in whole if part.dtype == torch.int64), None)
-    if chosen is not None:  # a router: chosen experts (T, K), their weights (T, K), and scores of all (T, E)
+    if (
+        chosen is not None
+    ):  # a router: chosen experts (T, K), their weights (T, K), and scores of all (T, E)
         weights = next(part for part in whole if part is not chosen and part.shape == chosen.shape)
         experts = max(part.shape[-1] for part in whole)
         whole = [weights.new_zeros(len(chosen), experts).scatter_add(1, chosen, weights)]
@@ -44,13 +46,17 @@ def outputs(model, tokens_BS):
     found, handles = {}, []
 
     def listen(name):
-        def hook(module, given, output):  # returns None: anything else would take the output's place
+        def hook(
+            module, given, output
+        ):  # returns None: anything else would take the output's place
             found.setdefault(name, _plain(output))
 
         return hook
 
     def embedded(module, given, named):
-        found.setdefault("model.embed_tokens", _plain(given[0] if given else named["hidden_states"]))
+        found.setdefault(
+            "model.embed_tokens", _plain(given[0] if given else named["hidden_states"])
+        )
 
     for name, module in model.named_modules():
         if name == "model.layers.0":
@@ -94,15 +100,23 @@ def load_pair(folder):
     except ImportError:
         raise ValueError("this compares with transformers: pip install 'minglm[hf]'") from None
     model = GLM.from_pretrained(folder, torch.float32)
-    options = {"dtype": torch.float32, "attn_implementation": "eager", "experts_implementation": "eager"}
+    options = {
+        "dtype": torch.float32,
+        "attn_implementation": "eager",
+        "experts_implementation": "eager",
+    }
     return model.eval(), transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
 def main(argv=None):
     """Compare a folder on random tokens; prints a line for each module, then the first that differs."""
     parser = argparse.ArgumentParser(prog="python -m minglm.model.parity", description=main.__doc__)
-    parser.add_argument("folder", help="folder of a released checkpoint that fits into memory twice")
-    parser.add_argument("--positions", type=int, default=16, help="length of the two rows of tokens")
+    parser.add_argument(
+        "folder", help="folder of a released checkpoint that fits into memory twice"
+    )
+    parser.add_argument(
+        "--positions", type=int, default=16, help="length of the two rows of tokens"
+    )
     parser.add_argument("--tolerance", type=float, default=FLOAT32)
     words = parser.parse_args(argv)
     model, reference = load_pair(words.folder)

@@ -14,7 +14,9 @@ import torch
 
 def angles(positions_BS, rotary_dim, theta):
     """cos and sin, each (B, S, 1, R/2) float32, for integer positions (B, S) and an even number R of dimensions."""
-    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions_BS.device) / rotary_dim
+    exponents = (
+        torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions_BS.device) / rotary_dim
+    )
     phase = positions_BS[..., None, None].float() * theta**-exponents
     return phase.cos(), phase.sin()
 

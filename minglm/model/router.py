@@ -41,7 +41,9 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.empty(config.n_routed_experts, dtype=torch.float32))
+        self.register_buffer(
+            "e_score_correction_bias", torch.empty(config.n_routed_experts, dtype=torch.float32)
+        )
 
     def forward(self, x_TD):
         """x (T, D) to experts int64 (T, K), weights float32 (T, K), scores float32 (T, E)."""
@@ -50,9 +52,24 @@ class Router(nn.Module):
         if c.n_group == 1 and backend(logits_TE) == "triton":
             from minglm.kernels.router.triton_kernel import route_triton
 
-            options = self.e_score_correction_bias, c.num_experts_per_tok, c.norm_topk_prob, c.routed_scaling_factor
+            options = (
+                self.e_score_correction_bias,
+                c.num_experts_per_tok,
+                c.norm_topk_prob,
+                c.routed_scaling_factor,
+            )
             return route_triton(logits_TE, *options)
         scores_TE = logits_TE.sigmoid()
         with torch.no_grad():
-            experts_TK = choose(scores_TE, self.e_score_correction_bias, c.num_experts_per_tok, c.n_group, c.topk_group)
-        return experts_TK, mix(scores_TE, experts_TK, c.norm_topk_prob, c.routed_scaling_factor), scores_TE
+            experts_TK = choose(
+                scores_TE,
+                self.e_score_correction_bias,
+                c.num_experts_per_tok,
+                c.n_group,
+                c.topk_group,
+            )
+        return (
+            experts_TK,
+            mix(scores_TE, experts_TK, c.norm_topk_prob, c.routed_scaling_factor),
+            scores_TE,
+        )

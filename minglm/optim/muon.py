@@ -54,11 +54,15 @@ def assign(named_parameters, config):
         if not parameter.requires_grad:
             continue
         if parameter.ndim > 3:
-            raise ValueError(f"{name} has {parameter.ndim} axes; Muon knows matrices (2) and stacks of matrices (3)")
+            raise ValueError(
+                f"{name} has {parameter.ndim} axes; Muon knows matrices (2) and stacks of matrices (3)"
+            )
         if parameter.ndim < 2:
             plain.append((name, parameter))
         elif _is_muon(name, parameter, config):
-            (heads if config.muon_head_dim and HEADS.search(name) else muon).append((name, parameter))
+            (heads if config.muon_head_dim and HEADS.search(name) else muon).append(
+                (name, parameter)
+            )
         else:
             decayed.append((name, parameter))
     shared = {"lr": config.peak_lr, "weight_decay": config.weight_decay}
@@ -78,7 +82,9 @@ def _is_muon(name, parameter, config):
     path = name.split(".")
     if "embed_tokens" in path or 1 in parameter.shape[-2:]:
         return False
-    is_head = "lm_head" in path or "shared_head" in path  # the second is the MTP layer's, in Hugging Face's names
+    is_head = (
+        "lm_head" in path or "shared_head" in path
+    )  # the second is the MTP layer's, in Hugging Face's names
     return config.muon_output_head or not is_head
 
 
@@ -97,10 +103,14 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, parameters, config, orthogonalize=None):
-        named = parameters.named_parameters() if isinstance(parameters, torch.nn.Module) else parameters
+        named = (
+            parameters.named_parameters() if isinstance(parameters, torch.nn.Module) else parameters
+        )
         super().__init__(assign(named, config), {"lr": config.peak_lr})
         coefficients = POLYNOMIALS[config.polynomial](config.newton_schulz_steps)
-        self.newton_schulz = orthogonalize or functools.partial(newton_schulz, coefficients=coefficients)
+        self.newton_schulz = orthogonalize or functools.partial(
+            newton_schulz, coefficients=coefficients
+        )
         for group in self.param_groups:
             keys = ("momentum",) if group["kind"] == "muon" else ("first", "second")
             for parameter in group["params"]:
@@ -143,7 +153,9 @@ class Muon(torch.optim.Optimizer):
         results = [None] * len(updates)
         for (shape, _, _), indices in alike.items():
             stacks = [updates[index].reshape(-1, *shape) for index in indices]
-            done = self.newton_schulz(torch.cat(stacks), steps).split([len(stack) for stack in stacks])
+            done = self.newton_schulz(torch.cat(stacks), steps).split(
+                [len(stack) for stack in stacks]
+            )
             for index, stack in zip(indices, done):
                 results[index] = stack.reshape(updates[index].shape)
         return results
@@ -160,4 +172,6 @@ class Muon(torch.optim.Optimizer):
         scale = torch._foreach_sqrt(second)
         torch._foreach_div_(scale, [math.sqrt(1 - beta2**step) for step in steps])
         torch._foreach_add_(scale, ADAM_EPS)
-        torch._foreach_addcdiv_(parameters, first, scale, [-group["lr"] / (1 - beta1**step) for step in steps])
+        torch._foreach_addcdiv_(
+            parameters, first, scale, [-group["lr"] / (1 - beta1**step) for step in steps]
+        )

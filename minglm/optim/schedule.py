@@ -56,7 +56,9 @@ def _check(config, total_tokens):
 def batch_tokens(tokens, config):
     """Tokens of the next optimizer step: linear from `batch_tokens_start` to `batch_tokens_end`. Returns an int."""
     done = min(1.0, tokens / config.batch_ramp_tokens) if config.batch_ramp_tokens else 1.0
-    return round(config.batch_tokens_start + (config.batch_tokens_end - config.batch_tokens_start) * done)
+    return round(
+        config.batch_tokens_start + (config.batch_tokens_end - config.batch_tokens_start) * done
+    )
 
 
 def stage_at(tokens, stages):

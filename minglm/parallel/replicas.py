@@ -43,7 +43,9 @@ class Replicas:
         assert len(pairs) == len(shares), "more shares than replicas"
         if len(pairs) == 1:
             return [work(*pairs[0])]
-        with ThreadPoolExecutor(len(pairs), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(
+            len(pairs), initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
             results = list(pool.map(work, *zip(*pairs, strict=True)))
         for model, _ in pairs[1:]:
             for ours, theirs in zip(self.models[0].parameters(), model.parameters(), strict=True):

@@ -26,97 +26,18 @@ model chooses to think.
 
 import math
 
+from minglm.plan.counts import (
+    attention_counts,
+    count_parameters,
+    flops_per_token,
+    kv_cache_bytes_per_token,
+    unit_counts,
+)
+
 EXPERT_PARALLEL = 8
 USABLE = 0.9
 LOGITS = 5 * 2**27  # bytes that exist at one time, see kernels/linear_cross_entropy.py
 GIB = 2**30
-
-
-def attention_counts(c):
-    """(parameters in matrices, in vectors) of one attention layer; vectors are its biases and norms."""
-    D, N, M, A = c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim
-    if not c.kv_lora_rank:
-        return D * (N + 2 * M) * A + N * A * D, (N + 2 * M) * A * c.attention_bias + 2 * A * c.use_qk_norm
-    Q, L, R, V = c.q_lora_rank, c.kv_lora_rank, c.qk_rope_head_dim, c.v_head_dim
-    query = D * Q + Q * N * A if Q else D * N * A
-    matrices = query + D * (L + R) + L * N * (c.qk_nope_head_dim + V) + N * V * D
-    return matrices, Q + L + (Q + L + R + D) * c.attention_bias
-
-
-def unit_counts(c):
-    """Parameters of one piece of each kind in a ModelConfig: attention, expert, shared, dense, router, moe, mtp."""
-    D = c.hidden_size
-    expert = 3 * D * c.moe_intermediate_size
-    units = {
-        "attention": sum(attention_counts(c)),
-        "expert": expert,
-        "shared": c.n_shared_experts * expert,
-        "dense": 3 * D * c.intermediate_size,
-        "router": c.n_routed_experts * (D + 1),
-    }
-    units["moe"] = c.n_routed_experts * expert + units["shared"] + units["router"]
-    units["mtp"] = 2 * D * D + 3 * D + units["attention"] + 2 * D + units["moe"]
-    return units
-
-
-def count_parameters(c):
-    """Exact parameter counts of a ModelConfig, as a dict. The router's selection bias counts, as in the paper.
-
-    By kind, over the body: attention, dense, experts, shared, router, norms. Then embedding, head, mtp; the sums body,
-    body_with_mtp, total (body, embedding, head), total_with_mtp, and total_with_mtp_copies (the released GLM-4.5 stores
-    embedding and head a second time in the MTP layer); and what one token uses: active_body, active_with_mtp,
-    active_with_head, active_with_embedding.
-    """
-    u, D, L = unit_counts(c), c.hidden_size, c.num_hidden_layers
-    moe_layers = L - c.first_k_dense_replace
-    counts = {
-        "attention": L * u["attention"],
-        "dense": c.first_k_dense_replace * u["dense"],
-        "experts": moe_layers * c.n_routed_experts * u["expert"],
-        "shared": moe_layers * u["shared"],
-        "router": moe_layers * u["router"],
-        "norms": L * 2 * D + D,
-    }
-    body = sum(counts.values())
-    embedding, mtp = c.vocab_size * D, u["mtp"] * c.num_nextn_predict_layers
-    head = 0 if c.tie_word_embeddings else embedding
-    idle = (c.n_routed_experts - c.num_experts_per_tok) * u["expert"]
-    active = body - moe_layers * idle
-    return counts | {
-        "embedding": embedding,
-        "head": head,
-        "mtp": mtp,
-        "body": body,
-        "body_with_mtp": body + mtp,
-        "total": body + embedding + head,
-        "total_with_mtp": body + mtp + embedding + head,
-        "total_with_mtp_copies": body + mtp + (embedding + head) * (1 + c.num_nextn_predict_layers),
-        "active_body": active,
-        "active_with_mtp": active + mtp - c.num_nextn_predict_layers * idle,
-        "active_with_head": active + embedding,
-        "active_with_embedding": active + embedding + head,
-    }
-
-
-def flops_per_token(c, sequence_length):
-    """Training FLOPs per token, forward and backward, nothing recomputed: dict of matmul, attention, mtp and total.
-
-    matmul: 6 per active parameter, head included, the embedding's look-up free. attention: causal, so a token sees half
-    of the sequence on average. mtp: its layer and its pass through the head, when the config has one.
-    """
-    n = count_parameters(c)
-    widths = c.head_dim + (c.v_head_dim if c.kv_lora_rank else c.head_dim)  # of a key and a value
-    attention = 3 * c.num_attention_heads * widths * sequence_length  # of one layer
-    matmul, mtp = 6 * n["active_with_head"], 0
-    if c.num_nextn_predict_layers:
-        mtp = 6 * (n["active_with_mtp"] - n["active_body"] + n["embedding"]) + attention
-    attention *= c.num_hidden_layers
-    return {"matmul": matmul, "attention": attention, "mtp": mtp, "total": matmul + attention + mtp}
-
-
-def kv_cache_bytes_per_token(c, bytes_per_value=2):
-    """Bytes of keys and values that generation holds for each position, in bfloat16 by default; MTP not counted."""
-    return c.num_hidden_layers * math.prod(c.cache_shape) * bytes_per_value
 
 
 def optimizer_split(c, optimizer):
@@ -137,7 +58,13 @@ def activation_bytes_per_token(c, dense, bytes_per_value):
     2 queries and 2 keys and values, one of each more with QK-norm, 4 values per unit of a dense FFN and of the shared
     expert, and for the routed ones the sorted inputs and both pre-activations of each of K copies, scores and indices.
     """
-    D, F, E, K, b = c.hidden_size, c.moe_intermediate_size, c.n_routed_experts, c.num_experts_per_tok, bytes_per_value
+    D, F, E, K, b = (
+        c.hidden_size,
+        c.moe_intermediate_size,
+        c.n_routed_experts,
+        c.num_experts_per_tok,
+        bytes_per_value,
+    )
     heads, kv_heads = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     kept = (4 * D + (heads + kv_heads) * (2 + c.use_qk_norm)) * b
     if c.kv_lora_rank:
@@ -156,7 +83,11 @@ def placement(run, gpus):
     most = max(run.optimizer.microbatch_tokens, math.ceil(longest / context))
     whole_batch = math.ceil(run.optimizer.batch_tokens_end / gpus)
     tokens = max(min(most, whole_batch), math.ceil(longest / context))
-    return {"expert_parallel": math.gcd(EXPERT_PARALLEL, gpus), "context_parallel": context, "tokens": tokens}
+    return {
+        "expert_parallel": math.gcd(EXPERT_PARALLEL, gpus),
+        "context_parallel": context,
+        "tokens": tokens,
+    }
 
 
 def _gathered(c, expert_parallel):
@@ -178,14 +109,18 @@ def memory(run, gpus=1, recompute=False):
     b = 2 if run.dtype == "bfloat16" else 4
     where, (muon, adamw) = placement(run, gpus), optimizer_split(run.model, run.optimizer)
     layer = _gathered(c, where["expert_parallel"])
-    if gpus > 1:  # a layer in use, the next on its way, embedding and head; the gradient of a layer before it is shared
+    if (
+        gpus > 1
+    ):  # a layer in use, the next on its way, embedding and head; the gradient of a layer before it is shared
         copies = 2 * b * layer + b * (n["embedding"] + n["head"]) + 4 * layer
     else:
         copies = 0 if b == 4 else b * (layer if recompute else n["total_with_mtp"])
     dense, moe = (activation_bytes_per_token(c, dense, b) for dense in (True, False))
     moe_layers = c.num_hidden_layers - c.first_k_dense_replace + c.num_nextn_predict_layers
     if recompute:
-        kept = (c.first_k_dense_replace + moe_layers) * c.hidden_size * b + (moe if moe_layers else dense)
+        kept = (c.first_k_dense_replace + moe_layers) * c.hidden_size * b + (
+            moe if moe_layers else dense
+        )
     else:
         kept = c.first_k_dense_replace * dense + moe_layers * moe
     terms = {
@@ -208,7 +143,11 @@ def traffic(run, gpus, recompute=False):
     values of the other parts of a sequence, in both passes.
     """
     c, where = run.model, placement(run, gpus)
-    b, ep, cp = 2 if run.dtype == "bfloat16" else 4, where["expert_parallel"], where["context_parallel"]
+    b, ep, cp = (
+        2 if run.dtype == "bfloat16" else 4,
+        where["expert_parallel"],
+        where["context_parallel"],
+    )
     n, mtp = count_parameters(c), c.num_nextn_predict_layers
     moe_layers = c.num_hidden_layers - c.first_k_dense_replace + mtp
     experts = moe_layers * c.n_routed_experts * unit_counts(c)["expert"]
@@ -227,7 +166,14 @@ def _refuse(run, gpus, usable):
     """Raise the one line that says what does not fit and what would."""
     need, state = memory(run, gpus, recompute=True), ("weights", "gradients", "muon", "adamw")
     found = f"{run.name} on --gpus {gpus} needs {need['total'] / GIB:.1f} GiB each, {usable / GIB:.1f} are usable"
-    more = next((g for g in (2**i for i in range(1, 17)) if g > gpus and memory(run, g, True)["total"] <= usable), None)
+    more = next(
+        (
+            g
+            for g in (2**i for i in range(1, 17))
+            if g > gpus and memory(run, g, True)["total"] <= usable
+        ),
+        None,
+    )
     if more:
         raise ValueError(f"{found}; use --gpus {more}")
     largest = max((term for term in need if term not in (*state, "total")), key=need.get)
@@ -237,14 +183,20 @@ def _refuse(run, gpus, usable):
     )
 
 
-def plan(run, gpus=1, gpu_memory_gib=80.0, peak_flops=989e12, utilisation=0.25, dollars_per_gpu_hour=2.0):
+def plan(
+    run, gpus=1, gpu_memory_gib=80.0, peak_flops=989e12, utilisation=0.25, dollars_per_gpu_hour=2.0
+):
     """Everything above for a Run on `gpus` GPUs, as a dict that JSON can hold.
 
     peak_flops: of one GPU in the run's dtype, per second (989e12: H100, bfloat16, dense). utilisation: the share of it
     that training reaches; 0.25 is what good MoE training reports. Raises ValueError, one line, for what cannot fit and
     for impossible numbers.
     """
-    for name, value in (("gpus", gpus), ("gpu_memory_gib", gpu_memory_gib), ("peak_flops", peak_flops)):
+    for name, value in (
+        ("gpus", gpus),
+        ("gpu_memory_gib", gpu_memory_gib),
+        ("peak_flops", peak_flops),
+    ):
         if value <= 0:
             raise ValueError(f"{name} = {value}: must be positive")
     if not 0 < utilisation <= 1:
@@ -257,8 +209,16 @@ def plan(run, gpus=1, gpu_memory_gib=80.0, peak_flops=989e12, utilisation=0.25, 
     for name, stage in run.stages.items():
         flops = flops_per_token(run.model, stage.sequence_length)["total"]
         stages.append(
-            {"stage": name, "tokens": stage.tokens, "sequence_length": stage.sequence_length, "flops_per_token": flops}
-            | {"tokens_per_second_per_gpu": speed / flops, "days": stage.tokens * flops / (speed * gpus) / 86400}
+            {
+                "stage": name,
+                "tokens": stage.tokens,
+                "sequence_length": stage.sequence_length,
+                "flops_per_token": flops,
+            }
+            | {
+                "tokens_per_second_per_gpu": speed / flops,
+                "days": stage.tokens * flops / (speed * gpus) / 86400,
+            }
         )
     days = sum(stage["days"] for stage in stages)
     return {
@@ -275,7 +235,11 @@ def plan(run, gpus=1, gpu_memory_gib=80.0, peak_flops=989e12, utilisation=0.25, 
         "days": days,
         "gpu_hours": days * 24 * gpus,
         "dollars": days * 24 * gpus * dollars_per_gpu_hour,
-        "assumed": {"peak_flops": peak_flops, "utilisation": utilisation, "dollars_per_gpu_hour": dollars_per_gpu_hour},
+        "assumed": {
+            "peak_flops": peak_flops,
+            "utilisation": utilisation,
+            "dollars_per_gpu_hour": dollars_per_gpu_hour,
+        },
     }
 
 
@@ -301,7 +265,8 @@ def render(plan):
         f"{where['context_parallel']} GPUs, activations {'recomputed' if where['recompute'] else 'kept'}",
         "",
         f"key/value cache           {plan['kv_cache_bytes_per_token']:,} bytes per token in bfloat16",
-        "traffic per micro-batch * " + ", ".join(f"{k} {_size(v, 'B')}" for k, v in plan["traffic"].items()),
+        "traffic per micro-batch * "
+        + ", ".join(f"{k} {_size(v, 'B')}" for k, v in plan["traffic"].items()),
         "",
         f"{'stage':<16}{'tokens':>10}{'length':>10}{'FLOPs/token':>14}{'tokens/s/GPU':>14}{'days':>12}",
     ]

@@ -18,73 +18,30 @@ from pathlib import Path
 
 import torch
 
-from minglm.common.device import pick_device, pick_dtype, write_json
-from minglm.config.run import Run, check, from_dict, to_dict
-from minglm.data.tokenizer import Tokenizer
-from minglm.kernels import dispatch
+from minglm.common.files import write_json
+from minglm.config.run import to_dict
 from minglm.model.glm import GLM
 from minglm.model.hf.config import to_released
 from minglm.model.hf.files import DTYPES, INDEX, Released, open_folder, read_config, refuse_taken
-from minglm.recipe.stages import plan_stages
-from minglm.train.checkpoint import Checkpoints, read
+from minglm.recipe.load import load_run
+from minglm.train.checkpoint import Checkpoints
 from minglm.train.stages import phases
 
 LARGEST_EXTRA = 100 * 2**20  # bytes of a file beside the weights: a tokenizer has 20 MB
-
-
-def load_run(folder, stage=None):
-    """(model, tokenizer, run, stage name) of a run folder or a released checkpoint, ready to generate.
-
-    stage: of a run; None: its last complete one. The run of a released checkpoint has the paper's settings. Raises
-    ValueError where there is no model.
-    """
-    folder = Path(folder)
-    path = folder / "config.json"
-    if not path.exists():
-        raise ValueError(f"{folder} is not the folder of a run: it has no config.json; give the --out of a run")
-    values = json.loads(path.read_text())
-    if "model_type" in values:
-        return load_released(folder, stage)
-    config = check(from_dict(values["config"]))
-    done = [s.name for s in plan_stages(config) if (folder / "checkpoints" / s.name / "final.pt").exists()]
-    if not done or (stage or done[-1]) not in done:
-        raise ValueError(
-            f"{folder}: no complete stage{f' {stage}' if stage else ''}; complete: {', '.join(done) or 'none'}"
-        )
-    stage, model = stage or done[-1], GLM(config.model)
-    model.load_state_dict(read(folder / "checkpoints" / stage / "final.pt")["model"])
-    model.dtype = pick_dtype(config.dtype, model.lm_head.weight.device)
-    dispatch.use(config.kernels)
-    if (trained := getattr(config.stages, stage, None)) is not None:
-        model.rope_theta = trained.rope_theta
-    return model.eval(), Tokenizer.load(folder / "data" / "tokenizer.json"), config, stage
-
-
-def load_served(folder, stage=None):
-    """(model, tokenizer, dialect of its template, stage name) of a run folder or of a released checkpoint."""
-    model, tokenizer, _, stage = load_run(folder, stage)
-    template = Path(folder) / "chat_template.jinja"
-    keeps = template.exists() and "clear_thinking" in template.read_text(encoding="utf-8", errors="replace")
-    return model, tokenizer, "glm-4.7" if keeps else "glm-4.5", stage
-
-
-def load_released(folder, stage=None):
-    """`load_run` of a released checkpoint, on the GPU where there is one."""
-    if stage is not None:
-        raise ValueError(f"--stage {stage}: {folder} is a released checkpoint, which has no stages")
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    model = GLM.from_pretrained(folder, device=pick_device())
-    return model.eval(), tokenizer, Run(folder.name, model.config), "released"
 
 
 def extras(folder):
     """The files of a released checkpoint that are neither weights nor about them."""
     about = ("config.json", INDEX)
     return [
-        path for path in sorted(Path(folder).iterdir())
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in about and path.name[0] != "."
+        path
+        for path in sorted(Path(folder).iterdir())
+        if path.is_file()
+        and path.suffix != ".safetensors"
+        and path.name not in about
+        and path.name[0] != "."
         if path.stat().st_size <= LARGEST_EXTRA
-    ]  # fmt: skip
+    ]
 
 
 def import_checkpoint(run, folder, out):
@@ -98,12 +55,18 @@ def import_checkpoint(run, folder, out):
     for f in dataclasses.fields(config):
         ours, theirs = getattr(run.model, f.name), getattr(config, f.name)
         if ours != theirs and f.name not in ("initializer_range", "max_position_embeddings"):
-            raise ValueError(f"{folder} has {f.name} = {theirs}, {run.name} {ours}; give --model.{f.name} {theirs}")
+            raise ValueError(
+                f"{folder} has {f.name} = {theirs}, {run.name} {ours}; give --model.{f.name} {theirs}"
+            )
     if (folder / "tokenizer.json").exists() and not run.data.tokenizer:
-        raise ValueError(f"{folder} has a tokenizer; give --data.tokenizer {folder / 'tokenizer.json'}")
+        raise ValueError(
+            f"{folder} has a tokenizer; give --data.tokenizer {folder / 'tokenizer.json'}"
+        )
     trained = phases(run)
     if not trained:
-        raise ValueError(f"{run.name} has no stage before post-training; give --stages.long_agent.tokens 1")
+        raise ValueError(
+            f"{run.name} has no stage before post-training; give --stages.long_agent.tokens 1"
+        )
     stage = trained[-1].name
     checkpoints = Checkpoints(out / "checkpoints" / stage)
     if (out / "config.json").exists():
@@ -115,7 +78,9 @@ def import_checkpoint(run, folder, out):
     write_json(out / "released" / "config.json", values)
     write_json(out / "released" / INDEX, {"weight_map": files.files})
     checkpoints.save({"model": model.state_dict(), "tokens": 0}, final=True)
-    write_json(out / "config.json", {"hash": run.hash(), "config": to_dict(run)})  # last: now it is a run
+    write_json(
+        out / "config.json", {"hash": run.hash(), "config": to_dict(run)}
+    )  # last: now it is a run
     return stage
 
 
@@ -132,7 +97,9 @@ def export_checkpoint(source, out, stage=None, dtype=None, shard_gigabytes=5.0):
     if origin.exists():
         values = read_config(origin)
         if stage != "released":
-            model.released = Released(values, json.loads((origin / INDEX).read_text())["weight_map"])
+            model.released = Released(
+                values, json.loads((origin / INDEX).read_text())["weight_map"]
+            )
             named = values.get("torch_dtype", values.get("dtype"))
             dtype = dtype or (named if named in DTYPES else "bfloat16")
     else:
@@ -146,6 +113,9 @@ def export_checkpoint(source, out, stage=None, dtype=None, shard_gigabytes=5.0):
     if not (out / "tokenizer.json").exists():
         tokenizer.save(out / "tokenizer.json")
     if not (out / "generation_config.json").exists():
-        write_json(out / "generation_config.json", {k: v for k, v in values.items() if k.endswith("token_id")})
+        write_json(
+            out / "generation_config.json",
+            {k: v for k, v in values.items() if k.endswith("token_id")},
+        )
     model.save_pretrained(out, dtype, shard_gigabytes)  # its config.json is last
     return stage

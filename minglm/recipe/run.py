@@ -20,24 +20,19 @@ from pathlib import Path
 
 from minglm.chat import render_text
 from minglm.common import trackers
-from minglm.common.device import (
-    Log,
-    measured_flops,
-    pick_device,
-    pick_dtype,
-    read_jsonl,
-    seed_everything,
-    use_threads,
-    versions,
-    write_json,
-)
+from minglm.common.device import measured_flops, pick_device, pick_dtype, seed_everything
+from minglm.common.files import read_jsonl, write_json
+from minglm.common.log import Log
+from minglm.common.threads import use_threads
+from minglm.common.version import versions
 from minglm.config.run import to_dict
 from minglm.data.build import prepare
 from minglm.data.mixture import Mixture
 from minglm.envs import ENVIRONMENTS
 from minglm.envs.pathology import spoil
 from minglm.eval import needles
-from minglm.eval import text as evaluate
+from minglm.eval import tasks as eval_tasks
+from minglm.eval.text import bits_per_byte, mtp_acceptance
 from minglm.inference.engine import Engine
 from minglm.kernels import dispatch
 from minglm.model.glm import GLM
@@ -45,8 +40,8 @@ from minglm.optim.muon import Muon
 from minglm.plan import memory
 from minglm.recipe.stages import plan_stages, prompts_for
 from minglm.rl import distill
+from minglm.rl.loop import reinforce
 from minglm.rl.rollout import rollout
-from minglm.rl.trainer import reinforce
 from minglm.train import sft
 from minglm.train.checkpoint import Checkpoints, read
 from minglm.train.loop import train
@@ -84,18 +79,24 @@ class Pipeline:
         self.device = pick_device(run.device)
         self.threads = use_threads(run.threads, inside=self.device.type != "cpu" or run.compile)
         self.stages = plan_stages(run)
-        self.log = Log(self.out / "log.jsonl", trackers.writer(run.watch, self.out / "watch", to_dict(run)))
+        self.log = Log(
+            self.out / "log.jsonl", trackers.writer(run.watch, self.out / "watch", to_dict(run))
+        )
         saved = sorted((self.out / "checkpoints").glob("*/*.pt"))
         saved = [read(p) for p in saved if p.stem == "final"]
         saved += filter(None, (self.checkpoints(stage.name).newest() for stage in self.stages))
         position = max((state["log_position"] for state in saved), default=0)
-        self.log.cut(position)  # what came after the last checkpoint will be done, and logged, again
+        self.log.cut(
+            position
+        )  # what came after the last checkpoint will be done, and logged, again
         for left in self.out.rglob(".*.tmp"):
             left.unlink()  # half a file of a process that was killed
         self.tokenizer, self.shards, self.heldout, about = prepare(run, self.out / "data")
         write_json(self.out / "config.json", {"hash": run.hash(), "config": to_dict(run)})
         if not position:
-            self.log.write("start", name=run.name, config_hash=run.hash(), seed=run.seed, versions=versions())
+            self.log.write(
+                "start", name=run.name, config_hash=run.hash(), seed=run.seed, versions=versions()
+            )
             self.log.write("data", **about)
 
     def checkpoints(self, stage):
@@ -116,10 +117,16 @@ class Pipeline:
         """
         names = [stage.name for stage in self.stages]
         wanted = [only] if only else names[: names.index(until) + 1] if until else names
-        interrupted = [name for name in names if self.checkpoints(name).partial.exists() and not self.done(name)]
+        interrupted = [
+            name
+            for name in names
+            if self.checkpoints(name).partial.exists() and not self.done(name)
+        ]
         for name in interrupted:
             if name not in wanted:
-                raise ValueError(f"stage {name} was interrupted; finish it first, with --only {name}")
+                raise ValueError(
+                    f"stage {name} was interrupted; finish it first, with --only {name}"
+                )
         for stage in sorted(self.stages, key=lambda stage: stage.name not in interrupted):
             if stage.name in wanted and not self.done(stage.name):
                 self.execute_stage(stage)
@@ -135,20 +142,35 @@ class Pipeline:
         checkpoints, began = self.checkpoints(stage.name), time.time()
         model, state = self.model_of(stage.base)
         if not checkpoints.partial.exists():
-            about = {key: getattr(stage, key) for key in ("teaches", "tokens", "sequence_length", "learning_rate")}
+            about = {
+                key: getattr(stage, key)
+                for key in ("teaches", "tokens", "sequence_length", "learning_rate")
+            }
             self.log.write("stage_begin", stage=stage.name, **about)
-        kinds = {"pretrain": self.pretrain, "sft": self.cold_start, "rl": self.reinforce, "unified": self.unify}
+        kinds = {
+            "pretrain": self.pretrain,
+            "sft": self.cold_start,
+            "rl": self.reinforce,
+            "unified": self.unify,
+        }
         trained = kinds[stage.kind](stage, model, state, checkpoints)
         seconds = time.time() - began
         self.evaluate(stage, model)
-        self.log.write("stage_end", stage=stage.name, tokens=trained["tokens"], seconds=round(seconds, 1),
-                       evaluation_seconds=round(time.time() - began - seconds, 1))  # fmt: skip
+        self.log.write(
+            "stage_end",
+            stage=stage.name,
+            tokens=trained["tokens"],
+            seconds=round(seconds, 1),
+            evaluation_seconds=round(time.time() - began - seconds, 1),
+        )
         checkpoints.save({"model": model.state_dict(), **trained}, final=True)
 
     def model_of(self, stage=None):
         """The model as a stage left it (None: freshly initialised), and that stage's checkpoint."""
         if stage is not None and not self.done(stage):
-            raise ValueError(f"the stage before has not been run: there is no {self.checkpoints(stage).final}")
+            raise ValueError(
+                f"the stage before has not been run: there is no {self.checkpoints(stage).final}"
+            )
         model = GLM(self.run.model, self.run.seed).to(self.device)
         model.recompute = self.run.recompute
         if self.run.compile:
@@ -179,7 +201,12 @@ class Pipeline:
             optimizer.load_state_dict(state["optimizer"])
         seed = self.run.seed * 100 + phase.start % 97
         stream = Mixture(
-            self.shards, config.mixture, config.sequence_length, config.packing, seed, pad=self.tokenizer.pad
+            self.shards,
+            config.mixture,
+            config.sequence_length,
+            config.packing,
+            seed,
+            pad=self.tokenizer.pad,
         )
         measure, every = partial(self.measure_bits, stage, model), self.run.evaluation.every_tokens
         self.train(model, optimizer, stream, phase, checkpoints, evaluate=measure, every=every)
@@ -194,10 +221,20 @@ class Pipeline:
             if pairs:
                 tokens[name], masks[name] = zip(*pairs, strict=True)
         if not tokens:
-            raise ValueError(f"{stage.name}: no conversation fits sequence_length = {config.sequence_length}")
+            raise ValueError(
+                f"{stage.name}: no conversation fits sequence_length = {config.sequence_length}"
+            )
         shares = {name: float(sum(map(len, group))) for name, group in tokens.items()}
         phase = sft.phase(stage.name, config, self.run, int(config.epochs * sum(shares.values())))
-        stream = Mixture(tokens, shares, config.sequence_length, "best_fit", self.run.seed, masks, self.tokenizer.pad)
+        stream = Mixture(
+            tokens,
+            shares,
+            config.sequence_length,
+            "best_fit",
+            self.run.seed,
+            masks,
+            self.tokenizer.pad,
+        )
         self.train(model, Muon(model, self.run.optimizer), stream, phase, checkpoints)
         return {"tokens": phase.tokens}
 
@@ -206,7 +243,9 @@ class Pipeline:
         expert = getattr(self.run.posttraining, stage.name.split(".")[0])
         conversations = {name: [] for name in expert.environments}
         for name in expert.environments:
-            tasks = ENVIRONMENTS[name].tasks(expert.sft.samples, self.run.seed * 100 + COLD_START_SEED)
+            tasks = ENVIRONMENTS[name].tasks(
+                expert.sft.samples, self.run.seed * 100 + COLD_START_SEED
+            )
             for number, task in enumerate(tasks):
                 messages = ENVIRONMENTS[name].demonstrate(task)
                 if int((number + 1) * expert.terse_share) > int(number * expert.terse_share):
@@ -226,7 +265,9 @@ class Pipeline:
         for number, (name, messages, tools) in enumerate(answers):
             thinking = int((number + 1) * post.thinking_share) > int(number * post.thinking_share)
             if not thinking:
-                messages = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in messages]
+                messages = [
+                    {k: v for k, v in m.items() if k != "reasoning_content"} for m in messages
+                ]
             conversations.setdefault(name, []).append((messages, tools, thinking))
         return self.fine_tune(stage, model, conversations, post.unified, checkpoints)
 
@@ -249,16 +290,34 @@ class Pipeline:
         for name, expert in post.experts():
             model, _ = self.model_of(f"{name}.rl")
             seed = self.run.seed * 100 + DISTILL_SEED
-            tasks = [task for e in expert.environments for task in ENVIRONMENTS[e].tasks(prompts[e], seed)]
-            groups = rollout(self.sampler(model), self.tokenizer, ENVIRONMENTS, tasks,
-                             post.responses_per_prompt, self.run.evaluation, seed=DISTILL_SEED)  # fmt: skip
-            accepted, found = distill.accept([trajectory for group in groups for trajectory in group])
+            tasks = [
+                task
+                for e in expert.environments
+                for task in ENVIRONMENTS[e].tasks(prompts[e], seed)
+            ]
+            groups = rollout(
+                self.sampler(model),
+                self.tokenizer,
+                ENVIRONMENTS,
+                tasks,
+                post.responses_per_prompt,
+                self.run.evaluation,
+                seed=DISTILL_SEED,
+            )
+            accepted, found = distill.accept(
+                [trajectory for group in groups for trajectory in group]
+            )
             counts |= {f"{name}: {what}": count for what, count in found.items()}
-            answers += [(task.environment, messages, list(task.tools)) for task, messages in accepted]
+            answers += [
+                (task.environment, messages, list(task.tools)) for task, messages in accepted
+            ]
             answered = {task.environment for task, _ in accepted}
             unanswered = [task for task in tasks if task.environment not in answered]
             # Without one right answer an environment would be missing from the unified model: its oracle stands in.
-            answers += [(t.environment, ENVIRONMENTS[t.environment].demonstrate(t), list(t.tools)) for t in unanswered]
+            answers += [
+                (t.environment, ENVIRONMENTS[t.environment].demonstrate(t), list(t.tools))
+                for t in unanswered
+            ]
         write_json(path, [answers, counts])
         return answers, counts
 
@@ -271,12 +330,25 @@ class Pipeline:
         post, name = self.run.posttraining, stage.name
         is_expert = name.endswith(".rl")
         config = getattr(post, name.split(".")[0]).rl if is_expert else getattr(post, name)
-        order = {f"{n}.rl": i for i, (n, _) in enumerate(post.experts())} | {"general_rl": 3, "pathology_rl": 4}
+        order = {f"{n}.rl": i for i, (n, _) in enumerate(post.experts())} | {
+            "general_rl": 3,
+            "pathology_rl": 4,
+        }
         reinforce(
-            model, Muon(model, self.run.optimizer), self.sampler(model), self.tokenizer,
-            ENVIRONMENTS, config, name, checkpoints, self.log, (self.run.seed * 100 + RL_SEED) * 10 + order[name],
-            1.0 if is_expert else post.thinking_share, self.quiet, self.threads,
-        )  # fmt: skip
+            model,
+            Muon(model, self.run.optimizer),
+            self.sampler(model),
+            self.tokenizer,
+            ENVIRONMENTS,
+            config,
+            name,
+            checkpoints,
+            self.log,
+            (self.run.seed * 100 + RL_SEED) * 10 + order[name],
+            1.0 if is_expert else post.thinking_share,
+            self.quiet,
+            self.threads,
+        )
         records = [r for r in read_jsonl(self.log.path) if r.get("stage") == name]
         return {"tokens": sum(r.get("trained_tokens", 0) for r in records)}
 
@@ -288,7 +360,7 @@ class Pipeline:
         for source in HELDOUT_SOURCES:
             if len(documents := self.heldout.get(source, ())):
                 limit = self.run.evaluation.heldout_tokens
-                value = evaluate.bits_per_byte(model, self.tokenizer, documents, length, limit)
+                value = bits_per_byte(model, self.tokenizer, documents, length, limit)
                 self.log.write("bits_per_byte", stage=stage.name, source=source, value=value)
         return length
 
@@ -299,9 +371,11 @@ class Pipeline:
         if stage.kind == "pretrain":
             length = self.measure_bits(stage, model)
             if model.mtp is not None and len(self.heldout.get("code", ())):
-                value = evaluate.mtp_acceptance(model, self.heldout["code"], length, config.heldout_tokens)
+                value = mtp_acceptance(model, self.heldout["code"], length, config.heldout_tokens)
                 self.log.write("mtp_acceptance", stage=name, value=value)
-            for kind, record in needles.measure(model, self.tokenizer, self.heldout, self.run, name):
+            for kind, record in needles.measure(
+                model, self.tokenizer, self.heldout, self.run, name
+            ):
                 self.log.write(kind, stage=name, **record)
         learned = [env for _, expert in post.experts() for env in expert.environments]
         if stage.kind in ("sft", "rl") and "." in name:
@@ -313,15 +387,20 @@ class Pipeline:
         when = {"general_rl": "before", "pathology_rl": "after"}.get(name)
         if when is not None:
             played = self.score(engine, name, ["provocation"], (True, False))
-            self.log.write("pathology", stage=name, when=when, **evaluate.faults(played))
+            self.log.write("pathology", stage=name, when=when, **eval_tasks.faults(played))
 
     def score(self, engine, stage, names, switches):
         """Evaluate environments under settings of the thinking switch; log scores and samples. Returns all episodes."""
         everything = []
         for name in names:
             for thinking in switches:
-                record, played = evaluate.tasks(
-                    engine, self.tokenizer, ENVIRONMENTS[name], self.run.evaluation, thinking, self.run.seed
+                record, played = eval_tasks.tasks(
+                    engine,
+                    self.tokenizer,
+                    ENVIRONMENTS[name],
+                    self.run.evaluation,
+                    thinking,
+                    self.run.seed,
                 )
                 self.log.write("evaluation", stage=stage, **record)
                 mode = "thinking" if thinking else "direct"

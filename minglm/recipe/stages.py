@@ -11,9 +11,9 @@ import time
 from dataclasses import dataclass
 
 from minglm.chat import render_text
-from minglm.data.build import check_environments
 from minglm.envs import ENVIRONMENTS
-from minglm.plan.memory import flops_per_token
+from minglm.plan.counts import flops_per_token
+from minglm.recipe.solutions import check_environments
 from minglm.train.stages import phases
 
 BYTES_PER_TOKEN = 3  # of a tokenizer this small, on conversations
@@ -45,31 +45,47 @@ def plan_stages(run):
     for phase in phases(run):
         teaches = getattr(run.stages, phase.name).teaches
         rate = run.optimizer.peak_lr
-        found.append(Stage(phase.name, teaches, base, "pretrain", phase.tokens, phase.sequence_length, rate))
+        found.append(
+            Stage(phase.name, teaches, base, "pretrain", phase.tokens, phase.sequence_length, rate)
+        )
         base = phase.name
 
     def tune(name, teaches, start, config, names, tokens, kind="sft"):
         tokens = int(config.epochs * tokens)
-        found.append(Stage(name, teaches, start, kind, tokens, config.sequence_length, config.peak_lr, names))
+        found.append(
+            Stage(name, teaches, start, kind, tokens, config.sequence_length, config.peak_lr, names)
+        )
 
     def reinforce(name, teaches, start, config):
         names = config.environments
         tokens = config.steps * config.prompts * config.samples * conversation_tokens(names)
-        found.append(Stage(name, teaches, start, "rl", tokens, config.max_new_tokens, config.peak_lr, names))
+        found.append(
+            Stage(name, teaches, start, "rl", tokens, config.max_new_tokens, config.peak_lr, names)
+        )
 
     for name, expert in post.experts():
         names = expert.environments
         tokens = expert.sft.samples * len(names) * conversation_tokens(names)
         tune(f"{name}.sft", f"cold start: {', '.join(names)}", base, expert.sft, names, tokens)
-        reinforce(f"{name}.rl", f"GRPO without KL: {', '.join(expert.rl.environments)}", f"{name}.sft", expert.rl)
+        reinforce(
+            f"{name}.rl",
+            f"GRPO without KL: {', '.join(expert.rl.environments)}",
+            f"{name}.sft",
+            expert.rl,
+        )
     prompts = prompts_for(post)
     answers = sum(prompts.values()) * post.responses_per_prompt
-    tokens = sum(count * conversation_tokens([name]) for name, count in prompts.items()) * post.responses_per_prompt
+    tokens = (
+        sum(count * conversation_tokens([name]) for name, count in prompts.items())
+        * post.responses_per_prompt
+    )
     tokens = tokens * min(1, post.unified.samples / answers)
     teaches = "the experts' right answers, with and without thinking"
     tune("unified", teaches, base, post.unified, tuple(prompts), tokens, "unified")
     reinforce("general_rl", "all tasks together", "unified", post.general_rl)
-    reinforce("pathology_rl", "no mixing, no loops, no broken format", "general_rl", post.pathology_rl)
+    reinforce(
+        "pathology_rl", "no mixing, no loops, no broken format", "general_rl", post.pathology_rl
+    )
     return found
 
 
@@ -79,7 +95,9 @@ def prompts_for(post):
     The environment with the shortest conversations gets all of `prompts_per_environment`. Without this rule the long
     ones fill the budget and the short ones are repeated until they are known by heart.
     """
-    weights = {name: expert.distilled for _, expert in post.experts() for name in expert.environments}
+    weights = {
+        name: expert.distilled for _, expert in post.experts() for name in expert.environments
+    }
     tokens = {name: conversation_tokens([name]) for name in weights}
     most = post.prompts_per_environment * min(tokens.values())
     return {name: max(1, int(weights[name] * most / tokens[name])) for name in weights}
@@ -123,11 +141,23 @@ def table(run, stages, speed):
     for stage, minutes in zip(stages, expected_minutes(run, stages, speed), strict=True):
         tokens = f"{'' if stage.kind == 'pretrain' else '~'}{stage.tokens:,}"
         spent = f"{minutes:.1f}" if minutes < 1e4 else f"{minutes:.0e}"
-        rows.append((stage.name, stage.teaches, tokens, str(stage.sequence_length), f"{stage.learning_rate:g}", spent))
+        rows.append(
+            (
+                stage.name,
+                stage.teaches,
+                tokens,
+                str(stage.sequence_length),
+                f"{stage.learning_rate:g}",
+                spent,
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     left = (True, True, False, False, False, False)
     lines = [
-        "  ".join(c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(row, widths, left, strict=True))
+        "  ".join(
+            c.ljust(w) if is_left else c.rjust(w)
+            for c, w, is_left in zip(row, widths, left, strict=True)
+        )
         for row in rows
     ]
     return "\n".join([f"{run.name}, config {run.hash()}", *lines])

@@ -13,9 +13,8 @@ import runpy
 from dataclasses import dataclass
 from pathlib import Path
 
-from minglm.bench import generate
-from minglm.common.device import atomic_path, read_jsonl
-from minglm.config.run import load_config
+from minglm.common.files import atomic_path, read_jsonl
+from minglm.config import load_config
 from minglm.report.curves import FIGURES, draw_rl_seeds
 from minglm.report.drawing import label, save, select, stages_of, thousands
 from minglm.report.stages_diagram import draw_stages
@@ -73,7 +72,9 @@ def compare(records, before, after, env):
 
 def trained_envs(records, stage):
     """Tasks that a reinforcement stage trained on, in the order of its log."""
-    return list(dict.fromkeys(env for r in select(records, "rl", stage=stage) for env in r["reward_by_env"]))
+    return list(
+        dict.fromkeys(env for r in select(records, "rl", stage=stage) for env in r["reward_by_env"])
+    )
 
 
 def claim_gain(records):
@@ -81,12 +82,18 @@ def claim_gain(records):
     envs = trained_envs(records, "reasoning.rl")
     pairs = {env: compare(records, "reasoning.sft", "reasoning.rl", env) for env in envs}
     pairs = {env: pair for env, pair in pairs.items() if pair}
-    holds = all(b["avg"] - a["avg"] >= GAIN and b["low"] > a["high"] for a, b in pairs.values()) if pairs else None
+    holds = (
+        all(b["avg"] - a["avg"] >= GAIN and b["low"] > a["high"] for a, b in pairs.values())
+        if pairs
+        else None
+    )
     texts = [
         f"{env}: {score_text(a)} to {score_text(b)}, {100 * (b['avg'] - a['avg']):+.1f} points"
         for env, (a, b) in pairs.items()
     ]
-    return Claim("reasoning RL gains 15 points or more, intervals apart", "; ".join(texts), verdict(holds))
+    return Claim(
+        "reasoning RL gains 15 points or more, intervals apart", "; ".join(texts), verdict(holds)
+    )
 
 
 def claim_kept(records):
@@ -107,7 +114,11 @@ def claim_kept(records):
 
 def last_scores(records):
     """Evaluations of the finished model: of the last stage that has any, once the experts are unified."""
-    stages = [s for s in stages_of(records, "evaluation") if s in ("unified", "general_rl", "pathology_rl")]
+    stages = [
+        s
+        for s in stages_of(records, "evaluation")
+        if s in ("unified", "general_rl", "pathology_rl")
+    ]
     return select(records, "evaluation", stage=stages[-1]) if stages else []
 
 
@@ -130,16 +141,31 @@ def claim_pathology(records):
     a, b = before[-1], after[-1]
     first, last = a["incidence"]["any"], b["incidence"]["any"]
     fall = f"{first / last:.1f} times" if last else f"to none in {b['n']}"
-    ranges = [f"{percent(r['incidence']['any'])} ({100 * r['low']:.1f} to {100 * r['high']:.1f})" for r in (a, b)]
+    ranges = [
+        f"{percent(r['incidence']['any'])} ({100 * r['low']:.1f} to {100 * r['high']:.1f})"
+        for r in (a, b)
+    ]
     holds = first > 0 and last <= first / FALL
-    return Claim("pathologies fall five times or more", f"{ranges[0]} to {ranges[1]}: {fall}", verdict(holds))
+    return Claim(
+        "pathologies fall five times or more", f"{ranges[0]} to {ranges[1]}: {fall}", verdict(holds)
+    )
 
 
 def claim_switch(records):
     """The finished model thinks when asked to and answers at once when not, every time."""
-    shares = {(r["env"], r["thinking"]): r["switch_ok"] for r in last_scores(records) if r.get("switch_ok") is not None}
-    holds = min(shares.values()) == 1 if shares and {thinking for _, thinking in shares} == {True, False} else None
-    failing = [f"{env}, {'on' if on else 'off'}: {percent(s)}" for (env, on), s in shares.items() if s < 1]
+    shares = {
+        (r["env"], r["thinking"]): r["switch_ok"]
+        for r in last_scores(records)
+        if r.get("switch_ok") is not None
+    }
+    holds = (
+        min(shares.values()) == 1
+        if shares and {thinking for _, thinking in shares} == {True, False}
+        else None
+    )
+    failing = [
+        f"{env}, {'on' if on else 'off'}: {percent(s)}" for (env, on), s in shares.items() if s < 1
+    ]
     answers = sum(r["n"] * r["k"] for r in last_scores(records))
     text = "; ".join(failing) or (f"obeyed in all of {answers} answers" if shares else "")
     return Claim("the thinking switch works every time", text, verdict(holds))
@@ -153,7 +179,12 @@ def table(header, rows):
     if not rows:
         return ""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines) + "\n"
+    return (
+        "\n".join(
+            "| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines
+        )
+        + "\n"
+    )
 
 
 def header_lines(records):
@@ -165,24 +196,41 @@ def header_lines(records):
     rows = [("config", f"`{start['config_hash']}`"), ("seed", start["seed"])]
     rows += [(name, value) for name, value in start["versions"].items()]
     rows.append(("started", f"{len(starts)} times" if len(starts) > 1 else "once"))
-    rows.append(("finished in", f"{ends[-1]['seconds'] / 60:.1f} minutes" if ends else "not finished"))
+    rows.append(
+        ("finished in", f"{ends[-1]['seconds'] / 60:.1f} minutes" if ends else "not finished")
+    )
     return f"# Run {start['name']}\n\n" + table(("", ""), rows)
 
 
 def score_rows(records):
     """One row a task and stage: avg@k and pass@k with thinking, avg@k without, valid calls, length."""
     rows = []
-    groups = {r["env"]: r["group"] for r in sorted(select(records, "evaluation"), key=lambda r: r["group"])}
+    groups = {
+        r["env"]: r["group"]
+        for r in sorted(select(records, "evaluation"), key=lambda r: r["group"])
+    }
     for env, group in groups.items():
         for stage in stages_of(select(records, "evaluation", env=env), "evaluation"):
             on, off = find_score(records, stage, env), find_score(records, stage, env, False)
             one = on or off
-            calls = [percent(r["valid_calls"]) for r in (on, off) if r and r.get("valid_calls") is not None]
-            rows.append((
-                group, env, label(stage), score_text(on) if on else "", score_text(off) if off else "",
-                percent(one["pass_k"]), " / ".join(calls), " / ".join(f"{r['length']:.0f}" for r in (on, off) if r),
-                f"{one['n']} x {one['k']}",
-            ))  # fmt: skip
+            calls = [
+                percent(r["valid_calls"])
+                for r in (on, off)
+                if r and r.get("valid_calls") is not None
+            ]
+            rows.append(
+                (
+                    group,
+                    env,
+                    label(stage),
+                    score_text(on) if on else "",
+                    score_text(off) if off else "",
+                    percent(one["pass_k"]),
+                    " / ".join(calls),
+                    " / ".join(f"{r['length']:.0f}" for r in (on, off) if r),
+                    f"{one['n']} x {one['k']}",
+                )
+            )
     return rows
 
 
@@ -192,11 +240,26 @@ def rl_rows(records):
     for stage in stages_of(records, "rl"):
         steps = select(records, "rl", stage=stage)
         first, last = ([r["reward"] for r in part] for part in (steps[:5], steps[-5:]))
-        known = [[r[name] for r in steps if name in r] for name in ("live_groups", "truncated", "clip_share")]
-        mean = [sum(values) / len(values) if values else None for values in known]  # a skipped step clips nothing
+        known = [
+            [r[name] for r in steps if name in r]
+            for name in ("live_groups", "truncated", "clip_share")
+        ]
+        mean = [
+            sum(values) / len(values) if values else None for values in known
+        ]  # a skipped step clips nothing
         skipped = sum(bool(r["skipped"]) for r in steps)
-        rows.append((label(stage), len(steps), f"{sum(first) / len(first):.3f}", f"{sum(last) / len(last):.3f}",
-                     percent(mean[0]), percent(mean[1]), percent(mean[2], 2), skipped))  # fmt: skip
+        rows.append(
+            (
+                label(stage),
+                len(steps),
+                f"{sum(first) / len(first):.3f}",
+                f"{sum(last) / len(last):.3f}",
+                percent(mean[0]),
+                percent(mean[1]),
+                percent(mean[2], 2),
+                skipped,
+            )
+        )
     return rows
 
 
@@ -207,9 +270,13 @@ def cleaning_rows(records):
         done = about.get("cleaning", {})
         rows.append(("used, repetitions included", f"{about.get('documents', 0):,}"))
         rows.append(("exact copies, left out", f"{done.get('exact_copies', 0):,}"))
-        removed = {"evaluation items in them, left out": done.get("decontamination", {}).get("removed", {})}
-        removed |= {f"{name.replace('_', ' ')}, left out": done.get(name, {})
-                    for name in ("near_duplicates", "semantic_duplicates", "lowest_quality")}  # fmt: skip
+        removed = {
+            "evaluation items in them, left out": done.get("decontamination", {}).get("removed", {})
+        }
+        removed |= {
+            f"{name.replace('_', ' ')}, left out": done.get(name, {})
+            for name in ("near_duplicates", "semantic_duplicates", "lowest_quality")
+        }
         removed["best quality, repeated"] = done.get("repeated", {})
         rows += [(name, f"{sum(counts.values()):,}") for name, counts in removed.items() if counts]
         log = f", named in {about['skipped_log']}" if about.get("skipped_log") else ""
@@ -237,36 +304,90 @@ def sample_text(records):
 def markdown(records, figures=()):
     """The report as Markdown; `figures` are the names of those that were drawn."""
     claims = [claim(records) for claim in CLAIMS]
-    picture = {name: f"![{CAPTIONS[name]}](figures/{name}.png)\n\n{CAPTIONS[name]}\n" for name in figures}
+    picture = {
+        name: f"![{CAPTIONS[name]}](figures/{name}.png)\n\n{CAPTIONS[name]}\n" for name in figures
+    }
     begins = {r["stage"]: r for r in select(records, "stage_begin")}
-    bits = [(label(r["stage"]), r["source"], f"{r['value']:.3f}") for r in select(records, "bits_per_byte")]
-    acceptance = [(label(r["stage"]), percent(r["value"])) for r in select(records, "mtp_acceptance")]
+    bits = [
+        (label(r["stage"]), r["source"], f"{r['value']:.3f}")
+        for r in select(records, "bits_per_byte")
+    ]
+    acceptance = [
+        (label(r["stage"]), percent(r["value"])) for r in select(records, "mtp_acceptance")
+    ]
     times = [
-        (label(r["stage"]), begins.get(r["stage"], {}).get("teaches", ""), f"{r['seconds']:.0f}",
-         f"{r.get('evaluation_seconds', 0):.0f}", thousands(r["tokens"]))
+        (
+            label(r["stage"]),
+            begins.get(r["stage"], {}).get("teaches", ""),
+            f"{r['seconds']:.0f}",
+            f"{r.get('evaluation_seconds', 0):.0f}",
+            thousands(r["tokens"]),
+        )
         for r in select(records, "stage_end")
-    ]  # fmt: skip
+    ]
     data = [row for r in select(records, "data") for row in r["tokens"].items()]
     data = [(source, thousands(tokens)) for source, tokens in data]
     kept = [row for r in select(records, "rejection") for row in r["counts"].items()]
     ks = sorted({r["k"] for r in select(records, "evaluation")})
     k = ks[0] if len(ks) == 1 else "k"
-    scores = ("group", "task", "after", f"avg@{k}, thinking (95%)", "without thinking", f"pass@{k}", "valid calls",
-              "answer tokens", "problems x answers")  # fmt: skip
-    rewards = ("phase", "steps", "first reward", "last reward", "live groups", "truncated", "clipped", "skipped steps")
-    return header_lines(records) + "".join((
-        section("Claims", table(("claim", "measured", "verdict"), [(c.name, c.measured, c.verdict) for c in claims])),
-        section("Data", table(("source", "tokens"), data), table(("documents", ""), cleaning_rows(records))),
-        section("Training", picture.get("loss"), picture.get("load"), table(("after", "source", "bits per byte"), bits),
-                table(("after", "MTP drafts accepted"), acceptance)),
-        section("Scores", picture.get("scores"), table(scores, score_rows(records))),
-        section("Reinforcement learning", picture.get("rl"), table(rewards, rl_rows(records)),
-                picture.get("pathology")),
-        section("Rejection sampling", table(("answers", "count"), kept)),
-        section("Samples", sample_text(records)),
-        section("Time", picture.get("time"),
-                table(("stage", "teaches", "training, s", "evaluation, s", "tokens"), times)),
-    ))  # fmt: skip
+    scores = (
+        "group",
+        "task",
+        "after",
+        f"avg@{k}, thinking (95%)",
+        "without thinking",
+        f"pass@{k}",
+        "valid calls",
+        "answer tokens",
+        "problems x answers",
+    )
+    rewards = (
+        "phase",
+        "steps",
+        "first reward",
+        "last reward",
+        "live groups",
+        "truncated",
+        "clipped",
+        "skipped steps",
+    )
+    return header_lines(records) + "".join(
+        (
+            section(
+                "Claims",
+                table(
+                    ("claim", "measured", "verdict"),
+                    [(c.name, c.measured, c.verdict) for c in claims],
+                ),
+            ),
+            section(
+                "Data",
+                table(("source", "tokens"), data),
+                table(("documents", ""), cleaning_rows(records)),
+            ),
+            section(
+                "Training",
+                picture.get("loss"),
+                picture.get("load"),
+                table(("after", "source", "bits per byte"), bits),
+                table(("after", "MTP drafts accepted"), acceptance),
+            ),
+            section("Scores", picture.get("scores"), table(scores, score_rows(records))),
+            section(
+                "Reinforcement learning",
+                picture.get("rl"),
+                table(rewards, rl_rows(records)),
+                picture.get("pathology"),
+            ),
+            section("Rejection sampling", table(("answers", "count"), kept)),
+            section("Samples", sample_text(records)),
+            section(
+                "Time",
+                picture.get("time"),
+                table(("stage", "teaches", "training, s", "evaluation, s", "tokens"), times),
+            ),
+        )
+    )
 
 
 def draw_all(run_folder):
@@ -275,7 +396,9 @@ def draw_all(run_folder):
     records = read_jsonl(folder / "log.jsonl")
     if not records:
         raise ValueError(f"{folder} holds no log.jsonl; give the folder of a run")
-    return [name for name, draw in FIGURES.items() if draw(records, folder / "figures" / f"{name}.png")]
+    return [
+        name for name, draw in FIGURES.items() if draw(records, folder / "figures" / f"{name}.png")
+    ]
 
 
 def write(run_folder):
@@ -291,7 +414,10 @@ def write(run_folder):
 def summary(records):
     """The claims, one a line, with verdict and measurement."""
     claims = [claim(records) for claim in CLAIMS]
-    return "\n".join(f"{c.verdict:>12}  {c.name}" + (f"\n{'':14}{c.measured}" if c.measured else "") for c in claims)
+    return "\n".join(
+        f"{c.verdict:>12}  {c.name}" + (f"\n{'':14}{c.measured}" if c.measured else "")
+        for c in claims
+    )
 
 
 def redraw(paths):
@@ -309,12 +435,18 @@ def redraw(paths):
         elif path.is_dir():
             drawn += [path / "figures" / f"{name}.png" for name in draw_all(path)]
         elif path.suffix == ".json" and path.is_file() and lesson.is_file():
-            figure = runpy.run_path(str(lesson))["draw"](json.loads(path.read_text(encoding="utf-8")))
+            figure = runpy.run_path(str(lesson))["draw"](
+                json.loads(path.read_text(encoding="utf-8"))
+            )
             drawn.append(save(figure, path.with_suffix(".png")))
         elif path.name.startswith("bench_") and path.suffix == ".json" and path.is_file():
-            drawn.append(generate.redraw(path))
+            from minglm.bench.plots import redraw as redraw_benchmark
+
+            drawn.append(redraw_benchmark(path))
         elif path.suffix == ".py" and path.is_file():
-            drawn.append(draw_stages(load_config(path), path.parent.parent / "figures" / "stages.png"))
+            drawn.append(
+                draw_stages(load_config(path), path.parent.parent / "figures" / "stages.png")
+            )
         else:
             raise ValueError(
                 f"cannot redraw {path}: give a run folder, a folder of seedN.jsonl, figures/*.json or a config"

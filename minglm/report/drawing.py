@@ -4,7 +4,7 @@ A stage keeps its colour in every figure. Lines are labelled where they end and 
 measurements, thick ones running means. The same log gives the same bytes. No counterpart in the paper.
 """
 
-from minglm.common.device import atomic_path
+from minglm.common.files import atomic_path
 
 COLOURS = {
     "general": "#4c78a8",
@@ -56,7 +56,11 @@ def label(stage, separator=" "):
 
 def select(records, kind, **where):
     """Records of one kind whose fields equal those given."""
-    return [r for r in records if r["kind"] == kind and all(r.get(name) == value for name, value in where.items())]
+    return [
+        r
+        for r in records
+        if r["kind"] == kind and all(r.get(name) == value for name, value in where.items())
+    ]
 
 
 def stages_of(records, *kinds):

@@ -6,7 +6,7 @@ unified model). Drawn from the config, so that it cannot disagree with what is r
 Simplifies: a stage's width follows the paper's tokens, and the small ones are widened until their text fits.
 """
 
-from minglm.config.run import StagesConfig
+from minglm.config import StagesConfig
 from minglm.report.drawing import INK, PALE, canvas, colour, dark, label, save, thousands
 
 
@@ -14,8 +14,15 @@ def box(axis, left, bottom, width, height, stage, text, size=8.5, **options):
     """A rounded box in the stage's colour with text in its middle."""
     from matplotlib.patches import FancyBboxPatch
 
-    shape = FancyBboxPatch((left, bottom), width, height, boxstyle="round,pad=0,rounding_size=0.8", linewidth=1.1,
-                           facecolor=(*_rgb(stage), 0.16), edgecolor=colour(stage))  # fmt: skip
+    shape = FancyBboxPatch(
+        (left, bottom),
+        width,
+        height,
+        boxstyle="round,pad=0,rounding_size=0.8",
+        linewidth=1.1,
+        facecolor=(*_rgb(stage), 0.16),
+        edgecolor=colour(stage),
+    )
     axis.add_patch(shape)
     options = {"ha": "center", "va": "center", "color": INK, "linespacing": 1.25} | options
     axis.text(left + width / 2, bottom + height / 2, text, fontsize=size, **options)
@@ -29,31 +36,67 @@ def _rgb(stage):
 
 def arrow(axis, start, end):
     """A thin arrow between two points."""
-    axis.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": PALE, "linewidth": 1.1, "shrinkA": 1})
+    axis.annotate(
+        "",
+        end,
+        start,
+        arrowprops={"arrowstyle": "-|>", "color": PALE, "linewidth": 1.1, "shrinkA": 1},
+    )
 
 
 def draw_training(axis, run, least=0.21):
     """Five columns, one a stage: heading, the paper's tokens and length, and this run's."""
     paper = dict(StagesConfig().items())
-    shares = {name: max(least, stage.tokens / StagesConfig().total_tokens) for name, stage in paper.items()}
+    shares = {
+        name: max(least, stage.tokens / StagesConfig().total_tokens)
+        for name, stage in paper.items()
+    }
     left, gap, scale = 10.0, 0.8, 90 / sum(shares.values())
     edges = []
     for name, share in shares.items():
         width = share * scale - gap
-        axis.text(left + width / 2, 46.2, label(name, "\n"), ha="center", va="bottom", fontsize=9, weight="bold",
-                  color=dark(name), linespacing=1.05)  # fmt: skip
+        axis.text(
+            left + width / 2,
+            46.2,
+            label(name, "\n"),
+            ha="center",
+            va="bottom",
+            fontsize=9,
+            weight="bold",
+            color=dark(name),
+            linespacing=1.05,
+        )
         for bottom, stage in ((38.7, paper[name]), (31, getattr(run.stages, name))):
             text = f"{thousands(stage.tokens)} tokens\n{stage.sequence_length:,} positions"
             box(axis, left, bottom, width, 6.6, name, text, 8)
         edges.append((left, left + width))
         left += width + gap
-    axis.text(99.2, 29.4, "widths: the paper's tokens, small stages widened", ha="right", fontsize=7.5, color=PALE)
+    axis.text(
+        99.2,
+        29.4,
+        "widths: the paper's tokens, small stages widened",
+        ha="right",
+        fontsize=7.5,
+        color=PALE,
+    )
     axis.text(9, 42, "paper", ha="right", va="center", fontsize=9.5, color=INK)
-    axis.text(9, 34.3, f"{run.name}", ha="right", va="center", fontsize=9.5, color=INK, weight="bold")
-    for first, last, text in ((0, 1, "pre-training: documents cut at random"),
-                              (2, 4, "mid-training: whole documents, longer sequences")):  # fmt: skip
+    axis.text(
+        9, 34.3, f"{run.name}", ha="right", va="center", fontsize=9.5, color=INK, weight="bold"
+    )
+    for first, last, text in (
+        (0, 1, "pre-training: documents cut at random"),
+        (2, 4, "mid-training: whole documents, longer sequences"),
+    ):
         axis.plot([edges[first][0], edges[last][1]], [51.4, 51.4], color=PALE, linewidth=1)
-        axis.text((edges[first][0] + edges[last][1]) / 2, 52, text, ha="center", va="bottom", fontsize=9, color=INK)
+        axis.text(
+            (edges[first][0] + edges[last][1]) / 2,
+            52,
+            text,
+            ha="center",
+            va="bottom",
+            fontsize=9,
+            color=INK,
+        )
 
 
 def draw_finishing(axis, run):
@@ -79,13 +122,35 @@ def draw_finishing(axis, run):
         if number:
             arrow(axis, (left - 3, 12.7), (left - 0.1, 12.7))
         box(axis, left, 6.2, width, 13, name, "")
-        axis.text(left + width / 2, 11.2, text, ha="center", va="center", fontsize=8.5, color=INK, linespacing=1.25)
         axis.text(
-            left + width / 2, 17.6, label(name), ha="center", va="top", fontsize=9, weight="bold", color=dark(name)
+            left + width / 2,
+            11.2,
+            text,
+            ha="center",
+            va="center",
+            fontsize=8.5,
+            color=INK,
+            linespacing=1.25,
+        )
+        axis.text(
+            left + width / 2,
+            17.6,
+            label(name),
+            ha="center",
+            va="top",
+            fontsize=9,
+            weight="bold",
+            color=dark(name),
         )
         left += width + 3
     axis.text(
-        100, 3.4, "the result: one model that thinks or answers at once", fontsize=9, color=INK, va="center", ha="right"
+        100,
+        3.4,
+        "the result: one model that thinks or answers at once",
+        fontsize=9,
+        color=INK,
+        va="center",
+        ha="right",
     )
 
 

@@ -31,19 +31,38 @@ FAULTS = ("language_mixing", "repetition", "format")
 
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 _CALL = re.compile(r"<tool_call>.*?(?:</tool_call>|\Z)", re.DOTALL)
-_FORMULA = re.compile(r"\$\$.*?\$\$|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[a-zA-Z]+|https?://\S+", re.DOTALL)
+_FORMULA = re.compile(
+    r"\$\$.*?\$\$|\$[^$\n]*\$|\\\(.*?\\\)|\\\[.*?\\\]|\\[a-zA-Z]+|https?://\S+", re.DOTALL
+)
 _TAG = re.compile(
     r"<\|[a-z_]+\|>|</?(?:think|tool_call|tool_response|arg_key|arg_value|tools)>|\[g?s?MASK\]|<sop>|<eop>|/nothink\b"
 )
 _BOXES = ("<|begin_of_box|>", "<|end_of_box|>")
 _STOP = re.compile(r"<\|(?:user|observation|endoftext)\|>\s*\Z")
 _SCRIPTS = {"en": "LATIN", "zh": "CJK"}
-_WORD_CHARACTERS = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL")  # one of these alone is a word, a lone pi is a symbol
+_WORD_CHARACTERS = (
+    "CJK",
+    "HIRAGANA",
+    "KATAKANA",
+    "HANGUL",
+)  # one of these alone is a word, a lone pi is a symbol
 _MIXING = {"en": 0.01, "zh": 0.3}
 
 # One letter for each tag that has a place in a turn, and the order they may stand in.
-_LETTERS = {"<think>": "T", "</think>": "t", "<tool_call>": "C", "</tool_call>": "c", "<|begin_of_box|>": "B"}
-_LETTERS |= {"<arg_key>": "K", "</arg_key>": "k", "<arg_value>": "V", "</arg_value>": "v", "<|end_of_box|>": "b"}
+_LETTERS = {
+    "<think>": "T",
+    "</think>": "t",
+    "<tool_call>": "C",
+    "</tool_call>": "c",
+    "<|begin_of_box|>": "B",
+}
+_LETTERS |= {
+    "<arg_key>": "K",
+    "</arg_key>": "k",
+    "<arg_value>": "V",
+    "</arg_value>": "v",
+    "<|end_of_box|>": "b",
+}
 _ORDER = re.compile(r"(Tt)?(Bb)*(C(KkVv)*c)*")
 
 
@@ -51,7 +70,9 @@ def _words(text):
     """(word, script) of every word: runs of letters of one script, each Han character alone."""
     for run in re.findall(r"[^\W\d_]+", text):
         word, script = "", ""
-        for letter in filter(str.isalpha, run):  # a superscript two passes the pattern and is no letter
+        for letter in filter(
+            str.isalpha, run
+        ):  # a superscript two passes the pattern and is no letter
             kind = unicodedata.name(letter, "UNKNOWN").split()[0]
             if word and (kind != script or script == "CJK"):
                 yield word, script
@@ -84,13 +105,17 @@ def language_mixing(text, language):
 
 def _longest_run(text, longest_piece=256):
     """Characters in the longest run of three or more adjacent copies of a piece, and characters of the shrunk text."""
-    text = re.sub(r"[-\s=_*~#|+:.]+", " ", _TAG.sub(" ", text)).strip() + " "  # so the last copy ends as the others do
+    text = (
+        re.sub(r"[-\s=_*~#|+:.]+", " ", _TAG.sub(" ", text)).strip() + " "
+    )  # so the last copy ends as the others do
     codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
     best = 0
     for piece in range(1, min(longest_piece, len(codes) // 3) + 1):
         differs = np.flatnonzero(codes[piece:] != codes[:-piece])
         edges = np.concatenate(([-1], differs, [len(codes) - piece]))
-        equal = int(np.diff(edges).max()) - 1  # characters in a row that equal the one `piece` before them
+        equal = (
+            int(np.diff(edges).max()) - 1
+        )  # characters in a row that equal the one `piece` before them
         if equal >= 2 * piece:
             best = max(best, equal + piece)
     return best, len(codes)

@@ -34,7 +34,9 @@ def denominator(mask_BS, mode, length=None):
         return mask_BS.any(1).sum()
     if mode == "constant":
         if not length:
-            raise ValueError("aggregation = 'constant' needs a length: the bound on the tokens of one sample")
+            raise ValueError(
+                "aggregation = 'constant' needs a length: the bound on the tokens of one sample"
+            )
         return mask_BS.any(1).sum() * length
     raise ValueError(f"aggregation = {mode!r}: must be one of {', '.join(MODES)}")
 

@@ -49,7 +49,9 @@ def well_formed(min_tokens=1, language=None):
 
     def keep(sample):
         return (
-            not sample.truncated and sample.n_tokens >= min_tokens and not any(detect(sample.text, language).values())
+            not sample.truncated
+            and sample.n_tokens >= min_tokens
+            and not any(detect(sample.text, language).values())
         )
 
     return keep
@@ -84,7 +86,9 @@ def obeys_protocol(reached=lambda sample: sample.status == "ok"):
             if open_calls < 0:
                 return False
             used |= open_calls > 0
-        return sample.status not in ("format", "infrastructure") and (not used or bool(reached(sample)))
+        return sample.status not in ("format", "infrastructure") and (
+            not used or bool(reached(sample))
+        )
 
     return keep
 
@@ -111,7 +115,15 @@ def accept(trajectories):
     trajectories: of `minglm.rl.rollout`, scored. Returns ([(task, messages)], counts of answers, kept and rejected).
     """
     samples = [
-        Sample(t.task.id, t.texts[-1], tuple(t.messages), t.score.value, t.score.status, t.truncated, t.length)
+        Sample(
+            t.task.id,
+            t.texts[-1],
+            tuple(t.messages),
+            t.score.value,
+            t.score.status,
+            t.truncated,
+            t.length,
+        )
         for t in trajectories
     ]
     filters = {"form": well_formed(), "correct": correct(), "protocol": obeys_protocol()}
@@ -133,7 +145,9 @@ def drop_shortest(samples, share=0.5):
     lengths = {}
     for sample in samples:
         lengths.setdefault(sample.prompt, []).append(sample.n_tokens)
-    longest_first = sorted(lengths, key=lambda prompt: -fmean(lengths[prompt]))  # stable: ties keep their order
+    longest_first = sorted(
+        lengths, key=lambda prompt: -fmean(lengths[prompt])
+    )  # stable: ties keep their order
     dropped = int(share * len(lengths) + 1e-9)  # 0.29 * 100 is a little less than 29
     kept = set(longest_first[: len(lengths) - dropped])
     return [sample for sample in samples if sample.prompt in kept]

@@ -64,7 +64,14 @@ def advantages(rewards_PG, normalize_std=True, valid_PG=None):
 
 
 def policy_loss(
-    logprobs_BS, behaviour_BS, advantages_B, clip_low, clip_high, mask_BS=None, tis_cap=None, proximal_BS=None
+    logprobs_BS,
+    behaviour_BS,
+    advantages_B,
+    clip_low,
+    clip_high,
+    mask_BS=None,
+    tis_cap=None,
+    proximal_BS=None,
 ):
     """Clipped surrogate loss of every token, to be aggregated.
 
@@ -79,11 +86,17 @@ def policy_loss(
     number, by which the two means of micro-batches are to be weighed.
     """
     mask_BS = torch.ones_like(logprobs_BS, dtype=torch.bool) if mask_BS is None else mask_BS
-    logprobs_BS = torch.where(mask_BS, logprobs_BS.float(), 0.0)  # before exp: its gradient at inf would be NaN
+    logprobs_BS = torch.where(
+        mask_BS, logprobs_BS.float(), 0.0
+    )  # before exp: its gradient at inf would be NaN
     behaviour_BS = torch.where(mask_BS, behaviour_BS.float(), 0.0)
     old_BS, weight_BS = behaviour_BS, 1.0
     if tis_cap is not None:
-        old_BS = logprobs_BS.detach() if proximal_BS is None else torch.where(mask_BS, proximal_BS.float(), 0.0)
+        old_BS = (
+            logprobs_BS.detach()
+            if proximal_BS is None
+            else torch.where(mask_BS, proximal_BS.float(), 0.0)
+        )
         weight_BS = (old_BS - behaviour_BS).exp().clamp(max=tis_cap)
 
     advantages_B1 = advantages_B.float()[:, None]

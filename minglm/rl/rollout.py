@@ -75,7 +75,9 @@ def read_turn(tokenizer, completion, tools, thinking):
     return message, text
 
 
-def rollout(engine, tokenizer, environments, tasks, samples, settings, thinking=None, seed=0, first_sample=0):
+def rollout(
+    engine, tokenizer, environments, tasks, samples, settings, thinking=None, seed=0, first_sample=0
+):
     """Play every task `samples` times.
 
     environments: {name: Environment}. settings: an object with max_new_tokens, temperature and, optionally, top_p
@@ -89,7 +91,9 @@ def rollout(engine, tokenizer, environments, tasks, samples, settings, thinking=
     ]
     episodes, active = {}, []
     for p, group in enumerate(groups):
-        prompt = render(tokenizer, tasks[p].messages, tasks[p].tools, thinking[p], generation_prompt=True).ids
+        prompt = render(
+            tokenizer, tasks[p].messages, tasks[p].tools, thinking[p], generation_prompt=True
+        ).ids
         for g, trajectory in enumerate(group):
             trajectory.segments.append(Segment.prompt(prompt))
             episodes[p, g] = environments[tasks[p].environment].episode(tasks[p])
@@ -113,9 +117,13 @@ def rollout(engine, tokenizer, environments, tasks, samples, settings, thinking=
                 groups[p][g].truncated |= len(groups[p][g].segments[-1].tokens) >= engine.limit
         active = [(p, g) for p, g in active if not (episodes[p, g].done or groups[p][g].truncated)]
         turn += 1
-    for environment in environments.values():  # grouped, because some environments grade in parallel
+    for (
+        environment
+    ) in environments.values():  # grouped, because some environments grade in parallel
         keys = [key for key in episodes if tasks[key[0]].environment == environment.name]
-        for (p, g), score in zip(keys, environment.score_all([episodes[key] for key in keys]), strict=True):
+        for (p, g), score in zip(
+            keys, environment.score_all([episodes[key] for key in keys]), strict=True
+        ):
             groups[p][g].score = score
     return groups
 
@@ -135,5 +143,7 @@ def _advance(tokenizer, trajectory, episode, completion):
     if replies[0]["role"] == "tool":
         trajectory.segments[-1].add(continuation(tokenizer, replies, trajectory.thinking))
     else:
-        prompt = render(tokenizer, trajectory.messages, task.tools, trajectory.thinking, generation_prompt=True)
+        prompt = render(
+            tokenizer, trajectory.messages, task.tools, trajectory.thinking, generation_prompt=True
+        )
         trajectory.segments.append(Segment.prompt(prompt.ids))

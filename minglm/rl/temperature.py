@@ -33,10 +33,18 @@ class TemperatureController:
     """
 
     def __init__(
-        self, temperature=1.0, grid=(0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4), window=20, gain=0.01, drop=0.01, relative=True
+        self,
+        temperature=1.0,
+        grid=(0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4),
+        window=20,
+        gain=0.01,
+        drop=0.01,
+        relative=True,
     ):
         if temperature <= 0 or min(grid, default=1) <= 0:
-            raise ValueError(f"temperatures must be positive: temperature = {temperature}, grid = {tuple(grid)}")
+            raise ValueError(
+                f"temperatures must be positive: temperature = {temperature}, grid = {tuple(grid)}"
+            )
         if window < 1 or drop < 0:
             raise ValueError(f"window = {window} must be at least 1 and drop = {drop} not negative")
         self.temperature, self.grid, self.window = temperature, tuple(grid), window
@@ -62,7 +70,13 @@ class TemperatureController:
         best = max(scores.values(), default=0.0)
         bound = best - self.drop * (abs(best) if self.relative else 1.0)
         chosen = max((t for t, score in scores.items() if score >= bound), default=self.temperature)
-        decision = {"step": self.steps, "before": before, "now": now, "scores": list(scores.items()), "bound": bound}
+        decision = {
+            "step": self.steps,
+            "before": before,
+            "now": now,
+            "scores": list(scores.items()),
+            "bound": bound,
+        }
         self.log.append(decision | {"from": self.temperature, "to": chosen})
         self.temperature, self.rewards = chosen, []
 

@@ -10,19 +10,14 @@ resumed run repeats nothing and needs no random state.
 """
 
 import math
-import time
-from statistics import fmean
 
 import torch
-from tqdm import tqdm
 
 from minglm.kernels.cross_entropy.eager import token_log_probabilities
 from minglm.parallel.replicas import Replicas
-from minglm.rewards.pathology import detect, incidence
+from minglm.rewards.pathology import detect
 from minglm.rl.aggregation import aggregate, denominator
 from minglm.rl.grpo import advantages, live_groups, policy_loss
-from minglm.rl.rollout import rollout
-from minglm.train.checkpoint import Interrupted, stop_between_steps
 
 MICROBATCH_TOKENS = 8192
 WARMUP_STEPS = 5
@@ -48,7 +43,10 @@ def sampled_log_probabilities(model, tokens_BS, mask_BS, documents_BS, temperatu
     before_BS = mask_BS[:, 1:]  # position s - 1 predicts token s
     hidden_TD = hidden_BSD[:, :-1][before_BS]
     logprobs_T, entropy_T = token_log_probabilities(
-        hidden_TD, model.lm_head.weight.to(hidden_TD.dtype), tokens_BS[:, 1:][before_BS], temperature
+        hidden_TD,
+        model.lm_head.weight.to(hidden_TD.dtype),
+        tokens_BS[:, 1:][before_BS],
+        temperature,
     )
     where = torch.zeros_like(mask_BS)
     where[:, 1:] = before_BS
@@ -100,8 +98,12 @@ def update(model, optimizer, pairs, config, pad, clip_norm=1.0, replicas=None):
         return metrics
 
     count = min(len(replicas), len(pairs))
-    found = replicas.run(work, [pairs[i::count] for i in range(count)])  # each gets short and long ones
-    metrics = {key: (max if key == "ratio_max" else sum)(part[key] for part in found) for key in found[0]}
+    found = replicas.run(
+        work, [pairs[i::count] for i in range(count)]
+    )  # each gets short and long ones
+    metrics = {
+        key: (max if key == "ratio_max" else sum)(part[key] for part in found) for key in found[0]
+    }
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     if math.isfinite(norm):
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
@@ -122,90 +124,40 @@ def reward(trajectory, fault_penalty):
     return trajectory.score.value - (fault_penalty if faulty else 0.0)
 
 
-def summarize(groups):
-    """Numbers of one rollout for the log: reward, by environment too, length, truncation, calls, faults."""
-    everything = [t for group in groups for t in group]
-    by_env = {}
-    for t in everything:
-        by_env.setdefault(t.task.environment, []).append(t.score.value)
-    with_tools = [t.score.parts for t in everything if t.task.tools]
-    calls, valid = (sum(parts[key] for parts in with_tools) for key in ("calls", "valid_calls"))
-    flags = [faults(trajectory) for trajectory in everything]
-    return {
-        "reward": round(fmean(t.score.value for t in everything), 4),
-        "reward_by_env": {name: round(fmean(values), 4) for name, values in by_env.items()},
-        "length": round(fmean(t.length for t in everything), 2),
-        "truncated": round(fmean(t.truncated for t in everything), 4),
-        "switch_ok": round(fmean(t.switch_obeyed for t in everything), 4),
-        "valid_calls": round(valid / calls, 4) if calls else None,
-        "incidence": {key: round(value, 4) for key, value in incidence(flags).items()},
-    }
-
-
-def draw_tasks(environments, names, count, seed, step, thinking_share=1.0):
-    """Training tasks for a step, the environments in `names` taking turns (a name may stand there twice), and thinking
-    on or off for each, by whole turns: each environment gets both.
-    """
-    numbers = range(step * count, (step + 1) * count)
-    tasks = [environments[names[n % len(names)]].task(n, seed, "train") for n in numbers]
-    turns = [n // len(names) for n in numbers]
-    return tasks, [int((turn + 1) * thinking_share) > int(turn * thinking_share) for turn in turns]
-
-
-def reinforce(model, optimizer, engine, tokenizer, environments, config, name, checkpoints, log, seed=0,
-              thinking_share=1.0, quiet=False, threads=1):  # fmt: skip
-    """Run `config.steps` steps of GRPO without KL, resuming from `checkpoints`. Ctrl-C saves and raises Interrupted.
-
-    environments: {name: Environment}, of which `config.environments` take turns. thinking_share: share of prompts with
-    thinking on. threads: how many share the samples of each update (`minglm.parallel.replicas`).
-    """
-    first, replicas = 0, Replicas(model, threads)
-    if (state := checkpoints.load()) is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    steps = range(first, config.steps)
-    bar = tqdm(steps, initial=first, total=config.steps, desc=name, unit="step", disable=quiet or None)
-    with stop_between_steps() as stop:
-        for step in bar:
-            began = time.perf_counter()
-            tasks, thinking = draw_tasks(environments, config.environments, config.prompts, seed, step, thinking_share)
-            groups = rollout(
-                engine, tokenizer, environments, tasks, config.samples, config, thinking, seed * 7919 + step
-            )
-            metrics = summarize(groups) | learn(model, optimizer, groups, config, tokenizer.pad, step, replicas)
-            log.write(
-                "rl", stage=name, step=step + 1, seconds=round(time.perf_counter() - began, 3), **metrics
-            )  # fmt: skip
-            bar.set_postfix_str(f"reward {metrics['reward']:.3f}, live {metrics['live_groups']:.0%}", refresh=False)
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            try:
-                stop()
-            except Interrupted:
-                checkpoints.save(state)
-                raise
-            if checkpoints.due():
-                checkpoints.save(state)
-
-
 def learn(model, optimizer, groups, config, pad, step, replicas=None):
     """Turn rewarded groups into optimizer steps, one per share of the rollout. Returns metrics for the log."""
-    rewards_PG = torch.tensor([[float(reward(t, config.fault_penalty)) for t in group] for group in groups])
-    valid_PG = torch.tensor([[t.score.status != "infrastructure" for t in group] for group in groups])
+    rewards_PG = torch.tensor(
+        [[float(reward(t, config.fault_penalty)) for t in group] for group in groups]
+    )
+    valid_PG = torch.tensor(
+        [[t.score.status != "infrastructure" for t in group] for group in groups]
+    )
     advantage_PG = advantages(rewards_PG, config.normalize_std, valid_PG)
     live_P = live_groups(rewards_PG, valid_PG)
-    metrics = {"live_groups": round(float(live_P.float().mean()), 4), "skipped": int(live_P.sum()) < 2}
+    metrics = {
+        "live_groups": round(float(live_P.float().mean()), 4),
+        "skipped": int(live_P.sum()) < 2,
+    }
     if metrics["skipped"]:
         return metrics
     pairs = [
         (segment, float(advantage_PG[p, g]))
-        for p, group in enumerate(groups) if live_P[p]
-        for g, trajectory in enumerate(group) if valid_PG[p, g]
+        for p, group in enumerate(groups)
+        if live_P[p]
+        for g, trajectory in enumerate(group)
+        if valid_PG[p, g]
         for segment in trajectory.segments
-    ]  # fmt: skip
+    ]
     for group in optimizer.param_groups:
         group["lr"] = config.peak_lr * min(1.0, (step + 1) / WARMUP_STEPS)
     metrics["trained_tokens"] = sum(len(segment.tokens) for segment, _ in pairs)
     for part in range(min(config.updates_per_rollout, len(pairs))):
-        metrics |= update(model, optimizer, pairs[part :: config.updates_per_rollout], config, pad, replicas=replicas)
+        metrics |= update(
+            model,
+            optimizer,
+            pairs[part :: config.updates_per_rollout],
+            config,
+            pad,
+            replicas=replicas,
+        )
     return metrics

@@ -72,7 +72,9 @@ async def read_body(request, most, keep=True):
     except ClientDisconnect:
         raise Gone from None
     except TimeoutError:
-        raise Refused(f"the body did not arrive within {BODY_SECONDS} seconds", status=408) from None
+        raise Refused(
+            f"the body did not arrive within {BODY_SECONDS} seconds", status=408
+        ) from None
     if size > most:
         raise Refused(f"the body is larger than {most} bytes", status=413, code="request_too_large")
     return b"".join(parts)
@@ -87,7 +89,12 @@ class Measured:
 
     def __init__(self, service, job, started):
         self.following = Following(service.worker, job, service.served.tokenizer)
-        self.job, self.started, self.metrics, self.answers = job, started, service.metrics, self.following.answers
+        self.job, self.started, self.metrics, self.answers = (
+            job,
+            started,
+            service.metrics,
+            self.following.answers,
+        )
 
     async def __aiter__(self):
         first = True
@@ -121,10 +128,19 @@ class Events:
         """The ASGI application."""
 
         async def put(data, more=True):
-            await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": more})
+            await send(
+                {
+                    "type": "http.response.body",
+                    "body": b"data: " + data + b"\n\n",
+                    "more_body": more,
+                }
+            )
 
         async def body():
-            headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+            headers = [
+                (b"content-type", b"text/event-stream; charset=utf-8"),
+                (b"cache-control", b"no-cache"),
+            ]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             try:
                 async for chunk in chunks(self.job, self.following, self.service.served.name):
@@ -141,7 +157,9 @@ class Events:
             pass
         finally:
             self.following.close()
-            self.service.metrics.count("minglm_requests_total", endpoint=scope["path"], status=status)
+            self.service.metrics.count(
+                "minglm_requests_total", endpoint=scope["path"], status=status
+            )
 
 
 def _json(value):
@@ -161,7 +179,11 @@ class Service:
 
     def __init__(self, engine, served, most_open=320, most_bytes=8 << 20):
         self.served, self.most_bytes = served, most_bytes
-        self.worker, self.metrics, self.since = Worker(engine, most_open), Metrics(), int(time.time())
+        self.worker, self.metrics, self.since = (
+            Worker(engine, most_open),
+            Metrics(),
+            int(time.time()),
+        )
         self.arriving = 0  # requests whose body is being read or prepared
         self.page = PAGE.read_text(encoding="utf-8")
 
@@ -175,7 +197,9 @@ class Service:
             body = await read_body(request, self.most_bytes, keep=room > 0)
             if room <= 0:
                 raise self.worker.full()
-            job = await run_in_threadpool(self.prepare, body, request.url.path)  # a long prompt takes a while
+            job = await run_in_threadpool(
+                self.prepare, body, request.url.path
+            )  # a long prompt takes a while
         finally:
             self.arriving -= 1
         following = Measured(self, job, started)
@@ -201,7 +225,12 @@ class Service:
 
     def model(self):
         """The entry of the list of models."""
-        about = {"id": self.served.name, "object": "model", "created": self.since, "owned_by": "minglm"}
+        about = {
+            "id": self.served.name,
+            "object": "model",
+            "created": self.since,
+            "owned_by": "minglm",
+        }
         return about | {"max_model_len": self.served.limit}
 
     async def models(self, request):
@@ -266,7 +295,9 @@ class Service:
         self.metrics.count("minglm_requests_total", endpoint="other", status=error.status_code)
         from starlette.responses import JSONResponse
 
-        refused = Refused(f"{error.detail}: {request.method} {request.url.path}", status=error.status_code)
+        refused = Refused(
+            f"{error.detail}: {request.method} {request.url.path}", status=error.status_code
+        )
         return JSONResponse(refused.body, error.status_code)
 
 
@@ -293,8 +324,13 @@ def create_app(engine, served, **bounds):
         "/metrics": (service.numbers, "GET"),
         "/": (service.home, "GET"),
     }
-    routes = [Route(path, service.guarded(handler), methods=[method]) for path, (handler, method) in table.items()]
-    app = Starlette(routes=routes, exception_handlers={HTTPException: service.unknown}, lifespan=lifespan)
+    routes = [
+        Route(path, service.guarded(handler), methods=[method])
+        for path, (handler, method) in table.items()
+    ]
+    app = Starlette(
+        routes=routes, exception_handlers={HTTPException: service.unknown}, lifespan=lifespan
+    )
     app.state.service = service
     return app
 
@@ -308,9 +344,15 @@ def serve(app, host="127.0.0.1", port=8000, ready=None):
     try:
         listening = socket.create_server((host, port))
     except (OSError, OverflowError) as error:
-        raise ValueError(f"cannot listen on {host}:{port}: {error}; choose another --port or --host") from None
+        raise ValueError(
+            f"cannot listen on {host}:{port}: {error}; choose another --port or --host"
+        ) from None
     if ready is not None:
         ready(f"http://{host}:{listening.getsockname()[1]}")
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3, timeout_keep_alive=60)
-    app.state.server = uvicorn.Server(config)  # whoever runs this in a thread ends it with should_exit = True
+    config = uvicorn.Config(
+        app, log_level="warning", timeout_graceful_shutdown=3, timeout_keep_alive=60
+    )
+    app.state.server = uvicorn.Server(
+        config
+    )  # whoever runs this in a thread ends it with should_exit = True
     app.state.server.run(sockets=[listening])

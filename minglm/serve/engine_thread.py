@@ -69,11 +69,12 @@ class Worker:
                 continue
             try:
                 self.engine.step()
-            except (
-                Exception
-            ):  # whatever it was, the next request deserves an answer; the engine has told those under way
+            except Exception:  # whatever it was, the next request deserves an answer; the engine has told those under way
                 self.failures += 1
-                print("minglm serve: a pass of the engine failed; the answers under way are lost", file=sys.stderr)
+                print(
+                    "minglm serve: a pass of the engine failed; the answers under way are lost",
+                    file=sys.stderr,
+                )
                 traceback.print_exc()
 
 
@@ -107,7 +108,9 @@ class Following:
         self.left, self.queue, loop = len(self.answers), asyncio.Queue(), asyncio.get_running_loop()
 
         def hear(index, event):
-            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens any more
+            with contextlib.suppress(
+                RuntimeError
+            ):  # the loop has been closed: nobody listens any more
                 loop.call_soon_threadsafe(self.queue.put_nowait, (index, event))
 
         self.tickets = worker.submit(job.requests, hear)
@@ -122,7 +125,9 @@ class Following:
             if answer.reason is not None:
                 continue  # drawn before the engine heard that a stop string had come
             if event.finish_reason in ("error", "cancelled"):
-                raise Refused("the engine failed while it was answering", status=500, kind="server_error")
+                raise Refused(
+                    "the engine failed while it was answering", status=500, kind="server_error"
+                )
             deltas = answer.take(event)
             if answer.reason is not None:
                 self.left -= 1

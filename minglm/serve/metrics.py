@@ -6,7 +6,10 @@ from collections import Counter
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 HELP = {
-    "minglm_requests_total": ("counter", "Requests by endpoint and HTTP status; 499: the client went away."),
+    "minglm_requests_total": (
+        "counter",
+        "Requests by endpoint and HTTP status; 499: the client went away.",
+    ),
     "minglm_prompt_tokens_total": ("counter", "Tokens of the prompts that were answered."),
     "minglm_generation_tokens_total": ("counter", "Tokens that were sampled for clients."),
     "minglm_finished_total": ("counter", "Answers by the reason they ended."),

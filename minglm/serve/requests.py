@@ -85,7 +85,9 @@ def chat_job(body, served):
     shown = [tool["function"] for tool in tools] if served.bare_tools else tools
     form = {"dialect": served.dialect, "clear_thinking": kwargs["clear_thinking"]}
     try:
-        prompt = render(served.tokenizer, messages, shown, thinking, generation_prompt=True, **form).ids
+        prompt = render(
+            served.tokenizer, messages, shown, thinking, generation_prompt=True, **form
+        ).ids
         line, prefix = dialect_of(served.dialect).line, ""
         if forced is not None:
             prefix = f"<tool_call>{forced}{line if forced else ''}"
@@ -98,8 +100,13 @@ def chat_job(body, served):
         logprobs = _number(body, "top_logprobs", 0, 0, 20, whole=True)
     elif body.get("top_logprobs"):
         raise Refused("top_logprobs needs logprobs = true", "top_logprobs")
-    most = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
-    settings |= {"top_logprobs": logprobs or 0, "max_new_tokens": _number(body, most, served.limit, 1, whole=True)}
+    most = (
+        "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
+    )
+    settings |= {
+        "top_logprobs": logprobs or 0,
+        "max_new_tokens": _number(body, most, served.limit, 1, whole=True),
+    }
     return Job(
         chat=True,
         requests=_requests([prompt], settings, body, served),
@@ -118,8 +125,13 @@ def text_job(body, served):
     prompts = _prompts(body, served.tokenizer)
     if body.get("echo") or body.get("suffix"):
         raise Refused("echo and suffix are not supported", "echo" if body.get("echo") else "suffix")
-    logprobs = None if body.get("logprobs") is None else _number(body, "logprobs", 0, 0, 20, whole=True)
-    settings |= {"top_logprobs": logprobs or 0, "max_new_tokens": _number(body, "max_tokens", 16, 1, whole=True)}
+    logprobs = (
+        None if body.get("logprobs") is None else _number(body, "logprobs", 0, 0, 20, whole=True)
+    )
+    settings |= {
+        "top_logprobs": logprobs or 0,
+        "max_new_tokens": _number(body, "max_tokens", 16, 1, whole=True),
+    }
     return Job(
         chat=False,
         requests=_requests(prompts, settings, body, served),
@@ -138,16 +150,31 @@ def _common(body, served):
     if body.get("model", served.name) != served.name:
         message = f"the model {body['model']!r:.80} is not served here; {served.name!r} is"
         raise Refused(message, "model", 404, "model_not_found")
-    for name in ("frequency_penalty", "presence_penalty", "logit_bias", "functions", "function_call"):
+    for name in (
+        "frequency_penalty",
+        "presence_penalty",
+        "logit_bias",
+        "functions",
+        "function_call",
+    ):
         if body.get(name):
             raise Refused(f"{name} is not supported", name, code="unsupported_parameter")
     form = body.get("response_format") or {"type": "text"}
     if not isinstance(form, dict) or form.get("type") != "text":
-        raise Refused("response_format: only text is supported", "response_format", code="unsupported_parameter")
+        raise Refused(
+            "response_format: only text is supported",
+            "response_format",
+            code="unsupported_parameter",
+        )
     stops = body.get("stop") or []
     stops = [stops] if isinstance(stops, str) else stops
-    if not isinstance(stops, list) or not all(isinstance(s, str) and 0 < len(s) <= MOST_STOP_LETTERS for s in stops):
-        raise Refused(f"stop must be a string or a list of strings of 1 to {MOST_STOP_LETTERS} letters", "stop")
+    if not isinstance(stops, list) or not all(
+        isinstance(s, str) and 0 < len(s) <= MOST_STOP_LETTERS for s in stops
+    ):
+        raise Refused(
+            f"stop must be a string or a list of strings of 1 to {MOST_STOP_LETTERS} letters",
+            "stop",
+        )
     if len(stops) > MOST_STOPS:
         raise Refused(f"stop: at most {MOST_STOPS} strings", "stop")
     options = _typed(body, "stream_options", dict, {})
@@ -159,10 +186,14 @@ def _common(body, served):
     }
     temperature = _number(body, "temperature", 1.0, 0, 2)
     return common, {
-        "temperature": temperature if temperature >= 1e-3 else 0.0,  # divided by less, logits overflow
+        "temperature": temperature
+        if temperature >= 1e-3
+        else 0.0,  # divided by less, logits overflow
         "top_p": _number(body, "top_p", 1.0, 0, 1),
         "min_p": _number(body, "min_p", 0.0, 0, 1),
-        "top_k": max(0, _number(body, "top_k", 0, -1, 2**31, whole=True)),  # -1 is everything, in other servers
+        "top_k": max(
+            0, _number(body, "top_k", 0, -1, 2**31, whole=True)
+        ),  # -1 is everything, in other servers
     }
 
 
@@ -191,16 +222,29 @@ def _requests(prompts, settings, body, served):
     """n engine requests for each prompt, with seeds that differ and that `seed` decides."""
     n = _number(body, "n", 1, 1, whole=True)
     if n * len(prompts) > served.most_answers:
-        message = f"{n * len(prompts)} answers were asked for at once; at most {served.most_answers}"
+        message = (
+            f"{n * len(prompts)} answers were asked for at once; at most {served.most_answers}"
+        )
         raise Refused(message, "n" if n > 1 else "prompt")
     for prompt in prompts:
         if len(prompt) >= served.limit:
-            message = f"the prompt has {len(prompt)} tokens; this model takes at most {served.limit - 1}"
-            raise Refused(message, "messages" if "messages" in body else "prompt", code="context_length_exceeded")
+            message = (
+                f"the prompt has {len(prompt)} tokens; this model takes at most {served.limit - 1}"
+            )
+            raise Refused(
+                message,
+                "messages" if "messages" in body else "prompt",
+                code="context_length_exceeded",
+            )
     seed = _number(body, "seed", secrets.randbits(62), -(2**63), 2**63 - 1, whole=True)
     most = settings.pop("max_new_tokens")
     return [
-        Request(prompt, min(most, served.limit - len(prompt)), seed=(seed + i * 0x9E3779B97F4A7C15) % 2**63, **settings)
+        Request(
+            prompt,
+            min(most, served.limit - len(prompt)),
+            seed=(seed + i * 0x9E3779B97F4A7C15) % 2**63,
+            **settings,
+        )
         for i, prompt in enumerate(prompt for prompt in prompts for _ in range(n))
     ]
 
@@ -214,7 +258,9 @@ def _thinking(body):
     thinking = kwargs.get("enable_thinking", spelled.get("type") != "disabled")
     clear = kwargs.get("clear_thinking", spelled.get("clear_thinking", True))
     if not isinstance(thinking, bool) or not isinstance(clear, bool):
-        raise Refused("enable_thinking and clear_thinking must be true or false", "chat_template_kwargs")
+        raise Refused(
+            "enable_thinking and clear_thinking must be true or false", "chat_template_kwargs"
+        )
     return {"thinking": thinking, "clear_thinking": clear}
 
 
@@ -238,7 +284,9 @@ def _tools(body):
     function = choice.get("function") if isinstance(choice, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if name not in names:
-        raise Refused("tool_choice must be none, auto, required, or name a function of tools", "tool_choice")
+        raise Refused(
+            "tool_choice must be none, auto, required, or name a function of tools", "tool_choice"
+        )
     return tools, name
 
 
@@ -246,7 +294,9 @@ def _check_tool(tool, at):
     """Refuse what the parser could not read an argument's type from."""
 
     def is_schema(spec):
-        options = [spec.get("anyOf", []), spec.get("oneOf", [])] if isinstance(spec, dict) else [None]
+        options = (
+            [spec.get("anyOf", []), spec.get("oneOf", [])] if isinstance(spec, dict) else [None]
+        )
         kinds = spec.get("type", []) if isinstance(spec, dict) else []
         kinds = [kinds] if isinstance(kinds, str) else kinds
         return (
@@ -257,10 +307,19 @@ def _check_tool(tool, at):
         )
 
     function = tool.get("function") if isinstance(tool, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-        raise Refused(f'{at} must be {{"type": "function", "function": {{"name": ..., "parameters": ...}}}}', at)
+    if (
+        not isinstance(function, dict)
+        or not isinstance(function.get("name"), str)
+        or not function["name"]
+    ):
+        raise Refused(
+            f'{at} must be {{"type": "function", "function": {{"name": ..., "parameters": ...}}}}',
+            at,
+        )
     if not re.fullmatch(r"[\w.:/-]{1,64}", function["name"]):
-        raise Refused(f"{at}.function.name must be 1 to 64 letters, digits, or any of _ . : / -", at)
+        raise Refused(
+            f"{at}.function.name must be 1 to 64 letters, digits, or any of _ . : / -", at
+        )
     parameters = function.get("parameters") or {}
     properties = parameters.get("properties") or {} if isinstance(parameters, dict) else None
     required = parameters.get("required") or [] if isinstance(parameters, dict) else None
@@ -281,23 +340,31 @@ def _messages(body):
             raise Refused(f"messages[{i}] must be an object", "messages")
         if not isinstance(message.get("tool_calls") or [], list):
             raise Refused(f"messages[{i}].tool_calls must be a list", "messages")
-        found.append({**message, "role": "system"} if message.get("role") == "developer" else message)
+        found.append(
+            {**message, "role": "system"} if message.get("role") == "developer" else message
+        )
     return found
 
 
 def _prompts(body, tokenizer):
     """`prompt` as lists of ids: one text, one list of ids, or a list of either."""
     prompt = body.get("prompt")
-    if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], int)):
+    if isinstance(prompt, str) or (
+        isinstance(prompt, list) and prompt and isinstance(prompt[0], int)
+    ):
         prompt = [prompt]
     if not isinstance(prompt, list) or not prompt:
         raise Refused("prompt must be text, token ids, or a list of these", "prompt")
     found = []
     for one in prompt:
         ids = tokenizer.encode(one) if isinstance(one, str) else one
-        good = isinstance(ids, list) and all(isinstance(t, int) and not isinstance(t, bool) for t in ids)
+        good = isinstance(ids, list) and all(
+            isinstance(t, int) and not isinstance(t, bool) for t in ids
+        )
         if not good or not all(0 <= t < tokenizer.vocab_size for t in ids):
-            raise Refused(f"prompt must be text, or token ids from 0 to {tokenizer.vocab_size - 1}", "prompt")
+            raise Refused(
+                f"prompt must be text, or token ids from 0 to {tokenizer.vocab_size - 1}", "prompt"
+            )
         if not ids:
             raise Refused("prompt is empty", "prompt")
         found.append(ids)

@@ -8,7 +8,11 @@ def usage(job, following):
     each = len(job.requests) // job.prompts
     prompt = sum(len(request.prompt) for request in job.requests[::each])
     sampled = sum(len(answer.ids) for answer in following.answers)
-    found = {"prompt_tokens": prompt, "completion_tokens": sampled, "total_tokens": prompt + sampled}
+    found = {
+        "prompt_tokens": prompt,
+        "completion_tokens": sampled,
+        "total_tokens": prompt + sampled,
+    }
     if job.chat:
         thought = sum(answer.reasoning_tokens for answer in following.answers)
         found["completion_tokens_details"] = {"reasoning_tokens": thought}
@@ -18,7 +22,9 @@ def usage(job, following):
 def _head(job, name, streamed):
     return {
         "id": f"{'chatcmpl' if job.chat else 'cmpl'}-{job.id}",
-        "object": ("chat.completion.chunk" if streamed else "chat.completion") if job.chat else "text_completion",
+        "object": ("chat.completion.chunk" if streamed else "chat.completion")
+        if job.chat
+        else "text_completion",
         "created": job.created,
         "model": name,
     }
@@ -43,8 +49,12 @@ async def whole(job, following, name):
         wholes[index].add({}, answer.logprobs())
     choices = []
     for index, (found, answer) in enumerate(zip(wholes, following.answers, strict=True)):
-        content = {"message": found.message()} if job.chat else {"text": found.texts.get("text", "")}
-        choices.append({"index": index, **content, "logprobs": found.logprobs, **_end(job, index, answer)})
+        content = (
+            {"message": found.message()} if job.chat else {"text": found.texts.get("text", "")}
+        )
+        choices.append(
+            {"index": index, **content, "logprobs": found.logprobs, **_end(job, index, answer)}
+        )
     return {**_head(job, name, streamed=False), "choices": choices, "usage": usage(job, following)}
 
 
@@ -54,7 +64,12 @@ async def chunks(job, following, name):
 
     def chunk(index, delta, logprobs=None, **end):
         content = {"delta": delta} if job.chat else {"text": delta.get("text", "")}
-        choice = {"index": index, **content, "logprobs": logprobs, **(end or {"finish_reason": None})}
+        choice = {
+            "index": index,
+            **content,
+            "logprobs": logprobs,
+            **(end or {"finish_reason": None}),
+        }
         return {**head, "choices": [choice]}
 
     if job.chat:

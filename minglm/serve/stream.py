@@ -29,11 +29,16 @@ class StopStrings:
         if self.hit:
             return ""
         text, self.held = self.held + text, ""
-        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self.stops if stop in text]
+        found = [
+            (text.find(stop) + len(stop), text.find(stop)) for stop in self.stops if stop in text
+        ]
         if found:
             self.hit = True
             return text[: min(found)[1]]
-        keep = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        keep = max(
+            (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
+            default=0,
+        )
         if last or not keep:
             return text
         self.held = text[-keep:]
@@ -50,7 +55,13 @@ class Answer:
         self.parser = Parser(job.tools, job.opened) if job.chat else None
         if job.prefix:
             self.parser.feed(job.prefix)
-        self.ids, self.pending, self.calls, self.reasoning_tokens, self.letters_said = [], [], 0, 0, 0
+        self.ids, self.pending, self.calls, self.reasoning_tokens, self.letters_said = (
+            [],
+            [],
+            0,
+            0,
+            0,
+        )
         self.thinks = job.opened
         self.reason = self.error = None
 
@@ -104,8 +115,16 @@ class Answer:
             arguments = json.dumps(value["arguments"], ensure_ascii=False)
             function = {"name": value["name"], "arguments": arguments}
             index, self.calls = self.calls, self.calls + 1
-            yield {"tool_calls": [{"index": index, "id": f"call_{secrets.token_hex(8)}", "type": "function",
-                                   "function": function}]}  # fmt: skip
+            yield {
+                "tool_calls": [
+                    {
+                        "index": index,
+                        "id": f"call_{secrets.token_hex(8)}",
+                        "type": "function",
+                        "function": function,
+                    }
+                ]
+            }
 
     def _count_reasoning(self, token):
         special = self.tokenizer.special
@@ -142,7 +161,9 @@ class Answer:
             data = self.tokenizer.bytes([token])
             return {"token": self._text(token), "logprob": logprob, "bytes": list(data)}
 
-        return entry(event.token, event.logprob) | {"top_logprobs": [entry(t, p) for t, p in event.top_logprobs]}
+        return entry(event.token, event.logprob) | {
+            "top_logprobs": [entry(t, p) for t, p in event.top_logprobs]
+        }
 
 
 class Whole:
@@ -166,7 +187,10 @@ class Whole:
 
     def message(self):
         """The assistant message of a chat."""
-        message = {"role": "assistant", "content": self.texts.get("content", None if self.calls else "")}
+        message = {
+            "role": "assistant",
+            "content": self.texts.get("content", None if self.calls else ""),
+        }
         if "reasoning_content" in self.texts:
             message["reasoning_content"] = self.texts["reasoning_content"]
         if self.calls:

@@ -27,10 +27,22 @@ class Conversation:
     """
 
     def __init__(
-        self, model, tokenizer, temperature=0.6, top_p=0.95, max_new_tokens=200, seed=0, dialect="glm-4.5", out=None
+        self,
+        model,
+        tokenizer,
+        temperature=0.6,
+        top_p=0.95,
+        max_new_tokens=200,
+        seed=0,
+        dialect="glm-4.5",
+        out=None,
     ):
         self.engine, self.tokenizer, self.out = Engine(model, tokenizer), tokenizer, out
-        self.settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        self.settings = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+        }
         self.thinking, self.tools, self.seed, self.dialect = True, False, seed, dialect
         self.reset()
 
@@ -39,7 +51,10 @@ class Conversation:
         self.messages, self.turn = [], 0
         rng = random.Random(self.seed)
         self.shop = ENVIRONMENTS["retail"].episode(ENVIRONMENTS["retail"].task(0, self.seed))
-        self.shop.orders = {n: rng.choice(("pending", "shipped", "delivered")) for n in rng.sample(range(100, 1000), 6)}
+        self.shop.orders = {
+            n: rng.choice(("pending", "shipped", "delivered"))
+            for n in rng.sample(range(100, 1000), 6)
+        }
 
     def command(self, line):
         """Carry out a line that begins with a slash; False ends the chat."""
@@ -52,7 +67,11 @@ class Conversation:
             self.tools = not self.tools
             orders = ", ".join(f"{number} {status}" for number, status in self.shop.orders.items())
             example = f"for instance: I do not want order {next(iter(self.shop.orders))}."
-            self.say(f"tools on; the shop has the orders {orders}; {example}" if self.tools else "tools off")
+            self.say(
+                f"tools on; the shop has the orders {orders}; {example}"
+                if self.tools
+                else "tools off"
+            )
         elif line == "/new":
             self.reset()
             self.say("a new conversation")
@@ -92,7 +111,12 @@ class Conversation:
     def stream(self, tools):
         """One assistant turn, printed as it is drawn: reasoning in grey, then the content. Returns the message."""
         prompt = render(
-            self.tokenizer, self.messages, tools or None, self.thinking, generation_prompt=True, dialect=self.dialect
+            self.tokenizer,
+            self.messages,
+            tools or None,
+            self.thinking,
+            generation_prompt=True,
+            dialect=self.dialect,
         ).ids
         opened = prompt[-1] == self.tokenizer.special.get("<think>")
         parser, pending, stops, shown = Parser(tools, opened), [], set(self.tokenizer.stop_ids), []
@@ -108,7 +132,9 @@ class Conversation:
         def on_token(_, token):
             pending.append(token)
             text = self.tokenizer.decode(pending)
-            if token not in stops and not text.endswith("\ufffd"):  # wait for the rest of a character
+            if token not in stops and not text.endswith(
+                "\ufffd"
+            ):  # wait for the rest of a character
                 show(parser.feed(text))
                 pending.clear()
 
@@ -123,7 +149,10 @@ class Conversation:
 def chat(model, tokenizer, read=input, **options):
     """Run the terminal chat until /quit or the end of input. read: a function that asks for one line."""
     conversation = Conversation(model, tokenizer, **options)
-    known = [ENVIRONMENTS[name].test_tasks(2, conversation.seed) for name in ("arithmetic", "instructions")]
+    known = [
+        ENVIRONMENTS[name].test_tasks(2, conversation.seed)
+        for name in ("arithmetic", "instructions")
+    ]
     examples = "\n".join(f"    {task.messages[-1]['content']}" for tasks in known for task in tasks)
     conversation.say(
         f"{HELP}\nA small model knows what it was trained on, each in a conversation of its own:\n{examples}"

@@ -15,7 +15,13 @@ from minglm.testing.cleaning import (
 from minglm.testing.data import check_batch, check_fim, check_packer, check_stream, check_tokenizer
 from minglm.testing.envs import check_environment, check_sandbox
 from minglm.testing.inference import check_sampler, check_verifier
-from minglm.testing.model import check_attention, check_balance, check_experts, check_rope, check_router
+from minglm.testing.model import (
+    check_attention,
+    check_balance,
+    check_experts,
+    check_rope,
+    check_router,
+)
 from minglm.testing.optim import check_optimizer, check_schedule
 from minglm.testing.rl import (
     check_advantages,

@@ -19,7 +19,9 @@ from minglm.chat.template import STOPS, dialect_of
 from minglm.data.tokenizer import SPECIAL_TOKENS
 
 # A counterexample is reported as it is drawn: looking for the smallest one takes seconds.
-contract = settings(deadline=None, report_multiple_bugs=False, phases=[Phase.generate], database=None)
+contract = settings(
+    deadline=None, report_multiple_bugs=False, phases=[Phase.generate], database=None
+)
 
 TOOLS = [
     {
@@ -54,16 +56,38 @@ class ByteTokenizer:
 
     def decode(self, ids):
         """Back to text."""
-        return b"".join(bytes([i]) if i < 256 else SPECIAL_TOKENS[i - 256].encode() for i in ids).decode()
+        return b"".join(
+            bytes([i]) if i < 256 else SPECIAL_TOKENS[i - 256].encode() for i in ids
+        ).decode()
 
 
 # Pieces that make trouble: halves of tags, tags, blanks at the ends, characters of several bytes.
-_PLAIN = ["a", "Bc", "7", " ", "\n", "é", "漢", "<", ">", "</", "<|", "|>", "{", '"', "\\", "arg_key ", "think "]
+_PLAIN = [
+    "a",
+    "Bc",
+    "7",
+    " ",
+    "\n",
+    "é",
+    "漢",
+    "<",
+    ">",
+    "</",
+    "<|",
+    "|>",
+    "{",
+    '"',
+    "\\",
+    "arg_key ",
+    "think ",
+]
 _TAGGED = [*_PLAIN, *SPECIAL_TOKENS]
 _numbers = st.integers(-(10**9), 10**9)
 _json = st.recursive(
     st.none() | st.booleans() | _numbers | st.sampled_from(["", "x", "</tool_call>", "é\n"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
@@ -113,7 +137,9 @@ def conversations(draw, user_turns=3):
         messages.append({"role": "user", "content": draw(text)})
         for _ in range(draw(st.integers(0, 2))):
             messages.append(draw(assistant_messages(calls=True, pieces=tuple(_TAGGED))))
-            messages += [{"role": "tool", "content": draw(text)} for _ in messages[-1]["tool_calls"]]
+            messages += [
+                {"role": "tool", "content": draw(text)} for _ in messages[-1]["tool_calls"]
+            ]
         messages.append(draw(assistant_messages(pieces=tuple(_TAGGED))))
     return messages
 
@@ -153,14 +179,18 @@ def check_template(render, tokenizer=None, dialect="glm-4.5"):
     @contract
     @given(*switches)
     def spells_its_text(messages, thinking, tools):
-        ids, mask, text = render(tokenizer, messages, tools=TOOLS if tools else None, thinking=thinking)
+        ids, mask, text = render(
+            tokenizer, messages, tools=TOOLS if tools else None, thinking=thinking
+        )
         assert len(ids) == len(mask), "ids and mask differ in length"
         assert tokenizer.decode(ids) == text, "the ids do not spell the text"
 
     @contract
     @given(*switches)
     def targets_are_what_the_model_writes(messages, thinking, tools):
-        ids, mask, _ = render(tokenizer, messages, tools=TOOLS if tools else None, thinking=thinking)
+        ids, mask, _ = render(
+            tokenizer, messages, tools=TOOLS if tools else None, thinking=thinking
+        )
         expected = ""
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
@@ -170,8 +200,12 @@ def check_template(render, tokenizer=None, dialect="glm-4.5"):
                 text = _produced(message, form.line, thought)
                 expected += text.removeprefix("<think>") if thought and form.opens else text
                 expected += "<|observation|>" if message["tool_calls"] else "<|user|>"
-        targets = tokenizer.decode([token for token, trained in zip(ids, mask, strict=True) if trained])
-        assert targets == expected, "the targets are not the assistant's text with the role tokens that end its turns"
+        targets = tokenizer.decode(
+            [token for token, trained in zip(ids, mask, strict=True) if trained]
+        )
+        assert targets == expected, (
+            "the targets are not the assistant's text with the role tokens that end its turns"
+        )
 
     @contract
     @given(*switches)
@@ -180,26 +214,45 @@ def check_template(render, tokenizer=None, dialect="glm-4.5"):
         whole = render(tokenizer, messages, **switch)[0]
         for end in range(_last_user(messages) + 1, len(messages)):
             part = render(tokenizer, messages[:end], **switch)[0]
-            assert whole[: len(part)] == part, f"the first {end} messages are no prefix of the whole"
+            assert whole[: len(part)] == part, (
+                f"the first {end} messages are no prefix of the whole"
+            )
 
     @contract
     @given(*switches)
     def preserved_reasoning_extends_everywhere(messages, thinking, tools):
-        switch = {"tools": TOOLS if tools else None, "thinking": thinking, "close": False, "clear_thinking": False}
+        switch = {
+            "tools": TOOLS if tools else None,
+            "thinking": thinking,
+            "close": False,
+            "clear_thinking": False,
+        }
         whole = render(tokenizer, messages, **switch)
         for end in range(1, len(messages)):
             part = render(tokenizer, messages[:end], **switch)[0]
-            assert whole[0][: len(part)] == part, f"the first {end} messages are no prefix of the whole"
+            assert whole[0][: len(part)] == part, (
+                f"the first {end} messages are no prefix of the whole"
+            )
         for message in messages:
             assert (message.get("reasoning_content") or "") in whole[2], "reasoning was dropped"
 
     @contract
     @given(*switches)
     def role_tokens_open_turns_and_nothing_else(messages, thinking, tools):
-        ids = render(tokenizer, messages, tools=TOOLS if tools else None, thinking=thinking, close=False)[0]
+        ids = render(
+            tokenizer, messages, tools=TOOLS if tools else None, thinking=thinking, close=False
+        )[0]
         roles = [message["role"] for message in messages]
-        runs = [role for role, before in zip(roles, [None, *roles[:-1]], strict=True) if not role == before == "tool"]
-        for role, name in {"user": "<|user|>", "assistant": "<|assistant|>", "tool": "<|observation|>"}.items():
+        runs = [
+            role
+            for role, before in zip(roles, [None, *roles[:-1]], strict=True)
+            if not role == before == "tool"
+        ]
+        for role, name in {
+            "user": "<|user|>",
+            "assistant": "<|assistant|>",
+            "tool": "<|observation|>",
+        }.items():
             count = ids.count(tokenizer.special[name])
             assert count == runs.count(role), f"{count} {name} for {runs.count(role)} turns"
 
@@ -222,11 +275,20 @@ WRONG = [
     ("answer</think>", "stray_tag"),
     ("answer <think>late</think>", "stray_tag"),
     ("<tool_call>act", "unclosed_tool_call"),
-    ("<tool_call>act\n<arg_key>text</arg_key>\n<arg_value>half<|observation|>", "unclosed_tool_call"),
+    (
+        "<tool_call>act\n<arg_key>text</arg_key>\n<arg_value>half<|observation|>",
+        "unclosed_tool_call",
+    ),
     ("<tool_call></tool_call>", "bad_tool_call"),
     ('<tool_call>{"name": "act", "arguments": {}}</tool_call>', "bad_tool_call"),
-    ("<tool_call>act\n<arg_key>text</arg_key></arg_key>\n<arg_value>x</arg_value>\n</tool_call>", "bad_tool_call"),
-    ("<tool_call>act\n<arg_key><arg_key>text</arg_key>\n<arg_value>x</arg_value>\n</tool_call>", "bad_tool_call"),
+    (
+        "<tool_call>act\n<arg_key>text</arg_key></arg_key>\n<arg_value>x</arg_value>\n</tool_call>",
+        "bad_tool_call",
+    ),
+    (
+        "<tool_call>act\n<arg_key><arg_key>text</arg_key>\n<arg_value>x</arg_value>\n</tool_call>",
+        "bad_tool_call",
+    ),
     ("<tool_call>act\n<arg_key>text</arg_key>\nx</arg_value>\n</tool_call>", "bad_tool_call"),
     ("<tool_call>act\ntext</arg_key>\n<arg_value>x</arg_value>\n</tool_call>", "bad_tool_call"),
     ("<tool_call>fly\n</tool_call>", "unknown_tool"),
@@ -264,7 +326,9 @@ def check_parser(parse, parser=None):
         message = _without_exception(parse, text)
         assert message["error"] is None or isinstance(message["error"], str)
         message = _without_exception(parse, "<tool_call>" + text)
-        assert message["tool_calls"] or message["error"], "a call that was begun is neither a call nor an error"
+        assert message["tool_calls"] or message["error"], (
+            "a call that was begun is neither a call nor an error"
+        )
 
     @contract
     @given(assistant_messages(calls=True), st.data())
@@ -295,10 +359,17 @@ def check_parser(parse, parser=None):
             events += stream.finish()
             message = stream.close()
             assert message == parse(text, TOOLS), "the split changes the message"
-            joined = {kind: "".join(said for k, said in events if k == kind) for kind in ("reasoning", "content")}
-            assert joined["reasoning"] == message["reasoning_content"], "the events miss some reasoning"
+            joined = {
+                kind: "".join(said for k, said in events if k == kind)
+                for kind in ("reasoning", "content")
+            }
+            assert joined["reasoning"] == message["reasoning_content"], (
+                "the events miss some reasoning"
+            )
             assert joined["content"] == message["content"], "the events miss some content"
-            assert [call for kind, call in events if kind == "call"] == message["tool_calls"], "the events miss a call"
+            assert [call for kind, call in events if kind == "call"] == message["tool_calls"], (
+                "the events miss a call"
+            )
 
     reads_what_was_written()
     answers_any_text()

@@ -21,12 +21,16 @@ HAN = [chr(code) for code in range(0x4E00, 0x4E00 + 1500)]
 
 def made_up(rng, count, chinese=False):
     """A list of `count` random words, or Chinese characters; two such lists share next to no run of three."""
-    return [rng.choice(HAN) if chinese else "".join(rng.choices(SYLLABLES, k=3)) for _ in range(count)]
+    return [
+        rng.choice(HAN) if chinese else "".join(rng.choices(SYLLABLES, k=3)) for _ in range(count)
+    ]
 
 
 def document(name, words, chinese=False, quality=0.5):
     """A Document of these words, with spaces between them unless they are Chinese."""
-    return Document(("" if chinese else " ").join(words), "prose", "zh" if chinese else "en", quality, name)
+    return Document(
+        ("" if chinese else " ").join(words), "prose", "zh" if chinese else "en", quality, name
+    )
 
 
 def check_decontamination(decontaminate):
@@ -54,8 +58,12 @@ def check_decontamination(decontaminate):
         rng.shuffle(documents)
         kept, _ = decontaminate(documents, sets)
         names = [d.name for d in kept]
-        assert not [name for name in names if name.startswith("bad")], f"copies of test items were kept: {names}"
-        assert names == [d.name for d in documents if d.name.startswith("good")], f"of the innocent ones, only {names}"
+        assert not [name for name in names if name.startswith("bad")], (
+            f"copies of test items were kept: {names}"
+        )
+        assert names == [d.name for d in documents if d.name.startswith("good")], (
+            f"of the innocent ones, only {names}"
+        )
         assert list(decontaminate(kept, sets)[0]) == list(kept), "a second search removes more"
 
     @contract
@@ -65,7 +73,9 @@ def check_decontamination(decontaminate):
         wording = made_up(rng, 20)
         items = [document("", wording + made_up(rng, 4)).text for _ in range(30)]
         own = document("template", wording + made_up(rng, 4))
-        assert decontaminate([own], {"tasks:x": items})[0], "a new text in the wording of a test set was removed"
+        assert decontaminate([own], {"tasks:x": items})[0], (
+            "a new text in the wording of a test set was removed"
+        )
 
     copies_go_and_the_rest_stays()
     wording_is_no_evidence()
@@ -89,24 +99,42 @@ def check_near_duplicates(function, threshold=0.7):
         rng, documents = random.Random(seed), []
         for family in range(3):
             words = made_up(rng, 120, chinese)
-            for step in range(rng.randint(1, 8)):  # each changes a few words of the one before: a chain of versions
+            for step in range(
+                rng.randint(1, 8)
+            ):  # each changes a few words of the one before: a chain of versions
                 documents.append(document(f"{family}.{step}", words, chinese, rng.random()))
                 changed = rng.choice([0, 1, 6, 20, 60])
                 at = rng.randrange(121 - changed)
                 words = words[:at] + made_up(rng, changed, chinese) + words[at + changed :]
         documents = _shuffled(rng, documents)
         stay = list(function(documents))
-        assert [d for d in documents if d in stay] == stay, "documents were added, or their order was changed"
-        sets = dict(zip([d.name for d in documents], map(set, shingles([d.text for d in documents], 5)), strict=True))
+        assert [d for d in documents if d in stay] == stay, (
+            "documents were added, or their order was changed"
+        )
+        sets = dict(
+            zip(
+                [d.name for d in documents],
+                map(set, shingles([d.text for d in documents], 5)),
+                strict=True,
+            )
+        )
 
         def similarity(a, b):
             return len(sets[a.name] & sets[b.name]) / len(sets[a.name] | sets[b.name])
 
         pairs = [(a, b) for n, a in enumerate(stay) for b in stay[:n]]
-        assert all(similarity(a, b) < threshold + 0.2 for a, b in pairs), "two near duplicates both stayed"
+        assert all(similarity(a, b) < threshold + 0.2 for a, b in pairs), (
+            "two near duplicates both stayed"
+        )
         for gone in documents:
-            twins = [d for d in stay if similarity(gone, d) > threshold - 0.2 and d.quality >= gone.quality]
-            assert gone in stay or twins, f"{gone.name} went, but nothing like it, and as good, stayed"
+            twins = [
+                d
+                for d in stay
+                if similarity(gone, d) > threshold - 0.2 and d.quality >= gone.quality
+            ]
+            assert gone in stay or twins, (
+                f"{gone.name} went, but nothing like it, and as good, stayed"
+            )
         again = {d.name for d in function(_shuffled(rng, documents))}
         assert again == {d.name for d in stay}, "what stays depends on the order of the documents"
 
@@ -140,16 +168,23 @@ def check_semantic_duplicates(function):
     def one_page_of_a_form_stays(seed, chinese):
         rng = random.Random(seed)
         pages = templates(rng, 2, rng.randint(1, 6), chinese)
-        others = [document(f"other.{n}", made_up(rng, 130, chinese), chinese, rng.random()) for n in range(6)]
+        others = [
+            document(f"other.{n}", made_up(rng, 130, chinese), chinese, rng.random())
+            for n in range(6)
+        ]
         documents = _shuffled(rng, pages + others)
         stay = list(function(documents))
-        assert [d for d in documents if d in stay] == stay, "documents were added, or their order was changed"
+        assert [d for d in documents if d in stay] == stay, (
+            "documents were added, or their order was changed"
+        )
         assert all(d in stay for d in others), "a page of words of its own was removed"
         for form in ("0.", "1."):
             mine = [d for d in pages if d.name.startswith(form)]
             kept = [d for d in mine if d in stay]
             assert len(kept) == 1, f"of {len(mine)} pages of a form {len(kept)} stayed"
-            assert kept[0].quality == max(d.quality for d in mine), "the page that stayed is not the best of its form"
+            assert kept[0].quality == max(d.quality for d in mine), (
+                "the page that stayed is not the best of its form"
+            )
         again = {d.name for d in function(_shuffled(rng, documents))}
         assert again == {d.name for d in stay}, "what stays depends on the order of the documents"
 
@@ -172,18 +207,29 @@ def check_scorer(fit):
         return " ".join(rng.sample(words, len(words)))
 
     kinds = [rng.randrange(len(chances)) for _ in range(600)]
-    texts, marks = [text(kind) for kind in kinds], [float(rng.random() < chances[kind]) for kind in kinds]
+    texts, marks = (
+        [text(kind) for kind in kinds],
+        [float(rng.random() < chances[kind]) for kind in kinds],
+    )
     model, again = fit(texts, marks, 0)[0], fit(texts, marks, 0)[0]
     new = [[text(kind) for _ in range(60)] for kind in range(len(chances))]
     scores = [[float(score) for score in model.score(some)] for some in new]
     assert all(0 <= score <= 1 for some in scores for score in some), "a score lies outside [0, 1]"
-    assert scores == [[float(s) for s in again.score(some)] for some in new], "the same marks and seed score otherwise"
+    assert scores == [[float(s) for s in again.score(some)] for some in new], (
+        "the same marks and seed score otherwise"
+    )
     mixed = rng.sample(range(60), 30)
     for some, found in zip(new, scores, strict=True):
         beside = model.score([some[i] for i in mixed])
-        assert all(abs(beside[n] - found[i]) < 1e-5 for n, i in enumerate(mixed)), "a score depends on the other texts"
+        assert all(abs(beside[n] - found[i]) < 1e-5 for n, i in enumerate(mixed)), (
+            "a score depends on the other texts"
+        )
     means = [sum(some) / len(some) for some in scores]
-    assert means == sorted(means), f"scores {means} do not order kinds of text that are good with chances {chances}"
+    assert means == sorted(means), (
+        f"scores {means} do not order kinds of text that are good with chances {chances}"
+    )
     wrong = max(abs(mean - chance) for mean, chance in zip(means, chances, strict=True))
     assert wrong < 0.15, f"scores {means} are not calibrated: they mean chances {chances}"
-    assert all(0 <= score <= 1 for score in model.score(["", "a", "\0", "你好"])), "odd texts have no score in [0, 1]"
+    assert all(0 <= score <= 1 for score in model.score(["", "a", "\0", "你好"])), (
+        "odd texts have no score in [0, 1]"
+    )

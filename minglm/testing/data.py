@@ -15,13 +15,27 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 # one plain AssertionError at the first failing example: its message says which property, so smaller shapes add little
-contract = settings(deadline=None, report_multiple_bugs=False, phases=[Phase.generate], database=None)
+contract = settings(
+    deadline=None, report_multiple_bugs=False, phases=[Phase.generate], database=None
+)
 seeds = st.integers(0, 2**31)
 
 
 def texts(names=()):
     """Strategy for texts: any characters, digits, Chinese, code, with the names of special tokens among them."""
-    pieces = ["def f(x):\n    return 1\n", "1234", "  ", "\r\n", "\t", "你好，世界", "é", "e\u0301", "🙂", "\0", *names]
+    pieces = [
+        "def f(x):\n    return 1\n",
+        "1234",
+        "  ",
+        "\r\n",
+        "\t",
+        "你好，世界",
+        "é",
+        "e\u0301",
+        "🙂",
+        "\0",
+        *names,
+    ]
     return st.lists(st.text(max_size=8) | st.sampled_from(pieces), max_size=8).map("".join)
 
 
@@ -32,15 +46,21 @@ def check_tokenizer(tokenizer):
     """
     special = set(tokenizer.special.values())
     assert len(special) == len(tokenizer.special), "two special tokens share an id"
-    assert tokenizer.end in special and set(tokenizer.stop_ids) <= special, "end and stop ids must be special"
+    assert tokenizer.end in special and set(tokenizer.stop_ids) <= special, (
+        "end and stop ids must be special"
+    )
 
     @contract
     @given(texts(list(tokenizer.special)))
     def text_survives(text):
         ids = tokenizer.encode(text)
-        assert tokenizer.decode(ids) == text, f"decode(encode({text!r})) = {tokenizer.decode(ids)!r}"
+        assert tokenizer.decode(ids) == text, (
+            f"decode(encode({text!r})) = {tokenizer.decode(ids)!r}"
+        )
         assert not special & set(ids), f"{text!r} gave the special ids {special & set(ids)}"
-        assert all(0 <= token < tokenizer.vocab_size for token in ids), "an id lies outside the vocabulary"
+        assert all(0 <= token < tokenizer.vocab_size for token in ids), (
+            "an id lies outside the vocabulary"
+        )
 
     @contract
     @given(texts(), texts(), st.sampled_from(sorted(tokenizer.special)))
@@ -70,11 +90,15 @@ def check_fim(fim, unfim, tokenizer):
         assert unfim(ids, tokenizer) == text, f"{text!r} came back as {unfim(ids, tokenizer)!r}"
         found = [token for token in ids if token in markers]
         assert sorted(found) == sorted(markers), f"markers {found}"
-        assert found[-1] == markers[-1] and ids[0] in markers[:2], "the middle must come last, a marker first"
+        assert found[-1] == markers[-1] and ids[0] in markers[:2], (
+            "the middle must come last, a marker first"
+        )
 
     nothing_is_lost()
     drawn = [list(fim("abcdefgh", tokenizer, np.random.default_rng(seed))) for seed in range(64)]
-    assert {ids[0] for ids in drawn} == set(markers[:2]), "only one of the orders PSM and SPM occurs"
+    assert {ids[0] for ids in drawn} == set(markers[:2]), (
+        "only one of the orders PSM and SPM occurs"
+    )
     middles = {tuple(ids[ids.index(markers[2]) :]) for ids in drawn}
     assert len(middles) > 8, f"only {len(middles)} different middles in 64 draws"
 
@@ -111,10 +135,16 @@ def check_packer(best_fit):
 
     def holds(lengths, capacity):
         rows = [list(row) for row in best_fit(lengths, capacity)]
-        assert sorted(i for row in rows for i in row) == list(range(len(lengths))), "documents were lost or repeated"
+        assert sorted(i for row in rows for i in row) == list(range(len(lengths))), (
+            "documents were lost or repeated"
+        )
         sums = sorted(sum(lengths[i] for i in row) for row in rows)
-        assert all(0 < total <= capacity for total in sums), f"rows hold {sums}, capacity {capacity}"
-        assert len(sums) < 2 or sums[0] + sums[1] > capacity, f"rows of {sums[:2]} fit into one of {capacity}"
+        assert all(0 < total <= capacity for total in sums), (
+            f"rows hold {sums}, capacity {capacity}"
+        )
+        assert len(sums) < 2 or sums[0] + sums[1] > capacity, (
+            f"rows of {sums[:2]} fit into one of {capacity}"
+        )
         return rows
 
     def any_lengths(capacity, most):
@@ -131,19 +161,29 @@ def check_packer(best_fit):
         lengths, capacity = example
         fewest = _fewest_rows(lengths, capacity)
         rows = len(holds(lengths, capacity))
-        assert rows <= math.floor((11 * fewest + 6) / 9), f"{rows} rows for {lengths}, {fewest} suffice"
+        assert rows <= math.floor((11 * fewest + 6) / 9), (
+            f"{rows} rows for {lengths}, {fewest} suffice"
+        )
 
     rows_are_lawful()
     rows_are_few()
     # 13 leaves room for 7; 11 and 8 leave room for 1: the document of length 1 fits best there, first fit takes the 7
-    assert sorted(map(sorted, holds([1, 8, 11, 13], 20))) == [[0, 1, 2], [3]], "a document is not where it fits best"
+    assert sorted(map(sorted, holds([1, 8, 11, 13], 20))) == [[0, 1, 2], [3]], (
+        "a document is not where it fits best"
+    )
 
 
 def check_batch(batch):
     """Hold a Batch to its layout: dtypes, no targets in padding or at a document's start, positions that restart."""
     tokens_BS, mask_BS = batch.tokens_BS, batch.mask_BS
-    assert tokens_BS.dtype == torch.int64 and mask_BS.dtype == torch.bool and tokens_BS.shape == mask_BS.shape
-    assert not mask_BS[:, 0].any(), "the first token of a row has nothing before it to be predicted from"
+    assert (
+        tokens_BS.dtype == torch.int64
+        and mask_BS.dtype == torch.bool
+        and tokens_BS.shape == mask_BS.shape
+    )
+    assert not mask_BS[:, 0].any(), (
+        "the first token of a row has nothing before it to be predicted from"
+    )
     if batch.documents_BS is None:
         return
     documents_BS, positions_BS = batch.documents_BS, batch.positions_BS
@@ -151,12 +191,16 @@ def check_batch(batch):
     assert documents_BS.shape == positions_BS.shape == tokens_BS.shape
     for ids, positions, mask in zip(documents_BS, positions_BS, mask_BS, strict=True):
         starts = torch.cat([torch.ones(1, dtype=torch.bool), ids[1:] != ids[:-1]])
-        assert len(ids[starts].unique()) == int(starts.sum()), "a document lies in two places of a row"
+        assert len(ids[starts].unique()) == int(starts.sum()), (
+            "a document lies in two places of a row"
+        )
         assert not mask[starts & (ids >= 0)].any(), "the first token of a document is a target"
         assert not mask[ids < 0].any(), "padding is a target"
         real = ids >= 0
         begin = torch.where(starts, torch.arange(len(ids)), 0).cummax(0).values
-        assert torch.equal(positions[real], (torch.arange(len(ids)) - begin)[real]), "positions do not restart"
+        assert torch.equal(positions[real], (torch.arange(len(ids)) - begin)[real]), (
+            "positions do not restart"
+        )
 
 
 def _same(a, b):
@@ -176,14 +220,21 @@ def check_stream(make_stream):
     """
 
     @contract
-    @given(st.lists(st.integers(1, 5), max_size=12), st.lists(st.integers(1, 5), min_size=1, max_size=12))
+    @given(
+        st.lists(st.integers(1, 5), max_size=12),
+        st.lists(st.integers(1, 5), min_size=1, max_size=12),
+    )
     def resumes(before, after):
         first, second = make_stream(), make_stream()
         for rows in before:
             batch = first.next(rows)
             check_batch(batch)
-            assert len(batch.tokens_BS) == rows, f"asked for {rows} rows, got {len(batch.tokens_BS)}"
-            assert _same(batch, second.next(rows)), "two new streams differ: the order is not a function of the seed"
+            assert len(batch.tokens_BS) == rows, (
+                f"asked for {rows} rows, got {len(batch.tokens_BS)}"
+            )
+            assert _same(batch, second.next(rows)), (
+                "two new streams differ: the order is not a function of the seed"
+            )
         state = first.state_dict()
         text = json.dumps(state)
         expected = [first.next(rows) for rows in after]

@@ -16,7 +16,13 @@ from hypothesis import strategies as st
 from minglm.envs.base import assistant
 
 # A counterexample is reported as it is drawn: a smaller one would cost time, in a sandbox seconds, and say no more.
-contract = settings(deadline=None, report_multiple_bugs=False, phases=[Phase.generate], database=None, max_examples=25)
+contract = settings(
+    deadline=None,
+    report_multiple_bugs=False,
+    phases=[Phase.generate],
+    database=None,
+    max_examples=25,
+)
 STATUSES = ("ok", "wrong", "format", "infrastructure")
 
 
@@ -57,20 +63,31 @@ def check_tasks(env):
     @given(st.integers(0, 10**6), st.integers(0, 2**31), st.sampled_from(["train", "test"]))
     def deterministic(index, seed, split):
         task = env.task(index, seed, split)
-        assert env.task(index, seed, split) == task, "the same index, seed and split give another task"
-        assert env.tasks(index % 5 + 1, seed, split)[-1] == env.task(index % 5, seed, split), "tasks differ from task"
+        assert env.task(index, seed, split) == task, (
+            "the same index, seed and split give another task"
+        )
+        assert env.tasks(index % 5 + 1, seed, split)[-1] == env.task(index % 5, seed, split), (
+            "tasks differ from task"
+        )
         assert task.environment == env.name and task.tier in env.tiers
         assert task.messages[-1]["role"] == "user", "the model speaks next, so the user speaks last"
         plain = json.loads(json.dumps([task.messages, task.tools, task.label]))
-        assert plain == [list(task.messages), list(task.tools), task.label], "a task must be plain JSON values"
+        assert plain == [list(task.messages), list(task.tools), task.label], (
+            "a task must be plain JSON values"
+        )
 
     deterministic()
     train, test = (
-        [t for seed in (0, 1) for t in env.tasks(150, seed, split, env.tiers)] for split in ("train", "test")
+        [t for seed in (0, 1) for t in env.tasks(150, seed, split, env.tiers)]
+        for split in ("train", "test")
     )
-    assert not {content(t) for t in train} & {content(t) for t in test}, "a test task occurs in training"
+    assert not {content(t) for t in train} & {content(t) for t in test}, (
+        "a test task occurs in training"
+    )
     both = train + test
-    assert len({t.id for t in both}) == len({content(t) for t in both}), "ids must name contents, one to one"
+    assert len({t.id for t in both}) == len({content(t) for t in both}), (
+        "ids must name contents, one to one"
+    )
     assert len({content(t) for t in train}) > len(train) / 10, "hardly any variety"
 
 
@@ -81,7 +98,9 @@ def play(env, task, messages):
         if episode.done:
             break
         replies.append(episode.step(message))
-        assert isinstance(replies[-1], list) and bool(replies[-1]) != episode.done, "no replies if and only if done"
+        assert isinstance(replies[-1], list) and bool(replies[-1]) != episode.done, (
+            "no replies if and only if done"
+        )
     return episode, replies
 
 
@@ -91,7 +110,9 @@ def score(env, *episodes):
     for s in scores:
         assert 0 <= s.value <= 1 and s.status in STATUSES, s
         assert (s.value == 1) == (s.status == "ok") or 0 < s.value < 1, s
-        assert all(isinstance(value, int | float) for value in s.parts.values()), "parts are numbers"
+        assert all(isinstance(value, int | float) for value in s.parts.values()), (
+            "parts are numbers"
+        )
     return scores
 
 
@@ -102,10 +123,16 @@ def check_oracle(env):
     @given(strategy(env), st.booleans(), st.integers(0, 3))
     def earns_everything(task, thinking, seed):
         talk = env.demonstrate(task, thinking, seed)
-        assert talk == env.demonstrate(task, thinking, seed), "the oracle must be a function of its seed"
-        assert talk[: len(task.messages)] == list(task.messages), "a demonstration starts with the prompt"
+        assert talk == env.demonstrate(task, thinking, seed), (
+            "the oracle must be a function of its seed"
+        )
+        assert talk[: len(task.messages)] == list(task.messages), (
+            "a demonstration starts with the prompt"
+        )
         turns = [m for m in talk[len(task.messages) :] if m["role"] == "assistant"]
-        assert all(bool(turn.get("reasoning_content")) == thinking for turn in turns), "thoughts where asked for"
+        assert all(bool(turn.get("reasoning_content")) == thinking for turn in turns), (
+            "thoughts where asked for"
+        )
         assert len(turns) <= env.max_turns
         episode, replies = play(env, task, turns)
         assert episode.done, "the oracle does not finish"
@@ -126,7 +153,9 @@ def check_lazy_answers(env):
         probes = env.hack_probes(task)
         assert probes, "an environment must name lazy answers"
         said = [[probe] * times for probe in probes for times in sorted({1, env.max_turns})]
-        for [probe, *_], result in zip(said, score(env, *(play(env, task, messages)[0] for messages in said))):
+        for [probe, *_], result in zip(
+            said, score(env, *(play(env, task, messages)[0] for messages in said))
+        ):
             assert result.value == 0, f"{probe} earns {result} on {task.messages[-1]['content']!r}"
 
     earns_nothing()
@@ -134,24 +163,45 @@ def check_lazy_answers(env):
 
 def malformed(env):
     """Strategy for messages that are no message, carry the parser's error, or call what was not offered."""
-    values = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), st.lists, max_leaves=5)
+    values = st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5), st.lists, max_leaves=5
+    )
     offered = [tool.get("function", tool)["name"] for tool in env.tools()]
     wrong_calls = [
         ("no_such_tool", {}),
-        *((name, arguments) for name in offered for arguments in ({}, {"order_id": "x", "also": 1}, [], None, "x")),
+        *(
+            (name, arguments)
+            for name in offered
+            for arguments in ({}, {"order_id": "x", "also": 1}, [], None, "x")
+        ),
     ]
     shaped = st.fixed_dictionaries({"role": st.just("assistant"), "content": st.text(max_size=5)})
     return st.one_of(
         values.filter(lambda value: not isinstance(value, dict)),
-        values.filter(lambda value: not isinstance(value, str)).map(lambda value: {"content": value}),
-        st.builds(lambda m, error: m | {"error": error}, shaped, st.sampled_from(["bad_tool_call", "unclosed_think"])),
-        st.builds(lambda m, name, value: m | {"tool_calls": [{"name": name, "arguments": value}]},
-                  shaped, *map(st.sampled_from, (["?", ""], [{}, None]))),
-        st.builds(lambda m, call: m | {"tool_calls": [{"name": call[0], "arguments": call[1]}]},
-                  shaped, st.sampled_from(wrong_calls)),
-        st.builds(lambda m, value: m | {"tool_calls": value},
-                  shaped, st.sampled_from([1, "x", [1], [None], [{}], [{"name": []}], {"a": 1}])),
-    )  # fmt: skip
+        values.filter(lambda value: not isinstance(value, str)).map(
+            lambda value: {"content": value}
+        ),
+        st.builds(
+            lambda m, error: m | {"error": error},
+            shaped,
+            st.sampled_from(["bad_tool_call", "unclosed_think"]),
+        ),
+        st.builds(
+            lambda m, name, value: m | {"tool_calls": [{"name": name, "arguments": value}]},
+            shaped,
+            *map(st.sampled_from, (["?", ""], [{}, None])),
+        ),
+        st.builds(
+            lambda m, call: m | {"tool_calls": [{"name": call[0], "arguments": call[1]}]},
+            shaped,
+            st.sampled_from(wrong_calls),
+        ),
+        st.builds(
+            lambda m, value: m | {"tool_calls": value},
+            shaped,
+            st.sampled_from([1, "x", [1], [None], [{}], [{"name": []}], {"a": 1}]),
+        ),
+    )
 
 
 def check_malformed_messages(env):
@@ -166,7 +216,10 @@ def check_malformed_messages(env):
         assert (result.value, result.status) == (0, "format"), f"{message!r} earns {result}"
 
     @contract
-    @given(strategy(env), st.text() | st.sampled_from(["9" * 5000, "\0", "\ud800", "(" * 9999, "- \n- ", "。！"]))
+    @given(
+        strategy(env),
+        st.text() | st.sampled_from(["9" * 5000, "\0", "\ud800", "(" * 9999, "- \n- ", "。！"]),
+    )
     def survives(task, text):
         episodes = [play(env, task, [assistant(text)] * env.max_turns)[0], env.episode(task)]
         for result in score(env, *episodes):
@@ -185,7 +238,9 @@ def check_chance(env):
         mean = sum(s.value for s in score(env, *played)) / len(tasks)
         # three standard errors of 40 draws, and three lucky ones where chance is nearly zero
         bound = env.chance + 3 * math.sqrt(env.chance * (1 - env.chance) / 40) + 3 / 40
-        assert mean <= bound, f"{answer['content']!r} earns {mean:.2f} everywhere, chance = {env.chance}"
+        assert mean <= bound, (
+            f"{answer['content']!r} earns {mean:.2f} everywhere, chance = {env.chance}"
+        )
 
 
 # Programs that try to pass without computing f(x) = 3 * x + 17, from harmless to hostile, with the status they deserve.
@@ -232,7 +287,10 @@ CHEATS = {
     "an endless loop": ("def f(x):\n    while True:\n        pass", "timeout"),
     "an endless loop at import": ("while True:\n    pass", "timeout"),
     "sleep": ("import time\ndef f(x):\n    time.sleep(60)", "timeout"),
-    "unbounded recursion": ("import sys\nsys.setrecursionlimit(10**9)\ndef f(x):\n    return f(x)", "crash or timeout"),
+    "unbounded recursion": (
+        "import sys\nsys.setrecursionlimit(10**9)\ndef f(x):\n    return f(x)",
+        "crash or timeout",
+    ),
     "2 GB": ("def f(x):\n    return len(bytearray(2 * 10**9))", "crash"),
     "null pointer": ("import ctypes\ndef f(x):\n    ctypes.string_at(0)", "crash"),
 }
@@ -251,9 +309,13 @@ def check_sandbox(judge):
         assert verdict.status in status.split(" or "), f"{name}: {verdict}, expected {status}"
         assert verdict.total == 8 and verdict.passed < 8
         verdict = judge(honest, "f", cases)
-        assert (verdict.status, verdict.passed) == ("passed", 8), f"a right program after {name}: {verdict}"
+        assert (verdict.status, verdict.passed) == ("passed", 8), (
+            f"a right program after {name}: {verdict}"
+        )
     mutates = "def f(xs):\n    xs.append(1)\n    return xs"
-    assert judge(mutates, "f", [([[]], [1]), ([[]], [1]), ([[2]], [2, 1])]).status == "passed", "tests share arguments"
+    assert judge(mutates, "f", [([[]], [1]), ([[]], [1]), ([[2]], [2, 1])]).status == "passed", (
+        "tests share arguments"
+    )
     for wrong, right in ((True, 1), (0, False), ((1,), [1]), ("1", 1), (None, 0), (-0.0, 0.0)):
         verdict = judge(f"def f():\n    return {wrong!r}", "f", [([], right)])
         assert verdict.status == "wrong", f"{wrong!r} passed for {right!r}"

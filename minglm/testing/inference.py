@@ -47,7 +47,10 @@ def check_sampler(sample):
     """
 
     @holds(
-        seed=seeds, V=st.integers(1, 6), temperature=st.floats(0.2, 3), top_p=st.sampled_from([1.0, 0.9, 0.5, 0.1, 0.0])
+        seed=seeds,
+        V=st.integers(1, 6),
+        temperature=st.floats(0.2, 3),
+        top_p=st.sampled_from([1.0, 0.9, 0.5, 0.1, 0.0]),
     )
     def enumerated(seed, V, temperature, top_p):
         """Each token gets its share of a fine grid of uniform numbers."""
@@ -56,15 +59,24 @@ def check_sampler(sample):
         if expected is None:
             return
         grid_B = (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID
-        rows = (logits_V.expand(GRID, V), torch.full((GRID,), temperature), torch.full((GRID,), top_p), grid_B)
+        rows = (
+            logits_V.expand(GRID, V),
+            torch.full((GRID,), temperature),
+            torch.full((GRID,), top_p),
+            grid_B,
+        )
         tokens_B, logprobs_B = sample(*rows)
         counts = torch.bincount(tokens_B, minlength=V).tolist()
         for v, (count, p) in enumerate(zip(counts, expected, strict=True)):
             # an interval of length p holds p * GRID points of the grid, give or take one at each end
-            assert abs(count - p * GRID) <= 2, f"token {v}: {count} of {GRID} draws, probability {p:.4f}"
+            assert abs(count - p * GRID) <= 2, (
+                f"token {v}: {count} of {GRID} draws, probability {p:.4f}"
+            )
             assert p or not count, f"token {v} is outside the nucleus and was drawn"
         full_V = (logits_V.double() / temperature).log_softmax(0)
-        torch.testing.assert_close(logprobs_B.double(), full_V[tokens_B], atol=1e-5, rtol=0)  # float32 logits up to 40
+        torch.testing.assert_close(
+            logprobs_B.double(), full_V[tokens_B], atol=1e-5, rtol=0
+        )  # float32 logits up to 40
 
     @holds(V=st.integers(2, 6), temperature=st.floats(0.2, 3), top_p=st.sampled_from([1.0, 0.5]))
     def impossible_tokens(V, temperature, top_p):
@@ -74,13 +86,19 @@ def check_sampler(sample):
             logits_BV[0, possible] = 0.0
             for number in (0.0, 0.5):
                 row = (torch.tensor([float(x)]) for x in (temperature, top_p))
-                tokens_B, logprobs_B = sample(logits_BV, *row, torch.tensor([number], dtype=torch.float64))
-                assert tokens_B[0] == possible and logprobs_B[0] == 0, f"drew {tokens_B[0]} of probability 0"
+                tokens_B, logprobs_B = sample(
+                    logits_BV, *row, torch.tensor([number], dtype=torch.float64)
+                )
+                assert tokens_B[0] == possible and logprobs_B[0] == 0, (
+                    f"drew {tokens_B[0]} of probability 0"
+                )
 
     @holds(seed=seeds, B=st.integers(1, 5), V=st.integers(1, 6))
     def greedy_and_mixed(seed, B, V):
         """Rows of all settings in one batch: each as if alone, greedy rows deterministic."""
-        logits_BV = torch.randn(B, V, generator=numbers(seed)).round()  # whole numbers: ties for the largest are common
+        logits_BV = torch.randn(
+            B, V, generator=numbers(seed)
+        ).round()  # whole numbers: ties for the largest are common
         temperature_B = torch.tensor([0.0, 1.0, 0.5, 0.0, 2.0])[:B]
         top_p_B = torch.tensor([1.0, 0.7, 1.0, 0.3, 0.95])[:B]
         uniform_B = torch.rand(B, generator=numbers(seed + 1), dtype=torch.float64)
@@ -91,7 +109,9 @@ def check_sampler(sample):
             torch.testing.assert_close(logprobs_B[b], alone[1][0])
             if temperature_B[b] == 0:
                 row = logits_BV[b].tolist()
-                assert tokens_B[b] == row.index(max(row)), "temperature 0 must take the first of the largest logits"
+                assert tokens_B[b] == row.index(max(row)), (
+                    "temperature 0 must take the first of the largest logits"
+                )
                 expected = logits_BV[b].log_softmax(0)[tokens_B[b]]
                 torch.testing.assert_close(logprobs_B[b], expected)
 
@@ -114,7 +134,10 @@ def check_verifier(verify):
     def exact(seed, S, V, zeros, temperature):
         """The first S + 1 tokens: every prefix is as likely as the target says, whatever was drafted."""
         V = min(V, 2) if S > 1 else V
-        p, q = (torch.randn(S + 1, V, generator=numbers(seed + i)).mul(2 / temperature).softmax(-1) for i in (0, 1))
+        p, q = (
+            torch.randn(S + 1, V, generator=numbers(seed + i)).mul(2 / temperature).softmax(-1)
+            for i in (0, 1)
+        )
         if zeros:  # a greedy target, and drafts that a cut has left out
             p[0] = torch.eye(V)[seed % V]
             q[0, 0] = 0.0
@@ -125,7 +148,12 @@ def check_verifier(verify):
         B = len(uniform) * len(drafts)
         drafts_BS = drafts.repeat_interleave(len(uniform), 0)
         uniform_BS = uniform.repeat(len(drafts), 1)
-        rows = (p.expand(B, -1, -1) * 2, q.expand(B, -1, -1) * 3, drafts_BS, torch.full((B,), S))  # not normalised
+        rows = (
+            p.expand(B, -1, -1) * 2,
+            q.expand(B, -1, -1) * 3,
+            drafts_BS,
+            torch.full((B,), S),
+        )  # not normalised
         accepted_B, tokens_B = verify(*rows, uniform_BS[:, :S], uniform_BS[:, S])
         weight_B = q[torch.arange(S), drafts_BS].double().prod(1) / len(uniform)
         found = torch.zeros(S + 1, V, dtype=torch.float64)
@@ -147,10 +175,20 @@ def check_verifier(verify):
     def rows_have_their_own_lengths(seed, V):
         """A row with fewer drafts gives what it gives alone."""
         p, q = (torch.rand(3, n, V, generator=numbers(seed + n)) for n in (3, 2))
-        drafts_BS, lengths_B = torch.randint(0, V, (3, 2), generator=numbers(seed)), torch.tensor([0, 1, 2])
+        drafts_BS, lengths_B = (
+            torch.randint(0, V, (3, 2), generator=numbers(seed)),
+            torch.tensor([0, 1, 2]),
+        )
         uniform = torch.rand(3, 3, generator=numbers(seed + 9), dtype=torch.float64)
         accepted_B, tokens_B = verify(p, q, drafts_BS, lengths_B, uniform[:, :2], uniform[:, 2])
         for b, n in enumerate(lengths_B.tolist()):
-            row = (p[b : b + 1, : n + 1], q[b : b + 1, :n], drafts_BS[b : b + 1, :n], lengths_B[b : b + 1])
+            row = (
+                p[b : b + 1, : n + 1],
+                q[b : b + 1, :n],
+                drafts_BS[b : b + 1, :n],
+                lengths_B[b : b + 1],
+            )
             alone = verify(*row, uniform[b : b + 1, :n], uniform[b : b + 1, 2])
-            assert (accepted_B[b], tokens_B[b]) == (alone[0][0], alone[1][0]), "a row depends on others"
+            assert (accepted_B[b], tokens_B[b]) == (alone[0][0], alone[1][0]), (
+                "a row depends on others"
+            )

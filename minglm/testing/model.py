@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 
-from minglm.config.run import ModelConfig
+from minglm.config import ModelConfig
 from minglm.model.glm import GLM
 from minglm.testing.rl import holds, numbers, seeds
 
@@ -44,9 +44,24 @@ def tiny_model(seed, **changes):
     """
     config = ModelConfig(
         **{
-            **{"vocab_size": 24, "hidden_size": 16, "num_hidden_layers": 3, "first_k_dense_replace": 1},
-            **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rope_theta": 1e4},
-            **{"intermediate_size": 20, "moe_intermediate_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2},
+            **{
+                "vocab_size": 24,
+                "hidden_size": 16,
+                "num_hidden_layers": 3,
+                "first_k_dense_replace": 1,
+            },
+            **{
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 8,
+                "rope_theta": 1e4,
+            },
+            **{
+                "intermediate_size": 20,
+                "moe_intermediate_size": 8,
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+            },
             **{"max_position_embeddings": 256, **changes},
         }
     )
@@ -102,7 +117,9 @@ def check_router(route):
         experts_TK, weights_TK = route(scores_TE, bias_E, config)
         for t in range(T):
             expected = plain_choice(scores_TE[t].tolist(), bias_E.tolist(), config)
-            assert experts_TK[t].tolist() == expected, f"experts {experts_TK[t].tolist()}, by definition {expected}"
+            assert experts_TK[t].tolist() == expected, (
+                f"experts {experts_TK[t].tolist()}, by definition {expected}"
+            )
             chosen = [scores_TE[t, e].item() for e in expected]
             total = sum(chosen) if config.norm_topk_prob else 1.0
             expected_K = torch.tensor([config.routed_scaling_factor * s / total for s in chosen])
@@ -117,7 +134,9 @@ def check_router(route):
         order_E = torch.randperm(E, generator=numbers(seed + 2))
         experts_TK, weights_TK = route(scores_TE, bias_E, config)
         renamed_TK, same_TK = route(scores_TE[:, order_E], bias_E[order_E], config)
-        assert torch.equal(order_E[renamed_TK], experts_TK), "renaming the experts changes who is chosen"
+        assert torch.equal(order_E[renamed_TK], experts_TK), (
+            "renaming the experts changes who is chosen"
+        )
         torch.testing.assert_close(same_TK, weights_TK)
 
     @holds(seed=seeds, T=st.integers(1, 6), E=st.integers(3, 12), K=st.integers(2, 3))
@@ -126,11 +145,17 @@ def check_router(route):
         config = dataclasses.replace(ModelConfig(), n_routed_experts=E, num_experts_per_tok=K)
         scores_TE = (0.1 + 0.8 * torch.rand(T, E, generator=numbers(seed))).requires_grad_()
         experts_TK, weights_TK = route(scores_TE, normal(seed + 1, E), config)
-        importance_TK = torch.arange(1.0, K + 1).expand(T, K)  # how much the loss wants of each choice: not all alike
+        importance_TK = torch.arange(1.0, K + 1).expand(
+            T, K
+        )  # how much the loss wants of each choice: not all alike
         (gradient_TE,) = torch.autograd.grad((weights_TK * importance_TK).sum(), scores_TE)
         chosen_TE = torch.zeros(T, E, dtype=torch.bool).scatter_(1, experts_TK, True)
-        assert gradient_TE[chosen_TE].view(T, K).abs().amax(1).min() > 0, "a token's router gets no gradient"
-        assert not gradient_TE[~chosen_TE].any(), "an expert that was not chosen gets a gradient through the weights"
+        assert gradient_TE[chosen_TE].view(T, K).abs().amax(1).min() > 0, (
+            "a token's router gets no gradient"
+        )
+        assert not gradient_TE[~chosen_TE].any(), (
+            "an expert that was not chosen gets a gradient through the weights"
+        )
 
 
 def check_rope(rotate):
@@ -139,9 +164,16 @@ def check_rope(rotate):
     Half-split layout: dimension i turns with dimension i + rotary_dim / 2 by position * theta^(-2 i / rotary_dim).
     Lengths stay, position 0 changes nothing, and dot products depend only on the distance of the positions.
     """
-    shapes = st.tuples(st.integers(1, 3), st.integers(1, 8), st.integers(1, 3), st.sampled_from([4, 8, 16]))
+    shapes = st.tuples(
+        st.integers(1, 3), st.integers(1, 8), st.integers(1, 3), st.sampled_from([4, 8, 16])
+    )
 
-    @holds(seed=seeds, shape=shapes, part=st.sampled_from([0, 0.5, 1]), theta=st.sampled_from([10_000.0, 1e6]))
+    @holds(
+        seed=seeds,
+        shape=shapes,
+        part=st.sampled_from([0, 0.5, 1]),
+        theta=st.sampled_from([10_000.0, 1e6]),
+    )
     def formula(seed, shape, part, theta):
         """Every rotated dimension against the equation in float64."""
         B, S, N, A = shape
@@ -151,11 +183,16 @@ def check_rope(rotate):
         y_BSNA = rotate(x_BSNA, positions_BS, R, theta)
         assert y_BSNA.shape == x_BSNA.shape and y_BSNA.dtype == x_BSNA.dtype
         assert torch.equal(y_BSNA[:, 0], x_BSNA[:, 0]), "position 0 must change nothing"
-        assert torch.equal(y_BSNA[..., R:], x_BSNA[..., R:]), "dimensions beyond rotary_dim must pass through"
+        assert torch.equal(y_BSNA[..., R:], x_BSNA[..., R:]), (
+            "dimensions beyond rotary_dim must pass through"
+        )
         for i in range(R // 2):
             angle_BS1 = positions_BS.double()[..., None] * theta ** (-2 * i / R)
             a, b = x_BSNA[..., i].double(), x_BSNA[..., i + R // 2].double()
-            first, second = a * angle_BS1.cos() - b * angle_BS1.sin(), b * angle_BS1.cos() + a * angle_BS1.sin()
+            first, second = (
+                a * angle_BS1.cos() - b * angle_BS1.sin(),
+                b * angle_BS1.cos() + a * angle_BS1.sin(),
+            )
             # a float32 angle of up to 5000 is exact to 5000 * 2^-24 = 3e-4, times numbers of size up to 5
             torch.testing.assert_close(y_BSNA[..., i].double(), first, atol=4e-3, rtol=0)
             torch.testing.assert_close(y_BSNA[..., i + R // 2].double(), second, atol=4e-3, rtol=0)
@@ -192,8 +229,12 @@ def check_balance(step_bias):
         bias_E = before_E.clone()
         step_bias(bias_E, torch.tensor(loads) * float(tokens), rate)
         change_E, mean = bias_E - before_E, sum(loads) / len(loads)
-        expected_E = rate * torch.tensor([float(mean > load) - float(mean < load) for load in loads])
-        if abs(mean - round(mean)) > 1e-6 or tokens != 1 / 7:  # sevenths may miss an exactly balanced mean by rounding
+        expected_E = rate * torch.tensor(
+            [float(mean > load) - float(mean < load) for load in loads]
+        )
+        if (
+            abs(mean - round(mean)) > 1e-6 or tokens != 1 / 7
+        ):  # sevenths may miss an exactly balanced mean by rounding
             message = f"loads {loads} change the bias by {change_E.tolist()}"
             error_E = (change_E - change_E.mean()) - (expected_E - expected_E.mean())
             assert error_E.abs().max() < 1e-7, message  # float32 numbers of size 0.1 at most
@@ -205,7 +246,9 @@ def plain_experts(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF):
     for t in range(len(x_TD)):
         row_D = torch.zeros(x_TD.shape[1], dtype=torch.float64)
         for k, e in enumerate(experts_TK[t].tolist()):
-            inner_F = F.silu(gate_EFD[e].double() @ x_TD[t].double()) * (up_EFD[e].double() @ x_TD[t].double())
+            inner_F = F.silu(gate_EFD[e].double() @ x_TD[t].double()) * (
+                up_EFD[e].double() @ x_TD[t].double()
+            )
             row_D = row_D + weights_TK[t, k].double() * (down_EDF[e].double() @ inner_F)
         rows.append(row_D)
     return torch.stack(rows) if rows else 0 * x_TD.double()
@@ -230,7 +273,9 @@ def check_experts(dispatch):
         """Against the loop in float64; a crowd sends every token to the first K experts."""
         K, (D, width) = min(K, E), widths
         scores_TE = torch.rand(T, E, generator=numbers(seed))
-        experts_TK = (-torch.arange(E) * 2.0 if crowd else torch.zeros(E)).add(scores_TE).topk(K).indices
+        experts_TK = (
+            (-torch.arange(E) * 2.0 if crowd else torch.zeros(E)).add(scores_TE).topk(K).indices
+        )
         values = [
             normal(seed + 1, T, D),
             torch.rand(T, K, generator=numbers(seed + 2)),
@@ -250,14 +295,21 @@ def check_experts(dispatch):
         names = ("output", "gradient of x", "of the weights", "of gate", "of up", "of down")
         for name, ours, theirs in zip(names, *results):
             # float32 sums of up to 12 * 6 * 6 products of four normal numbers
-            torch.testing.assert_close(ours, theirs, atol=3e-4, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                ours, theirs, atol=3e-4, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
     @holds(seed=seeds, T=st.integers(1, 9))
     def dtype_of_rows(seed, T):
         """Matrices kept in float32 serve rows in bfloat16, in which the result is: as matrices rounded to it."""
-        x_TD, experts_TK = normal(seed, T, 4).bfloat16(), torch.rand(T, 5, generator=numbers(seed + 1)).topk(2).indices
+        x_TD, experts_TK = (
+            normal(seed, T, 4).bfloat16(),
+            torch.rand(T, 5, generator=numbers(seed + 1)).topk(2).indices,
+        )
         weights_TK = torch.rand(T, 2, generator=numbers(seed + 2))
-        matrices = [normal(seed + 3 + i, 5, *shape) for i, shape in enumerate([(3, 4), (3, 4), (4, 3)])]
+        matrices = [
+            normal(seed + 3 + i, 5, *shape) for i, shape in enumerate([(3, 4), (3, 4), (4, 3)])
+        ]
         y_TD = dispatch(x_TD, experts_TK, weights_TK, *matrices)
         rounded_TD = dispatch(x_TD, experts_TK, weights_TK, *(w.bfloat16() for w in matrices))
         torch.testing.assert_close(y_TD, rounded_TD, atol=0, rtol=0)
@@ -265,9 +317,14 @@ def check_experts(dispatch):
     @holds(seed=seeds, T=st.integers(1, 9))
     def order_of_tokens(seed, T):
         """Tokens in another order give the same rows in that order."""
-        x_TD, experts_TK = normal(seed, T, 4), torch.rand(T, 5, generator=numbers(seed + 1)).topk(2).indices
+        x_TD, experts_TK = (
+            normal(seed, T, 4),
+            torch.rand(T, 5, generator=numbers(seed + 1)).topk(2).indices,
+        )
         weights_TK = torch.rand(T, 2, generator=numbers(seed + 2))
-        matrices = [normal(seed + 3 + i, 5, *shape) for i, shape in enumerate([(3, 4), (3, 4), (4, 3)])]
+        matrices = [
+            normal(seed + 3 + i, 5, *shape) for i, shape in enumerate([(3, 4), (3, 4), (4, 3)])
+        ]
         order_T = torch.randperm(T, generator=numbers(seed + 9))
         y_TD = dispatch(x_TD, experts_TK, weights_TK, *matrices)
         moved_TD = dispatch(x_TD[order_T], experts_TK[order_T], weights_TK[order_T], *matrices)
@@ -293,7 +350,14 @@ def check_attention(attend):
     """
     heads = st.sampled_from([(1, 1), (4, 1), (4, 2), (6, 3)])
 
-    @holds(seed=seeds, B=st.integers(1, 3), S=lengths, heads=heads, A=st.sampled_from([2, 8]), packed=st.booleans())
+    @holds(
+        seed=seeds,
+        B=st.integers(1, 3),
+        S=lengths,
+        heads=heads,
+        A=st.sampled_from([2, 8]),
+        packed=st.booleans(),
+    )
     def reference(seed, B, S, heads, A, packed):
         """Output and the gradients of q, k and v."""
         (N, M), documents_BS = heads, drawn_documents(seed, B, S) if packed else None
@@ -308,16 +372,24 @@ def check_attention(attend):
         for function, dtype in ((attend, torch.float32), (torch_attention, torch.float64)):
             inputs = [v.to(dtype).requires_grad_() for v in values]
             out = function(*inputs, documents_BS)
-            results.append([x.float() for x in (out, *torch.autograd.grad(out, inputs, gradient.to(dtype)))])
+            results.append(
+                [x.float() for x in (out, *torch.autograd.grad(out, inputs, gradient.to(dtype)))]
+            )
         for name, ours, theirs in zip(("output", "gradient of q", "of k", "of v"), *results):
             # float32 sums of up to 130 positions and 6 heads
-            torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                ours, theirs, atol=2e-4, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
     @holds(seed=seeds, S=lengths, packed=st.booleans())
     def nothing_leaks(seed, S, packed):
         """New keys and values at one position change that position and later ones of its document, no other."""
         documents_BS = drawn_documents(seed, 1, S) if packed else None
-        q, k, v = normal(seed, 1, S, 2, 4), normal(seed + 1, 1, S, 1, 4), normal(seed + 2, 1, S, 1, 4)
+        q, k, v = (
+            normal(seed, 1, S, 2, 4),
+            normal(seed + 1, 1, S, 1, 4),
+            normal(seed + 2, 1, S, 1, 4),
+        )
         at = seed % S
         before = attend(q, k, v, documents_BS)
         k[:, at], v[:, at] = normal(seed + 3, 1, 1, 4), 9.0
@@ -325,5 +397,7 @@ def check_attention(attend):
         sees_S = torch.arange(S) >= at
         if packed:
             sees_S &= documents_BS[0] == documents_BS[0, at]
-        assert not (changed_S & ~sees_S).any(), "a position changed that must not see the one that was changed"
+        assert not (changed_S & ~sees_S).any(), (
+            "a position changed that must not see the one that was changed"
+        )
         assert changed_S[at], "a position must see itself"

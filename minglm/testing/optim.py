@@ -16,11 +16,16 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from minglm.config.run import OptimizerConfig
+from minglm.config import OptimizerConfig
 
 # one plain AssertionError at the first failing example: its message says which property, so smaller shapes add little
-contract = settings(deadline=None, report_multiple_bugs=False, phases=[Phase.generate], database=None)
-RMS_BAND = (0.6, 1.3)  # singular values after Newton-Schulz lie in 0.68 to 1.21; bfloat16 widens that
+contract = settings(
+    deadline=None, report_multiple_bugs=False, phases=[Phase.generate], database=None
+)
+RMS_BAND = (
+    0.6,
+    1.3,
+)  # singular values after Newton-Schulz lie in 0.68 to 1.21; bfloat16 widens that
 shapes = st.tuples(st.integers(2, 16), st.integers(2, 16))
 seeds = st.integers(0, 2**31)
 
@@ -62,15 +67,22 @@ def _check_stack_is_a_loop(make_optimizer):
         weights = _draw(seed, count, *shape)
         gradients = [_draw(seed + step, count, *shape) for step in (1, 2, 3)]
         stack = "model.layers.1.mlp.experts.gate_EFD"
-        together, _ = _train(make_optimizer, {stack: weights}, [{stack: g} for g in gradients], OptimizerConfig())
+        together, _ = _train(
+            make_optimizer, {stack: weights}, [{stack: g} for g in gradients], OptimizerConfig()
+        )
         names = [f"model.layers.1.mlp.experts.{index}.gate_proj.weight" for index in range(count)]
         one_by_one, _ = _train(
-            make_optimizer, dict(zip(names, weights)), [dict(zip(names, g)) for g in gradients], OptimizerConfig()
+            make_optimizer,
+            dict(zip(names, weights)),
+            [dict(zip(names, g)) for g in gradients],
+            OptimizerConfig(),
         )
         # batched and single products round differently; updates here are about 2e-3, and a wrong rule moves as much
         for index, name in enumerate(names):
             difference = (together[stack][index] - one_by_one[name]).abs().max()
-            assert difference < 2e-4, f"expert {index} of a {tuple(weights.shape)} stack is not trained as a matrix"
+            assert difference < 2e-4, (
+                f"expert {index} of a {tuple(weights.shape)} stack is not trained as a matrix"
+            )
 
     holds()
 
@@ -81,8 +93,12 @@ def _check_transposition(make_optimizer):
     def holds(shape, seed):
         name = "model.layers.0.self_attn.o_proj.weight"
         weight, gradients = _draw(seed, *shape), [_draw(seed + step, *shape) for step in (1, 2)]
-        upright, _ = _train(make_optimizer, {name: weight}, [{name: g} for g in gradients], OptimizerConfig())
-        lying, _ = _train(make_optimizer, {name: weight.T}, [{name: g.T} for g in gradients], OptimizerConfig())
+        upright, _ = _train(
+            make_optimizer, {name: weight}, [{name: g} for g in gradients], OptimizerConfig()
+        )
+        lying, _ = _train(
+            make_optimizer, {name: weight.T}, [{name: g.T} for g in gradients], OptimizerConfig()
+        )
         difference = (upright[name] - lying[name].T).abs().max()
         assert difference < 2e-4, f"training the transpose of a {shape} matrix gives another result"
 
@@ -108,7 +124,11 @@ def _check_rms(make_optimizer):
 
 
 def _check_decay(make_optimizer):
-    names = ("model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight", "model.norm.weight")
+    names = (
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+    )
 
     @contract
     @given(shapes, seeds, st.floats(0, 0.5))
@@ -124,18 +144,27 @@ def _check_decay(make_optimizer):
         moved, _ = _train(make_optimizer, weights, [something], without, rate)
         both, _ = _train(make_optimizer, weights, [something], config, rate)
         for name, value in weights.items():
-            assert torch.equal(still[name], value), f"{name} moves without gradient, momentum and decay"
+            assert torch.equal(still[name], value), (
+                f"{name} moves without gradient, momentum and decay"
+            )
             expected = rate * decay * value if value.ndim > 1 else torch.zeros_like(value)
             for before, after in ((value, shrunk[name]), (moved[name], both[name])):
                 error = (before - after - expected).abs().max()
-                assert error < 1e-5, f"the decay of {name} is not lr * weight_decay * weight"  # float32 rounding
+                assert error < 1e-5, (
+                    f"the decay of {name} is not lr * weight_decay * weight"
+                )  # float32 rounding
 
     holds()
 
 
 def _check_resume(make_optimizer):
     layer = "model.layers.1"
-    names = (f"{layer}.mlp.experts.up_EFD", f"{layer}.mlp.gate.weight", "lm_head.weight", f"{layer}.q_proj.bias")
+    names = (
+        f"{layer}.mlp.experts.up_EFD",
+        f"{layer}.mlp.gate.weight",
+        "lm_head.weight",
+        f"{layer}.q_proj.bias",
+    )
 
     @contract
     @given(shapes, seeds)
@@ -143,7 +172,10 @@ def _check_resume(make_optimizer):
         config = OptimizerConfig()
         sizes = [(3, *shape), shape, shape, shape[:1]]
         weights = {name: _draw(seed + i, *size) for i, (name, size) in enumerate(zip(names, sizes))}
-        steps = [{name: _draw(seed + 10 * k, *value.shape) for name, value in weights.items()} for k in range(1, 5)]
+        steps = [
+            {name: _draw(seed + 10 * k, *value.shape) for name, value in weights.items()}
+            for k in range(1, 5)
+        ]
         straight, _ = _train(make_optimizer, weights, steps, config)
         middle, optimizer = _train(make_optimizer, weights, steps[:2], config)
         file = io.BytesIO()
@@ -158,7 +190,9 @@ def _check_resume(make_optimizer):
 
         rest, _ = _train(resume, middle, steps[2:], config)
         for name in names:
-            assert torch.equal(rest[name], straight[name]), f"{name} differs after saving, loading and continuing"
+            assert torch.equal(rest[name], straight[name]), (
+                f"{name} differs after saving, loading and continuing"
+            )
 
     holds()
 
@@ -180,14 +214,19 @@ def check_schedule(schedule):
     )
     def holds(total, warmup_share, peak, final_ratio, split):
         config = dataclasses.replace(
-            OptimizerConfig(), warmup_tokens=int(warmup_share * total), peak_lr=peak, final_lr_ratio=final_ratio
+            OptimizerConfig(),
+            warmup_tokens=int(warmup_share * total),
+            peak_lr=peak,
+            final_lr_ratio=final_ratio,
         )
         coarse = [total * i // 20 for i in range(21)]
         fine = [total * i // (20 * split) for i in range(20 * split + 1)]
         rates = {tokens: schedule(tokens, config, total) for tokens in coarse}
         for tokens in fine:
             rate = schedule(tokens, config, total)
-            assert rates.get(tokens, rate) == rate, f"at {tokens} tokens the rate depends on the batch size so far"
+            assert rates.get(tokens, rate) == rate, (
+                f"at {tokens} tokens the rate depends on the batch size so far"
+            )
         _check_shape(lambda tokens: schedule(tokens, config, total), config, total)
 
     holds()
@@ -207,4 +246,6 @@ def _check_shape(rate, config, total):
         # the steepest ramp drawn, a warm-up over 5% of the tokens, rises by 2% of the peak in a thousandth
         assert abs(after - before) < 0.05 * peak, f"the rate jumps near {i / 10:.1f}% of the tokens"
         rising = i < turn
-        assert i == turn or (after - before) * (1 if rising else -1) > -close, "not one rise and one fall"
+        assert i == turn or (after - before) * (1 if rising else -1) > -close, (
+            "not one rise and one fall"
+        )

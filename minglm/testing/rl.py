@@ -38,11 +38,18 @@ def check_aggregation(aggregate):
         """(value, denominator) by the definition, in plain Python."""
         rows = [[x for x, m in zip(*pair) if m] for pair in zip(loss_BS.tolist(), mask_BS.tolist())]
         rows = [row for row in rows if row]
-        count = {"token": sum(map(len, rows)), "sequence": len(rows), "constant": 7 * len(rows)}[mode]
+        count = {"token": sum(map(len, rows)), "sequence": len(rows), "constant": 7 * len(rows)}[
+            mode
+        ]
         total = sum(sum(row) / (len(row) if mode == "sequence" else 1) for row in rows)
         return total / max(1, count), count
 
-    @holds(seed=seeds, shape=shapes, mode=st.sampled_from(["token", "sequence", "constant"]), cut=st.integers(0, 6))
+    @holds(
+        seed=seeds,
+        shape=shapes,
+        mode=st.sampled_from(["token", "sequence", "constant"]),
+        cut=st.integers(0, 6),
+    )
     def formula_and_pieces(seed, shape, mode, cut):
         """The value is the formula's, for the whole batch and for the sum of two pieces of different padding."""
         loss_BS = torch.randn(shape, generator=numbers(seed))
@@ -53,7 +60,9 @@ def check_aggregation(aggregate):
         total = sum(float(aggregate(loss, mask, mode, count)) for loss, mask in pieces if len(mask))
         # float32 sums of at most 54 numbers of size 1
         assert math.isclose(float(aggregate(loss_BS, mask_BS, mode, count)), expected, abs_tol=1e-5)
-        assert math.isclose(total, expected, abs_tol=1e-5), f"the batch cut at row {cut} gives {total}, not {expected}"
+        assert math.isclose(total, expected, abs_tol=1e-5), (
+            f"the batch cut at row {cut} gives {total}, not {expected}"
+        )
 
     @holds(shape=shapes, mode=st.sampled_from(["token", "sequence", "constant"]))
     def nothing_to_learn(shape, mode):
@@ -71,7 +80,9 @@ def check_advantages(advantages):
     equal rewards, and a sample that is not valid might as well not exist.
     """
 
-    @holds(seed=seeds, shape=st.tuples(st.integers(1, 5), st.integers(2, 9)), normalize=st.booleans())
+    @holds(
+        seed=seeds, shape=st.tuples(st.integers(1, 5), st.integers(2, 9)), normalize=st.booleans()
+    )
     def compare_within_groups(seed, shape, normalize):
         """Sum, independence of other groups, of a constant, and (with the division) of a factor."""
         rewards_PG = torch.rand(shape, generator=numbers(seed)).round(decimals=1)
@@ -81,24 +92,40 @@ def check_advantages(advantages):
         # nine float32 numbers of size up to 3
         assert values_PG.sum(1).abs().max() < 1e-5, "advantages of a group must sum to zero"
         assert not values_PG[~valid_PG].any(), "a sample that is not valid must get zero"
-        moved_PG = advantages(3 * rewards_PG + 1 if normalize else rewards_PG + 1, normalize, valid_PG)
-        torch.testing.assert_close(moved_PG, values_PG, atol=1e-4, rtol=0)  # epsilon against a deviation of 0.03
+        moved_PG = advantages(
+            3 * rewards_PG + 1 if normalize else rewards_PG + 1, normalize, valid_PG
+        )
+        torch.testing.assert_close(
+            moved_PG, values_PG, atol=1e-4, rtol=0
+        )  # epsilon against a deviation of 0.03
         for p in range(shape[0]):
             alone_1G = rewards_PG[p][valid_PG[p]][None]
             if alone_1G.numel():
-                expected_1G = advantages(alone_1G, normalize, torch.ones_like(alone_1G, dtype=torch.bool))
-                torch.testing.assert_close(values_PG[p][valid_PG[p]][None], expected_1G, atol=1e-5, rtol=0)
+                expected_1G = advantages(
+                    alone_1G, normalize, torch.ones_like(alone_1G, dtype=torch.bool)
+                )
+                torch.testing.assert_close(
+                    values_PG[p][valid_PG[p]][None], expected_1G, atol=1e-5, rtol=0
+                )
                 if not normalize and alone_1G.max() > alone_1G.min():
-                    torch.testing.assert_close(expected_1G, alone_1G - alone_1G.mean(), atol=1e-6, rtol=0)
+                    torch.testing.assert_close(
+                        expected_1G, alone_1G - alone_1G.mean(), atol=1e-6, rtol=0
+                    )
                 elif alone_1G.max() > alone_1G.min():
-                    assert math.isclose(float(expected_1G.std()), 1.0, abs_tol=1e-3), "normalised to deviation one"
+                    assert math.isclose(float(expected_1G.std()), 1.0, abs_tol=1e-3), (
+                        "normalised to deviation one"
+                    )
 
     @holds(
-        reward=st.floats(0, 1, width=32), shape=st.tuples(st.integers(1, 3), st.integers(1, 9)), normalize=st.booleans()
+        reward=st.floats(0, 1, width=32),
+        shape=st.tuples(st.integers(1, 3), st.integers(1, 9)),
+        normalize=st.booleans(),
     )
     def silence(reward, shape, normalize):
         """Equal rewards, whatever their level: exactly zero, although their float mean may differ from them."""
-        values_PG = advantages(torch.full(shape, reward), normalize, torch.ones(shape, dtype=torch.bool))
+        values_PG = advantages(
+            torch.full(shape, reward), normalize, torch.ones(shape, dtype=torch.bool)
+        )
         assert not values_PG.any(), "a group of equal rewards must get exactly zero"
 
 
@@ -118,26 +145,43 @@ def check_policy_loss(policy_loss):
         loss_B1, metrics = policy_loss(
             logprobs_V[:, None], logprobs_V.detach()[:, None], rewards_V - baseline, 0.2, 0.28, None
         )
-        (found_V,) = torch.autograd.grad((loss_B1[:, 0] * logprobs_V.detach().exp()).sum(), scores_V, retain_graph=True)
+        (found_V,) = torch.autograd.grad(
+            (loss_B1[:, 0] * logprobs_V.detach().exp()).sum(), scores_V, retain_graph=True
+        )
         (true_V,) = torch.autograd.grad(-(rewards_V * logprobs_V.exp()).sum(), scores_V)
         torch.testing.assert_close(found_V, true_V, atol=1e-6, rtol=1e-5)  # the loss is float32
-        assert float(metrics["ratio_max"]) == 1 and float(metrics["kl"]) == 0 and float(metrics["clip_share"]) == 0
+        assert (
+            float(metrics["ratio_max"]) == 1
+            and float(metrics["kl"]) == 0
+            and float(metrics["clip_share"]) == 0
+        )
 
-    @holds(shift=st.floats(-1, 1), advantage=st.floats(-2, 2), low=st.floats(0.05, 0.4), high=st.floats(0.05, 0.4))
+    @holds(
+        shift=st.floats(-1, 1),
+        advantage=st.floats(-2, 2),
+        low=st.floats(0.05, 0.4),
+        high=st.floats(0.05, 0.4),
+    )
     def clip(shift, advantage, low, high):
         """The gradient is -ratio * advantage, or zero beyond the clip on the side the advantage pushes to."""
         ratio = math.exp(shift)
         if min(abs(ratio - 1 - high), abs(ratio - 1 + low), abs(advantage)) < 1e-3:
             return  # at the edge, rounding decides
         logprobs_BS = torch.tensor([[shift - 2.0]], requires_grad=True)
-        loss_BS, metrics = policy_loss(logprobs_BS, torch.tensor([[-2.0]]), torch.tensor([advantage]), low, high, None)
+        loss_BS, metrics = policy_loss(
+            logprobs_BS, torch.tensor([[-2.0]]), torch.tensor([advantage]), low, high, None
+        )
         (gradient_BS,) = torch.autograd.grad(loss_BS.sum(), logprobs_BS)
         stopped = ratio > 1 + high if advantage > 0 else ratio < 1 - low
         expected = 0.0 if stopped else -ratio * advantage
-        assert math.isclose(float(gradient_BS), expected, abs_tol=1e-5), f"ratio {ratio}, advantage {advantage}"
+        assert math.isclose(float(gradient_BS), expected, abs_tol=1e-5), (
+            f"ratio {ratio}, advantage {advantage}"
+        )
         assert float(metrics["clip_share"]) == stopped
 
-    @holds(seed=seeds, shape=shapes, junk=st.sampled_from([math.nan, math.inf, -math.inf, 0.0, -1e30]))
+    @holds(
+        seed=seeds, shape=shapes, junk=st.sampled_from([math.nan, math.inf, -math.inf, 0.0, -1e30])
+    )
     def masked(seed, shape, junk):
         """Whatever stands at masked positions: same loss, gradient and metrics, and no gradient there."""
         generator = numbers(seed)
@@ -149,12 +193,23 @@ def check_policy_loss(policy_loss):
         for value in (-0.5, junk):
             clone_BS = logprobs_BS.masked_fill(~mask_BS, value).requires_grad_()
             loss_BS, metrics = policy_loss(
-                clone_BS, behaviour_BS.masked_fill(~mask_BS, value), advantages_B, 0.2, 0.28, mask_BS
+                clone_BS,
+                behaviour_BS.masked_fill(~mask_BS, value),
+                advantages_B,
+                0.2,
+                0.28,
+                mask_BS,
             )
-            (gradient_BS,) = torch.autograd.grad(loss_BS[mask_BS].sum() + 0 * loss_BS[~mask_BS].sum(), clone_BS)
+            (gradient_BS,) = torch.autograd.grad(
+                loss_BS[mask_BS].sum() + 0 * loss_BS[~mask_BS].sum(), clone_BS
+            )
             assert not gradient_BS[~mask_BS].any(), "a masked token has a gradient"
             results.append(
-                (loss_BS[mask_BS], gradient_BS, *(float(metrics[k]) for k in ("ratio_max", "clip_share", "kl")))
+                (
+                    loss_BS[mask_BS],
+                    gradient_BS,
+                    *(float(metrics[k]) for k in ("ratio_max", "clip_share", "kl")),
+                )
             )
         torch.testing.assert_close(results[1], results[0], atol=0, rtol=0)
 
@@ -168,7 +223,9 @@ def check_pass_at_k(pass_at_k):
         c, k = min(c, n), min(k, n)
         subsets = list(itertools.combinations(range(n), k))
         share = sum(min(subset) < c for subset in subsets) / len(subsets)
-        assert math.isclose(pass_at_k(n, c, k), share, abs_tol=1e-12), f"pass@{k} of {c} right among {n}"
+        assert math.isclose(pass_at_k(n, c, k), share, abs_tol=1e-12), (
+            f"pass@{k} of {c} right among {n}"
+        )
 
 
 def check_temperature(controller):
@@ -179,16 +236,29 @@ def check_temperature(controller):
     """
     import json
 
-    @holds(seed=seeds, window=st.integers(1, 5), relative=st.booleans(), drop=st.floats(0, 0.3), size=st.integers(1, 6))
+    @holds(
+        seed=seeds,
+        window=st.integers(1, 5),
+        relative=st.booleans(),
+        drop=st.floats(0, 0.3),
+        size=st.integers(1, 6),
+    )
     def rule(seed, window, relative, drop, size):
         """Climb, then stand still, with a drawn table of scores."""
         grid = [0.5 + 0.25 * i for i in range(size)]
         table = dict(zip([*grid, 1.1], torch.rand(size + 1, generator=numbers(seed)).tolist()))
         probes = []
-        make = lambda: controller(temperature=1.1, grid=grid, window=window, gain=0.01, drop=drop, relative=relative)  # noqa: E731
+
+        def make():
+            return controller(
+                temperature=1.1, grid=grid, window=window, gain=0.01, drop=drop, relative=relative
+            )
+
         subject = make()
         for step in range(3 * window):
-            assert subject.observe(0.1 * step, lambda t: probes.append(t) or table[t]) == 1.1, "changed while climbing"
+            assert subject.observe(0.1 * step, lambda t: probes.append(t) or table[t]) == 1.1, (
+                "changed while climbing"
+            )
         assert not probes, "probed while the reward still climbed"
         chosen = 1.1
         for _ in range(2 * window + 1):
@@ -198,9 +268,15 @@ def check_temperature(controller):
                 again = revived.observe(1.0, table.get)
                 chosen = subject.observe(1.0, lambda t: probes.append(t) or table[t])
                 assert again == chosen, "a restored controller decides otherwise"
-        assert set(probes) == set(table), "a plateau must probe the grid and the present temperature"
+        assert set(probes) == set(table), (
+            "a plateau must probe the grid and the present temperature"
+        )
         best = max(table.values())
-        allowed = [t for t, score in table.items() if score >= (best * (1 - drop) if relative else best - drop)]
+        allowed = [
+            t
+            for t, score in table.items()
+            if score >= (best * (1 - drop) if relative else best - drop)
+        ]
         assert chosen == max(allowed), f"chose {chosen} from {table}"
 
 
@@ -242,7 +318,10 @@ def check_detectors(detect):
         return text + ("<|observation|>" if calls else "<|user|>")
 
     calls = st.lists(
-        st.tuples(st.sampled_from(["search", "get_order"]), st.sampled_from(["Москва", "北京", "a1"])), max_size=2
+        st.tuples(
+            st.sampled_from(["search", "get_order"]), st.sampled_from(["Москва", "北京", "a1"])
+        ),
+        max_size=2,
     )
     drawn = {
         "shrink": False,  # any counterexample can be read, and a detector may be slow
@@ -260,7 +339,15 @@ def check_detectors(detect):
         assert not any(detect(text, language).values()), (text, detect(text, language))
 
     tags = st.sampled_from(
-        ["<think>", "</think>", "<tool_call>", "</arg_value>", "<|assistant|>", "<tool_response>", "[gMASK]"]
+        [
+            "<think>",
+            "</think>",
+            "<tool_call>",
+            "</arg_value>",
+            "<|assistant|>",
+            "<tool_response>",
+            "[gMASK]",
+        ]
     )
 
     @holds(**drawn, at=st.integers(0, 8), tag=tags, copies=st.integers(12, 60))
@@ -268,7 +355,11 @@ def check_detectors(detect):
         """Foreign words, a loop, and a stray tag, each put between two sentences."""
         sentences = [_SENTENCES[language][i] for i in order]
         at = min(at, len(order))
-        inserted = {"language_mixing": _FOREIGN[language], "repetition": _LOOP[language] * copies, "format": tag}
+        inserted = {
+            "language_mixing": _FOREIGN[language],
+            "repetition": _LOOP[language] * copies,
+            "format": tag,
+        }
         for fault, text in inserted.items():
             faulty = turn(sentences[:at] + [text] + sentences[at:], thinks, calls)
             assert detect(faulty, language)[fault], f"{fault} not found in {faulty!r}"

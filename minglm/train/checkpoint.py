@@ -21,14 +21,16 @@ from contextlib import contextmanager
 
 import torch
 
-from minglm.common.device import atomic_path
+from minglm.common.files import atomic_path
 
 
 class Checkpoints:
     """The checkpoints of one stage under `folder`. `log` is the run's `minglm.common.device.Log`, or None."""
 
     def __init__(self, folder, log=None, seconds=60.0):
-        self.partial, self.previous, self.final = (folder / f"{n}.pt" for n in ("partial", "previous", "final"))
+        self.partial, self.previous, self.final = (
+            folder / f"{n}.pt" for n in ("partial", "previous", "final")
+        )
         self.log, self.seconds, self.saved_at = log, seconds, time.monotonic()
 
     def load(self):
@@ -81,13 +83,17 @@ def read(path):
     if not path.exists():
         raise ValueError(f"no checkpoint at {path}; run the stage that makes it first")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums that torch.save wrote
+        with zipfile.ZipFile(
+            path
+        ) as archive:  # torch.load does not compare the checksums that torch.save wrote
             if (part := archive.testzip()) is not None:
                 raise ValueError(f"{part} is not what was written")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises almost anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot read checkpoint {path}: {reason}; delete it to repeat its stage") from error
+        raise ValueError(
+            f"cannot read checkpoint {path}: {reason}; delete it to repeat its stage"
+        ) from error
 
 
 class Interrupted(KeyboardInterrupt):

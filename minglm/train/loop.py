@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from minglm.kernels.cross_entropy.eager import linear_cross_entropy
 from minglm.model.balance import step_bias
-from minglm.model.mtp import targets
 from minglm.parallel.replicas import Replicas
 from minglm.train.checkpoint import Interrupted, stop_between_steps
 from minglm.train.guard import Guard
+from minglm.train.loss import targets
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,23 @@ def accumulate(model, batch, phase, mtp_weight, replicas=None):
     """
     replicas, rows = replicas or Replicas(model), len(batch.tokens_BS)
     ahead = (1, 2) if model.mtp is not None and mtp_weight else (1,)
-    total = {a: int(targets(batch.tokens_BS, batch.mask_BS, batch.documents_BS, a)[1].sum()) for a in ahead}
+    total = {
+        a: int(targets(batch.tokens_BS, batch.mask_BS, batch.documents_BS, a)[1].sum())
+        for a in ahead
+    }
 
     def work(model, share):
         sums, loads = {"loss": 0.0, "mtp_loss": 0.0, "balance_loss": 0.0}, 0
         for part in share.split(max(1, phase.microbatch_tokens // share.tokens_BS.shape[1])):
-            out = model.hidden(part.tokens_BS, part.positions_BS, part.documents_BS, mtp=len(ahead) == 2)
-            balance = sum(r.balance_loss for r in out.routing) / max(1, len(out.routing)) * len(part.tokens_BS) / rows
+            out = model.hidden(
+                part.tokens_BS, part.positions_BS, part.documents_BS, mtp=len(ahead) == 2
+            )
+            balance = (
+                sum(r.balance_loss for r in out.routing)
+                / max(1, len(out.routing))
+                * len(part.tokens_BS)
+                / rows
+            )
             loss, states = phase.balance_weight * balance, (out.hidden_BSD, out.mtp_hidden_BSD)
             for a, hidden_BSD, weight in zip(ahead, states, (1.0, mtp_weight), strict=False):
                 target_BS, counts_BS = targets(part.tokens_BS, part.mask_BS, part.documents_BS, a)
@@ -75,7 +85,9 @@ def accumulate(model, batch, phase, mtp_weight, replicas=None):
         return sums, loads
 
     found = replicas.run(work, batch.split(-(-rows // len(replicas))))
-    return {name: sum(sums[name] for sums, _ in found) for name in found[0][0]}, sum(loads for _, loads in found)
+    return {name: sum(sums[name] for sums, _ in found) for name in found[0][0]}, sum(
+        loads for _, loads in found
+    )
 
 
 def step(model, optimizer, batch, phase, seen, guard=None, replicas=None):
@@ -112,8 +124,19 @@ def step(model, optimizer, batch, phase, seen, guard=None, replicas=None):
     return metrics
 
 
-def train(model, optimizer, stream, phase, checkpoints, log, quiet=False, evaluate=None, every=0, ceiling=0.0,
-          threads=1):  # fmt: skip
+def train(
+    model,
+    optimizer,
+    stream,
+    phase,
+    checkpoints,
+    log,
+    quiet=False,
+    evaluate=None,
+    every=0,
+    ceiling=0.0,
+    threads=1,
+):
     """Train on `stream` for `phase.tokens` tokens, resuming from `checkpoints` where a partial state is there.
 
     evaluate: called without arguments whenever another `every` tokens have been seen (0: never).
@@ -131,11 +154,20 @@ def train(model, optimizer, stream, phase, checkpoints, log, quiet=False, evalua
         if "guard" in state:
             guard.load_state_dict(state["guard"])
         done, number = state["tokens"], state["step"]
-    bar = tqdm(total=phase.tokens, initial=done, desc=phase.name, unit="tok", unit_scale=True, disable=quiet or None)
+    bar = tqdm(
+        total=phase.tokens,
+        initial=done,
+        desc=phase.name,
+        unit="tok",
+        unit_scale=True,
+        disable=quiet or None,
+    )
 
     def save():
         parts = {"model": model, "optimizer": optimizer, "stream": stream, "guard": guard}
-        checkpoints.save({n: part.state_dict() for n, part in parts.items()} | {"tokens": done, "step": number})
+        checkpoints.save(
+            {n: part.state_dict() for n, part in parts.items()} | {"tokens": done, "step": number}
+        )
 
     if guard.rollback_after and state is None:
         save()  # something to go back to
@@ -144,24 +176,36 @@ def train(model, optimizer, stream, phase, checkpoints, log, quiet=False, evalua
             began = time.perf_counter()
             rows = max(1, round(phase.batch_tokens(phase.start + done) / phase.sequence_length))
             batch = stream.next(rows)
-            metrics = step(model, optimizer, batch.to(device), phase, phase.start + done, guard, replicas)
+            metrics = step(
+                model, optimizer, batch.to(device), phase, phase.start + done, guard, replicas
+            )
             count = batch.tokens_BS.numel()
             done, number = done + count, number + 1
             speed = count / (time.perf_counter() - began)
             used = {"mfu": round(speed / ceiling, 4)} if ceiling else {}
             log.write(
-                "step", stage=phase.name, step=number, tokens=phase.start + done, batch_tokens=count,
-                tokens_per_second=round(speed), **used, **metrics,
-            )  # fmt: skip
+                "step",
+                stage=phase.name,
+                step=number,
+                tokens=phase.start + done,
+                batch_tokens=count,
+                tokens_per_second=round(speed),
+                **used,
+                **metrics,
+            )
             if guard.gives_up:
                 back = roll_back(model, optimizer, checkpoints, guard)
-                log.write("rollback", stage=phase.name, step=number, to_step=back, left_out=guard.left_out)
+                log.write(
+                    "rollback", stage=phase.name, step=number, to_step=back, left_out=guard.left_out
+                )
                 bar.write(
                     f"{phase.name}: step {number} went back to the weights of step {back}; its batches are skipped"
                 )
             load = max(metrics.get("load_max_over_mean", [0]))
             share = f", mfu {used['mfu']:.0%}" if used else ""
-            bar.set_postfix_str(f"loss {metrics['loss']:.3f}, load {load:.1f}{share}", refresh=False)
+            bar.set_postfix_str(
+                f"loss {metrics['loss']:.3f}, load {load:.1f}{share}", refresh=False
+            )
             bar.update(min(count, bar.total - bar.n))
             if every and done // every > (done - count) // every and done < phase.tokens:
                 evaluate()

@@ -17,7 +17,11 @@ from minglm.train.loop import Phase
 def examples(tokenizer, messages, tools=(), thinking=True):
     """A conversation as a list of (tokens, mask) arrays, int64 and bool, one for each user turn that is answered."""
     found = []
-    ends = [i for i in range(1, len(messages) + 1) if i == len(messages) or messages[i]["role"] == "user"]
+    ends = [
+        i
+        for i in range(1, len(messages) + 1)
+        if i == len(messages) or messages[i]["role"] == "user"
+    ]
     for end in ends:
         if messages[end - 1]["role"] == "user":
             continue
@@ -42,7 +46,9 @@ def phase(name, config, run, tokens):
     def learning_rate(seen):
         if seen < warm:
             return config.peak_lr * (seen + 1) / (warm + 1)
-        return config.peak_lr * (0.1 + 0.45 * (1 + math.cos(math.pi * (seen - warm) / max(1, tokens - warm))))
+        return config.peak_lr * (
+            0.1 + 0.45 * (1 + math.cos(math.pi * (seen - warm) / max(1, tokens - warm)))
+        )
 
     return Phase(
         name,

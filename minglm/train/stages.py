@@ -13,7 +13,9 @@ from minglm.train.loop import Phase
 def phases(run):
     """The `Phase` of every stage that has tokens, in order."""
     found, start, total = [], 0, run.stages.total_tokens
-    rate = {"cosine": schedule.learning_rate, "wsd": schedule.learning_rate_wsd}[run.optimizer.schedule]
+    rate = {"cosine": schedule.learning_rate, "wsd": schedule.learning_rate_wsd}[
+        run.optimizer.schedule
+    ]
     for name, stage in run.stages.items():
         if stage.tokens:
             found.append(

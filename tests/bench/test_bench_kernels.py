@@ -17,15 +17,25 @@ DEVICE = switch_on()
 def test_smoke_run_writes_every_form(tmp_path, capsys):
     """`bench kernels --smoke` measures every operation on a CPU: ours agrees with each baseline, times are positive."""
     path = tmp_path / "bench_kernels.json"
-    assert main(["bench", "kernels", "--smoke", "--device", "cpu", "--rounds", "2", "--out", str(path)]) == 0
+    assert (
+        main(
+            ["bench", "kernels", "--smoke", "--device", "cpu", "--rounds", "2", "--out", str(path)]
+        )
+        == 0
+    )
     record = json.loads(path.read_text())
     drawn = path.with_suffix(".png").read_bytes()
-    assert card.redraw([path]) == [path.with_suffix(".png")] and path.with_suffix(".png").read_bytes() == drawn
+    assert (
+        card.redraw([path]) == [path.with_suffix(".png")]
+        and path.with_suffix(".png").read_bytes() == drawn
+    )
     assert {case["operation"] for case in record["cases"]} == set(kernels.operations())
     for case in record["cases"]:
         for name, form in case["forms"].items():
             assert "error" not in form, f"{case['case']}: {name}: {form.get('error')}"
-            assert form["milliseconds"] > 0 and form["difference"] < 0.05, f"{case['case']}: {name}"  # bfloat16
+            assert form["milliseconds"] > 0 and form["difference"] < 0.05, (
+                f"{case['case']}: {name}"
+            )  # bfloat16
 
 
 def test_triton_forms_are_called_as_they_are_written(monkeypatch):
@@ -34,7 +44,9 @@ def test_triton_forms_are_called_as_they_are_written(monkeypatch):
     operations = ("fp8", "grouped_product", "linear_cross_entropy", "norm", "router")
     for case in kernels.run(torch.device(DEVICE), operations, rounds=1, smoke=True)["cases"]:
         for name, form in case["forms"].items():
-            assert "error" not in form and form["difference"] < 0.05, f"{case['case']}: {name}: {form}"
+            assert "error" not in form and form["difference"] < 0.05, (
+                f"{case['case']}: {name}: {form}"
+            )
 
 
 def test_a_failing_form_is_reported_and_the_others_are_measured():
@@ -51,7 +63,9 @@ def test_a_failing_form_is_reported_and_the_others_are_measured():
     assert found["absent"] == {"error": "RuntimeError: no such kernel"}
     assert found["wrong"]["difference"] == 1 and found["ours"]["times_ours"] == 1
     share = found["ours"]["share"] * found["ours"]["milliseconds"]
-    assert share == pytest.approx(8.0)  # 8 operations at 1000 a second are 8 ms, more than 4 bytes' 4 ms
+    assert share == pytest.approx(
+        8.0
+    )  # 8 operations at 1000 a second are 8 ms, more than 4 bytes' 4 ms
 
 
 def test_without_a_gpu_it_is_one_clear_line(capsys):

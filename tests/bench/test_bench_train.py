@@ -20,12 +20,16 @@ def small():
 def test_record_of_a_small_run(monkeypatch):
     """Every layout and side has a positive speed, and the sides' losses agree, or `train` would have raised."""
     monkeypatch.setattr(train, "memory", lambda *_: 1)
-    monkeypatch.setattr(train.multiprocessing, "get_context", lambda _: SimpleNamespace(Pool=InProcess))
+    monkeypatch.setattr(
+        train.multiprocessing, "get_context", lambda _: SimpleNamespace(Pool=InProcess)
+    )
     monkeypatch.setattr(train, "LAYOUTS", {"rows": (16, 0), "documents": (32, 5)})
     record = train.train(small(), SimpleNamespace(repeats=1, train_tokens=64))
     assert len(record["results"]) == 2 * len(train.SIDES)
     assert all(0 < row["optimizer_seconds"] < row["seconds"] for row in record["results"])
-    assert all(found["step"] > 0 for found in record["ratios"].values()) and len(record["ratios"]) == 4
+    assert (
+        all(found["step"] > 0 for found in record["ratios"].values()) and len(record["ratios"]) == 4
+    )
 
 
 class InProcess:
@@ -59,7 +63,14 @@ def test_bfloat16_is_compared_with_the_faster_form():
     monday = [("minglm", "float32", 2), ("transformers", "float32", 3), ("minglm", "bfloat16", 1)]
     monday += [("transformers", "bfloat16", 4), ("transformers", "bfloat16 weights", 2)]
     rows = [
-        {"layout": layout, "side": side, "dtype": dtype, "seconds": s, "median_seconds": s, "optimizer_seconds": 0.5}
+        {
+            "layout": layout,
+            "side": side,
+            "dtype": dtype,
+            "seconds": s,
+            "median_seconds": s,
+            "optimizer_seconds": 0.5,
+        }
         | {"memory_bytes": 1}
         for layout in train.LAYOUTS
         for side, dtype, s in monday
@@ -67,7 +78,9 @@ def test_bfloat16_is_compared_with_the_faster_form():
     found = ratios(rows)
     assert {ratio["step"] for name, ratio in found.items() if "float32" in name} == {1.5}
     assert {ratio["step"] for name, ratio in found.items() if "bfloat16" in name} == {2.0}
-    assert {ratio["forward_backward"] for name, ratio in found.items() if "bfloat16" in name} == {3.0}
+    assert {ratio["forward_backward"] for name, ratio in found.items() if "bfloat16" in name} == {
+        3.0
+    }
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -76,5 +89,7 @@ def test_drawn_documents(seed):
     batch = drawn_batch(seed, 9, 96, 32, 5)
     new = batch.documents_BS[:, 1:] != batch.documents_BS[:, :-1]
     step = batch.positions_BS[:, 1:] - batch.positions_BS[:, :-1]
-    assert (batch.positions_BS[:, 0] == 0).all() and not batch.mask_BS[batch.positions_BS == 0].any()
+    assert (batch.positions_BS[:, 0] == 0).all() and not batch.mask_BS[
+        batch.positions_BS == 0
+    ].any()
     assert (batch.positions_BS[:, 1:][new] == 0).all() and (step[~new] == 1).all()

@@ -16,7 +16,9 @@ from minglm.testing.chat import TOOLS, WRONG, assistant_messages, check_parser
 @pytest.fixture(scope="module")
 def tokenizer():
     """A trained tokenizer, to parse what the template renders as a model would sample it."""
-    return Tokenizer.train(["the tool says <tool_call>act\n<arg_key>text</arg_key>\n"], vocab_size=320)
+    return Tokenizer.train(
+        ["the tool says <tool_call>act\n<arg_key>text</arg_key>\n"], vocab_size=320
+    )
 
 
 def test_contract():
@@ -36,7 +38,11 @@ def leave_values_as_text(text, tools=None):
 def close_what_is_open(text, tools=None):
     """A parser that repairs an unfinished call."""
     message = parse(text, tools)
-    return parse(text + "</arg_value></tool_call>", tools) if message["error"] == "unclosed_tool_call" else message
+    return (
+        parse(text + "</arg_value></tool_call>", tools)
+        if message["error"] == "unclosed_tool_call"
+        else message
+    )
 
 
 def raise_on_nonsense(text, tools=None):
@@ -54,7 +60,8 @@ def end_values_at_the_first_tag(text, tools=None):
 
 
 @pytest.mark.parametrize(
-    "twin", [leave_values_as_text, close_what_is_open, raise_on_nonsense, end_values_at_the_first_tag]
+    "twin",
+    [leave_values_as_text, close_what_is_open, raise_on_nonsense, end_values_at_the_first_tag],
 )
 def test_contract_rejects_broken_twins(twin):
     """The contract sees each of the usual mistakes."""
@@ -105,7 +112,9 @@ def test_reads_back_what_the_template_renders(tokenizer, message, thinking):
 @given(assistant_messages(calls=True), st.integers(0, 200))
 def test_a_prompt_that_opened_the_reasoning(message, cut):
     """Text after `<think>` in the prompt reads as if the model had written the tag itself, whole or cut off."""
-    text = f"{message['reasoning_content']}</think>{message['content']}<tool_call>act</tool_call>"[:cut]
+    text = f"{message['reasoning_content']}</think>{message['content']}<tool_call>act</tool_call>"[
+        :cut
+    ]
     assert parse(text, TOOLS, opened=True) == parse("<think>" + text, TOOLS)
 
 
@@ -116,7 +125,10 @@ def test_every_error_has_a_meaning_and_an_example():
 
 def call(name, **values):
     """A tool call as a model writes it, from raw argument texts."""
-    pairs = "".join(f"<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n" for key, value in values.items())
+    pairs = "".join(
+        f"<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n"
+        for key, value in values.items()
+    )
     return f"\n<tool_call>{name}\n{pairs}</tool_call>"
 
 
@@ -129,14 +141,24 @@ def call(name, **values):
         ({"type": "integer"}, "12", 12, None),
         ({"type": "integer"}, "12.0", 12, None),
         ({"type": "integer"}, "12.5", "12.5", "bad_argument"),
-        ({"type": "integer"}, "9" * 5000, "9" * 5000, "bad_argument"),  # more digits than Python converts
+        (
+            {"type": "integer"},
+            "9" * 5000,
+            "9" * 5000,
+            "bad_argument",
+        ),  # more digits than Python converts
         ({"type": "number"}, "1e3", 1000.0, None),
         ({"type": "number"}, "1e999", "1e999", "bad_argument"),
         ({"type": "number"}, "", "", "bad_argument"),
         ({"type": "boolean"}, "true", True, None),
         ({"type": "boolean"}, "True", "True", "bad_argument"),
         ({"type": "array"}, "[1, [2]]", [1, [2]], None),
-        ({"type": "array"}, '["\\ud800"]', '["\\ud800"]', "bad_argument"),  # half a surrogate pair is no text
+        (
+            {"type": "array"},
+            '["\\ud800"]',
+            '["\\ud800"]',
+            "bad_argument",
+        ),  # half a surrogate pair is no text
         ({"type": "object"}, '{"a": {"b": null}}', {"a": {"b": None}}, None),
         ({"type": "object"}, "[1]", "[1]", "bad_argument"),
         ({"type": "null"}, "null", None, None),
@@ -152,7 +174,9 @@ def call(name, **values):
 )
 def test_arguments_take_the_type_of_the_schema(schema, text, value, error):
     """Strings stay as they are written; anything else is JSON of its type, or a named error with the text kept."""
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": schema}}}}]
+    tools = [
+        {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": schema}}}}
+    ]
     message = parse(call("f", x=text), tools)
     assert message["error"] == error
     found = message["tool_calls"][0]["arguments"]["x"]
@@ -169,12 +193,13 @@ def test_tags_inside_a_value_are_data():
 
 def test_white_space_between_tags_does_not_matter():
     """A call on one line reads as one on many, as the later dialect writes it."""
-    text = (
-        "<think>a</think>b<tool_call>f<arg_key>x</arg_key><arg_value>1</arg_value></tool_call><tool_call>g</tool_call>"
-    )
+    text = "<think>a</think>b<tool_call>f<arg_key>x</arg_key><arg_value>1</arg_value></tool_call><tool_call>g</tool_call>"
     message = parse(text)
     assert (message["reasoning_content"], message["content"], message["error"]) == ("a", "b", None)
-    assert message["tool_calls"] == [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {}}]
+    assert message["tool_calls"] == [
+        {"name": "f", "arguments": {"x": 1}},
+        {"name": "g", "arguments": {}},
+    ]
 
 
 def test_stop_tokens_end_the_message():
@@ -182,7 +207,11 @@ def test_stop_tokens_end_the_message():
     for stop in ("<|user|>", "<|observation|>", "<|endoftext|>"):
         for tail in ("", "\nmore", call("f")):
             message = parse(f"\n<think></think>\nyes{stop}{tail}")
-            assert (message["content"], message["tool_calls"], message["error"]) == ("yes", [], None)
+            assert (message["content"], message["tool_calls"], message["error"]) == (
+                "yes",
+                [],
+                None,
+            )
         parser = Parser()
         parser.feed("yes" + stop)
         assert parser.done and parser.feed("more") == [] and parser.close()["content"] == "yes"
@@ -209,10 +238,18 @@ def test_extra_and_repeated_arguments():
 def test_a_broken_call_is_skipped():
     """What is left of a malformed call is no content, what follows it is read, and the first error is the one named."""
     broken = "<tool_call>f\n<arg_key>x</arg_key>\n1</arg_value>\n</tool_call>"
-    message = parse(broken + call("g", x="1") + call("h"), [{"name": "g", "parameters": {"properties": {"x": {}}}}])
+    message = parse(
+        broken + call("g", x="1") + call("h"),
+        [{"name": "g", "parameters": {"properties": {"x": {}}}}],
+    )
     assert (message["content"], message["error"]) == ("", "bad_tool_call")
-    assert message["tool_calls"] == [{"name": "g", "arguments": {"x": 1}}, {"name": "h", "arguments": {}}]
-    assert parse("<tool_call>f<tool_call>g</tool_call>")["tool_calls"] == [{"name": "g", "arguments": {}}]
+    assert message["tool_calls"] == [
+        {"name": "g", "arguments": {"x": 1}},
+        {"name": "h", "arguments": {}},
+    ]
+    assert parse("<tool_call>f<tool_call>g</tool_call>")["tool_calls"] == [
+        {"name": "g", "arguments": {}}
+    ]
 
 
 def test_a_long_stream_takes_linear_time():
@@ -223,4 +260,6 @@ def test_a_long_stream_takes_linear_time():
         for _ in range(100_000):
             parser.feed("ab <")
         parser.close()
-        assert time.process_time() - start < 10  # takes 0.5 s; reading the buffer again each time takes minutes
+        assert (
+            time.process_time() - start < 10
+        )  # takes 0.5 s; reading the buffer again each time takes minutes

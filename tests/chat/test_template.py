@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from minglm.chat import continuation, render, render_text
 from minglm.chat.template import Segment, _joined, segments
 from minglm.data.tokenizer import Tokenizer
-from minglm.testing.chat import TOOLS, ByteTokenizer, assistant_messages, check_template, conversations
+from minglm.testing.chat import (
+    TOOLS,
+    ByteTokenizer,
+    assistant_messages,
+    check_template,
+    conversations,
+)
 
 CASES = json.loads((Path(__file__).parent / "goldens" / "chat_glm45.json").read_text())["cases"]
 
@@ -24,7 +30,9 @@ def tokenizer():
 
 def targets(tokenizer, rendered):
     """The text of the tokens that are trained."""
-    return tokenizer.decode([token for token, trained in zip(rendered.ids, rendered.mask, strict=True) if trained])
+    return tokenizer.decode(
+        [token for token, trained in zip(rendered.ids, rendered.mask, strict=True) if trained]
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
@@ -57,7 +65,9 @@ def test_targets_are_those_of_trl(tokenizer):
         expected = "".join(case["targets"])
         for extra in DEPARTURES.get(case["name"], []):
             expected = expected.replace(extra, "", 1)
-        assert targets(tokenizer, render(tokenizer, case["messages"], case["tools"])) == expected, case["name"]
+        assert targets(tokenizer, render(tokenizer, case["messages"], case["tools"])) == expected, (
+            case["name"]
+        )
 
 
 def test_contract(tokenizer):
@@ -70,7 +80,9 @@ def forget_the_stop(tokenizer, messages, **switches):
     """A template whose mask ends before the role token that ends a turn: its model never stops."""
     rendered = render(tokenizer, messages, **switches)
     roles = [tokenizer.special[name] for name in ("<|user|>", "<|observation|>")]
-    return rendered._replace(mask=[t and i not in roles for i, t in zip(rendered.ids, rendered.mask, strict=True)])
+    return rendered._replace(
+        mask=[t and i not in roles for i, t in zip(rendered.ids, rendered.mask, strict=True)]
+    )
 
 
 def shift_the_mask(tokenizer, messages, **switches):
@@ -92,7 +104,9 @@ def tokenize_the_string(tokenizer, messages, **switches):
 
 def one_observation_each(tokenizer, messages, **switches):
     """A template that opens a new turn for every tool result, by way of the form that carries a list."""
-    lists = [{**m, "content": [{"output": m["content"]}]} if m["role"] == "tool" else m for m in messages]
+    lists = [
+        {**m, "content": [{"output": m["content"]}]} if m["role"] == "tool" else m for m in messages
+    ]
     return render(tokenizer, lists, **switches)
 
 
@@ -101,7 +115,13 @@ def forget_the_last_stop(tokenizer, messages, **switches):
     return render(tokenizer, messages, **{**switches, "close": False})
 
 
-TWINS = [forget_the_stop, shift_the_mask, tokenize_the_string, one_observation_each, forget_the_last_stop]
+TWINS = [
+    forget_the_stop,
+    shift_the_mask,
+    tokenize_the_string,
+    one_observation_each,
+    forget_the_last_stop,
+]
 
 
 @pytest.mark.parametrize("twin", TWINS)
@@ -117,11 +137,15 @@ def test_sampled_turns_are_never_tokenized_again(tokenizer, messages, thinking, 
     tools = TOOLS if tools else None
     first = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
     if not thinking:  # the prompt holds the empty pair, so no turn has reasoning
-        messages = [{**m, "reasoning_content": ""} if m["role"] == "assistant" else m for m in messages]
+        messages = [
+            {**m, "reasoning_content": ""} if m["role"] == "assistant" else m for m in messages
+        ]
     ids = render(tokenizer, messages[:first], tools, thinking, generation_prompt=True).ids
     mask = [False] * len(ids)
     while first < len(messages):
-        before = len(render(tokenizer, messages[:first], tools, thinking, generation_prompt=True).ids)
+        before = len(
+            render(tokenizer, messages[:first], tools, thinking, generation_prompt=True).ids
+        )
         sampled = render(tokenizer, messages[: first + 1], tools, thinking).ids[before:]
         first += 1
         ids, mask = ids + sampled, mask + [True] * len(sampled)
@@ -141,15 +165,23 @@ def test_continuation_of_a_chat(tokenizer, answer, question, thinking):
     """After an answer without reasoning, the next user turn continues the sampled ids as the whole is rendered."""
     messages = [{"role": "user", "content": "hi"}, {**answer, "reasoning_content": ""}]
     following = {"role": "user", "content": question}
-    ids = render(tokenizer, messages, thinking=thinking).ids + continuation(tokenizer, [following], thinking)
-    assert ids == render(tokenizer, [*messages, following], thinking=thinking, generation_prompt=True).ids
+    ids = render(tokenizer, messages, thinking=thinking).ids + continuation(
+        tokenizer, [following], thinking
+    )
+    assert (
+        ids
+        == render(tokenizer, [*messages, following], thinking=thinking, generation_prompt=True).ids
+    )
 
 
 def test_seams_do_not_change_the_tokens(tokenizer):
     """Text between two special tokens is tokenized as one piece, as the released tokenizer would."""
     messages = [{"role": "user", "content": "\n\n  deep"}, {"role": "assistant", "content": "x"}]
     ids = render(tokenizer, messages).ids
-    start, end = ids.index(tokenizer.special["<|user|>"]), ids.index(tokenizer.special["<|assistant|>"])
+    start, end = (
+        ids.index(tokenizer.special["<|user|>"]),
+        ids.index(tokenizer.special["<|assistant|>"]),
+    )
     assert ids[start + 1 : end] == tokenizer.encode("\n\n\n  deep")
 
 
@@ -163,14 +195,20 @@ def test_calls_in_every_form_are_the_same():
     flat = {"name": "f", "arguments": {"a": 1, "b": "é"}}
     assert text(flat) == text({"type": "function", "id": "7", "function": flat})
     assert text(flat) == text({"name": "f", "arguments": '{"a": 1, "b": "é"}'})
-    assert text({"name": "f"}) == text({"name": "f", "arguments": ""}) == text({"name": "f", "arguments": {}})
+    assert (
+        text({"name": "f"})
+        == text({"name": "f", "arguments": ""})
+        == text({"name": "f", "arguments": {}})
+    )
     assert "None" not in text(flat)
 
 
 def test_tools_text_holds_the_tags_as_special_tokens():
     """The format instruction shows the model the same tokens it has to write."""
     ids = render(ByteTokenizer(), [], [{"name": "<tool_call>"}], generation_prompt=True).ids
-    assert ids.count(ByteTokenizer.special["<tool_call>"]) == 1  # the instruction's, and not the one in the schema
+    assert (
+        ids.count(ByteTokenizer.special["<tool_call>"]) == 1
+    )  # the instruction's, and not the one in the schema
     assert ids.count(ByteTokenizer.special["<arg_key>"]) == 2
 
 
@@ -185,7 +223,10 @@ def test_tools_text_holds_the_tags_as_special_tokens():
         ({"role": "assistant", "tool_calls": [{"arguments": {}}]}, "needs a name"),
         ({"role": "assistant", "tool_calls": ["f"]}, "needs a name"),
         ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}, "not JSON"),
-        ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}, "object of arguments"),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]},
+            "object of arguments",
+        ),
     ],
 )
 def test_mistakes_are_one_clear_line(message, words):
@@ -197,7 +238,11 @@ def test_mistakes_are_one_clear_line(message, words):
 
 def test_continuation_needs_a_turn_that_a_stop_token_opens():
     """Only a user turn or tool results can follow a sampled stop token."""
-    for messages in ([], [{"role": "assistant", "content": "x"}], [{"role": "system", "content": "x"}]):
+    for messages in (
+        [],
+        [{"role": "assistant", "content": "x"}],
+        [{"role": "system", "content": "x"}],
+    ):
         with pytest.raises(ValueError, match="role user or tool"):
             continuation(ByteTokenizer(), messages)
 

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from minglm.chat import continuation, parse, render, render_text
 from minglm.chat.template import DIALECTS
-from minglm.testing.chat import TOOLS, ByteTokenizer, assistant_messages, check_template, conversations
+from minglm.testing.chat import (
+    TOOLS,
+    ByteTokenizer,
+    assistant_messages,
+    check_template,
+    conversations,
+)
 
 CASES = json.loads((Path(__file__).parent / "goldens" / "chat_glm45.json").read_text())["cases"]
 BYTES = ByteTokenizer()
@@ -22,13 +28,22 @@ def published():
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.filters["tojson"] = lambda value, ensure_ascii: json.dumps(value, ensure_ascii=ensure_ascii)
-    folder = importlib.util.find_spec("trl").submodule_search_locations[0]  # found, not imported: that takes seconds
-    template = environment.from_string((Path(folder) / "chat_templates" / "glm4moe.jinja").read_text())
+    environment.filters["tojson"] = lambda value, ensure_ascii: json.dumps(
+        value, ensure_ascii=ensure_ascii
+    )
+    folder = importlib.util.find_spec("trl").submodule_search_locations[
+        0
+    ]  # found, not imported: that takes seconds
+    template = environment.from_string(
+        (Path(folder) / "chat_templates" / "glm4moe.jinja").read_text()
+    )
 
     def text(messages, tools=None, thinking=True, generation_prompt=False):
         return template.render(
-            messages=messages, tools=tools, enable_thinking=thinking, add_generation_prompt=generation_prompt
+            messages=messages,
+            tools=tools,
+            enable_thinking=thinking,
+            add_generation_prompt=generation_prompt,
         )
 
     return text
@@ -41,9 +56,14 @@ def unusual(draw):
     for message in messages:
         role, odd = message["role"], draw(st.booleans())
         if role in ("user", "system") and odd:
-            message["content"] = [{"type": "text", "text": message["content"]}, draw(st.sampled_from(["", "/nothink"]))]
+            message["content"] = [
+                {"type": "text", "text": message["content"]},
+                draw(st.sampled_from(["", "/nothink"])),
+            ]
         elif role == "tool" and odd:
-            message["content"] = draw(st.sampled_from([[{"output": "a"}, "b"], [{"output": message["content"]}]]))
+            message["content"] = draw(
+                st.sampled_from([[{"output": "a"}, "b"], [{"output": message["content"]}]])
+            )
         elif role == "assistant":
             if odd:
                 message["content"] = draw(
@@ -52,7 +72,9 @@ def unusual(draw):
             if draw(st.booleans()):
                 message["reasoning_content"] = draw(st.sampled_from([None, "", " ", "\nq"]))
             if draw(st.booleans()):
-                message["tool_calls"] = [{"type": "function", "function": call} for call in message["tool_calls"]]
+                message["tool_calls"] = [
+                    {"type": "function", "function": call} for call in message["tool_calls"]
+                ]
     return messages
 
 
@@ -71,7 +93,9 @@ def test_text_is_what_trl_renders(published, dialect):
 def test_the_stored_renderings_are_what_trl_renders(published):
     """The goldens of tests/test_template.py have not aged."""
     for case in CASES:
-        text = published(case["messages"], case["tools"], case["thinking"], case["generation_prompt"])
+        text = published(
+            case["messages"], case["tools"], case["thinking"], case["generation_prompt"]
+        )
         assert text == case["text"], case["name"]
 
 
@@ -81,7 +105,10 @@ def call(name, **arguments):
 
 
 # The course of the paper's figure 4: a question, two calls at once, both results, the answer.
-WEATHER = {"name": "forecast", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+WEATHER = {
+    "name": "forecast",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
 FIGURE_4 = [
     {"role": "system", "content": "Answer briefly."},
     {"role": "user", "content": "Rain in Oslo or 北京?"},
@@ -89,7 +116,10 @@ FIGURE_4 = [
         "role": "assistant",
         "reasoning_content": "Two cities, two calls.",
         "content": "I will look.",
-        "tool_calls": [call("forecast", city="Oslo", days=2), call("forecast", city="北京", days=2)],
+        "tool_calls": [
+            call("forecast", city="Oslo", days=2),
+            call("forecast", city="北京", days=2),
+        ],
     },
     {"role": "tool", "content": '{"rain": true}'},
     {"role": "tool", "content": '{"rain": false}'},
@@ -123,7 +153,9 @@ def test_figure_4_in_4_5(published):
 def test_figure_4_in_4_7():
     """The same dialogue in 4.7: not one newline but those of the tools block and of the text itself."""
     assert render_text(FIGURE_4, [WEATHER], dialect="glm-4.7") == (
-        "[gMASK]<sop>" + BEFORE + "<tool_call>{function-name}<arg_key>{arg-key-1}</arg_key><arg_value>{arg-value-1}"
+        "[gMASK]<sop>"
+        + BEFORE
+        + "<tool_call>{function-name}<arg_key>{arg-key-1}</arg_key><arg_value>{arg-value-1}"
         "</arg_value><arg_key>{arg-key-2}</arg_key><arg_value>{arg-value-2}</arg_value>...</tool_call>"
         "<|system|>Answer briefly.<|user|>Rain in Oslo or 北京?"
         "<|assistant|><think>Two cities, two calls.</think>I will look."
@@ -150,7 +182,11 @@ PLAIN = {"role": "assistant", "content": "c"}
         ([ASK, THOUGHT], {}, "<|user|>a?<|assistant|><think>r</think>c"),
         ([ASK, PLAIN], {}, "<|user|>a?<|assistant|></think>c"),
         ([ASK, {**PLAIN, "reasoning_content": " "}], {}, "<|user|>a?<|assistant|><think></think>c"),
-        ([ASK, {**PLAIN, "content": "<think>r</think>c"}], {}, "<|user|>a?<|assistant|><think>r</think>c"),
+        (
+            [ASK, {**PLAIN, "content": "<think>r</think>c"}],
+            {},
+            "<|user|>a?<|assistant|><think>r</think>c",
+        ),
         ([ASK, THOUGHT, AGAIN], {}, "<|user|>a?<|assistant|></think>c<|user|>b?"),
         (
             [ASK, THOUGHT, AGAIN, THOUGHT],
@@ -168,7 +204,14 @@ PLAIN = {"role": "assistant", "content": "c"}
             "<|user|>a?<|assistant|></think><tool_call>f</tool_call>",
         ),
         (
-            [ASK, {"role": "assistant", "content": "", "tool_calls": [call("f", a="x\n", b=[1, {"c": None}])]}],
+            [
+                ASK,
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "tool_calls": [call("f", a="x\n", b=[1, {"c": None}])],
+                },
+            ],
             {},
             "<|user|>a?<|assistant|></think><tool_call>f<arg_key>a</arg_key><arg_value>x\n</arg_value><arg_key>b"
             '</arg_key><arg_value>[1, {"c": null}]</arg_value></tool_call>',
@@ -196,7 +239,9 @@ def test_one_dialogue_three_ways():
     messages = [ASK, THOUGHT, AGAIN]
     assert "\n<think></think>\nc" in render_text(messages)
     assert "<|assistant|></think>c" in render_text(messages, dialect="glm-4.7")
-    assert "<|assistant|><think>r</think>c" in render_text(messages, dialect="glm-4.7", clear_thinking=False)
+    assert "<|assistant|><think>r</think>c" in render_text(
+        messages, dialect="glm-4.7", clear_thinking=False
+    )
 
 
 def test_targets_of_4_7_are_what_the_model_writes():
@@ -222,7 +267,9 @@ def target_the_prompt(tokenizer, messages, **switches):
     """A 4.7 template that trains the tag which the prompt holds already."""
     rendered = render(tokenizer, messages, **switches)
     opening = tokenizer.special["<think>"]
-    return rendered._replace(mask=[t or i == opening for i, t in zip(rendered.ids, rendered.mask, strict=True)])
+    return rendered._replace(
+        mask=[t or i == opening for i, t in zip(rendered.ids, rendered.mask, strict=True)]
+    )
 
 
 def always_clear(tokenizer, messages, clear_thinking=True, **switches):
@@ -243,7 +290,10 @@ def test_contract_rejects_broken_twins(twin):
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-@given(message=st.booleans().flatmap(lambda calls: assistant_messages(calls=calls)), thinking=st.booleans())
+@given(
+    message=st.booleans().flatmap(lambda calls: assistant_messages(calls=calls)),
+    thinking=st.booleans(),
+)
 def test_parse_after_render_is_the_identity(dialect, message, thinking):
     """What follows the generation prompt in a rendered turn parses to the same message, in every dialect."""
     if dialect == "glm-4.7" and not message["reasoning_content"]:
@@ -262,13 +312,17 @@ def test_parse_after_render_is_the_identity(dialect, message, thinking):
 def test_preserved_reasoning_never_tokenizes_again(messages, tools):
     """With preserved reasoning, the sampled turns with their continuations are the rendering of all turns."""
     tools, form = TOOLS if tools else None, {"dialect": "glm-4.7", "clear_thinking": False}
-    for message in messages:  # a turn that opens its reasoning and writes none is rendered otherwise
+    for (
+        message
+    ) in messages:  # a turn that opens its reasoning and writes none is rendered otherwise
         if message["role"] == "assistant":
             message["reasoning_content"] = message["reasoning_content"] or "r"
     first = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
     ids, at = render(BYTES, messages[:first], tools, generation_prompt=True, **form).ids, first
     while at < len(messages):
-        ids = ids + render(BYTES, messages[: at + 1], tools, **form).ids[len(ids) :]  # the sampled turn with its stop
+        ids = (
+            ids + render(BYTES, messages[: at + 1], tools, **form).ids[len(ids) :]
+        )  # the sampled turn with its stop
         new = []
         at += 1
         while at < len(messages) and messages[at]["role"] != "assistant":

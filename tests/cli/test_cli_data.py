@@ -8,7 +8,14 @@ from minglm.__main__ import main
 from minglm.cli import data
 
 CONFIG = "configs/nano.py"
-OVERRIDES = ["--data.corpus_megabytes", "0.04", "--data.synthetic_documents", "12", "--data.trajectories", "4"]
+OVERRIDES = [
+    "--data.corpus_megabytes",
+    "0.04",
+    "--data.synthetic_documents",
+    "12",
+    "--data.trajectories",
+    "4",
+]
 
 
 @pytest.fixture(scope="module")
@@ -16,14 +23,23 @@ def run(tmp_path_factory):
     """(function that calls the verb on one folder, that folder): with some text of the user, a part of it bad."""
     folder = tmp_path_factory.mktemp("stock")
     (folder / "mail.jsonl").write_text('{"text": "a letter", "source": "mail"}\n{"text": 3}\n' * 3)
-    words = [CONFIG, "--out", str(folder / "run"), *OVERRIDES, "--data.files", str(folder / "mail.jsonl")]
+    words = [
+        CONFIG,
+        "--out",
+        str(folder / "run"),
+        *OVERRIDES,
+        "--data.files",
+        str(folder / "mail.jsonl"),
+    ]
     return lambda *more: main(["data", *words, *more]), folder / "run" / "data"
 
 
 def test_it_builds_and_says_what_there_is(run, capsys):
     """A table with every source, what each step took, how many records were bad and which, samples of each source."""
     call, folder = run
-    assert call("--dry-run") == 0 and "would be in" in capsys.readouterr().out and not folder.exists()
+    assert (
+        call("--dry-run") == 0 and "would be in" in capsys.readouterr().out and not folder.exists()
+    )
     assert call("--samples", "1") == 0
     out = capsys.readouterr().out
     totals = data.stock(folder)
@@ -31,8 +47,13 @@ def test_it_builds_and_says_what_there_is(run, capsys):
         (line,) = [line for line in out.splitlines() if line.startswith(f"{source} ")]
         assert line.split()[1:4] == [f"{row[name]:,}" for name in ("documents", "tokens", "bytes")]
         assert not row["documents"] or f"\n{source}, document " in out
-    assert "3 records could not be used; see" in out and 'mail.jsonl, line 2: needs a string "text"' in out
-    assert "exact copies" in out and totals["cleaning"]["exact_copies"] >= 2  # the letter came three times
+    assert (
+        "3 records could not be used; see" in out
+        and 'mail.jsonl, line 2: needs a string "text"' in out
+    )
+    assert (
+        "exact copies" in out and totals["cleaning"]["exact_copies"] >= 2
+    )  # the letter came three times
     assert call("--dry-run") == 0 and "are in" in capsys.readouterr().out
 
 
@@ -46,7 +67,10 @@ def test_a_flipped_byte_is_found_and_repaired(run, capsys):
     capsys.readouterr()
     assert call("--verify") == 0
     out = capsys.readouterr().out
-    assert "00000.00.tokens.npy: wrong checksum; it is built again" in out and "checksums they were written with" in out
+    assert (
+        "00000.00.tokens.npy: wrong checksum; it is built again" in out
+        and "checksums they were written with" in out
+    )
     assert path.read_bytes() == whole
 
 

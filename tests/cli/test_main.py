@@ -10,8 +10,8 @@ from helpers.nano_run import CONFIG, OVERRIDES, ROOT, copied, finished, records,
 
 from minglm.__main__ import VERBS, load_run, main
 from minglm.data.store.shards import load_shards
-from minglm.eval import text as evaluate
-from minglm.plan.memory import count_parameters
+from minglm.eval.text import bits_per_byte
+from minglm.plan.counts import count_parameters
 
 __all__ = ["copied", "finished"]  # fixtures
 
@@ -58,17 +58,26 @@ def test_help_with_a_config_lists_every_field(capsys):
         main(["run", CONFIG, "--help"])
     printed = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert end.value.code == 0
-    for name in ("--until", "--model.hidden_size", "--stages.general.tokens", "--evaluation.problems"):
+    for name in (
+        "--until",
+        "--model.hidden_size",
+        "--stages.general.tokens",
+        "--evaluation.problems",
+    ):
         assert name in printed
     assert "Width D of the residual stream" in printed
 
 
-@pytest.mark.parametrize("words", [["run"], ["chat"], ["eval"], ["plan"], ["eval", "a", "--problems", "many"]])
+@pytest.mark.parametrize(
+    "words", [["run"], ["chat"], ["eval"], ["plan"], ["eval", "a", "--problems", "many"]]
+)
 def test_missing_words(words, capsys):
     """What argparse refuses: exit status 2 and the name of what is missing or wrong."""
     with pytest.raises(SystemExit) as end:
         main(words)
-    assert end.value.code == 2 and re.search(r"error: .*(config|run|--problems)", capsys.readouterr().err)
+    assert end.value.code == 2 and re.search(
+        r"error: .*(config|run|--problems)", capsys.readouterr().err
+    )
 
 
 MISTAKES = {
@@ -78,11 +87,23 @@ MISTAKES = {
     "a word that belongs nowhere": (["run", CONFIG, "fast"], "fast"),
     "not a number": (["run", CONFIG, "--model.hidden_size", "wide"], "wide"),
     "heads": (["run", CONFIG, "--model.num_key_value_heads", "3"], "model.num_attention_heads = 4"),
-    "experts": (["run", CONFIG, "--model.num_experts_per_tok", "9"], "model.num_experts_per_tok = 9"),
+    "experts": (
+        ["run", CONFIG, "--model.num_experts_per_tok", "9"],
+        "model.num_experts_per_tok = 9",
+    ),
     "top-1": (["run", CONFIG, "--model.num_experts_per_tok", "1"], "the router gets no gradient"),
-    "context": (["run", CONFIG, "--stages.long_agent.sequence_length", "4096"], "max_position_embeddings = 2048"),
-    "environment": (["run", CONFIG, "--posttraining.general_rl.environments", "chess"], "must be some of arithmetic"),
-    "no environment": (["run", CONFIG, "--posttraining.chat.rl.environments"], "posttraining.chat.rl.environments"),
+    "context": (
+        ["run", CONFIG, "--stages.long_agent.sequence_length", "4096"],
+        "max_position_embeddings = 2048",
+    ),
+    "environment": (
+        ["run", CONFIG, "--posttraining.general_rl.environments", "chess"],
+        "must be some of arithmetic",
+    ),
+    "no environment": (
+        ["run", CONFIG, "--posttraining.chat.rl.environments"],
+        "posttraining.chat.rl.environments",
+    ),
     "device": (["run", CONFIG, "--device", "tpu"], "must be auto, cpu or cuda"),
     "only": (["run", CONFIG, "--only", "sleeping"], "--only sleeping: no such stage"),
     "until": (["run", CONFIG, "--until", "long"], "the stages are general, code_reasoning"),
@@ -143,7 +164,9 @@ def test_interrupts_and_broken_files_are_no_tracebacks(capsys, monkeypatch):
         monkeypatch.setitem(VERBS, "run", lambda words, error=error: (_ for _ in ()).throw(error))
         assert main(["run"]) == status
         printed = capsys.readouterr().err
-        assert printed.count("\n") <= 1 and (status == 130 or "/root/run: Perm" in printed or "disk is full" in printed)
+        assert printed.count("\n") <= 1 and (
+            status == 130 or "/root/run: Perm" in printed or "disk is full" in printed
+        )
     monkeypatch.setitem(VERBS, "run", lambda words: [][1])
     with pytest.raises(IndexError):
         main(["run"])
@@ -161,9 +184,22 @@ def test_eval_repeats_the_evaluation_of_the_run(finished, capsys):
 @on_a_run
 def test_eval_of_a_stage_and_a_task(finished, capsys):
     """One line a mode: task, avg@k with its interval, pass@k."""
-    words = ["eval", finished, "--stage", "reasoning.sft", "--task", "arithmetic", "--problems", "3", "--samples", "1"]
+    words = [
+        "eval",
+        finished,
+        "--stage",
+        "reasoning.sft",
+        "--task",
+        "arithmetic",
+        "--problems",
+        "3",
+        "--samples",
+        "1",
+    ]
     lines = output(capsys, *words).splitlines()
-    assert [line.split()[:3] for line in lines] == [["arithmetic", m, "avg@1"] for m in ("thinking", "direct")]
+    assert [line.split()[:3] for line in lines] == [
+        ["arithmetic", m, "avg@1"] for m in ("thinking", "direct")
+    ]
     assert all(re.search(r"0\.000 \(0\.000 to 0\.\d+\)  pass@1 0\.000", line) for line in lines)
 
 
@@ -196,7 +232,9 @@ def test_a_run_without_a_complete_stage(copied, capsys):
 @pytest.mark.parametrize("damage", ["checkpoint", "tokenizer"])
 def test_damaged_files_of_a_run(copied, capsys, damage):
     """The damaged file is named."""
-    path = {"checkpoint": "checkpoints/pathology_rl/final.pt", "tokenizer": "data/tokenizer.json"}[damage]
+    path = {"checkpoint": "checkpoints/pathology_rl/final.pt", "tokenizer": "data/tokenizer.json"}[
+        damage
+    ]
     (copied / path).write_bytes((copied / path).read_bytes()[:-500])
     assert path in output(capsys, "eval", copied, status=2)
 
@@ -209,7 +247,7 @@ def test_a_stage_is_loaded_as_it_was_trained(finished, stage):
     assert name == stage and model.rope_theta == getattr(config.stages, stage).rope_theta
     heldout = load_shards(finished / "data" / "heldout")["prose"]
     length = min(getattr(config.stages, stage).sequence_length, 1024)
-    found = evaluate.bits_per_byte(model, tokenizer, heldout, length, config.evaluation.heldout_tokens)
+    found = bits_per_byte(model, tokenizer, heldout, length, config.evaluation.heldout_tokens)
     logged = [r for r in records(finished, "bits_per_byte") if r["source"] == "prose"]
     (expected,) = [r["value"] for r in logged if r["stage"] == stage]
     assert found == pytest.approx(expected, rel=1e-6)
@@ -220,7 +258,11 @@ def test_chat_with_a_run(finished, capsys, monkeypatch):
     """Lines from standard input, answers on standard output, until the input ends."""
     monkeypatch.setattr("sys.stdin", io.StringIO("/nothink\nhello\n/tools\nhello\n"))
     printed = output(capsys, "chat", finished, "--max-new-tokens", "5", "--stage", "unified")
-    assert printed.startswith("stage unified\n") and "thinking off" in printed and "tools on" in printed
+    assert (
+        printed.startswith("stage unified\n")
+        and "thinking off" in printed
+        and "tools on" in printed
+    )
 
 
 @on_a_run

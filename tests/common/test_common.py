@@ -13,14 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.common import device
+from minglm.common.files import atomic_path, read_jsonl, write_json
+from minglm.common.log import Log
+from minglm.common.version import versions
 
-values = st.dictionaries(st.text(max_size=8), st.text(max_size=12) | st.integers() | st.none(), max_size=3)
+values = st.dictionaries(
+    st.text(max_size=8), st.text(max_size=12) | st.integers() | st.none(), max_size=3
+)
 records = st.lists(values.filter(lambda v: "kind" not in v and "self" not in v), max_size=6)
 
 
 def write(path, content):
     """A log at `path` that holds `content`."""
-    log = device.Log(path)
+    log = Log(path)
     for value in content:
         log.write("event", **value)
     log.file.close()
@@ -33,22 +38,22 @@ def test_a_log_torn_at_any_byte_is_a_prefix_and_can_be_continued(content, data):
         path = Path(folder) / "log.jsonl"
         write(path, content)
         expected = [{"kind": "event", **value} for value in content]
-        assert device.read_jsonl(path) == expected
+        assert read_jsonl(path) == expected
         cut = data.draw(st.integers(0, path.stat().st_size))
         os.truncate(path, cut)
-        left = device.read_jsonl(path)
+        left = read_jsonl(path)
         assert left == expected[: len(left)]
         whole = path.read_bytes().count(b"\n")
         assert len(left) in (whole, whole + 1)  # one more when only the line break was lost
         write(path, [{"after": "the crash"}])
-        assert device.read_jsonl(path) == [*expected[:whole], {"kind": "event", "after": "the crash"}]
+        assert read_jsonl(path) == [*expected[:whole], {"kind": "event", "after": "the crash"}]
 
 
 @given(records, records, records)
 def test_a_log_cut_back_forgets_what_came_after(before, lost, after):
     """Cutting a log at a stored position removes exactly the records written since."""
     with tempfile.TemporaryDirectory() as folder:
-        log = device.Log(Path(folder) / "log.jsonl")
+        log = Log(Path(folder) / "log.jsonl")
         for value in before:
             log.write("event", **value)
         position = log.position
@@ -58,25 +63,25 @@ def test_a_log_cut_back_forgets_what_came_after(before, lost, after):
         assert log.position == position
         for value in after:
             log.write("event", **value)
-        assert device.read_jsonl(log.path) == [{"kind": "event", **value} for value in before + after]
+        assert read_jsonl(log.path) == [{"kind": "event", **value} for value in before + after]
         log.file.close()
 
 
 def test_a_missing_log_is_empty(tmp_path):
     """A run that has not begun has no records."""
-    assert device.read_jsonl(tmp_path / "log.jsonl") == []
+    assert read_jsonl(tmp_path / "log.jsonl") == []
 
 
 def test_atomic_path_replaces_or_leaves_alone(tmp_path):
     """A file is the new one or the old one, whole, and nothing is left beside it; folders are made."""
     path = tmp_path / "deep" / "file.json"
-    device.write_json(path, {"text": "词 \u2028"})
+    write_json(path, {"text": "词 \u2028"})
     old = path.read_bytes()
-    with pytest.raises(KeyError), device.atomic_path(path) as temporary:
+    with pytest.raises(KeyError), atomic_path(path) as temporary:
         temporary.write_text("half")
         raise KeyError
     assert path.read_bytes() == old
-    device.write_json(path, [1])
+    write_json(path, [1])
     assert path.read_text() == "[\n 1\n]\n"
     assert os.listdir(path.parent) == ["file.json"]
 
@@ -84,7 +89,7 @@ def test_atomic_path_replaces_or_leaves_alone(tmp_path):
 def test_atomic_path_survives_kill(tmp_path):
     """A process that dies while it writes leaves the old file as it was."""
     path = tmp_path / "file.json"
-    device.write_json(path, {"old": 1})
+    write_json(path, {"old": 1})
     old = path.read_bytes()
     program = (
         "import os, sys\nfrom minglm.common.device import atomic_path\n"
@@ -99,9 +104,9 @@ def test_atomic_path_survives_kill(tmp_path):
 def test_a_full_disk_is_one_line(tmp_path):
     """No space left is a ValueError that names the file and the remedy, and the old file stays."""
     path = tmp_path / "file.json"
-    device.write_json(path, 1)
+    write_json(path, 1)
     message = r"cannot write .*file\.json: No space left.*--out"
-    with pytest.raises(ValueError, match=message) as error, device.atomic_path(path):
+    with pytest.raises(ValueError, match=message) as error, atomic_path(path):
         raise OSError(28, "No space left on device")
     assert "\n" not in str(error.value)
     assert path.read_text() == "1\n"
@@ -134,24 +139,40 @@ def test_devices():
 def test_the_measured_ceiling_is_a_speed():
     """FLOP/s of one product: of the order of a machine, found in about the time given, and measured once a process."""
     found = device.measured_flops(torch.device("cpu"), torch.float32, 0.01)
-    assert 1e8 < found < 1e16 and device.measured_flops(torch.device("cpu"), torch.float32, 0.01) == found
+    assert (
+        1e8 < found < 1e16
+        and device.measured_flops(torch.device("cpu"), torch.float32, 0.01) == found
+    )
 
 
 @pytest.mark.parametrize(
     ("environment", "argument", "threads"),
-    [({"OMP_NUM_THREADS": "3"}, 0, 3), ({"OMP_NUM_THREADS": "3"}, 2, 2), ({"LOCAL_WORLD_SIZE": "1000"}, 0, 1)],
+    [
+        ({"OMP_NUM_THREADS": "3"}, 0, 3),
+        ({"OMP_NUM_THREADS": "3"}, 2, 2),
+        ({"LOCAL_WORLD_SIZE": "1000"}, 0, 1),
+    ],
 )
-def test_threads_are_the_argument_the_variable_or_the_share_of_the_cores(environment, argument, threads):
+def test_threads_are_the_argument_the_variable_or_the_share_of_the_cores(
+    environment, argument, threads
+):
     """An argument wins over OMP_NUM_THREADS, which wins over cores divided by ranks; never less than one."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE")} | environment
+    clean = {
+        k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE")
+    } | environment
     program = f"from minglm.common.device import use_threads; use_threads({argument}); import torch; print(torch.get_num_threads())"
     root = Path(__file__).parent.parent.parent
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, env=clean, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        cwd=root,
+        env=clean,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert int(done.stdout) == threads
 
 
 def test_versions_name_what_decides_a_number():
     """A report can say which Python, torch, device and commit made it."""
-    assert {"python", "torch", "numpy", "threads", "device", "commit", "time"} <= device.versions().keys()
+    assert {"python", "torch", "numpy", "threads", "device", "commit", "time"} <= versions().keys()

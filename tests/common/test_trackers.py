@@ -8,23 +8,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.common.device import Log, read_jsonl
+from minglm.common.files import read_jsonl
+from minglm.common.log import Log
 from minglm.common.trackers import scalars, writer
 
-STEP = {"stage": "general", "step": 3, "tokens": 96, "loss": 2.5, "load_entropy": [0.9, 0.8], "left_out": "spike"}
-values = st.recursive(st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=3), st.lists, max_leaves=5)
+STEP = {
+    "stage": "general",
+    "step": 3,
+    "tokens": 96,
+    "loss": 2.5,
+    "load_entropy": [0.9, 0.8],
+    "left_out": "spike",
+}
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=3), st.lists, max_leaves=5
+)
 
 
 def test_names_say_stage_kind_and_number():
     """Stage and source come first, then the kind, then the number's own name; labels keep needles of a stage apart."""
     assert scalars("step", STEP) == {
-        "general/step/tokens": 96, "general/step/loss": 2.5, "general/step/load_entropy/0": 0.9,
+        "general/step/tokens": 96,
+        "general/step/loss": 2.5,
+        "general/step/load_entropy/0": 0.9,
         "general/step/load_entropy/1": 0.8,
-    }  # fmt: skip
-    assert scalars("evaluation", {"stage": "sft", "env": "code", "thinking": True, "avg": 0.5, "low": None}) == {
-        "sft/code/True/evaluation/avg": 0.5
     }
-    needles = [{"stage": "s", "length": n, "depth": d, "found": 1.0} for n in (8, 9) for d in (0.0, 0.5)]
+    assert scalars(
+        "evaluation", {"stage": "sft", "env": "code", "thinking": True, "avg": 0.5, "low": None}
+    ) == {"sft/code/True/evaluation/avg": 0.5}
+    needles = [
+        {"stage": "s", "length": n, "depth": d, "found": 1.0} for n in (8, 9) for d in (0.0, 0.5)
+    ]
     assert len({name for record in needles for name in scalars("needle", record)}) == 4
 
 
@@ -52,7 +66,9 @@ def test_wandb_is_told_the_same(tmp_path, monkeypatch):
     """A stand-in for the package gets the config once, and each record's numbers with their step."""
     told = []
     run = SimpleNamespace(log=told.append)
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **about: told.append(about) or run))
+    monkeypatch.setitem(
+        sys.modules, "wandb", SimpleNamespace(init=lambda **about: told.append(about) or run)
+    )
     log = Log(tmp_path / "log.jsonl", writer("wandb", tmp_path, {"name": "toy"}))
     log.write("step", **STEP)
     log.write("sample", text="no number in it")
@@ -61,7 +77,9 @@ def test_wandb_is_told_the_same(tmp_path, monkeypatch):
     assert len(told) == 2 and json.dumps(told)
 
 
-@pytest.mark.parametrize(("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+@pytest.mark.parametrize(
+    ("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")]
+)
 def test_a_missing_package_is_one_line(name, module, tmp_path, monkeypatch):
     """Before anything is trained, with what to install; without a name nothing is needed."""
     assert writer("", tmp_path, {}) is None

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minglm.config import ModelConfig, Run, StageConfig, StagesConfig, load_config
 from minglm.config.overrides import override
-from minglm.config.run import COMFORT, ModelConfig, Run, StageConfig, StagesConfig, check, load_config, to_dict
+from minglm.config.run import COMFORT, check, to_dict
 
 ROOT = Path(__file__).parent.parent.parent
 LADDER = sorted((ROOT / "configs").glob("*.py"))
@@ -16,7 +17,9 @@ LADDER = sorted((ROOT / "configs").glob("*.py"))
 
 def small():
     """A run of a possible shape, with nothing in it that a file of the ladder decides."""
-    model = ModelConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=512)
+    model = ModelConfig(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=512
+    )
     return check(Run("small", model))
 
 
@@ -100,7 +103,9 @@ def test_a_wrong_option_is_one_line_with_its_name(words):
 
 def test_missing_files_and_functions_are_one_line(tmp_path):
     """A path that is no config says where the configs are; a file without the function says what a config is."""
-    with pytest.raises(ValueError, match=r"no config file at nowhere\.py; the ladder is in configs/"):
+    with pytest.raises(
+        ValueError, match=r"no config file at nowhere\.py; the ladder is in configs/"
+    ):
         load_config("nowhere.py")
     (tmp_path / "mine.py").write_text("x = 1\n")
     with pytest.raises(ValueError, match=r"mine\.py has no function mine\(\)"):
@@ -126,7 +131,13 @@ def test_any_value_of_any_field_is_accepted_or_refused_in_one_line(leaf, value):
 def test_the_hash_says_whether_two_runs_ask_for_the_same(leaf, by):
     """Equal configs have equal hashes, and any change of a value changes it; where a run is computed does not count."""
     name, value = leaf
-    other = f"{value}{by}" if isinstance(value, str) else not value if isinstance(value, bool) else value + by
+    other = (
+        f"{value}{by}"
+        if isinstance(value, str)
+        else not value
+        if isinstance(value, bool)
+        else value + by
+    )
     changed = override(small(), [f"--{name}={other}"])
     assert small().hash() == small().hash()
     assert (changed.hash() == small().hash()) == (name in COMFORT)

@@ -4,10 +4,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.config.run import DataConfig
+from minglm.config import DataConfig
 from minglm.data.sources import corpus
 from minglm.data.sources import files as sources
-from minglm.data.sources.corpus import Document, bounded, build, digest, docstrings, originals, repositories
+from minglm.data.sources.corpus import (
+    Document,
+    bounded,
+    build,
+    digest,
+    docstrings,
+    originals,
+    repositories,
+)
 from minglm.data.sources.files import is_heldout
 
 SMALL = DataConfig(corpus_megabytes=0.7, synthetic_documents=40, heldout=0.2)
@@ -43,7 +51,11 @@ def test_no_heldout_text_stands_in_a_training_document(documents):
     assert {d.source for d in heldout} >= {"code", "prose", "math", "qa"}
     assert not [d.name for d in heldout if d.text.strip() in training]
     # and the same for what repositories strip or re-indent: a held-out file's header is in no repository
-    assert not [d.name for d in heldout if d.source == "code" and f"# {d.name.removeprefix('python/')}\n" in training]
+    assert not [
+        d.name
+        for d in heldout
+        if d.source == "code" and f"# {d.name.removeprefix('python/')}\n" in training
+    ]
 
 
 @given(st.text(), st.floats(0, 1), st.floats(0, 1))
@@ -65,10 +77,19 @@ def file(name, text, repository=None, heldout=False):
 
 def test_docstrings_follow_their_file():
     """A docstring is held out only when all files that have it are, and stands once; labels are left out."""
-    long, other = "All the words of a long docstring. " * 5, "Quite another long docstring, for a test. " * 4
+    long, other = (
+        "All the words of a long docstring. " * 5,
+        "Quite another long docstring, for a test. " * 4,
+    )
     both = f'def f():\n    """{long}"""\n\ndef g():\n    """Short."""\n'
     found = list(
-        docstrings([file("a", both, heldout=True), file("b", f'"""{other}"""\n', heldout=True), file("c", both)])
+        docstrings(
+            [
+                file("a", both, heldout=True),
+                file("b", f'"""{other}"""\n', heldout=True),
+                file("c", both),
+            ]
+        )
     )
     assert [(d.text, d.heldout) for d in found] == [(long.strip(), False), (other.strip(), True)]
 
@@ -78,7 +99,9 @@ def test_repositories_leave_heldout_files_out():
     files = [file(f"r/{n}.py", f"x = {n}{n}{n}\n", "r", heldout=n == 2) for n in range(3)]
     (joined,) = repositories(files)
     assert joined.source == "repository" and "111" in joined.text and "222" not in joined.text
-    assert not list(repositories(files[1:])) and not list(repositories([file("a.py", "x"), file("b.py", "y")]))
+    assert not list(repositories(files[1:])) and not list(
+        repositories([file("a.py", "x"), file("b.py", "y")])
+    )
 
 
 @given(st.lists(st.integers(0, 50), max_size=12), st.floats(0, 300))
@@ -91,10 +114,18 @@ def test_bounded_keeps_order_and_bound(sizes, limit):
     assert all(total + len(d.text) > limit - 1e-6 for d in some if d not in kept)
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["code", "prose"]), st.booleans()), max_size=20))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abc"), st.sampled_from(["code", "prose"]), st.booleans()),
+        max_size=20,
+    )
+)
 def test_exact_copies_go_and_training_text_is_not_held_out(drawn):
     """Each (source, text) stays once, the first in training if any is, else the first; the order stays."""
-    some = [Document(text, source, "en", 0.5, f"{n}", None, heldout) for n, (text, source, heldout) in enumerate(drawn)]
+    some = [
+        Document(text, source, "en", 0.5, f"{n}", None, heldout)
+        for n, (text, source, heldout) in enumerate(drawn)
+    ]
     stay = [some[i] for i in originals([(digest(d), d.heldout) for d in some])]
     assert [d for d in some if d in stay] == stay
     assert sorted({(d.source, d.text) for d in some}) == sorted((d.source, d.text) for d in stay)

@@ -8,14 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.config.run import check, load_config
+from minglm.config import load_config
+from minglm.config.run import check
 from minglm.data import build
 from minglm.data.cleaning import shingles
 from minglm.data.cleaning.decontaminate import Index, decontaminate
 from minglm.data.sources.corpus import Document
 from minglm.data.store import documents as parts
 from minglm.envs import ENVIRONMENTS
-from minglm.eval.text import TEST_SEED
+from minglm.eval.tasks import TEST_SEED
 from minglm.testing.cleaning import check_decontamination
 from minglm.testing.data import texts
 
@@ -44,10 +45,22 @@ def by(predicate):
 
 BROKEN = {
     "keeps everything": (by(lambda text, item: False), "copies of test items were kept"),
-    "compares characters": (by(lambda text, item: len(item) > 30 and item in text), "copies of test items were kept"),
-    "any run of 13": (by(lambda text, item: bool(_runs(text, 13) & _runs(item, 13))), "copies of test|of the innocent"),
-    "any run of 3": (by(lambda text, item: bool(_runs(text, 3) & _runs(item, 3))), "of the innocent ones, only"),
-    "any run of 8": (by(lambda text, item: bool(_runs(text, 8) & _runs(item, 8))), "of the innocent ones, only"),
+    "compares characters": (
+        by(lambda text, item: len(item) > 30 and item in text),
+        "copies of test items were kept",
+    ),
+    "any run of 13": (
+        by(lambda text, item: bool(_runs(text, 13) & _runs(item, 13))),
+        "copies of test|of the innocent",
+    ),
+    "any run of 3": (
+        by(lambda text, item: bool(_runs(text, 3) & _runs(item, 3))),
+        "of the innocent ones, only",
+    ),
+    "any run of 8": (
+        by(lambda text, item: bool(_runs(text, 8) & _runs(item, 8))),
+        "of the innocent ones, only",
+    ),
 }
 
 
@@ -68,8 +81,14 @@ def test_a_text_has_the_same_words_in_any_company(some, chunk):
         together = shingles.by_text(some)
         assert [a.tolist() for a in alone] == [b.tolist() for b in together]
         for text, found in zip(some, together, strict=True):
-            whole = [[w.tolist() for _, w, _ in shingles.grams(found, np.zeros(len(found), int), {n})] for n in (2, 3)]
-            assert [len(w[0]) if w else 0 for w in whole] == [max(0, len(found) - 1), max(0, len(found) - 2)]
+            whole = [
+                [w.tolist() for _, w, _ in shingles.grams(found, np.zeros(len(found), int), {n})]
+                for n in (2, 3)
+            ]
+            assert [len(w[0]) if w else 0 for w in whole] == [
+                max(0, len(found) - 1),
+                max(0, len(found) - 2),
+            ]
             assert all(len(s) for s in shingles.shingles([text], 3))
 
 
@@ -98,7 +117,10 @@ def test_hashes_of_words_are_those_of_a_loop():
         return int(shingles.mix(np.array([x & both], np.uint64))[0])
 
     def loop(letters):
-        return mix(sum(mix((ord(c) + 1) * word) * pow(word, k + 1, 2**64) for k, c in enumerate(letters)) & both)
+        return mix(
+            sum(mix((ord(c) + 1) * word) * pow(word, k + 1, 2**64) for k, c in enumerate(letters))
+            & both
+        )
 
     (found,) = shingles.by_text(["Zwölf Boxer-Kämpfer, 12 世界"])
     assert found.tolist() == [loop(w) for w in ["zwölf", "boxer", "-", "kämpfer", "12", "世", "界"]]
@@ -115,8 +137,13 @@ def test_a_planted_test_task_is_removed_and_an_innocent_page_stays(tmp_path):
     the search turned off both stay."""
     run = load_config(CONFIG)
     run = dataclasses.replace(run, evaluation=dataclasses.replace(run.evaluation, problems=40))
-    task = max(ENVIRONMENTS["code"].tasks(40, TEST_SEED, "test"), key=lambda t: len(t.messages[-1]["content"]))
-    innocent = Document("A page of sums: 2+2=4, 3+3=6, write it as you like. " * 3, "math", "en", 0.5, "innocent")
+    task = max(
+        ENVIRONMENTS["code"].tasks(40, TEST_SEED, "test"),
+        key=lambda t: len(t.messages[-1]["content"]),
+    )
+    innocent = Document(
+        "A page of sums: 2+2=4, 3+3=6, write it as you like. " * 3, "math", "en", 0.5, "innocent"
+    )
     quoting = dataclasses.replace(
         innocent, text=f"{innocent.text} Exam: {task.messages[-1]['content']}", name="quoting"
     )
@@ -141,7 +168,8 @@ def test_short_runs_are_refused():
     with pytest.raises(ValueError, match=r"data\.decontaminate = 7: .*use 8 to 13, or 0"):
         check(
             dataclasses.replace(
-                load_config(CONFIG), data=dataclasses.replace(load_config(CONFIG).data, decontaminate=7)
+                load_config(CONFIG),
+                data=dataclasses.replace(load_config(CONFIG).data, decontaminate=7),
             )
         )
     with pytest.raises(ValueError, match="fewer than 8"):

@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.config.run import DataConfig, check, load_config
+from minglm.config import DataConfig, load_config
+from minglm.config.run import check
 from minglm.data import build, workers
 from minglm.data.mixture import Mixture
 from minglm.data.sources.corpus import Document
@@ -26,7 +27,14 @@ from minglm.data.store.shards import damaged, load_shards, save_shards
 from minglm.data.workers import map_parts
 from minglm.testing.cleaning import document, made_up, templates
 
-OVERRIDES = ["--data.corpus_megabytes", "0.04", "--data.synthetic_documents", "12", "--data.trajectories", "4"]
+OVERRIDES = [
+    "--data.corpus_megabytes",
+    "0.04",
+    "--data.synthetic_documents",
+    "12",
+    "--data.trajectories",
+    "4",
+]
 OVERRIDES += ["--data.near_duplicates", "0.8", "--data.semantic_duplicates", "0.95"]
 
 
@@ -43,7 +51,9 @@ def tiny_parts(monkeypatch):
 def contents(folder):
     """{file: its bytes} of the shards under a folder, without what was noted about paths and time."""
     return {
-        str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("*/*")) if path.suffix == ".npy"
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.glob("*/*"))
+        if path.suffix == ".npy"
     }
 
 
@@ -65,7 +75,9 @@ def test_parts_hold_every_document(some, size):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "PART", size)
         paths = parts.write(some, folder)
-        assert [d for path in paths for d in parts.read(path)] == [d for d in some if d.text.strip()]
+        assert [d for path in paths for d in parts.read(path)] == [
+            d for d in some if d.text.strip()
+        ]
         assert len(parts.records(paths)) == sum(bool(d.text.strip()) for d in some)
 
 
@@ -91,20 +103,28 @@ def test_each_step_takes_what_it_should_and_says_so():
     times, done = clean(some)
     assert [name for name, n in times.items() if not n] == ["copy"] and done["exact_copies"] == 1
     times, done = clean(some, near_duplicates=0.7)
-    assert [name for name, n in times.items() if not n] == ["near", "copy"] and done["near_duplicates"] == {"prose": 1}
+    assert [name for name, n in times.items() if not n] == ["near", "copy"] and done[
+        "near_duplicates"
+    ] == {"prose": 1}
     times, done = clean(some, near_duplicates=0.7, semantic_duplicates=0.65)
     best = max(form, key=lambda d: d.quality).name
     assert [name for name, n in times.items() if n and name.startswith("0.")] == [best]
     assert done["semantic_duplicates"] == {"prose": 4}
     times, done = clean(good, lowest_share=0.25, top_share=0.1, top_epochs=4.0)
     assert [times[d.name] for d in good] == [0] * 5 + [1] * 13 + [4] * 2
-    assert done["lowest_quality"] == {"prose": 5} and done["repeated"] == {"prose": 2} and done["documents"] == 21
+    assert (
+        done["lowest_quality"] == {"prose": 5}
+        and done["repeated"] == {"prose": 2}
+        and done["documents"] == 21
+    )
 
 
 def test_duplicates_are_looked_for_inside_a_source():
     """The same text may stand in two sources."""
     page = document("a", made_up(random.Random(0), 100))
-    times, _ = clean([page, dataclasses.replace(page, name="b", source="user:mail")], near_duplicates=0.5)
+    times, _ = clean(
+        [page, dataclasses.replace(page, name="b", source="user:mail")], near_duplicates=0.5
+    )
     assert times == {"a": 1, "b": 1}
 
 
@@ -115,12 +135,15 @@ def test_a_learned_score_decides_the_buckets(tmp_path, taught_by):
     good = " ".join(["A sentence of quite ordinary words follows another one."] * 3)
     pages = [document(f"{n}", [*good.split(), *made_up(rng, 5)], quality=None) for n in range(60)]
     noise = [
-        document(f"n{n}", ["buy", "now", "$$$", "!!!", "0.1", *made_up(rng, 2)] * 4, quality=None) for n in range(60)
+        document(f"n{n}", ["buy", "now", "$$$", "!!!", "0.1", *made_up(rng, 2)] * 4, quality=None)
+        for n in range(60)
     ]
     marks = tmp_path / "marks.jsonl"
     rows = [{"text": d.text, "label": float(d in noise)} for d in pages + noise]
     marks.write_text("\n".join(map(json.dumps, rows)))
-    times, done = clean(pages + noise, lowest_share=0.5, quality="learned" if taught_by == "rubric" else f"{marks}")
+    times, done = clean(
+        pages + noise, lowest_share=0.5, quality="learned" if taught_by == "rubric" else f"{marks}"
+    )
     dropped = [name for name, n in times.items() if not n]
     wrong = sum(name.startswith("n") == (taught_by == "labels") for name in dropped)
     assert len(dropped) == 60 and wrong <= 3 and done["judges"]["prose"]["documents"] == 120
@@ -183,7 +206,9 @@ def test_engines_keep_order_and_mistakes():
 def test_a_build_that_was_stopped_goes_on(built, tmp_path, tiny_parts, monkeypatch):
     """Stopped at each of its files in turn, the same command ends with the same shards, and does not begin anew."""
     run, original, read = small(), shards.write_part, []
-    monkeypatch.setattr(build.corpus, "documents", lambda *a, f=build.corpus.documents: read.append(1) or f(*a))
+    monkeypatch.setattr(
+        build.corpus, "documents", lambda *a, f=build.corpus.documents: read.append(1) or f(*a)
+    )
     for stop in (0, 1, 3):
         count = iter(range(stop))
 
@@ -228,7 +253,9 @@ def test_another_config_builds_other_shards(built, tmp_path, tiny_parts):
     build.prepare(small("--seed", "1"), tmp_path)
     assert contents(tmp_path) != contents(built)
     build.prepare(small(), tmp_path)
-    assert {name: data for name, data in contents(tmp_path).items() if name in contents(built)} == contents(built)
+    assert {
+        name: data for name, data in contents(tmp_path).items() if name in contents(built)
+    } == contents(built)
 
 
 def test_shards_come_back_and_damage_is_noticed(tmp_path):
@@ -255,13 +282,18 @@ def test_shards_come_back_and_damage_is_noticed(tmp_path):
         load_shards(tmp_path)
 
 
-@given(st.lists(st.lists(st.integers(0, 9), max_size=5), min_size=1, max_size=5), st.integers(0, 2**31))
+@given(
+    st.lists(st.lists(st.integers(0, 9), max_size=5), min_size=1, max_size=5), st.integers(0, 2**31)
+)
 def test_a_shard_of_parts_is_the_sequence_of_their_documents(sizes, seed):
     """Whatever the parts, some without a document, item k is document k of all."""
     rng = np.random.default_rng(seed)
     some = [[rng.integers(0, 99, n).astype(np.uint16) for n in part] for part in sizes]
     pairs = [
-        (np.concatenate([*part, np.zeros(0, np.uint16)]), np.cumsum([len(d) for d in part], dtype=np.int64))
+        (
+            np.concatenate([*part, np.zeros(0, np.uint16)]),
+            np.cumsum([len(d) for d in part], dtype=np.int64),
+        )
         for part in some
     ]
     shard, flat = shards.Shard(pairs), [d for part in some for d in part]
@@ -288,7 +320,9 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path):
     def little_room():
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, preexec_fn=little_room, timeout=120)
+    done = subprocess.run(
+        words, env=environment, capture_output=True, text=True, preexec_fn=little_room, timeout=120
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("minglm: ")]
     assert "cannot write" in line and str(tmp_path) in line and "free space" in line
@@ -321,10 +355,22 @@ def test_documents_longer_than_any_row_and_sources_that_run_dry(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--data.near_duplicates", "1.5"], r"data\.near_duplicates = 1\.5: must lie between 0 and 1"),
-        (["--data.lowest_share", "0.8", "--data.top_share", "0.4"], r"data\.lowest_share = 0\.8 .*at most 1"),
-        (["--data.quality", "rubrik"], r"data\.quality = 'rubrik': must be rubric, learned or a \.jsonl file"),
-        (["--data.top_epochs", "-1"], r"data\.top_epochs = -1\.0: must be a finite number, not negative"),
+        (
+            ["--data.near_duplicates", "1.5"],
+            r"data\.near_duplicates = 1\.5: must lie between 0 and 1",
+        ),
+        (
+            ["--data.lowest_share", "0.8", "--data.top_share", "0.4"],
+            r"data\.lowest_share = 0\.8 .*at most 1",
+        ),
+        (
+            ["--data.quality", "rubrik"],
+            r"data\.quality = 'rubrik': must be rubric, learned or a \.jsonl file",
+        ),
+        (
+            ["--data.top_epochs", "-1"],
+            r"data\.top_epochs = -1\.0: must be a finite number, not negative",
+        ),
     ],
 )
 def test_impossible_cleaning_is_refused(words, said):
@@ -336,5 +382,10 @@ def test_impossible_cleaning_is_refused(words, said):
 def test_cleaning_at_its_defaults_keeps_old_hashes():
     """A run from before the fields of cleaning existed is found by its hash; a field that is set changes it."""
     run = load_config("configs/nano.py")
-    assert run.hash() != check(dataclasses.replace(run, data=dataclasses.replace(run.data, near_duplicates=0.7))).hash()
+    assert (
+        run.hash()
+        != check(
+            dataclasses.replace(run, data=dataclasses.replace(run.data, near_duplicates=0.7))
+        ).hash()
+    )
     assert not {"near_duplicates", "quality"} & set(build.older(dataclasses.asdict(run.data)))

@@ -23,10 +23,20 @@ class Checkout:
 
     def git(self, *words, author="Ada"):
         self.clock += 60
-        who = {f"GIT_{role}_{what}": value for role in ("AUTHOR", "COMMITTER") for what, value in
-               (("NAME", author), ("EMAIL", "a@b.c"), ("DATE", f"{self.clock} +0000"))}  # fmt: skip
+        who = {
+            f"GIT_{role}_{what}": value
+            for role in ("AUTHOR", "COMMITTER")
+            for what, value in (
+                ("NAME", author),
+                ("EMAIL", "a@b.c"),
+                ("DATE", f"{self.clock} +0000"),
+            )
+        }
         subprocess.run(
-            ["git", "-C", str(self.folder), *words], check=True, capture_output=True, env={**os.environ, **who}
+            ["git", "-C", str(self.folder), *words],
+            check=True,
+            capture_output=True,
+            env={**os.environ, **who},
         )
 
     def commit(self, message, author="Ada", **files):
@@ -48,14 +58,27 @@ def checkout(tmp_path):
     repository.commit("Test the sum of numbers", test_py="assert add(1, 2) == 3\n")
     repository.git("checkout", "--quiet", "main")
     repository.commit("Say what it is for", README="Adds.\n")
-    repository.git("merge", "--quiet", "--no-ff", "--message", "Merge pull request #8 from ada/fix", "fix")
-    repository.commit("Negative numbers, see #3", add_py="def add(a, b):\n    return a + b  # any sign\n")
+    repository.git(
+        "merge", "--quiet", "--no-ff", "--message", "Merge pull request #8 from ada/fix", "fix"
+    )
+    repository.commit(
+        "Negative numbers, see #3", add_py="def add(a, b):\n    return a + b  # any sign\n"
+    )
     repository.commit("bump all dependencies now", author="dependabot[bot]", deps="x==2\n")
-    repository.commit("More on #3: zero too", zero_py="assert add(0, 0) == 0\n", **{"package-lock.json": "{}"})
+    repository.commit(
+        "More on #3: zero too", zero_py="assert add(0, 0) == 0\n", **{"package-lock.json": "{}"}
+    )
     repository.commit("wip", junk_py="?\n")
     repository.commit("An image of the sum", logo=b"\0\1\2")
     issues = tmp_path / "issues.jsonl"
-    rows = [{"number": 7, "title": "1+2 is -1", "body": "It should be 3.", "comments": ["Seen here too."]}]
+    rows = [
+        {
+            "number": 7,
+            "title": "1+2 is -1",
+            "body": "It should be 3.",
+            "comments": ["Seen here too."],
+        }
+    ]
     rows += [{"number": 3, "title": "Signs"}]
     issues.write_text("\n".join(map(json.dumps, rows)))
     return repository
@@ -81,14 +104,20 @@ def test_commits_on_one_issue_are_joined_and_noise_is_left_out(checkout):
     (signs,) = [text for text in found if "Issue #3: Signs" in text]
     assert "Negative numbers" in signs and "zero too" in signs and "package-lock" not in signs
     everything = "".join(found)
-    assert not [word for word in ("dependabot", "deps", "wip", "junk", "logo") if word in everything]
+    assert not [
+        word for word in ("dependabot", "deps", "wip", "junk", "logo") if word in everything
+    ]
     assert len(found) == 4  # the first version, its purpose, the pull request, issue 3
 
 
 def test_changes_of_heldout_files_are_left_out(checkout, monkeypatch):
     """A held-out file of the checkout does not come back through its history."""
-    with monkeypatch.context() as patch:  # which file is held out follows from its path, and that is another each time
-        patch.setattr("minglm.data.sources.files.is_heldout", lambda name, share: name.endswith("test.py"))
+    with (
+        monkeypatch.context() as patch
+    ):  # which file is held out follows from its path, and that is another each time
+        patch.setattr(
+            "minglm.data.sources.files.is_heldout", lambda name, share: name.endswith("test.py")
+        )
         found = list(user_files([f"git:{checkout.folder}"], 0.1))
     assert found and all(d.source == "repository" and "1, 2) == 3" not in d.text for d in found)
     whole = list(user_files([f"git:{checkout.folder}:{checkout.folder.parent}/issues.jsonl"]))
@@ -99,7 +128,9 @@ def test_changes_of_heldout_files_are_left_out(checkout, monkeypatch):
 def test_a_long_diff_ends_at_a_line(checkout, monkeypatch):
     """What is too long is cut after a whole line."""
     monkeypatch.setattr(history, "LONGEST", 300)
-    checkout.commit("A very long table of numbers", table_py="".join(f"x{n} = {n}\n" for n in range(100)))
+    checkout.commit(
+        "A very long table of numbers", table_py="".join(f"x{n} = {n}\n" for n in range(100))
+    )
     text = history.diff(checkout.folder, commits(checkout.folder)[-1])
     assert 200 < len(text) <= 300 and text.endswith("\n") and text.splitlines()[-1].startswith("+x")
 

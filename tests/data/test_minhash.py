@@ -47,8 +47,15 @@ def whole_families(documents):
     stays = documents
     for _ in documents:
         gone = {d.name for d in stays} - {d.name for d in near(stays)}
-        ends = [d for d in stays if d.name not in gone and not any(g[0] == d.name[0] and g != d.name for g in gone)]
-        best = {g[0]: max((d for d in stays if d.name[0] == g[0]), key=lambda d: d.quality) for g in gone}
+        ends = [
+            d
+            for d in stays
+            if d.name not in gone and not any(g[0] == d.name[0] and g != d.name for g in gone)
+        ]
+        best = {
+            g[0]: max((d for d in stays if d.name[0] == g[0]), key=lambda d: d.quality)
+            for g in gone
+        }
         following = [d for d in stays if d in ends or d in best.values()]
         if following == stays:
             break
@@ -62,7 +69,10 @@ BROKEN = {
     "same length": (lambda documents: list({len(d.text): d for d in documents}.values()), "."),
     "the first stays": (first_stays, "nothing like it|order of the documents"),
     "whole families": (whole_families, "nothing like it"),
-    "exact copies only": (lambda documents: list({d.text: d for d in documents}.values()), "both stayed|order"),
+    "exact copies only": (
+        lambda documents: list({d.text: d for d in documents}.values()),
+        "both stayed|order",
+    ),
     "changes the order": (lambda documents: near(documents)[::-1], "order was changed"),
 }
 
@@ -77,12 +87,19 @@ def test_the_contract_finds_broken_near_duplicates(name):
 
 SEMANTIC = {
     "MinHash": (near, "of . pages of a form . stayed"),
-    "too eager": (lambda documents: semantic_duplicates(documents, 0.1), "words of its own was removed"),
+    "too eager": (
+        lambda documents: semantic_duplicates(documents, 0.1),
+        "words of its own was removed",
+    ),
     "worst stays": (
         lambda documents: [
             d
             for d in documents
-            if d.name in {x.name for x in semantic([dataclasses.replace(y, quality=-y.quality) for y in documents])}
+            if d.name
+            in {
+                x.name
+                for x in semantic([dataclasses.replace(y, quality=-y.quality) for y in documents])
+            }
         ],
         "not the best",
     ),
@@ -117,7 +134,10 @@ def test_the_estimate_has_no_bias():
     assert abs((signature[::2] == signature[1::2]).mean() - 0.5) < 0.01
 
 
-@given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=20, unique=True), st.randoms(use_true_random=False))
+@given(
+    st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=20, unique=True),
+    st.randoms(use_true_random=False),
+)
 def test_a_signature_is_of_a_set(values, rng):
     """It depends neither on the order of the values nor on the sets beside it; a union takes the smaller values."""
     values = np.array(values, np.uint64)
@@ -134,7 +154,9 @@ def test_bands_find_pairs_as_often_as_the_curve_says(similarity):
     bands, rows = banding(0.7)
     rng, each = random.Random(int(similarity * 100)), 60
     shared = round(2 * each * similarity / (1 - similarity))
-    signature = minhash([one for _ in range(300) for one in pair(rng, shared, each)])[:, : bands * rows]
+    signature = minhash([one for _ in range(300) for one in pair(rng, shared, each)])[
+        :, : bands * rows
+    ]
     equal = (signature[::2] == signature[1::2]).reshape(300, bands, rows).all(2).any(1)
     curve = found(shared / (shared + 2 * each), bands, rows)
     assert abs(equal.mean() - curve) < 5 * (curve * (1 - curve) / 300) ** 0.5 + 0.01
@@ -176,9 +198,14 @@ def test_kmeans_puts_a_vector_where_it_is_nearest(seed, clusters):
     centres = torch.nn.functional.normalize(torch.randn(clusters, 64, generator=generator))
     centres = torch.linalg.qr(torch.randn(64, 64, generator=generator)).Q[:clusters]
     cloud = torch.arange(clusters).repeat_interleave(20)
-    vectors = torch.nn.functional.normalize(centres[cloud] + 0.02 * torch.randn(len(cloud), 64, generator=generator))
+    vectors = torch.nn.functional.normalize(
+        centres[cloud] + 0.02 * torch.randn(len(cloud), 64, generator=generator)
+    )
     nearest = kmeans(vectors, clusters)
-    assert all(len(nearest[cloud == c].unique()) == 1 for c in range(clusters)) and len(nearest.unique()) == clusters
+    assert (
+        all(len(nearest[cloud == c].unique()) == 1 for c in range(clusters))
+        and len(nearest.unique()) == clusters
+    )
 
 
 @given(st.lists(st.text(max_size=40), max_size=6))

@@ -31,7 +31,9 @@ def make_sources(seed, names="abc", most=12, longest=40):
 def real(batch, name, sources):
     """All (not padding) tokens of a batch that come from one source."""
     low, high = sources[name][0][0], sources[name][-1][-1]
-    kept = batch.tokens_BS if batch.documents_BS is None else batch.tokens_BS[batch.documents_BS >= 0]
+    kept = (
+        batch.tokens_BS if batch.documents_BS is None else batch.tokens_BS[batch.documents_BS >= 0]
+    )
     return kept[(kept >= low) & (kept <= high)].tolist()
 
 
@@ -59,7 +61,12 @@ class ForgetsEpoch(Mixture):
 
 class SharesState(Mixture):
     def state_dict(self):
-        return {"epoch": self._epoch, "cursor": self._cursor, "drawn": self._drawn, "pool": self._pool}
+        return {
+            "epoch": self._epoch,
+            "cursor": self._cursor,
+            "drawn": self._drawn,
+            "pool": self._pool,
+        }
 
 
 class TrainsOnFirstToken(Mixture):
@@ -75,7 +82,9 @@ class Unseeded(Mixture):
         self.seed = int(np.random.default_rng().integers(2**31))
 
 
-@pytest.mark.parametrize("broken", [ForgetsPool, ForgetsEpoch, SharesState, TrainsOnFirstToken, Unseeded])
+@pytest.mark.parametrize(
+    "broken", [ForgetsPool, ForgetsEpoch, SharesState, TrainsOnFirstToken, Unseeded]
+)
 def test_contract_rejects_a_broken_twin(broken):
     """Each broken stream fails the contract."""
     sources = make_sources(1)
@@ -92,7 +101,9 @@ def test_shares_follow_the_weights_at_every_moment(weights, packing, length, see
         total = sum(mixture.state_dict()["drawn"].values())
         for name, drawn in mixture.state_dict()["drawn"].items():
             share = weights[name] / sum(weights.values()) * total
-            assert share - length * len(weights) <= drawn <= share + length + 1e-6  # 1e-6: rounding of the weights
+            assert (
+                share - length * len(weights) <= drawn <= share + length + 1e-6
+            )  # 1e-6: rounding of the weights
 
 
 @given(st.integers(2, 60), st.integers(0, 2**31))
@@ -114,7 +125,9 @@ def test_best_fit_gives_every_token_equally_often(length, rows, seed):
     mixture = Mixture(sources, {"a": 1}, length, "best_fit", seed)
     for _ in range(12):
         seen += real(mixture.next(rows), "a", sources)
-        waiting = [sources["a"][d][start:stop] for _, d, start, stop in mixture.state_dict()["pool"]]
+        waiting = [
+            sources["a"][d][start:stop] for _, d, start, stop in mixture.state_dict()["pool"]
+        ]
         counts = np.bincount([*seen, *(int(t) for span in waiting for t in span)], minlength=size)
         assert counts.max() - counts.min() <= 1
 
@@ -179,7 +192,10 @@ def test_masked_tokens_are_never_targets(packing, seed):
     rng = np.random.default_rng(seed)
     masks = {"b": [rng.random(len(d)) < 0.5 for d in sources["b"]]}
     targets = {
-        int(t) for d, m in zip(sources["b"], masks["b"], strict=True) for t, kept in zip(d, m, strict=True) if kept
+        int(t)
+        for d, m in zip(sources["b"], masks["b"], strict=True)
+        for t, kept in zip(d, m, strict=True)
+        if kept
     }
     targets |= {int(t) for d in sources["a"] for t in d}
     mixture = Mixture(sources, {"a": 1, "b": 1}, 20, packing, seed, masks)
@@ -223,10 +239,15 @@ def document(text, source, n=0):
     return Document(text, source, "python" if source == "code" else "en", 1.0, f"{source}/{n}")
 
 
-@given(st.lists(st.sampled_from(["code", "prose"]), max_size=6), st.floats(0, 1), st.integers(0, 2**31))
+@given(
+    st.lists(st.sampled_from(["code", "prose"]), max_size=6), st.floats(0, 1), st.integers(0, 2**31)
+)
 def test_tokenised_documents_decode_to_their_texts(kinds, rate, seed):
     """Every array ends with the end token; undone, a source's arrays are its texts in order."""
-    documents = [document(f"def f{n}(x):\n    return {n}\n\n" * (n + 1), kind, n) for n, kind in enumerate(kinds)]
+    documents = [
+        document(f"def f{n}(x):\n    return {n}\n\n" * (n + 1), kind, n)
+        for n, kind in enumerate(kinds)
+    ]
     shards = tokenize(documents, TOKENIZER, rate, seed, 40)
     again = tokenize(documents, TOKENIZER, rate, seed, 40)
     for source, arrays in shards.items():
@@ -235,7 +256,10 @@ def test_tokenised_documents_decode_to_their_texts(kinds, rate, seed):
         text = "".join(unfim(array[:-1].tolist(), TOKENIZER) for array in arrays)
         assert text == "".join(d.text for d in documents if d.source == source)
     assert set(shards) == set(kinds)
-    halves = [tokenize(documents[:3], TOKENIZER, rate, seed, 40), tokenize(documents[3:], TOKENIZER, rate, seed, 40, 3)]
+    halves = [
+        tokenize(documents[:3], TOKENIZER, rate, seed, 40),
+        tokenize(documents[3:], TOKENIZER, rate, seed, 40, 3),
+    ]
     for source, arrays in shards.items():  # in two parts as in one
         joined = [a.tolist() for half in halves for a in half.get(source, [])]
         assert joined == [a.tolist() for a in arrays]

@@ -71,13 +71,17 @@ def test_best_fit_is_fast_and_tight():
 
 
 @given(
-    st.integers(1, 400).flatmap(lambda n: st.tuples(st.lists(st.integers(1, n), min_size=1, max_size=120), st.just(n)))
+    st.integers(1, 400).flatmap(
+        lambda n: st.tuples(st.lists(st.integers(1, n), min_size=1, max_size=120), st.just(n))
+    )
 )
 def test_rows_are_those_of_trl_and_no_more_than_first_fit_may_have(example):
     """As many rows as TRL's packing `bfd`, written by others, and at most 11/9 of first-fit decreasing's, plus 2/3."""
     datasets, data_utils = pytest.importorskip("datasets"), pytest.importorskip("trl.data_utils")
     some, capacity = example
-    packed = data_utils.pack_dataset(datasets.Dataset.from_dict({"x": [[0] * n for n in some]}), capacity, "bfd")
+    packed = data_utils.pack_dataset(
+        datasets.Dataset.from_dict({"x": [[0] * n for n in some]}), capacity, "bfd"
+    )
     ours = len(best_fit(some, capacity))
     assert ours == len(packed)
     rooms = []  # of first-fit decreasing, which needs at least as many rows as the fewest possible
@@ -98,9 +102,13 @@ def test_best_fit_refuses_lengths_that_fit_no_row(wrong):
 def test_pieces_cover_every_document_once(some, capacity):
     """Spans of at most the capacity, in order, cover each document without gap or overlap."""
     spans = pieces(some, capacity).tolist()
-    assert [(d, t) for d, a, b in spans for t in range(a, b)] == [(d, t) for d, n in enumerate(some) for t in range(n)]
+    assert [(d, t) for d, a, b in spans for t in range(a, b)] == [
+        (d, t) for d, n in enumerate(some) for t in range(n)
+    ]
     assert all(0 < b - a <= capacity for _, a, b in spans)
-    assert sum(b - a < capacity for _, a, b in spans) <= len(some)  # only a document's last span may be short
+    assert sum(b - a < capacity for _, a, b in spans) <= len(
+        some
+    )  # only a document's last span may be short
 
 
 @given(lengths.filter(sum), capacities, st.integers(0, 100), st.integers(0, 2**31))
@@ -118,12 +126,17 @@ def test_cut_rows_are_consecutive_parts_of_one_ring(some, capacity, offset, seed
         assert len(set(flat)) == len(flat)  # no token twice in an epoch
 
 
-@given(st.lists(st.lists(st.integers(1, 8), max_size=4), min_size=1, max_size=5), st.booleans(), st.integers(0, 2**31))
+@given(
+    st.lists(st.lists(st.integers(1, 8), max_size=4), min_size=1, max_size=5),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
 def test_fill_lays_documents_out(rows, separate, seed):
     """Tokens stand in order, then padding; masks follow them; ids and positions tell the documents apart."""
     rng = np.random.default_rng(seed)
     spans = [
-        [(rng.integers(1, 99, n), rng.random(n) < 0.5 if rng.random() < 0.7 else None) for n in row] for row in rows
+        [(rng.integers(1, 99, n), rng.random(n) < 0.5 if rng.random() < 0.7 else None) for n in row]
+        for row in rows
     ]
     batch = fill(spans, 32, separate, pad=7)
     check_batch(batch)
@@ -132,13 +145,17 @@ def test_fill_lays_documents_out(rows, separate, seed):
         assert batch.tokens_BS[row].tolist() == tokens.tolist() + [7] * (32 - len(tokens))
         targets = [True if m is None else m[n] for t, m in parts for n in range(len(t))]
         starts = np.cumsum([0] + [len(t) for t, _ in parts][:-1]) if separate else [0]
-        expected = [bool(m) and n not in starts for n, m in enumerate(targets)] + [False] * (32 - len(targets))
+        expected = [bool(m) and n not in starts for n, m in enumerate(targets)] + [False] * (
+            32 - len(targets)
+        )
         assert batch.mask_BS[row].tolist() == expected
         if separate:
             ids = [i for i, (t, _) in enumerate(parts) for _ in t]
             assert batch.documents_BS[row].tolist() == ids + [-1] * (32 - len(ids))
     if separate:
-        assert utilisation(batch) == pytest.approx(sum(map(sum, rows)) / (32 * len(rows)))  # float32 mean
+        assert utilisation(batch) == pytest.approx(
+            sum(map(sum, rows)) / (32 * len(rows))
+        )  # float32 mean
 
 
 @given(st.integers(1, 9), st.integers(1, 5), st.booleans())

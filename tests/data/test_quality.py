@@ -41,8 +41,16 @@ GOOD = '"""What it does."""\n\n\ndef add(a, b):\n    """The sum."""\n    return 
         (GOOD, GOOD.replace('    """The sum."""\n', ""), "python"),
         (GOOD, "x = [" + "1, " * 2000 + "]\n", "python"),
         (GOOD, "def broken(:\n", "python"),
-        ("A sentence of quite ordinary words follows another one here. " * 4, "buy buy buy now !!! $$$ " * 20, "en"),
-        ("A sentence of quite ordinary words follows another one here. " * 4, "0.1 0.2 0.3 " * 50, "en"),
+        (
+            "A sentence of quite ordinary words follows another one here. " * 4,
+            "buy buy buy now !!! $$$ " * 20,
+            "en",
+        ),
+        (
+            "A sentence of quite ordinary words follows another one here. " * 4,
+            "0.1 0.2 0.3 " * 50,
+            "en",
+        ),
     ],
 )
 def test_rubric_prefers(better, worse, language):
@@ -85,7 +93,11 @@ def test_a_fraction_of_an_epoch_is_a_share_of_the_documents():
 
 def test_educational_pages_come_twice():
     """With a threshold, mathematics and science at or above it come twice, and nothing else does."""
-    some = [document("a", 0.9, "math", "en"), document("b", 0.4, "science", "en"), document("c", 0.9, "qa", "en")]
+    some = [
+        document("a", 0.9, "math", "en"),
+        document("b", 0.4, "science", "en"),
+        document("c", 0.9, "qa", "en"),
+    ]
     assert quality.epochs(some, threshold=0.9) == [2, 1, 1] and quality.epochs(some) == [1, 1, 1]
 
 
@@ -99,7 +111,11 @@ def test_educational_share_prefers_explanations():
     """Computing and explaining counts, in both languages; only saying things does not."""
     assert quality.educational("Let x = 3. Then x+1 = 4, because 3+1 = 4.") == 1
     assert quality.educational("因为三加一等于四，所以答案是四。你好。") == 0.5
-    assert quality.educational("Buy now. Great offers today. Click here.") == 0 == quality.educational("")
+    assert (
+        quality.educational("Buy now. Great offers today. Click here.")
+        == 0
+        == quality.educational("")
+    )
 
 
 def test_the_classifier_keeps_its_contract():
@@ -160,7 +176,9 @@ def test_features_are_unit_counts_of_words_and_pairs(some):
     for index, (one, found) in enumerate(zip(some, by_text(some), strict=True)):
         mine = text == index
         assert int(mine.sum()) <= max(0, 2 * len(found) - 1)
-        assert not len(found) or float((value[mine] ** 2).sum()) == pytest.approx(1, abs=1e-5)  # float32
+        assert not len(found) or float((value[mine] ** 2).sum()) == pytest.approx(
+            1, abs=1e-5
+        )  # float32
         alone = features([one])
         assert alone[1].tolist() == place[mine].tolist() and torch.equal(alone[2], value[mine])
 
@@ -188,7 +206,10 @@ def test_calibration_error_is_the_mean_distance():
     """Scores of 0.9 of which half are right are 0.4 off; scores that are right are not off at all."""
     assert calibration_error([0.9] * 10, [0, 1] * 5) == pytest.approx(0.4)
     assert calibration_error([0.5] * 10 + [1.0], [0, 1] * 5 + [1]) == pytest.approx(0)
-    assert classifier.reliability([0.05, 0.95, 1.0], [0, 1, 1]) == [(0.05, 0, 1), (pytest.approx(0.975), 1, 2)]
+    assert classifier.reliability([0.05, 0.95, 1.0], [0, 1, 1]) == [
+        (0.05, 0, 1),
+        (pytest.approx(0.975), 1, 2),
+    ]
 
 
 def test_each_kind_has_its_own_judge(tmp_path):

@@ -54,12 +54,15 @@ def test_a_long_chain_needs_no_deep_recursion():
 def test_concatenation_holds_every_file_in_order(needs):
     """The document has one header per file, in an order that its own imports confirm, and the files' text unchanged."""
     files = {
-        f"pkg/{node}.py": "".join(f"from pkg import {other}\n" for other in sorted(others)) + f"NAME = '{node}'\n"
+        f"pkg/{node}.py": "".join(f"from pkg import {other}\n" for other in sorted(others))
+        + f"NAME = '{node}'\n"
         for node, others in needs.items()
     }
     text = concatenate(files)
     headers = [line[2:] for line in text.splitlines() if line.startswith("# pkg/")]
-    assert headers == order({f"pkg/{a}.py": {f"pkg/{b}.py" for b in others} for a, others in needs.items()})
+    assert headers == order(
+        {f"pkg/{a}.py": {f"pkg/{b}.py" for b in others} for a, others in needs.items()}
+    )
     for path, content in files.items():
         assert f"# {path}\n{content}" in text
     ast.parse(text)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.config.run import DataConfig
+from minglm.config import DataConfig
 from minglm.data.sources import files, rows
 from minglm.data.sources.corpus import build
 from minglm.data.sources.files import Skipped, user_files
@@ -39,7 +39,11 @@ def test_user_files_of_every_kind(tmp_path):
     """Text, code, folders, JSON lines and parquet become documents of the sources they name."""
     (tmp_path / "note.md").write_text("# Title\n\nSome prose.\n")
     (tmp_path / "tool.py").write_text("x = 1\n")
-    some = [{"text": "one"}, {"text": "二", "source": "math", "language": "zh"}, {"text": "three", "source": "mail"}]
+    some = [
+        {"text": "one"},
+        {"text": "二", "source": "math", "language": "zh"},
+        {"text": "three", "source": "mail"},
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, some)) + "\n\n")
     (tmp_path / "repo" / ".git").mkdir(parents=True)
     (tmp_path / "repo" / ".git" / "hidden.py").write_text("secret = 1\n")
@@ -49,18 +53,29 @@ def test_user_files_of_every_kind(tmp_path):
     paths = [str(tmp_path / name) for name in ("note.md", "tool.py", "rows.jsonl", "repo")]
     found = list(user_files(paths))
     assert [(d.source, d.language) for d in found] == [
-        *(("prose", "en"), ("code", "python"), ("prose", "en"), ("math", "zh"), ("user:mail", "en")),
+        *(
+            ("prose", "en"),
+            ("code", "python"),
+            ("prose", "en"),
+            ("math", "zh"),
+            ("user:mail", "en"),
+        ),
         *(("code", "python"), ("code", "python"), ("repository", "python")),
     ]
     small = DataConfig(corpus_megabytes=0.1, synthetic_documents=1, heldout=0.0, files=tuple(paths))
-    (joined,) = [d for d in build(small) if d.source == "repository" and d.repository.endswith("repo")]
+    (joined,) = [
+        d for d in build(small) if d.source == "repository" and d.repository.endswith("repo")
+    ]
     assert joined.text == "# repo/b.py\ny = 2\n\n# repo/a.py\nimport b\n"
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.zst", "rows.parquet", "hf"])
 def test_rows_are_the_same_in_every_form(tmp_path, name):
     """JSON lines, plain and packed, parquet, and a data set by name give the same texts, sources and languages."""
-    rows = [{"text": f"text {n}\u2028é", "source": ["math", "mail"][n % 2], "language": "en"} for n in range(5)]
+    rows = [
+        {"text": f"text {n}\u2028é", "source": ["math", "mail"][n % 2], "language": "en"}
+        for n in range(5)
+    ]
     if name == "hf":
         pytest.importorskip("datasets")
         write_rows(tmp_path / "part.parquet", rows)
@@ -98,9 +113,22 @@ def test_a_folder_is_walked_in_order_and_each_checkout_is_a_repository(tmp_path)
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     found = list(user_files([tmp_path]))
-    names = [d.name.removeprefix(f"{tmp_path}/").removeprefix(f"repository/{tmp_path}") for d in found]
-    assert names == ["four.py", "notes.txt", "rows.jsonl/line 1", "a/one.py", "a/deep/two.py", "/a", "b/three.py", ""]
-    assert next(d.text for d in found if d.source == "repository").startswith("# a/deep/two.py\nx = 2\n")
+    names = [
+        d.name.removeprefix(f"{tmp_path}/").removeprefix(f"repository/{tmp_path}") for d in found
+    ]
+    assert names == [
+        "four.py",
+        "notes.txt",
+        "rows.jsonl/line 1",
+        "a/one.py",
+        "a/deep/two.py",
+        "/a",
+        "b/three.py",
+        "",
+    ]
+    assert next(d.text for d in found if d.source == "repository").startswith(
+        "# a/deep/two.py\nx = 2\n"
+    )
 
 
 def test_a_repository_too_long_to_hold_is_not_joined(tmp_path, monkeypatch):
@@ -162,7 +190,14 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, name):
 
 def test_bad_records_are_counted_named_and_skipped(tmp_path):
     """Broken rows, and files of a folder that are no text, cost a line in the log each and nothing else."""
-    lines = [b'{"text": "good"}', b'{"text": ', b'{"body": "x"}', b'{"text": "\xff"}', b'{"text": " "}', b"[1]"]
+    lines = [
+        b'{"text": "good"}',
+        b'{"text": ',
+        b'{"body": "x"}',
+        b'{"text": "\xff"}',
+        b'{"text": " "}',
+        b"[1]",
+    ]
     lines += [b'{"text": "x", "source": 3}', b"[" * 100_000, b'{"text": "also good"}']
     given = tmp_path / "given"
     given.mkdir()
@@ -170,26 +205,47 @@ def test_bad_records_are_counted_named_and_skipped(tmp_path):
     (given / "latin.txt").write_bytes(b"caf\xe9")
     (given / "none.txt").write_bytes(b"")
     skipped = Skipped(tmp_path / "log" / "skipped.jsonl")
-    assert [d.text for d in user_files([given], skipped=skipped) if d.text.strip()] == ["good", "also good"]
-    log = [json.loads(line) for line in (tmp_path / "log" / "skipped.jsonl").read_text().splitlines()]
+    assert [d.text for d in user_files([given], skipped=skipped) if d.text.strip()] == [
+        "good",
+        "also good",
+    ]
+    log = [
+        json.loads(line) for line in (tmp_path / "log" / "skipped.jsonl").read_text().splitlines()
+    ]
     assert [(record["file"].rpartition("/")[2], record["where"]) for record in log] == [
         *(("latin.txt", "file"), ("none.txt", "file")),
         *(("rows.jsonl", f"line {n}") for n in range(2, 9)),
     ]
     assert skipped.count == len(log) == sum(skipped.reasons.values()) == 9
-    assert "byte 3" in log[0]["why"] and log[1]["why"] == "empty" and log[3]["why"] == 'needs a string "text"'
+    assert (
+        "byte 3" in log[0]["why"]
+        and log[1]["why"] == "empty"
+        and log[3]["why"] == 'needs a string "text"'
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("a.jsonl", b'{"text": \n', r"nothing in .*a\.jsonl can be used; line 1: not JSON"),
-        ("b.jsonl", b'\n{"body": "y"}\n', r'nothing in .*b\.jsonl can be used; line 2: needs a string "text"'),
-        ("c.jsonl", b'{"text": "x", "source": 3}\n', r'c\.jsonl .*line 1: "source" and "language" must be strings'),
+        (
+            "b.jsonl",
+            b'\n{"body": "y"}\n',
+            r'nothing in .*b\.jsonl can be used; line 2: needs a string "text"',
+        ),
+        (
+            "c.jsonl",
+            b'{"text": "x", "source": 3}\n',
+            r'c\.jsonl .*line 1: "source" and "language" must be strings',
+        ),
         ("d.jsonl", b"[1]\n", r"d\.jsonl .*line 1: needs"),
         ("e.txt", b"ab\xff", r"e\.txt is not UTF-8 text \(byte 2\)"),
         ("f.pdf", b"%PDF", r"f\.pdf is none of"),
-        ("g.jsonl.zst", zstd(b'{"text": "x"}\n' * 9)[:-3], r"cannot unpack .*g\.jsonl\.zst: Truncated"),
+        (
+            "g.jsonl.zst",
+            zstd(b'{"text": "x"}\n' * 9)[:-3],
+            r"cannot unpack .*g\.jsonl\.zst: Truncated",
+        ),
         ("h.jsonl.zst", b'{"text": "x"}\n', r"cannot unpack .*h\.jsonl\.zst: "),
         ("i.parquet", b"PAR1", r"cannot read .*i\.parquet after row 0"),
     ],
@@ -203,13 +259,18 @@ def test_files_that_cannot_be_used_are_named(tmp_path, name, content, said):
 
 def test_parquet_cut_short_or_without_texts_is_named(tmp_path):
     """As for other files, with the number of rows read so far."""
-    path = write_rows(tmp_path / "rows.parquet", [{"text": "one", "source": "math"}, {"text": "two", "source": None}])
+    path = write_rows(
+        tmp_path / "rows.parquet",
+        [{"text": "one", "source": "math"}, {"text": "two", "source": None}],
+    )
     assert [(d.text, d.source) for d in user_files([path])] == [("one", "math"), ("two", "prose")]
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"cannot read .*rows\.parquet after row 0"):
         list(user_files([path]))
     write_rows(path, [{"body": "one"}])
-    with pytest.raises(ValueError, match=r'rows\.parquet can be used; row 1: needs a string "text"'):
+    with pytest.raises(
+        ValueError, match=r'rows\.parquet can be used; row 1: needs a string "text"'
+    ):
         list(user_files([path]))
 
 

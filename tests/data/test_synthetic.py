@@ -18,7 +18,11 @@ seeds, indices = st.integers(0, 2**31), st.integers(0, 10**6)
 def test_a_document_follows_from_seed_kind_and_index(kind, index, seed):
     """The same three give the same text; another index or seed gives another."""
     text, language = document(kind, index, seed)
-    assert (text, language) == document(kind, index, seed) and language in ("en", "zh") and text.endswith("\n")
+    assert (
+        (text, language) == document(kind, index, seed)
+        and language in ("en", "zh")
+        and text.endswith("\n")
+    )
     assert text != document(kind, index + 1, seed)[0] and text != document(kind, index, seed + 1)[0]
 
 
@@ -46,12 +50,20 @@ def test_every_equation_holds(index, seed):
         assert (int(a) < int(b)) == (sign == "<") and a != b
     for a, b in re.findall(r"(\d+) is greater than (\d+)\.", text):
         assert int(a) > int(b)
-    for small, large, difference in re.findall(r"(\d+) is less than (\d+), and the difference is (\d+)", text):
+    for small, large, difference in re.findall(
+        r"(\d+) is less than (\d+), and the difference is (\d+)", text
+    ):
         assert int(large) - int(small) == int(difference) > 0
     for start, end in re.findall(r"Start with (\d+)\..*?The result is (\d+)\.", text):
-        line = next(line for line in text.splitlines() if line.startswith(f"Start with {start}.") and end in line)
+        line = next(
+            line
+            for line in text.splitlines()
+            if line.startswith(f"Start with {start}.") and end in line
+        )
         terms = re.findall(r"(Add|Take away) (\d+):", line)
-        assert int(start) + sum(int(n) if word == "Add" else -int(n) for word, n in terms) == int(end)
+        assert int(start) + sum(int(n) if word == "Add" else -int(n) for word, n in terms) == int(
+            end
+        )
 
 
 @given(indices, seeds)
@@ -61,7 +73,9 @@ def test_every_comparison_of_things_is_true(index, seed):
     text = document("science", index, seed)[0]
     for a, b in re.findall(r"An atom of (\w+) is heavier than an atom of (\w+)", text):
         assert mass[a] > mass[b]
-    for a, x, y, b in re.findall(r"The radius of (\w+) is (\d+) km, more than the (\d+) km of (\w+)", text):
+    for a, x, y, b in re.findall(
+        r"The radius of (\w+) is (\d+) km, more than the (\d+) km of (\w+)", text
+    ):
         assert planet[a].radius == int(x) > int(y) == planet[b].radius
     for a, b in re.findall(r"(\w+) is nearer to the sun than (\w+)", text):
         assert planet[a].distance < planet[b].distance
@@ -78,8 +92,12 @@ def answers():
         known[f"{c.chinese_capital}是哪个国家的首都？"] = c.chinese
         known[f"{c.chinese}在哪个大洲？"] = CONTINENTS[c.continent]
     for e in ELEMENTS:
-        known[f"What is the symbol of {e.name}?"] = known[f"{e.chinese}的元素符号是什么？"] = e.symbol
-        known[f"What is the atomic number of {e.name}?"] = known[f"{e.chinese}的原子序数是多少？"] = str(e.number)
+        known[f"What is the symbol of {e.name}?"] = known[f"{e.chinese}的元素符号是什么？"] = (
+            e.symbol
+        )
+        known[f"What is the atomic number of {e.name}?"] = known[
+            f"{e.chinese}的原子序数是多少？"
+        ] = str(e.number)
         known[f"Is {e.name} a solid, a liquid or a gas at room temperature?"] = f"a {e.state}"
         known[f"{e.chinese}在室温下是什么状态？"] = STATES[e.state]
     for p in PLANETS:
@@ -116,7 +134,9 @@ def test_the_needle_stands_once_in_the_ledger(index, seed, entries):
     lines = document("long", index, seed, entries=entries)[0].splitlines()
     assert len(lines) == entries + 2
     thing, name = re.fullmatch(r"Question: How many (\w+) does (\w+) have\?", lines[-2]).groups()
-    found = [line for line in lines if line.startswith(f"{name} has ") and line.endswith(f" {thing}.")]
+    found = [
+        line for line in lines if line.startswith(f"{name} has ") and line.endswith(f" {thing}.")
+    ]
     assert len(found) == 1 and lines[-1] == f"Answer: {found[0].split()[2]}"
 
 
@@ -137,5 +157,7 @@ def test_tables_agree_with_physics():
     """Heavier elements have higher numbers but for the two known exceptions; planets obey Kepler's third law."""
     swaps = [(a.symbol, b.symbol) for a, b in itertools.pairwise(ELEMENTS) if a.mass >= b.mass]
     assert swaps == [("Ar", "K"), ("Co", "Ni")]
-    for p in PLANETS:  # period² / distance³ is the same for all; the table's rounding leaves less than 0.5 %
+    for p in (
+        PLANETS
+    ):  # period² / distance³ is the same for all; the table's rounding leaves less than 0.5 %
         assert (p.period / 365.26) ** 2 / (p.distance / 149.6) ** 3 == pytest.approx(1, abs=0.005)

@@ -52,7 +52,9 @@ class Broken(Tokenizer):
         return super().decode(ids, skip_special and self.fault != "keeps special")
 
 
-@pytest.mark.parametrize("fault", ["text makes special tokens", "normalises", "strips", "keeps special"])
+@pytest.mark.parametrize(
+    "fault", ["text makes special tokens", "normalises", "strips", "keeps special"]
+)
 def test_contract_rejects_a_broken_twin(tokenizer, fault):
     """Each broken twin fails the contract."""
     with pytest.raises(AssertionError):
@@ -63,10 +65,20 @@ def test_special_tokens_have_the_published_order(tokenizer):
     """The 36 special tokens take the last ids, at the published distances from <|endoftext|>."""
     assert len(SPECIAL_TOKENS) == 36 and tokenizer.vocab_size == 512
     assert [tokenizer.special[name] for name in SPECIAL_TOKENS] == list(range(512 - 36, 512))
-    published = {"[gMASK]": 151331, "<sop>": 151333, "<|user|>": 151336, "<|observation|>": 151338, "<|video|>": 151364}
+    published = {
+        "[gMASK]": 151331,
+        "<sop>": 151333,
+        "<|user|>": 151336,
+        "<|observation|>": 151338,
+        "<|video|>": 151364,
+    }
     for name, released in published.items():
         assert tokenizer.special[name] - tokenizer.end == released - 151329
-    assert tokenizer.stop_ids == (tokenizer.end, tokenizer.special["<|user|>"], tokenizer.special["<|observation|>"])
+    assert tokenizer.stop_ids == (
+        tokenizer.end,
+        tokenizer.special["<|user|>"],
+        tokenizer.special["<|observation|>"],
+    )
 
 
 @given(st.integers(0, 10**12))
@@ -81,15 +93,22 @@ def test_batch_encoding_is_encoding_one_by_one(some):
     """encode_batch gives what encode gives for each text, and bytes() the exact UTF-8."""
     tokenizer = Tokenizer.train(CORPUS[:5], 400)
     assert tokenizer.encode_batch(some) == [tokenizer.encode(text) for text in some]
-    assert [tokenizer.bytes(ids) for ids in tokenizer.encode_batch(some)] == [text.encode() for text in some]
+    assert [tokenizer.bytes(ids) for ids in tokenizer.encode_batch(some)] == [
+        text.encode() for text in some
+    ]
 
 
 def test_training_is_deterministic_in_any_order_of_texts():
     """The same texts, in another order or cut to a sample, give the same merges every time."""
     forwards, backwards = Tokenizer.train(CORPUS, 400), Tokenizer.train(reversed(CORPUS), 400)
     assert forwards._specification == backwards._specification
-    assert 697 <= sum(len(text.encode()) for text in _sample(CORPUS, 700)) <= 700  # half a character is cut off
-    small = [Tokenizer.train(some, 330, sample_bytes=700)._specification for some in (CORPUS, CORPUS[::-1])]
+    assert (
+        697 <= sum(len(text.encode()) for text in _sample(CORPUS, 700)) <= 700
+    )  # half a character is cut off
+    small = [
+        Tokenizer.train(some, 330, sample_bytes=700)._specification
+        for some in (CORPUS, CORPUS[::-1])
+    ]
     assert small[0] == small[1] != forwards._specification
 
 
@@ -97,7 +116,9 @@ def test_save_and_load(tokenizer, tmp_path):
     """A saved tokenizer loads to the same ids, here and in the tokenizers library."""
     tokenizer.save(tmp_path / "tokenizer.json")
     loaded = Tokenizer.load(tmp_path / "tokenizer.json")
-    assert loaded.special == tokenizer.special and loaded.encode(CORPUS[3]) == tokenizer.encode(CORPUS[3])
+    assert loaded.special == tokenizer.special and loaded.encode(CORPUS[3]) == tokenizer.encode(
+        CORPUS[3]
+    )
     other = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert other.get_vocab_size() == 512
     assert {name: other.token_to_id(name) for name in SPECIAL_TOKENS} == tokenizer.special
@@ -111,9 +132,17 @@ def test_save_and_load(tokenizer, tmp_path):
 
 def released(tokenizer, folder):
     """A file laid out like a released one: more ids, <think> an ordinary added token, a prefix added to every text."""
-    specification = {**tokenizer._specification, "added_tokens": [dict(token) for token in tokenizer._added]}
+    specification = {
+        **tokenizer._specification,
+        "added_tokens": [dict(token) for token in tokenizer._added],
+    }
     for token in specification["added_tokens"]:
-        token["special"] = token["content"] not in ("<think>", "</think>", "<tool_call>", "/nothink")
+        token["special"] = token["content"] not in (
+            "<think>",
+            "</think>",
+            "<tool_call>",
+            "/nothink",
+        )
     prefix = {"[gMASK]": tokenizer.special["[gMASK]"], "<sop>": tokenizer.special["<sop>"]}
     specification["post_processor"] = {
         "type": "TemplateProcessing",
@@ -122,7 +151,9 @@ def released(tokenizer, folder):
             {"Sequence": {"id": "A", "type_id": 0}},
         ],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {name: {"id": name, "ids": [token], "tokens": [name]} for name, token in prefix.items()},
+        "special_tokens": {
+            name: {"id": name, "ids": [token], "tokens": [name]} for name, token in prefix.items()
+        },
     }
     (folder / "tokenizer.json").write_text(json.dumps(specification))
     return folder / "tokenizer.json"
@@ -140,13 +171,22 @@ def test_unused_ids_fill_a_vocabulary_the_text_is_too_short_for(tmp_path):
     tokenizer = Tokenizer.train(["ab ab"], 400)
     assert tokenizer.vocab_size == 400 and tokenizer.end == 400 - 36
     tokenizer.save(tmp_path / "tokenizer.json")
-    assert tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).token_to_id("<|endoftext|>") == 400 - 36
+    assert (
+        tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).token_to_id(
+            "<|endoftext|>"
+        )
+        == 400 - 36
+    )
 
 
 def test_ids_may_be_arrays_and_half_characters_decode(tokenizer):
     """decode takes lists, arrays and tensors; half a character becomes U+FFFD; half a surrogate pair can be read."""
     ids = tokenizer.encode("sum é")
-    assert tokenizer.decode(np.array(ids, dtype=np.uint16)) == tokenizer.decode(torch.tensor(ids)) == "sum é"
+    assert (
+        tokenizer.decode(np.array(ids, dtype=np.uint16))
+        == tokenizer.decode(torch.tensor(ids))
+        == "sum é"
+    )
     assert tokenizer.decode(tokenizer.encode("界")[:1]).startswith("\ufffd")
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.config.run import DataConfig
+from minglm.config import DataConfig
 from minglm.data.cleaning import classifier
 from minglm.data.sources import web_code
 from minglm.data.sources.corpus import documents
@@ -19,7 +19,9 @@ from minglm.data.sources.web_code import is_candidate, parse
 
 SIGNS = string.ascii_letters + string.digits + " \t\n<>&\"'#{}()[]`=+-*/\\"
 code = st.text(SIGNS, min_size=1, max_size=120).filter(str.strip)
-words = st.lists(st.text(string.ascii_letters, min_size=1, max_size=8), min_size=1, max_size=12).map(" ".join)
+words = st.lists(
+    st.text(string.ascii_letters, min_size=1, max_size=8), min_size=1, max_size=12
+).map(" ".join)
 
 
 @given(code, words, words, st.booleans())
@@ -48,7 +50,9 @@ def test_the_frame_of_a_page_goes_and_its_text_stays():
     )
 
 
-tags = st.lists(st.sampled_from(["<pre>", "</pre>", "<p", "<nav>", "x", "</nav>", "<!--", "&lt"])).map("".join)
+tags = st.lists(
+    st.sampled_from(["<pre>", "</pre>", "<p", "<nav>", "x", "</nav>", "<!--", "&lt"])
+).map("".join)
 
 
 @given(st.text(max_size=200) | tags)
@@ -100,7 +104,9 @@ def test_rows_of_html_become_pages_of_their_own_language(tmp_path):
 
 def prose(verbs, nouns, n):
     """A few sentences without any tag of code."""
-    return " ".join(f"{verbs[(n + i) % 5]} the {nouns[(n * 3 + i * 2) % 7]}, then the next." for i in range(6))
+    return " ".join(
+        f"{verbs[(n + i) % 5]} the {nouns[(n * 3 + i * 2) % 7]}, then the next." for i in range(6)
+    )
 
 
 def test_marked_pages_teach_a_run_which_pages_are_code(tmp_path):
@@ -108,13 +114,23 @@ def test_marked_pages_teach_a_run_which_pages_are_code(tmp_path):
     about = {1: "compile call return import debug|function loop variable class list string module"}
     about[0] = "bake stir chop boil taste|onion flour pepper butter sauce garlic soup"
     named = {mark: [part.split() for part in text.split("|")] for mark, text in about.items()}
-    marked = [{"text": prose(*named[n % 2], n), "label": n % 2} for n in range(4 * classifier.FEWEST)]
+    marked = [
+        {"text": prose(*named[n % 2], n), "label": n % 2} for n in range(4 * classifier.FEWEST)
+    ]
     (tmp_path / "marked.jsonl").write_text("\n".join(map(json.dumps, marked)))
-    pages = [{"html": f"<p>{prose(*named[n % 2], n + 1000)}</p>", "source": f"user:{n % 2}"} for n in range(20)]
+    pages = [
+        {"html": f"<p>{prose(*named[n % 2], n + 1000)}</p>", "source": f"user:{n % 2}"}
+        for n in range(20)
+    ]
     (tmp_path / "pages.jsonl").write_text("\n".join(map(json.dumps, pages)))
-    config = DataConfig(files=(f"{tmp_path / 'pages.jsonl'}",), web_labels=f"{tmp_path / 'marked.jsonl'}")
+    config = DataConfig(
+        files=(f"{tmp_path / 'pages.jsonl'}",), web_labels=f"{tmp_path / 'marked.jsonl'}"
+    )
     skipped = Skipped()
-    found = [d.source for d in itertools.takewhile(lambda d: d.language == "web", documents(config, 0, skipped))]
+    found = [
+        d.source
+        for d in itertools.takewhile(lambda d: d.language == "web", documents(config, 0, skipped))
+    ]
     assert found == ["user:1"] * 10 and skipped.reasons == {"a web page without code": 10}
     with pytest.raises(ValueError, match=r"data\.web_labels: cannot read"):
         next(documents(replace(config, web_labels=f"{tmp_path / 'absent.jsonl'}")))

@@ -99,7 +99,9 @@ class Parity(Arithmetic):
     """Even or odd: half of the reward is there for the guessing, and not declared."""
 
     def oracle(self, task, conversation, rng):
-        return super().oracle(task, conversation, rng) | {"content": "odd" if int(task.label) % 2 else "even"}
+        return super().oracle(task, conversation, rng) | {
+            "content": "odd" if int(task.label) % 2 else "even"
+        }
 
     def judge(self, task, message):
         return verdict(message["content"] == ("odd" if int(task.label) % 2 else "even"))
@@ -189,7 +191,9 @@ def test_faults_of_calls():
         assert "wrong arguments" in message_fault(call("get_order", {}), tools)
         assert "wrong arguments" in message_fault(call("get_order", {"order_id": 1, "x": 2}), tools)
         for value in ("482", 4.5, True, None, [482]):
-            assert "not of type integer" in message_fault(call("get_order", {"order_id": value}), tools)
+            assert "not of type integer" in message_fault(
+                call("get_order", {"order_id": value}), tools
+            )
     assert message_fault(assistant("hello") | {"error": "bad_tool_call"}, TOOLS) == "bad_tool_call"
 
 
@@ -215,7 +219,12 @@ def test_arithmetic_score_is_strict():
     """Blanks around the number are forgiven; everything else is not."""
     env = ENVIRONMENTS["arithmetic"]
     task = env.task(0, 0)
-    for text, value in ((task.label, 1), (f" {task.label}\n", 1), (f"{task.label}.", 0), (f"0{task.label}", 0)):
+    for text, value in (
+        (task.label, 1),
+        (f" {task.label}\n", 1),
+        (f"{task.label}.", 0),
+        (f"0{task.label}", 0),
+    ):
         episode = env.episode(task)
         episode.step(assistant(text))
         assert episode.score().value == value, text
@@ -229,7 +238,9 @@ def shop(status, tier=1, secret=None, other="pending"):
     wanted = [482, 317] if tier == 3 else [482]
     orders = {"482": status, "317": other, "555": "pending", "666": "delivered"}
     label = {"orders": orders, "wanted": wanted, "secret": secret}
-    task = dataclasses.replace(ENVIRONMENTS["retail"].task(0, 0), label=label, messages=(user("..."),), tier=tier)
+    task = dataclasses.replace(
+        ENVIRONMENTS["retail"].task(0, 0), label=label, messages=(user("..."),), tier=tier
+    )
     return ENVIRONMENTS["retail"].episode(task)
 
 
@@ -256,9 +267,27 @@ def call_of(turn):
         ("pending", [("get", 482), ("cancel", 482), "Order 483 is cancelled."], 0),
         ("pending", [("get", 482), ("cancel", 482), "Done."], 0),
         ("pending", [("get", 482), "Order 482 is cancelled."], 0),  # said, not done
-        ("pending", [("cancel", 482), ("get", 482), ("cancel", 482), "Order 482 is cancelled."], 0),  # acted blindly
-        ("pending", [("get", 482), ("return", 482), ("cancel", 482), "Order 482 is cancelled."], 0),  # tried both
-        ("pending", [("get", 482), ("cancel", 482), ("get", 555), ("cancel", 555), "Order 482 is cancelled."], 0),
+        (
+            "pending",
+            [("cancel", 482), ("get", 482), ("cancel", 482), "Order 482 is cancelled."],
+            0,
+        ),  # acted blindly
+        (
+            "pending",
+            [("get", 482), ("return", 482), ("cancel", 482), "Order 482 is cancelled."],
+            0,
+        ),  # tried both
+        (
+            "pending",
+            [
+                ("get", 482),
+                ("cancel", 482),
+                ("get", 555),
+                ("cancel", 555),
+                "Order 482 is cancelled.",
+            ],
+            0,
+        ),
         ("pending", [("get", 482), ("get", 999), ("cancel", 482), "Order 482 is cancelled."], 1),
         ("delivered", [("get", 482), ("return", 482), "Order 482 is returned."], 1),
         ("delivered", [("get", 482), ("cancel", 482), "Order 482 is cancelled."], 0),
@@ -290,7 +319,10 @@ def test_retail_two_orders_and_parallel_calls():
     episode = shop("pending", tier=3, other="shipped")
     both = assistant("", None, [call_of(("get", 482)), call_of(("get", 317))])
     replies = episode.step(both)
-    assert [json.loads(r["content"]) for r in replies] == [{"status": "pending"}, {"status": "shipped"}]
+    assert [json.loads(r["content"]) for r in replies] == [
+        {"status": "pending"},
+        {"status": "shipped"},
+    ]
     assert all(r["role"] == "tool" for r in replies)
     score, _ = play(episode, ("cancel", 482), "Order 482 is cancelled. Order 317 is on its way.")
     assert score.value == 1 and (score.parts["calls"], score.parts["valid_calls"]) == (3, 3)
@@ -313,7 +345,10 @@ def test_retail_halts_on_a_malformed_call():
     [
         ("482 and 317 are cancelled.", ("cancelled", "cancelled")),
         ("Order 317 is returned, 482 is cancelled.", ("cancelled", "returned")),
-        ("Cancelled: 482. On its way: 317.", ("on its way", None)),  # read from the number on; no credit for less
+        (
+            "Cancelled: 482. On its way: 317.",
+            ("on its way", None),
+        ),  # read from the number on; no credit for less
         ("482 cancelled", (None, None)),
         ("482 is cancelled, 482 and 317 are returned", (None, None)),
         ("482 is cancelled and returned, 317 is returned", (None, "returned")),
@@ -362,8 +397,12 @@ def changed(kind, value, text, language):
         "below": lambda: instead(lambda word: VALUE[word] >= value),
         "include": lambda: text.replace(value, free[0]),
         "avoid": lambda: text.replace(words[0], value, 1),
-        "up": lambda: text.replace(words[0], WORDS[language][8], 1).replace(words[1], WORDS[language][0], 1),
-        "down": lambda: text.replace(words[0], WORDS[language][0], 1).replace(words[1], WORDS[language][8], 1),
+        "up": lambda: text.replace(words[0], WORDS[language][8], 1).replace(
+            words[1], WORDS[language][0], 1
+        ),
+        "down": lambda: text.replace(words[0], WORDS[language][0], 1).replace(
+            words[1], WORDS[language][8], 1
+        ),
         "start": lambda: instead(lambda word: word[0] != value),
         "forbid": lambda: text.replace(words[0], words[0] + value, 1),
         "capitals": lambda: text.lower(),
@@ -410,8 +449,14 @@ def test_code_tests_mean_what_the_words_say(seed, tier):
     task = ENVIRONMENTS["code"].task(seed, seed, tiers=(tier,))
     steps = task.label["steps"]
     words = task.messages[0]["content"].split(": ")[1].rstrip(".").split(", then ")
-    assert words == [code_module.STEPS[name][0].format(c=c) for name, c in steps] and len(steps) == tier
-    for name, c in steps:  # a constant that the prompt does not show would make two tasks of one prompt
+    assert (
+        words == [code_module.STEPS[name][0].format(c=c) for name, c in steps]
+        and len(steps) == tier
+    )
+    for (
+        name,
+        c,
+    ) in steps:  # a constant that the prompt does not show would make two tasks of one prompt
         assert (c is None) == ("{c}" not in code_module.STEPS[name][0])
     for i in range(tier):
         shorter = steps[:i] + steps[i + 1 :]

@@ -17,7 +17,9 @@ from minglm.testing.envs import check_sandbox
 
 JAIL = module.JAIL
 ISOLATED = shared("rlimits-only").level != "rlimits-only"
-needs_isolation = pytest.mark.skipif(not ISOLATED, reason="this machine offers resource limits only")
+needs_isolation = pytest.mark.skipif(
+    not ISOLATED, reason="this machine offers resource limits only"
+)
 
 
 @pytest.fixture
@@ -54,9 +56,15 @@ def test_contract_holds_with_resource_limits_alone(tmp_path, monkeypatch):
 
 def exit_code_judge(source, function, cases):
     """The tests run beside the program, and success is exit code 0."""
-    tests = "\n".join(f"assert {function}(*{arguments!r}) == {expected!r}" for arguments, expected in cases)
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", f"{source}\n{tests}"], capture_output=True, timeout=5)
-    return Verdict("passed" if done.returncode == 0 else "crash", 8 * (done.returncode == 0), len(cases))
+    tests = "\n".join(
+        f"assert {function}(*{arguments!r}) == {expected!r}" for arguments, expected in cases
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"{source}\n{tests}"], capture_output=True, timeout=5
+    )
+    return Verdict(
+        "passed" if done.returncode == 0 else "crash", 8 * (done.returncode == 0), len(cases)
+    )
 
 
 def test_contract_refuses_broken_judges(sandbox):
@@ -158,7 +166,10 @@ def test_attacks_fail_and_leave_nothing(sandbox, attack):
     [
         ("seccomp", list(ATTACKS)),
         ("landlock", ["read a file", "list a folder", "connect", *FILES]),
-        ("namespaces", ["connect", "kill everything", "leave a daemon", "make a folder", *FILES[1:]]),
+        (
+            "namespaces",
+            ["connect", "kill everything", "leave a daemon", "make a folder", *FILES[1:]],
+        ),
     ],
 )
 def test_each_layer_holds_by_itself(layer, names, tmp_path, monkeypatch, attack):
@@ -174,7 +185,10 @@ def test_each_layer_holds_by_itself(layer, names, tmp_path, monkeypatch, attack)
             thin.workers.put(worker)
             verdict = attack(thin, name)
             assert not children(worker.process.pid), f"{name} leaves a process"
-            if name not in ("leave a daemon", "kill everything"):  # may succeed inside the process namespace
+            if name not in (
+                "leave a daemon",
+                "kill everything",
+            ):  # may succeed inside the process namespace
                 assert verdict.status in ("crash", "wrong", "timeout"), f"{name}: {verdict}"
 
 
@@ -234,7 +248,10 @@ def test_broken_jail_is_an_infrastructure_failure(script, tmp_path, monkeypatch)
     monkeypatch.setattr(module, "JAIL", broken)
     with Sandbox(workers=1, floor="rlimits-only") as box:
         monkeypatch.setattr(module, "GRACE", 0.3)
-        assert box.judge_one("def f():\n    return 1", "f", [([], 1)], seconds=0.2).status == "infrastructure"
+        assert (
+            box.judge_one("def f():\n    return 1", "f", [([], 1)], seconds=0.2).status
+            == "infrastructure"
+        )
 
 
 def test_floor_is_held(tmp_path, monkeypatch):
@@ -277,7 +294,12 @@ def test_levels_follow_from_the_layers(tmp_path, monkeypatch):
 )
 def test_verdict_of_every_outcome(changes, status):
     """What the worker brings is read without trust: only the secret and the right text pass."""
-    outcome = {"ready": True, "late": False, "flood": False, "answer": 's3cret[["value", "1"]]'} | changes
+    outcome = {
+        "ready": True,
+        "late": False,
+        "flood": False,
+        "answer": 's3cret[["value", "1"]]',
+    } | changes
     assert compare(outcome, "s3cret", [1]).status == status
 
 

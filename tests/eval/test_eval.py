@@ -11,17 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minglm.chat import render
-from minglm.config.run import EvaluationConfig
+from minglm.config import EvaluationConfig
 from minglm.envs import ENVIRONMENTS
 from minglm.envs.base import Score, assistant
-from minglm.eval import text as evaluate
+from minglm.eval import tasks as eval_tasks
+from minglm.eval.text import bits_per_byte, mtp_acceptance
 from minglm.inference import Engine
 from minglm.model.glm import GLM, Output
 from minglm.rl.rollout import Trajectory
 from minglm.testing.model import tiny_model
 from minglm.testing.rl import seeds
 
-TEXTS = ("the order is cancelled in the shop, 38+7=45;", "两个 words é", "a", "return pending get_order " * 4)
+TEXTS = (
+    "the order is cancelled in the shop, 38+7=45;",
+    "两个 words é",
+    "a",
+    "return pending get_order " * 4,
+)
 
 
 def documents_of(tokenizer, texts=TEXTS):
@@ -56,7 +62,7 @@ def test_bits_of_a_uniform_model(uniform, texts, length, limit):
         return
     targets = [token for row in rows for token in row[1:].tolist()]
     size = len(tokenizer.bytes([t for t in targets if t != tokenizer.end]))
-    found = evaluate.bits_per_byte(uniform, tokenizer, documents_of(tokenizer, texts), length, limit)
+    found = bits_per_byte(uniform, tokenizer, documents_of(tokenizer, texts), length, limit)
     # float32 logarithms, summed over at most 200 tokens
     assert found == pytest.approx(math.log2(330) * len(targets) / max(1, size), rel=1e-5)
 
@@ -72,7 +78,7 @@ def test_bits_of_any_model(seed, length):
             logp_SV = model(torch.tensor(row[None]))[0].log_softmax(-1)
         nats -= sum(logp_SV[s, row[s + 1]].item() for s in range(len(row) - 1))
         count += len(tokenizer.bytes([t for t in row[1:] if t != tokenizer.end]))
-    found = evaluate.bits_per_byte(model, tokenizer, documents_of(tokenizer), length, 10**6)
+    found = bits_per_byte(model, tokenizer, documents_of(tokenizer), length, 10**6)
     assert found == pytest.approx(nats / math.log(2) / count, rel=1e-4)  # float32 logits of size 10
 
 
@@ -81,11 +87,15 @@ def test_bits_do_not_depend_on_the_passes(monkeypatch, uniform):
     tokenizer = word_tokenizer()
     sizes = []
     forward = GLM.forward
-    monkeypatch.setattr(GLM, "forward", lambda self, tokens, *a: sizes.append(len(tokens)) or forward(self, tokens, *a))
+    monkeypatch.setattr(
+        GLM,
+        "forward",
+        lambda self, tokens, *a: sizes.append(len(tokens)) or forward(self, tokens, *a),
+    )
     many = documents_of(tokenizer, TEXTS * 5)
-    found = evaluate.bits_per_byte(uniform, tokenizer, many, 1024, 10**6)
+    found = bits_per_byte(uniform, tokenizer, many, 1024, 10**6)
     assert sizes == [8, 7], "8192 tokens in a pass"
-    once = evaluate.bits_per_byte(uniform, tokenizer, documents_of(tokenizer), 64, 10**6)
+    once = bits_per_byte(uniform, tokenizer, documents_of(tokenizer), 64, 10**6)
     assert found == pytest.approx(once, rel=1e-5)
 
 
@@ -97,20 +107,26 @@ def test_acceptance_is_the_overlap(seed, length, sharp):
 
     def hidden(tokens_BS, positions_BS, documents_BS, mtp):
         outs = []
-        for name in ("trunk", "mtp"):  # a function of the tokens, so that the reference below finds the same numbers
+        for name in (
+            "trunk",
+            "mtp",
+        ):  # a function of the tokens, so that the reference below finds the same numbers
             code = tokens_BS.double().cumsum(1) * (3 if name == "mtp" else 7) + seed % 1000
             outs.append((sharp * torch.sin(code[..., None] * torch.arange(1, 25))).float())
         return Output(outs[0], outs[1])
 
     stub = SimpleNamespace(
-        hidden=hidden, head=lambda x: x, lm_head=SimpleNamespace(weight=torch.zeros(24, 24)), mtp=True
+        hidden=hidden,
+        head=lambda x: x,
+        lm_head=SimpleNamespace(weight=torch.zeros(24, 24)),
+        mtp=True,
     )
     overlap = []
     for row in spans(documents, length):
         out = hidden(torch.tensor(row[None]), None, None, True)
         p_SV, q_SV = out.hidden_BSD[0].softmax(-1), out.mtp_hidden_BSD[0].softmax(-1)
         overlap += [torch.minimum(p_SV[t + 1], q_SV[t]).sum().item() for t in range(len(row) - 2)]
-    found = evaluate.mtp_acceptance(stub, documents, length, 10**6)
+    found = mtp_acceptance(stub, documents, length, 10**6)
     assert 0 <= found <= 1 + 1e-6
     assert found == pytest.approx(np.mean(overlap), rel=1e-4)  # float32
 
@@ -121,14 +137,19 @@ def test_acceptance_of_a_model(uniform, seed):
     """Between 0 and 1 for any model; 1 where trunk and MTP layer agree; 0 where they never do."""
     documents = documents_of(word_tokenizer())
     model = tiny_model(seed, vocab_size=330)
-    assert 0 <= evaluate.mtp_acceptance(model, documents, 16, 10**6) <= 1 + 1e-5
-    assert evaluate.mtp_acceptance(uniform, documents, 16, 10**6) == pytest.approx(1, abs=1e-5)
+    assert 0 <= mtp_acceptance(model, documents, 16, 10**6) <= 1 + 1e-5
+    assert mtp_acceptance(uniform, documents, 16, 10**6) == pytest.approx(1, abs=1e-5)
     with torch.no_grad():  # final states: all ones in the trunk, all minus ones in the MTP layer
         for norm, value in ((model.model.norm, 1.0), (model.mtp.shared_head["norm"], -1.0)):
-            norm.register_forward_hook(lambda module, inputs, out, value=value: torch.full_like(out, value))
+            norm.register_forward_hook(
+                lambda module, inputs, out, value=value: torch.full_like(out, value)
+            )
         model.lm_head.weight.zero_()
-        model.lm_head.weight[3], model.lm_head.weight[8] = 9.0, -9.0  # one always says 3, the other always 8
-    assert evaluate.mtp_acceptance(model, documents, 16, 10**6) == pytest.approx(0, abs=1e-5)
+        model.lm_head.weight[3], model.lm_head.weight[8] = (
+            9.0,
+            -9.0,
+        )  # one always says 3, the other always 8
+    assert mtp_acceptance(model, documents, 16, 10**6) == pytest.approx(0, abs=1e-5)
 
 
 CONFIG = EvaluationConfig(problems=4, samples=2, max_new_tokens=200)
@@ -139,13 +160,22 @@ CONFIG = EvaluationConfig(problems=4, samples=2, max_new_tokens=200)
 def test_a_perfect_model_scores_one(name, thinking):
     """Every number of the record, for a model that plays like the oracle."""
     environment, tokenizer = ENVIRONMENTS[name], byte_tokenizer()
-    problems = environment.tasks(4, evaluate.TEST_SEED, "test")
+    problems = environment.tasks(4, eval_tasks.TEST_SEED, "test")
     engine = Scripted(tokenizer, oracle(tokenizer, environment, problems, thinking))
-    record, played = evaluate.tasks(engine, tokenizer, environment, CONFIG, thinking)
+    record, played = eval_tasks.tasks(engine, tokenizer, environment, CONFIG, thinking)
     assert len(played) == 8 and [t.task for t in played[::2]] == problems
     valid = 1.0 if name == "retail" else None
-    expected = {"env": name, "group": environment.group, "thinking": thinking, "avg": 1.0, "pass_k": 1.0, "k": 2}
-    assert record | expected | {"n": 4, "valid_calls": valid, "switch_ok": 1.0, "high": 1.0} == record
+    expected = {
+        "env": name,
+        "group": environment.group,
+        "thinking": thinking,
+        "avg": 1.0,
+        "pass_k": 1.0,
+        "k": 2,
+    }
+    assert (
+        record | expected | {"n": 4, "valid_calls": valid, "switch_ok": 1.0, "high": 1.0} == record
+    )
     assert 0 < record["low"] < 1, "four problems leave room for doubt"
     assert record["length"] == engine.tokens / 8
 
@@ -153,17 +183,25 @@ def test_a_perfect_model_scores_one(name, thinking):
 def test_scores_count_right_answers():
     """Two problems of four solved, one of them in one answer of two: avg@2 is 3/8, pass@2 is 1/2."""
     environment, tokenizer = ENVIRONMENTS["arithmetic"], byte_tokenizer()
-    problems = environment.tasks(4, evaluate.TEST_SEED, "test")
-    asked = {render(tokenizer, t.messages, (), True, generation_prompt=True).text: t for t in problems}
+    problems = environment.tasks(4, eval_tasks.TEST_SEED, "test")
+    asked = {
+        render(tokenizer, t.messages, (), True, generation_prompt=True).text: t for t in problems
+    }
     times = {}
 
     def script(prompt):
         task = asked[prompt]
         times[task.id] = times.get(task.id, 0) + 1
         right = task == problems[0] or (task == problems[2] and times[task.id] == 2)
-        return said(tokenizer, assistant(task.label if right else "no", "so")) if task != problems[3] else "<|user|>"
+        return (
+            said(tokenizer, assistant(task.label if right else "no", "so"))
+            if task != problems[3]
+            else "<|user|>"
+        )
 
-    record, played = evaluate.tasks(Scripted(tokenizer, script), tokenizer, environment, CONFIG, True)
+    record, played = eval_tasks.tasks(
+        Scripted(tokenizer, script), tokenizer, environment, CONFIG, True
+    )
     assert (record["avg"], record["pass_k"], record["switch_ok"]) == (0.375, 0.5, 0.75)
     assert record["low"] < 0.375 < record["high"] and record["valid_calls"] is None
     assert [t.score.status for t in played] == ["ok"] * 2 + ["wrong"] * 3 + ["ok"] + ["format"] * 2
@@ -176,10 +214,12 @@ def test_valid_calls_are_those_without_a_fault():
 
     def script(prompt):
         turns[0] += 1
-        message = assistant("", "so", [("get_order" if turns[0] % 2 else "eat_order", {"order_id": 1})])
+        message = assistant(
+            "", "so", [("get_order" if turns[0] % 2 else "eat_order", {"order_id": 1})]
+        )
         return said(tokenizer, message)
 
-    record, _ = evaluate.tasks(Scripted(tokenizer, script), tokenizer, environment, CONFIG, True)
+    record, _ = eval_tasks.tasks(Scripted(tokenizer, script), tokenizer, environment, CONFIG, True)
     assert record["avg"] == 0 and record["valid_calls"] == pytest.approx(0.5, abs=0.1)
 
 
@@ -188,8 +228,12 @@ def test_the_same_seed_gives_the_same_record():
     tokenizer, environment = byte_tokenizer(), ENVIRONMENTS["arithmetic"]
     engine = Engine(tiny_model(3, vocab_size=292), tokenizer)
     config = EvaluationConfig(problems=3, samples=2, max_new_tokens=6, temperature=1.0)
-    runs = [evaluate.tasks(engine, tokenizer, environment, config, True, seed) for seed in (0, 0, 1)]
-    assert runs[0][0] == runs[1][0] and [t.texts for t in runs[0][1]] == [t.texts for t in runs[1][1]]
+    runs = [
+        eval_tasks.tasks(engine, tokenizer, environment, config, True, seed) for seed in (0, 0, 1)
+    ]
+    assert runs[0][0] == runs[1][0] and [t.texts for t in runs[0][1]] == [
+        t.texts for t in runs[1][1]
+    ]
     assert [t.task for t in runs[0][1]] == [t.task for t in runs[2][1]]
     assert [t.texts for t in runs[0][1]] != [t.texts for t in runs[2][1]]
     train = {t.id for t in environment.tasks(200, 0)}
@@ -206,7 +250,15 @@ def test_faults_are_counted_over_last_turns():
     )
     both = "<think>" + "so we go on " * 30
     texts = [(tasks[0], clean), (tasks[0], loop), (tasks[1], mixed), (tasks[1], both)]
-    played = [Trajectory(task, True, texts=["\n</think>", text], score=Score(0.0, "ok")) for task, text in texts]
-    found = evaluate.faults(played)
-    assert found["incidence"] == {"language_mixing": 0.25, "repetition": 0.5, "format": 0.25, "any": 0.75}
+    played = [
+        Trajectory(task, True, texts=["\n</think>", text], score=Score(0.0, "ok"))
+        for task, text in texts
+    ]
+    found = eval_tasks.faults(played)
+    assert found["incidence"] == {
+        "language_mixing": 0.25,
+        "repetition": 0.5,
+        "format": 0.25,
+        "any": 0.75,
+    }
     assert found["n"] == 4 and 0 <= found["low"] < 0.75 < found["high"] <= 1

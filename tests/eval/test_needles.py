@@ -11,27 +11,46 @@ from helpers.scripted import byte_tokenizer, word_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minglm.config.run import load_config
-from minglm.eval import text as evaluate
-from minglm.eval.needles import DEPTHS, Needle, answer_scores, bits_by_position, bounds, hide, measure, needle_test
+from minglm.config import load_config
+from minglm.eval.needles import (
+    DEPTHS,
+    Needle,
+    answer_scores,
+    bits_by_position,
+    bounds,
+    hide,
+    measure,
+    needle_test,
+)
 from minglm.eval.needles import written_needles as written
+from minglm.eval.text import bits_per_byte
 from minglm.model.glm import Output
 from minglm.testing.model import tiny_model
 from minglm.testing.rl import seeds
 
 V = 40
 ids = st.lists(st.integers(0, V - 1), min_size=1, max_size=4)
-TEXTS = ("the order is cancelled in the shop, 38+7=45; " * 3, "两个 words é " * 9, "a", "return pending get_order " * 4)
+TEXTS = (
+    "the order is cancelled in the shop, 38+7=45; " * 3,
+    "两个 words é " * 9,
+    "a",
+    "return pending get_order " * 4,
+)
 
 
 def told(say, reach=10**9):
     """A model whose most probable next id at position s of a row is say(row[max(0, s + 1 - reach) : s + 1])."""
 
     def hidden(tokens_BS):
-        said = [[say(row[max(0, s + 1 - reach) : s + 1]) for s in range(len(row))] for row in tokens_BS.tolist()]
+        said = [
+            [say(row[max(0, s + 1 - reach) : s + 1]) for s in range(len(row))]
+            for row in tokens_BS.tolist()
+        ]
         return Output(torch.nn.functional.one_hot(torch.tensor(said), V).float() * 9)
 
-    return SimpleNamespace(hidden=hidden, head=lambda x: x, lm_head=SimpleNamespace(weight=torch.zeros(1)))
+    return SimpleNamespace(
+        hidden=hidden, head=lambda x: x, lm_head=SimpleNamespace(weight=torch.zeros(1))
+    )
 
 
 @given(statement=ids, question=ids, answer=ids, room=st.integers(0, 30), depth=st.floats(0, 1))
@@ -40,7 +59,13 @@ def test_a_row_holds_everything_once(statement, question, answer, room, depth):
     needle, filler = Needle(statement, question, answer), np.arange(100, 140)
     length = room + len(statement) + len(question) + len(answer)
     row, at = hide(filler, needle, length, depth).tolist(), round(depth * room)
-    assert row == [*range(100, 100 + at), *statement, *range(100 + at, 100 + room), *question, *answer]
+    assert row == [
+        *range(100, 100 + at),
+        *statement,
+        *range(100 + at, 100 + room),
+        *question,
+        *answer,
+    ]
 
 
 def test_what_does_not_fit_is_refused():
@@ -87,9 +112,9 @@ def test_one_wrong_token_is_a_wrong_answer():
     """An answer of several tokens counts when all are right; answers of other sizes may stand in one batch."""
     rows = [np.array([1, 2, 3, 4]), np.array([1, 2, 3, 9]), np.array([7, 5, 6, 7])]
     scores = answer_scores(told(lambda seen: (seen[-1] + 1) % V), rows, [2, 2, 3])
-    assert [right for right, _ in scores] == [1, 0, 0] and scores[0][1] < 0.1 < 4 < scores[1][1] == pytest.approx(
-        scores[0][1] / 2 + (9 + math.log(1 + 39 * math.exp(-9))) / 2
-    )
+    assert [right for right, _ in scores] == [1, 0, 0] and scores[0][1] < 0.1 < 4 < scores[1][
+        1
+    ] == pytest.approx(scores[0][1] / 2 + (9 + math.log(1 + 39 * math.exp(-9))) / 2)
 
 
 @settings(max_examples=8)
@@ -112,8 +137,13 @@ def test_written_needles_end_in_their_answer(count, seed):
     tokenizer = byte_tokenizer()
     needles = written(tokenizer, count, seed)
     for needle in needles:
-        assert needle.statement[: len(needle.question) + len(needle.answer)] == [*needle.question, *needle.answer]
-    assert len({tuple(needle.answer) for needle in needles}) == count and needles == written(tokenizer, count, seed)
+        assert needle.statement[: len(needle.question) + len(needle.answer)] == [
+            *needle.question,
+            *needle.answer,
+        ]
+    assert len({tuple(needle.answer) for needle in needles}) == count and needles == written(
+        tokenizer, count, seed
+    )
 
 
 @given(length=st.integers(1, 5000))
@@ -146,22 +176,39 @@ def test_bits_by_position_are_sums_over_positions(seed, length):
         assert bits == (pytest.approx(nats / math.log(2) / size, rel=1e-4) if size else None)
     if len(found) == 1 and all(len(d) % length == 0 for d in documents if len(d) >= length):
         long = [d for d in documents if len(d) >= length]
-        assert found[0][2] == pytest.approx(evaluate.bits_per_byte(model, tokenizer, long, length, 10**6), rel=1e-4)
+        assert found[0][2] == pytest.approx(
+            bits_per_byte(model, tokenizer, long, length, 10**6), rel=1e-4
+        )
 
 
 def test_a_longer_stage_logs_both():
     """Needles at the old length, half of the new and the new, each depth; bits for every source with long documents."""
     tokenizer, model = byte_tokenizer(), tiny_model(1, vocab_size=292)
-    heldout = {"prose": [np.array(tokenizer.encode("so it goes " * 20))], "code": [], "math": [np.arange(9)]}
-    stages = {"code_reasoning.sequence_length": 100, "repository.tokens": 0, "reasoning.sequence_length": 210}
+    heldout = {
+        "prose": [np.array(tokenizer.encode("so it goes " * 20))],
+        "code": [],
+        "math": [np.arange(9)],
+    }
+    stages = {
+        "code_reasoning.sequence_length": 100,
+        "repository.tokens": 0,
+        "reasoning.sequence_length": 210,
+    }
     stages |= {"repository.sequence_length": 150}
     options = [word for name, value in stages.items() for word in (f"--stages.{name}", str(value))]
-    run = load_config("configs/nano.py", [*options, "--evaluation.needles", "2", "--evaluation.heldout_tokens", "500"])
+    run = load_config(
+        "configs/nano.py",
+        [*options, "--evaluation.needles", "2", "--evaluation.heldout_tokens", "500"],
+    )
     found = list(measure(model, tokenizer, heldout, run, "reasoning"))
     needles = [record for kind, record in found if kind == "needle"]
-    assert [(r["length"], r["depth"]) for r in needles] == [(n, d) for n in (100, 105, 210) for d in DEPTHS]
+    assert [(r["length"], r["depth"]) for r in needles] == [
+        (n, d) for n in (100, 105, 210) for d in DEPTHS
+    ]
     (bits,) = [record for kind, record in found if kind == "bits_by_position"]
     assert bits["source"] == "prose" and bits["bits"][-1][1] == 210
-    assert not list(measure(model, tokenizer, heldout, run, "general")), "nothing was shorter before it"
+    assert not list(measure(model, tokenizer, heldout, run, "general")), (
+        "nothing was shorter before it"
+    )
     off = load_config("configs/nano.py", options)
     assert not list(measure(model, tokenizer, heldout, off, "reasoning")), "off unless asked for"

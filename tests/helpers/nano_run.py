@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minglm.common.device import read_jsonl
-from minglm.config.run import load_config
+from minglm.common.files import read_jsonl
+from minglm.config import load_config
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = {
@@ -44,16 +44,23 @@ def start(out, *words, before=None):
     """The command in a process of its own; `before` is called in it first."""
 
     def prepare():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test suite in the background has Ctrl-C switched off
+        signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        )  # a test suite in the background has Ctrl-C switched off
         if before is not None:
             before()
 
     command = [sys.executable, "-m", "minglm", "run", CONFIG, "--out", str(out), *OVERRIDES, *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=prepare,
-    )  # fmt: skip
+    )
 
 
 def complete(out, *words, before=None):

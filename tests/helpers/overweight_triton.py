@@ -3,11 +3,19 @@
 import triton
 import triton.language as tl
 
-from minglm.kernels.dispatch import Spec
+from minglm.kernels.toolchain.spec import Spec
 
 
 @triton.jit
-def product(a_ptr, b_ptr, out_ptr, rows: tl.constexpr, columns: tl.constexpr, inner: tl.constexpr, steps: tl.constexpr):
+def product(
+    a_ptr,
+    b_ptr,
+    out_ptr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+    inner: tl.constexpr,
+    steps: tl.constexpr,
+):
     """out = a b, block by block; the tile decides which instructions there are and what they need."""
     i, j, k = tl.arange(0, rows), tl.arange(0, columns), tl.arange(0, inner)
     total = tl.zeros((rows, columns), tl.float32)

@@ -10,32 +10,61 @@ from minglm.model.glm import GLM
 from minglm.testing.model import tiny_model
 from minglm.testing.rl import numbers, seeds
 
-EVERY_VALUE = {"hidden_act": "silu", "attn_implementation": "eager", "vocab_size": 24, "max_position_embeddings": 256}
+EVERY_VALUE = {
+    "hidden_act": "silu",
+    "attn_implementation": "eager",
+    "vocab_size": 24,
+    "max_position_embeddings": 256,
+}
 
 
 @st.composite
 def shapes(draw, latent=False):
     """(keyword arguments of a tiny Glm4MoeConfig, or with `latent` of a Glm4MoeLiteConfig; a seed)."""
-    layers, kv_heads, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 1, 2, 4]))
+    layers, kv_heads, groups = (
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 3)),
+        draw(st.sampled_from([1, 1, 2, 4])),
+    )
     per_group = draw(st.integers(2, 4))
     best_groups = draw(st.integers(1, groups))
     values = {**EVERY_VALUE, "num_hidden_layers": layers, "hidden_size": draw(st.integers(3, 24))}
-    values |= {"intermediate_size": draw(st.integers(2, 20)), "moe_intermediate_size": draw(st.integers(2, 12))}
+    values |= {
+        "intermediate_size": draw(st.integers(2, 20)),
+        "moe_intermediate_size": draw(st.integers(2, 12)),
+    }
     values |= {"n_routed_experts": groups * per_group, "n_group": groups, "topk_group": best_groups}
     values |= {"num_experts_per_tok": draw(st.integers(2, best_groups * per_group))}
     values |= {"n_shared_experts": draw(st.integers(1, 2)), "norm_topk_prob": draw(st.booleans())}
-    values |= {"routed_scaling_factor": draw(st.sampled_from([1.0, 1.8, 2.5])), "rms_norm_eps": 1e-5}
+    values |= {
+        "routed_scaling_factor": draw(st.sampled_from([1.0, 1.8, 2.5])),
+        "rms_norm_eps": 1e-5,
+    }
     values |= {"attention_bias": draw(st.booleans()), "tie_word_embeddings": draw(st.booleans())}
     theta, dense = draw(st.sampled_from([1e4, 1e6])), draw(st.integers(0, layers))
     if latent:
-        flat, rope, heads = draw(st.integers(1, 6)), 2 * draw(st.integers(1, 4)), draw(st.integers(1, 4))
-        values |= {"num_attention_heads": heads, "num_key_value_heads": heads, "kv_lora_rank": draw(st.integers(1, 9))}
-        values |= {"q_lora_rank": draw(st.sampled_from([None, 4, 11])), "v_head_dim": draw(st.integers(1, 12))}
+        flat, rope, heads = (
+            draw(st.integers(1, 6)),
+            2 * draw(st.integers(1, 4)),
+            draw(st.integers(1, 4)),
+        )
+        values |= {
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "kv_lora_rank": draw(st.integers(1, 9)),
+        }
+        values |= {
+            "q_lora_rank": draw(st.sampled_from([None, 4, 11])),
+            "v_head_dim": draw(st.integers(1, 12)),
+        }
         values |= {"qk_nope_head_dim": flat, "qk_rope_head_dim": rope}
         values |= {"mlp_layer_types": ["dense"] * dense + ["sparse"] * (layers - dense)}
         values |= {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
     else:
-        values |= {"num_attention_heads": kv_heads * draw(st.integers(1, 3)), "num_key_value_heads": kv_heads}
+        values |= {
+            "num_attention_heads": kv_heads * draw(st.integers(1, 3)),
+            "num_key_value_heads": kv_heads,
+        }
         values |= {"head_dim": 4 * draw(st.integers(1, 4)), "use_qk_norm": draw(st.booleans())}
         values |= {"first_k_dense_replace": dense, "num_nextn_predict_layers": 0}
         factor = draw(st.sampled_from([0.5, 1.0]))
@@ -51,10 +80,16 @@ def build(values, seed, scale=0.3):
     transformers.utils.logging.disable_progress_bar()
     latent = "kv_lora_rank" in values
     kind = transformers.Glm4MoeLiteConfig if latent else transformers.Glm4MoeConfig
-    config = kind(**values, experts_implementation="eager")  # its grouped products refuse odd widths
-    model = (transformers.Glm4MoeLiteForCausalLM if latent else transformers.Glm4MoeForCausalLM)(config).eval()
+    config = kind(
+        **values, experts_implementation="eager"
+    )  # its grouped products refuse odd widths
+    model = (transformers.Glm4MoeLiteForCausalLM if latent else transformers.Glm4MoeForCausalLM)(
+        config
+    ).eval()
     with torch.no_grad():
-        for number, (name, tensor) in enumerate([*model.named_parameters(), *model.named_buffers()]):
+        for number, (name, tensor) in enumerate(
+            [*model.named_parameters(), *model.named_buffers()]
+        ):
             if "inv_freq" not in name:
                 drawn = torch.randn(tensor.shape, generator=numbers(seed + number))
                 tensor.copy_(scale * drawn + ("norm" in name))
@@ -74,8 +109,20 @@ def ours(reference, folder):
 
 def mtp_model(seed, latent=False, **changes):
     """A tiny GLM of one dense and one MoE layer with an MTP layer, every value drawn."""
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "use_qk_norm": False}
-    mla = {"kv_lora_rank": 6, "q_lora_rank": 5, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 3, **heads}
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "use_qk_norm": False,
+    }
+    mla = {
+        "kv_lora_rank": 6,
+        "q_lora_rank": 5,
+        "qk_nope_head_dim": 4,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 3,
+        **heads,
+    }
     mla["attention_bias"] = False
     return tiny_model(seed, **{"num_hidden_layers": 2, **(mla if latent else {}), **changes})
 
@@ -85,7 +132,9 @@ def release(model, folder, copies=False, own_file=False, dtype=None):
 
     Returns {name: tensor} of everything in the folder.
     """
-    model.save_pretrained(folder, dtype, shard_gigabytes=4e-6)  # four kilobytes, so that there are several files
+    model.save_pretrained(
+        folder, dtype, shard_gigabytes=4e-6
+    )  # four kilobytes, so that there are several files
     last, held = f"model.layers.{model.config.num_hidden_layers}.", tensors(folder)
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     moved = {name for name in held if own_file and name.startswith(last)}
@@ -109,7 +158,11 @@ def release(model, folder, copies=False, own_file=False, dtype=None):
 
 def tensors(folder):
     """{name: tensor} of all safetensors files of a folder."""
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    return {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
 
 
 def layout(folder):

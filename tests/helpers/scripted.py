@@ -19,7 +19,9 @@ def byte_tokenizer():
 @cache
 def word_tokenizer():
     """A few merges, so that a text has several tokenizations."""
-    return Tokenizer.train(["order is cancelled returned get_order status pending in the shop 38+7=45;"] * 9, 330)
+    return Tokenizer.train(
+        ["order is cancelled returned get_order status pending in the shop 38+7=45;"] * 9, 330
+    )
 
 
 def spelled(tokenizer, text):
@@ -34,7 +36,9 @@ def spelled(tokenizer, text):
 def said(tokenizer, message, thinking=True):
     """An assistant message as the text that a model would sample, up to the role token that ends the turn."""
     rendered = render(tokenizer, [{"role": "user", "content": "?"}, message], None, thinking)
-    return tokenizer.decode([token for token, sampled in zip(rendered.ids, rendered.mask) if sampled])
+    return tokenizer.decode(
+        [token for token, sampled in zip(rendered.ids, rendered.mask) if sampled]
+    )
 
 
 class Scripted:
@@ -74,6 +78,8 @@ def oracle(tokenizer, environment, tasks, thinking=True):
         conversation = environment.demonstrate(task, thinking)
         for at, message in enumerate(conversation):
             if message["role"] == "assistant":
-                prompt = render(tokenizer, conversation[:at], task.tools, thinking, generation_prompt=True)
+                prompt = render(
+                    tokenizer, conversation[:at], task.tools, thinking, generation_prompt=True
+                )
                 known[prompt.text] = said(tokenizer, message, thinking)
     return known.__getitem__

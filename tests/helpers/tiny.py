@@ -21,7 +21,9 @@ def drawn_batch(seed, B, S, packed):
     if not packed:
         return Batch(tokens_BS, mask_BS)
     documents_BS, at_BS = drawn_documents(seed + 2, B, S), torch.arange(S).expand(B, S)
-    first_BS = torch.nn.functional.pad(documents_BS[:, 1:] != documents_BS[:, :-1], (1, 0), value=True)
+    first_BS = torch.nn.functional.pad(
+        documents_BS[:, 1:] != documents_BS[:, :-1], (1, 0), value=True
+    )
     positions_BS = at_BS - torch.where(first_BS, at_BS, 0).cummax(1).values
     return Batch(tokens_BS, mask_BS & ~first_BS & (documents_BS >= 0), documents_BS, positions_BS)
 
@@ -38,7 +40,10 @@ def gradients(model, batch, mtp_weight, **values):
     """(losses, {name: gradient, zeros where there is none}, loads) of one batch."""
     model.zero_grad()
     sums, loads = accumulate(model, batch, constant_phase(**values), mtp_weight)
-    found = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    found = {
+        n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for n, p in model.named_parameters()
+    }
     return sums, found, loads
 
 

@@ -63,7 +63,10 @@ def test_batched_equals_one_by_one(seed, count, max_batch):
     assert len(found) == count
     for request, completion in zip(requests, found):
         expected = alone(model, request)
-        assert completion.tokens == expected.tokens and completion.finish_reason == expected.finish_reason
+        assert (
+            completion.tokens == expected.tokens
+            and completion.finish_reason == expected.finish_reason
+        )
         # float32 logits of size 10, and each row's expert products round with the others of its batch
         torch.testing.assert_close(completion.logprobs, expected.logprobs, atol=1e-4, rtol=0)
 
@@ -91,7 +94,9 @@ def test_logprobs_are_those_of_the_training_pass(seed):
         with torch.no_grad():
             logits = model(text)[0, len(request.prompt) - 1 : -1] / (request.temperature or 1.0)
         expected = logits.log_softmax(-1).gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=1e-4, rtol=0)  # as above
+        torch.testing.assert_close(
+            torch.tensor(answer.logprobs), expected, atol=1e-4, rtol=0
+        )  # as above
 
 
 class Counting(Engine):
@@ -114,7 +119,9 @@ def test_a_prompt_is_computed_once_and_a_shared_beginning_once():
     assert engine.sizes == [4, 8, 8]
     engine, stem = Counting(model, block=2), [1, 2, 3, 4, 5]
     engine.generate([Request([*stem, tail], 1) for tail in (5, 6, 5)])
-    assert engine.sizes == [6 + 2]  # the block of the last token is never shared: its logits are needed
+    assert engine.sizes == [
+        6 + 2
+    ]  # the block of the last token is never shared: its logits are needed
     engine.generate([Request([*stem, 6], 1), Request([*stem, 6, 7, 8], 1)])
     assert engine.sizes[1:] == [2 + 2]  # the second begins with all that the first has
     (answer,) = engine.generate([Request(stem, 4)])
@@ -128,7 +135,9 @@ def test_finished_rows_make_room():
     engine = Counting(tiny_model(1), max_batch=4)
     engine.generate([Request([1], n, seed=n) for n in (2, 2, 2, 20, 2, 2)])
     assert max(engine.sizes) <= 4
-    assert len(engine.sizes) == 20 and sum(engine.sizes) == 5 * 2 + 20 - 3 - 1  # four, then two, share the prompt
+    assert (
+        len(engine.sizes) == 20 and sum(engine.sizes) == 5 * 2 + 20 - 3 - 1
+    )  # four, then two, share the prompt
 
 
 def test_stop_ids():
@@ -152,7 +161,9 @@ def test_the_longest_sequence_bounds_the_answer():
     (answer,) = Engine(model).generate([Request([1, 2, 3, 4], 99)])
     assert len(answer.tokens) == 2 and answer.finish_reason == "length"
     for prompt in ([], [1] * 6):
-        with pytest.raises(ValueError, match=f"request 1: a prompt of {len(prompt)} tokens") as error:
+        with pytest.raises(
+            ValueError, match=f"request 1: a prompt of {len(prompt)} tokens"
+        ) as error:
             Engine(model).generate([Request([1]), Request(prompt)])
         assert "\n" not in str(error.value)
 
@@ -185,7 +196,9 @@ def test_new_weights_are_used_from_the_next_call():
     with torch.no_grad():
         model.lm_head.weight.neg_()
     assert (
-        engine.generate([request])[0].tokens == alone(model, dataclasses.replace(request, stop_ids=())).tokens != before
+        engine.generate([request])[0].tokens
+        == alone(model, dataclasses.replace(request, stop_ids=())).tokens
+        != before
     )
 
 

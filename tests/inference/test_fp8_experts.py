@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minglm.__main__ import main
-from minglm.config.run import load_config
+from minglm.config import load_config
 from minglm.inference import Engine, Request
 from minglm.inference.fp8_experts import Float8Experts
 from minglm.kernels.experts.eager import grouped_experts
@@ -30,11 +30,16 @@ def test_off_by_the_rounding_of_three_bits(seed, T, E, K):
     A number in float8 is off by 2.5% (tests/test_triton_fp8.py). A product of two such is off by 3.5%; gate and up
     together by 5%; with h and down in float8 by 6%.
     """
-    config = dataclasses.replace(tiny_model(0).config, n_routed_experts=E, hidden_size=200, moe_intermediate_size=150)
+    config = dataclasses.replace(
+        tiny_model(0).config, n_routed_experts=E, hidden_size=200, moe_intermediate_size=150
+    )
     experts = Experts(config)
     for i, w in enumerate(experts.parameters()):
         w.data = normal(seed + i, *w.shape, scale=w.shape[2] ** -0.5)
-    x_TD, weights_TK = normal(seed + 5, T, 200), torch.rand(T, min(K, E), generator=numbers(seed + 6)) + 0.1
+    x_TD, weights_TK = (
+        normal(seed + 5, T, 200),
+        torch.rand(T, min(K, E), generator=numbers(seed + 6)) + 0.1,
+    )
     experts_TK = torch.rand(T, E, generator=numbers(seed + 7)).topk(min(K, E)).indices
     with torch.no_grad():
         exact = grouped_experts(x_TD, experts_TK, weights_TK, *experts.parameters())
@@ -82,10 +87,20 @@ def test_a_failure_leaves_the_model_as_it_was():
 
 def test_a_run_can_ask_for_it(tmp_path, capsys):
     """An unknown precision of the rollouts is one clear line; a known one changes the run."""
-    assert main(["run", "configs/nano.py", "--out", str(tmp_path), "--rollouts", "fp8", "--dry-run"]) == 2
+    assert (
+        main(["run", "configs/nano.py", "--out", str(tmp_path), "--rollouts", "fp8", "--dry-run"])
+        == 2
+    )
     assert "rollouts = 'fp8': must be model or float8" in capsys.readouterr().err
-    assert main(["run", "configs/nano.py", "--out", str(tmp_path), "--rollouts", "float8", "--dry-run"]) == 0
-    plain, asked = (load_config("configs/nano.py", words) for words in ([], ["--rollouts", "float8"]))
+    assert (
+        main(
+            ["run", "configs/nano.py", "--out", str(tmp_path), "--rollouts", "float8", "--dry-run"]
+        )
+        == 0
+    )
+    plain, asked = (
+        load_config("configs/nano.py", words) for words in ([], ["--rollouts", "float8"])
+    )
     assert plain.hash() != asked.hash()
     with pytest.raises(ValueError, match=r"^experts = 'fp8': must be model or float8$"):
         Engine(tiny_model(0), experts="fp8")

@@ -91,10 +91,14 @@ class Cache(RuleBasedStateMachine):
     def blocks_are_counted(self):
         """A block is held as often as tables name it, or is free, or is kept; never two of these."""
         held = [block for table, _ in self.texts for block in table.blocks]
-        assert self.blocks.holders == [held.count(block) for block in range(len(self.blocks.holders))]
+        assert self.blocks.holders == [
+            held.count(block) for block in range(len(self.blocks.holders))
+        ]
         idle = [*self.blocks.free, *self.blocks.kept]
         assert len(set(idle)) == len(idle) and not set(idle) & set(held)
-        assert self.blocks.used == len(set(held)) <= LIMIT and len(idle) + len(set(held)) == len(self.blocks.holders)
+        assert self.blocks.used == len(set(held)) <= LIMIT and len(idle) + len(set(held)) == len(
+            self.blocks.holders
+        )
 
 
 TestCache = Cache.TestCase
@@ -131,12 +135,16 @@ def test_chunked_cached_and_batched_logits_are_those_of_the_plain_pass(seed, chu
         return logits_BV
 
     engine._forward = watch
-    prompts = [torch.randint(0, 24, (n,), generator=numbers(seed + n)).tolist() for n in (1, 4, 7, 12)]
+    prompts = [
+        torch.randint(0, 24, (n,), generator=numbers(seed + n)).tolist() for n in (1, 4, 7, 12)
+    ]
     engine.generate([Request(prompt, 4, seed=i, stop_ids=()) for i, prompt in enumerate(prompts)])
     assert len(seen) >= 13  # four passes for each of four texts; equal texts are computed once
     for text, logits_V in seen.items():
         # float32 logits of size 10; other batches round differently
-        torch.testing.assert_close(logits_V, model(torch.tensor([text]))[0, -1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            logits_V, model(torch.tensor([text]))[0, -1], atol=1e-4, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("drafts", [0, 2])
@@ -157,11 +165,16 @@ def test_cancelled_and_failed_requests_return_their_blocks(drafts):
     third = engine.submit(Request([1], 3), ends.append)
     with pytest.raises(TypeError):
         engine.step()
-    assert engine.busy == 0 and engine.blocks.used == 0 and not engine.blocks.known and third > second
+    assert (
+        engine.busy == 0 and engine.blocks.used == 0 and not engine.blocks.known and third > second
+    )
     assert [event.finish_reason for event in ends] == ["error"]
     engine._forward = forward
     (done,) = engine.generate([Request([1, 2], 5, temperature=0.0, stop_ids=())])
-    assert done.tokens == Engine(model).generate([Request([1, 2], 5, temperature=0.0, stop_ids=())])[0].tokens
+    assert (
+        done.tokens
+        == Engine(model).generate([Request([1, 2], 5, temperature=0.0, stop_ids=())])[0].tokens
+    )
 
 
 @pytest.mark.parametrize("drafts", [0, 2])

@@ -22,7 +22,9 @@ def ignores_the_temperature(logits_BV, temperature_B, top_p_B, uniform_B):
 
 def multiplies_by_the_temperature(logits_BV, temperature_B, top_p_B, uniform_B):
     """The inverse of what is asked."""
-    return sample(logits_BV, torch.where(temperature_B > 0, 1 / temperature_B, 0.0), top_p_B, uniform_B)
+    return sample(
+        logits_BV, torch.where(temperature_B > 0, 1 / temperature_B, 0.0), top_p_B, uniform_B
+    )
 
 
 def nucleus_without_its_last(logits_BV, temperature_B, top_p_B, uniform_B):
@@ -67,12 +69,18 @@ def test_contract_finds_broken_samplers(broken):
 def draws(logits_V, temperature, top_p, seed, count):
     """How often each token is drawn in `count` draws whose numbers come from the hash: token 0, 1, 2, ... of a seed."""
     index_B = torch.arange(count)
-    rows = (logits_V.expand(count, -1), torch.full((count,), temperature), torch.full((count,), top_p))
+    rows = (
+        logits_V.expand(count, -1),
+        torch.full((count,), temperature),
+        torch.full((count,), top_p),
+    )
     tokens_B, _ = sample(*rows, uniforms(torch.full((count,), seed), index_B))
     return torch.bincount(tokens_B, minlength=len(logits_V))
 
 
-@given(seed=st.integers(0, 10_000), V=st.integers(2, 6), temperature=st.sampled_from([0.5, 1.0, 2.0]))
+@given(
+    seed=st.integers(0, 10_000), V=st.integers(2, 6), temperature=st.sampled_from([0.5, 1.0, 2.0])
+)
 def test_hashed_draws_follow_the_softmax(seed, V, temperature):
     """20,000 draws of one request: the chi-square statistic is what random draws would give."""
     logits_V = torch.randn(V, generator=numbers(seed))
@@ -116,12 +124,16 @@ def test_uniforms_are_uniform(start, index):
         assert abs(u_B.mean() - 0.5) < 0.0145 and abs(u_B.var() - 1 / 12) < 0.0038
         assert abs(torch.corrcoef(torch.stack([u_B[1:], u_B[:-1]]))[0, 1]) < 0.05
         counts = torch.histc(u_B.float(), bins=20, min=0, max=1)
-        assert ((counts - n / 20) ** 2 / (n / 20)).sum() < 75  # 19 degrees of freedom: a chance of 1.4e-8
+        assert (
+            (counts - n / 20) ** 2 / (n / 20)
+        ).sum() < 75  # 19 degrees of freedom: a chance of 1.4e-8
 
 
 def test_uniforms_of_neighbouring_requests_are_unrelated():
     """Seeds and token numbers that add up to the same give different numbers: no request shifts another's."""
-    seeds_B, index_B = (x.flatten() for x in torch.meshgrid(torch.arange(100), torch.arange(100), indexing="ij"))
+    seeds_B, index_B = (
+        x.flatten() for x in torch.meshgrid(torch.arange(100), torch.arange(100), indexing="ij")
+    )
     assert len(uniforms(seeds_B, index_B).unique()) == 10_000
 
 

@@ -30,7 +30,12 @@ def draws_again_from_the_target(p_BSV, q_BSV, drafts_BS, lengths_B, accept_BS, l
     nothing_B = torch.zeros_like(lengths_B)
     rows = torch.arange(len(p_BSV))
     return accepted_B, verify(
-        p_BSV[rows, accepted_B][:, None], q_BSV[:, :0], drafts_BS[:, :0], nothing_B, accept_BS[:, :0], last_B
+        p_BSV[rows, accepted_B][:, None],
+        q_BSV[:, :0],
+        drafts_BS[:, :0],
+        nothing_B,
+        accept_BS[:, :0],
+        last_B,
     )[1]
 
 
@@ -51,7 +56,13 @@ def accepts_by_the_wrong_ratio(p_BSV, q_BSV, drafts_BS, lengths_B, accept_BS, la
 
 
 @pytest.mark.parametrize(
-    "broken", [keeps_every_draft, draws_again_from_the_target, bonus_from_the_drafts, accepts_by_the_wrong_ratio]
+    "broken",
+    [
+        keeps_every_draft,
+        draws_again_from_the_target,
+        bonus_from_the_drafts,
+        accepts_by_the_wrong_ratio,
+    ],
 )
 def test_contract_finds_broken_verifiers(broken):
     """Each mistake others have made is found."""
@@ -88,16 +99,26 @@ def test_answers_follow_the_model_exactly(drafts, temperature):
 
 
 @settings(max_examples=8)
-@given(seed=seeds, drafts=st.integers(1, 4), block=st.sampled_from([2, 16]), batch=st.sampled_from([1, 3]))
+@given(
+    seed=seeds,
+    drafts=st.integers(1, 4),
+    block=st.sampled_from([2, 16]),
+    batch=st.sampled_from([1, 3]),
+)
 def test_greedy_answers_are_the_same_with_drafts(seed, drafts, block, batch):
     """Tokens, ends and log-probabilities of greedy answers; every block is returned."""
     model, stem = tiny_model(seed), [1, 2, 3, 4]
-    requests = [Request([*stem, i % 3], 2 + 3 * i, 0.0, stop_ids=(5, 6, 7), top_logprobs=i) for i in range(4)]
+    requests = [
+        Request([*stem, i % 3], 2 + 3 * i, 0.0, stop_ids=(5, 6, 7), top_logprobs=i)
+        for i in range(4)
+    ]
     plain = Engine(model).generate(requests)
     engine = Engine(model, max_batch=batch, draft_tokens=drafts, block=block, prefill_tokens=3)
     for expected, found in zip(plain, engine.generate(requests)):
         assert (found.tokens, found.finish_reason) == (expected.tokens, expected.finish_reason)
-        torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-4, rtol=0)  # float32, other batches
+        torch.testing.assert_close(
+            found.logprobs, expected.logprobs, atol=1e-4, rtol=0
+        )  # float32, other batches
         tops = [[[i for i, _ in top] for top in done.top_logprobs] for done in (found, expected)]
         assert tops[0] == tops[1]
     assert engine.blocks.used == 0
@@ -118,7 +139,10 @@ def test_answers_with_drafts_do_not_depend_on_the_batch(seed, drafts):
 @torch.no_grad()
 def test_the_first_draft_is_what_training_taught(seed, length, cut):
     """The distribution drafted from is that of the MTP layer in a training pass over the same text."""
-    model, text = tiny_model(seed), torch.randint(0, 24, (length,), generator=numbers(seed)).tolist()
+    model, text = (
+        tiny_model(seed),
+        torch.randint(0, 24, (length,), generator=numbers(seed)).tolist(),
+    )
     engine, seen = Engine(model, draft_tokens=2, block=2, prefill_tokens=cut), []
     draft = engine.drafter.draft
     engine.drafter.draft = lambda pages, rows: seen.append(draft(pages, rows)) or seen[-1]

@@ -19,7 +19,9 @@ def test_kernels_keep_their_budgets(module):
 @pytest.mark.slow
 def test_each_budget_can_be_broken():
     """The good kernel passes, and each of its overweight twins fails for its own reason."""
-    found = {record["kernel"]: faults(record) for record in compile_module("tests.overweight_triton")}
+    found = {
+        record["kernel"]: faults(record) for record in compile_module("tests.overweight_triton")
+    }
     assert found["good"] == []
     assert found["narrow"] == ["has no HGMMA", "multiplies by single warps (HMMA)"]
     assert any("spills" in fault for fault in found["spilling"])

@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from minglm.common import device
+from minglm.common import threads as threads_module
 from minglm.inference import Engine, Request, cpu_decoder
 from minglm.inference.cpu_decoder import PagesInC
 from minglm.inference.kv_cache import Table
@@ -38,13 +38,25 @@ def models(draw):
     M, E, layers = n(1, 3), n(2, 20), n(1, 3)
     A = 2 * half * draw(st.sampled_from([1, 2]))
     return tiny_model(
-        draw(seeds), vocab_size=n(2, 70), hidden_size=n(1, 40), num_hidden_layers=layers,
+        draw(seeds),
+        vocab_size=n(2, 70),
+        hidden_size=n(1, 40),
+        num_hidden_layers=layers,
         first_k_dense_replace=n(0, layers),
-        num_attention_heads=M * n(1, 6), num_key_value_heads=M, head_dim=A, partial_rotary_factor=2 * half / A,
-        intermediate_size=n(1, 60), moe_intermediate_size=n(1, 40), n_routed_experts=E, num_experts_per_tok=n(2, E),
-        n_shared_experts=n(0, 2), norm_topk_prob=draw(st.booleans()), use_qk_norm=draw(st.booleans()),
-        attention_bias=draw(st.booleans()), tie_word_embeddings=draw(st.booleans()),
-    )  # fmt: skip
+        num_attention_heads=M * n(1, 6),
+        num_key_value_heads=M,
+        head_dim=A,
+        partial_rotary_factor=2 * half / A,
+        intermediate_size=n(1, 60),
+        moe_intermediate_size=n(1, 40),
+        n_routed_experts=E,
+        num_experts_per_tok=n(2, E),
+        n_shared_experts=n(0, 2),
+        norm_topk_prob=draw(st.booleans()),
+        use_qk_norm=draw(st.booleans()),
+        attention_bias=draw(st.booleans()),
+        tie_word_embeddings=draw(st.booleans()),
+    )
 
 
 def passes(seed, texts, size, largest):
@@ -82,7 +94,7 @@ def test_a_pass_is_that_of_the_model(model, seed, texts, size, threads):
     found.read_weights()
     draw, c = random.Random(seed), model.config
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device, "threads", threads)
+        patch.setattr(threads_module, "_threads", threads)
         patch.setattr(cpu_decoder, "FEW", 1)
         for rows in passes(seed, texts, size, draw.choice([1, 9, 80])):
             T = sum(row.stop - row.start for row in rows)
@@ -94,7 +106,9 @@ def test_a_pass_is_that_of_the_model(model, seed, texts, size, threads):
             for pages in (plain, found):
                 pages.begin([], 1 + max(block for row in rows for block in row.table.blocks))
                 states, logits = pages.trunk(rows, tokens, wanted)
-                after = [Span(row.table, max(1, row.start), row.stop) for row in rows if row.stop > 1]
+                after = [
+                    Span(row.table, max(1, row.start), row.stop) for row in rows if row.stop > 1
+                ]
                 n = sum(row.stop - row.start for row in after)
                 if n:
                     drafted = pages.mtp(after, tokens[:n], drawn(seed, n, c.hidden_size))
@@ -105,19 +119,24 @@ def test_a_pass_is_that_of_the_model(model, seed, texts, size, threads):
 
 @settings(max_examples=15)
 @given(
-    model=models(), seed=seeds, texts=st.integers(2, 40), cut=st.integers(1, 30), block=st.sampled_from([3, 16]),
+    model=models(),
+    seed=seeds,
+    texts=st.integers(2, 40),
+    cut=st.integers(1, 30),
+    block=st.sampled_from([3, 16]),
     threads=st.integers(2, 4),
-)  # fmt: skip
+)
 def test_an_answer_has_the_same_bits_in_any_batch(model, seed, texts, cut, block, threads):
     """Alone or among others, its prompt whole or in pieces, one thread or more: every log-probability is the same."""
     draw, V = random.Random(seed), model.config.vocab_size
     requests = [
-        Request([draw.randrange(V) for _ in range(draw.randint(1, 20))], 6, seed=i, stop_ids=()) for i in range(texts)
+        Request([draw.randrange(V) for _ in range(draw.randint(1, 20))], 6, seed=i, stop_ids=())
+        for i in range(texts)
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(device, "threads", 1)
+        patch.setattr(threads_module, "_threads", 1)
         alone = [Engine(model, block=block).generate([request])[0] for request in requests[:3]]
-        patch.setattr(device, "threads", threads)
+        patch.setattr(threads_module, "_threads", threads)
         patch.setattr(cpu_decoder, "FEW", 1)
         together = Engine(model, prefill_tokens=cut, block=block).generate(requests)
     assert together[:3] == alone
@@ -139,11 +158,19 @@ def test_who_is_served():
             assert not PagesInC.serves(model)
 
 
-@given(seed=seeds, B=st.integers(1, 4), V=st.integers(1, 300), top_p=st.sampled_from([None, 1.0, 0.95, 0.5, 1e-9]))
+@given(
+    seed=seeds,
+    B=st.integers(1, 4),
+    V=st.integers(1, 300),
+    top_p=st.sampled_from([None, 1.0, 0.95, 0.5, 1e-9]),
+)
 def test_drawing(seed, B, V, top_p):
     """The token of the same number and its log-probability; all temperatures in a batch; ties, also at the cut."""
     logits = drawn(seed, B, V).round()
-    temperature, cuts = torch.tensor([0.0, 1.0, 0.5, 2.0])[:B], None if top_p is None else torch.full((B,), top_p)
+    temperature, cuts = (
+        torch.tensor([0.0, 1.0, 0.5, 2.0])[:B],
+        None if top_p is None else torch.full((B,), top_p),
+    )
     request, index = torch.arange(B) + seed * 7919, torch.arange(B) * 3
     tokens, logprobs = build.sample_cpu(logits, temperature, cuts, request, index, DRAW)
     uniform = uniforms(request, index)
@@ -154,7 +181,9 @@ def test_drawing(seed, B, V, top_p):
             q = p if cuts is None else cut(p[None], cuts[b : b + 1].double())[0]
             ends = q.cumsum(0) / q.sum()
             sums = p.sort(descending=True).values.cumsum(0)  # or where top-p does
-            assert (ends - uniform[b]).abs().min() < 1e-6 or (sums - (top_p or 1)).abs().min() < 1e-6
+            assert (ends - uniform[b]).abs().min() < 1e-6 or (
+                sums - (top_p or 1)
+            ).abs().min() < 1e-6
         else:
             torch.testing.assert_close(logprobs[b], expected_logprobs[b], **CLOSE)
 
@@ -167,10 +196,14 @@ def test_top_p_keeps_the_smallest_set(seed, V, top_p):
     assume((p.sort(descending=True).values.cumsum(0) - top_p).abs().min() > 1e-6)
     q = cut(p[None], torch.tensor([top_p]).double())[0]
     rows = logits.expand(count, V), torch.ones(count), torch.full((count,), top_p)
-    tokens, _ = build.sample_cpu(*rows, torch.arange(count), torch.zeros(count, dtype=torch.int64), DRAW)
+    tokens, _ = build.sample_cpu(
+        *rows, torch.arange(count), torch.zeros(count, dtype=torch.int64), DRAW
+    )
     shares = torch.bincount(tokens, minlength=V) / count
     assert not shares[q == 0].any()
-    assert (shares - q / q.sum()).abs().max() < 5.5 * 0.5 / count**0.5  # five standard deviations and more
+    assert (
+        shares - q / q.sum()
+    ).abs().max() < 5.5 * 0.5 / count**0.5  # five standard deviations and more
 
 
 def test_no_token_of_probability_zero_is_drawn():
@@ -178,7 +211,11 @@ def test_no_token_of_probability_zero_is_drawn():
     logits = torch.full((1, 200), -torch.inf)
     logits[0, 70] = logits[0, 130] = 0.0
     drawn_tokens = [
-        int(build.sample_cpu(logits, torch.ones(1), None, torch.tensor([s]), torch.tensor([0]), DRAW)[0])
+        int(
+            build.sample_cpu(
+                logits, torch.ones(1), None, torch.tensor([s]), torch.tensor([0]), DRAW
+            )[0]
+        )
         for s in range(300)
     ]
     assert set(drawn_tokens) == {70, 130} and 100 < drawn_tokens.count(70) < 200
@@ -188,7 +225,10 @@ def test_no_token_of_probability_zero_is_drawn():
 @given(st.integers(1, 9), st.integers(1, 60), st.integers(1, 60), seeds, st.booleans())
 def test_newton_schulz(count, rows, columns, seed, express):
     """Newton-Schulz of any shape is that of float64; a matrix's bits depend on nothing beside it, nor on threads."""
-    stack, coefficients = drawn(seed, count, rows, columns), polar_express(5) if express else [COEFFICIENTS] * 5
+    stack, coefficients = (
+        drawn(seed, count, rows, columns),
+        polar_express(5) if express else [COEFFICIENTS] * 5,
+    )
     exact = orthogonalize(stack, 5, torch.float64, coefficients)
     found = build.newton_schulz_cpu(stack, coefficients)
     # float32, and the slope 485 magnifies the rounding of small values; tests/test_muon.py
@@ -196,17 +236,23 @@ def test_newton_schulz(count, rows, columns, seed, express):
     assert torch.equal(build.newton_schulz_cpu(stack[-1:], coefficients)[0], found[-1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "FEW", 0)
-        patch.setattr(device, "threads", 3)
+        patch.setattr(threads_module, "_threads", 3)
         assert torch.equal(build.newton_schulz_cpu(stack, coefficients), found)
 
 
 def test_where_newton_schulz_is_in_c(monkeypatch):
     """Float32 on a CPU; not in float64, for large matrices, or where PyTorch was asked for."""
     calls = []
-    monkeypatch.setattr("minglm.kernels.newton_schulz.eager.newton_schulz_cpu", lambda s, c: calls.append(s) or s)
+    monkeypatch.setattr(
+        "minglm.kernels.newton_schulz.eager.newton_schulz_cpu", lambda s, c: calls.append(s) or s
+    )
     orthogonalize(drawn(0, 2, 4, 6)), orthogonalize(drawn(0, 3, 4))
     assert len(calls) == 2
-    orthogonalize(drawn(0, 4, 6).double()), orthogonalize(drawn(0, 257, 256)), orthogonalize(drawn(0, 4, 6), gram=True)
+    (
+        orthogonalize(drawn(0, 4, 6).double()),
+        orthogonalize(drawn(0, 257, 256)),
+        orthogonalize(drawn(0, 4, 6), gram=True),
+    )
     dispatch.use("torch")
     try:
         orthogonalize(drawn(0, 4, 6))
@@ -237,7 +283,11 @@ def test_the_engine_draws_the_same_with_and_without(seed):
     x = torch.zeros(1)
     assert dispatch.backend(x) == "torch"
     with torch.inference_mode():
-        assert [dispatch.backend(y) for y in (x, x.double(), x.bfloat16())] == ["c", "torch", "torch"]
+        assert [dispatch.backend(y) for y in (x, x.double(), x.bfloat16())] == [
+            "c",
+            "torch",
+            "torch",
+        ]
 
 
 def test_without_a_compiler_pytorch_goes_on(monkeypatch, capsys, tmp_path):
@@ -253,9 +303,13 @@ def test_without_a_compiler_pytorch_goes_on(monkeypatch, capsys, tmp_path):
     compiler = build.compiler()
     made = build.build(compiler, tmp_path)
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-Werror", "-Wall"))
-    assert build.build(compiler, tmp_path) != made  # other flags, another library, and no warning in the source
+    assert (
+        build.build(compiler, tmp_path) != made
+    )  # other flags, another library, and no warning in the source
     monkeypatch.undo()
     run = subprocess.run
     calls = []
     monkeypatch.setattr(build.subprocess, "run", lambda *a, **k: calls.append(a) or run(*a, **k))
-    assert build.build(compiler, tmp_path) == made and len(calls) == 1  # asks for the compiler's version only
+    assert (
+        build.build(compiler, tmp_path) == made and len(calls) == 1
+    )  # asks for the compiler's version only

@@ -24,7 +24,9 @@ def test_each_block_has_its_own_scale(seed, shape, block, size):
         for column in range(0, shape[-1], block[1]):
             at = (..., slice(row, row + block[0]), slice(column, column + block[1]))
             largest = x[at].abs().amax((-2, -1))
-            torch.testing.assert_close(scale[..., row // block[0], column // block[1]], largest / 448)
+            torch.testing.assert_close(
+                scale[..., row // block[0], column // block[1]], largest / 448
+            )
             torch.testing.assert_close(back[at].abs().amax((-2, -1)), largest)
             # three bits of mantissa: half a step is 1/16; below 2^-6 steps are constant, 2^-9 of a unit
             bound = (x[at].abs() / 16).maximum(2**-10 * 1.01 * largest[..., None, None] / 448)
@@ -36,7 +38,9 @@ def test_an_outlier_costs_only_its_own_block():
     x = torch.full((256, 256), 1e-4)
     x[0, 0] = 1e4
     back = dequantize(*quantize(x))
-    assert (back[:128, :128].flatten()[1:] == 0).all() and torch.allclose(back[128:, 128:], x[128:, 128:], rtol=1e-3)
+    assert (back[:128, :128].flatten()[1:] == 0).all() and torch.allclose(
+        back[128:, 128:], x[128:, 128:], rtol=1e-3
+    )
 
 
 def test_zeros_and_what_is_refused():

@@ -92,7 +92,12 @@ def problems():
     attempt("float8", copied, (values,), values.to(torch.float8_e4m3fn), 256)
     attempt("add", doubled, (x,), x + x, 256)
     attempt("sum", summed, (x,), x.float().sum().bfloat16()[None], 256)
-    attempt("bound", counted, (torch.tensor([5], dtype=torch.int32),), torch.tensor([10], dtype=torch.int32))
+    attempt(
+        "bound",
+        counted,
+        (torch.tensor([5], dtype=torch.int32),),
+        torch.tensor([10], dtype=torch.int32),
+    )
     return found
 
 
@@ -103,7 +108,9 @@ def strided(out_ptr, step, size: tl.constexpr):
     tl.store(out_ptr + tl.program_id(0) * step + i, i * 0 + tl.program_id(0), mask=i < size - 1)
 
 
-cpu_only = pytest.mark.skipif(DEVICE == "cuda", reason="about the interpreter, which runs where there is no GPU")
+cpu_only = pytest.mark.skipif(
+    DEVICE == "cuda", reason="about the interpreter, which runs where there is no GPU"
+)
 
 
 @cpu_only
@@ -116,14 +123,19 @@ def test_every_fault_is_mended():
 
 
 @cpu_only
-@pytest.mark.parametrize("step, counts", [(7, [1] * 21), (8, ([1] * 7 + [0]) * 3), (6, [1] * 6 + [2] + [1] * 5 + [2])])
+@pytest.mark.parametrize(
+    "step, counts", [(7, [1] * 21), (8, ([1] * 7 + [0]) * 3), (6, [1] * 6 + [2] + [1] * 5 + [2])]
+)
 def test_races_and_holes_are_seen(step, counts):
     """Stores are recorded with their program and mask: elements of two programs and of none can be counted."""
     out = torch.zeros(24, dtype=torch.int32)
     with watched() as stores:
         strided[(3,)](out, step, 8)
     assert [program for program, *_ in stores] == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]
-    elements = np.concatenate([addresses[mask] for _, addresses, mask in stores]).astype(np.int64) - out.data_ptr()
+    elements = (
+        np.concatenate([addresses[mask] for _, addresses, mask in stores]).astype(np.int64)
+        - out.data_ptr()
+    )
     assert np.bincount(elements // 4, minlength=len(counts)).tolist()[: len(counts)] == counts
     strided[(3,)](out, step, 8)
     assert len(stores) == 3  # only what ran inside
@@ -137,7 +149,9 @@ def test_unmended_interpreter_has_the_faults():
         "import minglm.kernels.toolchain.interpreter as shim; shim.mend = lambda: None\n"
         "import test_interpreter; print(json.dumps(test_interpreter.problems()))"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     for name in ("dot", "add", "sum", "double"):
@@ -191,7 +205,10 @@ assert torch.equal(out, tile[0])
 def test_32_bit_offsets_die_at_real_size(wide, tmp_path):
     """GLM-4.5's expert weights pass 2^31 elements: a 32-bit expert offset reads elsewhere, a 64-bit one the tile."""
     (tmp_path / "kernels.py").write_text(ADDRESS)  # triton reads a kernel's source from its file
-    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from kernels import *\n" + RUN.format(wide=wide)
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from kernels import *\n"
+        + RUN.format(wide=wide)
+    )
     done = in_new_process(program)
     assert (done.returncode == 0) == wide, done.stderr
 
@@ -204,7 +221,9 @@ def test_whoever_asks_for_triton_gets_the_mended_one():
         "backend.use('auto'); assert not hasattr(builder, 'mended')\n"
         "backend.use('triton'); assert builder.mended"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -215,5 +234,7 @@ def test_too_late_is_an_error():
         "import os, sys; os.environ.pop('TRITON_INTERPRET', 0); import triton.language\n"
         "from minglm.kernels.toolchain.interpreter import switch_on; switch_on()"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 1 and "set it before the first import" in done.stderr

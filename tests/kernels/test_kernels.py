@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 
 from minglm.kernels.attention import eager as attention_kernel
 from minglm.kernels.cross_entropy import eager as kernel
-from minglm.kernels.cross_entropy.eager import cross_entropy, linear_cross_entropy, token_log_probabilities
+from minglm.kernels.cross_entropy.eager import (
+    cross_entropy,
+    linear_cross_entropy,
+    token_log_probabilities,
+)
 from minglm.kernels.experts.eager import grouped_mm, grouped_outer
 from minglm.kernels.norm.eager import add_norm, norm
 from minglm.kernels.qk_norm_rope.eager import norm_rope_by_hand, qk_norm_rope
@@ -19,7 +23,9 @@ from minglm.model.rope import angles
 from minglm.testing.model import normal
 from minglm.testing.rl import numbers, seeds
 
-sizes = st.tuples(st.integers(1, 20), st.integers(1, 6), st.integers(1, 9))  # tokens, width, vocabulary
+sizes = st.tuples(
+    st.integers(1, 20), st.integers(1, 6), st.integers(1, 9)
+)  # tokens, width, vocabulary
 
 
 def problem(seed, shape):
@@ -37,7 +43,12 @@ def with_gradients(function, hidden_TD, head_VD, targets_T, weights_T, factor=1.
     return loss.detach(), *torch.autograd.grad(factor * loss, inputs)
 
 
-@given(seed=seeds, shape=sizes, chunk=st.sampled_from([1, 3, 7, 2048]), factor=st.sampled_from([1.0, -0.3]))
+@given(
+    seed=seeds,
+    shape=sizes,
+    chunk=st.sampled_from([1, 3, 7, 2048]),
+    factor=st.sampled_from([1.0, -0.3]),
+)
 def test_linear_cross_entropy_equals_the_plain_form(seed, shape, chunk, factor):
     """Loss and gradients are those of PyTorch's cross_entropy, however the tokens are cut into chunks."""
     values = problem(seed, shape)
@@ -45,7 +56,9 @@ def test_linear_cross_entropy_equals_the_plain_form(seed, shape, chunk, factor):
         patch.setattr(kernel, "CHUNK", chunk)
         found = with_gradients(linear_cross_entropy, *values, factor=factor)
     hidden_TD, head_VD, targets_T, weights_T = values
-    exact = with_gradients(cross_entropy, hidden_TD.double(), head_VD.double(), targets_T, weights_T.double(), factor)
+    exact = with_gradients(
+        cross_entropy, hidden_TD.double(), head_VD.double(), targets_T, weights_T.double(), factor
+    )
     for ours, plain in zip(found, exact):
         # float32; logits up to 60, so a loss is exact to 60 * 2^-24, twenty of them summed
         torch.testing.assert_close(ours, plain.float(), atol=2e-4, rtol=1e-4)
@@ -62,7 +75,9 @@ def written_out(hidden_TD, head_VD, targets_T, weights_T):
 def test_plain_form_is_its_equation(seed, shape):
     """The oracle above is itself logsumexp minus the target's logit, weighted."""
     values = problem(seed, shape)
-    torch.testing.assert_close(cross_entropy(*values), written_out(*values), atol=1e-4, rtol=1e-4)  # float32
+    torch.testing.assert_close(
+        cross_entropy(*values), written_out(*values), atol=1e-4, rtol=1e-4
+    )  # float32
 
 
 @given(shape=sizes, seed=seeds, junk=st.sampled_from([float("nan"), float("inf"), 1e30]))
@@ -70,7 +85,11 @@ def test_all_masked_is_exactly_zero(shape, seed, junk):
     """Without any target the loss is 0 and so are the gradients, even where the hidden states are not finite."""
     hidden_TD, head_VD, targets_T, weights_T = problem(seed, shape)
     found = with_gradients(
-        linear_cross_entropy, torch.full_like(hidden_TD, junk), head_VD, targets_T, torch.zeros_like(weights_T)
+        linear_cross_entropy,
+        torch.full_like(hidden_TD, junk),
+        head_VD,
+        targets_T,
+        torch.zeros_like(weights_T),
     )
     assert all(not x.any() for x in found)
 
@@ -91,9 +110,13 @@ def test_extreme_logits_stay_finite(size):
     values = problem(3, (12, 4, 8))
     hidden_TD, head_VD, targets_T, weights_T = size * values[0], *values[1:]
     found = with_gradients(linear_cross_entropy, hidden_TD, head_VD, targets_T, weights_T)
-    exact = with_gradients(cross_entropy, hidden_TD.double(), head_VD.double(), targets_T, weights_T.double())
+    exact = with_gradients(
+        cross_entropy, hidden_TD.double(), head_VD.double(), targets_T, weights_T.double()
+    )
     for ours, plain in zip(found, exact):
-        torch.testing.assert_close(ours, plain.float(), atol=1e-4, rtol=1e-4)  # float32, relative to the size
+        torch.testing.assert_close(
+            ours, plain.float(), atol=1e-4, rtol=1e-4
+        )  # float32, relative to the size
 
 
 @given(seed=seeds, shape=sizes)
@@ -101,7 +124,9 @@ def test_bfloat16_is_summed_in_float32(seed, shape):
     """Hidden states in bfloat16 give a float32 loss, as near to the exact one as their products allow."""
     hidden_TD, head_VD, targets_T, weights_T = problem(seed, shape)
     rounded = hidden_TD.bfloat16(), head_VD.bfloat16()
-    loss, dhidden_TD, dhead_VD = with_gradients(linear_cross_entropy, *rounded, targets_T, weights_T)
+    loss, dhidden_TD, dhead_VD = with_gradients(
+        linear_cross_entropy, *rounded, targets_T, weights_T
+    )
     exact = cross_entropy(*(x.double() for x in rounded), targets_T, weights_T.double())
     assert loss.dtype == torch.float32 and dhidden_TD.dtype == dhead_VD.dtype == torch.bfloat16
     # a logit of up to 60 in bfloat16 is off by up to 2^-3, and each loss is a difference of two
@@ -116,7 +141,9 @@ def test_token_log_probabilities(seed, shape, temperature):
     logp_T, entropy_T = token_log_probabilities(hidden_TD, head_VD, targets_T, temperature)
     full_TV = F.log_softmax(hidden_TD @ head_VD.T / temperature, -1)
     torch.testing.assert_close(logp_T, full_TV[torch.arange(len(targets_T)), targets_T])
-    torch.testing.assert_close(entropy_T, torch.distributions.Categorical(logits=full_TV).entropy().detach())
+    torch.testing.assert_close(
+        entropy_T, torch.distributions.Categorical(logits=full_TV).entropy().detach()
+    )
     assert logp_T.requires_grad and not entropy_T.requires_grad
 
 
@@ -131,7 +158,9 @@ def test_grouped_products_are_loops(seed, loads):
     start = 0
     for e, count in enumerate(loads):
         rows = slice(start, start + count)
-        torch.testing.assert_close(products[rows], x_TD[rows] @ w_EDF[e], atol=1e-6, rtol=1e-5)  # three products
+        torch.testing.assert_close(
+            products[rows], x_TD[rows] @ w_EDF[e], atol=1e-6, rtol=1e-5
+        )  # three products
         torch.testing.assert_close(outers[e], x_TD[rows].T @ y_TF[rows], atol=1e-6, rtol=1e-5)
         start += count
 
@@ -156,10 +185,19 @@ def error_by_hand(by_hand, plain, inputs, weights, upstreams, dtype):
         leaves = [x.to(dtype).to(kind).requires_grad_() for x in inputs]
         leaves += [w.to(torch.promote_types(kind, torch.float32)).requires_grad_() for w in weights]
         out = function(*leaves)
-        results.append([*out, *torch.autograd.grad(out, leaves, [g.to(dtype).to(kind) for g in upstreams[: len(out)]])])
+        results.append(
+            [
+                *out,
+                *torch.autograd.grad(
+                    out, leaves, [g.to(dtype).to(kind) for g in upstreams[: len(out)]]
+                ),
+            ]
+        )
     normed = [sum(inputs)] if len({x.shape for x in inputs}) == 1 else inputs
     longest = max(float((x.square().mean(-1) + 1e-5).rsqrt().max()) for x in [*inputs, *normed])
-    size = (1 + longest) * (1 + max(float(x.abs().max()) for x in (*inputs, *weights, *upstreams))) ** 3
+    size = (1 + longest) * (
+        1 + max(float(x.abs().max()) for x in (*inputs, *weights, *upstreams))
+    ) ** 3
     return max(float((a - b).abs().max()) for a, b in zip(*results)) / size
 
 
@@ -168,7 +206,11 @@ NEAR = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
 
 
 @given(
-    seed=seeds, rows=st.integers(1, 9), width=st.integers(1, 40), added=st.booleans(), dtype=st.sampled_from([*NEAR])
+    seed=seeds,
+    rows=st.integers(1, 9),
+    width=st.integers(1, 40),
+    added=st.booleans(),
+    dtype=st.sampled_from([*NEAR]),
 )
 def test_norm_by_hand_is_that_of_autograd(seed, rows, width, added, dtype):
     """The written-out backward gives the gradients of the plain form, the stream's later gradient included."""
@@ -178,19 +220,35 @@ def test_norm_by_hand_is_that_of_autograd(seed, rows, width, added, dtype):
     def form(f):
         return lambda x, *rest: f(x, rest[-1], 1e-5, *rest[:-1])
 
-    error = error_by_hand(form(add_norm), form(norm), inputs, [normal(seed + 1, width)], upstreams, dtype)
+    error = error_by_hand(
+        form(add_norm), form(norm), inputs, [normal(seed + 1, width)], upstreams, dtype
+    )
     assert error < NEAR[dtype]
 
 
-@given(seed=seeds, length=st.integers(1, 9), heads=st.integers(1, 5), kv_heads=st.integers(1, 3),
-       half=st.integers(1, 4), rest=st.integers(0, 5), dtype=st.sampled_from([*NEAR]))  # fmt: skip
-def test_norm_and_rotation_by_hand_are_those_of_autograd(seed, length, heads, kv_heads, half, rest, dtype):
+@given(
+    seed=seeds,
+    length=st.integers(1, 9),
+    heads=st.integers(1, 5),
+    kv_heads=st.integers(1, 3),
+    half=st.integers(1, 4),
+    rest=st.integers(0, 5),
+    dtype=st.sampled_from([*NEAR]),
+)
+def test_norm_and_rotation_by_hand_are_those_of_autograd(
+    seed, length, heads, kv_heads, half, rest, dtype
+):
     """So do QK-norm and rotation as one operation, with any part of the head rotating."""
     A = 2 * half + rest
     inputs = [normal(seed, 2, length, heads, A), normal(seed + 1, 2, length, kv_heads, A)]
     cos_sin = angles(torch.arange(length)[None], 2 * half, 1e4)
-    forms = [lambda *leaves, f=f: f(*leaves, *cos_sin, 1e-5) for f in (norm_rope_by_hand, qk_norm_rope)]
-    weights, upstreams = [normal(seed + 2, A), normal(seed + 3, A)], [normal(seed + 4, *x.shape) for x in inputs]
+    forms = [
+        lambda *leaves, f=f: f(*leaves, *cos_sin, 1e-5) for f in (norm_rope_by_hand, qk_norm_rope)
+    ]
+    weights, upstreams = (
+        [normal(seed + 2, A), normal(seed + 3, A)],
+        [normal(seed + 4, *x.shape) for x in inputs],
+    )
     assert error_by_hand(*forms, inputs, weights, upstreams, dtype) < NEAR[dtype]
 
 

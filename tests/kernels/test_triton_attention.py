@@ -25,7 +25,10 @@ from minglm.kernels.attention.triton_forward import Tiles
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 NAMES = ("output", "gradient of q", "of k", "of v")
-SMALL = [Tiles(32, 16, 4, 1), Tiles(16, 32, 4, 1)]  # queries x keys; several tiles at every end of short rows
+SMALL = [
+    Tiles(32, 16, 4, 1),
+    Tiles(16, 32, 4, 1),
+]  # queries x keys; several tiles at every end of short rows
 
 
 @pytest.fixture
@@ -39,7 +42,10 @@ def drawn(seed, B, S, heads, A, dtype=torch.float32):
     """q, k, v and the gradient of the output; scores of size up to 30 A^-1/2 are sharp enough to show mistakes."""
     N, M = heads
     shapes = ((N, 2), (M, 2), (M, 1), (N, 1))
-    return [normal(seed + i, B, S, n, A, scale=scale).to(DEVICE, dtype) for i, (n, scale) in enumerate(shapes)]
+    return [
+        normal(seed + i, B, S, n, A, scale=scale).to(DEVICE, dtype)
+        for i, (n, scale) in enumerate(shapes)
+    ]
 
 
 def results(function, values, documents_BS):
@@ -63,16 +69,22 @@ def compare(function, values, documents_BS, tolerance):
 
 @settings(max_examples=8)
 @given(
-    seed=seeds, B=st.integers(1, 2), S=st.integers(1, 75), packed=st.booleans(),
-    heads=st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 1)]), A=st.sampled_from([2, 8, 24, 32]),
-)  # fmt: skip
+    seed=seeds,
+    B=st.integers(1, 2),
+    S=st.integers(1, 75),
+    packed=st.booleans(),
+    heads=st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 1)]),
+    A=st.sampled_from([2, 8, 24, 32]),
+)
 @example(seed=0, B=1, S=1, packed=False, heads=(12, 1), A=16)  # one position
 @example(seed=1, B=1, S=33, packed=True, heads=(12, 1), A=16)  # GLM-4.5's group
 @example(seed=3, B=1, S=150, packed=False, heads=(2, 1), A=8)  # several whole tiles
 def test_equals_pytorch_in_float64(seed, B, S, packed, heads, A):
     """Output and gradients, for odd lengths, packed documents and padding, groups of heads, narrow and odd widths."""
     documents_BS = drawn_documents(seed, B, S).to(DEVICE) if packed else None
-    compare(kernel.flash_attention_triton, drawn(seed, B, S, heads, A), documents_BS, 1e-5)  # float32 sums
+    compare(
+        kernel.flash_attention_triton, drawn(seed, B, S, heads, A), documents_BS, 1e-5
+    )  # float32 sums
 
 
 LENGTHS = [[90], [1] * 40, [1, 88, 1], [31, 1, 33, 1, 64], [16, 16, 48], [20, -60], [-3]]
@@ -82,7 +94,9 @@ LENGTHS = [[90], [1] * 40, [1, 88, 1], [31, 1, 33, 1, 64], [16, 16, 48], [20, -6
 def test_documents_at_every_edge_of_a_tile(small, lengths):
     """Documents of one token, that end with a tile, before or after it, or span several; rows of padding alone."""
     ids = [i if length > 0 else -1 for i, length in enumerate(lengths)]
-    documents_BS = torch.tensor(ids).repeat_interleave(torch.tensor(lengths).abs())[None].int().to(DEVICE)
+    documents_BS = (
+        torch.tensor(ids).repeat_interleave(torch.tensor(lengths).abs())[None].int().to(DEVICE)
+    )
     values = drawn(len(lengths), 1, documents_BS.shape[1], (2, 1), 8)
     compare(kernel.flash_attention_triton, values, documents_BS, 1e-5)  # float32 sums
 
@@ -104,7 +118,11 @@ def test_bounds_are_those_of_the_run(seed, B, S):
 
 @pytest.mark.parametrize(
     "dtype, A, S, packed",
-    [(torch.bfloat16, 128, 300, True), (torch.bfloat16, 256, 150, True), (torch.float16, 128, 140, False)],
+    [
+        (torch.bfloat16, 128, 300, True),
+        (torch.bfloat16, 256, 150, True),
+        (torch.float16, 128, 140, False),
+    ],
 )
 def test_half_precision_tiles(dtype, A, S, packed):
     """The tiles a GPU would take. Each number is rounded once at the end, weights and dscores before the products."""
@@ -117,7 +135,9 @@ def test_repeats_to_the_bit(small):
     documents_BS = torch.tensor([0] * 41 + [1] * 30)[None].int().to(DEVICE)
     values = drawn(0, 1, 71, (4, 2), 8)
     first = results(kernel.flash_attention_triton, values, documents_BS)
-    assert all(map(torch.equal, first, results(kernel.flash_attention_triton, values, documents_BS)))
+    assert all(
+        map(torch.equal, first, results(kernel.flash_attention_triton, values, documents_BS))
+    )
     for value in values:
         value[:, :41] = 7.0
     second = results(kernel.flash_attention_triton, values, documents_BS)
@@ -132,12 +152,16 @@ def test_log_sum_keeps_a_long_tail(small, peak, size):
     k[0, peak, 0] = q[0, -1, 0] * size
     inputs = [x.requires_grad_() for x in (q, k, v)]
     saved = kernel.flash_attention_triton(*inputs).grad_fn
-    while not hasattr(saved, "saved_tensors") or len(saved.saved_tensors) < 7:  # below the cut of the added zeros
+    while (
+        not hasattr(saved, "saved_tensors") or len(saved.saved_tensors) < 7
+    ):  # below the cut of the added zeros
         saved = saved.next_functions[0][0]
     scores = torch.einsum("sa,ca->sc", q[0, :, 0].double(), k[0, :, 0].double()) * 8**-0.5
     hidden = torch.ones(64, 64, dtype=torch.bool, device=DEVICE).triu(1)
     expected = scores.masked_fill(hidden, -math.inf).logsumexp(-1) / math.log(2)
-    torch.testing.assert_close(saved.saved_tensors[6][0, 0].double(), expected, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(
+        saved.saved_tensors[6][0, 0].double(), expected, rtol=1e-6, atol=1e-5
+    )
 
 
 def test_a_leak_is_found(small, monkeypatch):
@@ -163,7 +187,9 @@ def cache(seed, B, S, heads, A, size, blocks, parts=2, dtype=torch.float32):
     positions_BS = last_B[:, None] - S + 1 + torch.arange(S)
     for table, last in zip(tables, last_B.tolist()):
         for slot in range(last + 1):
-            store[table[slot // size], :, :, slot % size] = normal(seed + slot, parts, M, A, scale=2)
+            store[table[slot // size], :, :, slot % size] = normal(
+                seed + slot, parts, M, A, scale=2
+            )
     head = torch.arange(parts * M).view(parts, 1, M, 1)
     rows = (tables[None, :, None] * (parts * M) + head).flatten()
     q_BSNA = normal(seed, B, S, N, A).to(dtype)
@@ -173,16 +199,27 @@ def cache(seed, B, S, heads, A, size, blocks, parts=2, dtype=torch.float32):
 def in_order(q_BSNA, store, rows, positions_BS, first):
     """`attend_slots` in float64 over the blocks in order, without the slots before `first`."""
     B, (parts, M, size, A) = len(q_BSNA), store.shape[1:]
-    kv = store.view(-1, size * A)[rows].view(parts, B, M, -1, A).double().nan_to_num(9.0)[:, :, :, first:]
+    kv = (
+        store.view(-1, size * A)[rows]
+        .view(parts, B, M, -1, A)
+        .double()
+        .nan_to_num(9.0)[:, :, :, first:]
+    )
     return attend_slots(q_BSNA.double(), kv[0], kv[-1], positions_BS - first)
 
 
 @settings(max_examples=12)
 @given(
-    seed=seeds, B=st.integers(1, 3), S=st.sampled_from([1, 1, 3, 9]), first=st.integers(0, 1), parts=st.integers(1, 2),
-    heads=st.sampled_from([(12, 1), (4, 2), (3, 3)]), A=st.sampled_from([3, 8, 24]), size=st.sampled_from([4, 16]),
+    seed=seeds,
+    B=st.integers(1, 3),
+    S=st.sampled_from([1, 1, 3, 9]),
+    first=st.integers(0, 1),
+    parts=st.integers(1, 2),
+    heads=st.sampled_from([(12, 1), (4, 2), (3, 3)]),
+    A=st.sampled_from([3, 8, 24]),
+    size=st.sampled_from([4, 16]),
     programs=st.sampled_from([1, 20, 1056]),
-)  # fmt: skip
+)
 def test_paged_attention_equals_the_plain_form(seed, B, S, first, parts, heads, A, size, programs):
     """For one query or several, any cut in parts, heads that share keys, and without reading what is not written."""
     case = cache(seed, B, S + first, heads, A, size, 144 // size, parts)
@@ -194,7 +231,9 @@ def test_paged_attention_equals_the_plain_form(seed, B, S, first, parts, heads, 
         patch.setattr(paged, "PROGRAMS", programs)
         patch.setattr(paged, "LEAST", 1)
         found = paged.paged_attention_triton(*case, first)
-    torch.testing.assert_close(found.double(), in_order(*case, first), atol=1e-5, rtol=0)  # float32 sums
+    torch.testing.assert_close(
+        found.double(), in_order(*case, first), atol=1e-5, rtol=0
+    )  # float32 sums
 
 
 @pytest.mark.parametrize("S", [1, 6])
@@ -202,7 +241,9 @@ def test_paged_attention_in_bfloat16(S):
     """The tiles a GPU would take for a token and for a prompt; weights are rounded before the product."""
     case = cache(S, 2, S, (12, 1), 128, 16, 40, dtype=torch.bfloat16)
     found = paged.paged_attention_triton(*case)
-    torch.testing.assert_close(found.double(), in_order(*case, 0), atol=0.02, rtol=0)  # 2^-8 of values up to 6
+    torch.testing.assert_close(
+        found.double(), in_order(*case, 0), atol=0.02, rtol=0
+    )  # 2^-8 of values up to 6
     assert torch.equal(found, paged.paged_attention_triton(*case))
 
 
@@ -223,7 +264,10 @@ def test_a_step_equals_the_row_of_a_whole_pass(monkeypatch):
     heads = model.config.num_attention_heads, model.config.num_key_value_heads
     q, k, v, _ = drawn(0, 2, S, heads, model.config.head_dim)
     whole = flash_attention(q, k, v)
-    rows = [type("Row", (), {"table": table, "start": 0, "stop": 0})() for table in _tables(blocks, 2, S)]
+    rows = [
+        type("Row", (), {"table": table, "start": 0, "stop": 0})()
+        for table in _tables(blocks, 2, S)
+    ]
     for stops in ((6, 3), (7, 4), (7, 9), (11, 10), (11, 11)):
         for row, stop in zip(rows, stops):
             row.start, row.stop = row.stop, stop
@@ -231,7 +275,9 @@ def test_a_step_equals_the_row_of_a_whole_pass(monkeypatch):
         pages[0].plan = Plan([row for _, row in going], pages.shape, pages.device)
         new = [torch.cat([x[b, row.start : row.stop] for b, row in going])[None] for x in (q, k, v)]
         expected = torch.cat([whole[b, row.start : row.stop] for b, row in going])[None]
-        torch.testing.assert_close(pages[0].attend(*new), expected, atol=1e-5, rtol=0)  # float32, another order
+        torch.testing.assert_close(
+            pages[0].attend(*new), expected, atol=1e-5, rtol=0
+        )  # float32, another order
 
 
 def _tables(blocks, count, length):
@@ -311,9 +357,16 @@ def test_real_shapes(dtype, heads, A, packed):
     """The released models' heads and a toy's, twice to the same bits."""
     values = drawn(0, 1, 515, heads, A, dtype)
     documents_BS = drawn_documents(0, 1, 515).to(DEVICE) if packed else None
-    compare(kernel.flash_attention_triton, values, documents_BS, 2e-5 if dtype == torch.float32 else 0.01)
+    compare(
+        kernel.flash_attention_triton,
+        values,
+        documents_BS,
+        2e-5 if dtype == torch.float32 else 0.01,
+    )
     first = results(kernel.flash_attention_triton, values, documents_BS)
-    assert all(map(torch.equal, first, results(kernel.flash_attention_triton, values, documents_BS)))
+    assert all(
+        map(torch.equal, first, results(kernel.flash_attention_triton, values, documents_BS))
+    )
 
 
 @pytest.mark.gpu
@@ -332,7 +385,9 @@ def test_both_forms_on_hopper(monkeypatch, S, packed):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("B, S, blocks", [(1, 1, 256), (8, 1, 40), (64, 1, 12), (2, 4, 100), (1, 300, 30)])
+@pytest.mark.parametrize(
+    "B, S, blocks", [(1, 1, 256), (8, 1, 40), (64, 1, 12), (2, 4, 100), (1, 300, 30)]
+)
 def test_real_caches(dtype, B, S, blocks):
     """GLM-4.5's heads over blocks of 16: one token in many parts, many tokens, drafts, a prompt."""
     case = cache(0, B, S, (96, 8), 128, 16, blocks, dtype=dtype)
@@ -345,7 +400,10 @@ def test_real_caches(dtype, B, S, blocks):
 @pytest.mark.gpu
 def test_the_host_never_waits():
     """Forward and backward pass and a step over the cache without a synchronisation: PyTorch raises at one."""
-    values, documents_BS = drawn(0, 2, 200, (8, 2), 128, torch.bfloat16), drawn_documents(0, 2, 200).to(DEVICE)
+    values, documents_BS = (
+        drawn(0, 2, 200, (8, 2), 128, torch.bfloat16),
+        drawn_documents(0, 2, 200).to(DEVICE),
+    )
     case = cache(0, 2, 1, (8, 2), 128, 16, 8, dtype=torch.bfloat16)
     for mode in ("default", "error"):  # the first time compiles
         torch.cuda.set_sync_debug_mode(mode)

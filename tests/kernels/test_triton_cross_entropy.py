@@ -8,7 +8,11 @@ from hypothesis import strategies as st
 from minglm.common.device import peak_bytes
 from minglm.kernels import dispatch
 from minglm.kernels.cross_entropy import eager as plain_form
-from minglm.kernels.cross_entropy.eager import cross_entropy, linear_cross_entropy, token_log_probabilities
+from minglm.kernels.cross_entropy.eager import (
+    cross_entropy,
+    linear_cross_entropy,
+    token_log_probabilities,
+)
 from minglm.kernels.toolchain.interpreter import in_new_process, switch_on
 from minglm.testing.rl import numbers, seeds
 
@@ -37,7 +41,11 @@ def results(function, hidden_TD, head_VD, targets_T, upstream_T, temperature):
     inputs = [x.detach().clone().requires_grad_() for x in (hidden_TD, head_VD)]
     logp_T, entropy_T = function(*inputs, targets_T, temperature)
     assert not entropy_T.requires_grad
-    return logp_T.detach(), entropy_T, *torch.autograd.grad(logp_T, inputs, upstream_T.to(logp_T.dtype))
+    return (
+        logp_T.detach(),
+        entropy_T,
+        *torch.autograd.grad(logp_T, inputs, upstream_T.to(logp_T.dtype)),
+    )
 
 
 def plain(hidden_TD, head_VD, targets_T, temperature):
@@ -49,7 +57,9 @@ def plain(hidden_TD, head_VD, targets_T, temperature):
 def compare(values, temperature, tolerance):
     """Every result within tolerance of the largest number of the exact one, and of one."""
     ours = results(kernel.log_probabilities_triton, *values, temperature)
-    exact = results(plain, *(v.double() if v.is_floating_point() else v for v in values), temperature)
+    exact = results(
+        plain, *(v.double() if v.is_floating_point() else v for v in values), temperature
+    )
     for name, a, b in zip(NAMES, ours, exact):
         away = float((a.double() - b).abs().max() / b.abs().max().clamp(min=1))
         assert away <= tolerance, f"{name}: off by {away:.1e}"
@@ -58,10 +68,15 @@ def compare(values, temperature, tolerance):
 
 @settings(max_examples=10)
 @given(
-    seed=seeds, T=st.integers(1, 40), D=st.sampled_from([1, 8, 45]), V=st.sampled_from([1, 16, 77, 300]),
+    seed=seeds,
+    T=st.integers(1, 40),
+    D=st.sampled_from([1, 8, 45]),
+    V=st.sampled_from([1, 16, 77, 300]),
     temperature=st.sampled_from([0.5, 1.0, 3.0]),
-)  # fmt: skip
-@example(seed=0, T=33, D=8, V=300, temperature=1.0)  # two row tiles, splits with two tiles, one and none
+)
+@example(
+    seed=0, T=33, D=8, V=300, temperature=1.0
+)  # two row tiles, splits with two tiles, one and none
 def test_equals_float64(seed, T, D, V, temperature):
     """Log-probabilities, entropies and gradients, for sizes that fit no tile, one word, any temperature."""
     compare(problem(seed, T, D, V), temperature, 1e-5)  # float32, sums of up to 300 numbers
@@ -86,7 +101,9 @@ def test_bfloat16_tiles(monkeypatch, D, V):
     ours = compare(values, 1.0, 2**-7)  # gradients are rounded to 8 bits, twice
     assert ours[0].dtype == ours[1].dtype == torch.float32
     exact = results(plain, *(v.double() if v.is_floating_point() else v for v in values), 1.0)
-    assert (ours[0] - exact[0]).abs().max() < 1e-5  # the logits themselves are never rounded to bfloat16
+    assert (
+        ours[0] - exact[0]
+    ).abs().max() < 1e-5  # the logits themselves are never rounded to bfloat16
 
 
 @pytest.mark.parametrize("size", [100.0, 1e4])
@@ -109,7 +126,9 @@ def test_gradient_is_that_of_finite_differences():
                 logp_T, _ = function(hidden_TD, head_VD, targets_T, 0.8)
                 ends.append(float((logp_T * upstream_T).sum()))
                 x[at] -= step
-            assert float(gradient[at]) == pytest.approx((ends[0] - ends[1]) / 2e-2, abs=2e-3)  # step squared, float32
+            assert float(gradient[at]) == pytest.approx(
+                (ends[0] - ends[1]) / 2e-2, abs=2e-3
+            )  # step squared, float32
 
 
 def test_the_switch_and_the_mask(monkeypatch):
@@ -145,11 +164,19 @@ def check_loss(seed, T, D, V, most, dtype, factor=1.0, tolerance=1e-5):
         loss, again = (linear_cross_entropy(*values, targets_T, weights_T) for _ in range(2))
         alone = linear_cross_entropy(*(x.detach() for x in values), targets_T, weights_T)
     ours = loss, *torch.autograd.grad(factor * loss, values)
-    assert all(map(torch.equal, ours, (again, *torch.autograd.grad(factor * again, values, retain_graph=True))))
+    assert all(
+        map(
+            torch.equal,
+            ours,
+            (again, *torch.autograd.grad(factor * again, values, retain_graph=True)),
+        )
+    )
     exact = [x.detach().double().requires_grad_() for x in values]
     loss = cross_entropy(*exact, targets_T, weights_T.double())
     tolerance = tolerance if dtype == torch.float32 else 2**-6
-    for name, a, b in zip(("loss", *NAMES[2:]), ours, (loss, *torch.autograd.grad(factor * loss, exact))):
+    for name, a, b in zip(
+        ("loss", *NAMES[2:]), ours, (loss, *torch.autograd.grad(factor * loss, exact))
+    ):
         away = float((a.detach().double() - b.detach()).abs().max() / b.detach().abs().max())
         assert away <= tolerance, f"{name}: off by {away:.1e}"
     assert alone.item() == pytest.approx(loss.item(), rel=tolerance)
@@ -158,10 +185,17 @@ def check_loss(seed, T, D, V, most, dtype, factor=1.0, tolerance=1e-5):
 
 @settings(max_examples=10)
 @given(
-    seed=seeds, T=st.integers(1, 20), D=st.sampled_from([1, 8, 45]), V=st.sampled_from([2, 16, 77, 300]),
-    most=st.integers(1, 20), dtype=st.sampled_from([torch.float32, torch.bfloat16]), factor=st.sampled_from([1, -0.3]),
-)  # fmt: skip
-@example(seed=0, T=20, D=8, V=300, most=7, dtype=torch.float32, factor=1)  # three chunks, three pieces of each row
+    seed=seeds,
+    T=st.integers(1, 20),
+    D=st.sampled_from([1, 8, 45]),
+    V=st.sampled_from([2, 16, 77, 300]),
+    most=st.integers(1, 20),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    factor=st.sampled_from([1, -0.3]),
+)
+@example(
+    seed=0, T=20, D=8, V=300, most=7, dtype=torch.float32, factor=1
+)  # three chunks, three pieces of each row
 def test_loss_and_its_gradients(seed, T, D, V, most, dtype, factor):
     """The loss whose logits are in memory a chunk of tokens at a time, for sizes that fit no chunk and no piece."""
     with pytest.MonkeyPatch.context() as patch:
@@ -179,7 +213,9 @@ def test_a_second_backward_pass_is_refused():
 def test_a_target_that_is_off_is_found(monkeypatch):
     """The comparison fails where the kernel takes the target's neighbour."""
     right = kernel.softmax_gradient_triton
-    monkeypatch.setattr(kernel, "softmax_gradient_triton", lambda logits, targets, w: right(logits, targets ^ 1, w))
+    monkeypatch.setattr(
+        kernel, "softmax_gradient_triton", lambda logits, targets, w: right(logits, targets ^ 1, w)
+    )
     with pytest.raises(AssertionError, match="off by"):
         check_loss(0, 5, 8, 16, 7, torch.float32)
 
@@ -259,7 +295,10 @@ def test_real_shapes(dtype, T):
     kept, kernel.CHUNK_BYTES = kernel.CHUNK_BYTES, 2**26
     try:
         ours = compare(values, 1.0, 1e-4 if dtype == torch.float32 else 2**-7)
-        assert all(torch.equal(a, b) for a, b in zip(ours, results(kernel.log_probabilities_triton, *values, 1.0)))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(ours, results(kernel.log_probabilities_triton, *values, 1.0))
+        )
     finally:
         kernel.CHUNK_BYTES = kept
 
@@ -283,7 +322,9 @@ def test_memory_at_real_size(name):
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     if name == "loss":
-        gradients = torch.autograd.grad(linear_cross_entropy(*inputs, targets_T, upstream_T + 1), inputs)
+        gradients = torch.autograd.grad(
+            linear_cross_entropy(*inputs, targets_T, upstream_T + 1), inputs
+        )
     else:
         logp_T, _ = kernel.log_probabilities_triton(*inputs, targets_T, 1.0)
         gradients = torch.autograd.grad(logp_T, inputs, upstream_T)

@@ -24,11 +24,17 @@ NAMES = ("output", "gradient of x", "of the weights", "of gate", "of up", "of do
 def drawn(seed, T, E, K, D, F, crowd, dtype=torch.float32):
     """Choices and inputs; a crowd sends every token to the first K experts, so that the others have no rows."""
     scores_TE = torch.rand(T, E, generator=numbers(seed))
-    experts_TK = (-torch.arange(E) * 2.0 if crowd else torch.zeros(E)).add(scores_TE).topk(K).indices
+    experts_TK = (
+        (-torch.arange(E) * 2.0 if crowd else torch.zeros(E)).add(scores_TE).topk(K).indices
+    )
     inputs = [normal(seed + 1, T, D).to(dtype), torch.rand(T, K, generator=numbers(seed + 2))]
     for i, (rows, columns) in enumerate([(F, D), (F, D), (D, F)]):
         inputs.append(normal(seed + 3 + i, E, rows, columns, scale=columns**-0.5).to(dtype))
-    return experts_TK.to(DEVICE), [v.to(DEVICE) for v in inputs], normal(seed + 6, T, D).to(DEVICE, dtype)
+    return (
+        experts_TK.to(DEVICE),
+        [v.to(DEVICE) for v in inputs],
+        normal(seed + 6, T, D).to(DEVICE, dtype),
+    )
 
 
 def results(function, experts_TK, inputs, gradient_TD):
@@ -59,15 +65,23 @@ def compare(function, experts_TK, inputs, gradient_TD, tolerance):
 
 @settings(max_examples=6)
 @given(
-    seed=seeds, T=st.integers(1, 50), E=st.integers(1, 5), K=st.integers(1, 3), crowd=st.booleans(),
+    seed=seeds,
+    T=st.integers(1, 50),
+    E=st.integers(1, 5),
+    K=st.integers(1, 3),
+    crowd=st.booleans(),
     widths=st.tuples(st.sampled_from([4, 13, 36]), st.sampled_from([1, 8, 40])),
-)  # fmt: skip
+)
 @example(seed=0, T=3, E=5, K=1, crowd=True, widths=(36, 40))  # one expert has all the rows
-@example(seed=0, T=40, E=2, K=2, crowd=False, widths=(13, 1))  # more row tiles than one, nothing aligned
+@example(
+    seed=0, T=40, E=2, K=2, crowd=False, widths=(13, 1)
+)  # more row tiles than one, nothing aligned
 def test_equals_one_expert_at_a_time(seed, T, E, K, crowd, widths):
     """Output and all five gradients, for uneven loads, experts with no row or one, and widths that fit no tile."""
     experts_TK, inputs, gradient_TD = drawn(seed, T, E, min(K, E), *widths, crowd)
-    compare(layer.experts_triton, experts_TK, inputs, gradient_TD, 1e-5)  # float32 sums of up to 100 products
+    compare(
+        layer.experts_triton, experts_TK, inputs, gradient_TD, 1e-5
+    )  # float32 sums of up to 100 products
 
 
 @pytest.mark.parametrize(
@@ -126,7 +140,9 @@ def test_the_switch_chooses_these_kernels(monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         compare(grouped_experts, experts_TK, inputs, gradient_TD, 1e-5)
     x, weights, *matrices = inputs
-    pairs = [t for t in saved[:9] if t.numel() == 12 * 12]  # x in the order of the experts would be this large
+    pairs = [
+        t for t in saved[:9] if t.numel() == 12 * 12
+    ]  # x in the order of the experts would be this large
     assert not pairs and len(saved) >= 9
     empty = grouped_experts(x[:0], experts_TK[:0], weights[:0], *matrices)
     assert empty.shape == (0, 12)
@@ -211,7 +227,11 @@ def test_real_shapes(T, crowd):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_other_dtypes_compiled(dtype):
     """float32 is exact, not rounded to TF32, and float16 as near as its 11 bits; widths that fit no tile."""
-    compare(layer.experts_triton, *drawn(0, 70, 5, 2, 71, 135, False, dtype), 1e-5 if dtype == torch.float32 else 4e-3)
+    compare(
+        layer.experts_triton,
+        *drawn(0, 70, 5, 2, 71, 135, False, dtype),
+        1e-5 if dtype == torch.float32 else 4e-3,
+    )
 
 
 @pytest.mark.gpu

@@ -8,7 +8,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minglm.kernels import dispatch
-from minglm.kernels.fp8.eager import ACTIVATION_BLOCK, WEIGHT_BLOCK, dequantize, quantize, scaled_product
+from minglm.kernels.fp8.eager import (
+    ACTIVATION_BLOCK,
+    WEIGHT_BLOCK,
+    dequantize,
+    quantize,
+    scaled_product,
+)
 from minglm.kernels.toolchain.interpreter import in_new_process, switch_on
 from minglm.testing.model import normal
 from minglm.testing.rl import numbers, seeds
@@ -28,14 +34,18 @@ def check_quantization(x):
     """Both kinds of blocks: numbers and scales of the plain form, bit for bit."""
     for block in (WEIGHT_BLOCK, ACTIVATION_BLOCK):
         (q, scale), (exact, exact_scale) = quantize_triton(x.to(DEVICE), block), quantize(x, block)
-        assert torch.equal(q.cpu().view(torch.uint8), exact.view(torch.uint8)) and torch.equal(scale.cpu(), exact_scale)
+        assert torch.equal(q.cpu().view(torch.uint8), exact.view(torch.uint8)) and torch.equal(
+            scale.cpu(), exact_scale
+        )
 
 
 @settings(max_examples=8)
 @given(
-    seed=seeds, shape=st.sampled_from([(1, 1), (3, 5), (129, 130), (2, 40, 257)]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]), size=st.sampled_from([1e-30, 1.0, 1e30]),
-)  # fmt: skip
+    seed=seeds,
+    shape=st.sampled_from([(1, 1), (3, 5), (129, 130), (2, 40, 257)]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    size=st.sampled_from([1e-30, 1.0, 1e30]),
+)
 def test_quantised_to_the_same_bits(seed, shape, dtype, size):
     """Any shape, stacks too, any size of number, and a block of zeros in between."""
     x = normal(seed, *shape).mul(size).to(dtype)
@@ -83,9 +93,12 @@ def compare(seed, loads, K, F, D, pick, dtype=torch.float32):
 
 @settings(max_examples=8)
 @given(
-    seed=seeds, loads=st.lists(st.integers(0, 20), min_size=1, max_size=4).filter(sum), K=st.integers(1, 3),
-    sizes=st.sampled_from([(1, 1), (128, 128), (130, 272), (47, 129)]), pick=st.booleans(),
-)  # fmt: skip
+    seed=seeds,
+    loads=st.lists(st.integers(0, 20), min_size=1, max_size=4).filter(sum),
+    K=st.integers(1, 3),
+    sizes=st.sampled_from([(1, 1), (128, 128), (130, 272), (47, 129)]),
+    pick=st.booleans(),
+)
 @example(seed=0, loads=[0, 37, 0, 1], K=2, sizes=(47, 129), pick=True)
 def test_product_equals_float64(seed, loads, K, sizes, pick):
     """Uneven loads, experts without rows, shapes that 128 does not divide, rows picked or as they are."""
@@ -103,11 +116,19 @@ def test_error_is_that_of_three_bits(monkeypatch):
     """Rounding both operands moves a product by sqrt(2) times one operand's error, however long the sum is."""
     monkeypatch.setattr(dispatch, "_chosen", "triton")
     for D in (128, 1000):
-        x, w, ends = normal(0, 64, D).to(DEVICE), normal(1, 1, 128, D).to(DEVICE), torch.tensor([64], device=DEVICE)
-        found = scaled_product(*quantize(x, ACTIVATION_BLOCK), *quantize(w), ends.int(), dtype=torch.float32)
+        x, w, ends = (
+            normal(0, 64, D).to(DEVICE),
+            normal(1, 1, 128, D).to(DEVICE),
+            torch.tensor([64], device=DEVICE),
+        )
+        found = scaled_product(
+            *quantize(x, ACTIVATION_BLOCK), *quantize(w), ends.int(), dtype=torch.float32
+        )
         exact = x.double() @ w[0].double().T
         measured = float((found - exact).norm() / exact.norm())
-        assert measured == pytest.approx(math.sqrt(2) * ROUNDING, rel=0.1)  # 8,192 products; the octaves are not even
+        assert measured == pytest.approx(
+            math.sqrt(2) * ROUNDING, rel=0.1
+        )  # 8,192 products; the octaves are not even
 
 
 def test_the_switch_takes_both_forms(monkeypatch):

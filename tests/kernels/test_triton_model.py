@@ -26,7 +26,9 @@ def outputs(kind, qk_norm):
     dispatch.use(kind)
     model = tiny_model(3, use_qk_norm=qk_norm).to(DEVICE)
     tokens_BS = torch.arange(10, device=DEVICE).view(2, 5)
-    documents_BS = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, -1]], dtype=torch.int32, device=DEVICE)
+    documents_BS = torch.tensor(
+        [[0, 0, 1, 1, 1], [0, 0, 0, 0, -1]], dtype=torch.int32, device=DEVICE
+    )
     out = model.hidden(tokens_BS, documents_BS=documents_BS, mtp=True)
     head_VD, targets_T = model.lm_head.weight, tokens_BS.flatten() + 1
     weights_T = (documents_BS.flatten() >= 0) / 9
@@ -56,7 +58,9 @@ def test_the_engine_says_the_same(restore):
         answers[kind] = Engine(tiny_model(3).to(DEVICE), draft_tokens=1, block=4).generate(requests)
     for exact, found in zip(answers["torch"], answers["triton"]):
         assert found.tokens == exact.tokens
-        assert found.logprobs == pytest.approx(exact.logprobs, abs=1e-4)  # float32, three layers deep
+        assert found.logprobs == pytest.approx(
+            exact.logprobs, abs=1e-4
+        )  # float32, three layers deep
 
 
 def test_choice_is_checked(restore, monkeypatch):

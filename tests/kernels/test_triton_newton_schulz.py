@@ -17,7 +17,11 @@ from minglm.kernels.toolchain.tiles import Tiles
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-ROUNDING = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # of the largest number
+ROUNDING = {
+    torch.float32: 1e-5,
+    torch.float16: 2**-10,
+    torch.bfloat16: 2**-7,
+}  # of the largest number
 
 
 def compare(seed, matrices, rows, depth, dtype, add):
@@ -31,16 +35,24 @@ def compare(seed, matrices, rows, depth, dtype, add):
         exact.diagonal(dim1=1, dim2=2).add_(1.5)
     found = kernel.symmetric_product_triton(*terms)
     assert found.dtype == dtype and torch.equal(found, found.mT)
-    torch.testing.assert_close(found.double(), exact, atol=ROUNDING[dtype] * exact.abs().max().item(), rtol=0)
+    torch.testing.assert_close(
+        found.double(), exact, atol=ROUNDING[dtype] * exact.abs().max().item(), rtol=0
+    )
     assert torch.equal(found, kernel.symmetric_product_triton(*terms))
 
 
 @settings(max_examples=12)
 @given(
-    seed=seeds, matrices=st.integers(1, 3), rows=st.sampled_from([1, 7, 33, 70]), depth=st.sampled_from([1, 8, 45]),
-    dtype=st.sampled_from(list(ROUNDING)), add=st.booleans(),
-)  # fmt: skip
-@example(seed=0, matrices=2, rows=100, depth=40, dtype=torch.float32, add=True)  # ten tiles of a triangle
+    seed=seeds,
+    matrices=st.integers(1, 3),
+    rows=st.sampled_from([1, 7, 33, 70]),
+    depth=st.sampled_from([1, 8, 45]),
+    dtype=st.sampled_from(list(ROUNDING)),
+    add=st.booleans(),
+)
+@example(
+    seed=0, matrices=2, rows=100, depth=40, dtype=torch.float32, add=True
+)  # ten tiles of a triangle
 def test_equals_float64(seed, matrices, rows, depth, dtype, add):
     """Every entry, both halves, to one rounding; symmetric and repeatable to the last bit."""
     compare(seed, matrices, rows, depth, dtype, add)
@@ -125,5 +137,8 @@ def test_real_shapes(dtype, shape):
 def test_newton_schulz_at_real_size(gram):
     """A wave and a half of experts: every singular value ends near one, as in float64."""
     matrices = normal(1, 12, 1536, 5120).to(DEVICE)
-    found, exact = orthogonalize(matrices, gram=gram), orthogonalize(matrices.double(), dtype=torch.float64)
+    found, exact = (
+        orthogonalize(matrices, gram=gram),
+        orthogonalize(matrices.double(), dtype=torch.float64),
+    )
     assert (found - exact).norm() < 0.1 * exact.norm()

@@ -34,22 +34,32 @@ def compare(rows, width, added, later, dtype, seed, tolerance):
     results = run(add_norm_triton, None)
     assert all(map(torch.equal, results, run(add_norm_triton, None)))  # the same bits each time
     for ours, exact in zip(results, run(norm, torch.float64)):
-        scale = max(1.0, *exact.detach().abs().flatten().tolist(), 0.0)  # a gradient may cancel to 0, its terms do not
+        scale = max(
+            1.0, *exact.detach().abs().flatten().tolist(), 0.0
+        )  # a gradient may cancel to 0, its terms do not
         torch.testing.assert_close(ours.double(), exact, atol=tolerance * scale, rtol=0)
 
 
 @settings(max_examples=8)
 @given(
-    rows=st.integers(0, 5), width=st.sampled_from([1, 7, 16, 33]), added=st.booleans(), later=st.booleans(), seed=seeds
+    rows=st.integers(0, 5),
+    width=st.sampled_from([1, 7, 16, 33]),
+    added=st.booleans(),
+    later=st.booleans(),
+    seed=seeds,
 )
 def test_equals_the_plain_form(rows, width, added, later, seed):
     """Any number of rows and columns, with and without an addition, and with and without a gradient to the stream."""
-    compare(rows, width, added, later, torch.float32, seed, 1e-5)  # float32 sums over up to 33 numbers
+    compare(
+        rows, width, added, later, torch.float32, seed, 1e-5
+    )  # float32 sums over up to 33 numbers
 
 
 def test_bfloat16_is_rounded_where_the_plain_form_rounds():
     """The stream is rounded once, after the addition, and the norm once before the weight; so does the plain form."""
-    compare(3, 48, True, True, torch.bfloat16, 0, 2**-7)  # two roundings of the output, half a unit of 2^-8 each
+    compare(
+        3, 48, True, True, torch.bfloat16, 0, 2**-7
+    )  # two roundings of the output, half a unit of 2^-8 each
 
 
 def test_more_rows_than_programs(monkeypatch):
@@ -63,7 +73,9 @@ def test_only_the_stream_is_used():
     """A gradient that reaches the residual stream alone passes through unchanged."""
     x, change = (normal(s, 2, 8).to(DEVICE).requires_grad_() for s in (0, 1))
     _, r = add_norm_triton(x, torch.ones(8, device=DEVICE), EPS, change)
-    assert all(torch.equal(g, torch.ones_like(g)) for g in torch.autograd.grad(r.sum(), [x, change]))
+    assert all(
+        torch.equal(g, torch.ones_like(g)) for g in torch.autograd.grad(r.sum(), [x, change])
+    )
 
 
 def test_rows_beyond_32_bits():

@@ -25,12 +25,19 @@ def problem(shape, R, shared, normed, seed):
     B, S, N, M, A = shape
     positions = torch.randint(0, 1000, (1 if shared else B, S), generator=numbers(seed))
     weights = [1 + normal(seed + i, A) for i in (1, 2)] if normed else [None, None]
-    return normal(seed + 3, B, S, N, A), normal(seed + 4, B, S, M, A), *weights, *angles(positions, R, 1e4)
+    return (
+        normal(seed + 3, B, S, N, A),
+        normal(seed + 4, B, S, M, A),
+        *weights,
+        *angles(positions, R, 1e4),
+    )
 
 
 def run(function, inputs, upstream, kind):
     """Results and the gradients of queries, keys and weights."""
-    inputs = [t if t is None else t.to(DEVICE, kind) for t in inputs[:4]] + [t.to(DEVICE) for t in inputs[4:]]
+    inputs = [t if t is None else t.to(DEVICE, kind) for t in inputs[:4]] + [
+        t.to(DEVICE) for t in inputs[4:]
+    ]
     leaves = [t.requires_grad_() for t in inputs[:4] if t is not None]
     q, k = function(*inputs, EPS)
     loss = sum((t * dt.to(t)).sum() for t, dt in zip((q, k), upstream))
@@ -52,14 +59,20 @@ def compare(shape, R, shared, normed, kind, seed, tolerance):
 
 @settings(max_examples=8)
 @given(
-    B=st.integers(0, 2), S=st.integers(1, 4), heads=st.sampled_from([(4, 2), (3, 1), (1, 1)]),
-    width=st.sampled_from([(8, 4), (12, 6), (6, 6), (16, 2), (7, 2)]), shared=st.booleans(), normed=st.booleans(),
+    B=st.integers(0, 2),
+    S=st.integers(1, 4),
+    heads=st.sampled_from([(4, 2), (3, 1), (1, 1)]),
+    width=st.sampled_from([(8, 4), (12, 6), (6, 6), (16, 2), (7, 2)]),
+    shared=st.booleans(),
+    normed=st.booleans(),
     seed=seeds,
-)  # fmt: skip
+)
 def test_equals_the_plain_form(B, S, heads, width, shared, normed, seed):
     """Any number of heads and of rotating dimensions, with and without the norm."""
     A, R = width
-    compare((B, S, *heads, A), R, shared, normed, torch.float32, seed, 1e-5)  # float32 sums over up to 16 numbers
+    compare(
+        (B, S, *heads, A), R, shared, normed, torch.float32, seed, 1e-5
+    )  # float32 sums over up to 16 numbers
 
 
 def test_bfloat16_is_rounded_once():
@@ -83,7 +96,9 @@ def test_plain_form_is_the_model(seed, normed):
             norm = RMSNorm(8, EPS)
             norm.weight.data = weight
             x = norm(x).detach()
-        torch.testing.assert_close(ours, rotate(x, cos, sin), atol=1e-6, rtol=1e-6)  # order of two products
+        torch.testing.assert_close(
+            ours, rotate(x, cos, sin), atol=1e-6, rtol=1e-6
+        )  # order of two products
 
 
 def test_rows_beyond_32_bits():

@@ -31,18 +31,30 @@ def compare(T, E, K, normalize, coarse, seed):
         return experts, weights, scores, torch.autograd.grad(loss, x)[0]
 
     chosen, *ours = run(route_triton, torch.float32)
-    assert all(map(torch.equal, (chosen, *ours), run(route_triton, torch.float32)))  # the same bits each time
-    assert torch.equal(chosen, router_topk(logits.to(DEVICE), bias.to(DEVICE), K, normalize, 2.5)[0])
+    assert all(
+        map(torch.equal, (chosen, *ours), run(route_triton, torch.float32))
+    )  # the same bits each time
+    assert torch.equal(
+        chosen, router_topk(logits.to(DEVICE), bias.to(DEVICE), K, normalize, 2.5)[0]
+    )
     for found, exact in zip(ours, run(router_topk, torch.float64)[1:]):
-        torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=1e-5)  # float32 sums of up to K terms
+        torch.testing.assert_close(
+            found.double(), exact, atol=1e-5, rtol=1e-5
+        )  # float32 sums of up to K terms
 
 
 @settings(max_examples=10)
 @given(
-    T=st.integers(0, 6), E=st.sampled_from([1, 5, 16]), K=st.integers(1, 5), normalize=st.booleans(),
-    coarse=st.booleans(), seed=seeds,
-)  # fmt: skip
-@example(T=3, E=5, K=5, normalize=True, coarse=True, seed=0)  # all experts, those of bias minus infinity too
+    T=st.integers(0, 6),
+    E=st.sampled_from([1, 5, 16]),
+    K=st.integers(1, 5),
+    normalize=st.booleans(),
+    coarse=st.booleans(),
+    seed=seeds,
+)
+@example(
+    T=3, E=5, K=5, normalize=True, coarse=True, seed=0
+)  # all experts, those of bias minus infinity too
 def test_choice_and_gradients_equal_the_plain_form(T, E, K, normalize, coarse, seed):
     """Any shape; equal scores go to the lower expert, and an expert of bias minus infinity is taken last and once."""
     compare(T, E, min(K, E), normalize, coarse, seed)
@@ -50,8 +62,12 @@ def test_choice_and_gradients_equal_the_plain_form(T, E, K, normalize, coarse, s
 
 def test_nan_gives_experts():
     """Logits that are not numbers still give different experts that exist: no kernel after it reads elsewhere."""
-    experts, *_ = route_triton(torch.full((2, 5), float("nan"), device=DEVICE), torch.zeros(5, device=DEVICE), 3)
-    assert all(sorted(set(row)) == sorted(row) and set(row) <= set(range(5)) for row in experts.tolist())
+    experts, *_ = route_triton(
+        torch.full((2, 5), float("nan"), device=DEVICE), torch.zeros(5, device=DEVICE), 3
+    )
+    assert all(
+        sorted(set(row)) == sorted(row) and set(row) <= set(range(5)) for row in experts.tolist()
+    )
 
 
 def compare_sort(T, K, E, skew, seed):
@@ -63,7 +79,11 @@ def compare_sort(T, K, E, skew, seed):
 
 @settings(max_examples=8)
 @given(
-    T=st.integers(0, 80), K=st.integers(1, 4), E=st.sampled_from([1, 3, 8]), skew=st.sampled_from([1, 8]), seed=seeds
+    T=st.integers(0, 80),
+    K=st.integers(1, 4),
+    E=st.sampled_from([1, 3, 8]),
+    skew=st.sampled_from([1, 8]),
+    seed=seeds,
 )
 def test_sort_in_one_launch(T, K, E, skew, seed):
     """A few pairs are sorted by one launch, whose programs compare each pair with every other."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.config.run import ModelConfig
+from minglm.config import ModelConfig
 from minglm.kernels.attention.eager import attention, flash_attention
 from minglm.kernels.attention.paged import attend_slots
 from minglm.model.attention import Attention
@@ -17,7 +17,12 @@ from minglm.testing.model import check_attention, normal, torch_attention
 from minglm.testing.rl import numbers, seeds
 
 SMALL = dataclasses.replace(
-    ModelConfig(), hidden_size=16, num_attention_heads=4, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-6
+    ModelConfig(),
+    hidden_size=16,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    rms_norm_eps=1e-6,
 )
 
 
@@ -46,10 +51,14 @@ def forgets_the_scale(q_BSNA, k_BSMA, v_BSMA, documents_BS=None):
 def tiles_heads(q_BSNA, k_BSMA, v_BSMA, documents_BS=None):
     """Query head n reads key/value head n modulo M, where it should be n divided by the group's size."""
     repeat = q_BSNA.shape[2] // k_BSMA.shape[2]
-    return torch_attention(q_BSNA, k_BSMA.repeat(1, 1, repeat, 1), v_BSMA.repeat(1, 1, repeat, 1), documents_BS)
+    return torch_attention(
+        q_BSNA, k_BSMA.repeat(1, 1, repeat, 1), v_BSMA.repeat(1, 1, repeat, 1), documents_BS
+    )
 
 
-@pytest.mark.parametrize("broken", [ignores_documents, sees_the_next, forgets_the_scale, tiles_heads])
+@pytest.mark.parametrize(
+    "broken", [ignores_documents, sees_the_next, forgets_the_scale, tiles_heads]
+)
 def test_contract_finds_broken_attention(broken):
     """Each mistake others have made is found."""
     with pytest.raises(AssertionError):
@@ -65,7 +74,9 @@ def test_packed_equals_documents_alone(seed, S):
     packed = flash_attention(q, k, v, documents_BS)
     for part in (slice(0, border), slice(border, S)):
         alone = flash_attention(q[:, part], k[:, part], v[:, part])
-        torch.testing.assert_close(packed[:, part], alone, atol=1e-5, rtol=0)  # float32, other order of summation
+        torch.testing.assert_close(
+            packed[:, part], alone, atol=1e-5, rtol=0
+        )  # float32, other order of summation
 
 
 @given(seed=seeds, B=st.integers(1, 3), S=st.integers(1, 70))
@@ -78,7 +89,9 @@ def test_cached_attention_is_attention_and_hides_stale_slots(seed, B, S):
     positions_BS = torch.arange(S).expand(B, S)
     rows = torch.randperm(S, generator=numbers(seed))[: 1 + seed % S]  # any queries, in any order
     found = attend_slots(q[:, rows], k_BMCA, v_BMCA, positions_BS[:, rows])
-    torch.testing.assert_close(found, expected[:, rows], atol=1e-5, rtol=0)  # float32, other order of summation
+    torch.testing.assert_close(
+        found, expected[:, rows], atol=1e-5, rtol=0
+    )  # float32, other order of summation
 
 
 def layer(seed, **changes):
@@ -110,14 +123,27 @@ def written_out(module, config, x_BSD, positions_BS):
     return F.linear(out.flatten(2), p["o_proj.weight"])
 
 
-@given(seed=seeds, S=st.integers(1, 9), norm=st.booleans(), bias=st.booleans(), part=st.sampled_from([0.0, 0.5, 1.0]))
+@given(
+    seed=seeds,
+    S=st.integers(1, 9),
+    norm=st.booleans(),
+    bias=st.booleans(),
+    part=st.sampled_from([0.0, 0.5, 1.0]),
+)
 def test_layer_is_its_equation(seed, S, norm, bias, part):
     """Projection with bias, norm per head before the rotation, attention, output: with QK-norm, and as Air without."""
     changes = {"use_qk_norm": norm, "attention_bias": bias, "partial_rotary_factor": part}
     module, config = layer(seed, **changes), dataclasses.replace(SMALL, **changes)
     names = {name for name, _ in module.named_parameters()}
-    assert ("q_norm.weight" in names) == norm and ("v_proj.bias" in names) == bias and "o_proj.bias" not in names
-    x_BSD, positions_BS = normal(seed + 50, 2, S, 16), torch.randint(0, 50, (2, S), generator=numbers(seed))
+    assert (
+        ("q_norm.weight" in names) == norm
+        and ("v_proj.bias" in names) == bias
+        and "o_proj.bias" not in names
+    )
+    x_BSD, positions_BS = (
+        normal(seed + 50, 2, S, 16),
+        torch.randint(0, 50, (2, S), generator=numbers(seed)),
+    )
     found = module(x_BSD, angles(positions_BS, round(8 * part), 10_000.0))
     expected = written_out(module, config, x_BSD, positions_BS).float()
     # float32; the scores are sums of products of numbers of size 2 and may reach 30, which exp magnifies

@@ -10,7 +10,9 @@ from minglm.model.router import choose
 from minglm.testing.model import check_balance
 from minglm.testing.rl import numbers, seeds
 
-counts = st.tuples(st.integers(1, 4), st.integers(1, 8), st.integers(2, 9))  # sequences, positions, experts
+counts = st.tuples(
+    st.integers(1, 4), st.integers(1, 8), st.integers(2, 9)
+)  # sequences, positions, experts
 
 
 def test_step_keeps_the_contract():
@@ -53,7 +55,9 @@ def median(bias_E, load_E, rate):
     bias_E += rate * torch.sign(load_E.median() - load_E)
 
 
-@pytest.mark.parametrize("broken", [wrong_sign, compares_a_count_with_a_share, proportional, not_in_place, median])
+@pytest.mark.parametrize(
+    "broken", [wrong_sign, compares_a_count_with_a_share, proportional, not_in_place, median]
+)
 def test_contract_finds_broken_steps(broken):
     """Each mistake others have made is found."""
     with pytest.raises(AssertionError):
@@ -75,7 +79,9 @@ def test_loads_add_up_over_micro_batches(seed, shape, cut):
     whole_E = load(experts_TK, E, valid_T)
     parts = [load(experts_TK[part], E, valid_T[part]) for part in (slice(0, cut), slice(cut, None))]
     assert torch.equal(whole_E, parts[0] + parts[1]) and whole_E.sum() == 2 * valid_T.sum()
-    assert torch.equal(load(experts_TK, E), torch.bincount(experts_TK.flatten(), minlength=E).float())
+    assert torch.equal(
+        load(experts_TK, E), torch.bincount(experts_TK.flatten(), minlength=E).float()
+    )
 
 
 @given(seed=seeds, shape=counts)
@@ -90,7 +96,9 @@ def test_sequence_loss_is_its_equation(seed, shape):
         tokens = [t for t in range(b * S, (b + 1) * S) if valid_T[t]]
         for e in range(E):
             often = sum(e in experts_TK[t].tolist() for t in tokens) / (max(1, len(tokens)) * K)
-            mean = sum(scores_TE[t, e].item() / scores_TE[t].sum().item() for t in tokens) / max(1, len(tokens))
+            mean = sum(scores_TE[t, e].item() / scores_TE[t].sum().item() for t in tokens) / max(
+                1, len(tokens)
+            )
             total += E * often * mean / B
     found = sequence_loss(scores_TE, experts_TK, B, valid_T).item()
     assert abs(found - total) < 1e-5 * max(1, E)  # float32 sums of at most 72 shares
@@ -119,9 +127,9 @@ def test_the_bias_balances_a_router_that_prefers_one_expert():
     """Scores that would send every token to two of eight experts: a few hundred steps spread the load evenly."""
     E, bias_E = 8, torch.zeros(8)
     for step in range(600):
-        scores_TE = (torch.rand(256, E, generator=numbers(step)) * 0.2 + torch.tensor([0.7, 0.6, *[0.2] * 6])).clamp(
-            0, 1
-        )
+        scores_TE = (
+            torch.rand(256, E, generator=numbers(step)) * 0.2 + torch.tensor([0.7, 0.6, *[0.2] * 6])
+        ).clamp(0, 1)
         load_E = load(choose(scores_TE, bias_E, 2), E)
         if step == 0:
             assert load_E.max() == 256  # without the bias the first expert is everyone's choice

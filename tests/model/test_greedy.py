@@ -48,7 +48,11 @@ def generate(reference, prompt, end):
     """The ids that transformers adds to one prompt, the end-of-text id included."""
     tokens_BS = torch.tensor([prompt])
     ids = reference.generate(
-        tokens_BS, attention_mask=torch.ones_like(tokens_BS), max_new_tokens=NEW, do_sample=False, eos_token_id=end,
+        tokens_BS,
+        attention_mask=torch.ones_like(tokens_BS),
+        max_new_tokens=NEW,
+        do_sample=False,
+        eos_token_id=end,
         pad_token_id=0,
-    )  # fmt: skip
+    )
     return ids[0, len(prompt) :].tolist()

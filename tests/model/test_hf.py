@@ -10,12 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers.released import EVERY_VALUE, build, drawn_tokens, layout, mtp_model, release, shapes, tensors
+from helpers.released import (
+    EVERY_VALUE,
+    build,
+    drawn_tokens,
+    layout,
+    mtp_model,
+    release,
+    shapes,
+    tensors,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from minglm.config.run import OptimizerConfig, load_config
+from minglm.config import OptimizerConfig, load_config
 from minglm.model.glm import GLM
 from minglm.model.hf import files
 from minglm.model.hf.config import from_released, to_released
@@ -37,14 +46,20 @@ def folder(tmp_path):
 def same(found, wanted):
     """Equal names, dtypes and values."""
     assert found.keys() == wanted.keys()
-    assert all(found[n].dtype == wanted[n].dtype and torch.equal(found[n], wanted[n]) for n in wanted)
+    assert all(
+        found[n].dtype == wanted[n].dtype and torch.equal(found[n], wanted[n]) for n in wanted
+    )
 
 
 def hugging_face(folder, latent):
     """(the model as transformers loads it, what it says of missing and unexpected names)."""
     transformers.utils.logging.disable_progress_bar()
     kind = transformers.Glm4MoeLiteForCausalLM if latent else transformers.Glm4MoeForCausalLM
-    options = {"experts_implementation": "eager", "attn_implementation": "eager", "output_loading_info": True}
+    options = {
+        "experts_implementation": "eager",
+        "attn_implementation": "eager",
+        "output_loading_info": True,
+    }
     return kind.from_pretrained(folder, **options)
 
 
@@ -54,10 +69,20 @@ def hugging_face(folder, latent):
 def spelled_out(latent):
     """What vLLM and SGLang look for, by hand: a dense layer, a MoE layer with two experts, the MTP layer."""
     if latent:
-        parts = ["q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"]
+        parts = [
+            "q_a_proj",
+            "q_a_layernorm",
+            "q_b_proj",
+            "kv_a_proj_with_mqa",
+            "kv_a_layernorm",
+            "kv_b_proj",
+            "o_proj",
+        ]
         attention = [f"self_attn.{part}.weight" for part in parts]
     else:
-        attention = [f"self_attn.{p}_proj.{v}" for p in "qkv" for v in ("weight", "bias")] + ["self_attn.o_proj.weight"]
+        attention = [f"self_attn.{p}_proj.{v}" for p in "qkv" for v in ("weight", "bias")] + [
+            "self_attn.o_proj.weight"
+        ]
         attention += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
     layer = [*attention, "input_layernorm.weight", "post_attention_layernorm.weight"]
     swiglu = ["gate_proj.weight", "up_proj.weight", "down_proj.weight"]
@@ -79,7 +104,9 @@ def test_written_names_are_the_released_ones(latent, tmp_path):
     """Every name of a released checkpoint, and no other; copies only where they came from."""
     mtp_model(1, latent).save_pretrained(tmp_path / "glm")
     assert set(tensors(tmp_path / "glm")) == spelled_out(latent)
-    copies = {f"model.layers.2.{name}" for name in ("embed_tokens.weight", "shared_head.head.weight")}
+    copies = {
+        f"model.layers.2.{name}" for name in ("embed_tokens.weight", "shared_head.head.weight")
+    }
     assert set(expected(mtp_model(1, latent).config)) == spelled_out(latent) | copies
 
 
@@ -108,14 +135,25 @@ def test_number_of_names_in_flash():
 
 @BOTH
 @settings(max_examples=12)
-@given(seed=seeds, copies=st.booleans(), own_file=st.booleans(), dtype=st.sampled_from(["float32", "bfloat16"]))
+@given(
+    seed=seeds,
+    copies=st.booleans(),
+    own_file=st.booleans(),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+)
 def test_import_and_export_are_the_identity(latent, seed, copies, own_file, dtype):
     """Every tensor, its dtype, its file, and config.json with keys unknown to minglm: read, written, the same."""
     with tempfile.TemporaryDirectory() as temporary:
         first, second = Path(temporary) / "a", Path(temporary) / "b"
         wanted = release(mtp_model(seed, latent), first, copies, own_file, dtype)
-        values = json.loads((first / "config.json").read_text()) | {"eos_token_id": [1, 2], "added_by": {"some": "one"}}
-        values |= {"torch_dtype": values.pop("dtype"), "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}
+        values = json.loads((first / "config.json").read_text()) | {
+            "eos_token_id": [1, 2],
+            "added_by": {"some": "one"},
+        }
+        values |= {
+            "torch_dtype": values.pop("dtype"),
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5.0},
+        }
         if not latent:
             values["rope_parameters"]["partial_rotary_factor"] = values.pop("partial_rotary_factor")
         (first / "config.json").write_text(json.dumps(values))
@@ -124,7 +162,10 @@ def test_import_and_export_are_the_identity(latent, seed, copies, own_file, dtyp
         assert model.mtp is not None and all(p.requires_grad for p in model.parameters())
         model.save_pretrained(second)
         same(tensors(second), wanted)
-        assert layout(second) == layout(first) and json.loads((second / "config.json").read_text()) == values
+        assert (
+            layout(second) == layout(first)
+            and json.loads((second / "config.json").read_text()) == values
+        )
 
 
 @BOTH
@@ -140,7 +181,9 @@ def test_transformers_loads_what_minglm_writes(latent, data):
         model = GLM.from_pretrained(there)
         model.save_pretrained(back)
         same(tensors(back), tensors(there))
-        assert json.loads((back / "config.json").read_text()) == json.loads((there / "config.json").read_text())
+        assert json.loads((back / "config.json").read_text()) == json.loads(
+            (there / "config.json").read_text()
+        )
         model.released = None  # now config.json is ours from the first key to the last
         model.save_pretrained(own)
         for folder in (back, own):
@@ -156,7 +199,9 @@ def test_transformers_leaves_only_the_mtp_layer(latent, tmp_path):
     model = mtp_model(1, latent)
     model.save_pretrained(tmp_path / "glm")
     loaded, info = hugging_face(tmp_path / "glm", latent)
-    assert not info["missing_keys"] and all(name.startswith("model.layers.2.") for name in info["unexpected_keys"])
+    assert not info["missing_keys"] and all(
+        name.startswith("model.layers.2.") for name in info["unexpected_keys"]
+    )
     tokens_BS = drawn_tokens(1, 2, 7)
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens_BS).logits, model(tokens_BS), atol=1e-4, rtol=1e-4)
@@ -182,7 +227,9 @@ def test_mtp_survives_fine_tuning(copies, tmp_path):
         assert torch.equal(again.state_dict()[name], kept), name
         assert "e_score" in name or not torch.equal(tensor, before[name]), f"{name} was not trained"
     copy = "model.layers.2.embed_tokens.weight"
-    assert (copy in held) == copies and (not copies or torch.equal(held[copy], held["model.embed_tokens.weight"]))
+    assert (copy in held) == copies and (
+        not copies or torch.equal(held[copy], held["model.embed_tokens.weight"])
+    )
 
 
 def test_a_copy_that_differs_is_named(folder):
@@ -190,8 +237,14 @@ def test_a_copy_that_differs_is_named(folder):
     path = folder / "mtp.safetensors"
     held = tensors(folder)
     extra = {name: held[name] for name in layout(folder)["mtp.safetensors"]}
-    save_file({name: tensor + name.endswith("embed_tokens.weight") for name, tensor in extra.items()}, path)
-    with pytest.warns(UserWarning, match=r"layers\.2\.embed_tokens\.weight differs from model\.embed_tokens\.weight"):
+    save_file(
+        {name: tensor + name.endswith("embed_tokens.weight") for name, tensor in extra.items()},
+        path,
+    )
+    with pytest.warns(
+        UserWarning,
+        match=r"layers\.2\.embed_tokens\.weight differs from model\.embed_tokens\.weight",
+    ):
         model = GLM.from_pretrained(folder)
     assert torch.equal(model.model.embed_tokens.weight, held["model.embed_tokens.weight"])
 
@@ -204,9 +257,12 @@ def test_stacks_of_experts_are_read(tmp_path):
     for layer in (1, 2):
         prefix = f"model.layers.{layer}.mlp.experts."
         parts = {
-            p: [held.pop(f"{prefix}{e}.{p}.weight") for e in range(4)] for p in ("gate_proj", "up_proj", "down_proj")
+            p: [held.pop(f"{prefix}{e}.{p}.weight") for e in range(4)]
+            for p in ("gate_proj", "up_proj", "down_proj")
         }
-        held[f"{prefix}gate_up_proj"] = torch.cat([torch.stack(parts["gate_proj"]), torch.stack(parts["up_proj"])], 1)
+        held[f"{prefix}gate_up_proj"] = torch.cat(
+            [torch.stack(parts["gate_proj"]), torch.stack(parts["up_proj"])], 1
+        )
         held[f"{prefix}down_proj"] = torch.stack(parts["down_proj"])
     save_file(held, tmp_path / "glm" / "model.safetensors")
     read = GLM.from_pretrained(tmp_path / "glm")
@@ -226,13 +282,21 @@ def test_float8_in_and_out(latent, tmp_path):
     held = tensors(tmp_path / "a")
     for name, tensor in held.items():
         is_scale = name.endswith("_scale_inv")
-        assert (tensor.dtype == torch.float8_e4m3fn) == (goes_to_float8(name) and not is_scale), name
+        assert (tensor.dtype == torch.float8_e4m3fn) == (goes_to_float8(name) and not is_scale), (
+            name
+        )
         assert is_scale or goes_to_float8(name) == (f"{name}_scale_inv" in held)
-    assert not any(goes_to_float8(n) for n in held if "norm" in n or "mlp.gate." in n or "embed" in n or "eh_proj" in n)
+    assert not any(
+        goes_to_float8(n)
+        for n in held
+        if "norm" in n or "mlp.gate." in n or "embed" in n or "eh_proj" in n
+    )
     again = GLM.from_pretrained(tmp_path / "a")
     for name, tensor in again.state_dict().items():
         assert tensor.dtype == (torch.float32 if "e_score" in name else torch.bfloat16)
-        error = (tensor.float() - model.state_dict()[name]).abs().max() / model.state_dict()[name].abs().max()
+        error = (tensor.float() - model.state_dict()[name]).abs().max() / model.state_dict()[
+            name
+        ].abs().max()
         assert error < 1 / 16, name  # half a step of three bits of mantissa, and bfloat16
     again.save_pretrained(tmp_path / "b", "fp8")
     second = tensors(tmp_path / "b")
@@ -242,7 +306,9 @@ def test_float8_in_and_out(latent, tmp_path):
         else:
             assert torch.equal(second[name].float(), tensor.float()), name
     assert (
-        json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]["weight_block_size"]
+        json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"][
+            "weight_block_size"
+        ]
         == [128] * 2
     )
     again.save_pretrained(tmp_path / "c", "bfloat16")
@@ -251,14 +317,36 @@ def test_float8_in_and_out(latent, tmp_path):
 
 def test_transformers_reads_the_same_float8(tmp_path):
     """transformers, asked to multiply float8 out, computes what minglm computes with the same folder."""
-    values = {**EVERY_VALUE, "hidden_size": 256, "moe_intermediate_size": 128, "intermediate_size": 256}
-    values |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
-    values |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "num_nextn_predict_layers": 0, "use_qk_norm": True}
-    reference = build(values, 5, scale=0.05)  # whole blocks: transformers divides a shape evenly, whatever is left over
+    values = {
+        **EVERY_VALUE,
+        "hidden_size": 256,
+        "moe_intermediate_size": 128,
+        "intermediate_size": 256,
+    }
+    values |= {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    }
+    values |= {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_nextn_predict_layers": 0,
+        "use_qk_norm": True,
+    }
+    reference = build(
+        values, 5, scale=0.05
+    )  # whole blocks: transformers divides a shape evenly, whatever is left over
     reference.save_pretrained(tmp_path / "a")
     GLM.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b", "fp8")
-    options = {"quantization_config": transformers.FineGrainedFP8Config(dequantize=True), "dtype": torch.float32}
-    loaded = type(reference).from_pretrained(tmp_path / "b", experts_implementation="eager", **options)
+    options = {
+        "quantization_config": transformers.FineGrainedFP8Config(dequantize=True),
+        "dtype": torch.float32,
+    }
+    loaded = type(reference).from_pretrained(
+        tmp_path / "b", experts_implementation="eager", **options
+    )
     found = dict(GLM.from_pretrained(tmp_path / "b", torch.float32).named_parameters())
     for name, tensor in loaded.named_parameters():
         if "mlp.experts" not in name:
@@ -269,8 +357,18 @@ def test_transformers_reads_the_same_float8(tmp_path):
 
 def build_values():
     """A small glm4_moe whose matrices have more than one block."""
-    values = {"hidden_act": "silu", "attn_implementation": "eager", "vocab_size": 24, "max_position_embeddings": 256}
-    values |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    values = {
+        "hidden_act": "silu",
+        "attn_implementation": "eager",
+        "vocab_size": 24,
+        "max_position_embeddings": 256,
+    }
+    values |= {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    }
     return values | {
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
@@ -302,7 +400,9 @@ def test_one_tensor_at_a_time(folder, monkeypatch):
     alive, read = [], files.Files.read
 
     def watched(self, name):
-        assert not any(reference() is not None for reference in alive), "an earlier tensor is still held"
+        assert not any(reference() is not None for reference in alive), (
+            "an earlier tensor is still held"
+        )
         tensor = read(self, name)
         alive[:] = [weakref.ref(tensor)]
         return tensor
@@ -310,7 +410,9 @@ def test_one_tensor_at_a_time(folder, monkeypatch):
     monkeypatch.setattr(files.Files, "read", watched)
     model = GLM.from_pretrained(folder)
     written = []
-    monkeypatch.setattr(files, "save_file", lambda held, *a, **k: (written.append(held), save_file(held, *a, **k)))
+    monkeypatch.setattr(
+        files, "save_file", lambda held, *a, **k: (written.append(held), save_file(held, *a, **k))
+    )
     model.released = None
     model.save_pretrained(folder.parent / "b", shard_gigabytes=4e-6)
     sizes = [[tensor.nbytes for tensor in held.values()] for held in written]
@@ -363,7 +465,10 @@ def spoil(folder, what):
 
 
 CONFIG_MISTAKES = {
-    "type": ({"model_type": "llama"}, "model_type = 'llama'; minglm reads glm4_moe and glm4_moe_lite"),
+    "type": (
+        {"model_type": "llama"},
+        "model_type = 'llama'; minglm reads glm4_moe and glm4_moe_lite",
+    ),
     "activation": ({"hidden_act": "gelu"}, "hidden_act = 'gelu'; minglm computes 'silu' only"),
     "scaled": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
     "word": ({"hidden_size": "wide"}, "hidden_size = 'wide': must be of type int"),
@@ -392,7 +497,11 @@ def test_a_mistake_is_one_line_before_any_weight_is_read(what, folder, monkeypat
     with warnings.catch_warnings(), pytest.raises(ValueError) as error:
         warnings.simplefilter("error")
         GLM.from_pretrained(folder)
-    assert words in str(error.value) and str(folder) in str(error.value) and "\n" not in str(error.value)
+    assert (
+        words in str(error.value)
+        and str(folder) in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 def test_nothing_is_overwritten(folder):
@@ -419,7 +528,14 @@ def test_config_survives_in_any_spelling(latent, data):
     assert to_released(config, theirs, "float32") == theirs
     assert from_released(to_released(config)) == config
     again = kind(**to_released(config)).to_dict()
-    about = {"dtype", "architectures", "attn_implementation", "transformers_version", "rope_parameters", "rope_theta"}
+    about = {
+        "dtype",
+        "architectures",
+        "attn_implementation",
+        "transformers_version",
+        "rope_parameters",
+        "rope_theta",
+    }
     about |= {
         "first_k_dense_replace",
         "num_nextn_predict_layers",
@@ -427,7 +543,9 @@ def test_config_survives_in_any_spelling(latent, data):
         "rope_scaling",
         "partial_rotary_factor",
     }
-    assert {k: v for k, v in again.items() if k not in about} == {k: v for k, v in theirs.items() if k not in about}
+    assert {k: v for k, v in again.items() if k not in about} == {
+        k: v for k, v in theirs.items() if k not in about
+    }
     assert again["rope_parameters"]["rope_theta"] == theirs["rope_parameters"]["rope_theta"]
 
 
@@ -436,4 +554,7 @@ def test_only_what_changed_is_changed(folder):
     values = json.loads((folder / "config.json").read_text()) | {"some_key": 1}
     config = from_released({**values, "max_position_embeddings": 512, "rope_theta": 7.0})
     written = to_released(config, values, "float32")
-    assert {k for k in written if written[k] != values.get(k)} == {"max_position_embeddings", "rope_theta"}
+    assert {k for k in written if written[k] != values.get(k)} == {
+        "max_position_embeddings",
+        "rope_theta",
+    }

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.config.run import ModelConfig
+from minglm.config import ModelConfig
 from minglm.inference.engine import Engine, Request
 from minglm.kernels.attention.eager import attention
 from minglm.kernels.attention.paged import attend_slots
@@ -23,10 +23,26 @@ ROUNDING = 1e-4  # float32 logits of size up to 10, products in another order
 @st.composite
 def latent_models(draw):
     """A tiny GLM with latent attention of drawn widths, and the seed of its values."""
-    flat, rope, heads = draw(st.integers(1, 6)), 2 * draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    changes = {"kv_lora_rank": draw(st.integers(1, 9)), "q_lora_rank": draw(st.sampled_from([0, 5, 12]))}
-    changes |= {"qk_nope_head_dim": flat, "qk_rope_head_dim": rope, "head_dim": flat + rope, "use_qk_norm": False}
-    changes |= {"v_head_dim": draw(st.integers(1, 14)), "num_attention_heads": heads, "num_key_value_heads": heads}
+    flat, rope, heads = (
+        draw(st.integers(1, 6)),
+        2 * draw(st.integers(1, 4)),
+        draw(st.integers(1, 4)),
+    )
+    changes = {
+        "kv_lora_rank": draw(st.integers(1, 9)),
+        "q_lora_rank": draw(st.sampled_from([0, 5, 12])),
+    }
+    changes |= {
+        "qk_nope_head_dim": flat,
+        "qk_rope_head_dim": rope,
+        "head_dim": flat + rope,
+        "use_qk_norm": False,
+    }
+    changes |= {
+        "v_head_dim": draw(st.integers(1, 14)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+    }
     seed = draw(seeds)
     return tiny_model(seed, attention_bias=draw(st.booleans()), **changes), seed
 
@@ -65,7 +81,9 @@ def by_the_equation(layer, x_SD, rotation):
     for s in range(len(x)):
         for n in range(layer.heads):
             query = torch.cat([q[s, n, : layer.flat_dim], rope(q[s, n, layer.flat_dim :], s)])
-            keys = [torch.cat([up[j, n, : layer.flat_dim], rope(down[j, c:], j)]) for j in range(s + 1)]
+            keys = [
+                torch.cat([up[j, n, : layer.flat_dim], rope(down[j, c:], j)]) for j in range(s + 1)
+            ]
             weights = torch.stack([query @ key / len(query) ** 0.5 for key in keys]).softmax(0)
             out.append(weights @ up[: s + 1, n, layer.flat_dim :])
     return project("o_proj", torch.stack(out).view(len(x), -1)).float()
@@ -77,8 +95,12 @@ def test_layer_is_its_equation(drawn, S):
     seed, layer = drawn[1], drawn[0].model.layers[0].self_attn
     x_SD, rotation = normal(seed, S, 16), angles(torch.arange(S)[None], layer.rope_dim, 1e4)
     with torch.no_grad():
-        torch.testing.assert_close(layer(x_SD[None], rotation)[0], by_the_equation(layer, x_SD, rotation),
-                                   atol=1e-4, rtol=1e-4)  # fmt: skip
+        torch.testing.assert_close(
+            layer(x_SD[None], rotation)[0],
+            by_the_equation(layer, x_SD, rotation),
+            atol=1e-4,
+            rtol=1e-4,
+        )
 
 
 class Slots:
@@ -110,7 +132,11 @@ def test_cache_of_latents_equals_the_full_pass(drawn, S, cuts):
             pieces.append(model(tokens_BS[:, start:end], positions_BS, cache=cache))
         torch.testing.assert_close(torch.cat(pieces, 1), model(tokens_BS), atol=ROUNDING, rtol=1e-4)
     held = cache[0].keys[0, 0].numel()
-    assert held == model.config.kv_lora_rank + model.config.qk_rope_head_dim == math.prod(model.config.cache_shape)
+    assert (
+        held
+        == model.config.kv_lora_rank + model.config.qk_rope_head_dim
+        == math.prod(model.config.cache_shape)
+    )
 
 
 @given(latent_models(), st.integers(2, 10))
@@ -130,7 +156,9 @@ def test_values_of_any_width(seed, S, width, value_width):
     """Widening with zeros changes no score: the same as softmax and sum written out."""
     q, k, v = (normal(seed + i, 1, S, 2, w) for i, w in enumerate((width, width, value_width)))
     scores = torch.einsum("bsna,bcna->bnsc", q, k) * width**-0.5
-    weights = scores.masked_fill(torch.ones(S, S, dtype=torch.bool).triu(1), float("-inf")).softmax(-1)
+    weights = scores.masked_fill(torch.ones(S, S, dtype=torch.bool).triu(1), float("-inf")).softmax(
+        -1
+    )
     expected = torch.einsum("bnsc,bcnv->bsnv", weights, v)
     torch.testing.assert_close(attend_any_width(attention, q, k, v), expected, atol=1e-5, rtol=1e-5)
 
@@ -138,15 +166,27 @@ def test_values_of_any_width(seed, S, width, value_width):
 @given(seeds, st.integers(1, 5), st.integers(1, 5))
 def test_pairs_are_halves_in_another_order(seed, S, half):
     """Neighbouring pairs turn as the half-split layout does once the even dimensions stand before the odd ones."""
-    x, rotation = normal(seed, 2, S, 3, 2 * half), angles(torch.arange(S).expand(2, S), 2 * half, 1e4)
+    x, rotation = (
+        normal(seed, 2, S, 3, 2 * half),
+        angles(torch.arange(S).expand(2, S), 2 * half, 1e4),
+    )
     order = [*range(0, 2 * half, 2), *range(1, 2 * half, 2)]
-    torch.testing.assert_close(rotate_pairs(x, *rotation)[..., order], rotate(x[..., order], *rotation))
+    torch.testing.assert_close(
+        rotate_pairs(x, *rotation)[..., order], rotate(x[..., order], *rotation)
+    )
 
 
 def test_the_engine_generates_with_it():
     """Batched generation over the cache of latents draws what one full pass after the other would."""
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "use_qk_norm": False}
-    model = tiny_model(3, kv_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=5, **heads)
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "use_qk_norm": False,
+    }
+    model = tiny_model(
+        3, kv_lora_rank=6, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=5, **heads
+    )
     prompts = [[1, 2, 3], [4], [1, 2, 5, 6]]
     requests = [Request(prompt, max_new_tokens=5, temperature=0.0) for prompt in prompts]
     for prompt, done in zip(prompts, Engine(model).generate(requests)):
@@ -170,7 +210,13 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_impossible_widths_are_one_line(name):
     """A shape that cannot be built names its field."""
-    good = {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "head_dim": 8}
+    good = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "kv_lora_rank": 6,
+        "qk_nope_head_dim": 4,
+        "head_dim": 8,
+    }
     good |= {"qk_rope_head_dim": 4, "v_head_dim": 5, "use_qk_norm": False}
     ModelConfig(**good).check()
     changes, why = WRONG[name]

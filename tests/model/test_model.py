@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from minglm.config.run import ModelConfig, load_config
+from minglm.config import ModelConfig, load_config
 from minglm.model.glm import GLM, initialize
 from minglm.model.layers import MLP, RMSNorm
 from minglm.testing.model import drawn_documents, normal, tiny_model
@@ -28,7 +28,11 @@ def drawn_tokens(seed, B, S):
 @given(seed=seeds, width=st.integers(1, 9), factor=st.sampled_from([1e-3, 1.0, 1e3]))
 def test_norm_and_mlp_are_their_equations(seed, width, factor):
     """RMSNorm divides by the root of mean square plus epsilon, then weighs; the MLP is SwiGLU."""
-    norm, mlp, x = RMSNorm(width, 1e-5), MLP(width, 5), normal(seed, 3, width, scale=factor).double()
+    norm, mlp, x = (
+        RMSNorm(width, 1e-5),
+        MLP(width, 5),
+        normal(seed, 3, width, scale=factor).double(),
+    )
     with torch.no_grad():
         for i, parameter in enumerate([*norm.parameters(), *mlp.parameters()]):
             parameter.copy_(normal(seed + 1 + i, *parameter.shape))
@@ -36,7 +40,9 @@ def test_norm_and_mlp_are_their_equations(seed, width, factor):
     torch.testing.assert_close(norm(x.float()), expected.float())
     gate, up, down = (p.double() for p in mlp.parameters())
     inner = (x @ gate.T) * torch.sigmoid(x @ gate.T) * (x @ up.T)
-    torch.testing.assert_close(mlp(x.float()), (inner @ down.T).float(), atol=1e-4 * factor**2, rtol=1e-4)  # float32
+    torch.testing.assert_close(
+        mlp(x.float()), (inner @ down.T).float(), atol=1e-4 * factor**2, rtol=1e-4
+    )  # float32
     assert norm(x.bfloat16()).dtype == mlp(x.bfloat16()).dtype == torch.bfloat16
 
 
@@ -54,7 +60,11 @@ def test_causality(seed, shape):
 @given(seed=seeds, S=st.integers(2, 12))
 def test_documents_of_a_row_know_nothing_of_each_other(seed, S):
     """Other tokens in one document, or in the padding, leave the logits of every other document equal."""
-    model, tokens_BS, documents_BS = tiny_model(seed), drawn_tokens(seed, 2, S), drawn_documents(seed, 2, S)
+    model, tokens_BS, documents_BS = (
+        tiny_model(seed),
+        drawn_tokens(seed, 2, S),
+        drawn_documents(seed, 2, S),
+    )
     chosen = documents_BS == documents_BS[:, seed % S, None]
     other_BS = torch.where(chosen, drawn_tokens(seed + 1, 2, S), tokens_BS)
     with torch.no_grad():
@@ -67,7 +77,10 @@ def test_packed_documents_equal_each_alone(seed, S):
     """A row of two documents, with positions that restart, gives what each gives in a row of its own."""
     model, tokens_BS, border = tiny_model(seed), drawn_tokens(seed, 1, S), 1 + seed % (S - 1)
     at_BS = torch.arange(S)[None]
-    documents_BS, positions_BS = (at_BS >= border).int(), torch.where(at_BS >= border, at_BS - border, at_BS)
+    documents_BS, positions_BS = (
+        (at_BS >= border).int(),
+        torch.where(at_BS >= border, at_BS - border, at_BS),
+    )
     with torch.no_grad():
         packed = model(tokens_BS, positions_BS, documents_BS)
         alone = torch.cat([model(tokens_BS[:, :border]), model(tokens_BS[:, border:])], 1)
@@ -80,9 +93,13 @@ def test_only_distances_matter(seed, shape, move):
     model, tokens_BS = tiny_model(seed), drawn_tokens(seed, *shape)
     positions_BS = torch.arange(shape[1]).expand(shape)
     with torch.no_grad():
-        default, given_positions, moved = (model(tokens_BS, p) for p in (None, positions_BS, positions_BS + move))
+        default, given_positions, moved = (
+            model(tokens_BS, p) for p in (None, positions_BS, positions_BS + move)
+        )
     assert torch.equal(default, given_positions)
-    torch.testing.assert_close(default, moved, atol=2e-3, rtol=1e-3)  # float32 angles of 200 are exact to 1e-5
+    torch.testing.assert_close(
+        default, moved, atol=2e-3, rtol=1e-3
+    )  # float32 angles of 200 are exact to 1e-5
 
 
 @given(seed=seeds, shape=shapes)
@@ -107,16 +124,25 @@ def test_recomputation_changes_no_gradient_and_counts_once(seed):
         model.zero_grad()
         out = model.hidden(tokens_BS, mtp=True)
         balance = sum(r.balance_loss for r in out.routing)
-        (model.head(out.hidden_BSD).square().mean() + out.mtp_hidden_BSD.square().mean() + balance).backward()
+        (
+            model.head(out.hidden_BSD).square().mean()
+            + out.mtp_hidden_BSD.square().mean()
+            + balance
+        ).backward()
         results.append(([r.load_E for r in out.routing], [p.grad for p in model.parameters()]))
     (loads, plain), (again, recomputed) = results
-    assert len(loads) == 3 and all(torch.equal(a, b) and a.sum() == 2 * 2 * 7 for a, b in zip(loads, again))
+    assert len(loads) == 3 and all(
+        torch.equal(a, b) and a.sum() == 2 * 2 * 7 for a, b in zip(loads, again)
+    )
     assert all(torch.equal(a, b) for a, b in zip(plain, recomputed))
 
 
 def test_bfloat16_products_stay_close():
     """With the activations in bfloat16 the model computes nearly the same; its weights stay float32."""
-    model, tokens_BS = GLM(dataclasses.replace(tiny_model(1).config, initializer_range=0.1)), drawn_tokens(1, 4, 12)
+    model, tokens_BS = (
+        GLM(dataclasses.replace(tiny_model(1).config, initializer_range=0.1)),
+        drawn_tokens(1, 4, 12),
+    )
     with torch.no_grad():
         exact = model(tokens_BS)
         model.dtype = torch.bfloat16
@@ -129,10 +155,16 @@ def test_bfloat16_products_stay_close():
 def test_variants():
     """No MTP layer, no MoE layer at all, one shared embedding table: each is built, and computes."""
     tokens_BS = drawn_tokens(1, 1, 4)
-    for changes in ({"num_nextn_predict_layers": 0}, {"first_k_dense_replace": 3, "num_nextn_predict_layers": 0}):
+    for changes in (
+        {"num_nextn_predict_layers": 0},
+        {"first_k_dense_replace": 3, "num_nextn_predict_layers": 0},
+    ):
         model = tiny_model(1, **changes)
         out = model.hidden(tokens_BS)
-        assert model.mtp is None and len(out.routing) == len(model.routers()) == 3 - model.config.first_k_dense_replace
+        assert (
+            model.mtp is None
+            and len(out.routing) == len(model.routers()) == 3 - model.config.first_k_dense_replace
+        )
     tied = tiny_model(1, tie_word_embeddings=True)
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     hidden_BSD = tied.hidden(tokens_BS).hidden_BSD
@@ -144,15 +176,36 @@ def test_variants():
 def test_parameter_names_are_those_of_the_released_checkpoints():
     """One dense layer, one MoE layer and the MTP layer, spelled out; each layer's experts are three stacks."""
     attention = [f"self_attn.{p}_proj.{v}" for p in "qkv" for v in ("weight", "bias")]
-    layer = [*attention, "self_attn.o_proj.weight", "self_attn.q_norm.weight", "self_attn.k_norm.weight"]
+    layer = [
+        *attention,
+        "self_attn.o_proj.weight",
+        "self_attn.q_norm.weight",
+        "self_attn.k_norm.weight",
+    ]
     layer += ["input_layernorm.weight", "post_attention_layernorm.weight"]
-    moe = ["gate.weight", "gate.e_score_correction_bias", "experts.gate_EFD", "experts.up_EFD", "experts.down_EDF"]
+    moe = [
+        "gate.weight",
+        "gate.e_score_correction_bias",
+        "experts.gate_EFD",
+        "experts.up_EFD",
+        "experts.down_EDF",
+    ]
     swiglu = [f"{p}_proj.weight" for p in ("gate", "up", "down")]
     parts = {
         0: [*layer, *(f"mlp.{name}" for name in swiglu)],
-        1: [*layer, *(f"mlp.{name}" for name in moe), *(f"mlp.shared_experts.{name}" for name in swiglu)],
+        1: [
+            *layer,
+            *(f"mlp.{name}" for name in moe),
+            *(f"mlp.shared_experts.{name}" for name in swiglu),
+        ],
     }
-    parts[2] = [*parts[1], "enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight"]
+    parts[2] = [
+        *parts[1],
+        "enorm.weight",
+        "hnorm.weight",
+        "eh_proj.weight",
+        "shared_head.norm.weight",
+    ]
     expected = {f"model.layers.{i}.{name}" for i, names in parts.items() for name in names}
     expected |= {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     assert set(tiny_model(1, num_hidden_layers=2).state_dict()) == expected
@@ -178,12 +231,22 @@ def test_full_size_has_the_published_parameter_counts(path, pytestconfig):
     with torch.device("meta"):
         model = GLM(config)
     assert time.process_time() - began < 5  # measured 0.3 s
-    sizes = {name: tensor.numel() for name, tensor in model.state_dict().items() if name.startswith("model.layers")}
+    sizes = {
+        name: tensor.numel()
+        for name, tensor in model.state_dict().items()
+        if name.startswith("model.layers")
+    }
     sizes["model.norm.weight"] = model.model.norm.weight.numel()
-    mtp = sum(size for name, size in sizes.items() if name.startswith(f"model.layers.{config.num_hidden_layers}."))
+    mtp = sum(
+        size
+        for name, size in sizes.items()
+        if name.startswith(f"model.layers.{config.num_hidden_layers}.")
+    )
     body = sum(sizes.values()) - mtp
     last = f"model.layers.{config.num_hidden_layers}."
-    experts = sum(size for name, size in sizes.items() if ".experts." in name and not name.startswith(last))
+    experts = sum(
+        size for name, size in sizes.items() if ".experts." in name and not name.startswith(last)
+    )
     active = body - experts + experts * config.num_experts_per_tok // config.n_routed_experts
     assert (body, body + mtp, active) == COUNTS[path]
 
@@ -198,9 +261,15 @@ def test_initial_values():
         elif "norm" in name:
             assert (tensor == 1).all(), name
         elif tensor.numel() > 1000:
-            assert abs(tensor.std() / 0.05 - 1) < 0.1 and abs(tensor.mean()) < 0.01, name  # 1000 draws: 2% and 0.0016
-    assert not torch.equal(model.model.layers[1].mlp.gate.weight, model.model.layers[2].mlp.gate.weight)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), GLM(config, seed=3).parameters()))
+            assert abs(tensor.std() / 0.05 - 1) < 0.1 and abs(tensor.mean()) < 0.01, (
+                name
+            )  # 1000 draws: 2% and 0.0016
+    assert not torch.equal(
+        model.model.layers[1].mlp.gate.weight, model.model.layers[2].mlp.gate.weight
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), GLM(config, seed=3).parameters())
+    )
     assert not torch.equal(model.lm_head.weight, GLM(config, seed=4).lm_head.weight)
 
 
@@ -213,7 +282,9 @@ def test_meta_then_empty_then_initialise_equals_direct_construction():
     model = model.to_empty(device="cpu")
     initialize(model, seed=5)
     direct = GLM(config, seed=5)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), direct.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), direct.state_dict().values())
+    )
 
 
 def test_defaults_are_the_released_glm45(pytestconfig):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.config.run import ModelConfig
+from minglm.config import ModelConfig
 from minglm.kernels.experts.eager import experts_loop, grouped_experts
 from minglm.model.balance import load, sequence_loss
 from minglm.model.moe import MoE
@@ -39,7 +39,10 @@ def weight_before_the_nonlinearity(x_TD, experts_TK, weights_TK, *matrices):
     """Scales the expert's input and not its output."""
     parts = [
         experts_loop(
-            x_TD * weights_TK[:, k, None], experts_TK[:, k, None], torch.ones_like(weights_TK[:, :1]), *matrices
+            x_TD * weights_TK[:, k, None],
+            experts_TK[:, k, None],
+            torch.ones_like(weights_TK[:, :1]),
+            *matrices,
         )
         for k in range(experts_TK.shape[1])
     ]
@@ -53,11 +56,14 @@ def forgets_the_router(x_TD, experts_TK, weights_TK, *matrices):
 
 def returns_sorted_rows(x_TD, experts_TK, weights_TK, *matrices):
     """Rows stay in the order of the experts."""
-    return experts_loop(x_TD, experts_TK, weights_TK, *matrices)[experts_TK[:, 0].argsort(stable=True)]
+    return experts_loop(x_TD, experts_TK, weights_TK, *matrices)[
+        experts_TK[:, 0].argsort(stable=True)
+    ]
 
 
 @pytest.mark.parametrize(
-    "broken", [drops_an_overflow, weight_before_the_nonlinearity, forgets_the_router, returns_sorted_rows]
+    "broken",
+    [drops_an_overflow, weight_before_the_nonlinearity, forgets_the_router, returns_sorted_rows],
 )
 def test_contract_finds_broken_experts(broken):
     """Each mistake others have made is found."""
@@ -68,7 +74,10 @@ def test_contract_finds_broken_experts(broken):
 @given(seed=seeds, T=st.integers(1, 40))
 def test_grouped_experts_are_repeatable(seed, T):
     """No atomic additions: the same input gives the same bits, gradients included."""
-    x_TD, experts_TK = normal(seed, T, 6), torch.rand(T, 4, generator=numbers(seed + 1)).topk(2).indices
+    x_TD, experts_TK = (
+        normal(seed, T, 6),
+        torch.rand(T, 4, generator=numbers(seed + 1)).topk(2).indices,
+    )
     matrices = [normal(seed + 3 + i, 4, *shape) for i, shape in enumerate([(5, 6), (5, 6), (6, 5)])]
     weights_TK = torch.rand(T, 2, generator=numbers(seed + 2))
 
@@ -83,9 +92,15 @@ def test_grouped_experts_are_repeatable(seed, T):
 @given(seed=seeds, T=st.integers(1, 20))
 def test_bfloat16_experts_are_close(seed, T):
     """Activations and matrices in bfloat16, weights in float32: as near to the exact sum as 8 bits allow."""
-    x_TD, experts_TK = normal(seed, T, 6).bfloat16(), torch.rand(T, 4, generator=numbers(seed + 1)).topk(2).indices
+    x_TD, experts_TK = (
+        normal(seed, T, 6).bfloat16(),
+        torch.rand(T, 4, generator=numbers(seed + 1)).topk(2).indices,
+    )
     weights_TK = torch.rand(T, 2, generator=numbers(seed + 2))
-    matrices = [normal(seed + 3 + i, 4, *s, scale=0.4).bfloat16() for i, s in enumerate([(5, 6), (5, 6), (6, 5)])]
+    matrices = [
+        normal(seed + 3 + i, 4, *s, scale=0.4).bfloat16()
+        for i, s in enumerate([(5, 6), (5, 6), (6, 5)])
+    ]
     y_TD = grouped_experts(x_TD, experts_TK, weights_TK, *matrices)
     exact_TD = plain_experts(x_TD, experts_TK, weights_TK, *matrices)
     assert y_TD.dtype == torch.bfloat16
@@ -103,7 +118,11 @@ def layer(seed, config=SMALL):
 
 
 @given(
-    seed=seeds, B=st.integers(1, 3), S=st.integers(1, 6), shared=st.integers(0, 2), factor=st.sampled_from([1.0, 2.5])
+    seed=seeds,
+    B=st.integers(1, 3),
+    S=st.integers(1, 6),
+    shared=st.integers(0, 2),
+    factor=st.sampled_from([1.0, 2.5]),
 )
 def test_layer_is_routed_plus_shared(seed, B, S, shared, factor):
     """The routed sum carries the scaling factor; the shared expert is added as it is, ungated, or absent."""
@@ -117,7 +136,9 @@ def test_layer_is_routed_plus_shared(seed, B, S, shared, factor):
     if shared:
         assert module.shared_experts.up_proj.weight.shape == (5 * shared, 6)
         expected_TD = expected_TD + module.shared_experts(x_TD)
-    torch.testing.assert_close(y_BSD, expected_TD.view(B, S, 6).float(), atol=1e-4, rtol=1e-4)  # float32
+    torch.testing.assert_close(
+        y_BSD, expected_TD.view(B, S, 6).float(), atol=1e-4, rtol=1e-4
+    )  # float32
     assert torch.equal(routing.load_E, load(experts_TK, 4))
     assert torch.equal(routing.balance_loss, sequence_loss(scores_TE, experts_TK, B))
 
@@ -128,7 +149,9 @@ def test_order_of_sequences_does_not_matter(seed, B, S):
     module, x_BSD = layer(seed), normal(seed + 20, B, S, 6)
     order_B = torch.randperm(B, generator=numbers(seed + 30))
     (y_BSD, routing), (moved_BSD, same) = module(x_BSD), module(x_BSD[order_B])
-    torch.testing.assert_close(moved_BSD, y_BSD[order_B], atol=1e-5, rtol=1e-5)  # other rows share each product
+    torch.testing.assert_close(
+        moved_BSD, y_BSD[order_B], atol=1e-5, rtol=1e-5
+    )  # other rows share each product
     assert torch.equal(routing.load_E, same.load_E)
     torch.testing.assert_close(routing.balance_loss, same.balance_loss)
 
@@ -139,7 +162,11 @@ def test_renaming_the_experts_commutes(seed):
     module, renamed, x_BSD = layer(seed), layer(seed), normal(seed + 20, 2, 5, 6)
     order_E = torch.randperm(4, generator=numbers(seed + 30))
     with torch.no_grad():
-        for tensor in (renamed.gate.weight, renamed.gate.e_score_correction_bias, *renamed.experts.parameters()):
+        for tensor in (
+            renamed.gate.weight,
+            renamed.gate.e_score_correction_bias,
+            *renamed.experts.parameters(),
+        ):
             tensor.copy_(tensor[order_E])
     (y_BSD, routing), (same_BSD, other) = module(x_BSD), renamed(x_BSD)
     torch.testing.assert_close(same_BSD, y_BSD, atol=1e-5, rtol=1e-5)  # float32

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from minglm.data.packing import Batch
 from minglm.model.glm import GLM
-from minglm.model.mtp import targets
 from minglm.testing.model import tiny_model
 from minglm.testing.rl import numbers, seeds
+from minglm.train.loss import targets
 
 rows = st.tuples(st.integers(1, 3), st.integers(3, 12))
 
@@ -39,14 +39,21 @@ def test_layer_is_its_equation(seed, shape, packed):
     out = model.hidden(batch.tokens_BS, batch.positions_BS, batch.documents_BS, mtp=True)
     layer, next_BS = model.mtp, torch.nn.functional.pad(batch.tokens_BS[:, 1:], (0, 1))
     embedding_BSD = model.model.embed_tokens.weight[next_BS]
-    z_BSD = torch.cat([layer.enorm(embedding_BSD), layer.hnorm(out.hidden_BSD)], -1) @ layer.eh_proj.weight.T
+    z_BSD = (
+        torch.cat([layer.enorm(embedding_BSD), layer.hnorm(out.hidden_BSD)], -1)
+        @ layer.eh_proj.weight.T
+    )
     rotation = model.rotation(batch.tokens_BS, batch.positions_BS)
     z_BSD = z_BSD + layer.self_attn(layer.input_layernorm(z_BSD), rotation, batch.documents_BS)
     z_BSD = z_BSD + layer.mlp(layer.post_attention_layernorm(z_BSD))[0]
-    torch.testing.assert_close(out.mtp_hidden_BSD, layer.shared_head["norm"](z_BSD), atol=1e-5, rtol=1e-5)  # float32
+    torch.testing.assert_close(
+        out.mtp_hidden_BSD, layer.shared_head["norm"](z_BSD), atol=1e-5, rtol=1e-5
+    )  # float32
     # and the hidden state it is given is the one after the final norm, which the output head reads too
     scale_BS1 = (out.hidden_BSD / model.model.norm.weight).square().mean(-1)
-    torch.testing.assert_close(scale_BS1, torch.ones_like(scale_BS1), atol=1e-3, rtol=0)  # epsilon against the norm
+    torch.testing.assert_close(
+        scale_BS1, torch.ones_like(scale_BS1), atol=1e-3, rtol=0
+    )  # epsilon against the norm
 
 
 @given(seed=seeds, shape=rows, packed=st.booleans())
@@ -64,7 +71,9 @@ def test_layer_sees_one_token_more_than_the_trunk_and_no_other_document(seed, sh
     sees_BS = (torch.arange(shape[1]) >= at - 1).expand(shape)
     if packed:
         sees_BS = sees_BS & (batch.documents_BS == batch.documents_BS[:, at, None])
-    counts_BS = targets(batch.tokens_BS, torch.ones(shape, dtype=torch.bool), batch.documents_BS, 2)[1]
+    counts_BS = targets(
+        batch.tokens_BS, torch.ones(shape, dtype=torch.bool), batch.documents_BS, 2
+    )[1]
     difference_BS = (before - after).abs().amax(-1)
     # the expert products of other tokens may round differently when the tokens are sorted otherwise
     assert not (difference_BS > 1e-4)[counts_BS & ~sees_BS].any()
@@ -82,7 +91,9 @@ def test_weight_zero_is_a_model_without_the_layer(seed, shape, packed):
     """At weight 0 loss, gradients and loads of the trunk are those of a model that has no MTP layer."""
     model, batch = tiny_model(seed), drawn_batch(seed, *shape, packed)
     sums, found, loads = gradients(model, batch, 0.0, balance_weight=0.1)
-    trunk_sums, expected, trunk_loads = gradients(without_mtp(model), batch, 0.0, balance_weight=0.1)
+    trunk_sums, expected, trunk_loads = gradients(
+        without_mtp(model), batch, 0.0, balance_weight=0.1
+    )
     assert sums == trunk_sums and torch.equal(loads, trunk_loads)
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
     assert not any(found[name].any() for name in found.keys() - expected.keys())
@@ -96,10 +107,18 @@ def test_gradient_is_linear_in_the_weight(seed, shape, packed):
     sums = gradients(model, batch, 0.3)[0]
     for name in none:
         # float32 gradients of size up to 10, from sums of up to 36 tokens
-        torch.testing.assert_close(twice[name] - none[name], 2 * (once[name] - none[name]), atol=1e-3, rtol=1e-2)
+        torch.testing.assert_close(
+            twice[name] - none[name], 2 * (once[name] - none[name]), atol=1e-3, rtol=1e-2
+        )
     if sums["mtp_loss"]:
-        for name in ("model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight", "lm_head.weight"):
-            assert (once[name] - none[name]).abs().max() > 1e-5, f"the MTP loss does not reach {name}"
+        for name in (
+            "model.embed_tokens.weight",
+            "model.layers.0.mlp.down_proj.weight",
+            "lm_head.weight",
+        ):
+            assert (once[name] - none[name]).abs().max() > 1e-5, (
+                f"the MTP loss does not reach {name}"
+            )
 
 
 def test_survives_saving_loading_and_pickling():
@@ -110,9 +129,17 @@ def test_survives_saving_loading_and_pickling():
     file.seek(0)
     loaded = GLM(model.config, seed=9)
     loaded.load_state_dict(torch.load(file, weights_only=True))
-    names = {name.removeprefix("model.layers.3.") for name in model.state_dict() if name.startswith("model.layers.3.")}
+    names = {
+        name.removeprefix("model.layers.3.")
+        for name in model.state_dict()
+        if name.startswith("model.layers.3.")
+    }
     assert {"enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight"} < names
-    assert {"self_attn.q_norm.weight", "mlp.gate.e_score_correction_bias", "input_layernorm.weight"} < names
+    assert {
+        "self_attn.q_norm.weight",
+        "mlp.gate.e_score_correction_bias",
+        "input_layernorm.weight",
+    } < names
     expected = model.hidden(batch.tokens_BS, mtp=True).mtp_hidden_BSD
     for other in (loaded, pickle.loads(pickle.dumps(model))):
         assert torch.equal(other.hidden(batch.tokens_BS, mtp=True).mtp_hidden_BSD, expected)

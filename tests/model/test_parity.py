@@ -84,9 +84,13 @@ def test_the_training_pass_has_hugging_faces_loss_and_gradients(latent, data, B,
     assert set(found) == set(wanted)
     largest = max(grad.abs().max() for grad in wanted.values() if grad is not None)
     for name, grad in wanted.items():
-        ours_, theirs = (torch.zeros_like(found[name]) if g is None else g for g in (found[name].grad, grad))
+        ours_, theirs = (
+            torch.zeros_like(found[name]) if g is None else g for g in (found[name].grad, grad)
+        )
         # a gradient that is a small difference of large terms keeps their rounding
-        torch.testing.assert_close(ours_, theirs, atol=FLOAT32 * largest, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours_, theirs, atol=FLOAT32 * largest, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @BOTH
@@ -104,7 +108,9 @@ def test_bfloat16_is_as_exact_as_hugging_faces(latent, data, S):
     tokens_BS = drawn_tokens(seed, 2, S)
     with torch.no_grad():
         exact = reference(tokens_BS).logits
-        biases = {n: b.clone() for n, b in reference.named_buffers() if "e_score" in n}  # stay float32 in both
+        biases = {
+            n: b.clone() for n, b in reference.named_buffers() if "e_score" in n
+        }  # stay float32 in both
         model, reference = model.bfloat16(), reference.bfloat16()
         for rounded in (model, reference):
             for name, bias in rounded.named_buffers():

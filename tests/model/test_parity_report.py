@@ -17,8 +17,19 @@ BOTH = pytest.mark.parametrize("latent", [False, True], ids=["glm4_moe", "glm4_m
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """Hugging Face's model of one dense and two MoE layers, and minglm's of the same weights."""
-    values = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 3, "head_dim": 8}
-    values |= {"num_attention_heads": 4, "num_key_value_heads": 2, "moe_intermediate_size": 8, "use_qk_norm": True}
+    values = {
+        "vocab_size": 24,
+        "hidden_size": 16,
+        "intermediate_size": 20,
+        "num_hidden_layers": 3,
+        "head_dim": 8,
+    }
+    values |= {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "moe_intermediate_size": 8,
+        "use_qk_norm": True,
+    }
     values |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "num_nextn_predict_layers": 0}
     reference = build({**values, "attn_implementation": "eager"}, 1)
     return ours(reference, tmp_path_factory.mktemp("glm")), reference
@@ -33,8 +44,18 @@ def test_equal_models_differ_nowhere(latent, tmp_path, capsys):
     assert last == "first difference above 0.0001: None"
     names = [line.split()[1] for line in lines]
     parts = ["input_layernorm", "self_attn.o_proj", "self_attn", "post_attention_layernorm", "mlp"]
-    wanted = [f"model.layers.{layer}{part}" for layer in (0, 1) for part in ("", *(f".{part}" for part in parts))]
-    assert {"model.embed_tokens", "model.norm", "lm_head", "model.layers.1.mlp.gate", *wanted} <= set(names)
+    wanted = [
+        f"model.layers.{layer}{part}"
+        for layer in (0, 1)
+        for part in ("", *(f".{part}" for part in parts))
+    ]
+    assert {
+        "model.embed_tokens",
+        "model.norm",
+        "lm_head",
+        "model.layers.1.mlp.gate",
+        *wanted,
+    } <= set(names)
     assert names[0] == "model.embed_tokens" and names[-1] == "lm_head"
 
 
@@ -74,9 +95,14 @@ def test_wrong_code_is_found(pair):
         return torch.cat([rotate_pairs(turned, cos, sin), rest], -1)
 
     with mock.patch("minglm.model.attention.rotate", neighbours):
-        assert first_difference(compare(model, reference, tokens_BS)) == "model.layers.0.self_attn.o_proj"
+        assert (
+            first_difference(compare(model, reference, tokens_BS))
+            == "model.layers.0.self_attn.o_proj"
+        )
     router = model.model.layers[1].mlp.gate
-    with mock.patch.object(router, "config", dataclasses.replace(router.config, routed_scaling_factor=2.0)):
+    with mock.patch.object(
+        router, "config", dataclasses.replace(router.config, routed_scaling_factor=2.0)
+    ):
         assert first_difference(compare(model, reference, tokens_BS)) == "model.layers.1.mlp.gate"
     assert first_difference(compare(model, reference, tokens_BS)) is None
 

@@ -52,7 +52,8 @@ def positions_of_the_row(x_BSNA, positions_BS, rotary_dim, theta):
 
 
 @pytest.mark.parametrize(
-    "broken", [interleaved, last_dimensions, frequencies_over_the_head, backwards, positions_of_the_row]
+    "broken",
+    [interleaved, last_dimensions, frequencies_over_the_head, backwards, positions_of_the_row],
 )
 def test_contract_finds_broken_rope(broken):
     """Each mistake others have made is found."""
@@ -67,7 +68,9 @@ def test_angles_hold_at_the_longest_position(position, theta):
     assert cos.dtype == sin.dtype == torch.float32
     exact = position * theta ** -(torch.arange(0, 64, 2).double() / 64)
     # a float32 of up to 131,072 is exact to 2^-7 = 0.008, once as a product and once from rounding the frequency
-    assert (cos.flatten() - exact.cos()).abs().max() < 0.02 and (sin.flatten() - exact.sin()).abs().max() < 0.02
+    assert (cos.flatten() - exact.cos()).abs().max() < 0.02 and (
+        sin.flatten() - exact.sin()
+    ).abs().max() < 0.02
 
 
 @given(seed=seeds)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.config.run import ModelConfig
+from minglm.config import ModelConfig
 from minglm.model.router import Router, choose, mix
 from minglm.testing.model import check_router, normal
 from minglm.testing.rl import seeds
@@ -15,8 +15,12 @@ from minglm.testing.rl import seeds
 
 def ours(scores_TE, bias_E, config):
     """Our two functions as one."""
-    experts_TK = choose(scores_TE, bias_E, config.num_experts_per_tok, config.n_group, config.topk_group)
-    return experts_TK, mix(scores_TE, experts_TK, config.norm_topk_prob, config.routed_scaling_factor)
+    experts_TK = choose(
+        scores_TE, bias_E, config.num_experts_per_tok, config.n_group, config.topk_group
+    )
+    return experts_TK, mix(
+        scores_TE, experts_TK, config.norm_topk_prob, config.routed_scaling_factor
+    )
 
 
 def test_router_keeps_the_contract():
@@ -27,7 +31,9 @@ def test_router_keeps_the_contract():
 def bias_in_the_weights(scores_TE, bias_E, config):
     """Mixes with the biased scores: balancing changes what the experts say."""
     experts_TK, _ = ours(scores_TE, bias_E, config)
-    return experts_TK, mix(scores_TE + bias_E, experts_TK, config.norm_topk_prob, config.routed_scaling_factor)
+    return experts_TK, mix(
+        scores_TE + bias_E, experts_TK, config.norm_topk_prob, config.routed_scaling_factor
+    )
 
 
 def last_of_equals(scores_TE, bias_E, config):
@@ -45,11 +51,20 @@ def zeros_for_other_groups(scores_TE, bias_E, config):
     """Masks the groups that are out with 0, which beats a negative biased score."""
     biased_TE = scores_TE + bias_E
     grouped = biased_TE.unflatten(1, (config.n_group, -1))
-    best = grouped.topk(2, -1).values.sum(-1).sort(descending=True, stable=True).indices[:, : config.topk_group]
+    best = (
+        grouped.topk(2, -1)
+        .values.sum(-1)
+        .sort(descending=True, stable=True)
+        .indices[:, : config.topk_group]
+    )
     out = torch.ones(grouped.shape[:2], dtype=torch.bool).scatter_(1, best, False)
     masked_TE = grouped.masked_fill(out[..., None], 0.0).flatten(1)
-    experts_TK = masked_TE.sort(descending=True, stable=True).indices[:, : config.num_experts_per_tok]
-    return experts_TK, mix(scores_TE, experts_TK, config.norm_topk_prob, config.routed_scaling_factor)
+    experts_TK = masked_TE.sort(descending=True, stable=True).indices[
+        :, : config.num_experts_per_tok
+    ]
+    return experts_TK, mix(
+        scores_TE, experts_TK, config.norm_topk_prob, config.routed_scaling_factor
+    )
 
 
 def no_gradient(scores_TE, bias_E, config):
@@ -65,7 +80,14 @@ def forgets_the_factor(scores_TE, bias_E, config):
 
 @pytest.mark.parametrize(
     "broken",
-    [bias_in_the_weights, last_of_equals, unbiased_choice, zeros_for_other_groups, no_gradient, forgets_the_factor],
+    [
+        bias_in_the_weights,
+        last_of_equals,
+        unbiased_choice,
+        zeros_for_other_groups,
+        no_gradient,
+        forgets_the_factor,
+    ],
 )
 def test_contract_finds_broken_router(broken):
     """Each mistake others have made is found."""
@@ -75,7 +97,9 @@ def test_contract_finds_broken_router(broken):
 
 def router(seed, E=6, D=8, K=2):
     """A router with drawn weights and bias."""
-    config = dataclasses.replace(ModelConfig(), hidden_size=D, n_routed_experts=E, num_experts_per_tok=K)
+    config = dataclasses.replace(
+        ModelConfig(), hidden_size=D, n_routed_experts=E, num_experts_per_tok=K
+    )
     module = Router(config)
     with torch.no_grad():
         module.weight.copy_(normal(seed, E, D))
@@ -89,7 +113,9 @@ def test_module_is_its_equation(seed, T):
     module, x_TD = router(seed), normal(seed + 2, T, 8)
     experts_TK, weights_TK, scores_TE = module(x_TD)
     expected_TE = torch.sigmoid(x_TD.double() @ module.weight.double().T)
-    torch.testing.assert_close(scores_TE.double(), expected_TE, atol=1e-6, rtol=0)  # float32, 8 products
+    torch.testing.assert_close(
+        scores_TE.double(), expected_TE, atol=1e-6, rtol=0
+    )  # float32, 8 products
     chosen_TK, mixed_TK = ours(scores_TE, module.e_score_correction_bias, module.config)
     assert torch.equal(experts_TK, chosen_TK) and torch.equal(weights_TK, mixed_TK)
 
@@ -99,7 +125,9 @@ def test_bfloat16_activations_are_routed_in_float32(seed):
     """The scores, the bias and the weights are float32 whatever the activations are."""
     module, x_TD = router(seed), normal(seed + 2, 4, 8).bfloat16()
     experts_TK, weights_TK, scores_TE = module(x_TD)
-    assert weights_TK.dtype == scores_TE.dtype == module.e_score_correction_bias.dtype == torch.float32
+    assert (
+        weights_TK.dtype == scores_TE.dtype == module.e_score_correction_bias.dtype == torch.float32
+    )
     assert torch.equal(scores_TE, module(x_TD.float())[2])
 
 
@@ -120,4 +148,6 @@ def test_one_normalised_expert_is_refused_with_the_reason():
         dataclasses.replace(ModelConfig(), num_experts_per_tok=1).check()
     scores_TE = torch.rand(3, 4, requires_grad=True)
     weights_TK = mix(scores_TE, choose(scores_TE, torch.zeros(4), 1))
-    assert not torch.autograd.grad(weights_TK.sum(), scores_TE)[0].abs().max() > 1e-6  # why it is refused
+    assert (
+        not torch.autograd.grad(weights_TK.sum(), scores_TE)[0].abs().max() > 1e-6
+    )  # why it is refused

@@ -7,8 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.config.run import OptimizerConfig
-from minglm.kernels.newton_schulz.eager import BAND, COEFFICIENTS, SMALLEST, orthogonalize, polar_express
+from minglm.config import OptimizerConfig
+from minglm.kernels.newton_schulz.eager import (
+    BAND,
+    COEFFICIENTS,
+    SMALLEST,
+    orthogonalize,
+    polar_express,
+)
 from minglm.optim.muon import Muon, assign
 from minglm.testing.optim import check_optimizer
 
@@ -30,7 +36,9 @@ def test_band_is_that_of_the_scalar_map():
     """The stated band is what five steps do to every share of the norm from SMALLEST to one."""
     mapped = scalar_map(torch.linspace(SMALLEST, 1, 1_000_001, dtype=torch.float64))
     assert BAND[0] <= mapped.min() and mapped.max() <= BAND[1]
-    assert mapped.min() < BAND[0] + 0.01 and mapped.max() > BAND[1] - 0.01  # and it is no wider than needed
+    assert (
+        mapped.min() < BAND[0] + 0.01 and mapped.max() > BAND[1] - 0.01
+    )  # and it is no wider than needed
 
 
 @given(sizes, sizes, seeds)
@@ -40,7 +48,9 @@ def test_singular_vectors_stay_and_values_follow_the_scalar_map(rows, columns, s
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     expected = left @ torch.diag(scalar_map(values / values.norm())) @ right
     # float64 and a few hundred operations on numbers near one; the slope a^5 = 485 magnifies rounding of small values
-    torch.testing.assert_close(orthogonalize(matrix, dtype=torch.float64), expected, atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        orthogonalize(matrix, dtype=torch.float64), expected, atol=1e-10, rtol=0
+    )
     torch.testing.assert_close(orthogonalize(matrix.float()), expected.float(), atol=1e-4, rtol=0)
     # bfloat16 keeps 8 bits, and 15 products in a row each round once
     error = orthogonalize(matrix, dtype=torch.bfloat16) - expected
@@ -54,7 +64,9 @@ def test_polar_express_settles_at_one():
     for steps in range(1, 9):
         mapped = scalar_map(values, polar_express(steps, margin=1.0))
         errors.append((mapped - 1).abs().max().item())
-        assert float(mapped.max() + mapped.min()) == pytest.approx(2, abs=1e-5)  # as fine as the grid
+        assert float(mapped.max() + mapped.min()) == pytest.approx(
+            2, abs=1e-5
+        )  # as fine as the grid
     assert errors == sorted(errors, reverse=True) and errors[6] < 1e-4
     # with nothing but one step from a short interval, no polynomial nearby is better at its worst point
     values = torch.linspace(0.3, 1, 100_001, dtype=torch.float64)
@@ -73,8 +85,13 @@ def test_gram_form_is_the_standard_iteration(rows, columns, seed, express):
     coefficients = polar_express(5) if express else None
     exact = orthogonalize(matrix.double(), 5, torch.float64, coefficients)
     found = orthogonalize(matrix.double(), 5, torch.float64, coefficients, gram=True)
-    torch.testing.assert_close(found, exact, atol=1e-9, rtol=0)  # as above, and differences of squares
-    for dtype, tolerance in ((torch.float32, 1e-3), (torch.float16, 0.15)):  # measured: a tenth of that and less
+    torch.testing.assert_close(
+        found, exact, atol=1e-9, rtol=0
+    )  # as above, and differences of squares
+    for dtype, tolerance in (
+        (torch.float32, 1e-3),
+        (torch.float16, 0.15),
+    ):  # measured: a tenth of that and less
         away = orthogonalize(matrix, 5, dtype, coefficients, gram=True).double() - exact
         assert away.norm() < tolerance * exact.norm()
 
@@ -87,7 +104,9 @@ def test_the_gram_form_needs_its_restart(monkeypatch):
     away = {}
     for restart in (0, 2):
         monkeypatch.setattr("minglm.kernels.newton_schulz.eager.RESTART", restart)
-        away[restart] = (orthogonalize(matrix, dtype=torch.float16, gram=True) - exact).norm() / exact.norm()
+        away[restart] = (
+            orthogonalize(matrix, dtype=torch.float16, gram=True) - exact
+        ).norm() / exact.norm()
     assert away[2] < 0.05 < 0.1 < away[0]
 
 
@@ -98,7 +117,9 @@ def test_stack_is_a_loop_and_transposition_commutes(count, rows, columns, seed):
     together = orthogonalize(stack)
     assert together.shape == stack.shape
     for matrix, result in zip(stack, together):
-        torch.testing.assert_close(orthogonalize(matrix), result, atol=1e-5, rtol=0)  # batched products sum differently
+        torch.testing.assert_close(
+            orthogonalize(matrix), result, atol=1e-5, rtol=0
+        )  # batched products sum differently
     torch.testing.assert_close(orthogonalize(stack.mT), together.mT, atol=1e-5, rtol=0)
 
 
@@ -106,7 +127,9 @@ def test_waves_change_nothing():
     """A stack longer than the cache is worked on in waves; the last, shorter wave is not lost."""
     stack = draw(3, 67, 64, 80).double()  # 40 KB each, 25 in a wave; float64 is PyTorch's form
     whole = orthogonalize(stack, dtype=torch.float64)
-    torch.testing.assert_close(whole[60:], orthogonalize(stack[60:], dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        whole[60:], orthogonalize(stack[60:], dtype=torch.float64), atol=1e-12, rtol=0
+    )
 
 
 def test_zeros_stay_zeros_and_vectors_are_refused():
@@ -119,7 +142,10 @@ def test_zeros_stay_zeros_and_vectors_are_refused():
 
 
 def parameters(seed, shapes):
-    return {name: torch.nn.Parameter(draw(seed + i, *shape)) for i, (name, shape) in enumerate(shapes.items())}
+    return {
+        name: torch.nn.Parameter(draw(seed + i, *shape))
+        for i, (name, shape) in enumerate(shapes.items())
+    }
 
 
 def train(optimizer, weights, seed, steps=4, rates=(0.02, 0.05)):
@@ -142,9 +168,15 @@ def test_equals_torch_muon_on_plain_matrices(seed, dtype):
     config = OptimizerConfig(weight_decay=0.1)
     ours, theirs = parameters(seed, PLAIN), parameters(seed, PLAIN)
     reference = torch.optim.Muon(theirs.values(), weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    ours_after = train(Muon(ours.items(), config, lambda stack, steps: orthogonalize(stack, steps, dtype)), ours, seed)
+    ours_after = train(
+        Muon(ours.items(), config, lambda stack, steps: orthogonalize(stack, steps, dtype)),
+        ours,
+        seed,
+    )
     with pytest.MonkeyPatch.context() as patch:
-        if dtype == torch.float32:  # torch always casts to bfloat16; without the cast the two must agree closely
+        if (
+            dtype == torch.float32
+        ):  # torch always casts to bfloat16; without the cast the two must agree closely
             patch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
         theirs_after = train(reference, theirs, seed)
     for name, start in parameters(seed, PLAIN).items():
@@ -157,14 +189,24 @@ def test_equals_torch_muon_on_plain_matrices(seed, dtype):
 @given(seeds)
 def test_adamw_part_equals_torch_adamw(seed):
     """What Muon does not train moves exactly as under torch.optim.AdamW, decay only on what has two axes."""
-    shapes = {"model.embed_tokens.weight": (9, 4), "lm_head.weight": (9, 4), "norm.weight": (4,), "q_proj.bias": (6,)}
+    shapes = {
+        "model.embed_tokens.weight": (9, 4),
+        "lm_head.weight": (9, 4),
+        "norm.weight": (4,),
+        "q_proj.bias": (6,),
+    }
     config = OptimizerConfig(weight_decay=0.3)
     ours, theirs = parameters(seed, shapes), parameters(seed, shapes)
     values = list(theirs.values())
-    groups = [{"params": values[:2], "weight_decay": 0.3}, {"params": values[2:], "weight_decay": 0.0}]
+    groups = [
+        {"params": values[:2], "weight_decay": 0.3},
+        {"params": values[2:], "weight_decay": 0.0},
+    ]
     expected = train(torch.optim.AdamW(groups, betas=(0.9, 0.95)), theirs, seed)
     for name, value in train(Muon(ours.items(), config), ours, seed).items():
-        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-5)  # another order of factors
+        torch.testing.assert_close(
+            value, expected[name], atol=1e-6, rtol=1e-5
+        )  # another order of factors
 
 
 def test_assignment_follows_the_paper():
@@ -186,10 +228,16 @@ def test_assignment_follows_the_paper():
     heads = {"model.layers.1.shared_head.head.weight", "lm_head.weight"}
     matrices = {name for name in shapes if "proj.weight" in name or "mlp" in name}
     for flag in (False, True):
-        groups = Muon(parameters(0, shapes).items(), OptimizerConfig(muon_output_head=flag)).param_groups
-        muon = {name for group in groups if group["kind"] == "muon" for name in group["param_names"]}
+        groups = Muon(
+            parameters(0, shapes).items(), OptimizerConfig(muon_output_head=flag)
+        ).param_groups
+        muon = {
+            name for group in groups if group["kind"] == "muon" for name in group["param_names"]
+        }
         assert muon == (matrices | heads if flag else matrices)
-        undecayed = {name for group in groups if group["weight_decay"] == 0 for name in group["param_names"]}
+        undecayed = {
+            name for group in groups if group["weight_decay"] == 0 for name in group["param_names"]
+        }
         assert undecayed == {"model.layers.0.self_attn.q_proj.bias", "model.norm.weight"}
         assert sum(len(group["params"]) for group in groups) == len(shapes)
 
@@ -198,7 +246,9 @@ def test_frozen_parameters_are_left_out_and_four_axes_refused():
     """A parameter that needs no gradient is never decayed; a convolution gets one clear line."""
     weights = parameters(0, {"a.weight": (3, 4), "b.weight": (3, 4)})
     weights["b.weight"].requires_grad_(False)
-    assert [group["params"][0][0] for group in assign(weights.items(), OptimizerConfig())] == ["a.weight"]
+    assert [group["params"][0][0] for group in assign(weights.items(), OptimizerConfig())] == [
+        "a.weight"
+    ]
     with pytest.raises(ValueError, match=r"conv\.weight has 4 axes"):
         Muon(parameters(0, {"conv.weight": (2, 2, 2, 2)}).items(), OptimizerConfig())
 
@@ -212,17 +262,27 @@ def test_heads_one_by_one_are_matrices_of_their_own(seed, heads, head_dim, width
     }
     whole = parameters(seed, stacked)
     q, o = (w.detach() for w in whole.values())
-    apart = {f"{h}.weight": torch.nn.Parameter(part.clone()) for h, part in enumerate(q.split(head_dim))}
+    apart = {
+        f"{h}.weight": torch.nn.Parameter(part.clone()) for h, part in enumerate(q.split(head_dim))
+    }
     apart["o.weight"] = torch.nn.Parameter(o.clone())
     gradients = [draw(seed + 9, *w.shape) for w in whole.values()]
-    for weights, grads in ((whole, gradients), (apart, [*gradients[0].split(head_dim), gradients[1]])):
+    for weights, grads in (
+        (whole, gradients),
+        (apart, [*gradients[0].split(head_dim), gradients[1]]),
+    ):
         for weight, grad in zip(weights.values(), grads, strict=True):
             weight.grad = grad.clone()
-        Muon(weights.items(), OptimizerConfig(muon_head_dim=head_dim if weights is whole else 0, peak_lr=0.1)).step()
+        Muon(
+            weights.items(),
+            OptimizerConfig(muon_head_dim=head_dim if weights is whole else 0, peak_lr=0.1),
+        ).step()
     joined = torch.cat([w.detach() for w in list(apart.values())[:-1]])
     # float32, products of other stacks: the order of sums differs
     torch.testing.assert_close(whole["self_attn.q_proj.weight"].detach(), joined, atol=1e-5, rtol=0)
-    torch.testing.assert_close(whole["self_attn.o_proj.weight"].detach(), apart["o.weight"].detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        whole["self_attn.o_proj.weight"].detach(), apart["o.weight"].detach(), atol=1e-5, rtol=0
+    )
 
 
 def test_polar_express_moves_by_a_more_orthogonal_update():
@@ -231,9 +291,13 @@ def test_polar_express_moves_by_a_more_orthogonal_update():
     for polynomial in ("jordan", "polar_express"):
         weights = parameters(5, {"a.weight": (30, 50)})
         start, weights["a.weight"].grad = weights["a.weight"].detach().clone(), draw(7, 30, 50)
-        config = OptimizerConfig(update_rms=0.0, weight_decay=0.0, peak_lr=1.0, polynomial=polynomial)
+        config = OptimizerConfig(
+            update_rms=0.0, weight_decay=0.0, peak_lr=1.0, polynomial=polynomial
+        )
         Muon(weights.items(), config).step()
-        spread[polynomial] = (torch.linalg.svdvals(start - weights["a.weight"].detach()) - 1).abs().max()
+        spread[polynomial] = (
+            (torch.linalg.svdvals(start - weights["a.weight"].detach()) - 1).abs().max()
+        )
     assert spread["polar_express"] < 0.5 * spread["jordan"]
 
 
@@ -242,9 +306,13 @@ def test_rms_rule_off_leaves_the_orthogonal_matrix():
     weights = parameters(5, {"a.weight": (6, 10)})
     start, gradient = weights["a.weight"].detach().clone(), draw(7, 6, 10)
     weights["a.weight"].grad = gradient
-    optimizer = Muon(weights.items(), OptimizerConfig(update_rms=0.0, weight_decay=0.0, peak_lr=0.5))
+    optimizer = Muon(
+        weights.items(), OptimizerConfig(update_rms=0.0, weight_decay=0.0, peak_lr=0.5)
+    )
     optimizer.step()
-    torch.testing.assert_close(start - weights["a.weight"].detach(), 0.5 * orthogonalize(gradient), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        start - weights["a.weight"].detach(), 0.5 * orthogonalize(gradient), atol=1e-5, rtol=0
+    )
 
 
 def test_muon_keeps_the_contract():
@@ -254,7 +322,9 @@ def test_muon_keeps_the_contract():
 
 def muon_of_two_axes(named_parameters, config):
     """The trap: stacks of experts, having three axes, go to AdamW."""
-    return Muon([("embed_tokens" if p.ndim == 3 else name, p) for name, p in named_parameters], config)
+    return Muon(
+        [("embed_tokens" if p.ndim == 3 else name, p) for name, p in named_parameters], config
+    )
 
 
 class CoupledDecay(Muon):
@@ -291,7 +361,10 @@ def without_rms_rule(named_parameters, config):
         (without_rms_rule, "update RMS"),
         (CoupledDecay, "decay of"),
         (ForgetsMomentum, "saving, loading"),
-        (lambda named, config: torch.optim.AdamW([p for _, p in named], weight_decay=0.1), "update RMS"),
+        (
+            lambda named, config: torch.optim.AdamW([p for _, p in named], weight_decay=0.1),
+            "update RMS",
+        ),
     ],
 )
 def test_contract_refuses_broken_twins(twin, message):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.config.run import BalanceConfig, OptimizerConfig, StagesConfig
+from minglm.config import BalanceConfig, OptimizerConfig, StagesConfig
 from minglm.optim import schedule
 from minglm.testing.optim import check_schedule
 
@@ -28,7 +28,9 @@ def test_contract_refuses_a_schedule_in_steps():
 
         def __call__(self, tokens, config, total_tokens):
             self.calls += 1
-            return schedule.learning_rate(total_tokens * (self.calls % 1000) / 1000, config, total_tokens)
+            return schedule.learning_rate(
+                total_tokens * (self.calls % 1000) / 1000, config, total_tokens
+            )
 
     with pytest.raises(AssertionError, match="batch size"):
         check_schedule(InSteps())
@@ -39,7 +41,9 @@ def test_contract_refuses_a_jump_and_a_missing_end():
     with pytest.raises(AssertionError):
         check_schedule(lambda tokens, config, total: config.peak_lr)
     with pytest.raises(AssertionError):
-        check_schedule(lambda tokens, config, total: schedule.learning_rate(tokens, config, 1.1 * total))
+        check_schedule(
+            lambda tokens, config, total: schedule.learning_rate(tokens, config, 1.1 * total)
+        )
 
 
 def test_paper_values():
@@ -51,8 +55,16 @@ def test_paper_values():
     assert schedule.learning_rate(total, PAPER, total) == pytest.approx(2.5e-5)
     assert schedule.batch_tokens(0, PAPER) == 16_000_000
     assert schedule.batch_tokens(250 * BILLION, PAPER) == 40_000_000
-    assert schedule.batch_tokens(500 * BILLION, PAPER) == schedule.batch_tokens(total, PAPER) == 64_000_000
-    for tokens, rate, weight in ((0, 0.001, 0.3), (15 * TRILLION - 1, 0.001, 0.3), (15 * TRILLION, 0.0, 0.1)):
+    assert (
+        schedule.batch_tokens(500 * BILLION, PAPER)
+        == schedule.batch_tokens(total, PAPER)
+        == 64_000_000
+    )
+    for tokens, rate, weight in (
+        (0, 0.001, 0.3),
+        (15 * TRILLION - 1, 0.001, 0.3),
+        (15 * TRILLION, 0.0, 0.1),
+    ):
         assert schedule.bias_rate(tokens, BALANCE, STAGES) == rate
         assert schedule.mtp_weight(tokens, BALANCE, STAGES) == weight
     assert schedule.rope_theta(22 * TRILLION - 1, STAGES) == 10_000
@@ -64,7 +76,11 @@ def test_stages_follow_each_other():
     start = 0
     for name, stage in STAGES.items():
         assert schedule.stage_at(start, STAGES) == (name, stage, 0)
-        assert schedule.stage_at(start + stage.tokens - 1, STAGES) == (name, stage, stage.tokens - 1)
+        assert schedule.stage_at(start + stage.tokens - 1, STAGES) == (
+            name,
+            stage,
+            stage.tokens - 1,
+        )
         start += stage.tokens
     assert schedule.stage_at(start, STAGES)[0] == "long_agent"
     empty = dataclasses.replace(STAGES.repository, tokens=0)
@@ -76,7 +92,9 @@ def test_stages_follow_each_other():
 @given(st.integers(0, 10**12), st.integers(1, 10**8), st.integers(0, 10**8), st.integers(0, 10**12))
 def test_batch_grows_steadily_between_its_ends(tokens, start, growth, ramp):
     """The batch never shrinks, never leaves its range, and grows by less than a token per 'growth / ramp' tokens."""
-    config = OptimizerConfig(batch_tokens_start=start, batch_tokens_end=start + growth, batch_ramp_tokens=ramp)
+    config = OptimizerConfig(
+        batch_tokens_start=start, batch_tokens_end=start + growth, batch_ramp_tokens=ramp
+    )
     now, later = schedule.batch_tokens(tokens, config), schedule.batch_tokens(tokens + 1000, config)
     assert start <= now <= later <= start + growth
     assert later - now <= 1000 * growth / max(ramp, 1) + 1 or ramp == 0  # and one for rounding
@@ -85,5 +103,7 @@ def test_batch_grows_steadily_between_its_ends(tokens, start, growth, ramp):
 
 def test_warmup_longer_than_training_is_refused():
     """One line names the field, its value and the limit."""
-    with pytest.raises(ValueError, match=r"optimizer\.warmup_tokens = 100: must be less than the 100 tokens"):
+    with pytest.raises(
+        ValueError, match=r"optimizer\.warmup_tokens = 100: must be less than the 100 tokens"
+    ):
         schedule.learning_rate(0, OptimizerConfig(warmup_tokens=100), 100)

@@ -8,7 +8,7 @@ from helpers.tiny import constant_phase, drawn_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minglm.config.run import OptimizerConfig
+from minglm.config import OptimizerConfig
 from minglm.model.glm import GLM
 from minglm.optim.muon import Muon
 from minglm.parallel.replicas import Replicas, sharing
@@ -25,12 +25,20 @@ def gradients(model, count, batch, **values):
 
 
 @settings(max_examples=15)
-@given(seed=seeds, B=st.integers(1, 6), count=st.integers(1, 5), size=st.integers(1, 40), packed=st.booleans())
+@given(
+    seed=seeds,
+    B=st.integers(1, 6),
+    count=st.integers(1, 5),
+    size=st.integers(1, 40),
+    packed=st.booleans(),
+)
 def test_shared_among_threads_a_batch_has_the_same_gradient(seed, B, count, size, packed):
     """Losses, loads and gradients do not depend on how many threads compute them, nor on the micro-batches of each."""
     model, batch = tiny_model(seed), drawn_batch(seed, B, 8, packed)
     sums, loads, expected = gradients(model, 1, batch, balance_weight=0.01)
-    others, found_loads, found = gradients(model, count, batch, balance_weight=0.01, microbatch_tokens=size)
+    others, found_loads, found = gradients(
+        model, count, batch, balance_weight=0.01, microbatch_tokens=size
+    )
     assert others == pytest.approx(sums, rel=1e-5, abs=1e-6) and torch.equal(loads, found_loads)
     for name, grad in expected.items():  # float32 sums in another order
         torch.testing.assert_close(found[name], grad, atol=1e-5, rtol=1e-4, msg=name)
@@ -42,7 +50,9 @@ def test_equal_counts_give_equal_bits(count):
     model, batch = tiny_model(1), drawn_batch(1, 6, 8, True)
     runs = [gradients(model, count, batch, microbatch_tokens=8) for _ in range(5)]
     for _, _, found in runs[1:]:
-        assert all(torch.equal(found[name], grad) for name, grad in runs[0][2].items() if grad is not None)
+        assert all(
+            torch.equal(found[name], grad) for name, grad in runs[0][2].items() if grad is not None
+        )
 
 
 @settings(max_examples=8)
@@ -53,12 +63,16 @@ def test_replicas_see_every_step(seed, tied):
     model, batch = GLM(config, seed), drawn_batch(seed, 3, 8, False)
     replicas = Replicas(model, 3)
     optimizer = Muon(model.named_parameters(), OptimizerConfig())
-    step(model, optimizer, batch, constant_phase(learning_rate=0.1, bias_rate=0.5), 0, None, replicas)
+    step(
+        model, optimizer, batch, constant_phase(learning_rate=0.1, bias_rate=0.5), 0, None, replicas
+    )
     model.load_state_dict({name: value + 0.125 for name, value in model.state_dict().items()})
     wanted = model(batch.tokens_BS)
     for replica in replicas.models:
         assert torch.equal(replica(batch.tokens_BS), wanted)
-        assert all(p.grad is None for p in replica.parameters()), "a gradient is left that the next step would add"
+        assert all(p.grad is None for p in replica.parameters()), (
+            "a gradient is left that the next step would add"
+        )
 
 
 def test_a_replica_owns_its_gradients_only():

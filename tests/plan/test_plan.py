@@ -11,20 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minglm import GLM
-from minglm.config.run import ModelConfig, OptimizerConfig, Run, StageConfig, StagesConfig, load_config
+from minglm.config import ModelConfig, OptimizerConfig, Run, StageConfig, StagesConfig, load_config
 from minglm.kernels.attention import eager
 from minglm.optim.muon import Muon
-from minglm.plan.memory import (
-    GIB,
-    activation_bytes_per_token,
+from minglm.plan.counts import (
     count_parameters,
     flops_per_token,
     kv_cache_bytes_per_token,
-    memory,
-    plan,
-    render,
     unit_counts,
 )
+from minglm.plan.memory import GIB, activation_bytes_per_token, memory, plan, render
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 GLM45, AIR = load_config(CONFIGS / "glm45_355b.py"), load_config(CONFIGS / "air_106b.py")
@@ -83,17 +79,25 @@ def models(draw):
         return config
     rope = 2 * draw(st.integers(1, 6))
     return replace(  # latent attention
-        config, num_key_value_heads=config.num_attention_heads, head_dim=rope + 4, use_qk_norm=False,
-        kv_lora_rank=draw(st.integers(2, 9)), q_lora_rank=draw(st.sampled_from([0, 7])), qk_nope_head_dim=4,
-        qk_rope_head_dim=rope, v_head_dim=draw(st.integers(2, 9)),
-    )  # fmt: skip
+        config,
+        num_key_value_heads=config.num_attention_heads,
+        head_dim=rope + 4,
+        use_qk_norm=False,
+        kv_lora_rank=draw(st.integers(2, 9)),
+        q_lora_rank=draw(st.sampled_from([0, 7])),
+        qk_nope_head_dim=4,
+        qk_rope_head_dim=rope,
+        v_head_dim=draw(st.integers(2, 9)),
+    )
 
 
 def small_run(model, microbatch_tokens=64, **changes):
     """A Run of this model whose stages are short."""
     stage = StageConfig("a test", 1000, 16, {"prose": 1.0})
     stages = StagesConfig(*[stage] * 5)
-    optimizer = OptimizerConfig(batch_tokens_start=64, batch_tokens_end=64, microbatch_tokens=microbatch_tokens)
+    optimizer = OptimizerConfig(
+        batch_tokens_start=64, batch_tokens_end=64, microbatch_tokens=microbatch_tokens
+    )
     return Run("small", model, stages, optimizer=optimizer, **changes)
 
 
@@ -122,7 +126,9 @@ def test_counts_equal_the_built_model(config):
     with torch.device("meta"):
         model = GLM(config)
     counts = count_parameters(config)
-    assert sum(t.numel() for t in [*model.parameters(), *model.buffers()]) == counts["total_with_mtp"]
+    assert (
+        sum(t.numel() for t in [*model.parameters(), *model.buffers()]) == counts["total_with_mtp"]
+    )
     parts = ("attention", "dense", "experts", "shared", "router", "norms")
     assert sum(counts[part] for part in parts) == counts["body"]
     assert counts["mtp"] == (
@@ -140,7 +146,9 @@ def test_state_bytes_equal_the_built_run(config):
     size = {"weights": sum(4 * t.numel() for t in [*model.parameters(), *model.buffers()])}
     size["gradients"] = sum(4 * p.numel() for p in model.parameters())
     size["muon"] = sum(4 * s["momentum"].numel() for s in state.values() if "momentum" in s)
-    size["adamw"] = sum(4 * (s["first"].numel() + s["second"].numel()) for s in state.values() if "first" in s)
+    size["adamw"] = sum(
+        4 * (s["first"].numel() + s["second"].numel()) for s in state.values() if "first" in s
+    )
     planned = memory(run)
     # a matrix with one row is a vector to Muon, and the planner does not look that closely
     assert min(config.hidden_size, config.vocab_size, config.moe_intermediate_size) > 1
@@ -174,19 +182,37 @@ def test_activations_equal_what_the_layers_keep(dtype, attention, dense, monkeyp
     """One layer more keeps what is planned for a layer of its kind, but for a few statistics and indices per token."""
     monkeypatch.setattr(eager, "KEEP", 0)  # rows longer than those whose weights are kept
     config = ModelConfig(
-        vocab_size=32, hidden_size=96, num_hidden_layers=1, first_k_dense_replace=int(dense),
-        num_attention_heads=6, num_key_value_heads=2, head_dim=32, intermediate_size=200, moe_intermediate_size=56,
-        n_routed_experts=8, num_experts_per_tok=3, use_qk_norm=attention == "qk_norm", max_position_embeddings=128,
-    )  # fmt: skip
+        vocab_size=32,
+        hidden_size=96,
+        num_hidden_layers=1,
+        first_k_dense_replace=int(dense),
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=200,
+        moe_intermediate_size=56,
+        n_routed_experts=8,
+        num_experts_per_tok=3,
+        use_qk_norm=attention == "qk_norm",
+        max_position_embeddings=128,
+    )
     if attention == "latent":
         config = replace(
-            config, num_key_value_heads=6, kv_lora_rank=40, q_lora_rank=48, qk_nope_head_dim=24, qk_rope_head_dim=8,
+            config,
+            num_key_value_heads=6,
+            kv_lora_rank=40,
+            q_lora_rank=48,
+            qk_nope_head_dim=24,
+            qk_rope_head_dim=8,
             v_head_dim=32,
-        )  # fmt: skip
+        )
     two = replace(config, num_hidden_layers=2, first_k_dense_replace=2 * dense)
     kept = (kept_bytes(two, dtype, 3, 128) - kept_bytes(config, dtype, 3, 128)) / (3 * 128)
     planned = activation_bytes_per_token(config, dense, 2 if dtype == torch.bfloat16 else 4)
-    assert planned <= kept <= planned + 100, (planned, kept)  # a root mean square for each norm and each head
+    assert planned <= kept <= planned + 100, (
+        planned,
+        kept,
+    )  # a root mean square for each norm and each head
 
 
 @settings(max_examples=10)
@@ -197,7 +223,10 @@ def test_operations_equal_a_counted_pass(config):
 
     if config.kv_lora_rank:  # values of another width are padded, and counted so
         config = replace(config, v_head_dim=config.head_dim)
-    rows, length = 2, 32  # up to 64 positions the plain kernel computes the whole square, twice the causal half
+    rows, length = (
+        2,
+        32,
+    )  # up to 64 positions the plain kernel computes the whole square, twice the causal half
 
     def in_place(_, left, right, **settings):  # torch counts baddbmm, not baddbmm_
         return 2 * math.prod(left) * right[-1]
@@ -210,10 +239,17 @@ def test_operations_equal_a_counted_pass(config):
     with counter:  # without gradients few tokens go through every expert
         GLM(config)(torch.zeros(rows, length, dtype=torch.int64))
     planned = flops_per_token(config, length)
-    vectors = sum(p.numel() for n, p in GLM(config).named_parameters() if p.ndim < 2 and ".layers." in n)
+    vectors = sum(
+        p.numel() for n, p in GLM(config).named_parameters() if p.ndim < 2 and ".layers." in n
+    )
     forward = (planned["matmul"] / 3 + 2 * planned["attention"] / 3) * rows * length
     # biases and norms are parameters, so the planner counts them, but they are no matrix products
-    slack = 2 * (vectors + config.hidden_size + config.num_hidden_layers * config.n_routed_experts) * rows * length
+    slack = (
+        2
+        * (vectors + config.hidden_size + config.num_hidden_layers * config.n_routed_experts)
+        * rows
+        * length
+    )
     assert forward - slack <= counter.get_total_flops() <= forward
 
 
@@ -228,7 +264,10 @@ def test_operations_at_full_scale():
 
 def test_cache_at_full_scale():
     """A token of GLM-4.5 costs 376,832 bytes of bfloat16 keys and values, one of Air half, of Flash a seventh."""
-    assert kv_cache_bytes_per_token(GLM45.model) == 376_832 and kv_cache_bytes_per_token(AIR.model) == 188_416
+    assert (
+        kv_cache_bytes_per_token(GLM45.model) == 376_832
+        and kv_cache_bytes_per_token(AIR.model) == 188_416
+    )
     assert kv_cache_bytes_per_token(FLASH.model) == 54_144  # 47 layers of 576 values
 
 
@@ -246,23 +285,36 @@ def test_terms_add_up_and_shrink(config, gpus, recompute, dtype):
 def test_plan_of_the_paper():
     """On 512 GPUs the recipe fits with recomputation; time is operations over speed; JSON and a table hold it."""
     planned = json.loads(json.dumps(plan(GLM45, gpus=512, utilisation=0.25)))
-    assert planned["placement"] == {"expert_parallel": 8, "context_parallel": 8, "tokens": 16384, "recompute": True}
+    assert planned["placement"] == {
+        "expert_parallel": 8,
+        "context_parallel": 8,
+        "tokens": 16384,
+        "recompute": True,
+    }
     assert planned["memory"]["total"] < planned["memory"]["usable"] == int(72 * GIB)
     assert planned["days"] == pytest.approx(planned["flops"] / (512 * 0.25 * 989e12 * 86400))
     assert planned["days"] == pytest.approx(2 * plan(GLM45, gpus=1024)["days"])
     text = render(planned)
-    assert "355,234,006,336" in text and "recomputed" in text and max(map(len, text.splitlines())) <= 120
+    assert (
+        "355,234,006,336" in text
+        and "recomputed" in text
+        and max(map(len, text.splitlines())) <= 120
+    )
 
 
 def test_small_run_fits_one_device():
     """A toy fits one device with its activations kept, and has no traffic."""
-    planned = plan(small_run(ModelConfig(64, 32, 2, 1, 1, 4, 2, 16, n_routed_experts=4, num_experts_per_tok=2)))
+    planned = plan(
+        small_run(ModelConfig(64, 32, 2, 1, 1, 4, 2, 16, n_routed_experts=4, num_experts_per_tok=2))
+    )
     assert not planned["placement"]["recompute"] and not any(planned["traffic"].values())
 
 
 def test_what_cannot_fit_is_refused_with_the_remedy():
     """One line says what is missing, and the number of GPUs it names does fit."""
-    with pytest.raises(ValueError, match=r"^glm45_355b on --gpus 64 needs .*; use --gpus \d+$") as refusal:
+    with pytest.raises(
+        ValueError, match=r"^glm45_355b on --gpus 64 needs .*; use --gpus \d+$"
+    ) as refusal:
         plan(GLM45, gpus=64)
     assert plan(GLM45, gpus=int(str(refusal.value).split()[-1]))
     with pytest.raises(ValueError, match="lower --optimizer"):
@@ -270,7 +322,14 @@ def test_what_cannot_fit_is_refused_with_the_remedy():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"gpus": 0}, {"gpu_memory_gib": -1}, {"peak_flops": 0}, {"utilisation": 0}, {"utilisation": 45}]
+    "bad",
+    [
+        {"gpus": 0},
+        {"gpu_memory_gib": -1},
+        {"peak_flops": 0},
+        {"utilisation": 0},
+        {"utilisation": 45},
+    ],
 )
 def test_impossible_numbers_are_one_line(bad):
     """The line names the number."""
@@ -284,7 +343,13 @@ def test_mini_is_an_eighth_of_glm_in_each_width_and_fits_on_one_gpu():
     mini, full = run.model, GLM45.model
     for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size"):
         assert 8 * getattr(mini, name) == getattr(full, name)
-    for name in ("head_dim", "n_routed_experts", "num_experts_per_tok", "use_qk_norm", "n_shared_experts"):
+    for name in (
+        "head_dim",
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "use_qk_norm",
+        "n_shared_experts",
+    ):
         assert getattr(mini, name) == getattr(full, name)
     assert 8 * mini.moe_intermediate_size == full.moe_intermediate_size
     with torch.device("meta"):
@@ -293,5 +358,7 @@ def test_mini_is_an_eighth_of_glm_in_each_width_and_fits_on_one_gpu():
     buffers = (mini.num_hidden_layers - mini.first_k_dense_replace + 1) * mini.n_routed_experts
     assert built + buffers == found["parameters"]["total_with_mtp"] and 0.3e9 < built < 1e9
     assert (
-        found["placement"]["recompute"] and found["memory"]["total"] < found["memory"]["usable"] and found["days"] < 1
+        found["placement"]["recompute"]
+        and found["memory"]["total"] < found["memory"]["usable"]
+        and found["days"] < 1
     )

@@ -9,11 +9,12 @@ from helpers.nano_run import CONFIG, OVERRIDES, complete
 from helpers.released import tensors
 
 from minglm.__main__ import main
-from minglm.config.run import load_config, to_dict
+from minglm.config import load_config
+from minglm.config.run import to_dict
 from minglm.data.tokenizer import Tokenizer
 from minglm.model.glm import GLM
 from minglm.model.hf.files import INDEX
-from minglm.recipe.convert import load_run
+from minglm.recipe.load import load_run
 from minglm.train.checkpoint import Checkpoints
 
 
@@ -23,9 +24,13 @@ def run(tmp_path):
     config = load_config(CONFIG)
     model = GLM(config.model, seed=3)
     tokenizer = Tokenizer.train(["a sum of sums, 1 + 2 = 3\n"] * 3, config.model.vocab_size)
-    Checkpoints(tmp_path / "run" / "checkpoints" / "long_agent").save({"model": model.state_dict()}, final=True)
+    Checkpoints(tmp_path / "run" / "checkpoints" / "long_agent").save(
+        {"model": model.state_dict()}, final=True
+    )
     tokenizer.save(tmp_path / "run" / "data" / "tokenizer.json")
-    (tmp_path / "run" / "config.json").write_text(json.dumps({"hash": config.hash(), "config": to_dict(config)}))
+    (tmp_path / "run" / "config.json").write_text(
+        json.dumps({"hash": config.hash(), "config": to_dict(config)})
+    )
     return tmp_path / "run"
 
 
@@ -41,20 +46,32 @@ def test_an_exported_run_is_a_model_for_everybody(run, tmp_path, capsys):
     folder = tmp_path / "released"
     assert "stage long_agent" in output(capsys, "export", run, folder)
     model, tokenizer, config, _ = load_run(run)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, experts_implementation="eager"
+    ).eval()
     words = transformers.AutoTokenizer.from_pretrained(folder)
     ids = tokenizer.encode("a sum of 1 + 2")
     assert words.encode("a sum of 1 + 2") == ids
-    assert theirs.config.eos_token_id == list(tokenizer.stop_ids) == theirs.generation_config.eos_token_id
+    assert (
+        theirs.config.eos_token_id
+        == list(tokenizer.stop_ids)
+        == theirs.generation_config.eos_token_id
+    )
     tokens_BS = torch.tensor([ids])
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens_BS).logits, model(tokens_BS), atol=1e-5, rtol=1e-4)
     again, same, settings, stage = load_run(folder)
-    assert stage == "released" and settings.model == config.model and same.special == tokenizer.special
+    assert (
+        stage == "released" and settings.model == config.model and same.special == tokenizer.special
+    )
     assert torch.equal(again(tokens_BS), model(tokens_BS))
-    values = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 160}  # short answers
+    values = json.loads((folder / "config.json").read_text()) | {
+        "max_position_embeddings": 160
+    }  # short answers
     (folder / "config.json").write_text(json.dumps(values))
-    line = output(capsys, "eval", folder, "--problems", 1, "--samples", 1, "--task", "instructions", "--json")
+    line = output(
+        capsys, "eval", folder, "--problems", 1, "--samples", 1, "--task", "instructions", "--json"
+    )
     assert json.loads(line.splitlines()[0])["stage"] == "released"
 
 
@@ -66,21 +83,29 @@ def test_import_is_the_inverse_of_export(run, tmp_path, capsys):
     (first / "config.json").write_text(json.dumps(values))
     (first / "chat_template.jinja").write_text("{{ messages }}")
     tokenizer = ["--data.tokenizer", first / "tokenizer.json"]
-    assert "go on with: python -m minglm run" in output(capsys, "import", CONFIG, first, "--out", again, *tokenizer)
+    assert "go on with: python -m minglm run" in output(
+        capsys, "import", CONFIG, first, "--out", again, *tokenizer
+    )
     trained = torch.load(again / "checkpoints" / "long_agent" / "final.pt")["model"]
     original = torch.load(run / "checkpoints" / "long_agent" / "final.pt")["model"]
     for name, tensor in original.items():
         rounded = tensor if "e_score" in name else tensor.bfloat16().float()
         assert trained[name].dtype == torch.float32 and torch.equal(trained[name], rounded), name
     (again / "data").mkdir()
-    (again / "data" / "tokenizer.json").write_bytes((first / "tokenizer.json").read_bytes())  # as `run` would
+    (again / "data" / "tokenizer.json").write_bytes(
+        (first / "tokenizer.json").read_bytes()
+    )  # as `run` would
     output(capsys, "export", again, second)
     found, wanted = tensors(second), tensors(first)
     assert all(found[n].dtype == t.dtype and torch.equal(found[n], t) for n, t in wanted.items())
     assert {path.name for path in first.iterdir()} == {path.name for path in second.iterdir()}
     for name in ("config.json", INDEX, "chat_template.jinja", "generation_config.json"):
         kept = [(folder / name).read_text() for folder in (first, second)]
-        assert kept[0] == kept[1] if name.endswith("jinja") else json.loads(kept[0]) == json.loads(kept[1]), name
+        assert (
+            kept[0] == kept[1]
+            if name.endswith("jinja")
+            else json.loads(kept[0]) == json.loads(kept[1])
+        ), name
 
 
 def test_a_released_checkpoint_changes_its_dtype(run, tmp_path, capsys):
@@ -89,14 +114,24 @@ def test_a_released_checkpoint_changes_its_dtype(run, tmp_path, capsys):
     output(capsys, "export", tmp_path / "a", tmp_path / "b", "--dtype", "fp8")
     held = tensors(tmp_path / "b")
     assert any(t.dtype == torch.float8_e4m3fn for t in held.values())
-    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
+    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (
+        tmp_path / "b" / "tokenizer.json"
+    ).read_bytes()
     assert GLM.from_pretrained(tmp_path / "b").dtype == torch.bfloat16
 
 
 WRONG = {
-    "other model": ((), ["--model.hidden_size", "80"], "has hidden_size = 48, nano 80; give --model.hidden_size 48"),
+    "other model": (
+        (),
+        ["--model.hidden_size", "80"],
+        "has hidden_size = 48, nano 80; give --model.hidden_size 48",
+    ),
     "tokenizer": ((), [], "give --data.tokenizer"),
-    "taken": (("config.json",), ["--data.tokenizer", "x"], "already holds a run; choose another --out"),
+    "taken": (
+        ("config.json",),
+        ["--data.tokenizer", "x"],
+        "already holds a run; choose another --out",
+    ),
 }
 
 
@@ -108,7 +143,9 @@ def test_an_import_that_cannot_be_is_one_line(what, run, tmp_path, capsys):
     for name in there:
         (tmp_path / "again").mkdir()
         (tmp_path / "again" / name).write_text("{}")
-    said = output(capsys, "import", CONFIG, tmp_path / "a", "--out", tmp_path / "again", *overrides, status=2)
+    said = output(
+        capsys, "import", CONFIG, tmp_path / "a", "--out", tmp_path / "again", *overrides, status=2
+    )
     assert message in said and said.count("\n") == 1
     assert not list((tmp_path / "again").rglob("*.pt"))
 
@@ -117,9 +154,15 @@ def test_mistakes_of_export_and_of_a_folder(run, tmp_path, capsys):
     """A folder in use, an unknown dtype or stage: one line, and the folder as it was."""
     output(capsys, "export", run, tmp_path / "a")
     assert "already holds a checkpoint" in output(capsys, "export", run, tmp_path / "a", status=2)
-    assert "dtype = 'int3'" in output(capsys, "export", run, tmp_path / "b", "--dtype", "int3", status=2)
-    assert "must be positive" in output(capsys, "export", run, tmp_path / "c", "--shard-gigabytes", "0", status=2)
-    assert "which has no stages" in output(capsys, "chat", tmp_path / "a", "--stage", "general", status=2)
+    assert "dtype = 'int3'" in output(
+        capsys, "export", run, tmp_path / "b", "--dtype", "int3", status=2
+    )
+    assert "must be positive" in output(
+        capsys, "export", run, tmp_path / "c", "--shard-gigabytes", "0", status=2
+    )
+    assert "which has no stages" in output(
+        capsys, "chat", tmp_path / "a", "--stage", "general", status=2
+    )
     (tmp_path / "a" / "tokenizer.json").unlink()
     assert "cannot read tokenizer" in output(capsys, "chat", tmp_path / "a", status=2)
 
@@ -129,11 +172,22 @@ def test_a_run_goes_on_from_an_import(run, tmp_path, capsys):
     """After an import the same command goes on with post-training: no earlier stage is run, the MTP layer is there."""
     output(capsys, "export", run, tmp_path / "a")
     tokenizer = ["--data.tokenizer", str(tmp_path / "a" / "tokenizer.json")]
-    output(capsys, "import", CONFIG, tmp_path / "a", "--out", tmp_path / "again", *OVERRIDES, *tokenizer)
+    output(
+        capsys,
+        "import",
+        CONFIG,
+        tmp_path / "a",
+        "--out",
+        tmp_path / "again",
+        *OVERRIDES,
+        *tokenizer,
+    )
     status, printed, said = complete(tmp_path / "again", *tokenizer, "--until", "reasoning.sft")
     assert status == 0, said
     stages = {path.parent.name for path in (tmp_path / "again").glob("checkpoints/*/final.pt")}
     assert stages == {"long_agent", "reasoning.sft"} and (tmp_path / "again" / "report.md").exists()
     output(capsys, "export", tmp_path / "again", tmp_path / "tuned")
     before, after = tensors(tmp_path / "a"), tensors(tmp_path / "tuned")
-    assert before.keys() == after.keys() and not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    assert before.keys() == after.keys() and not torch.equal(
+        before["lm_head.weight"], after["lm_head.weight"]
+    )

@@ -11,11 +11,22 @@ import time
 
 import pytest
 import torch
-from helpers.nano_run import CONFIG, OVERRIDES, complete, copied, finished, records, small, start, stop, weights
+from helpers.nano_run import (
+    CONFIG,
+    OVERRIDES,
+    complete,
+    copied,
+    finished,
+    records,
+    small,
+    start,
+    stop,
+    weights,
+)
 
 from minglm.__main__ import main
-from minglm.common.device import read_jsonl
-from minglm.config.run import load_config
+from minglm.common.files import read_jsonl
+from minglm.config import load_config
 from minglm.envs.pathology import CATALOGUE
 from minglm.recipe.run import Pipeline, first_step_only
 
@@ -36,22 +47,37 @@ def test_every_stage_is_in_the_log(finished):
     assert {r["stage"] for r in log if r["kind"] == "step"} == set(STAGES) - set(RL)
     assert {r["stage"] for r in log if r["kind"] == "rl"} == set(RL)
     for kind in ("bits_per_byte", "mtp_acceptance"):
-        assert [r["stage"] for r in log if r["kind"] == kind and r.get("source") != "prose"] == PRETRAINING
+        assert [
+            r["stage"] for r in log if r["kind"] == kind and r.get("source") != "prose"
+        ] == PRETRAINING
     for kind in ("needle", "bits_by_position"):  # after the stages whose rows are longer
         assert {r["stage"] for r in log if r["kind"] == kind} == {"repository", "long_agent"}
     scored = {(r["stage"], r["env"], r["thinking"]) for r in log if r["kind"] == "evaluation"}
     learned = ("arithmetic", "code", "retail", "instructions")
     for stage in ("unified", "general_rl", "pathology_rl"):
         assert {(stage, env, thinking) for env in learned for thinking in (True, False)} <= scored
-    for expert, environments in (("reasoning", learned[:2]), ("agent", learned[2:3]), ("chat", learned[3:])):
+    for expert, environments in (
+        ("reasoning", learned[:2]),
+        ("agent", learned[2:3]),
+        ("chat", learned[3:]),
+    ):
         for env in environments:
-            assert {("long_agent", env, True), (f"{expert}.sft", env, True), (f"{expert}.rl", env, True)} <= scored
+            assert {
+                ("long_agent", env, True),
+                (f"{expert}.sft", env, True),
+                (f"{expert}.rl", env, True),
+            } <= scored
     assert [(r["stage"], r["when"]) for r in log if r["kind"] == "pathology"] == [
         ("general_rl", "before"),
         ("pathology_rl", "after"),
     ]
     kinds = [r["kind"] for r in log]
-    assert kinds[0] == "data" and kinds[-1] == "end" and kinds.count("rejection") == 1 and "sample" in kinds
+    assert (
+        kinds[0] == "data"
+        and kinds[-1] == "end"
+        and kinds.count("rejection") == 1
+        and "sample" in kinds
+    )
 
 
 def test_steps_go_on_from_stage_to_stage(finished):
@@ -84,7 +110,9 @@ def test_the_folder_is_as_documented(finished):
     config = json.loads((finished / "config.json").read_text())
     assert config["hash"] == small().hash() and config["config"]["name"] == "nano"
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == sorted(STAGES)
-    assert {p.name for p in finished.rglob("*") if p.parent.parent.name == "checkpoints"} == {"final.pt"}
+    assert {p.name for p in finished.rglob("*") if p.parent.parent.name == "checkpoints"} == {
+        "final.pt"
+    }
     assert not list(finished.rglob("*.tmp"))
 
 
@@ -153,12 +181,18 @@ def test_ctrl_c_says_how_to_continue(killed):
     """Exit status 130, no traceback, and the command that continues."""
     out, errors = killed
     last = errors.strip().splitlines()[-1]
-    assert "saved" in last and f"python -m minglm run {CONFIG} --out {out}" in last and "Traceback" not in errors
+    assert (
+        "saved" in last
+        and f"python -m minglm run {CONFIG} --out {out}" in last
+        and "Traceback" not in errors
+    )
 
 
 def test_a_finished_run_that_is_started_again_changes_nothing(copied, capsys):
     """No stage is trained, and the log and the checkpoints stay as they are, byte for byte."""
-    before = {p: p.read_bytes() for p in [copied / "log.jsonl", *(copied / "checkpoints").rglob("*.pt")]}
+    before = {
+        p: p.read_bytes() for p in [copied / "log.jsonl", *(copied / "checkpoints").rglob("*.pt")]
+    }
     assert main(["run", CONFIG, "--out", str(copied), *OVERRIDES]) == 0
     assert "talk to it" in capsys.readouterr().out
     assert all(path.read_bytes() == data for path, data in before.items())
@@ -173,7 +207,9 @@ def one_line(capsys, words, status=2):
     return lines[0]
 
 
-@pytest.mark.parametrize("change", [["--seed", "7"], ["--stages.general.tokens", "13000"], ["--name", "other"]])
+@pytest.mark.parametrize(
+    "change", [["--seed", "7"], ["--stages.general.tokens", "13000"], ["--name", "other"]]
+)
 def test_a_folder_of_another_config_is_refused(finished, capsys, change):
     """One line that names the folder and the remedy; what is in the folder stays."""
     before = (finished / "log.jsonl").read_bytes()
@@ -182,7 +218,9 @@ def test_a_folder_of_another_config_is_refused(finished, capsys, change):
     assert (finished / "log.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("change", [["--threads", "2"], ["--checkpoint_seconds", "5"], ["--device", "cpu"]])
+@pytest.mark.parametrize(
+    "change", [["--threads", "2"], ["--checkpoint_seconds", "5"], ["--device", "cpu"]]
+)
 def test_how_it_is_computed_is_no_other_config(finished, change):
     """Threads, device and seconds between checkpoints may change from one start to the next."""
     found = json.loads((finished / "config.json").read_text())["hash"]
@@ -209,7 +247,10 @@ def test_an_unreadable_data_file_is_named_with_its_line(tmp_path, capsys, rows):
 
 def test_a_missing_data_file_is_named(tmp_path, capsys):
     """The path that does not exist stands in the line."""
-    line = one_line(capsys, ["run", CONFIG, "--out", tmp_path / "run", *OVERRIDES, "--data.files", "/no/such.txt"])
+    line = one_line(
+        capsys,
+        ["run", CONFIG, "--out", tmp_path / "run", *OVERRIDES, "--data.files", "/no/such.txt"],
+    )
     assert "/no/such.txt" in line
 
 
@@ -219,7 +260,10 @@ def test_a_source_that_is_not_there_is_refused_before_training(copied):
     stage = dataclasses.replace(run.stages.long_agent, mixture={"tasks:chess": 1.0})
     run = dataclasses.replace(run, stages=dataclasses.replace(run.stages, long_agent=stage))
     (copied / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"stages.long_agent.mixture names the source 'tasks:chess'; the corpus has"):
+    with pytest.raises(
+        ValueError,
+        match=r"stages.long_agent.mixture names the source 'tasks:chess'; the corpus has",
+    ):
         Pipeline(run, copied)
 
 
@@ -228,7 +272,10 @@ def test_a_full_disk_loses_nothing(tmp_path, finished):
     out = tmp_path / "run"
     largest = 700_000  # bytes of a file: the data fits, a checkpoint with its optimizer does not
     status, _, errors = complete(
-        out, "--until", "general", before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+        out,
+        "--until",
+        "general",
+        before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest)),
     )
     last = errors.replace("\r", "\n").strip().splitlines()[-1]
     assert status == 2 and "Traceback" not in errors, errors
@@ -239,7 +286,10 @@ def test_a_full_disk_loses_nothing(tmp_path, finished):
     a, b = weights(out, "general"), weights(finished, "general")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert records(out) == records(finished)[: len(records(out))]
-    assert f"continue with: python -m minglm run {CONFIG} --out {out} --stages" in printed and "--until" not in printed
+    assert (
+        f"continue with: python -m minglm run {CONFIG} --out {out} --stages" in printed
+        and "--until" not in printed
+    )
 
 
 def test_a_full_disk_under_the_log_is_one_line(copied, capsys, monkeypatch):
@@ -257,7 +307,9 @@ def unfinish(folder, *stages, partial=()):
     for stage in stages:
         path = folder / "checkpoints" / stage / "final.pt"
         if stage in partial:
-            torch.save({"log_position": (folder / "log.jsonl").stat().st_size}, path.parent / "partial.pt")
+            torch.save(
+                {"log_position": (folder / "log.jsonl").stat().st_size}, path.parent / "partial.pt"
+            )
         path.unlink()
 
 
@@ -269,8 +321,20 @@ def unfinish(folder, *stages, partial=()):
         (["chat.sft", "chat.rl"], [], "chat.rl", None, ["chat.rl"]),
         (["agent.sft", "chat.sft"], ["chat.sft"], None, None, ["chat.sft", "agent.sft"]),
         (["agent.sft", "chat.sft"], ["chat.sft"], "chat.sft", None, ["chat.sft"]),
-        (["agent.sft", "chat.sft"], ["chat.sft"], "agent.sft", None, "chat.sft was interrupted; finish it first"),
-        (["agent.sft", "chat.sft"], ["chat.sft"], None, "agent.sft", "chat.sft was interrupted; finish it first"),
+        (
+            ["agent.sft", "chat.sft"],
+            ["chat.sft"],
+            "agent.sft",
+            None,
+            "chat.sft was interrupted; finish it first",
+        ),
+        (
+            ["agent.sft", "chat.sft"],
+            ["chat.sft"],
+            None,
+            "agent.sft",
+            "chat.sft was interrupted; finish it first",
+        ),
         ([], [], "unified", None, []),
     ],
 )
@@ -298,7 +362,9 @@ def test_a_stage_needs_the_one_before(copied):
 def taught(copied, monkeypatch):
     """A function: the conversations that an SFT stage would train on, {environment: [(messages, tools, thinking)]}."""
     found = []
-    monkeypatch.setattr(Pipeline, "fine_tune", lambda self, stage, model, c, *_: found.append(c) or {"tokens": 0})
+    monkeypatch.setattr(
+        Pipeline, "fine_tune", lambda self, stage, model, c, *_: found.append(c) or {"tokens": 0}
+    )
 
     def conversations(name, run=None, method="cold_start"):
         (copied / "config.json").unlink()  # so that another config may use the folder
@@ -321,7 +387,12 @@ def test_the_unified_model_learns_both_modes(taught):
     """
     conversations = taught("unified", method="unify")
     assert set(conversations) == {"arithmetic", "code", "retail", "instructions", "provocation"}
-    clean = {reply for page in CATALOGUE.values() for _, replies in page.values() for reply in replies.values()}
+    clean = {
+        reply
+        for page in CATALOGUE.values()
+        for _, replies in page.values()
+        for reply in replies.values()
+    }
     spoilt = [messages[-1]["content"] not in clean for messages, *_ in conversations["provocation"]]
     assert len(spoilt) == 8 and 0 < sum(spoilt) < 8
     flat = [c for group in conversations.values() for c in group]
@@ -333,21 +404,35 @@ def test_the_unified_model_learns_both_modes(taught):
 def test_the_cold_start_thinks(taught):
     """Solutions of the oracle to training tasks, as many for each environment as the config says, all with thinking."""
     conversations = taught("reasoning.sft")
-    assert {name: len(group) for name, group in conversations.items()} == {"arithmetic": 8, "code": 8}
-    assert all(thinking and all(thoughts(messages)) for g in conversations.values() for messages, _, thinking in g)
+    assert {name: len(group) for name, group in conversations.items()} == {
+        "arithmetic": 8,
+        "code": 8,
+    }
+    assert all(
+        thinking and all(thoughts(messages))
+        for g in conversations.values()
+        for messages, _, thinking in g
+    )
 
 
 def test_a_terse_share_of_the_cold_start_stops_after_the_first_step(taught):
     """A quarter of each environment's solutions have the first step of their thought only; the answers stay."""
     run, whole = small(), taught("reasoning.sft")["arithmetic"]
     terse = dataclasses.replace(run.posttraining.reasoning, terse_share=0.25)
-    run = dataclasses.replace(run, posttraining=dataclasses.replace(run.posttraining, reasoning=terse))
+    run = dataclasses.replace(
+        run, posttraining=dataclasses.replace(run.posttraining, reasoning=terse)
+    )
     found = taught("reasoning.sft", run)["arithmetic"]
     changed = [pair for pair in zip(found, whole) if pair[0] != pair[1]]
     assert len(changed) == len(whole) // 4
     for (short, _, _), (full, _, _) in changed:
-        assert short == [first_step_only(message) for message in full] and thoughts(short) != thoughts(full)
-        assert thoughts(full)[0].startswith(thoughts(short)[0] + ";") and short[-1]["content"] == full[-1]["content"]
+        assert short == [first_step_only(message) for message in full] and thoughts(
+            short
+        ) != thoughts(full)
+        assert (
+            thoughts(full)[0].startswith(thoughts(short)[0] + ";")
+            and short[-1]["content"] == full[-1]["content"]
+        )
 
 
 def test_conversations_that_do_not_fit_are_left_out(copied):
@@ -357,5 +442,7 @@ def test_conversations_that_do_not_fit_are_left_out(copied):
     pipeline = Pipeline(run, copied, quiet=True)
     stage = next(stage for stage in pipeline.stages if stage.name == "reasoning.sft")
     messages = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
-    with pytest.raises(ValueError, match=r"reasoning\.sft: no conversation fits sequence_length = 4"):
+    with pytest.raises(
+        ValueError, match=r"reasoning\.sft: no conversation fits sequence_length = 4"
+    ):
         pipeline.fine_tune(stage, None, {"arithmetic": [(messages, (), False)]}, short, None)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from minglm.config.run import load_config
+from minglm.config import load_config
 from minglm.recipe import stages as agenda
 from minglm.train.stages import phases
 
@@ -19,7 +19,9 @@ def test_stages_come_in_the_papers_order_and_each_starts_from_one_before_it(run)
     stages = agenda.plan_stages(run)
     names = [stage.name for stage in stages]
     assert names[:5] == [name for name, _ in run.stages.items()]
-    assert [s.base for s in stages if s.name.endswith(".sft") or s.name == "unified"] == [names[4]] * 4
+    assert [s.base for s in stages if s.name.endswith(".sft") or s.name == "unified"] == [
+        names[4]
+    ] * 4
     for position, stage in enumerate(stages):
         assert stage.base is None if position == 0 else stage.base in names[:position]
     assert names[-1] == "pathology_rl"
@@ -40,18 +42,30 @@ def test_the_table_has_a_line_for_every_stage(run):
     _, heading, *lines = agenda.table(run, stages, 1e9).splitlines()
     assert {"tokens", "minutes", "length"} <= set(heading.split())
     for stage, line in zip(stages, lines, strict=True):
-        assert line.startswith(stage.name) and f"{stage.tokens:,}" in line and f"{stage.learning_rate:g}" in line
+        assert (
+            line.startswith(stage.name)
+            and f"{stage.tokens:,}" in line
+            and f"{stage.learning_rate:g}" in line
+        )
 
 
 @pytest.mark.parametrize("weight", [0.5, 1.0, 2.0])
 def test_experts_answer_in_proportion_to_tokens(weight):
     """Each environment brings about as many tokens, times its expert's `distilled`; the shortest gets all prompts."""
     post = load_config("configs/toy.py").posttraining
-    experts = {"agent": replace(post.agent, distilled=weight), "chat": replace(post.chat, distilled=1.0)}
+    experts = {
+        "agent": replace(post.agent, distilled=weight),
+        "chat": replace(post.chat, distilled=1.0),
+    }
     post = replace(post, **experts, prompts_per_environment=10_000)
     prompts = agenda.prompts_for(post)
     tokens = {name: count * agenda.conversation_tokens([name]) for name, count in prompts.items()}
-    assert max(prompts.values()) == 10_000 and set(prompts) == {"arithmetic", "code", "retail", "instructions"}
+    assert max(prompts.values()) == 10_000 and set(prompts) == {
+        "arithmetic",
+        "code",
+        "retail",
+        "instructions",
+    }
     whole = tokens["arithmetic"]
     assert tokens["retail"] == pytest.approx(weight * whole, rel=0.02)  # prompts are whole numbers
     assert all(tokens[name] == pytest.approx(whole, rel=0.02) for name in ("code", "instructions"))

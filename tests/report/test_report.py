@@ -11,7 +11,7 @@ from helpers.fake_log import fake_log
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minglm.config.run import ModelConfig, Run, StagesConfig
+from minglm.config import ModelConfig, Run, StagesConfig
 from minglm.report import card, curves, drawing
 
 LOG = fake_log()
@@ -24,7 +24,9 @@ def verdicts(records):
 
 def changed(keep=lambda r: True, **values):
     """The made-up log with `values` set in the evaluation or pathology records that `keep` chooses."""
-    return [{**r, **values} if r["kind"] in ("evaluation", "pathology") and keep(r) else r for r in LOG]
+    return [
+        {**r, **values} if r["kind"] in ("evaluation", "pathology") and keep(r) else r for r in LOG
+    ]
 
 
 def write_log(folder, records):
@@ -42,9 +44,13 @@ def test_claims_of_the_made_up_log_are_met():
 BROKEN = {
     "claim_gain": changed(lambda r: r["stage"] == "reasoning.rl", avg=0.5, low=0.49, high=0.51),
     "claim_kept": changed(lambda r: r["stage"] == "unified" and r["env"] == "retail", avg=0.6),
-    "claim_calls": changed(lambda r: r["stage"] == "pathology_rl" and r.get("env") == "retail", valid_calls=0.949),
+    "claim_calls": changed(
+        lambda r: r["stage"] == "pathology_rl" and r.get("env") == "retail", valid_calls=0.949
+    ),
     "claim_pathology": changed(lambda r: r.get("when") == "after", incidence={"any": 0.0841}),
-    "claim_switch": changed(lambda r: r["stage"] == "pathology_rl" and not r.get("thinking"), switch_ok=0.999),
+    "claim_switch": changed(
+        lambda r: r["stage"] == "pathology_rl" and not r.get("thinking"), switch_ok=0.999
+    ),
 }
 
 
@@ -56,7 +62,9 @@ def test_a_claim_fails_alone(name):
 
 def test_gain_needs_intervals_apart():
     """A gain of 29 points with overlapping intervals is not a gain that was shown."""
-    wide = changed(lambda r: r["stage"] == "reasoning.rl" and r["env"] == "arithmetic", low=0.40, high=0.99)
+    wide = changed(
+        lambda r: r["stage"] == "reasoning.rl" and r["env"] == "arithmetic", low=0.40, high=0.99
+    )
     assert verdicts(wide)["claim_gain"] == "not met"
 
 
@@ -70,8 +78,14 @@ def test_an_expert_that_knows_nothing_has_nothing_to_keep():
 def test_no_pathology_left_is_a_fall_and_none_before_is_not():
     """Division by zero is neither infinite praise nor a crash: from some to none is met, from none to none is not."""
     none = {"language_mixing": 0.0, "repetition": 0.0, "format": 0.0, "any": 0.0}
-    assert verdicts(changed(lambda r: r.get("when") == "after", incidence=none))["claim_pathology"] == "met"
-    assert verdicts(changed(lambda r: r["kind"] == "pathology", incidence=none))["claim_pathology"] == "not met"
+    assert (
+        verdicts(changed(lambda r: r.get("when") == "after", incidence=none))["claim_pathology"]
+        == "met"
+    )
+    assert (
+        verdicts(changed(lambda r: r["kind"] == "pathology", incidence=none))["claim_pathology"]
+        == "not met"
+    )
 
 
 def test_an_empty_log_claims_nothing():
@@ -115,7 +129,14 @@ def test_whole_report_and_redrawing_to_the_byte(tmp_path):
     for path in drawn:
         assert path.read_bytes() == (first / "figures" / path.name).read_bytes()
     text = (first / "report.md").read_text()
-    for word in ("abcdef012345", "2.13.0+cpu", "One seed", "MTP drafts accepted", "bits per byte", "13.5 minutes"):
+    for word in (
+        "abcdef012345",
+        "2.13.0+cpu",
+        "One seed",
+        "MTP drafts accepted",
+        "bits per byte",
+        "13.5 minutes",
+    ):
         assert word in text
 
 
@@ -140,7 +161,10 @@ def test_samples_stay_inside_their_fence(text):
     lines = shown.split("\n")
     fence = lines[2]
     assert set(fence) == {"`"}
-    assert [i for i, line in enumerate(lines) if line.startswith(fence)] == [2, 3 + text.count("\n") + 1]
+    assert [i for i, line in enumerate(lines) if line.startswith(fence)] == [
+        2,
+        3 + text.count("\n") + 1,
+    ]
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=50), st.floats(0.01, 0.5))
@@ -174,7 +198,9 @@ def test_labels_stand_apart_in_order(heights, least):
     placed = drawing.spread(heights, least)
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     gaps = [placed[b] - placed[a] for a, b in pairwise(order)]
-    assert all(gap > 0.9 * least for gap in gaps)  # pushing converges geometrically; a tenth of a gap is not seen
+    assert all(
+        gap > 0.9 * least for gap in gaps
+    )  # pushing converges geometrically; a tenth of a gap is not seen
     if all(heights[b] - heights[a] >= least for a, b in pairwise(order)):
         assert placed == heights
 
@@ -215,7 +241,9 @@ def test_the_stages_are_drawn_from_the_config(tmp_path):
 
 def test_every_row_has_a_cell_for_each_column():
     """No table of the whole report has a row longer or shorter than its header."""
-    tables = [block.split("\n") for block in card.markdown(LOG).split("\n\n") if block.startswith("|")]
+    tables = [
+        block.split("\n") for block in card.markdown(LOG).split("\n\n") if block.startswith("|")
+    ]
     assert len(tables) > 6
     for table in tables:
         widths = {len(re.sub(r"\\\|", "", line).split("|")) for line in table if line}

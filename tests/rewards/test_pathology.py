@@ -51,10 +51,16 @@ def test_contract_finds_the_broken_twin(broken):
 CLEAN = [
     ("en", "42"),
     ("en", "Yes."),
-    ("en", "2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97"),
+    (
+        "en",
+        "2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97",
+    ),
     ("en", "1. one\n2. two\n3. three\n4. four"),
     ("en", "| a | b |\n| --- | --- |\n| 1 | 2 |\n" + "-" * 100),
-    ("en", "```python\nfor i in range(3):\n        print('你好', '世界')\n```\nIt prints a greeting."),
+    (
+        "en",
+        "```python\nfor i in range(3):\n        print('你好', '世界')\n```\nIt prints a greeting.",
+    ),
     ("en", "Area is $\\pi r^2$, so α = 3 and Δx ≈ 0.5 m²."),
     ("en", "\n<think>3+4=7, 7+5=2</think>\n<|begin_of_box|>2<|end_of_box|>"),
     ("en", "\n<think></think>\n<tool_call>now\n</tool_call>"),
@@ -92,7 +98,11 @@ def test_broken_templates_are_found(text):
     assert broken_format(text)
 
 
-@given(piece=st.text(min_size=1, max_size=30), copies=st.integers(3, 400), language=st.sampled_from(["en", "zh", None]))
+@given(
+    piece=st.text(min_size=1, max_size=30),
+    copies=st.integers(3, 400),
+    language=st.sampled_from(["en", "zh", None]),
+)
 def test_any_text_is_judged(piece, copies, language):
     """No text whatever makes a detector fail, and shares are shares."""
     for text in (piece, piece * copies):
@@ -101,7 +111,10 @@ def test_any_text_is_judged(piece, copies, language):
         assert 0 <= language_mixing(text, "en") <= 1
 
 
-@given(words=st.lists(st.from_regex(r"[a-z]{1,9}", fullmatch=True), min_size=1, max_size=12), copies=st.integers(3, 30))
+@given(
+    words=st.lists(st.from_regex(r"[a-z]{1,9}", fullmatch=True), min_size=1, max_size=12),
+    copies=st.integers(3, 30),
+)
 def test_a_loop_covers_its_text(words, copies):
     """A text that is nothing but a loop is all repetition, whatever the piece."""
     assert repetition(" ".join(words * copies)) > 0.99
@@ -117,17 +130,27 @@ def test_sentences_that_return_without_touching_are_found():
     """Two sentences in ever different order have no adjacent copies, and few distinct 4-grams."""
     import random
 
-    pieces = random.Random(0).choices(["we go to the left side now.", "then we go to the right side."], k=60)
+    pieces = random.Random(0).choices(
+        ["we go to the left side now.", "then we go to the right side."], k=60
+    )
     assert detect(" ".join(pieces))["repetition"]
 
 
 def test_message_with_an_error_is_broken():
     """A parsed message speaks for itself, and `detect` believes it over the text."""
-    message = {"role": "assistant", "content": "fine", "reasoning_content": "", "tool_calls": [], "error": None}
+    message = {
+        "role": "assistant",
+        "content": "fine",
+        "reasoning_content": "",
+        "tool_calls": [],
+        "error": None,
+    }
     assert not broken_format(message)
     assert broken_format(message | {"error": "unknown tool"})
     assert broken_format(message | {"content": " "})
-    assert not broken_format(message | {"content": "", "tool_calls": [{"name": "f", "arguments": {}}]})
+    assert not broken_format(
+        message | {"content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    )
     assert broken_format(message | {"content": "a <tool_call>"})
     assert detect("fine", "en", message | {"error": "unknown tool"})["format"]
 
@@ -148,14 +171,22 @@ def test_unknown_language_is_one_line():
         language_mixing("bonjour", "fr")
 
 
-@given(name=st.sampled_from(sorted(ENVIRONMENTS)), index=st.integers(0, 10**6), thinking=st.booleans())
+@given(
+    name=st.sampled_from(sorted(ENVIRONMENTS)), index=st.integers(0, 10**6), thinking=st.booleans()
+)
 def test_demonstrations_in_the_template_are_clean(name, index, thinking):
     """What the oracles say, rendered by the template, raises no flag: the detectors and the template agree."""
     environment = ENVIRONMENTS[name]
     task = environment.task(index, seed=0)
     messages = environment.demonstrate(task, thinking=thinking)
-    text = "".join(piece.text for piece in segments(messages, list(task.tools), thinking, close=True))
-    turns = [turn for turn in re.split(r"<\|(?:user|observation|system)\|>", text) if "<|assistant|>" in turn]
+    text = "".join(
+        piece.text for piece in segments(messages, list(task.tools), thinking, close=True)
+    )
+    turns = [
+        turn
+        for turn in re.split(r"<\|(?:user|observation|system)\|>", text)
+        if "<|assistant|>" in turn
+    ]
     assert len(turns) == sum(message["role"] == "assistant" for message in messages)
     # provocations name the language of the reply; instructions may ask in one language for words of the other
     language = {"provocation": task.label, "instructions": None}.get(name, "en")

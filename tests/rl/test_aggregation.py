@@ -16,7 +16,9 @@ def test_contract_holds():
 
 def mean_per_piece(loss_BS, mask_BS, mode, denominator):
     """Ignores the batch's denominator: every micro-batch weighs the same."""
-    return aggregate(loss_BS, mask_BS, mode, 7 * mask_BS.any(1).sum() if mode == "constant" else None)
+    return aggregate(
+        loss_BS, mask_BS, mode, 7 * mask_BS.any(1).sum() if mode == "constant" else None
+    )
 
 
 def product_with_mask(loss_BS, mask_BS, mode, denominator):
@@ -54,8 +56,12 @@ def test_modes_agree_on_equal_lengths(seed, shape):
     """Where every sample has the same number of tokens, the three modes are the same mean."""
     loss_BS = torch.randn(shape, generator=numbers(seed))
     mask_BS = torch.ones(shape, dtype=torch.bool)
-    values = [aggregate(loss_BS, mask_BS, mode, denominator(mask_BS, mode, shape[1])) for mode in MODES]
-    torch.testing.assert_close(values[1:], values[:1] * 2, atol=1e-5, rtol=0)  # float32, another order of summation
+    values = [
+        aggregate(loss_BS, mask_BS, mode, denominator(mask_BS, mode, shape[1])) for mode in MODES
+    ]
+    torch.testing.assert_close(
+        values[1:], values[:1] * 2, atol=1e-5, rtol=0
+    )  # float32, another order of summation
 
 
 @given(seed=seeds, shape=shapes, mode=st.sampled_from(MODES), rows=st.integers(1, 3))
@@ -65,9 +71,14 @@ def test_padding_rows_do_not_count(seed, shape, mode, rows):
     mask_BS = torch.rand(shape, generator=numbers(seed + 1)) < 0.5
     longer_BS = torch.cat([mask_BS, torch.zeros(rows, shape[1], dtype=torch.bool)])
     padded = aggregate(
-        torch.cat([loss_BS, loss_BS.new_ones(rows, shape[1])]), longer_BS, mode, denominator(longer_BS, mode, 9)
+        torch.cat([loss_BS, loss_BS.new_ones(rows, shape[1])]),
+        longer_BS,
+        mode,
+        denominator(longer_BS, mode, 9),
     )
-    torch.testing.assert_close(padded, aggregate(loss_BS, mask_BS, mode, denominator(mask_BS, mode, 9)))
+    torch.testing.assert_close(
+        padded, aggregate(loss_BS, mask_BS, mode, denominator(mask_BS, mode, 9))
+    )
 
 
 def test_user_mistakes_are_one_line():

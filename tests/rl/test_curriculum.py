@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.rl.curriculum import PassRate, avg_at_k, interval, measure, pass_at_k, tiers_from_pass_rates
+from minglm.common.statistics import avg_at_k, interval, pass_at_k
+from minglm.rl.curriculum import PassRate, measure, tiers_from_pass_rates
 from minglm.testing.rl import check_pass_at_k
 
 
@@ -37,7 +38,11 @@ def test_pass_at_k_grows_with_k(n, c):
     """More draws never hurt; one draw is the pass rate; all draws are certain as soon as one is right."""
     c = min(c, n)
     values = [pass_at_k(n, c, k) for k in range(1, n + 1)]
-    assert values == sorted(values) and values[0] == pytest.approx(c / n) and values[-1] == float(c > 0)
+    assert (
+        values == sorted(values)
+        and values[0] == pytest.approx(c / n)
+        and values[-1] == float(c > 0)
+    )
 
 
 def test_impossible_counts_are_one_line():
@@ -48,7 +53,9 @@ def test_impossible_counts_are_one_line():
         pass_at_k(4, 2, 8)
 
 
-counts = st.integers(1, 512).flatmap(lambda n: st.integers(0, n).flatmap(lambda c: st.tuples(st.just(n), st.just(c))))
+counts = st.integers(1, 512).flatmap(
+    lambda n: st.integers(0, n).flatmap(lambda c: st.tuples(st.just(n), st.just(c)))
+)
 
 
 @given(seen=st.lists(counts, max_size=30), literal=st.booleans())
@@ -88,7 +95,9 @@ def test_measure_spends_512_answers_only_on_failures(rate, seed):
 def test_interval_holds_the_mean(values):
     """The interval lies in [0, 1], contains avg@k, and never collapses to a point."""
     low, high = interval(values)
-    assert 0 <= low <= avg_at_k(values) + 1e-9 and avg_at_k(values) - 1e-9 <= high <= 1 and low < high
+    assert (
+        0 <= low <= avg_at_k(values) + 1e-9 and avg_at_k(values) - 1e-9 <= high <= 1 and low < high
+    )
 
 
 @given(right=st.integers(0, 40), wrong=st.integers(1, 40))

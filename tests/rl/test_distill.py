@@ -7,15 +7,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.rl.distill import Sample, correct, drop_shortest, obeys_protocol, reject, rewarded, well_formed
+from minglm.rl.distill import (
+    Sample,
+    correct,
+    drop_shortest,
+    obeys_protocol,
+    reject,
+    rewarded,
+    well_formed,
+)
 
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
 RESULT = {"role": "tool", "content": "1"}
 REPLY = {"role": "assistant", "content": "done"}
 USER = {"role": "user", "content": "go"}
 
-texts = st.sampled_from(["fine", "", "<think>open", "again and " * 30, "\n<think>yes</think>\nGood answer."])
-conversations = st.sampled_from([(), (USER, REPLY), (USER, CALL, RESULT, REPLY), (USER, CALL, REPLY), (USER, RESULT)])
+texts = st.sampled_from(
+    ["fine", "", "<think>open", "again and " * 30, "\n<think>yes</think>\nGood answer."]
+)
+conversations = st.sampled_from(
+    [(), (USER, REPLY), (USER, CALL, RESULT, REPLY), (USER, CALL, REPLY), (USER, RESULT)]
+)
 samples = st.lists(
     st.builds(
         Sample,
@@ -49,7 +61,9 @@ def test_filters_commute_and_recheck(drawn):
         assert rest == kept
     assert reject(kept, FILTERS)[0] == kept
     assert report["samples"] == len(drawn) and report["kept"] == len(kept)
-    assert report["rejected"] == {name: sum(not keep(s) for s in drawn) for name, keep in FILTERS.items()}
+    assert report["rejected"] == {
+        name: sum(not keep(s) for s in drawn) for name, keep in FILTERS.items()
+    }
 
 
 def test_commutation_test_would_find_a_filter_with_memory():
@@ -87,7 +101,9 @@ def test_commutation_test_would_find_a_filter_with_memory():
 )
 def test_each_fault_meets_its_filter(change, failed):
     """One fault, one filter; an act that ends the episode needs no answer."""
-    sample = Sample(**({"prompt": "a", "text": "A fine answer.", "score": 1.0, "n_tokens": 20} | change))
+    sample = Sample(
+        **({"prompt": "a", "text": "A fine answer.", "score": 1.0, "n_tokens": 20} | change)
+    )
     assert [name for name, keep in FILTERS.items() if not keep(sample)] == failed
 
 
@@ -99,7 +115,9 @@ def test_length_rule_drops_exactly_its_share(drawn, percent):
     assert len(prompts) - len(staying) == percent * len(prompts) // 100
     assert kept == [s for s in drawn if s.prompt in staying]
     length = {p: fmean(s.n_tokens for s in drawn if s.prompt == p) for p in prompts}
-    assert max((length[p] for p in prompts - staying), default=0) <= min((length[p] for p in staying), default=50)
+    assert max((length[p] for p in prompts - staying), default=0) <= min(
+        (length[p] for p in staying), default=50
+    )
 
 
 def test_share_outside_the_unit_interval_is_one_line():

@@ -30,12 +30,16 @@ def global_mean(rewards_PG, normalize_std, valid_PG):
 
 def counts_failures(rewards_PG, normalize_std, valid_PG):
     """Lets infrastructure failures into the statistics as zeros."""
-    return torch.where(valid_PG, advantages(torch.where(valid_PG, rewards_PG, 0.0), normalize_std), 0.0)
+    return torch.where(
+        valid_PG, advantages(torch.where(valid_PG, rewards_PG, 0.0), normalize_std), 0.0
+    )
 
 
 def divides_noise(rewards_PG, normalize_std, valid_PG):
     """Divides by the deviation plus a tiny epsilon without asking whether anything differs."""
-    centred_PG = torch.where(valid_PG, rewards_PG - (rewards_PG * valid_PG).sum(1, True) / valid_PG.sum(1, True), 0.0)
+    centred_PG = torch.where(
+        valid_PG, rewards_PG - (rewards_PG * valid_PG).sum(1, True) / valid_PG.sum(1, True), 0.0
+    )
     return centred_PG / (centred_PG.std(1, keepdim=True, correction=0) + 1e-12)
 
 
@@ -48,9 +52,9 @@ def test_contract_finds_broken_advantages(broken):
 
 def wrong_side(logprobs_BS, behaviour_BS, advantages_B, low, high, mask_BS):
     """Takes the larger of the two objectives: the clip holds the policy where it should let it return."""
-    return policy_loss(logprobs_BS, behaviour_BS, -advantages_B, low, high, mask_BS)[0] * -1, policy_loss(
-        logprobs_BS, behaviour_BS, advantages_B, low, high, mask_BS
-    )[1]
+    return policy_loss(logprobs_BS, behaviour_BS, -advantages_B, low, high, mask_BS)[
+        0
+    ] * -1, policy_loss(logprobs_BS, behaviour_BS, advantages_B, low, high, mask_BS)[1]
 
 
 def no_clip(logprobs_BS, behaviour_BS, advantages_B, low, high, mask_BS):
@@ -81,7 +85,11 @@ def test_contract_finds_broken_policy_loss(broken):
         check_policy_loss(broken)
 
 
-@given(seed=seeds, shape=st.tuples(st.integers(1, 5), st.integers(1, 6)), level=st.floats(0, 1, width=32))
+@given(
+    seed=seeds,
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 6)),
+    level=st.floats(0, 1, width=32),
+)
 def test_live_groups_are_those_with_an_advantage(seed, shape, level):
     """A group is live exactly when it has a non-zero advantage; NaN rewards of failed samples are not looked at."""
     rewards_PG = torch.where(torch.rand(shape, generator=numbers(seed)) < 0.3, 1.0, level)
@@ -107,10 +115,14 @@ def test_expected_group_gradient_is_the_policy_gradient(seed, arms, samples):
         logprobs_B1 = logprobs_V[chosen_B][:, None]
         advantages_B = advantages(rewards_V[chosen_B][None], normalize_std=False)[0]
         loss_B1, _ = policy_loss(logprobs_B1, logprobs_B1.detach(), advantages_B, 0.2, 0.2)
-        expected += logprobs_B1.detach().sum().exp() * aggregate(loss_B1, torch.ones_like(loss_B1).bool(), "token")
+        expected += logprobs_B1.detach().sum().exp() * aggregate(
+            loss_B1, torch.ones_like(loss_B1).bool(), "token"
+        )
     (found_V,) = torch.autograd.grad(expected, scores_V, retain_graph=True)
     (true_V,) = torch.autograd.grad(-(rewards_V * logprobs_V.exp()).sum(), scores_V)
-    torch.testing.assert_close(found_V, true_V * (samples - 1) / samples, atol=1e-5, rtol=1e-4)  # sum of 256 float32
+    torch.testing.assert_close(
+        found_V, true_V * (samples - 1) / samples, atol=1e-5, rtol=1e-4
+    )  # sum of 256 float32
 
 
 @given(seed=seeds, shape=shapes)
@@ -119,7 +131,9 @@ def test_mute_batch_leaves_no_gradient(seed, shape):
     rewards_PG = torch.full((shape[0], 4), 0.1)
     logprobs_BS = -torch.rand(shape[0] * 4, shape[1], generator=numbers(seed))
     logprobs_BS.requires_grad_()
-    loss_BS, _ = policy_loss(logprobs_BS, logprobs_BS.detach() - 0.1, advantages(rewards_PG).flatten(), 0.2, 0.2)
+    loss_BS, _ = policy_loss(
+        logprobs_BS, logprobs_BS.detach() - 0.1, advantages(rewards_PG).flatten(), 0.2, 0.2
+    )
     aggregate(loss_BS, torch.ones_like(loss_BS).bool(), "sequence").backward()
     assert not live_groups(rewards_PG).any() and not logprobs_BS.grad.any()
 
@@ -140,10 +154,18 @@ def test_truncated_importance_sampling_bounds_the_weight(seed, shape, cap):
 def test_later_updates_clip_against_the_trainer(seed, shape):
     """With a cap and the proximal log-probabilities the clip counts from them, not from the rollout's."""
     proximal_BS = -torch.rand(shape, generator=numbers(seed))
-    behaviour_BS = proximal_BS - 1.0  # the rollout thought these tokens far less likely: weight e, cut to 2
+    behaviour_BS = (
+        proximal_BS - 1.0
+    )  # the rollout thought these tokens far less likely: weight e, cut to 2
     logprobs_BS = (proximal_BS + 0.1).requires_grad_()
     loss_BS, _ = policy_loss(
-        logprobs_BS, behaviour_BS, torch.ones(shape[0]), 0.2, 0.2, tis_cap=2.0, proximal_BS=proximal_BS
+        logprobs_BS,
+        behaviour_BS,
+        torch.ones(shape[0]),
+        0.2,
+        0.2,
+        tis_cap=2.0,
+        proximal_BS=proximal_BS,
     )
     torch.testing.assert_close(
         loss_BS, torch.full(shape, -2 * 1.1051709), atol=1e-5, rtol=0

@@ -12,8 +12,9 @@ from helpers.scripted import Scripted, byte_tokenizer, said
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minglm.common.device import Log, read_jsonl
-from minglm.config.run import OptimizerConfig, RLConfig
+from minglm.common.files import read_jsonl
+from minglm.common.log import Log
+from minglm.config import OptimizerConfig, RLConfig
 from minglm.envs import ENVIRONMENTS
 from minglm.envs.base import Environment, Score, Task, assistant, user
 from minglm.inference import Engine
@@ -21,8 +22,9 @@ from minglm.model.glm import GLM, Output
 from minglm.optim.muon import Muon
 from minglm.parallel.replicas import Replicas
 from minglm.rl import trainer
+from minglm.rl.loop import draw_tasks, reinforce, summarize
 from minglm.rl.rollout import Segment, Trajectory, rollout
-from minglm.rl.trainer import collate, draw_tasks, learn, reinforce, sampled_log_probabilities, summarize, update
+from minglm.rl.trainer import collate, learn, sampled_log_probabilities, update
 from minglm.testing.model import tiny_model
 from minglm.testing.rl import numbers, seeds
 from minglm.train.checkpoint import Checkpoints, Interrupted
@@ -47,7 +49,10 @@ def drawn_groups(seed, rewards, status="ok"):
     for p, row in enumerate(rewards):
         groups.append([])
         for g, reward in enumerate(row):
-            segments = [drawn_segment(seed + 1000 * p + 100 * g + 10 * i) for i in range(1 + (seed + p + g) % 3)]
+            segments = [
+                drawn_segment(seed + 1000 * p + 100 * g + 10 * i)
+                for i in range(1 + (seed + p + g) % 3)
+            ]
             score = Score(0.0, "infrastructure") if reward is None else Score(reward, status)
             groups[-1].append(Trajectory(TASK, True, [], segments, ["a<|user|>"], score))
     return groups
@@ -59,7 +64,9 @@ def recorded(model, segments, temperature=1.0):
     for s in segments:
         tokens_BS, mask_BS, _, documents_BS = collate([s], 0)
         with torch.no_grad():
-            logprobs_BS, _ = sampled_log_probabilities(model, tokens_BS, mask_BS, documents_BS, temperature)
+            logprobs_BS, _ = sampled_log_probabilities(
+                model, tokens_BS, mask_BS, documents_BS, temperature
+            )
         found.append(Segment(s.tokens, s.mask, logprobs_BS[0].tolist()))
     return found
 
@@ -74,7 +81,9 @@ class Looks(torch.optim.SGD):
     def step(self):
         """Copy the gradients; zeros where there is none."""
         named = self.model.named_parameters()
-        self.seen.append({n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named})
+        self.seen.append(
+            {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named}
+        )
 
 
 def gradients(model, pairs, config=CONFIG, clip_norm=1e9, threads=1):
@@ -99,9 +108,14 @@ def same(a, b):
 @given(seed=seeds, temperature=st.sampled_from([0.5, 1.0, 1.7]))
 def test_log_probabilities_are_those_of_a_forward_pass(seed, temperature):
     """At sampled tokens log softmax of logits over temperature, alone and unpadded; 0 elsewhere; entropy as a sum."""
-    model, segments = tiny_model(seed), [drawn_segment(seed + 10 * i, sampled=i > 0) for i in range(4)]
+    model, segments = (
+        tiny_model(seed),
+        [drawn_segment(seed + 10 * i, sampled=i > 0) for i in range(4)],
+    )
     tokens_BS, mask_BS, _, documents_BS = collate(segments, pad=7)
-    found_BS, entropy = sampled_log_probabilities(model, tokens_BS, mask_BS, documents_BS, temperature)
+    found_BS, entropy = sampled_log_probabilities(
+        model, tokens_BS, mask_BS, documents_BS, temperature
+    )
     total = 0.0
     for b, s in enumerate(segments):
         with torch.no_grad():
@@ -109,7 +123,9 @@ def test_log_probabilities_are_those_of_a_forward_pass(seed, temperature):
         for at in range(tokens_BS.shape[1]):
             sampled = at < len(s.tokens) and s.mask[at]
             expected = logp_SV[at - 1, s.tokens[at]].item() if sampled else 0.0
-            assert found_BS[b, at].item() == pytest.approx(expected, abs=1e-4)  # float32, padded rows sum otherwise
+            assert found_BS[b, at].item() == pytest.approx(
+                expected, abs=1e-4
+            )  # float32, padded rows sum otherwise
             total += -(logp_SV[at - 1].exp() * logp_SV[at - 1]).sum().item() if sampled else 0.0
     assert entropy.item() == pytest.approx(total, rel=1e-4, abs=1e-4)
 
@@ -163,7 +179,9 @@ def test_neither_micro_batches_nor_threads_change_a_gradient(seed, size, threads
         patch.setattr(trainer, "MICROBATCH_TOKENS", size)
         cut, other = gradients(model, pairs, config, threads=threads)
     for name in whole:  # float32 sums of up to 84 tokens in another order; ratios of up to e^3
-        torch.testing.assert_close(whole[name], cut[name], atol=1e-4 * max(1, whole[name].abs().max()), rtol=1e-3)
+        torch.testing.assert_close(
+            whole[name], cut[name], atol=1e-4 * max(1, whole[name].abs().max()), rtol=1e-3
+        )
     assert metrics == pytest.approx(other, rel=1e-3, abs=1e-4)
 
 
@@ -171,7 +189,10 @@ def test_neither_micro_batches_nor_threads_change_a_gradient(seed, size, threads
 @given(seed=seeds, temperature=st.sampled_from([0.7, 1.0]))
 def test_on_policy_the_ratio_is_one(seed, temperature):
     """Just sampled and not yet trained: ratio 1, nothing clipped, divergence 0, whatever engine recorded it."""
-    model, tokenizer = tiny_model(seed, vocab_size=292, max_position_embeddings=512), byte_tokenizer()
+    model, tokenizer = (
+        tiny_model(seed, vocab_size=292, max_position_embeddings=512),
+        byte_tokenizer(),
+    )
     config = dataclasses.replace(CONFIG, temperature=temperature)
     tasks = ENVIRONMENTS["arithmetic"].tasks(2, seed)
     groups = rollout(Engine(model, tokenizer), tokenizer, ENVIRONMENTS, tasks, 3, config, seed=seed)
@@ -201,7 +222,9 @@ def test_on_policy_the_gradient_is_reinforce(seed):
     loss = 0.0
     for s, advantage in pairs:
         logp_SV = model(torch.tensor([s.tokens]))[0].log_softmax(-1)
-        loss -= sum(advantage * logp_SV[i - 1, s.tokens[i]] for i, m in enumerate(s.mask) if m) / count
+        loss -= (
+            sum(advantage * logp_SV[i - 1, s.tokens[i]] for i, m in enumerate(s.mask) if m) / count
+        )
     loss.backward()
     for name, p in model.named_parameters():
         expected = torch.zeros_like(p) if p.grad is None else p.grad
@@ -220,8 +243,12 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights():
     """A bad step is logged and left out."""
     model = tiny_model(1)
     before = weights(model)
-    handle = model.model.norm.register_forward_hook(lambda module, inputs, output: output * float("inf"))
-    metrics = update(model, muon(model), [(drawn_segment(1), 1.0), (drawn_segment(2), -1.0)], CONFIG, 0)
+    handle = model.model.norm.register_forward_hook(
+        lambda module, inputs, output: output * float("inf")
+    )
+    metrics = update(
+        model, muon(model), [(drawn_segment(1), 1.0), (drawn_segment(2), -1.0)], CONFIG, 0
+    )
     handle.remove()
     assert not math.isfinite(metrics["grad_norm"]) and same(before, weights(model))
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
@@ -251,8 +278,12 @@ def test_groups_without_variance_teach_nothing(name):
     before, optimizer = weights(model), muon(model)
     metrics = learn(model, optimizer, drawn_groups(1, rewards), CONFIG, 0, step=9)
     assert metrics["skipped"] == skipped and same(before, weights(model)) == skipped
-    memory = [value for state in optimizer.state_dict()["state"].values() for value in state.values()]
-    assert any(torch.as_tensor(value).any() for value in memory) != skipped, "nor does the optimizer's memory"
+    memory = [
+        value for state in optimizer.state_dict()["state"].values() for value in state.values()
+    ]
+    assert any(torch.as_tensor(value).any() for value in memory) != skipped, (
+        "nor does the optimizer's memory"
+    )
     live = sum(len({r for r in row if r is not None}) > 1 for row in rewards)
     assert metrics["live_groups"] == pytest.approx(live / len(rewards), abs=1e-4)
 
@@ -269,7 +300,9 @@ def test_mute_groups_are_as_if_they_had_not_been(seed, normalize):
         metrics = learn(model, muon(model), chosen, config, 0, step=9)
         found.append(weights(model))
     assert same(*found)
-    assert metrics["trained_tokens"] == sum(len(s.tokens) for group in chosen for t in group for s in t.segments)
+    assert metrics["trained_tokens"] == sum(
+        len(s.tokens) for group in chosen for t in group for s in t.segments
+    )
 
 
 @settings(max_examples=8)
@@ -292,7 +325,9 @@ def test_the_learning_rate_warms_up_over_five_steps():
         model = tiny_model(1)
         optimizer = muon(model)
         learn(model, optimizer, drawn_groups(1, [[0, 1], [1, 0]]), CONFIG, 0, step)
-        assert all(group["lr"] == pytest.approx(share * CONFIG.peak_lr) for group in optimizer.param_groups)
+        assert all(
+            group["lr"] == pytest.approx(share * CONFIG.peak_lr) for group in optimizer.param_groups
+        )
 
 
 @pytest.mark.parametrize("updates", [1, 2, 3, 99])
@@ -302,7 +337,14 @@ def test_a_rollout_can_serve_several_updates(updates):
     segments = sum(len(t.segments) for group in groups for t in group)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "update", lambda *a, replicas: calls.append(a[2]) or {})
-        learn(model, muon(model), groups, dataclasses.replace(CONFIG, updates_per_rollout=updates), 0, 9)
+        learn(
+            model,
+            muon(model),
+            groups,
+            dataclasses.replace(CONFIG, updates_per_rollout=updates),
+            0,
+            9,
+        )
     assert len(calls) == min(updates, segments) and all(calls)
     assert Counter(id(s) for pairs in calls for s, _ in pairs) == Counter(
         id(s) for group in groups for t in group for s in t.segments
@@ -311,7 +353,9 @@ def test_a_rollout_can_serve_several_updates(updates):
 
 @given(
     seed=seeds,
-    names=st.lists(st.sampled_from(["arithmetic", "retail", "instructions"]), min_size=1, max_size=4),
+    names=st.lists(
+        st.sampled_from(["arithmetic", "retail", "instructions"]), min_size=1, max_size=4
+    ),
     count=st.integers(1, 12),
     share=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
 )
@@ -319,7 +363,9 @@ def test_every_environment_is_asked_with_and_without_thinking(seed, names, count
     """Tasks follow from seed and step, none comes twice, and each place in the turn has its share of thinking."""
     steps = 4 * len(names)
     drawn = [draw_tasks(ENVIRONMENTS, names, count, seed, step, share) for step in range(steps)]
-    assert drawn == [draw_tasks(ENVIRONMENTS, names, count, seed, step, share) for step in range(steps)]
+    assert drawn == [
+        draw_tasks(ENVIRONMENTS, names, count, seed, step, share) for step in range(steps)
+    ]
     tasks, thinking = ([x for step in drawn for x in step[part]] for part in (0, 1))
     assert [t.environment for t in tasks] == [names[n % len(names)] for n in range(steps * count)]
     for place in range(len(names)):  # 4 * count turns, so that every share is a whole number
@@ -335,12 +381,36 @@ def test_the_log_says_what_happened():
     segment = Segment([1, 2, 3], [False, True, True], [0.0, -1.0, -1.0])
     groups = [
         [
-            Trajectory(TASK, True, [], [segment], ["\n<think>a</think>\nfine<|user|>"], Score(1.0, "ok", {})),
-            Trajectory(TASK, True, [], [segment] * 3, ["so we go on " * 60 + "<|user|>"], Score(0.0, "wrong", {})),
+            Trajectory(
+                TASK,
+                True,
+                [],
+                [segment],
+                ["\n<think>a</think>\nfine<|user|>"],
+                Score(1.0, "ok", {}),
+            ),
+            Trajectory(
+                TASK,
+                True,
+                [],
+                [segment] * 3,
+                ["so we go on " * 60 + "<|user|>"],
+                Score(0.0, "wrong", {}),
+            ),
         ],
         [
-            Trajectory(shop, True, [], [segment], ["fine<|user|>"], Score(0.5, "ok", parts), False, False),
-            Trajectory(shop, True, [], [segment], ["fine"], Score(0.0, "format", {"calls": 1, "valid_calls": 0}), True),
+            Trajectory(
+                shop, True, [], [segment], ["fine<|user|>"], Score(0.5, "ok", parts), False, False
+            ),
+            Trajectory(
+                shop,
+                True,
+                [],
+                [segment],
+                ["fine"],
+                Score(0.0, "format", {"calls": 1, "valid_calls": 0}),
+                True,
+            ),
         ],
     ]
     found = summarize(groups)
@@ -397,15 +467,27 @@ class Run:
         """Train to the end, or until stopped."""
         tokenizer = byte_tokenizer()
         reinforce(
-            self.model, self.optimizer, Engine(self.model, tokenizer), tokenizer, {"letters": Letters()}, self.config,
-            "letters.rl", self.checkpoints, self, seed=5, thinking_share=0.5, quiet=True,
-        )  # fmt: skip
+            self.model,
+            self.optimizer,
+            Engine(self.model, tokenizer),
+            tokenizer,
+            {"letters": Letters()},
+            self.config,
+            "letters.rl",
+            self.checkpoints,
+            self,
+            seed=5,
+            thinking_share=0.5,
+            quiet=True,
+        )
         return self
 
 
 def logged(folder):
     """The log without what the clock says."""
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_jsonl(folder / "log.jsonl")]
+    return [
+        {k: v for k, v in r.items() if k != "seconds"} for r in read_jsonl(folder / "log.jsonl")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -464,7 +546,11 @@ def test_what_reinforcement_leaves_alone(straight):
     _, run = straight
     fresh = GLM(run.model.config, seed=3)
     mtp = f"model.layers.{fresh.config.num_hidden_layers}."
-    moved = {name for name, value in weights(run.model).items() if not torch.equal(value, fresh.state_dict()[name])}
+    moved = {
+        name
+        for name, value in weights(run.model).items()
+        if not torch.equal(value, fresh.state_dict()[name])
+    }
     rest = {n for n, _ in fresh.named_parameters() if not n.startswith(mtp)}
     assert not {n for n in moved if n.startswith(mtp) or n.endswith("e_score_correction_bias")}
     assert "lm_head.weight" in moved and len(moved) > 0.8 * len(rest)
@@ -475,7 +561,10 @@ def test_reward_rises(tmp_path):
     run = Run(tmp_path, dataclasses.replace(LETTERS, steps=30, prompts=8)).go()
     rewards = [r["reward"] for r in logged(tmp_path)]
     assert rewards[0] < 0.4 and sum(rewards[-5:]) / 5 > 0.9, rewards
-    assert all(r["trained_tokens"] > 0 for r in logged(tmp_path) if not r["skipped"]) and run.steps == 30
+    assert (
+        all(r["trained_tokens"] > 0 for r in logged(tmp_path) if not r["skipped"])
+        and run.steps == 30
+    )
 
 
 def test_a_model_that_is_always_right_is_not_touched(tmp_path):
@@ -483,10 +572,28 @@ def test_a_model_that_is_always_right_is_not_touched(tmp_path):
     model, tokenizer = tiny_model(1, vocab_size=292), byte_tokenizer()
     before, log = weights(model), Log(tmp_path / "log.jsonl")
     tasks, _ = draw_tasks(ENVIRONMENTS, ("arithmetic",), 6, 5, 0)
-    answers = {task.messages[-1]["content"]: said(tokenizer, assistant(task.label, "so")) for task in tasks}
-    engine = Scripted(tokenizer, lambda prompt: next(a for q, a in answers.items() if f"\n{q}<|" in prompt))
+    answers = {
+        task.messages[-1]["content"]: said(tokenizer, assistant(task.label, "so")) for task in tasks
+    }
+    engine = Scripted(
+        tokenizer, lambda prompt: next(a for q, a in answers.items() if f"\n{q}<|" in prompt)
+    )
     config = dataclasses.replace(CONFIG, environments=("arithmetic",), steps=3)
     checkpoints = Checkpoints(tmp_path / "rl", log)
-    reinforce(model, muon(model), engine, tokenizer, ENVIRONMENTS, config, "rl", checkpoints, log, 5, quiet=True)
+    reinforce(
+        model,
+        muon(model),
+        engine,
+        tokenizer,
+        ENVIRONMENTS,
+        config,
+        "rl",
+        checkpoints,
+        log,
+        5,
+        quiet=True,
+    )
     assert same(before, weights(model))
-    assert [(r["reward"], r["skipped"], r["live_groups"]) for r in logged(tmp_path)] == [(1.0, True, 0.0)] * 3
+    assert [(r["reward"], r["skipped"], r["live_groups"]) for r in logged(tmp_path)] == [
+        (1.0, True, 0.0)
+    ] * 3

@@ -20,8 +20,15 @@ from minglm.serve.stream import Answer, StopStrings, Whole
 from minglm.testing.chat import TOOLS, assistant_messages
 
 README = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
-ORDER = {"type": "object", "properties": {"order_id": {"type": "integer"}}, "required": ["order_id"]}
-SHOP = [{"type": "function", "function": {"name": name, "parameters": ORDER}} for name in ("get_order", "cancel_order")]
+ORDER = {
+    "type": "object",
+    "properties": {"order_id": {"type": "integer"}},
+    "required": ["order_id"],
+}
+SHOP = [
+    {"type": "function", "function": {"name": name, "parameters": ORDER}}
+    for name in ("get_order", "cancel_order")
+]
 CALL = "<tool_call>get_order\n<arg_key>order_id</arg_key>\n<arg_value>123</arg_value>\n</tool_call>"
 HI = [{"role": "user", "content": "hi"}]
 
@@ -85,28 +92,44 @@ def test_a_tool_round_trip_with_the_official_client(shop):
     ask = {"model": "tiny", "tools": SHOP, "seed": 1}
     first = client.chat.completions.create(messages=messages, **ask)
     choice = first.choices[0]
-    assert choice.finish_reason == "tool_calls" and choice.message.reasoning_content == "Look it up."
+    assert (
+        choice.finish_reason == "tool_calls" and choice.message.reasoning_content == "Look it up."
+    )
     assert choice.message.content == "Let me see."
     call = choice.message.tool_calls[0]
-    assert call.function.name == "get_order" and json.loads(call.function.arguments) == {"order_id": 123}
+    assert call.function.name == "get_order" and json.loads(call.function.arguments) == {
+        "order_id": 123
+    }
     assert first.usage.completion_tokens_details.reasoning_tokens == len("<>Look it up.")
 
     options = {"stream": True, "stream_options": {"include_usage": True}}
-    message, reason, usage = streamed(client.chat.completions.create(messages=messages, **ask, **options))
+    message, reason, usage = streamed(
+        client.chat.completions.create(messages=messages, **ask, **options)
+    )
     assert reason == "tool_calls" and usage == first.usage
-    assert message.pop("tool_calls")[0]["function"] == call.function.model_dump(include={"name", "arguments"})
-    assert message == {"role": "assistant", "content": "Let me see.", "reasoning_content": "Look it up."}
+    assert message.pop("tool_calls")[0]["function"] == call.function.model_dump(
+        include={"name", "arguments"}
+    )
+    assert message == {
+        "role": "assistant",
+        "content": "Let me see.",
+        "reasoning_content": "Look it up.",
+    }
 
     messages += [choice.message.model_dump(exclude_none=True)]
     messages += [{"role": "tool", "tool_call_id": call.id, "content": '{"status": "pending"}'}]
     second = client.chat.completions.create(messages=messages, **ask)
-    assert second.choices[0].message.content == "It is pending." and second.choices[0].finish_reason == "stop"
+    assert (
+        second.choices[0].message.content == "It is pending."
+        and second.choices[0].finish_reason == "stop"
+    )
     assert "<think>Look it up.</think>" in engine.prompts[-1]
     assert '<tool_response>\n{"status": "pending"}\n</tool_response>' in engine.prompts[-1]
 
 
 @pytest.mark.parametrize(
-    "switch", [{"chat_template_kwargs": {"enable_thinking": False}}, {"thinking": {"type": "disabled"}}]
+    "switch",
+    [{"chat_template_kwargs": {"enable_thinking": False}}, {"thinking": {"type": "disabled"}}],
 )
 def test_the_thinking_switch(shop, switch):
     """Both spellings switch it off; without them it is on."""
@@ -125,15 +148,22 @@ def test_tool_choice(shop):
     order = [{"role": "user", "content": "my order 123"}]
     _, found = post(http, messages=order, tools=SHOP, tool_choice="none")
     assert "# Tools" not in engine.prompts[-1]
-    assert "tool_calls" not in found["choices"][0]["message"]  # it calls all the same, and no client hears it
+    assert (
+        "tool_calls" not in found["choices"][0]["message"]
+    )  # it calls all the same, and no client hears it
     assert found["choices"][0]["format_error"] == "unknown_tool"
     for choice in ("required", {"type": "function", "function": {"name": "get_order"}}):
         _, found = post(http, messages=order, tools=SHOP, tool_choice=choice)
         message = found["choices"][0]["message"]
         assert message["content"] is None and found["choices"][0]["finish_reason"] == "tool_calls"
-        assert message["tool_calls"][0]["function"] == {"name": "get_order", "arguments": '{"order_id": 123}'}
+        assert message["tool_calls"][0]["function"] == {
+            "name": "get_order",
+            "arguments": '{"order_id": 123}',
+        }
     assert engine.prompts[-1].endswith("\n<think></think>\n<tool_call>get_order\n")
-    _, found = post(http, messages=[{"role": "user", "content": "two"}], tools=SHOP, parallel_tool_calls=False)
+    _, found = post(
+        http, messages=[{"role": "user", "content": "two"}], tools=SHOP, parallel_tool_calls=False
+    )
     assert len(found["choices"][0]["message"]["tool_calls"]) == 1
     _, found = post(http, messages=[{"role": "user", "content": "broken"}], tools=SHOP)
     assert found["choices"][0]["format_error"] == "bad_tool_call"
@@ -151,7 +181,10 @@ def test_stop_length_and_usage(shop):
         "stop",
     )
     _, found = post(http, max_completion_tokens=5)
-    assert found["choices"][0]["finish_reason"] == "length" and found["usage"]["completion_tokens"] == 5
+    assert (
+        found["choices"][0]["finish_reason"] == "length"
+        and found["usage"]["completion_tokens"] == 5
+    )
     assert found["choices"][0]["format_error"] == "unclosed_think"
     assert settled(lambda: service.worker.open == 0)
 
@@ -159,22 +192,38 @@ def test_stop_length_and_usage(shop):
 def test_completions(shop):
     """Text or token ids, several prompts, n answers to each, log-probabilities, the ids themselves."""
     http, client, _, engine = shop
-    found = client.completions.create(model="tiny", prompt=["Once", TOKENIZER.encode("Twice")], n=2, max_tokens=100)
+    found = client.completions.create(
+        model="tiny", prompt=["Once", TOKENIZER.encode("Twice")], n=2, max_tokens=100
+    )
     assert [choice.text for choice in found.choices] == [" and so on, é."] * 4
-    assert sorted(engine.prompts[-4:]) == ["Once", "Once", "Twice", "Twice"] and found.usage.prompt_tokens == 9
     assert (
-        "".join(c.choices[0].text for c in client.completions.create(model="tiny", prompt="x", stream=True))
+        sorted(engine.prompts[-4:]) == ["Once", "Once", "Twice", "Twice"]
+        and found.usage.prompt_tokens == 9
+    )
+    assert (
+        "".join(
+            c.choices[0].text
+            for c in client.completions.create(model="tiny", prompt="x", stream=True)
+        )
         == (" and so on, é."[:15])
     )
-    _, found = post(http, "/v1/completions", prompt="x", logprobs=2, max_tokens=3, return_token_ids=True)
+    _, found = post(
+        http, "/v1/completions", prompt="x", logprobs=2, max_tokens=3, return_token_ids=True
+    )
     choice = found["choices"][0]
-    assert choice["logprobs"]["tokens"] == [" ", "a", "n"] and choice["logprobs"]["text_offset"] == [0, 1, 2]
+    assert choice["logprobs"]["tokens"] == [" ", "a", "n"] and choice["logprobs"][
+        "text_offset"
+    ] == [0, 1, 2]
     assert choice["logprobs"]["token_logprobs"] == [-0.5] * 3
     assert [len(top) for top in choice["logprobs"]["top_logprobs"]] == [2] * 3
-    assert choice["token_ids"] == TOKENIZER.encode(" an") and choice["prompt_token_ids"] == TOKENIZER.encode("x")
+    assert choice["token_ids"] == TOKENIZER.encode(" an") and choice[
+        "prompt_token_ids"
+    ] == TOKENIZER.encode("x")
     _, found = post(http, logprobs=True, top_logprobs=1, max_tokens=2)
     entries = found["choices"][0]["logprobs"]["content"]
-    assert [entry["token"] for entry in entries] == ["\n", "<think>"] and len(entries[0]["top_logprobs"]) == 1
+    assert [entry["token"] for entry in entries] == ["\n", "<think>"] and len(
+        entries[0]["top_logprobs"]
+    ) == 1
 
 
 # (what replaces parts of a good request, the field that is named)
@@ -187,7 +236,14 @@ MALFORMED = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
     ({"messages": [{"role": "assistant", "tool_calls": {"a": 1}}]}, "messages"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"function": "f"}]}]}, "messages"),
-    ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, "messages"),
+    (
+        {
+            "messages": [
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}
+            ]
+        },
+        "messages",
+    ),
     ({"model": 3}, "model"),
     ({"temperature": "warm"}, "temperature"),
     ({"temperature": True}, "temperature"),
@@ -209,8 +265,18 @@ MALFORMED = [
     ({"tools": {"name": "f"}}, "tools"),
     ({"tools": [{"type": "function"}]}, "tools[0]"),
     ({"tools": [{"function": {"name": "a b"}}]}, "tools[0]"),
-    ({"tools": [{"function": {"name": "f", "parameters": {"properties": {"x": {"type": 3}}}}}]}, "tools[0]"),
-    ({"tools": [{"function": {"name": "f", "parameters": {"properties": {"x": {"anyOf": [3]}}}}}]}, "tools[0]"),
+    (
+        {"tools": [{"function": {"name": "f", "parameters": {"properties": {"x": {"type": 3}}}}}]},
+        "tools[0]",
+    ),
+    (
+        {
+            "tools": [
+                {"function": {"name": "f", "parameters": {"properties": {"x": {"anyOf": [3]}}}}}
+            ]
+        },
+        "tools[0]",
+    ),
     ({"tools": SHOP, "tool_choice": {"function": {"name": "fly"}}}, "tool_choice"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"thinking": {"type": "maybe"}}, "thinking"),
@@ -219,11 +285,17 @@ MALFORMED = [
 ]
 
 
-@pytest.mark.parametrize("change, param", MALFORMED, ids=[str(change)[:50] for change, _ in MALFORMED])
+@pytest.mark.parametrize(
+    "change, param", MALFORMED, ids=[str(change)[:50] for change, _ in MALFORMED]
+)
 def test_malformed_requests(shop, change, param):
     """Each gets status 400, an OpenAI error object that names the field, and one line of words."""
     status, found = post(shop[0], **change)
-    assert (status, found["error"]["param"], found["error"]["type"]) == (400, param, "invalid_request_error")
+    assert (status, found["error"]["param"], found["error"]["type"]) == (
+        400,
+        param,
+        "invalid_request_error",
+    )
     assert found["error"]["message"] and "\n" not in found["error"]["message"]
 
 
@@ -241,26 +313,46 @@ def test_what_is_no_request(shop):
     ]
     for body in bodies:
         answer = http.post("/v1/chat/completions", content=body)
-        assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error", body[:20]
+        assert (
+            answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
+        ), body[:20]
     assert http.get("/nothing").json()["error"]["message"] == "Not Found: GET /nothing"
     assert http.get("/v1/completions").status_code == 405
-    assert post(http, "/v1/completions", prompt=[1, 10**9])[0] == post(http, "/v1/completions", prompt=[])[0] == 400
-    assert post(http, "/v1/completions", prompt="")[0] == post(http, "/v1/completions", prompt="x", echo=True)[0] == 400
+    assert (
+        post(http, "/v1/completions", prompt=[1, 10**9])[0]
+        == post(http, "/v1/completions", prompt=[])[0]
+        == 400
+    )
+    assert (
+        post(http, "/v1/completions", prompt="")[0]
+        == post(http, "/v1/completions", prompt="x", echo=True)[0]
+        == 400
+    )
     with pytest.raises(openai.NotFoundError, match="not served"):
         client.chat.completions.create(model="gpt", messages=HI)
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.chat.completions.create(model="tiny", messages=HI, temperature=9)
-    assert [model.id for model in client.models.list()] == ["tiny"] == [client.models.retrieve("tiny").id]
+    assert (
+        [model.id for model in client.models.list()]
+        == ["tiny"]
+        == [client.models.retrieve("tiny").id]
+    )
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("a/b")
 
 
 _values = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.sampled_from(["", "auto", "user", "\ud800", "a"]),
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.floats()
+    | st.sampled_from(["", "auto", "user", "\ud800", "a"]),
     lambda inner: (
         st.lists(inner, max_size=2)
         | st.dictionaries(
-            st.sampled_from(["role", "content", "function", "name", "type", "parameters"]), inner, max_size=3
+            st.sampled_from(["role", "content", "function", "name", "type", "parameters"]),
+            inner,
+            max_size=3,
         )
     ),
     max_leaves=6,
@@ -277,10 +369,21 @@ _fields = [
     "seed",
     "stream",
 ]
-_fields += ["temperature", "max_tokens", "logprobs", "top_logprobs", "stream_options", "response_format", "model"]
+_fields += [
+    "temperature",
+    "max_tokens",
+    "logprobs",
+    "top_logprobs",
+    "stream_options",
+    "response_format",
+    "model",
+]
 
 
-@given(st.dictionaries(st.sampled_from(_fields), _values, max_size=5), st.sampled_from([chat_job, text_job]))
+@given(
+    st.dictionaries(st.sampled_from(_fields), _values, max_size=5),
+    st.sampled_from([chat_job, text_job]),
+)
 def test_any_body_is_a_job_or_refused(body, make):
     """Whatever stands in the fields, the answer is a job that can be queued or a `Refused`."""
     body = {"messages": HI, "prompt": "x", **body}
@@ -308,14 +411,20 @@ def test_a_flood_is_refused_and_the_rest_answered():
     with running(Script(script, pause=0.01), most_open=6) as (http, client, service):
         with ThreadPoolExecutor(24) as pool:
             statuses = list(
-                pool.map(lambda _: http.post("/v1/completions", json={"prompt": "x"}).status_code, range(24))
+                pool.map(
+                    lambda _: http.post("/v1/completions", json={"prompt": "x"}).status_code,
+                    range(24),
+                )
             )
         assert set(statuses) == {200, 429} and statuses.count(200) >= 6
         assert http.post("/v1/completions", json={"prompt": "x", "n": 7}).status_code == 429
         with pytest.raises(openai.RateLimitError, match="try again later"):
             client.completions.create(model="tiny", prompt="x", n=7)
         assert service.worker.open == 0 and post(http)[0] == 200
-        assert 'minglm_requests_total{endpoint="/v1/completions",status="429"}' in http.get("/metrics").text
+        assert (
+            'minglm_requests_total{endpoint="/v1/completions",status="429"}'
+            in http.get("/metrics").text
+        )
 
 
 def test_clients_that_go_away_are_cancelled():
@@ -323,10 +432,16 @@ def test_clients_that_go_away_are_cancelled():
     endless = [{"role": "user", "content": "endless"}]
     engine = Script(script, pause=0.002)
     with running(engine, limit=200_000) as (http, client, service):
-        with client.chat.completions.create(model="tiny", messages=endless, stream=True, n=2) as stream:
+        with client.chat.completions.create(
+            model="tiny", messages=endless, stream=True, n=2
+        ) as stream:
             next(iter(stream))
             assert service.worker.open == 2
-        assert settled(lambda: not engine.open) and service.worker.open == 0 and len(engine.cancelled) == 2
+        assert (
+            settled(lambda: not engine.open)
+            and service.worker.open == 0
+            and len(engine.cancelled) == 2
+        )
         with pytest.raises(openai.APITimeoutError):
             client.with_options(timeout=0.3).chat.completions.create(model="tiny", messages=endless)
         assert settled(lambda: not engine.open) and len(engine.cancelled) == 3
@@ -344,7 +459,10 @@ def test_a_failing_pass_fails_its_answers_only():
             list(client.chat.completions.create(model="tiny", messages=crash, stream=True))
         assert post(http)[0] == 200 and service.worker.open == 0
         text = http.get("/metrics").text
-        assert "minglm_engine_failures_total 2" in text and http.get("/health").json()["status"] == "ok"
+        assert (
+            "minglm_engine_failures_total 2" in text
+            and http.get("/health").json()["status"] == "ok"
+        )
 
 
 def test_metrics_are_prometheus_text(shop):
@@ -358,20 +476,29 @@ def test_metrics_are_prometheus_text(shop):
         name, value = re.fullmatch(r'(\w+)(?:\{(?:\w+="[^"]*",?)+\})? (\S+)', line).groups()
         assert float(value) >= 0 and {name, re.sub("_(bucket|sum|count)$", "", name)} & types.keys()
     counts = re.findall(r"minglm_request_seconds_bucket\S+ (\d+)", text)
-    assert counts == sorted(counts, key=int) and f"minglm_request_seconds_count {counts[-1]}\n" in text
+    assert (
+        counts == sorted(counts, key=int) and f"minglm_request_seconds_count {counts[-1]}\n" in text
+    )
 
 
 def test_the_4_7_dialect():
     """The prompt opens the reasoning, so what comes is reasoning; clear_thinking keeps the old one."""
-    engine = Script(lambda prompt: "r</think>c<|user|>" if prompt.endswith("<think>") else "plain<|user|>")
+    engine = Script(
+        lambda prompt: "r</think>c<|user|>" if prompt.endswith("<think>") else "plain<|user|>"
+    )
     with running(engine, dialect="glm-4.7") as (http, _, _):
         _, found = post(http)
-        assert found["choices"][0]["message"] == {"role": "assistant", "content": "c", "reasoning_content": "r"}
+        assert found["choices"][0]["message"] == {
+            "role": "assistant",
+            "content": "c",
+            "reasoning_content": "r",
+        }
         assert found["usage"]["completion_tokens_details"]["reasoning_tokens"] == 2
         old = [*HI, found["choices"][0]["message"], *HI]
         post(http, messages=old, chat_template_kwargs={"clear_thinking": False})
         assert (
-            engine.prompts[-1] == "[gMASK]<sop><|user|>hi<|assistant|><think>r</think>c<|user|>hi<|assistant|><think>"
+            engine.prompts[-1]
+            == "[gMASK]<sop><|user|>hi<|assistant|><think>r</think>c<|user|>hi<|assistant|><think>"
         )
         _, found = post(http, thinking={"type": "disabled"})
         assert found["choices"][0]["message"] == {"role": "assistant", "content": "plain"}
@@ -381,12 +508,20 @@ def test_the_example_in_readme_runs():
     """The Python block that calls the server does, against a server."""
     (block,) = re.findall(r"^```py\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     with running(Script(script)) as (http, _, _):
-        program = block.replace("http://127.0.0.1:8000", str(http.base_url).rstrip("/")).replace('"toy"', '"tiny"')
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+        program = block.replace("http://127.0.0.1:8000", str(http.base_url).rstrip("/")).replace(
+            '"toy"', '"tiny"'
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0 and "get_order" in done.stdout, done.stderr
 
 
-@given(st.lists(st.sampled_from(["b", "aba", "aab", "abab"]), max_size=3), st.text("aab", max_size=12), st.data())
+@given(
+    st.lists(st.sampled_from(["b", "aba", "aab", "abab"]), max_size=3),
+    st.text("aab", max_size=12),
+    st.data(),
+)
 def test_stop_strings_in_any_split(stops, text, data):
     """What is passed on is the text before the stop string that ends first, whatever the pieces."""
     ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
@@ -415,7 +550,9 @@ def test_the_deltas_make_the_message(message, opened):
     answer, whole = Answer(Job(True, [], tools=tools, opened=opened), TOKENIZER), Whole()
     ids = [*TOKENIZER.encode(text), TOKENIZER.special["<|user|>"]]
     for number, token in enumerate(ids):
-        for delta in answer.take(Event(0, token, finish_reason="stop" if number + 1 == len(ids) else None)):
+        for delta in answer.take(
+            Event(0, token, finish_reason="stop" if number + 1 == len(ids) else None)
+        ):
             whole.add(delta)
     expected, found = parse(text, tools, opened), whole.message()
     assert (found["content"] or "", found.get("reasoning_content", "")) == (
@@ -423,5 +560,8 @@ def test_the_deltas_make_the_message(message, opened):
         expected["reasoning_content"],
     )
     calls = [json.loads(call["function"]["arguments"]) for call in found.get("tool_calls", [])]
-    assert calls == [call["arguments"] for call in expected["tool_calls"]] and answer.error == expected["error"]
+    assert (
+        calls == [call["arguments"] for call in expected["tool_calls"]]
+        and answer.error == expected["error"]
+    )
     assert answer.reason == ("tool_calls" if message["tool_calls"] else "stop")

@@ -9,7 +9,7 @@ from helpers.serving import TOKENIZER, running
 
 from minglm.__main__ import main
 from minglm.inference import Engine, Request
-from minglm.recipe.convert import load_served
+from minglm.recipe.load import load_served
 from minglm.serve.app import serve
 from minglm.testing.model import tiny_model
 
@@ -29,12 +29,23 @@ def test_the_tokens_are_the_engines(served):
     """Token ids in, token ids and log-probabilities out: those of the engine alone, with the same seed."""
     http, _, engine = served
     prompt = TOKENIZER.encode("Once upon")
-    body = {"prompt": prompt, "max_tokens": 12, "seed": 7, "top_p": 0.9, "logprobs": 2, "return_token_ids": True}
+    body = {
+        "prompt": prompt,
+        "max_tokens": 12,
+        "seed": 7,
+        "top_p": 0.9,
+        "logprobs": 2,
+        "return_token_ids": True,
+    }
     (choice,) = http.post("/v1/completions", json=body).json()["choices"]
     (alone,) = engine.generate([Request(prompt, 12, 1.0, 0.9, seed=7, top_logprobs=2)])
     assert choice["token_ids"] == alone.tokens and choice["finish_reason"] == alone.finish_reason
-    assert choice["logprobs"]["token_logprobs"] == pytest.approx(alone.logprobs, abs=1e-5)  # float32 through JSON
-    assert choice["text"] == TOKENIZER.decode([t for t in alone.tokens if t not in TOKENIZER.stop_ids])
+    assert choice["logprobs"]["token_logprobs"] == pytest.approx(
+        alone.logprobs, abs=1e-5
+    )  # float32 through JSON
+    assert choice["text"] == TOKENIZER.decode(
+        [t for t in alone.tokens if t not in TOKENIZER.stop_ids]
+    )
 
 
 def test_concurrent_requests_are_each_as_if_alone(served):
@@ -67,22 +78,35 @@ def test_a_bounded_cache_bounds_the_answer():
     """What is asked for beyond the cache is cut to what fits, and answered."""
     engine = Engine(tiny_model(0, vocab_size=TOKENIZER.vocab_size), TOKENIZER, cache_tokens=32)
     with running(engine, limit=32) as (http, _, _):
-        choice = http.post("/v1/completions", json={"prompt": "0123456789", "max_tokens": 99, "seed": 5}).json()
-        assert choice["usage"]["completion_tokens"] <= 22 and choice["choices"][0]["finish_reason"] in (
+        choice = http.post(
+            "/v1/completions", json={"prompt": "0123456789", "max_tokens": 99, "seed": 5}
+        ).json()
+        assert choice["usage"]["completion_tokens"] <= 22 and choice["choices"][0][
+            "finish_reason"
+        ] in (
             "stop",
             "length",
         )
-        chat = http.post("/v1/chat/completions", json={"messages": HI, "temperature": 1e-40, "logprobs": True})
+        chat = http.post(
+            "/v1/chat/completions", json={"messages": HI, "temperature": 1e-40, "logprobs": True}
+        )
         assert chat.status_code == 200 and "NaN" not in chat.text
 
 
 def test_a_random_model_never_breaks_the_server(served):
     """Hundreds of tokens of noise, tags among them, are messages or named format errors."""
     http, _, _ = served
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"type": "integer"}}}}}]
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": "f", "parameters": {"properties": {"x": {"type": "integer"}}}},
+        }
+    ]
     for seed in range(6):
         body = {"messages": HI, "seed": seed, "max_tokens": 60, "temperature": 2, "n": 2}
-        answer = http.post("/v1/chat/completions", json=body | ({"tools": tools} if seed % 2 else {}))
+        answer = http.post(
+            "/v1/chat/completions", json=body | ({"tools": tools} if seed % 2 else {})
+        )
         # the tools block alone may be longer than this tiny model takes
         assert answer.status_code == 200 or "context_length" in answer.text
         for choice in answer.json().get("choices", []):
@@ -98,7 +122,9 @@ def test_a_released_checkpoint_is_served(tmp_path, capsys):
     model.save_pretrained(tmp_path / "glm")
     TOKENIZER.save(tmp_path / "glm" / "tokenizer.json")
     assert load_served(tmp_path / "glm")[2:] == ("glm-4.5", "released")
-    (tmp_path / "glm" / "chat_template.jinja").write_text("{%- if clear_thinking is defined -%}{%- endif -%}")
+    (tmp_path / "glm" / "chat_template.jinja").write_text(
+        "{%- if clear_thinking is defined -%}{%- endif -%}"
+    )
     found, tokenizer, dialect, stage = load_served(tmp_path / "glm")
     assert (dialect, stage) == ("glm-4.7", "released")
     request = Request(TOKENIZER.encode("Once"), 5, seed=1)

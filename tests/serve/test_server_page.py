@@ -9,7 +9,8 @@ from helpers.serving import Script, running, settled
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER) and os.environ.get("CI") != "true", reason="no Chromium on this machine"
+    not (CHROMIUM and DRIVER) and os.environ.get("CI") != "true",
+    reason="no Chromium on this machine",
 )
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -61,7 +62,10 @@ class Page:
 
     def all(self, css):
         """The texts of the elements that a CSS selector finds, as they are shown."""
-        return [element.get_attribute("innerText") for element in self.driver.find_elements("css selector", css)]
+        return [
+            element.get_attribute("innerText")
+            for element in self.driver.find_elements("css selector", css)
+        ]
 
     def shows(self, css, text):
         """Whether an element comes to show a text."""
@@ -95,12 +99,18 @@ def test_a_conversation(tmp_path):
 
         page.click("#offer")
         page.type("#say", "what of my order 123?")
-        assert page.shows(".call .name", "get_order") and page.shows(".call td", "123") and page.quiet()
+        assert (
+            page.shows(".call .name", "get_order")
+            and page.shows(".call td", "123")
+            and page.quiet()
+        )
         assert '"name": "cancel_order"' in engine.prompts[-1]
         page.type(".call input", '{"status": "pending"}')
         assert page.shows(".said", "Order 123 is pending: <b>cancel</b> it?") and page.quiet()
         assert '<tool_response>\n{"status": "pending"}\n</tool_response>' in engine.prompts[-1]
-        assert "I have to look the order up." in engine.prompts[-1]  # the reasoning went back with the result
+        assert (
+            "I have to look the order up." in engine.prompts[-1]
+        )  # the reasoning went back with the result
         if folder := os.environ.get("SCREENSHOTS"):
             driver.save_screenshot(f"{folder}/page.png")
 
@@ -121,5 +131,9 @@ def test_a_conversation(tmp_path):
         page.type("#say", "a long one")
         assert page.shows(".said", "on and on")
         page.click("#send")
-        assert page.quiet() and page.shows(".foot", "stopped") and settled(lambda: not service.worker.open)
+        assert (
+            page.quiet()
+            and page.shows(".foot", "stopped")
+            and settled(lambda: not service.worker.open)
+        )
         assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []

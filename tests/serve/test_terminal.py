@@ -87,16 +87,24 @@ def test_only_whole_characters_are_printed(text, reasoning):
     if not all(clean):
         return
     with pytest.MonkeyPatch.context() as patch:
-        shown, _, screen = talk(patch, ["hello"], [f"\n<think>{clean[0]}</think>\n{clean[1]}<|user|>"])
+        shown, _, screen = talk(
+            patch, ["hello"], [f"\n<think>{clean[0]}</think>\n{clean[1]}<|user|>"]
+        )
     assert not any("\ufffd" in write for write in screen.writes)
-    assert shown.endswith(f"{clean[0]}\n{clean[1]}\n"), "the thought, then the answer on a line of its own"
+    assert shown.endswith(f"{clean[0]}\n{clean[1]}\n"), (
+        "the thought, then the answer on a line of its own"
+    )
     pieces = [w for w in screen.writes if w != "\n"]
     assert len(pieces) > len(clean[0]) + len(clean[1]) - 1, "it streams, character by character"
 
 
 def test_half_a_character_at_the_end_is_dropped(monkeypatch):
     """A model that stops inside a character: the rest of the answer is there, and the chat goes on."""
-    ids = spelled(TOKENIZER, "\n<think>a</think>\nno ") + spelled(TOKENIZER, "猫")[:2] + [TOKENIZER.special["<|user|>"]]
+    ids = (
+        spelled(TOKENIZER, "\n<think>a</think>\nno ")
+        + spelled(TOKENIZER, "猫")[:2]
+        + [TOKENIZER.special["<|user|>"]]
+    )
     shown, engine, _ = talk(monkeypatch, ["hello", "again"], [ids, answer("yes")])
     assert "a\nno" in shown and "yes" in shown and len(engine.asked) == 2
 
@@ -128,7 +136,10 @@ def test_the_dialect_of_4_7(monkeypatch):
     assert [p.rpartition("<|user|>")[2] for p in prompts(engine)] == [
         f"1+1=<|assistant|>{t}think>" for t in ("<", "</")
     ]
-    assert f"{terminal.GREY}w{terminal.PLAIN}" in screen.getvalue() and "think>" not in screen.getvalue()
+    assert (
+        f"{terminal.GREY}w{terminal.PLAIN}" in screen.getvalue()
+        and "think>" not in screen.getvalue()
+    )
 
 
 def test_the_conversation_is_remembered_until_new(monkeypatch):
@@ -168,7 +179,9 @@ def test_tools_are_offered_called_and_answered(monkeypatch):
         before, after = prompts(engine)
         assert '{"name": "cancel_order"' in before
         result = json.dumps({"status": status})
-        assert after == f"{before}{turns[0]}\n<tool_response>\n{result}\n</tool_response><|assistant|>"
+        assert (
+            after == f"{before}{turns[0]}\n<tool_response>\n{result}\n</tool_response><|assistant|>"
+        )
         assert f"get_order({{'order_id': {number}}}) -> {{'status': '{status}'}}" in shown
 
 
@@ -176,12 +189,19 @@ def test_a_call_changes_the_shop_until_new(monkeypatch):
     """An order that was cancelled stays so in the next turn; /new opens a fresh shop."""
     orders = shop_of(talk(monkeypatch, ["/tools"], seed=2)[0])
     number = next(n for n, status in orders.items() if status == "pending")
-    look, cancel = (answer("", "a", [(name, {"order_id": number})]) for name in ("get_order", "cancel_order"))
+    look, cancel = (
+        answer("", "a", [(name, {"order_id": number})]) for name in ("get_order", "cancel_order")
+    )
     lines = ["/tools", "cancel it", "and now?", "/new", "and now?"]
     turns = [look, cancel, answer(), look, answer(), look, answer()]
     shown, engine, _ = talk(monkeypatch, lines, turns, seed=2)
     results = re.findall(r"-> (.*)", shown)
-    assert results == ["{'status': 'pending'}", "{'ok': True}", "{'status': 'cancelled'}", "{'status': 'pending'}"]
+    assert results == [
+        "{'status': 'pending'}",
+        "{'ok': True}",
+        "{'status': 'cancelled'}",
+        "{'status': 'pending'}",
+    ]
     assert '\n{"ok": true}\n' in prompts(engine)[2], "JSON as in training, and not Python"
 
 
@@ -207,14 +227,22 @@ def test_tools_can_be_taken_away(monkeypatch):
 def test_malformed_turns_are_named_and_not_run(monkeypatch, turn, error):
     """What cannot be read is shown with the name of its fault; no function runs, and the chat goes on."""
     shown, engine, _ = talk(monkeypatch, ["/tools", "hello", "again"], [turn, answer("fine")])
-    assert f"[{error}]" in shown and "->" not in shown and "fine" in shown and len(engine.asked) == 2
+    assert (
+        f"[{error}]" in shown and "->" not in shown and "fine" in shown and len(engine.asked) == 2
+    )
 
 
 def test_calls_without_end_are_stopped(monkeypatch):
     """A model that calls and calls is stopped after a number of turns, and says so."""
     turn = answer("", "a", [("get_order", {"order_id": 1})])
-    shown, _, _ = talk(monkeypatch, ["/tools", "hello", "again"], [turn] * terminal.MAX_CALLS + [answer("fine")])
-    assert shown.count("no such order") == terminal.MAX_CALLS and "[stopped after" in shown and "fine" in shown
+    shown, _, _ = talk(
+        monkeypatch, ["/tools", "hello", "again"], [turn] * terminal.MAX_CALLS + [answer("fine")]
+    )
+    assert (
+        shown.count("no such order") == terminal.MAX_CALLS
+        and "[stopped after" in shown
+        and "fine" in shown
+    )
 
 
 def test_errors_and_interrupts_do_not_end_the_chat(monkeypatch):
@@ -244,7 +272,15 @@ def test_any_model_can_be_talked_to(seed):
         screen = Screen()
         model = tiny_model(seed, vocab_size=292, max_position_embeddings=2048)
         keys = Keys("hello", "/tools", "cancel order 482", "/nothink", "一二三")
-        terminal.chat(model, TOKENIZER, read=keys, out=screen, max_new_tokens=12, temperature=1.0, seed=seed % 100)
+        terminal.chat(
+            model,
+            TOKENIZER,
+            read=keys,
+            out=screen,
+            max_new_tokens=12,
+            temperature=1.0,
+            seed=seed % 100,
+        )
         shown.append(screen.getvalue())
     assert shown[0] == shown[1] and not keys.lines
 
@@ -256,4 +292,8 @@ def test_a_conversation_that_outgrows_the_model_is_one_line():
     keys = Keys("x" * 60, "/new", "hi")
     terminal.chat(model, TOKENIZER, read=keys, out=screen, max_new_tokens=4)
     shown = screen.getvalue()
-    assert shown.count("tokens; this model takes") == 1 and "/new begins again" in shown and keys.lines == []
+    assert (
+        shown.count("tokens; this model takes") == 1
+        and "/new begins again" in shown
+        and keys.lines == []
+    )

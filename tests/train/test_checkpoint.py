@@ -13,8 +13,9 @@ from helpers.tiny import constant_phase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minglm.common.device import Log, read_jsonl
-from minglm.config.run import OptimizerConfig
+from minglm.common.files import read_jsonl
+from minglm.common.log import Log
+from minglm.config import OptimizerConfig
 from minglm.data.mixture import Mixture
 from minglm.model.glm import GLM
 from minglm.optim.muon import Muon
@@ -31,13 +32,20 @@ class Run:
     """One process of a run: everything is built anew, and the folder is all that it knows of the past."""
 
     def __init__(self, folder, packing="best_fit", seconds=1e9, stop_after=None, steps=STEPS):
-        documents = [torch.randint(0, 24, (n,), generator=numbers(n)).numpy() for n in (5, 9, 3, 8, 13, 4, 6, 21)]
-        self.stream = Mixture({"a": documents[:5], "b": documents[5:]}, {"a": 2.0, "b": 1.0}, S, packing, seed=3)
+        documents = [
+            torch.randint(0, 24, (n,), generator=numbers(n)).numpy()
+            for n in (5, 9, 3, 8, 13, 4, 6, 21)
+        ]
+        self.stream = Mixture(
+            {"a": documents[:5], "b": documents[5:]}, {"a": 2.0, "b": 1.0}, S, packing, seed=3
+        )
         self.model = GLM(tiny_model(1).config, seed=2)
         self.optimizer = Muon(self.model.named_parameters(), OptimizerConfig())
         self.log = Log(folder / "log.jsonl")
         self.checkpoints = Checkpoints(folder / "checkpoints" / "general", self.log, seconds)
-        self.phase = constant_phase(tokens=steps * ROWS * S, batch_tokens=ROWS * S, sequence_length=S)
+        self.phase = constant_phase(
+            tokens=steps * ROWS * S, batch_tokens=ROWS * S, sequence_length=S
+        )
         # rates that change, so that a resumed run would show it if it had forgotten where it was
         object.__setattr__(self.phase, "learning_rate", lambda seen: 1e-2 / (1 + seen / 40))
         self.stop_after, self.steps = stop_after, 0
@@ -65,7 +73,10 @@ class Run:
 
 def steps_logged(folder):
     """The log without what the clock says."""
-    return [{k: v for k, v in r.items() if k not in UNREPEATABLE} for r in read_jsonl(folder / "log.jsonl")]
+    return [
+        {k: v for k, v in r.items() if k not in UNREPEATABLE}
+        for r in read_jsonl(folder / "log.jsonl")
+    ]
 
 
 def assert_equal_states(a, b):
@@ -113,7 +124,9 @@ def test_killed_between_checkpoints_equals_straight(straight, tmp_path, after):
     kept = (tmp_path / "checkpoints" / "general" / "partial.pt").read_bytes()
     with pytest.raises(Interrupted):
         Run(tmp_path, packing, stop_after=min(after, STEPS - 2)).go()
-    (tmp_path / "checkpoints" / "general" / "partial.pt").write_bytes(kept)  # as if the process had died before saving
+    (tmp_path / "checkpoints" / "general" / "partial.pt").write_bytes(
+        kept
+    )  # as if the process had died before saving
     with open(tmp_path / "log.jsonl", "a") as log:
         log.write('{"kind": "step", "sta')  # and in the middle of a line
     resumed = Run(tmp_path, packing).go()
@@ -203,7 +216,9 @@ def test_ctrl_c_means_what_it_did_before(tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize("damage", ["cut short", "empty", "a bit turned", "another format", "missing"])
+@pytest.mark.parametrize(
+    "damage", ["cut short", "empty", "a bit turned", "another format", "missing"]
+)
 def test_damaged_checkpoint_is_refused_in_one_line(tmp_path, damage):
     """Whatever happened to the file: one line that names it and says what to do, never a traceback of unpickling."""
     path = tmp_path / "partial.pt"
@@ -213,7 +228,9 @@ def test_damaged_checkpoint_is_refused_in_one_line(tmp_path, damage):
     broken = {
         "cut short": whole[: len(whole) // 2],
         "empty": b"",
-        "a bit turned": whole[: (at := whole.index(weight))] + bytes([weight[0] ^ 1]) + whole[at + 1 :],
+        "a bit turned": whole[: (at := whole.index(weight))]
+        + bytes([weight[0] ^ 1])
+        + whole[at + 1 :],
         "another format": b"not a checkpoint at all",
     }
     path.unlink() if damage == "missing" else path.write_bytes(broken[damage])
@@ -228,7 +245,9 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
     checkpoints.save({"tokens": 1})
     with pytest.raises(Exception):  # noqa: B017
         checkpoints.save({"tokens": lambda: 2})
-    assert read(checkpoints.partial)["tokens"] == 1 and [p.name for p in tmp_path.iterdir()] == ["partial.pt"]
+    assert read(checkpoints.partial)["tokens"] == 1 and [p.name for p in tmp_path.iterdir()] == [
+        "partial.pt"
+    ]
 
 
 def test_a_full_disk_keeps_both_checkpoints(tmp_path, monkeypatch):

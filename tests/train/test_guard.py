@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_checkpoint import ROWS, STEPS, Run, S
 
-from minglm.common.device import read_jsonl
+from minglm.common.files import read_jsonl
 from minglm.testing.model import tiny_model
 from minglm.testing.rl import seeds
 from minglm.train.checkpoint import read
@@ -67,7 +67,16 @@ def test_a_nan_in_a_gradient_costs_one_step(tmp_path):
 def test_utilisation_is_speed_over_the_ceiling(tmp_path):
     """With a ceiling each step says its share of it; without one nothing is claimed."""
     run = Run(tmp_path)
-    train(run.model, run.optimizer, run, run.phase, run.checkpoints, run.log, quiet=True, ceiling=1000.0)
+    train(
+        run.model,
+        run.optimizer,
+        run,
+        run.phase,
+        run.checkpoints,
+        run.log,
+        quiet=True,
+        ceiling=1000.0,
+    )
     steps = [r for r in read_jsonl(tmp_path / "log.jsonl") if r["kind"] == "step"]
     assert steps and all(abs(r["mfu"] - r["tokens_per_second"] / 1000) < 1e-3 for r in steps)
     assert not any("mfu" in r for r in read_jsonl(Run(tmp_path / "other").go().log.path))
@@ -79,7 +88,9 @@ def test_after_repeated_failures_the_last_good_weights_come_back(tmp_path):
     records = read_jsonl(tmp_path / "log.jsonl")
     (back,) = (r for r in records if r["kind"] == "rollback")
     assert (back["step"], back["to_step"], back["left_out"]) == (4, 2, 2)
-    assert [r["tokens"] for r in records if r["kind"] == "step"] == [ROWS * S * (i + 1) for i in range(STEPS)]
+    assert [r["tokens"] for r in records if r["kind"] == "step"] == [
+        ROWS * S * (i + 1) for i in range(STEPS)
+    ]
     assert all(p.isfinite().all() for p in run.model.parameters())
 
 
@@ -88,7 +99,9 @@ def test_no_checkpoint_is_written_while_steps_fail(tmp_path, monkeypatch):
     seen = []
     run = Poisoned(tmp_path, {3, 4, 5}, rollback_after=9)
     save = run.checkpoints.save
-    monkeypatch.setattr(run.checkpoints, "save", lambda state: seen.append(state["step"]) or save(state))
+    monkeypatch.setattr(
+        run.checkpoints, "save", lambda state: seen.append(state["step"]) or save(state)
+    )
     run.go()
     assert seen == [0, 1, 2, 6, 6] and read(run.checkpoints.partial)["guard"]["left_out"] == 3
 

@@ -9,7 +9,7 @@ from helpers.tiny import constant_phase, drawn_batch, gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minglm.config.run import OptimizerConfig
+from minglm.config import OptimizerConfig
 from minglm.data.packing import Batch
 from minglm.model.glm import GLM
 from minglm.optim.muon import Muon
@@ -19,13 +19,23 @@ from minglm.train.loop import accumulate, step
 
 
 @settings(max_examples=15)
-@given(seed=seeds, B=st.integers(1, 5), S=st.integers(3, 9), packed=st.booleans(), size=st.integers(1, 30))
+@given(
+    seed=seeds,
+    B=st.integers(1, 5),
+    S=st.integers(3, 9),
+    packed=st.booleans(),
+    size=st.integers(1, 30),
+)
 def test_micro_batches_change_no_gradient(seed, B, S, packed, size):
     """Losses, loads and every gradient are the same for any bound on the tokens of a pass."""
     model, batch = tiny_model(seed), drawn_batch(seed, B, S, packed)
-    batch.mask_BS[seed % B] = False  # a row, and with it perhaps a whole micro-batch, without any target
+    batch.mask_BS[seed % B] = (
+        False  # a row, and with it perhaps a whole micro-batch, without any target
+    )
     sums, whole, loads = gradients(model, batch, 0.3, balance_weight=0.1)
-    other_sums, cut, other_loads = gradients(model, batch, 0.3, balance_weight=0.1, microbatch_tokens=size)
+    other_sums, cut, other_loads = gradients(
+        model, batch, 0.3, balance_weight=0.1, microbatch_tokens=size
+    )
     assert torch.equal(loads, other_loads)
     assert sums == pytest.approx(other_sums, abs=1e-4)
     for name in whole:  # float32 sums of up to 45 tokens in another order
@@ -39,7 +49,10 @@ def test_loss_is_the_mean_over_targets(seed, packed):
     sums, _, _ = gradients(model, batch, 0.3)
     with torch.no_grad():
         out = model.hidden(batch.tokens_BS, batch.positions_BS, batch.documents_BS, mtp=True)
-    for name, hidden_BSD, ahead in (("loss", out.hidden_BSD, 1), ("mtp_loss", out.mtp_hidden_BSD, 2)):
+    for name, hidden_BSD, ahead in (
+        ("loss", out.hidden_BSD, 1),
+        ("mtp_loss", out.mtp_hidden_BSD, 2),
+    ):
         losses = []
         for b in range(3):
             for s in range(8 - ahead):
@@ -59,19 +72,35 @@ def optimizer(model, rate=0.0):
 
 
 @settings(max_examples=15)
-@given(seed=seeds, B=st.integers(1, 4), packed=st.booleans(), size=st.integers(1, 20), weight=st.sampled_from([0, 0.3]))
+@given(
+    seed=seeds,
+    B=st.integers(1, 4),
+    packed=st.booleans(),
+    size=st.integers(1, 20),
+    weight=st.sampled_from([0, 0.3]),
+)
 def test_bias_steps_once_from_the_loads_of_the_whole_batch(seed, B, packed, size, weight):
     """Every router, the MTP layer's too when it is trained, moves by the rate once, whatever the micro-batches."""
     model, batch = tiny_model(seed), drawn_batch(seed, B, 6, packed)
     before = [router.e_score_correction_bias.clone() for router in model.routers()]
     _, loads = accumulate(model, batch, constant_phase(), weight)
     model.zero_grad()
-    step(model, optimizer(model), batch, constant_phase(microbatch_tokens=size, mtp_weight=weight, bias_rate=0.01), 0)
+    step(
+        model,
+        optimizer(model),
+        batch,
+        constant_phase(microbatch_tokens=size, mtp_weight=weight, bias_rate=0.01),
+        0,
+    )
     assert len(loads) == (3 if weight else 2) and len(before) == 3
     for i, (router, bias_E) in enumerate(zip(model.routers(), before)):
-        expected_E = 0.01 * torch.sign(loads[i].mean() - loads[i]) if i < len(loads) else torch.zeros(4)
+        expected_E = (
+            0.01 * torch.sign(loads[i].mean() - loads[i]) if i < len(loads) else torch.zeros(4)
+        )
         # float32 values of size 1
-        torch.testing.assert_close(router.e_score_correction_bias - bias_E, expected_E, atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            router.e_score_correction_bias - bias_E, expected_E, atol=1e-6, rtol=0
+        )
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3])
@@ -80,7 +109,9 @@ def test_a_step_of_dense_layers(weight):
     model = tiny_model(1)
     config = dataclasses.replace(model.config, first_k_dense_replace=model.config.num_hidden_layers)
     model = GLM(config, 1)
-    metrics = step(model, optimizer(model), drawn_batch(1, 2, 8, False), constant_phase(mtp_weight=weight), 0)
+    metrics = step(
+        model, optimizer(model), drawn_batch(1, 2, 8, False), constant_phase(mtp_weight=weight), 0
+    )
     assert len(metrics.get("load_max_over_mean", [])) == (1 if weight else 0)
 
 
@@ -98,15 +129,25 @@ def test_step_reports_what_it_did():
     model, batch = tiny_model(1), drawn_batch(1, 4, 8, False)
     _, found, loads = gradients(model, batch, 0.2, balance_weight=1e-4)
     model.zero_grad()
-    asked = constant_phase(learning_rate=0.5e-3, mtp_weight=0.2, bias_rate=0.01, balance_weight=1e-4)
+    asked = constant_phase(
+        learning_rate=0.5e-3, mtp_weight=0.2, bias_rate=0.01, balance_weight=1e-4
+    )
     metrics = step(model, optimizer(model), batch, asked, 0)
     norm = math.sqrt(sum(g.square().sum().item() for g in found.values()))
     assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
-    assert metrics["learning_rate"] == 0.5e-3 and metrics["mtp_weight"] == 0.2 and metrics["bias_rate"] == 0.01
-    assert metrics["load_max_over_mean"] == pytest.approx((loads.amax(1) / loads.mean(1)).tolist(), abs=1e-3)
+    assert (
+        metrics["learning_rate"] == 0.5e-3
+        and metrics["mtp_weight"] == 0.2
+        and metrics["bias_rate"] == 0.01
+    )
+    assert metrics["load_max_over_mean"] == pytest.approx(
+        (loads.amax(1) / loads.mean(1)).tolist(), abs=1e-3
+    )
     assert all(0 <= entropy <= 1 for entropy in metrics["load_entropy"])
     assert metrics["dead_experts"] == (loads == 0).sum() and 0.2 < metrics["balance_loss"] < 4
-    assert all(p.grad is None or not p.grad.any() for p in model.parameters()), "gradients are cleared"
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters()), (
+        "gradients are cleared"
+    )
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.01, 1e9])
@@ -120,7 +161,9 @@ def test_gradients_are_clipped_to_the_bound(clip):
             found = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
             norms.append(torch.nn.utils.get_total_norm(found).item())
 
-    metrics = step(model, Looks(model.parameters(), lr=1.0), batch, constant_phase(clip_norm=clip), 0)
+    metrics = step(
+        model, Looks(model.parameters(), lr=1.0), batch, constant_phase(clip_norm=clip), 0
+    )
     expected = metrics["grad_norm"] if clip in (0.0, 1e9) else clip
     assert norms == pytest.approx([expected], rel=1e-3)
 
@@ -129,7 +172,13 @@ def test_a_batch_without_targets_changes_no_weight_by_gradient():
     """Loss exactly 0, gradients exactly 0, and nothing becomes NaN; the selection bias steps all the same."""
     model, batch = tiny_model(1), drawn_batch(1, 2, 6, False)
     nothing = Batch(batch.tokens_BS, torch.zeros_like(batch.mask_BS))
-    metrics = step(model, torch.optim.SGD(model.parameters(), lr=1.0), nothing, constant_phase(learning_rate=1.0), 0)
+    metrics = step(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        nothing,
+        constant_phase(learning_rate=1.0),
+        0,
+    )
     assert metrics["loss"] == metrics["mtp_loss"] == metrics["grad_norm"] == 0
     assert all(p.isfinite().all() for p in model.parameters())
     expected = tiny_model(1)
@@ -140,12 +189,16 @@ def test_a_step_that_is_not_finite_leaves_the_weights():
     """An infinite gradient norm is logged and the step is left out; the next one is as if it had not been."""
     model, batch = tiny_model(1), drawn_batch(1, 2, 6, False)
     before = [p.clone() for p in model.parameters()]
-    handle = model.model.norm.register_forward_hook(lambda module, inputs, output: output * float("inf"))
+    handle = model.model.norm.register_forward_hook(
+        lambda module, inputs, output: output * float("inf")
+    )
     metrics = step(model, optimizer(model), batch, constant_phase(learning_rate=1e-2), 0)
     handle.remove()
     assert not math.isfinite(metrics["grad_norm"])
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
-    assert math.isfinite(step(model, optimizer(model), batch, constant_phase(learning_rate=1e-2), 0)["grad_norm"])
+    assert math.isfinite(
+        step(model, optimizer(model), batch, constant_phase(learning_rate=1e-2), 0)["grad_norm"]
+    )
     assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
 

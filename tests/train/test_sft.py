@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minglm.chat import render
-from minglm.config.run import SFTConfig, load_config
+from minglm.config import SFTConfig, load_config
 from minglm.data.mixture import Mixture
 from minglm.envs import ENVIRONMENTS
 from minglm.testing.rl import seeds
@@ -16,7 +16,11 @@ from minglm.train import sft
 TOOLS = ENVIRONMENTS["retail"].tools()
 WORDS = ("Yes.", "Order 482?", "38+7=45", "两个", "a <b> c", "def f():\n    pass")
 words = st.sampled_from(WORDS)
-calls = st.lists(st.tuples(st.sampled_from(["get_order", "cancel_order"]), st.integers(1, 999)), min_size=1, max_size=2)
+calls = st.lists(
+    st.tuples(st.sampled_from(["get_order", "cancel_order"]), st.integers(1, 999)),
+    min_size=1,
+    max_size=2,
+)
 
 
 @st.composite
@@ -32,7 +36,9 @@ def conversations(draw):
             if thinking:
                 message["reasoning_content"] = draw(words)
             if made:
-                message["tool_calls"] = [{"name": name, "arguments": {"order_id": number}} for name, number in made]
+                message["tool_calls"] = [
+                    {"name": name, "arguments": {"order_id": number}} for name, number in made
+                ]
             messages.append(message)
             messages += [{"role": "tool", "content": draw(words)} for _ in made or ()]
     return messages, draw(st.sampled_from([(), TOOLS])), thinking
@@ -60,7 +66,9 @@ def test_targets_are_what_the_assistant_says_last(conversation, tokenizer):
         answers = [m for m in messages[start:end] if m["role"] == "assistant"]
         assert tokenizer.decode(tokens[mask]) == "".join(spoken(m, thinking) for m in answers)
         prompt = render(tokenizer, messages[: start + 1], tools, thinking, generation_prompt=True)
-        assert tokens[: len(prompt.ids)].tolist() == prompt.ids and not mask[: len(prompt.ids)].any()
+        assert (
+            tokens[: len(prompt.ids)].tolist() == prompt.ids and not mask[: len(prompt.ids)].any()
+        )
         assert tokenizer.decode(tokens) == render(tokenizer, messages[:end], tools, thinking).text
 
 
@@ -93,7 +101,9 @@ def test_every_demonstration_can_be_learned(seed, thinking):
         if name == "code":
             continue  # its oracle runs programs, which takes long; the format is that of the others
         task = environment.task(0, seed)
-        found = sft.examples(byte_tokenizer(), environment.demonstrate(task, thinking), task.tools, thinking)
+        found = sft.examples(
+            byte_tokenizer(), environment.demonstrate(task, thinking), task.tools, thinking
+        )
         assert found
         for tokens, mask in found:
             assert mask[-1] and tokens[-1] in byte_tokenizer().stop_ids
@@ -106,28 +116,42 @@ def test_packed_rows_keep_the_targets(drawn, seed):
     pairs = [pair for c in drawn for pair in sft.examples(byte_tokenizer(), *c)]
     documents, masks = [t for t, _ in pairs], [m for _, m in pairs]
     longest = max(map(len, documents))
-    stream = Mixture({"sft": documents}, {"sft": 1.0}, longest, "best_fit", seed, masks={"sft": masks}, pad=0)
+    stream = Mixture(
+        {"sft": documents}, {"sft": 1.0}, longest, "best_fit", seed, masks={"sft": masks}, pad=0
+    )
     found = []
     for _ in range(2 * len(documents)):
         batch = stream.next(1)
         for tokens_S, mask_S, ids_S in zip(batch.tokens_BS, batch.mask_BS, batch.documents_BS):
             found += [tokens_S[(ids_S == i) & mask_S].tolist() for i in range(int(ids_S.max()) + 1)]
     expected = [t[m].tolist() for t, m in pairs]
-    assert all(targets in expected for targets in found) and all(targets in found for targets in expected)
+    assert all(targets in expected for targets in found) and all(
+        targets in found for targets in expected
+    )
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 40, 10_000])
 def test_the_phase_warms_up_and_falls_to_a_tenth(tokens):
     """The rate rises over the first 5%, then falls along a cosine to a tenth; the selection bias rests."""
-    run, config = load_config("configs/nano.py"), SFTConfig(batch_tokens=256, sequence_length=64, peak_lr=1e-3)
+    run, config = (
+        load_config("configs/nano.py"),
+        SFTConfig(batch_tokens=256, sequence_length=64, peak_lr=1e-3),
+    )
     phase = sft.phase("agent.sft", config, run, tokens)
-    assert (phase.name, phase.tokens, phase.start, phase.sequence_length) == ("agent.sft", tokens, 0, 64)
+    assert (phase.name, phase.tokens, phase.start, phase.sequence_length) == (
+        "agent.sft",
+        tokens,
+        0,
+        64,
+    )
     rates = [phase.learning_rate(seen) for seen in range(tokens + 1)]
     assert all(0 < rate <= 1e-3 for rate in rates)
     if tokens == 10_000:
         top = rates.index(max(rates))
         assert top == 500 and rates[500] == 1e-3 and rates[-1] == pytest.approx(1e-4)
-        assert rates[:501] == sorted(rates[:501]) and rates[500:] == sorted(rates[500:], reverse=True)
+        assert rates[:501] == sorted(rates[:501]) and rates[500:] == sorted(
+            rates[500:], reverse=True
+        )
         assert rates[5250] == pytest.approx(5.5e-4)
     for seen in (0, tokens):
         assert (phase.batch_tokens(seen), phase.bias_rate(seen)) == (256, 0.0)

@@ -20,7 +20,12 @@ from minglm.kernels.attention.eager import flash_attention
 N, M, A = 96, 8, 128
 ROWS = ((8, 512), (1, 4096), (4, 4096), (1, 32768), (1, 131072))
 PACKED = (32768, 2048)  # positions of a row, and of each document in it
-CACHES = [(texts, slots) for slots in (4096, 32768, 131072) for texts in (1, 8, 64) if texts * slots <= 2**21]
+CACHES = [
+    (texts, slots)
+    for slots in (4096, 32768, 131072)
+    for texts in (1, 8, 64)
+    if texts * slots <= 2**21
+]
 BLOCK = 16  # slots
 
 
@@ -29,7 +34,9 @@ def inputs(device, B, S, heads):
     N, M, A = heads
     generator = torch.Generator(device).manual_seed(0)
     return [
-        torch.randn(B, S, h, A, generator=generator, device=device, dtype=torch.bfloat16).requires_grad_(i < 3)
+        torch.randn(
+            B, S, h, A, generator=generator, device=device, dtype=torch.bfloat16
+        ).requires_grad_(i < 3)
         for i, h in enumerate((N, M, M, N))
     ]
 
@@ -40,7 +47,9 @@ def sdpa(backend, causal=True):
     def attend(q, k, v):
         with sdpa_kernel(backend):
             out = F.scaled_dot_product_attention(
-                *(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal, enable_gqa=q.shape[2] != k.shape[2]
+                *(x.transpose(1, 2) for x in (q, k, v)),
+                is_causal=causal,
+                enable_gqa=q.shape[2] != k.shape[2],
             )
         return out.transpose(1, 2)
 
@@ -71,11 +80,15 @@ def variable(S, device, length):
 
     starts = torch.arange(0, S + 1, length, device=device, dtype=torch.int32)
     # before torch 2.12 it need not be told that there are fewer key/value heads
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    grouped = (
+        {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    )
 
     def attend(q, k, v):
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        return varlen_attn(q, k, v, starts, starts, length, length, window_size=(-1, 0), **grouped)[None]
+        return varlen_attn(q, k, v, starts, starts, length, length, window_size=(-1, 0), **grouped)[
+            None
+        ]
 
     return attend
 
@@ -101,7 +114,10 @@ def baselines(S, device, length=None):
     forms = {"minglm": flash_attention}
     if device.type != "cuda":
         return forms | {"SDPA": sdpa(SDPBackend.MATH)}
-    return forms | {"SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION), "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION)}
+    return forms | {
+        "SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION),
+        "SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
+    }
 
 
 def forward(device, B, S, heads, length=None):
@@ -133,13 +149,22 @@ def decode(device, texts, slots, heads):
     N, M, A = heads
     generator = torch.Generator(device).manual_seed(0)
     blocks = texts * slots // BLOCK
-    store = torch.randn(blocks, 2, M, BLOCK, A, generator=generator, device=device, dtype=torch.bfloat16)
+    store = torch.randn(
+        blocks, 2, M, BLOCK, A, generator=generator, device=device, dtype=torch.bfloat16
+    )
     q = torch.randn(texts, 1, N, A, generator=generator, device=device, dtype=torch.bfloat16)
-    tables = torch.randperm(blocks, generator=generator, device=device).view(1, texts, 1, -1) * (2 * M)
+    tables = torch.randperm(blocks, generator=generator, device=device).view(1, texts, 1, -1) * (
+        2 * M
+    )
     rows = (tables + torch.arange(2 * M, device=device).view(2, 1, M, 1)).flatten()
-    k, v = (store.view(-1, BLOCK * A)[part].view(texts, M, slots, A).transpose(1, 2) for part in rows.chunk(2))
+    k, v = (
+        store.view(-1, BLOCK * A)[part].view(texts, M, slots, A).transpose(1, 2)
+        for part in rows.chunk(2)
+    )
     layer = LayerPages(store, BLOCK)
-    layer.plan = SimpleNamespace(groups=[(rows, torch.full((texts, 1), slots - 1, device=device))], masks={})
+    layer.plan = SimpleNamespace(
+        groups=[(rows, torch.full((texts, 1), slots - 1, device=device))], masks={}
+    )
     if device.type == "cuda":
         others = {"SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION, False)}
         others |= {"SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION, False)}
@@ -156,15 +181,26 @@ def cases(device, smoke):
     packed = (40, 10) if smoke else PACKED
     for B, S, length in [(*row, None) for row in (((2, 40),) if smoke else ROWS)] + [(1, *packed)]:
         pairs = B * S * ((length or S) + 1) / 2
-        flops, moved = 4 * heads[2] * heads[0] * pairs, 2 * B * S * heads[2] * 2 * (heads[0] + heads[1])
+        flops, moved = (
+            4 * heads[2] * heads[0] * pairs,
+            2 * B * S * heads[2] * 2 * (heads[0] + heads[1]),
+        )
         name = f"{B} x {S}, {f'documents of {length}, ' if length else ''}{shape}"
         made = (device, B, S, heads, length)
         yield Case(f"attention forward, {name}", flops, moved, lambda made=made: forward(*made))
         if S <= 2**16:  # a minute for each form, beyond
-            yield Case(f"attention backward, {name}", 2.5 * flops, 2.5 * moved, lambda made=made: backward(*made))
+            yield Case(
+                f"attention backward, {name}",
+                2.5 * flops,
+                2.5 * moved,
+                lambda made=made: backward(*made),
+            )
     for texts, slots in ((2, 48),) if smoke else CACHES:
         total = texts * slots * heads[2]
         yield Case(
-            f"attention decoding, {texts} x {slots}, {shape}", 4 * total * heads[0], 2 * 2 * total * heads[1],
-            lambda texts=texts, slots=slots: decode(device, texts, slots, heads), graph=True,
-        )  # fmt: skip
+            f"attention decoding, {texts} x {slots}, {shape}",
+            4 * total * heads[0],
+            2 * 2 * total * heads[1],
+            lambda texts=texts, slots=slots: decode(device, texts, slots, heads),
+            graph=True,
+        )

@@ -44,11 +44,17 @@ def cases(device, smoke):
     for shape, block in zip(sizes, (ACTIVATION_BLOCK, WEIGHT_BLOCK)):
         numbers = torch.Size(shape).numel()
         name = f"{' x '.join(map(str, shape))} in blocks of {block[0]} x {block[1]}"
-        yield Case(f"float8 quantisation, {name}", 0, 3 * numbers,
-                   lambda shape=shape, block=block: quantizing(device, shape, block))  # fmt: skip
+        yield Case(
+            f"float8 quantisation, {name}",
+            0,
+            3 * numbers,
+            lambda shape=shape, block=block: quantizing(device, shape, block),
+        )
     for outputs, inputs in ((24, 208),) if smoke else SHAPES:
         for E, rows in ((3, 10),) if smoke else LOADS:
             T, made = E * rows, (device, E, rows, outputs, inputs)
             name = f"float8 grouped product, {E} experts, {rows} rows each, {outputs} x {inputs}"
             moved = T * (inputs + 2 * outputs) + E * inputs * outputs
-            yield Case(name, 2 * T * outputs * inputs, moved, lambda made=made: product(*made), "float8")
+            yield Case(
+                name, 2 * T * outputs * inputs, moved, lambda made=made: product(*made), "float8"
+            )

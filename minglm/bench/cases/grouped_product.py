@@ -21,7 +21,10 @@ def drawn(device, E, rows, outputs, inputs):
     """x, w, dy, and the end of each expert's rows, whose number varies by a half."""
     part = torch.rand(E, generator=torch.Generator().manual_seed(0)) + 0.5
     ends_E = (part.cumsum(0) / part.sum() * E * rows).round().int().to(device)
-    x, w = normal(device, E * rows, inputs), normal(device, E, outputs, inputs, seed=1, scale=inputs**-0.5)
+    x, w = (
+        normal(device, E * rows, inputs),
+        normal(device, E, outputs, inputs, seed=1, scale=inputs**-0.5),
+    )
     return x, w, normal(device, E * rows, outputs, seed=2), ends_E
 
 
@@ -41,7 +44,11 @@ def forward(device, *sizes):
     def loop():
         return torch.cat([x[a:b] @ m.T for (a, b), m in zip(pairwise(bounds), w)])
 
-    return {"minglm": ours, "torch grouped_mm": lambda: F.grouped_mm(x, w.mT, offs=ends_E), "loop": loop}
+    return {
+        "minglm": ours,
+        "torch grouped_mm": lambda: F.grouped_mm(x, w.mT, offs=ends_E),
+        "loop": loop,
+    }
 
 
 def gradient(device, *sizes):
@@ -60,7 +67,11 @@ def gradient(device, *sizes):
     def loop():
         return torch.stack([dy[a:b].T @ x[a:b] for a, b in pairwise(bounds)])
 
-    return {"minglm": ours, "torch grouped_mm": lambda: F.grouped_mm(dy.T, x, offs=ends_E), "loop": loop}
+    return {
+        "minglm": ours,
+        "torch grouped_mm": lambda: F.grouped_mm(dy.T, x, offs=ends_E),
+        "loop": loop,
+    }
 
 
 def cases(device, smoke):
@@ -68,7 +79,15 @@ def cases(device, smoke):
     for outputs, inputs in ((24, 16),) if smoke else SHAPES:
         for E, rows in ((3, 10),) if smoke else LOADS:
             T, made = E * rows, (device, E, rows, outputs, inputs)
-            flops, moved = 2 * T * outputs * inputs, 2 * (T * (inputs + outputs) + E * inputs * outputs)
+            flops, moved = (
+                2 * T * outputs * inputs,
+                2 * (T * (inputs + outputs) + E * inputs * outputs),
+            )
             name = f"{E} experts, {rows} rows each, {outputs} x {inputs}"
             yield Case(f"grouped product, {name}", flops, moved, lambda made=made: forward(*made))
-            yield Case(f"grouped product, gradient of w, {name}", flops, moved, lambda made=made: gradient(*made))
+            yield Case(
+                f"grouped product, gradient of w, {name}",
+                flops,
+                moved,
+                lambda made=made: gradient(*made),
+            )

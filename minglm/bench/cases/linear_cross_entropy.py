@@ -26,7 +26,10 @@ def chunked(loss):
 
     def run(hidden_TD, head_VD, targets_T):
         parts = zip(hidden_TD.split(CHUNK), targets_T.split(CHUNK))
-        return sum(checkpoint(loss, hidden, head_VD, targets, use_reentrant=False) for hidden, targets in parts)
+        return sum(
+            checkpoint(loss, hidden, head_VD, targets, use_reentrant=False)
+            for hidden, targets in parts
+        )
 
     return run
 
@@ -53,16 +56,27 @@ def fused(hidden_TD, head_VD, targets_T):
 def forms(device, T, D, V, gradients):
     """{form: the summed loss}, or {form: the loss and the gradients of states and head}."""
     hidden_TD, head_VD = normal(device, T, D), normal(device, V, D, seed=1, scale=D**-0.5)
-    targets_T = torch.randint(V, (T,), generator=torch.Generator(device).manual_seed(2), device=device)
+    targets_T = torch.randint(
+        V, (T,), generator=torch.Generator(device).manual_seed(2), device=device
+    )
     ones_T = torch.ones(T, device=device)
-    functions = {"minglm": lambda h, w, t: linear_cross_entropy(h, w, t, ones_T), "torch, chunks": chunked(piece)}
-    functions |= {f"{name}, chunks": chunked(function) for name, function in compiled(piece, device, T).items()}
+    functions = {
+        "minglm": lambda h, w, t: linear_cross_entropy(h, w, t, ones_T),
+        "torch, chunks": chunked(piece),
+    }
+    functions |= {
+        f"{name}, chunks": chunked(function)
+        for name, function in compiled(piece, device, T).items()
+    }
     if hasattr(F, "linear_cross_entropy"):
         functions["torch linear_cross_entropy"] = fused
     functions |= {"liger": liger} if have("liger_kernel", device) else {}
     functions |= {"cut-cross-entropy": cut} if have("cut_cross_entropy", device) else {}
     if not gradients:
-        return {name: without_gradients(f, hidden_TD, head_VD, targets_T) for name, f in functions.items()}
+        return {
+            name: without_gradients(f, hidden_TD, head_VD, targets_T)
+            for name, f in functions.items()
+        }
     inputs = [hidden_TD.requires_grad_(), head_VD.requires_grad_(), targets_T]
     return {name: with_gradients(f, inputs, None) for name, f in functions.items()}
 
@@ -72,6 +86,15 @@ def cases(device, smoke):
     d, v = (16, 50) if smoke else (D, V)
     for T in (30,) if smoke else (4096, 16384):
         name, read = f"{T} tokens, {d} x {v}", 2 * d * (T + v)
-        yield Case(f"head and cross-entropy, {name}", 2 * T * d * v, read, lambda T=T: forms(device, T, d, v, False))
-        yield Case(f"head and cross-entropy with gradients, {name}", 6 * T * d * v, 3 * read,
-                   lambda T=T: forms(device, T, d, v, True))  # fmt: skip
+        yield Case(
+            f"head and cross-entropy, {name}",
+            2 * T * d * v,
+            read,
+            lambda T=T: forms(device, T, d, v, False),
+        )
+        yield Case(
+            f"head and cross-entropy with gradients, {name}",
+            6 * T * d * v,
+            3 * read,
+            lambda T=T: forms(device, T, d, v, True),
+        )

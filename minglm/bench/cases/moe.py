@@ -34,7 +34,12 @@ def choice(device, T, E, K, loads):
 def transformers_experts(kind, E, widths):
     """transformers' experts as a function of (x, experts, weights, gate and up in one, down)."""
     D, F, K = widths
-    sizes = {"hidden_size": D, "moe_intermediate_size": F, "n_routed_experts": E, "num_experts_per_tok": K}
+    sizes = {
+        "hidden_size": D,
+        "moe_intermediate_size": F,
+        "n_routed_experts": E,
+        "num_experts_per_tok": K,
+    }
 
     @functools.cache
     def layer():
@@ -47,7 +52,9 @@ def transformers_experts(kind, E, widths):
 
     def run(x_TD, experts_TK, weights_TK, both_EFD, down_EDF):
         matrices = {"gate_up_proj": both_EFD, "down_proj": down_EDF}
-        return torch.func.functional_call(layer(), matrices, (x_TD, experts_TK, weights_TK.to(x_TD.dtype)))
+        return torch.func.functional_call(
+            layer(), matrices, (x_TD, experts_TK, weights_TK.to(x_TD.dtype))
+        )
 
     return run
 
@@ -128,6 +135,9 @@ def cases(device, smoke):
             decoding = kind == "decoding"
             made = (device, T, E, loads, widths, factor == 3, T <= 4096 and not decoding)
             yield Case(
-                f"expert layer {kind}, {T} tokens, {k} of {E} experts, {loads} loads", factor * 6 * T * k * d * f,
-                factor * moved, lambda made=made: layer_forms(*made), graph=decoding,
-            )  # fmt: skip
+                f"expert layer {kind}, {T} tokens, {k} of {E} experts, {loads} loads",
+                factor * 6 * T * k * d * f,
+                factor * moved,
+                lambda made=made: layer_forms(*made),
+                graph=decoding,
+            )

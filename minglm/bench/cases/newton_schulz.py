@@ -35,7 +35,10 @@ def torch_muon(matrices):
 def forms(device, shape):
     """{form: the orthogonalised stack}."""
     matrices = normal(device, *shape)
-    functions = {"minglm": orthogonalize, "minglm, standard form": lambda x: orthogonalize(x, gram=False)}
+    functions = {
+        "minglm": orthogonalize,
+        "minglm, standard form": lambda x: orthogonalize(x, gram=False),
+    }
     functions["torch bmm"] = batched
     functions |= {"torch.optim.Muon": torch_muon} if shape[0] == 1 else {}
     return {name: without_gradients(function, matrices) for name, function in functions.items()}
@@ -44,7 +47,9 @@ def forms(device, shape):
 def cheapest(rows, columns):
     """Operations of one matrix: of each part of the iteration X X' and Q X, of each step P, Q and R where needed."""
     parts = 2 if STEPS > RESTART else 1
-    small = STEPS + (STEPS - parts) + 2 * (STEPS - parts)  # P of each step; Q and twice R of each but a part's first
+    small = (
+        STEPS + (STEPS - parts) + 2 * (STEPS - parts)
+    )  # P of each step; Q and twice R of each but a part's first
     return parts * (rows**2 * columns + 2 * rows**2 * columns) + small * rows**3
 
 
@@ -52,5 +57,9 @@ def cases(device, smoke):
     """Each stack."""
     for count, rows, columns in ((3, 12, 20), (1, 12, 12)) if smoke else SHAPES:
         made = (count, rows, columns)
-        yield Case(f"Newton-Schulz, {count} of {rows} x {columns}", count * cheapest(rows, columns),
-                   4 * count * rows * columns, lambda made=made: forms(device, made))  # fmt: skip
+        yield Case(
+            f"Newton-Schulz, {count} of {rows} x {columns}",
+            count * cheapest(rows, columns),
+            4 * count * rows * columns,
+            lambda made=made: forms(device, made),
+        )

@@ -33,8 +33,11 @@ def forms(device, T, D, gradients):
     inputs = [v.requires_grad_() if isinstance(v, torch.Tensor) else v for v in inputs]
 
     def run(function):
-        return with_gradients(lambda x, weight, change: function(x, weight, EPS, change), inputs[:2] + inputs[3:],
-                              upstream_TD)  # fmt: skip
+        return with_gradients(
+            lambda x, weight, change: function(x, weight, EPS, change),
+            inputs[:2] + inputs[3:],
+            upstream_TD,
+        )
 
     return {name: run(function) for name, function in functions.items()}
 
@@ -43,6 +46,17 @@ def cases(device, smoke):
     """Forward, and forward with backward."""
     D = 32 if smoke else 5120
     for T in (20,) if smoke else (4096, 16384, 65536):
-        yield Case(f"add and norm, {T} x {D}", 0, 8 * T * D, lambda T=T: forms(device, T, D, False), graph=True)
-        yield Case(f"add and norm with gradients, {T} x {D}", 0, 14 * T * D, lambda T=T: forms(device, T, D, True),
-                   graph=True)  # fmt: skip
+        yield Case(
+            f"add and norm, {T} x {D}",
+            0,
+            8 * T * D,
+            lambda T=T: forms(device, T, D, False),
+            graph=True,
+        )
+        yield Case(
+            f"add and norm with gradients, {T} x {D}",
+            0,
+            14 * T * D,
+            lambda T=T: forms(device, T, D, True),
+            graph=True,
+        )

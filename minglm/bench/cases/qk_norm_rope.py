@@ -27,7 +27,9 @@ def forms(device, S, heads, gradients):
     N, M, A = heads
     q, k, dq, dk = (normal(device, 1, S, h, A, seed=seed) for seed, h in enumerate((N, M, N, M)))
     weights = [1 + normal(device, A, seed=seed, scale=0.1, dtype=torch.float32) for seed in (4, 5)]
-    turn = torch.arange(S, device=device)[:, None] * 10_000 ** -torch.linspace(0, 1, A // 4, device=device)
+    turn = torch.arange(S, device=device)[:, None] * 10_000 ** -torch.linspace(
+        0, 1, A // 4, device=device
+    )
     inputs = [q, k, *weights, turn.cos()[None, :, None], turn.sin()[None, :, None], EPS]
     functions = {"minglm": ours, "torch": qk_norm_rope}
     functions |= {} if gradients else compiled(qk_norm_rope, device, S)
@@ -48,5 +50,10 @@ def cases(device, smoke):
         moved = 4 * S * (heads[0] + heads[1]) * heads[2]
         name = f"{S} tokens, {heads[0]}/{heads[1]} heads of {heads[2]}"
         for extra, factor in (("", 1), (" with gradients", 2.5)):
-            yield Case(f"QK-norm and rotation{extra}, {name}", 0, factor * moved,
-                       lambda S=S, extra=extra: forms(device, S, heads, bool(extra)), graph=True)  # fmt: skip
+            yield Case(
+                f"QK-norm and rotation{extra}, {name}",
+                0,
+                factor * moved,
+                lambda S=S, extra=extra: forms(device, S, heads, bool(extra)),
+                graph=True,
+            )

@@ -34,28 +34,48 @@ def weights_of(function):
 
 def choosing(device, T, gradients):
     """{form: experts, weights, scores}, or {form: weights and the gradient of the logits}."""
-    logits_TE, bias_E = normal(device, T, E, dtype=torch.float32), normal(device, E, scale=0.1, dtype=torch.float32)
+    logits_TE, bias_E = (
+        normal(device, T, E, dtype=torch.float32),
+        normal(device, E, scale=0.1, dtype=torch.float32),
+    )
     functions = {"minglm": ours, "torch": plain}
     functions |= {} if gradients else compiled(plain, device, T)
     if not gradients:
-        return {name: without_gradients(function, logits_TE, bias_E) for name, function in functions.items()}
+        return {
+            name: without_gradients(function, logits_TE, bias_E)
+            for name, function in functions.items()
+        }
     upstream_TK = normal(device, T, K, seed=1, dtype=torch.float32)
     inputs = (logits_TE.requires_grad_(), bias_E)
-    return {name: with_gradients(weights_of(function), inputs, upstream_TK) for name, function in functions.items()}
+    return {
+        name: with_gradients(weights_of(function), inputs, upstream_TK)
+        for name, function in functions.items()
+    }
 
 
 def sorting(device, T):
     """{form: order, its inverse, ends}."""
     experts_TK = normal(device, T, E, dtype=torch.float32).topk(K).indices
-    return {"minglm": lambda: sort_by_expert(experts_TK, E), "torch": lambda: group_by_expert(experts_TK, E)}
+    return {
+        "minglm": lambda: sort_by_expert(experts_TK, E),
+        "torch": lambda: group_by_expert(experts_TK, E),
+    }
 
 
 def cases(device, smoke):
     """Choice, with its gradient, and sort."""
     for T in (30,) if smoke else (4096, 16384, 65536):
         moved = T * (8 * E + 12 * K)
-        yield Case(f"router, {T} tokens", 0, moved, lambda T=T: choosing(device, T, False), graph=True)
-        yield Case(f"router with gradient, {T} tokens", 0, moved + T * (12 * E + 16 * K),
-                   lambda T=T: choosing(device, T, True), graph=True)  # fmt: skip
-        yield Case(f"sort by expert, {T} tokens", 0, 32 * T * K, lambda T=T: sorting(device, T),
-                   graph=True)  # fmt: skip
+        yield Case(
+            f"router, {T} tokens", 0, moved, lambda T=T: choosing(device, T, False), graph=True
+        )
+        yield Case(
+            f"router with gradient, {T} tokens",
+            0,
+            moved + T * (12 * E + 16 * K),
+            lambda T=T: choosing(device, T, True),
+            graph=True,
+        )
+        yield Case(
+            f"sort by expert, {T} tokens", 0, 32 * T * K, lambda T=T: sorting(device, T), graph=True
+        )

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minglm.common.device import atomic_path
+from minglm.common.files import atomic_path
 from minglm.data.cleaning.shingles import grams, words
 
 BITS = 18
@@ -53,7 +53,10 @@ def features(texts):
         for _, value, text in grams(found, owner, {1, 2}):
             rows.append(text.astype(np.uint64) << np.uint64(BITS) | value >> np.uint64(64 - BITS))
     both, count = np.unique(np.concatenate(rows), return_counts=True)
-    text, place = (both >> np.uint64(BITS)).astype(np.int64), (both & np.uint64(2**BITS - 1)).astype(np.int64)
+    text, place = (
+        (both >> np.uint64(BITS)).astype(np.int64),
+        (both & np.uint64(2**BITS - 1)).astype(np.int64),
+    )
     norm = np.sqrt(np.bincount(text, count.astype(float) ** 2, len(texts)))
     return tuple(map(torch.from_numpy, (text, place, (count / norm[text]).astype(np.float32))))
 
@@ -68,7 +71,9 @@ def reliability(scores, marks, bins=10):
 
 def calibration_error(scores, marks, bins=10):
     """Expected calibration error: the mean distance of score and mark over `reliability`, weighted by documents."""
-    return sum(abs(score - mark) * n for score, mark, n in reliability(scores, marks, bins)) / max(1, len(scores))
+    return sum(abs(score - mark) * n for score, mark, n in reliability(scores, marks, bins)) / max(
+        1, len(scores)
+    )
 
 
 @dataclass
@@ -87,7 +92,11 @@ class Classifier:
 
     def score(self, texts):
         """Calibrated score of each text, 0 to 1: float32 array."""
-        return torch.sigmoid(self.a * self.logits(texts) + self.b).numpy() if len(texts) else np.zeros(0, np.float32)
+        return (
+            torch.sigmoid(self.a * self.logits(texts) + self.b).numpy()
+            if len(texts)
+            else np.zeros(0, np.float32)
+        )
 
 
 def _learn(texts, marks, seed):
@@ -97,14 +106,24 @@ def _learn(texts, marks, seed):
     batches = [(text, torch.searchsorted(used, place), value) for text, place, value in batches]
     targets = torch.tensor(marks, dtype=torch.float32).split(BATCH)
     mean = min(max(float(np.mean(marks)), 0.01), 0.99)
-    weight, bias = torch.zeros(len(used)), torch.tensor([np.log(mean / (1 - mean))], dtype=torch.float32)
+    weight, bias = (
+        torch.zeros(len(used)),
+        torch.tensor([np.log(mean / (1 - mean))], dtype=torch.float32),
+    )
     optimizer = torch.optim.AdamW([weight, bias], RATE, weight_decay=DECAY)
     generator, steps = torch.Generator().manual_seed(seed), max(EPOCHS * len(targets), 100)
-    order = torch.cat([torch.randperm(len(targets), generator=generator) for _ in range(-(-steps // len(targets)))])
+    order = torch.cat(
+        [
+            torch.randperm(len(targets), generator=generator)
+            for _ in range(-(-steps // len(targets)))
+        ]
+    )
     for step, batch in enumerate(order[:steps].tolist()):
         (text, place, value), target = batches[batch], targets[batch]
         z = torch.zeros(len(target)).index_add_(0, text, value * weight[place]) + bias
-        error = (torch.sigmoid(z) - target) / len(target)  # the gradient of the mean cross-entropy by z
+        error = (torch.sigmoid(z) - target) / len(
+            target
+        )  # the gradient of the mean cross-entropy by z
         weight.grad = torch.zeros_like(weight).index_add_(0, place, value * error[text])
         bias.grad = error.sum()[None]
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / steps)
@@ -127,7 +146,9 @@ def calibrate(z, marks):
 
     for _ in range(50):
         p = 1 / (1 + np.exp(-np.clip(x @ ab, -500, 500)))
-        step = np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + 1e-6 * np.eye(2), x.T @ (p - target))
+        step = np.linalg.solve(
+            (x * (p * (1 - p))[:, None]).T @ x + 1e-6 * np.eye(2), x.T @ (p - target)
+        )
         while loss(ab - step) > loss(ab) + 1e-9:  # too far: half the way
             step = step / 2
         ab = ab - step
@@ -145,11 +166,15 @@ def fit(texts, marks, seed=0):
     mark, and "reliability". Raises ValueError for fewer than FEWEST documents or a mark outside [0, 1].
     """
     if len(texts) < FEWEST:
-        raise ValueError(f"{len(texts)} marked documents are too few to learn from; mark {FEWEST} or more of a kind")
+        raise ValueError(
+            f"{len(texts)} marked documents are too few to learn from; mark {FEWEST} or more of a kind"
+        )
     marks = np.asarray(marks, float)
     if not ((marks >= 0) & (marks <= 1)).all():
         raise ValueError("marks of quality must lie between 0 and 1")
-    order = np.argsort([hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in texts], kind="stable")
+    order = np.argsort(
+        [hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in texts], kind="stable"
+    )
     cuts = np.split(order, [len(order) * 3 // 5, len(order) * 4 // 5])
     train, middle, test = ([texts[i] for i in cut] for cut in cuts)
     train_marks, middle_marks, test_marks = (marks[cut] for cut in cuts)
@@ -160,7 +185,9 @@ def fit(texts, marks, seed=0):
     spread = np.std(after) * np.std(test_marks)
     return model, {
         "documents": len(texts),
-        "calibration_error": [round(calibration_error(scores, test_marks), 4) for scores in (before, after)],
+        "calibration_error": [
+            round(calibration_error(scores, test_marks), 4) for scores in (before, after)
+        ],
         "correlation": round(float(np.corrcoef(after, test_marks)[0, 1]), 4) if spread > 0 else 0.0,
         "reliability": reliability(after, test_marks),
     }
@@ -178,13 +205,17 @@ class Judge:
         for index, document in enumerate(documents):
             groups[kind(document.source, document.language)].append(index)
         for name in groups.keys() & self.models.keys():
-            result[groups[name]] = self.models[name].score([documents[i].text for i in groups[name]])
+            result[groups[name]] = self.models[name].score(
+                [documents[i].text for i in groups[name]]
+            )
         return result
 
     def save(self, path):
         """Write all models to one .npz, atomically."""
         arrays = {f"{name}/weight": model.weight.numpy() for name, model in self.models.items()}
-        arrays |= {f"{name}/numbers": np.array([m.bias, m.a, m.b]) for name, m in self.models.items()}
+        arrays |= {
+            f"{name}/numbers": np.array([m.bias, m.a, m.b]) for name, m in self.models.items()
+        }
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays)
 
@@ -195,7 +226,9 @@ class Judge:
             names = [name.removesuffix("/weight") for name in arrays if name.endswith("/weight")]
             return cls(
                 {
-                    n: Classifier(torch.from_numpy(arrays[f"{n}/weight"]), *arrays[f"{n}/numbers"].tolist())
+                    n: Classifier(
+                        torch.from_numpy(arrays[f"{n}/weight"]), *arrays[f"{n}/numbers"].tolist()
+                    )
                     for n in names
                 }
             )
@@ -212,9 +245,13 @@ def train(rows, seed=0):
     models, about = {}, {}
     for name, group in sorted(groups.items()):
         if len(group) >= FEWEST:
-            models[name], about[name] = fit([text for text, _ in group], [mark for _, mark in group], seed)
+            models[name], about[name] = fit(
+                [text for text, _ in group], [mark for _, mark in group], seed
+            )
     if not models:
-        raise ValueError(f"no kind of document has {FEWEST} marks: { ({n: len(g) for n, g in groups.items()}) }")
+        raise ValueError(
+            f"no kind of document has {FEWEST} marks: { ({n: len(g) for n, g in groups.items()}) }"
+        )
     return Judge(models), about
 
 
@@ -241,8 +278,12 @@ def read_labels(path, field="data.quality"):
                 row = json.loads(line)
                 text, mark = row["text"], float(row["label"])
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f'{field}: {path}, line {number}: needs "text" and a number "label"') from None
+                raise ValueError(
+                    f'{field}: {path}, line {number}: needs "text" and a number "label"'
+                ) from None
             if not (isinstance(text, str) and 0 <= mark <= 1):
-                raise ValueError(f"{field}: {path}, line {number}: label {mark} must lie between 0 and 1")
+                raise ValueError(
+                    f"{field}: {path}, line {number}: label {mark} must lie between 0 and 1"
+                )
             rows.append((text, mark, row.get("source", "prose"), row.get("language", "en")))
     return rows

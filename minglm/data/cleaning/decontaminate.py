@@ -62,7 +62,9 @@ class Index:
         self._open_doors()
 
     def _open_doors(self):
-        self._seen = np.zeros(2**22, bool)  # four million doors, most of them shut: a miss costs one look
+        self._seen = np.zeros(
+            2**22, bool
+        )  # four million doors, most of them shut: a miss costs one look
         self._seen[self._value >> np.uint64(42)] = True
 
     def __getstate__(self):
@@ -97,9 +99,16 @@ class Index:
         """Rows of (text, item, place of the run in the index), one for each run of a text in an item."""
         likely = self._seen[value >> np.uint64(42)]
         value, owner = value[likely], owner[likely]
-        left, right = np.searchsorted(self._value, value), np.searchsorted(self._value, value, "right")
+        left, right = (
+            np.searchsorted(self._value, value),
+            np.searchsorted(self._value, value, "right"),
+        )
         times = right - left
-        place = np.repeat(left, times) + np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times)
+        place = (
+            np.repeat(left, times)
+            + np.arange(times.sum())
+            - np.repeat(np.cumsum(times) - times, times)
+        )
         return np.stack([np.repeat(owner, times), self._item[place], place], 1)
 
 
@@ -111,5 +120,10 @@ def decontaminate(documents, sets, n=NGRAM):
     """
     index = Index(sets, n)
     found = index.search([document.text for document in documents])
-    done = {"n": n, "items": index.sets, "not_searched": index.passed, "removed": dict(Counter(found.values()))}
+    done = {
+        "n": n,
+        "items": index.sets,
+        "not_searched": index.passed,
+        "removed": dict(Counter(found.values())),
+    }
     return [document for place, document in enumerate(documents) if place not in found], done

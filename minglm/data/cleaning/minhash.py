@@ -45,7 +45,9 @@ def minhash(sets, permutations=PERMUTATIONS):
     factors = mix(np.arange(1, 2 * permutations + 1, dtype=np.uint64))
     with np.errstate(over="ignore"):
         for k in range(permutations):
-            hashes = (values * (factors[2 * k] | np.uint64(1)) + factors[2 * k + 1]) >> np.uint64(32)
+            hashes = (values * (factors[2 * k] | np.uint64(1)) + factors[2 * k + 1]) >> np.uint64(
+                32
+            )
             result[:, k] = np.minimum.reduceat(hashes, starts)
     return result
 
@@ -66,7 +68,9 @@ def banding(threshold, permutations=PERMUTATIONS):
     Raises ValueError for a threshold outside (0, 1].
     """
     if not 0 < threshold <= 1:
-        raise ValueError(f"near duplicates from a similarity of {threshold}: must be above 0 and at most 1")
+        raise ValueError(
+            f"near duplicates from a similarity of {threshold}: must be above 0 and at most 1"
+        )
     for rows in range(permutations, 1, -1):
         if found(threshold, permutations // rows, rows) >= RECALL:
             return permutations // rows, rows
@@ -75,7 +79,10 @@ def banding(threshold, permutations=PERMUTATIONS):
 
 def best_first(documents):
     """Indices of documents in an order that depends on what they are and not on where they stand: best ones first."""
-    keys = [(-d.quality, hashlib.sha256(d.text.encode("utf-8", "replace")).digest(), d.name) for d in documents]
+    keys = [
+        (-d.quality, hashlib.sha256(d.text.encode("utf-8", "replace")).digest(), d.name)
+        for d in documents
+    ]
     return sorted(range(len(keys)), key=keys.__getitem__)
 
 
@@ -100,7 +107,14 @@ def choose(signature, threshold, order, group=None):
         if not shared[index]:
             continue
         mine = [(band, int(keys[band, index])) for band in range(bands)]
-        others = sorted({other for key in mine for other in buckets.get(key, ()) if group[other] == group[index]})
+        others = sorted(
+            {
+                other
+                for key in mine
+                for other in buckets.get(key, ())
+                if group[other] == group[index]
+            }
+        )
         if others and (signature[others] == signature[index]).mean(1).max() >= threshold:
             stays[index] = False
         else:

@@ -88,7 +88,11 @@ def score(text, language="en"):
 
 def educational(text):
     """Share of educational content of a page of mathematics or science, 0 to 1: sentences that compute or explain."""
-    sentences = [part for part in re.split(r"[.!?。！？](?:\s|$)|\n|(?<=[。！？])", text) if re.search(r"\w", part)]
+    sentences = [
+        part
+        for part in re.split(r"[.!?。！？](?:\s|$)|\n|(?<=[。！？])", text)
+        if re.search(r"\w", part)
+    ]
     return sum(bool(TEACHES.search(part)) for part in sentences) / max(1, len(sentences))
 
 
@@ -102,7 +106,9 @@ def epochs(documents, lowest=0.1, top=0.1, repeat=REPEAT, threshold=0.0):
     Raises ValueError unless 0 <= lowest, 0 <= top and lowest + top <= 1.
     """
     if not (lowest >= 0 and top >= 0 and lowest + top <= 1):
-        raise ValueError(f"quality buckets lowest = {lowest} and top = {top} must be shares that sum to at most 1")
+        raise ValueError(
+            f"quality buckets lowest = {lowest} and top = {top} must be shares that sum to at most 1"
+        )
     times, groups = [1] * len(documents), defaultdict(list)
     for index, document in enumerate(documents):
         if document.source in JUDGED:

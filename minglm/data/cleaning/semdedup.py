@@ -36,8 +36,12 @@ def embed(texts, width=WIDTH):
     for row, hashes in enumerate(by_text(texts)):
         value, count = np.unique(hashes, return_counts=True)
         weight = (1 + np.log(count)).astype(np.float32)
-        bits = [mix(value + np.uint64(at + 1)) for at in range(0, width, 64)]  # 64 random signs of a word are one hash
-        signs = np.unpackbits(np.stack(bits, 1).view(np.uint8), axis=1, bitorder="little", count=width)
+        bits = [
+            mix(value + np.uint64(at + 1)) for at in range(0, width, 64)
+        ]  # 64 random signs of a word are one hash
+        signs = np.unpackbits(
+            np.stack(bits, 1).view(np.uint8), axis=1, bitorder="little", count=width
+        )
         result[row] = 2 * (weight @ signs) - weight.sum()
     return result / np.maximum(np.linalg.norm(result, axis=1, keepdims=True), 1e-9)
 
@@ -52,7 +56,9 @@ def kmeans(vectors, clusters, rounds=ROUNDS):
     for _ in range(rounds):
         nearest = torch.cat([(block @ centres.T).argmax(1) for block in vectors.split(8192)])
         sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
-        centres = torch.where(sums.norm(dim=1, keepdim=True) > 0, torch.nn.functional.normalize(sums), centres)
+        centres = torch.where(
+            sums.norm(dim=1, keepdim=True) > 0, torch.nn.functional.normalize(sums), centres
+        )
     return torch.cat([(block @ centres.T).argmax(1) for block in vectors.split(8192)])
 
 
@@ -63,7 +69,9 @@ def choose(vectors, threshold, order, group=None):
     group are compared (None: all). Raises ValueError for a threshold outside (0, 1].
     """
     if not 0 < threshold <= 1:
-        raise ValueError(f"duplicates in meaning from a cosine of {threshold}: must be above 0 and at most 1")
+        raise ValueError(
+            f"duplicates in meaning from a cosine of {threshold}: must be above 0 and at most 1"
+        )
     stays, order = np.ones(len(vectors), bool), np.asarray(order, np.int64)
     group = np.zeros(len(vectors), np.int64) if group is None else np.asarray(group)
     for which in np.unique(group):
@@ -72,7 +80,9 @@ def choose(vectors, threshold, order, group=None):
         nearest = kmeans(inside, -(-len(mine) // PER_CLUSTER))
         for cluster in nearest.unique():
             (members,) = torch.where(nearest == cluster)  # in order, best first
-            stays[mine[_repeated(inside, members, threshold - 1e-6)]] = False  # 1e-6: rounding of a cosine of 1
+            stays[mine[_repeated(inside, members, threshold - 1e-6)]] = (
+                False  # 1e-6: rounding of a cosine of 1
+            )
     return stays
 
 

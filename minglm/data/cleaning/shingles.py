@@ -25,7 +25,14 @@ CODES = 0x40000
 """Unicode code points looked at; those above are tags and private use."""
 
 OPERATORS = "+-*/=<>%^|"
-ALONE = ((0x2E80, 0x2FDF), (0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
+ALONE = (
+    (0x2E80, 0x2FDF),
+    (0x3040, 0x30FF),
+    (0x3400, 0x4DBF),
+    (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF),
+    (0x20000, 0x3FFFF),
+)
 """Scripts written without spaces: Chinese characters, kana."""
 
 WORD, GRAM = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
@@ -60,7 +67,9 @@ def _chunk(texts):
     begins[0:1] |= kind[0:1] == 1
     begins[1:] |= (kind[1:] == 1) & (kind[:-1] != 1)
     inside = np.flatnonzero(kind)
-    starts = np.flatnonzero(begins[inside])  # every word begins at one of the characters inside words
+    starts = np.flatnonzero(
+        begins[inside]
+    )  # every word begins at one of the characters inside words
     if not len(starts):
         return np.zeros(0, np.uint64), np.zeros(0, np.int64)
     place = np.arange(len(inside)) - np.repeat(starts, np.diff(starts, append=len(inside)))
@@ -112,7 +121,12 @@ def shingles(texts, n):
     texts, result = list(texts), []
     for text, found in zip(texts, by_text(texts), strict=True):
         if not len(found):
-            found = np.frombuffer(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], np.uint64)
+            found = np.frombuffer(
+                hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], np.uint64
+            )
         length = min(n, len(found))
-        result += [np.unique(value) for _, value, _ in grams(found, np.zeros(len(found), np.int64), {length})]
+        result += [
+            np.unique(value)
+            for _, value, _ in grams(found, np.zeros(len(found), np.int64), {length})
+        ]
     return result

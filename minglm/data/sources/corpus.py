@@ -53,12 +53,20 @@ def python_library(share=0.0, megabytes=math.inf):
     for path in sorted(root.rglob("*.py")):
         inside = path.relative_to(root)
         folders = inside.parts[:-1]
-        if {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"} & set(folders):
+        if {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"} & set(
+            folders
+        ):
             continue
-        if any(part.startswith(("config-", "_sysconfigdata")) for part in inside.parts):  # differ between machines
+        if any(
+            part.startswith(("config-", "_sysconfigdata")) for part in inside.parts
+        ):  # differ between machines
             continue
         if 0 < path.stat().st_size <= LARGEST_FILE:
-            files.append(_File(f"python/{inside.as_posix()}", f"python/{folders[0]}" if folders else None, path))
+            files.append(
+                _File(
+                    f"python/{inside.as_posix()}", f"python/{folders[0]}" if folders else None, path
+                )
+            )
     for file in bounded(files, megabytes, lambda file: file.path.stat().st_size):
         try:
             text = file.path.read_text(encoding="utf-8")
@@ -79,7 +87,9 @@ def docstrings(files):
             text = inspect.cleandoc(docstring).strip()
             if len(text) >= SHORTEST_DOCSTRING:
                 name = f"{file.name}:{line}"
-                found.setdefault(text, Document(text, "prose", "en", quality.score(text), name, None, True))
+                found.setdefault(
+                    text, Document(text, "prose", "en", quality.score(text), name, None, True)
+                )
                 if not file.heldout:
                     training.add(text)
     for text, document in found.items():
@@ -91,7 +101,9 @@ def generated(kind, count, seed, share=0.0):
     for index in range(count):
         text, language = synthetic.document(kind, index, seed)
         name = f"{kind}/{index}"
-        yield Document(text, kind, language, quality.score(text, language), name, None, is_heldout(name, share))
+        yield Document(
+            text, kind, language, quality.score(text, language), name, None, is_heldout(name, share)
+        )
 
 
 def _bytes(document):
@@ -104,7 +116,9 @@ def bounded(items, megabytes, size=_bytes):
     items: with `name` and `repository`; size: bytes of an item. An item that does not fit any more is passed over.
     """
     items, room, kept = list(items), megabytes * 1e6, set()
-    for item in sorted(items, key=lambda i: (hashlib.sha256((i.repository or i.name).encode()).digest(), i.name)):
+    for item in sorted(
+        items, key=lambda i: (hashlib.sha256((i.repository or i.name).encode()).digest(), i.name)
+    ):
         if size(item) <= room:
             room -= size(item)
             kept.add(id(item))
@@ -142,7 +156,9 @@ def originals(records):
 
 def digest(document):
     """Sixteen bytes that two documents share exactly when they have the same source and text."""
-    return hashlib.sha256(f"{document.source}\0{document.text}".encode("utf-8", "surrogatepass")).digest()[:16]
+    return hashlib.sha256(
+        f"{document.source}\0{document.text}".encode("utf-8", "surrogatepass")
+    ).digest()[:16]
 
 
 def build(config, seed=0):

@@ -28,8 +28,24 @@ from minglm.data.sources import history, repository, web_code
 from minglm.data.sources.rows import dataset, jsonl, parquet
 
 CODE = {
-    **{".py": "python", ".c": "c", ".h": "c", ".cpp": "c++", ".hpp": "c++", ".cu": "cuda", ".java": "java"},
-    **{".js": "javascript", ".ts": "typescript", ".go": "go", ".rs": "rust", ".rb": "ruby", ".sh": "shell", ".r": "r"},
+    **{
+        ".py": "python",
+        ".c": "c",
+        ".h": "c",
+        ".cpp": "c++",
+        ".hpp": "c++",
+        ".cu": "cuda",
+        ".java": "java",
+    },
+    **{
+        ".js": "javascript",
+        ".ts": "typescript",
+        ".go": "go",
+        ".rs": "rust",
+        ".rb": "ruby",
+        ".sh": "shell",
+        ".r": "r",
+    },
 }
 """Suffixes read as code, and their languages."""
 
@@ -75,12 +91,18 @@ class Skipped:
         self.reasons[why] += 1
         if self.path:
             with open(self.path, "a", encoding="utf-8") as log:
-                log.write(json.dumps({"file": str(file), "where": where, "why": why}, ensure_ascii=False) + "\n")
+                log.write(
+                    json.dumps({"file": str(file), "where": where, "why": why}, ensure_ascii=False)
+                    + "\n"
+                )
 
 
 def is_heldout(name, share):
     """Whether the document of this name is among the `share` that is held out; depends on nothing else."""
-    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "replace")).digest()[:8], "big") < share * 2**64
+    return (
+        int.from_bytes(hashlib.sha256(name.encode("utf-8", "replace")).digest()[:8], "big")
+        < share * 2**64
+    )
 
 
 @dataclass(frozen=True)
@@ -135,7 +157,10 @@ def _is(path, *kinds):
 
 def _folder(top, how):
     """Documents of all files below a folder, in order of their paths; each repository after its last file."""
-    repositories_open, found = {}, False  # {folder of the repository: [bytes so far, its code files]}
+    repositories_open, found = (
+        {},
+        False,
+    )  # {folder of the repository: [bytes so far, its code files]}
     for folder, below, names in os.walk(top):
         if "log.jsonl" in names and "data" in below:  # a run of minglm, perhaps the one that reads
             below.clear()
@@ -159,7 +184,9 @@ def _folder(top, how):
     for root, held in repositories_open.items():
         yield from _join(root, *held, how.skipped)
     if not found:
-        raise ValueError(f"data.files: the folder {top} holds no text, code, .jsonl, .jsonl.zst or .parquet files")
+        raise ValueError(
+            f"data.files: the folder {top} holds no text, code, .jsonl, .jsonl.zst or .parquet files"
+        )
 
 
 def _hold(held, document):
@@ -173,7 +200,11 @@ def _hold(held, document):
 
 def _join(root, size, members, skipped):
     if size > REPOSITORY:
-        skipped.add(root, "repository", f"more than {REPOSITORY} characters of code: not joined, its files stand alone")
+        skipped.add(
+            root,
+            "repository",
+            f"more than {REPOSITORY} characters of code: not joined, its files stand alone",
+        )
     yield from repositories(members)
 
 
@@ -186,9 +217,18 @@ def repositories(files):
     for name, members in groups.items():
         if len(members) > 1:
             root, scores = Path(name).parent, [d.quality for d in members.values()]
-            text = repository.concatenate({Path(n).relative_to(root).as_posix(): d.text for n, d in members.items()})
+            text = repository.concatenate(
+                {Path(n).relative_to(root).as_posix(): d.text for n, d in members.items()}
+            )
             mean = None if None in scores else sum(scores) / len(scores)
-            yield Document(text, "repository", next(iter(members.values())).language, mean, f"repository/{name}", name)
+            yield Document(
+                text,
+                "repository",
+                next(iter(members.values())).language,
+                mean,
+                f"repository/{name}",
+                name,
+            )
 
 
 class _NotText(ValueError):
@@ -218,7 +258,9 @@ def _pieces(path):
             while True:
                 chunk = file.read(PIECE)
                 piece, rest = rest + chunk, b""
-                if len(chunk) == PIECE:  # there may be more: end at a line end, or where a character can begin
+                if (
+                    len(chunk) == PIECE
+                ):  # there may be more: end at a line end, or where a character can begin
                     cut = piece.rfind(b"\n") + 1 or len(piece) - 4
                     while cut < len(piece) and piece[cut] & 0xC0 == 0x80:
                         cut += 1

@@ -28,7 +28,9 @@ LONGEST = 20_000
 """Characters of the diff of one commit."""
 
 ROBOTS = re.compile(r"\[bot\]|dependabot|renovate|github-actions", re.IGNORECASE)
-GENERATED = re.compile(r"(^|/)(package-lock\.json|yarn\.lock|poetry\.lock|Cargo\.lock|go\.sum)$|\.min\.(js|css)$")
+GENERATED = re.compile(
+    r"(^|/)(package-lock\.json|yarn\.lock|poetry\.lock|Cargo\.lock|go\.sum)$|\.min\.(js|css)$"
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ def _git(checkout, *words):
     """Output of a git command in a checkout, as text. Raises ValueError in one line."""
     command = ["git", "-C", str(checkout), "-c", "core.quotePath=false", *words]
     try:
-        return subprocess.run(command, capture_output=True, check=True).stdout.decode("utf-8", "replace")
+        return subprocess.run(command, capture_output=True, check=True).stdout.decode(
+            "utf-8", "replace"
+        )
     except FileNotFoundError:
         raise ValueError("data.files: git is not installed, so no history can be read") from None
     except subprocess.CalledProcessError as error:
@@ -57,7 +61,10 @@ def commits(checkout):
     """All commits that lead to the checkout's head, each after its parents."""
     text = _git(checkout, "log", "--topo-order", "--reverse", "--format=%H%x00%P%x00%an%x00%B%x01")
     fields = [entry.strip("\n").split("\0") for entry in text.split("\1") if entry.strip()]
-    return [Commit(sha, tuple(parents.split()), author, message.strip()) for sha, parents, author, message in fields]
+    return [
+        Commit(sha, tuple(parents.split()), author, message.strip())
+        for sha, parents, author, message in fields
+    ]
 
 
 def groups(history):
@@ -92,18 +99,32 @@ def groups(history):
 
 def references(group):
     """Numbers of the issues and pull requests that the messages name, in order, each once."""
-    return list(dict.fromkeys(int(n) for c in group for n in re.findall(r"#(\d{1,7})\b", c.message)))
+    return list(
+        dict.fromkeys(int(n) for c in group for n in re.findall(r"#(\d{1,7})\b", c.message))
+    )
 
 
 def diff(checkout, commit, hidden=lambda path: False):
     """What a commit changed, in unified form: "" for a merge. hidden(path): whether changes of a file are left out."""
     if len(commit.parents) > 1:
         return ""
-    options = ("--format=", "--no-color", "--no-ext-diff", "--no-textconv", "--find-renames", "--unified=3")
+    options = (
+        "--format=",
+        "--no-color",
+        "--no-ext-diff",
+        "--no-textconv",
+        "--find-renames",
+        "--unified=3",
+    )
     kept = []
     for change in re.split(r"(?m)^(?=diff --git )", _git(checkout, "show", *options, commit.sha)):
         header = re.match(r"diff --git a/.* b/(.*)\n", change)
-        if header and not hidden(header[1]) and not GENERATED.search(header[1]) and "\nBinary files " not in change:
+        if (
+            header
+            and not hidden(header[1])
+            and not GENERATED.search(header[1])
+            and "\nBinary files " not in change
+        ):
             body = re.split(r"(?m)^(?=--- )", change, maxsplit=1)
             kept.append(body[1] if len(body) > 1 else "")
     text = "".join(kept)
@@ -117,7 +138,11 @@ def document(checkout, group, issues, hidden=lambda path: False):
         if number in issues:
             issue = issues[number]
             talk = [issue.get("body") or "", *(issue.get("comments") or [])]
-            parts.append("\n\n".join([f"Issue #{number}: {issue['title']}", *(str(t).strip() for t in talk if t)]))
+            parts.append(
+                "\n\n".join(
+                    [f"Issue #{number}: {issue['title']}", *(str(t).strip() for t in talk if t)]
+                )
+            )
     asked = len(parts)
     for commit in group:
         merge = len(commit.parents) > 1
@@ -125,7 +150,9 @@ def document(checkout, group, issues, hidden=lambda path: False):
             continue
         changes = diff(checkout, commit, hidden)
         if changes or merge:
-            parts.append(f"{'Pull request' if merge else 'Commit'}: {commit.message}\n\n{changes}".rstrip())
+            parts.append(
+                f"{'Pull request' if merge else 'Commit'}: {commit.message}\n\n{changes}".rstrip()
+            )
     changed = any(part.startswith("Commit: ") for part in parts[asked:])
     return "\n\n".join(parts) + "\n" if changed else ""
 
@@ -143,7 +170,9 @@ def read_issues(path):
                 issue = json.loads(line)
                 found[int(issue["number"])] = {"title": issue["title"], **issue}
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f'data.files: {path}, line {number}: needs a "number" and a "title"') from None
+                raise ValueError(
+                    f'data.files: {path}, line {number}: needs a "number" and a "title"'
+                ) from None
     return found
 
 

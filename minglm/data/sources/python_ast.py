@@ -28,7 +28,9 @@ def _statements(tree):
     while waiting:
         node = waiting.pop()
         yield node
-        inside = [getattr(node, name, []) for name in ("body", "handlers", "orelse", "finalbody", "cases")]
+        inside = [
+            getattr(node, name, []) for name in ("body", "handlers", "orelse", "finalbody", "cases")
+        ]
         waiting += reversed([child for block in inside for child in block])
 
 
@@ -37,14 +39,21 @@ def outline(text):
     """The Outline of a Python text, or None where it does not parse."""
     try:
         tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # what odd input is known to raise
+    except (
+        SyntaxError,
+        ValueError,
+        RecursionError,
+        MemoryError,
+    ):  # what odd input is known to raise
         return None
     docstrings, definitions, imports = [], 0, []
     for node in _statements(tree):
         if isinstance(node, ast.Import):
             imports += [(0, alias.name, ()) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            imports.append((node.level, node.module or "", tuple(alias.name for alias in node.names)))
+            imports.append(
+                (node.level, node.module or "", tuple(alias.name for alias in node.names))
+            )
         elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             definitions += node is not tree
             docstring = ast.get_docstring(node, clean=False)

@@ -44,8 +44,14 @@ def imported(path, text):
 def dependencies(files):
     """files: {path: text}. Returns {path: set of the paths it imports, itself excluded}."""
     known = modules(files)
-    python = {path: imported(path, text) if path.endswith(".py") else set() for path, text in files.items()}
-    return {path: {known[name] for name in names if name in known} - {path} for path, names in python.items()}
+    python = {
+        path: imported(path, text) if path.endswith(".py") else set()
+        for path, text in files.items()
+    }
+    return {
+        path: {known[name] for name in names if name in known} - {path}
+        for path, names in python.items()
+    }
 
 
 def order(needs):

@@ -71,7 +71,11 @@ def parquet(path):
     pyarrow, number = _pyarrow(path), 0
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        columns = [name for name in ("text", "html", "source", "language") if name in file.schema_arrow.names]
+        columns = [
+            name
+            for name in ("text", "html", "source", "language")
+            if name in file.schema_arrow.names
+        ]
         for batch in file.iter_batches(256, columns=columns):
             for row in batch.to_pylist():
                 number += 1

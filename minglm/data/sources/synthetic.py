@@ -46,7 +46,9 @@ def _running(rng):
     words = [f"Start with {total}."]
     for _ in range(rng.randint(2, 5)):
         term = _step(rng, total)
-        words.append(f"{'Add' if term > 0 else 'Take away'} {abs(term)}: {total}{term:+d}={total + term}.")
+        words.append(
+            f"{'Add' if term > 0 else 'Take away'} {abs(term)}: {total}{term:+d}={total + term}."
+        )
         total += term
     return " ".join([*words, f"The result is {total}."])
 
@@ -138,7 +140,9 @@ def _planet(rng):
 def _unit(rng):
     one, many, factor = rng.choice(UNITS)
     n = rng.randint(2, 9)
-    return rng.choice((f"One {one} is {factor} {many}.", f"{n} {one}s are {n}*{factor}={n * factor} {many}."))
+    return rng.choice(
+        (f"One {one} is {factor} {many}.", f"{n} {one}s are {n}*{factor}={n * factor} {many}.")
+    )
 
 
 def _country(rng):
@@ -156,7 +160,10 @@ def _country(rng):
 def _science(rng):
     facts = (_element, _planet, _unit, _country)
     subject = rng.choice(facts)  # a page has a subject, with a few other sentences among it
-    lines = [(subject if rng.random() < 0.7 else rng.choice(facts))(rng) for _ in range(rng.randint(4, 10))]
+    lines = [
+        (subject if rng.random() < 0.7 else rng.choice(facts))(rng)
+        for _ in range(rng.randint(4, 10))
+    ]
     return " ".join(lines) + "\n", "en"
 
 
@@ -203,7 +210,9 @@ def _pair_zh(rng):
 
 def _questions(rng):
     chinese = rng.random() < 0.5
-    pair, question, answer = (_pair_zh, "问：", "答：") if chinese else (_pair_en, "Question: ", "Answer: ")
+    pair, question, answer = (
+        (_pair_zh, "问：", "答：") if chinese else (_pair_en, "Question: ", "Answer: ")
+    )
     pairs = [pair(rng) for _ in range(rng.randint(3, 8))]
     return "".join(f"{question}{q}\n{answer}{a}\n" for q, a in pairs), "zh" if chinese else "en"
 
@@ -218,10 +227,14 @@ THINGS = "apples books coins doors eggs flags gloves hats jars keys lamps maps n
 
 def _ledger(rng, entries=None):
     pairs = [(name, thing) for name in PEOPLE.split() for thing in THINGS.split()]
-    entries = min(entries or round(8 * 50 ** rng.random()), len(pairs))  # 8 to 400, each length scale equally often
+    entries = min(
+        entries or round(8 * 50 ** rng.random()), len(pairs)
+    )  # 8 to 400, each length scale equally often
     pairs = rng.sample(pairs, entries)
     counts = [rng.randint(2, 99) for _ in pairs]
-    lines = [f"{name} has {count} {thing}." for (name, thing), count in zip(pairs, counts, strict=True)]
+    lines = [
+        f"{name} has {count} {thing}." for (name, thing), count in zip(pairs, counts, strict=True)
+    ]
     asked = rng.randrange(entries)
     name, thing = pairs[asked]
     lines.append(f"Question: How many {thing} does {name} have?\nAnswer: {counts[asked]}\n")

@@ -18,10 +18,56 @@ Simplified: no rendering, no style sheets: code that only a style makes look lik
 import re
 from html.parser import HTMLParser
 
-TAGS = re.compile(r"<(pre|code|kbd|samp)\b|class\s*=\s*[\"'][^\"']*(highlight|code-?block|language-)", re.IGNORECASE)
-FRAME = {"script", "style", "nav", "header", "footer", "aside", "form", "noscript", "svg", "template", "button", "head"}
-BLOCKS = {"p", "div", "section", "article", "ul", "ol", "table", "tr", "blockquote", "main", "dl", "dt", "dd", "figure"}
-EMPTY = {"br", "hr", "img", "input", "meta", "link", "source", "wbr", "col", "area", "base", "embed", "track", "param"}
+TAGS = re.compile(
+    r"<(pre|code|kbd|samp)\b|class\s*=\s*[\"'][^\"']*(highlight|code-?block|language-)",
+    re.IGNORECASE,
+)
+FRAME = {
+    "script",
+    "style",
+    "nav",
+    "header",
+    "footer",
+    "aside",
+    "form",
+    "noscript",
+    "svg",
+    "template",
+    "button",
+    "head",
+}
+BLOCKS = {
+    "p",
+    "div",
+    "section",
+    "article",
+    "ul",
+    "ol",
+    "table",
+    "tr",
+    "blockquote",
+    "main",
+    "dl",
+    "dt",
+    "dd",
+    "figure",
+}
+EMPTY = {
+    "br",
+    "hr",
+    "img",
+    "input",
+    "meta",
+    "link",
+    "source",
+    "wbr",
+    "col",
+    "area",
+    "base",
+    "embed",
+    "track",
+    "param",
+}
 THRESHOLD = 0.5
 
 
@@ -38,7 +84,11 @@ def is_candidate(html, classifier=None, threshold=THRESHOLD):
 class _Page(HTMLParser):
     def __init__(self):
         super().__init__(convert_charrefs=True)
-        self.parts, self.frame, self.code = [], [], 0  # parts: strings; frame: open tags from a tag of FRAME on
+        self.parts, self.frame, self.code = (
+            [],
+            [],
+            0,
+        )  # parts: strings; frame: open tags from a tag of FRAME on
 
     def handle_starttag(self, tag, attributes):
         if self.frame or tag in FRAME:
@@ -98,7 +148,9 @@ def parse(html):
             prose, code, language = [], [], part[1]
         elif code is not None:
             text = "".join(code)
-            text = text.removeprefix("\n").rstrip()  # as browsers: the line break after <pre> is none of the code's
+            text = text.removeprefix(
+                "\n"
+            ).rstrip()  # as browsers: the line break after <pre> is none of the code's
             fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
             done.append(f"{fence}{language}\n{text}\n{fence}" if text.strip() else "")
             code = None

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minglm.common.device import atomic_path
+from minglm.common.files import atomic_path
 from minglm.data.cleaning import classifier, minhash, quality, semdedup
 from minglm.data.mixture import tokenize
 from minglm.data.sources.corpus import digest, originals
@@ -112,12 +112,20 @@ def measure(task):
     documents = list(read(task["path"]))
     texts, index, judge = [d.text for d in documents], _from(task["index"]), _from(task["judge"])
     documents = [
-        d if d.quality is not None else replace(d, quality=quality.score(d.text, d.language)) for d in documents
+        d if d.quality is not None else replace(d, quality=quality.score(d.text, d.language))
+        for d in documents
     ]
     if task["educational"]:
-        shares = [quality.educational(d.text) if d.source in ("math", "science") else d.quality for d in documents]
+        shares = [
+            quality.educational(d.text) if d.source in ("math", "science") else d.quality
+            for d in documents
+        ]
         documents = [replace(d, quality=share) for d, share in zip(documents, shares, strict=True)]
-    found = {"quality": judge.scores(documents) if judge else np.array([d.quality for d in documents], float)}
+    found = {
+        "quality": judge.scores(documents)
+        if judge
+        else np.array([d.quality for d in documents], float)
+    }
     training = [n for n, d in enumerate(documents) if not d.heldout]
     hits = index.search([texts[n] for n in training]) if index else {}
     found["contaminated"] = {training[n]: name for n, name in hits.items()}
@@ -136,13 +144,19 @@ def decide(found, features, config):
     """
     times, done = np.zeros(len(found), np.uint8), {}
     scores = np.concatenate([f["quality"] for f in features]) if features else np.zeros(0)
-    found = [replace(record, quality=float(score)) for record, score in zip(found, scores, strict=True)]
+    found = [
+        replace(record, quality=float(score)) for record, score in zip(found, scores, strict=True)
+    ]
     stay = originals([(r.digest, r.heldout) for r in found])
     done["exact_copies"] = len(found) - len(stay)
     times[[n for n in stay if found[n].heldout]] = 1
     stay = [n for n in stay if not found[n].heldout]
     firsts = np.cumsum([0, *(len(f["quality"]) for f in features)])
-    hits = {int(firsts[k]) + n: name for k, f in enumerate(features) for n, name in f["contaminated"].items()}
+    hits = {
+        int(firsts[k]) + n: name
+        for k, f in enumerate(features)
+        for n, name in f["contaminated"].items()
+    }
     if config.decontaminate:
         done["decontamination"] = dict(Counter(hits[n] for n in stay if n in hits))
         stay = [n for n in stay if n not in hits]
@@ -153,17 +167,29 @@ def decide(found, features, config):
         if threshold and stay:
             values = np.concatenate([f[feature] for f in features])[stay]
             sources = np.unique([found[n].source for n in stay], return_inverse=True)[1]
-            order = sorted(range(len(stay)), key=lambda i: (-found[stay[i]].quality, found[stay[i]].digest))
+            order = sorted(
+                range(len(stay)), key=lambda i: (-found[stay[i]].quality, found[stay[i]].digest)
+            )
             keeps = method.choose(values, threshold, order, sources)
-            done[name] = dict(Counter(found[n].source for n, keep in zip(stay, keeps, strict=True) if not keep))
+            done[name] = dict(
+                Counter(found[n].source for n, keep in zip(stay, keeps, strict=True) if not keep)
+            )
             stay = [n for n, keep in zip(stay, keeps, strict=True) if keep]
     epochs = quality.epochs(
-        [found[n] for n in stay], config.lowest_share, config.top_share, config.top_epochs, config.educational
+        [found[n] for n in stay],
+        config.lowest_share,
+        config.top_share,
+        config.top_epochs,
+        config.educational,
     )
     times[stay] = np.minimum(epochs, 255)
-    done["lowest_quality"] = dict(Counter(found[n].source for n, t in zip(stay, epochs, strict=True) if not t))
+    done["lowest_quality"] = dict(
+        Counter(found[n].source for n, t in zip(stay, epochs, strict=True) if not t)
+    )
     done["documents"] = int(times[stay].sum())
-    done["repeated"] = dict(Counter(found[n].source for n, t in zip(stay, epochs, strict=True) if t > 1))
+    done["repeated"] = dict(
+        Counter(found[n].source for n, t in zip(stay, epochs, strict=True) if t > 1)
+    )
     return times, done
 
 
@@ -180,8 +206,13 @@ def shard(task):
     heldout = [d for d, n in used if d.heldout and n]
     tokenizer = Tokenizer.load(task["tokenizer"])
     fim = {name: task[name] for name in ("seed", "fim_rate", "fim_characters")}
-    for name, some, options in (("train", training, {**fim, "first": task["first"]}), ("heldout", heldout, {})):
+    for name, some, options in (
+        ("train", training, {**fim, "first": task["first"]}),
+        ("heldout", heldout, {}),
+    ):
         sizes = Counter()
         for document in some:
             sizes[document.source] += len(document.text.encode("utf-8", "replace"))
-        write_part(folder / name, task["number"], tokenize(some, tokenizer, **options), task["key"], sizes)
+        write_part(
+            folder / name, task["number"], tokenize(some, tokenizer, **options), task["key"], sizes
+        )

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minglm.common.device import atomic_path, write_json
+from minglm.common.files import atomic_path, write_json
 
 
 class Shard:
@@ -42,7 +42,9 @@ class Shard:
     @property
     def lengths(self):
         """Tokens of each document, int64."""
-        return np.concatenate([np.diff(ends, prepend=0) for _, ends in self.parts] or [np.zeros(0, np.int64)])
+        return np.concatenate(
+            [np.diff(ends, prepend=0) for _, ends in self.parts] or [np.zeros(0, np.int64)]
+        )
 
 
 def _checksum(array):
@@ -60,7 +62,10 @@ def write_part(folder, number, shards, key, sizes=None):
         tokens = np.concatenate(documents) if len(documents) else np.zeros(0, dtype=np.uint16)
         name = f"{number:05d}.{place:02d}"
         for kind, array in (("tokens", tokens), ("ends", ends)):
-            with atomic_path(folder / f"{name}.{kind}.npy") as temporary, open(temporary, "wb") as file:
+            with (
+                atomic_path(folder / f"{name}.{kind}.npy") as temporary,
+                open(temporary, "wb") as file,
+            ):
                 np.save(file, array)
         entries.append(
             {"source": source, "name": name, "documents": len(ends), "tokens": len(tokens)}
@@ -110,7 +115,9 @@ def _read(folder, entry):
         ends = np.load(path.with_name(f"{entry['name']}.ends.npy"))
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"damaged token shard {path}: {error}") from None
-    if (len(tokens), len(ends)) != (entry["tokens"], entry["documents"]) or (len(ends) and ends[-1] != len(tokens)):
+    if (len(tokens), len(ends)) != (entry["tokens"], entry["documents"]) or (
+        len(ends) and ends[-1] != len(tokens)
+    ):
         raise ValueError(f"damaged token shard {path}: not as long as what was written")
     return tokens, ends
 
@@ -121,12 +128,16 @@ def damaged(folder, verify=False):
     for number in index(folder) or []:
         entries = part(folder, number)
         if entries is None:
-            found[number] = f"damaged token shard {Path(folder)}/{number:05d}.json: missing or unreadable"
+            found[number] = (
+                f"damaged token shard {Path(folder)}/{number:05d}.json: missing or unreadable"
+            )
         for entry in entries or []:
             try:
                 tokens, ends = _read(folder, entry)
                 if verify and [_checksum(tokens), _checksum(ends)] != entry["crc32"]:
-                    raise ValueError(f"damaged token shard {Path(folder)}/{entry['name']}.tokens.npy: wrong checksum")
+                    raise ValueError(
+                        f"damaged token shard {Path(folder)}/{entry['name']}.tokens.npy: wrong checksum"
+                    )
             except ValueError as error:
                 found[number] = str(error)
     return found
@@ -148,7 +159,9 @@ def load_shards(folder, key=None):
         return None
     wrong = damaged(folder)
     if wrong:
-        raise ValueError(f"{next(iter(wrong.values()))}; delete {folder}/index.json to build it again")
+        raise ValueError(
+            f"{next(iter(wrong.values()))}; delete {folder}/index.json to build it again"
+        )
     shards = {}
     for number in numbers:
         for entry in part(folder, number):
@@ -161,7 +174,9 @@ def totals(folder):
     found = {}
     for number in index(folder) or []:
         for entry in part(folder, number):
-            row = found.setdefault(entry["source"], dict.fromkeys(("documents", "tokens", "bytes"), 0))
+            row = found.setdefault(
+                entry["source"], dict.fromkeys(("documents", "tokens", "bytes"), 0)
+            )
             for name in row:
                 row[name] += entry[name]
     return found

@@ -96,7 +96,9 @@ def enter_namespaces():
     libc_call("unshare", user | mounts | network | ipc | pids)
     read_only = (ctypes.c_uint64 * 4)(1, 0, 0, 0)  # struct mount_attr: attr_set = MOUNT_ATTR_RDONLY
     recursive = 0x8000
-    libc_call("syscall", 442, -100, b"/", recursive, read_only, ctypes.sizeof(read_only))  # mount_setattr
+    libc_call(
+        "syscall", 442, -100, b"/", recursive, read_only, ctypes.sizeof(read_only)
+    )  # mount_setattr
 
 
 def deny_files():
@@ -125,7 +127,12 @@ def filter_system_calls():
     program += [(give, 0, 0, refuse), (give, 0, 0, allow)]
 
     class Instruction(ctypes.Structure):
-        _fields_ = [("code", ctypes.c_uint16), ("yes", ctypes.c_uint8), ("no", ctypes.c_uint8), ("k", ctypes.c_uint32)]
+        _fields_ = [
+            ("code", ctypes.c_uint16),
+            ("yes", ctypes.c_uint8),
+            ("no", ctypes.c_uint8),
+            ("k", ctypes.c_uint32),
+        ]
 
     class Program(ctypes.Structure):
         _fields_ = [("length", ctypes.c_uint16), ("instructions", ctypes.POINTER(Instruction))]
@@ -185,7 +192,9 @@ def run_candidate(job):
     for arguments in job["arguments"]:
         try:
             value = function(*arguments)
-            outcomes.append(["value", repr(value)] if is_plain(value) else ["odd", type(value).__name__])
+            outcomes.append(
+                ["value", repr(value)] if is_plain(value) else ["odd", type(value).__name__]
+            )
         except BaseException as error:
             outcomes.append(["raised", type(error).__name__])
     return outcomes
@@ -250,7 +259,9 @@ def serve_job(job, layers):
     reap_orphans()
     flood = len(received) > OUTPUT
     late = not ended and not flood
-    if ended and len(received) <= len(READY):  # silent: killed for its processor time, or for another reason
+    if ended and len(received) <= len(
+        READY
+    ):  # silent: killed for its processor time, or for another reason
         late = usage.ru_utime + usage.ru_stime > 0.9 * math.ceil(job["seconds"])
     return {
         "ready": received[:1] == READY,

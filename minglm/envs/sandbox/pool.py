@@ -67,7 +67,9 @@ class Worker:
     """One warm interpreter. Not thread-safe: one job at a time."""
 
     def __init__(self, folder):
-        environment = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}  # some builds of Python need it
+        environment = {
+            k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"
+        }  # some builds of Python need it
         self.process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(JAIL)],
             stdin=subprocess.PIPE,
@@ -99,10 +101,14 @@ class Worker:
         """The next line as JSON. Raises WorkerError at the end of the stream, after `seconds`, and for garbage."""
         deadline = time.monotonic() + seconds
         while b"\n" not in self.buffer:
-            ready = select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]
+            ready = select.select(
+                [self.process.stdout], [], [], max(0.0, deadline - time.monotonic())
+            )[0]
             chunk = os.read(self.process.stdout.fileno(), 65536) if ready else b""
             if not chunk:
-                raise WorkerError("a sandbox worker died" if ready else "a sandbox worker is silent")
+                raise WorkerError(
+                    "a sandbox worker died" if ready else "a sandbox worker is silent"
+                )
             self.buffer += chunk
         line, self.buffer = self.buffer.split(b"\n", 1)
         return json.loads(line)
@@ -127,14 +133,18 @@ class Sandbox:
         if floor not in LEVELS:
             raise ValueError(f"floor = {floor!r}: must be one of {', '.join(LEVELS)}")
         if not hasattr(os, "fork"):
-            raise ValueError("the sandbox needs a POSIX system; run minglm under Linux, or in WSL on Windows")
+            raise ValueError(
+                "the sandbox needs a POSIX system; run minglm under Linux, or in WSL on Windows"
+            )
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.folder = tempfile.TemporaryDirectory(prefix="minglm-sandbox-")
         self.size = workers or cores
         self.workers = queue.LifoQueue()
         first = Worker(self.folder.name)
         self.layers = first.layers
-        self.level = LEVELS[("seccomp" in self.layers) + ({"seccomp", "namespaces"} <= set(self.layers))]
+        self.level = LEVELS[
+            ("seccomp" in self.layers) + ({"seccomp", "namespaces"} <= set(self.layers))
+        ]
         self.workers.put(first)
         for _ in range(self.size - 1):
             self.workers.put(None)  # started when it is first needed

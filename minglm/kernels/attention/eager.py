@@ -17,9 +17,13 @@ import torch.nn.functional as F
 
 from minglm.kernels.dispatch import backend
 
-CHUNK = 256  # bytes that the longest chunk's numbers take in one column of its scores; see `_chunks`
+CHUNK = (
+    256  # bytes that the longest chunk's numbers take in one column of its scores; see `_chunks`
+)
 WIDEST = 256  # dimensions of a head that the Triton form has tiles for
-TILE = 32  # keys; products come in few shapes then, for each of which a CPU compiles one in bfloat16
+TILE = (
+    32  # keys; products come in few shapes then, for each of which a CPU compiles one in bfloat16
+)
 KEEP = 512  # bytes of P for each query on average, up to which a CPU keeps P for the backward pass
 HIDDEN = -1e4  # score of a pair that must not see each other; finite, because exp(-inf) takes a slow path on CPUs
 
@@ -60,7 +64,10 @@ def _chunks(B, M, S, documents_BS, itemsize):
         index = torch.arange(1, S, device=documents_BS.device) * changed
         begin_BS = F.pad(index, (1, 0)).cummax(1).values
         firsts = (begin_BS.min(0).values[list(starts)] // TILE * TILE).tolist()
-    return [(slice(start, min(start + length, S)), first) for start, first in zip(starts, firsts, strict=True)]
+    return [
+        (slice(start, min(start + length, S)), first)
+        for start, first in zip(starts, firsts, strict=True)
+    ]
 
 
 def _rows(x_BSNA, M):
@@ -71,7 +78,9 @@ def _rows(x_BSNA, M):
 
 def _heads(x, B, S):
     """The inverse of `_rows`: (B M, S G, A) to (B, S, N, A)."""
-    return x.view(B, x.shape[0] // B, S, -1, x.shape[2]).transpose(1, 2).reshape(B, S, -1, x.shape[2])
+    return (
+        x.view(B, x.shape[0] // B, S, -1, x.shape[2]).transpose(1, 2).reshape(B, S, -1, x.shape[2])
+    )
 
 
 def _causal(S, q):
@@ -121,7 +130,11 @@ class _Flash(torch.autograd.Function):
         M, G = len(k) // B, q.shape[1] // S
         grad, causal = _rows(grad_BSNA, M), _causal(S, q)
         wide = torch.promote_types(q.dtype, torch.float32)  # of the sums over chunks
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+        dq, dk, dv = (
+            torch.empty_like(q),
+            torch.zeros_like(k, dtype=wide),
+            torch.zeros_like(v, dtype=wide),
+        )
         for i, (at, first) in enumerate(ctx.chunks):
             rows, keys = slice(at.start * G, at.stop * G), slice(first, at.stop)
             weights = kept[i] if kept else _weights(q, k, causal, documents_BS, at, first)

@@ -44,14 +44,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from minglm.kernels.attention.triton_forward import LOG2E, LOWEST
-from minglm.kernels.dispatch import Spec
+from minglm.kernels.toolchain.spec import Spec
 
 # Copies by the copy engine; Triton 3.6 has other names for them than later versions.
 load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 WIDTH = gl.constexpr(128)  # of a head
 TILES = {"ROWS": 128, "KEYS": 128, "STAGES": 2}
-LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)  # of a tile in shared memory
+LAYOUT = gl.NVMMASharedLayout(
+    swizzle_byte_width=128, element_bitwidth=16, rank=3
+)  # of a tile in shared memory
 WARPS = 4  # of a group; the second group and the copies have warps of their own
 
 
@@ -78,11 +80,19 @@ def _begins(begin, batch, rows, S, DOCUMENTS: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(x, ring, ready, batch, end, column, tile, tiles, KEYS: gl.constexpr, STAGES: gl.constexpr):
+def _fetch(
+    x, ring, ready, batch, end, column, tile, tiles, KEYS: gl.constexpr, STAGES: gl.constexpr
+):
     """Begin the copy of a key tile to its stage, if there is such a tile."""
     stage, wanted = tile % STAGES, tile < tiles
     mbarrier.expect(ready.index(stage), x.block_type.nbytes, pred=wanted)
-    load(x, [batch, end - (tile + 1) * KEYS, column], ready.index(stage), ring.index(stage), pred=wanted)
+    load(
+        x,
+        [batch, end - (tile + 1) * KEYS, column],
+        ready.index(stage),
+        ring.index(stage),
+        pred=wanted,
+    )
 
 
 @gluon.jit
@@ -110,7 +120,9 @@ def _scores(query, keys, tile, STAGES: gl.constexpr):
     KEYS: gl.constexpr = keys.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [ROWS // 16, 1], [16, KEYS, 16])
     nothing = gl.zeros([ROWS, KEYS], gl.float32, layout)
-    return warpgroup_mma(query, _of(keys, tile, STAGES).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    return warpgroup_mma(
+        query, _of(keys, tile, STAGES).permute((1, 0)), nothing, use_acc=False, is_async=True
+    )
 
 
 @gluon.jit
@@ -148,9 +160,18 @@ def _first(query, keys, rows, begins, end, factor, dtype: gl.constexpr, STAGES: 
     ROWS: gl.constexpr = query.shape[0]
     scores = warpgroup_mma_wait(0, deps=[_scores(query, keys, 0, STAGES)])
     scores = _hidden(scores, rows, begins, end - scores.shape[1])
-    weights, shrink, most = _softmax(scores, gl.full([ROWS], LOWEST, gl.float32, rows.type.layout), factor)
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [ROWS // 16, 1], [16, keys.shape[2], 16])
-    return gl.zeros([ROWS, WIDTH], gl.float32, layout), _operand(weights, dtype), _summed(weights), most
+    weights, shrink, most = _softmax(
+        scores, gl.full([ROWS], LOWEST, gl.float32, rows.type.layout), factor
+    )
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [ROWS // 16, 1], [16, keys.shape[2], 16]
+    )
+    return (
+        gl.zeros([ROWS, WIDTH], gl.float32, layout),
+        _operand(weights, dtype),
+        _summed(weights),
+        most,
+    )
 
 
 @gluon.jit
@@ -166,16 +187,36 @@ def _last(values, v_ready, tiles, carried, STAGES: gl.constexpr):
 
 @gluon.jit
 def _copy(
-    q, k, v, begin, S, n, batch, row, queries, keys, values, barriers,
-    GROUP: gl.constexpr, DOCUMENTS: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    begin,
+    S,
+    n,
+    batch,
+    row,
+    queries,
+    keys,
+    values,
+    barriers,
+    GROUP: gl.constexpr,
+    DOCUMENTS: gl.constexpr,
+    ROWS: gl.constexpr,
+    KEYS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     """The work of the warp that copies: the keys are one tile ahead of the values, as their products are."""
     q_ready, k_ready, v_ready, k_empty, v_empty, turns = barriers
     end, column = row + ROWS, n // GROUP * WIDTH
     tiles, masked = _spans(begin, batch, row, S, ROWS, KEYS, DOCUMENTS)
     for half in gl.static_range(2):
         mbarrier.expect(q_ready.index(half), q.block_type.nbytes)
-        load(q, [batch, row + half * (ROWS // 2), n * WIDTH], q_ready.index(half), queries.index(half))
+        load(
+            q,
+            [batch, row + half * (ROWS // 2), n * WIDTH],
+            q_ready.index(half),
+            queries.index(half),
+        )
     _fetch(k, keys, k_ready, batch, end, column, 0, tiles, KEYS, STAGES)
     for tile in range(0, tiles):
         _empty(k_empty, tile + 1, tiles, STAGES)
@@ -186,13 +227,27 @@ def _copy(
 
 @gluon.jit
 def _step(
-    query, keys, values, barriers, rows, begins, factor, end, tiles, tile, carried,
-    STAGES: gl.constexpr, HALF: gl.constexpr, MASK: gl.constexpr,
-):  # fmt: skip
+    query,
+    keys,
+    values,
+    barriers,
+    rows,
+    begins,
+    factor,
+    end,
+    tiles,
+    tile,
+    carried,
+    STAGES: gl.constexpr,
+    HALF: gl.constexpr,
+    MASK: gl.constexpr,
+):
     """One turn of a group: the scores and weights of a tile, and O with the tile before it."""
     q_ready, k_ready, v_ready, k_empty, v_empty, turns = barriers
     sums, weights, total, most = carried
-    mbarrier.wait(turns.index(HALF), (tile + HALF) & 1)  # the walk is at tile 1 when the first group waits first
+    mbarrier.wait(
+        turns.index(HALF), (tile + HALF) & 1
+    )  # the walk is at tile 1 when the first group waits first
     scores = _scores(query, keys, tile, STAGES)
     _landed(v_ready, tile - 1, tiles, STAGES)
     sums = warpgroup_mma(weights, _of(values, tile - 1, STAGES), sums, is_async=True)
@@ -213,9 +268,25 @@ def _step(
 
 @gluon.jit
 def _compute(
-    begin, out, log_sum, S, stride, factor, n, batch, row, queries, keys, values, barriers,
-    DOCUMENTS: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, HALF: gl.constexpr,
-):  # fmt: skip
+    begin,
+    out,
+    log_sum,
+    S,
+    stride,
+    factor,
+    n,
+    batch,
+    row,
+    queries,
+    keys,
+    values,
+    barriers,
+    DOCUMENTS: gl.constexpr,
+    ROWS: gl.constexpr,
+    KEYS: gl.constexpr,
+    STAGES: gl.constexpr,
+    HALF: gl.constexpr,
+):
     """The work of a warp group: out and log_sum of the first half of the queries (HALF 0), or the second (1)."""
     q_ready, k_ready, v_ready, k_empty, v_empty, turns = barriers
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
@@ -232,15 +303,57 @@ def _compute(
     mbarrier.arrive(k_empty.index(0), count=1)
     _landed(k_ready, 1, tiles, STAGES)
     for tile in gl.static_range(1, ROWS // KEYS):  # what of the diagonal is left
-        carried = _step(query, keys, values, barriers, rows, begins, factor, end, tiles, tile, carried,
-                        STAGES, HALF, True)  # fmt: skip
+        carried = _step(
+            query,
+            keys,
+            values,
+            barriers,
+            rows,
+            begins,
+            factor,
+            end,
+            tiles,
+            tile,
+            carried,
+            STAGES,
+            HALF,
+            True,
+        )
     for tile in range(ROWS // KEYS, masked):
-        carried = _step(query, keys, values, barriers, rows, begins, factor, end, tiles, tile, carried,
-                        STAGES, HALF, False)  # fmt: skip
+        carried = _step(
+            query,
+            keys,
+            values,
+            barriers,
+            rows,
+            begins,
+            factor,
+            end,
+            tiles,
+            tile,
+            carried,
+            STAGES,
+            HALF,
+            False,
+        )
     if DOCUMENTS:
         for tile in range(masked, tiles):
-            carried = _step(query, keys, values, barriers, rows, begins, factor, end, tiles, tile, carried,
-                            STAGES, HALF, True)  # fmt: skip
+            carried = _step(
+                query,
+                keys,
+                values,
+                barriers,
+                rows,
+                begins,
+                factor,
+                end,
+                tiles,
+                tile,
+                carried,
+                STAGES,
+                HALF,
+                True,
+            )
     sums, logs = _last(values, v_ready, tiles, carried, STAGES)
 
     query.store(sums.to(queries.dtype))
@@ -262,9 +375,21 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 @gluon.jit
 def _forward(
-    q, k, v, begin, out, log_sum, S, stride, factor,
-    GROUP: gl.constexpr, DOCUMENTS: gl.constexpr, ROWS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    begin,
+    out,
+    log_sum,
+    S,
+    stride,
+    factor,
+    GROUP: gl.constexpr,
+    DOCUMENTS: gl.constexpr,
+    ROWS: gl.constexpr,
+    KEYS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
     """out and log_sum of ROWS queries of one head. stride: of log_sum, from one head to the next."""
     n, batch = gl.program_id(0), gl.program_id(2)
     row = ((S + ROWS - 1) // ROWS - 1 - gl.program_id(1)) * ROWS
@@ -272,22 +397,89 @@ def _forward(
     keys = gl.allocate_shared_memory(k.dtype, [STAGES, 1, KEYS, WIDTH], k.layout)
     values = gl.allocate_shared_memory(v.dtype, [STAGES, 1, KEYS, WIDTH], v.layout)
     barriers = (
-        _barriers(2, 1), _barriers(STAGES, 1), _barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(STAGES, 2),
         _barriers(2, 1),
-    )  # fmt: skip
+        _barriers(STAGES, 1),
+        _barriers(STAGES, 1),
+        _barriers(STAGES, 2),
+        _barriers(STAGES, 2),
+        _barriers(2, 1),
+    )
     fence_async_shared()  # the copy engine must see the barriers
     # Constants stay constants only in tuples that are written out.
     gl.warp_specialize(
         [
-            (_compute, (begin, out, log_sum, S, stride, factor, n, batch, row, queries, keys, values, barriers,
-                        DOCUMENTS, ROWS, KEYS, STAGES, 0)),
-            (_compute, (begin, out, log_sum, S, stride, factor, n, batch, row, queries, keys, values, barriers,
-                        DOCUMENTS, ROWS, KEYS, STAGES, 1)),
-            (_copy, (q, k, v, begin, S, n, batch, row, queries, keys, values, barriers,
-                     GROUP, DOCUMENTS, ROWS, KEYS, STAGES)),
+            (
+                _compute,
+                (
+                    begin,
+                    out,
+                    log_sum,
+                    S,
+                    stride,
+                    factor,
+                    n,
+                    batch,
+                    row,
+                    queries,
+                    keys,
+                    values,
+                    barriers,
+                    DOCUMENTS,
+                    ROWS,
+                    KEYS,
+                    STAGES,
+                    0,
+                ),
+            ),
+            (
+                _compute,
+                (
+                    begin,
+                    out,
+                    log_sum,
+                    S,
+                    stride,
+                    factor,
+                    n,
+                    batch,
+                    row,
+                    queries,
+                    keys,
+                    values,
+                    barriers,
+                    DOCUMENTS,
+                    ROWS,
+                    KEYS,
+                    STAGES,
+                    1,
+                ),
+            ),
+            (
+                _copy,
+                (
+                    q,
+                    k,
+                    v,
+                    begin,
+                    S,
+                    n,
+                    batch,
+                    row,
+                    queries,
+                    keys,
+                    values,
+                    barriers,
+                    GROUP,
+                    DOCUMENTS,
+                    ROWS,
+                    KEYS,
+                    STAGES,
+                ),
+            ),
         ],
-        [4, 1], [240, 24],
-    )  # fmt: skip
+        [4, 1],
+        [240, 24],
+    )
 
 
 def described(x_BSNA, rows):
@@ -306,21 +498,46 @@ def forward_gluon(q_BSNA, k_BSMA, v_BSMA, begin, out_BSNA, log_sum, scale):
     q, out = (described(x, TILES["ROWS"] // 2) for x in (q_BSNA, out_BSNA))
     k, v = (described(x, TILES["KEYS"]) for x in (k_BSMA, v_BSMA))
     _forward[(N, triton.cdiv(S, TILES["ROWS"]), B)](
-        q, k, v, begin, out, log_sum, S, log_sum.stride(1), scale * LOG2E, GROUP=N // M, DOCUMENTS=begin is not None,
-        num_warps=WARPS, **TILES,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        begin,
+        out,
+        log_sum,
+        S,
+        log_sum.stride(1),
+        scale * LOG2E,
+        GROUP=N // M,
+        DOCUMENTS=begin is not None,
+        num_warps=WARPS,
+        **TILES,
+    )
 
 
 def _specs():
     """As many query heads a key/value head as GLM-4.5."""
-    rows = {"q": TILES["ROWS"] // 2, "k": TILES["KEYS"], "v": TILES["KEYS"], "out": TILES["ROWS"] // 2}
+    rows = {
+        "q": TILES["ROWS"] // 2,
+        "k": TILES["KEYS"],
+        "v": TILES["KEYS"],
+        "out": TILES["ROWS"] // 2,
+    }
     types = {name: f"tensordesc<bf16[1, {size}, 128],{LAYOUT!r}>" for name, size in rows.items()}
     types |= {"begin": "*i32", "log_sum": "*fp32", "S": "i32", "stride": "i32", "factor": "fp32"}
     for documents in (False, True):
-        constants = {"GROUP": 12, "DOCUMENTS": documents, **TILES} | ({} if documents else {"begin": None})
+        constants = {"GROUP": 12, "DOCUMENTS": documents, **TILES} | (
+            {} if documents else {"begin": None}
+        )
         given = {name: types[name] for name in _forward.arg_names if name not in constants}
-        yield Spec(f"forward 128{' packed' if documents else ''}", _forward, given, constants, WARPS, unit="HGMMA",
-                   opcodes=("UTMALDG", "UTMASTG"))  # fmt: skip
+        yield Spec(
+            f"forward 128{' packed' if documents else ''}",
+            _forward,
+            given,
+            constants,
+            WARPS,
+            unit="HGMMA",
+            opcodes=("UTMALDG", "UTMASTG"),
+        )
 
 
 SPECS = list(_specs())

@@ -40,7 +40,9 @@ def slot_mask(positions_BS, slots, heads, dtype, first=0):
     if first:
         hidden |= slot < first
     mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, HIDDEN)
-    if mask.shape[1] > 1:  # one query for each row needs no copies: the mask is the same for all its heads
+    if (
+        mask.shape[1] > 1
+    ):  # one query for each row needs no copies: the mask is the same for all its heads
         mask = mask.repeat_interleave(heads, 1)
     return mask[:, None]
 

@@ -42,15 +42,31 @@ TOGETHER = 128  # widest head of which dk and dv of a tile fit in the registers 
 
 @triton.jit
 def _row_step(
-    q, grad, log_sums, delta, k, v, batch, head, key, rows, begins, dq, factor,
-    KEYS: tl.constexpr, WIDTH: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
+    q,
+    grad,
+    log_sums,
+    delta,
+    k,
+    v,
+    batch,
+    head,
+    key,
+    rows,
+    begins,
+    dq,
+    factor,
+    KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MASK: tl.constexpr,
+):
     """dq of each query with KEYS more keys, but for the scale."""
     keys = _tile(k, batch, head, key, KEYS, WIDTH)
     weights = tl.exp2(tl.dot(q, keys.T, input_precision="tf32x3") * factor - log_sums[:, None])
     if MASK:
         j = key + tl.arange(0, KEYS)
-        weights = tl.where((j[None, :] <= rows[:, None]) & (j[None, :] >= begins[:, None]), weights, 0.0)
+        weights = tl.where(
+            (j[None, :] <= rows[:, None]) & (j[None, :] >= begins[:, None]), weights, 0.0
+        )
     dweights = tl.dot(grad, _tile(v, batch, head, key, KEYS, WIDTH).T, input_precision="tf32x3")
     dscores = weights * (dweights - delta[:, None])
     return tl.dot(dscores.to(keys.dtype), keys, dq, input_precision="tf32x3")
@@ -58,9 +74,24 @@ def _row_step(
 
 @triton.jit
 def _backward_rows(
-    q, k, v, begin, out, grad, log_sum, delta, dq, S, factor, scale,
-    GROUP: tl.constexpr, DOCUMENTS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    begin,
+    out,
+    grad,
+    log_sum,
+    delta,
+    dq,
+    S,
+    factor,
+    scale,
+    GROUP: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """dq and delta of ROWS queries of one head."""
     n, batch = tl.program_id(0), tl.program_id(2)
     row = (tl.cdiv(S, ROWS) - 1 - tl.program_id(1)) * ROWS
@@ -74,22 +105,70 @@ def _backward_rows(
     sums = tl.zeros((ROWS, WIDTH), tl.float32)
     for key in range(middle, row, KEYS):
         sums = _row_step(
-            queries, grads, log_sums, inner, k, v, batch, head, key, rows, begins, sums, factor, KEYS, WIDTH, False
+            queries,
+            grads,
+            log_sums,
+            inner,
+            k,
+            v,
+            batch,
+            head,
+            key,
+            rows,
+            begins,
+            sums,
+            factor,
+            KEYS,
+            WIDTH,
+            False,
         )
     for tile in range(0, masked):
         key = _masked_key(tile, first, left, row, KEYS)
         sums = _row_step(
-            queries, grads, log_sums, inner, k, v, batch, head, key, rows, begins, sums, factor, KEYS, WIDTH, True
+            queries,
+            grads,
+            log_sums,
+            inner,
+            k,
+            v,
+            batch,
+            head,
+            key,
+            rows,
+            begins,
+            sums,
+            factor,
+            KEYS,
+            WIDTH,
+            True,
         )
     dq.store([batch, n, row, 0], (sums * scale).to(queries.dtype).reshape(1, 1, ROWS, WIDTH))
 
 
 @triton.jit
 def _key_step(
-    k, v, q, grad, begin, log_sum, delta, batch, n, row, keys, dk, dv, S, factor,
-    DK: tl.constexpr, DV: tl.constexpr, DOCUMENTS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    k,
+    v,
+    q,
+    grad,
+    begin,
+    log_sum,
+    delta,
+    batch,
+    n,
+    row,
+    keys,
+    dk,
+    dv,
+    S,
+    factor,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
     MASK: tl.constexpr,
-):  # fmt: skip
+):
     """dk (but for the scale) and dv of each key with ROWS more queries of one head."""
     rows = row + tl.arange(0, ROWS)
     queries = _tile(q, batch, n, row, ROWS, WIDTH)
@@ -97,7 +176,9 @@ def _key_step(
     weights = tl.exp2(scores * factor - _of_rows(log_sum, batch, n, row, ROWS)[None, :])
     if MASK:
         begins = _begins(begin, batch, rows, S, DOCUMENTS)
-        weights = tl.where((keys[:, None] <= rows[None, :]) & (keys[:, None] >= begins[None, :]), weights, 0.0)
+        weights = tl.where(
+            (keys[:, None] <= rows[None, :]) & (keys[:, None] >= begins[None, :]), weights, 0.0
+        )
     grads = _tile(grad, batch, n, row, ROWS, WIDTH)
     if DV:
         dv = tl.dot(weights.to(grads.dtype), grads, dv, input_precision="tf32x3")
@@ -110,9 +191,27 @@ def _key_step(
 
 @triton.jit
 def _backward_keys(
-    q, k, v, begin, end, grad, log_sum, delta, dk, dv, S, factor, scale, DK: tl.constexpr, DV: tl.constexpr,
-    GROUP: tl.constexpr, DOCUMENTS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    begin,
+    end,
+    grad,
+    log_sum,
+    delta,
+    dk,
+    dv,
+    S,
+    factor,
+    scale,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    GROUP: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """dk, dv or both of KEYS keys of one key/value head: over the tiles of queries of all its query heads."""
     head, key, batch = tl.program_id(0), tl.program_id(1) * KEYS, tl.program_id(2)
     keys = key + tl.arange(0, KEYS)
@@ -126,30 +225,77 @@ def _backward_keys(
     inner = tl.maximum((near - key) // ROWS - diagonal, 0)
     # divisors, not 0: the addresses of a loop's first loads are computed even if it has no turn
     masked, whole = tiles - inner, tl.maximum(inner, 1)
-    k_tile, v_tile = _tile(k, batch, head, key, KEYS, WIDTH), _tile(v, batch, head, key, KEYS, WIDTH)
+    k_tile, v_tile = (
+        _tile(k, batch, head, key, KEYS, WIDTH),
+        _tile(v, batch, head, key, KEYS, WIDTH),
+    )
     k_sums, v_sums = tl.zeros((KEYS, WIDTH), tl.float32), tl.zeros((KEYS, WIDTH), tl.float32)
     for step in range(0, GROUP * inner):
         n, row = head * GROUP + step // whole, key + (diagonal + step % whole) * ROWS
         k_sums, v_sums = _key_step(
-            k_tile, v_tile, q, grad, begin, log_sum, delta, batch, n, row, keys,
-            k_sums, v_sums, S, factor, DK, DV, DOCUMENTS, ROWS, WIDTH, False,
-        )  # fmt: skip
+            k_tile,
+            v_tile,
+            q,
+            grad,
+            begin,
+            log_sum,
+            delta,
+            batch,
+            n,
+            row,
+            keys,
+            k_sums,
+            v_sums,
+            S,
+            factor,
+            DK,
+            DV,
+            DOCUMENTS,
+            ROWS,
+            WIDTH,
+            False,
+        )
     for step in range(0, GROUP * masked):
         n, tile = head * GROUP + step // masked, step % masked
         row = key + tl.where(tile < diagonal, tile, tile + inner) * ROWS
         k_sums, v_sums = _key_step(
-            k_tile, v_tile, q, grad, begin, log_sum, delta, batch, n, row, keys,
-            k_sums, v_sums, S, factor, DK, DV, DOCUMENTS, ROWS, WIDTH, True,
-        )  # fmt: skip
+            k_tile,
+            v_tile,
+            q,
+            grad,
+            begin,
+            log_sum,
+            delta,
+            batch,
+            n,
+            row,
+            keys,
+            k_sums,
+            v_sums,
+            S,
+            factor,
+            DK,
+            DV,
+            DOCUMENTS,
+            ROWS,
+            WIDTH,
+            True,
+        )
     if DK:
-        dk.store([batch, head, key, 0], (k_sums * scale).to(k_tile.dtype).reshape(1, 1, KEYS, WIDTH))
+        dk.store(
+            [batch, head, key, 0], (k_sums * scale).to(k_tile.dtype).reshape(1, 1, KEYS, WIDTH)
+        )
     if DV:
         dv.store([batch, head, key, 0], v_sums.to(k_tile.dtype).reshape(1, 1, KEYS, WIDTH))
 
 
 def _parts(width):
     """What each launch of `_backward_keys` computes."""
-    return [{"DK": True, "DV": True}] if width <= TOGETHER else [{"DK": True, "DV": False}, {"DK": False, "DV": True}]
+    return (
+        [{"DK": True, "DV": True}]
+        if width <= TOGETHER
+        else [{"DK": True, "DV": False}, {"DK": False, "DV": True}]
+    )
 
 
 def gradients(q, k, v, begin, end, out, log_sum, grad, scale):
@@ -159,7 +305,9 @@ def gradients(q, k, v, begin, end, out, log_sum, grad, scale):
     delta = sums_like(q)
 
     def tiles_of(tiles, by_row, by_key):
-        return [described(x, tiles.rows) for x in by_row], [described(x, tiles.keys) for x in by_key]
+        return [described(x, tiles.rows) for x in by_row], [
+            described(x, tiles.keys) for x in by_key
+        ]
 
     t = chosen(ROWS, q)
     (queries, *by_row), by_key = tiles_of(t, (q, out, grad, log_sum, delta, dq), (k, v))
@@ -170,18 +318,38 @@ def gradients(q, k, v, begin, end, out, log_sum, grad, scale):
     (queries, *by_row), by_key = tiles_of(t, (q, grad, log_sum, delta), (k, v, dk, dv))
     for parts in _parts(A):
         _backward_keys[(M, triton.cdiv(S, t.keys), B)](
-            queries, *by_key[:2], begin, end, *by_row, *by_key[2:], S, scale * LOG2E, scale, **parts,
+            queries,
+            *by_key[:2],
+            begin,
+            end,
+            *by_row,
+            *by_key[2:],
+            S,
+            scale * LOG2E,
+            scale,
+            **parts,
             **constants(q, k, begin, t),
-        )  # fmt: skip
+        )
     return dq, dk, dv
 
 
 def _specs():
     for width, packed in HEADS:
-        yield spec("dq", _backward_rows, width, packed, ROWS[width], ("q", "out", "grad", "dq"), ("k", "v"))
+        yield spec(
+            "dq", _backward_rows, width, packed, ROWS[width], ("q", "out", "grad", "dq"), ("k", "v")
+        )
         for parts in _parts(width):
             name = ", ".join(x.lower() for x in parts if parts[x])
-            yield spec(name, _backward_keys, width, packed, KEYS[width], ("q", "grad"), ("k", "v", "dk", "dv"), **parts)
+            yield spec(
+                name,
+                _backward_keys,
+                width,
+                packed,
+                KEYS[width],
+                ("q", "grad"),
+                ("k", "v", "dk", "dv"),
+                **parts,
+            )
 
 
 SPECS = list(_specs())

@@ -22,11 +22,13 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from minglm.kernels.dispatch import Spec
+from minglm.kernels.toolchain.spec import Spec
 from minglm.kernels.toolchain.tiles import bind
 
 LOG2E = 1.4426950408889634
-LOWEST = tl.constexpr(-1e30)  # a maximum to start from: finite, so that a row that has seen no key yet gives no NaN
+LOWEST = tl.constexpr(
+    -1e30
+)  # a maximum to start from: finite, so that a row that has seen no key yet gives no NaN
 
 
 @dataclass(frozen=True)
@@ -93,9 +95,22 @@ def _begins(begin, batch, rows, S, DOCUMENTS: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q, k, v, batch, head, key, rows, begins, out, total, most, factor,
-    KEYS: tl.constexpr, WIDTH: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    batch,
+    head,
+    key,
+    rows,
+    begins,
+    out,
+    total,
+    most,
+    factor,
+    KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MASK: tl.constexpr,
+):
     """One step of the forward pass: out, total and most of each query with KEYS more keys."""
     scores = tl.dot(q, _tile(k, batch, head, key, KEYS, WIDTH).T, input_precision="tf32x3")
     if MASK:
@@ -112,9 +127,20 @@ def _attend(
 
 @triton.jit
 def _forward(
-    q, k, v, begin, out, log_sum, S, factor,
-    GROUP: tl.constexpr, DOCUMENTS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    begin,
+    out,
+    log_sum,
+    S,
+    factor,
+    GROUP: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     """out and log_sum of ROWS queries of one head."""
     n, batch = tl.program_id(0), tl.program_id(2)
     row = (tl.cdiv(S, ROWS) - 1 - tl.program_id(1)) * ROWS
@@ -127,12 +153,40 @@ def _forward(
     most = tl.full((ROWS,), LOWEST, tl.float32)
     for key in range(middle, row, KEYS):
         sums, total, most = _attend(
-            queries, k, v, batch, head, key, rows, begins, sums, total, most, factor, KEYS, WIDTH, False
+            queries,
+            k,
+            v,
+            batch,
+            head,
+            key,
+            rows,
+            begins,
+            sums,
+            total,
+            most,
+            factor,
+            KEYS,
+            WIDTH,
+            False,
         )
     for tile in range(0, masked):
         key = _masked_key(tile, first, left, row, KEYS)
         sums, total, most = _attend(
-            queries, k, v, batch, head, key, rows, begins, sums, total, most, factor, KEYS, WIDTH, True
+            queries,
+            k,
+            v,
+            batch,
+            head,
+            key,
+            rows,
+            begins,
+            sums,
+            total,
+            most,
+            factor,
+            KEYS,
+            WIDTH,
+            True,
         )
     sums = sums / total[:, None]
     out.store([batch, n, row, 0], sums.to(queries.dtype).reshape(1, 1, ROWS, WIDTH))
@@ -158,7 +212,9 @@ def described(x, size):
 
     if x.ndim == 3:
         return TensorDescriptor.from_tensor(x, [1, 1, size])
-    return TensorDescriptor.from_tensor(x.transpose(1, 2), [1, 1, size, triton.next_power_of_2(x.shape[3])])
+    return TensorDescriptor.from_tensor(
+        x.transpose(1, 2), [1, 1, size, triton.next_power_of_2(x.shape[3])]
+    )
 
 
 def chosen(table, x):
@@ -170,8 +226,16 @@ def chosen(table, x):
 
 def constants(q, k, begin, tiles):
     """What every kernel is compiled for."""
-    sizes = {"GROUP": q.shape[2] // k.shape[2], "WIDTH": triton.next_power_of_2(q.shape[3]), **tiles.constants()}
-    return sizes | {"DOCUMENTS": begin is not None, "num_warps": tiles.warps, "num_stages": tiles.stages}
+    sizes = {
+        "GROUP": q.shape[2] // k.shape[2],
+        "WIDTH": triton.next_power_of_2(q.shape[3]),
+        **tiles.constants(),
+    }
+    return sizes | {
+        "DOCUMENTS": begin is not None,
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+    }
 
 
 def sums_like(q_BSNA):
@@ -183,8 +247,10 @@ def sums_like(q_BSNA):
 def forward_triton(q, k, v, begin, out, log_sum, scale):
     """Compute out and log_sum of contiguous q (B, S, N, A), k and v (B, S, M, A)."""
     (B, S, N, _), tiles = q.shape, chosen(FORWARD, q)
-    by_row, by_key = ([described(x, size) for x in group] for group, size in
-                      (((q, out, log_sum), tiles.rows), ((k, v), tiles.keys)))  # fmt: skip
+    by_row, by_key = (
+        [described(x, size) for x in group]
+        for group, size in (((q, out, log_sum), tiles.rows), ((k, v), tiles.keys))
+    )
     _forward[(N, triton.cdiv(S, tiles.rows), B)](
         by_row[0], *by_key, begin, *by_row[1:], S, scale * LOG2E, **constants(q, k, begin, tiles)
     )
@@ -234,18 +300,34 @@ def spec(name, kernel, width, documents, tiles, by_row, by_key, **more):
     types = dict.fromkeys(by_row, f"tensordesc<bf16[1, 1, {tiles.rows}, {width}]>")
     types |= dict.fromkeys(by_key, f"tensordesc<bf16[1, 1, {tiles.keys}, {width}]>")
     types |= dict.fromkeys(("log_sum", "delta"), f"tensordesc<fp32[1, 1, {tiles.rows}]>")
-    types |= {"S": "i32", "factor": "fp32", "scale": "fp32"} | dict.fromkeys(("begin", "end"), "*i32")
-    values = {"GROUP": 12 if width == 128 else 1, "WIDTH": width, "DOCUMENTS": documents, **tiles.constants(), **more}
+    types |= {"S": "i32", "factor": "fp32", "scale": "fp32"} | dict.fromkeys(
+        ("begin", "end"), "*i32"
+    )
+    values = {
+        "GROUP": 12 if width == 128 else 1,
+        "WIDTH": width,
+        "DOCUMENTS": documents,
+        **tiles.constants(),
+        **more,
+    }
     if not documents:
         values |= {"begin": None, "end": None}
     names = kernel.arg_names
     return Spec(
-        f"{name} {width}{' packed' if documents else ''}", kernel,
-        {x: types[x] for x in names if x not in values}, {x: values[x] for x in names if x in values},
-        tiles.warps, tiles.stages, unit="HGMMA", opcodes=("UTMALDG",),
-    )  # fmt: skip
+        f"{name} {width}{' packed' if documents else ''}",
+        kernel,
+        {x: types[x] for x in names if x not in values},
+        {x: values[x] for x in names if x in values},
+        tiles.warps,
+        tiles.stages,
+        unit="HGMMA",
+        opcodes=("UTMALDG",),
+    )
 
 
 # Heads of GLM-4.5 and of GLM-4.7-Flash, which has 256 dimensions; with packed documents and without.
 HEADS = ((128, False), (128, True), (256, True))
-SPECS = [spec("forward", _forward, width, packed, FORWARD[width], ("q", "out"), ("k", "v")) for width, packed in HEADS]
+SPECS = [
+    spec("forward", _forward, width, packed, FORWARD[width], ("q", "out"), ("k", "v"))
+    for width, packed in HEADS
+]

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from minglm.kernels.attention.triton_forward import LOG2E, LOWEST
-from minglm.kernels.dispatch import Spec
+from minglm.kernels.toolchain.spec import Spec
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,26 @@ LEAST, MOST = 4, 64  # tiles that are worth a part, and parts
 
 @triton.jit
 def _attend(
-    q, store, table, positions, out, log_sum, S, blocks, first, factor, HEADS: tl.constexpr, GROUP: tl.constexpr,
-    A: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr, SHARED: tl.constexpr, WHOLE: tl.constexpr,
-    SLOTS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    q,
+    store,
+    table,
+    positions,
+    out,
+    log_sum,
+    S,
+    blocks,
+    first,
+    factor,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    A: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SIZE: tl.constexpr,
+    SHARED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """Out and log_sum of COLUMNS (query, head) pairs over one part of the slots; only out, if WHOLE."""
     pair, tile, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, head = pair // HEADS, pair % HEADS
@@ -68,7 +84,9 @@ def _attend(
     most = tl.full((COLUMNS,), LOWEST, tl.float32)
     for slot in range(part * each, end, SLOTS):
         slots = slot + tl.arange(0, SLOTS)
-        block = tl.load(table + pair.to(tl.int64) * blocks + slots // SIZE, mask=slots < end, other=0)
+        block = tl.load(
+            table + pair.to(tl.int64) * blocks + slots // SIZE, mask=slots < end, other=0
+        )
         at = store + (block * SIZE + slots % SIZE)[:, None] * A + d[None, :]
         there = (slots < end)[:, None] & (d < A)[None, :]
         keys = tl.load(at, mask=there, other=0.0)
@@ -81,10 +99,14 @@ def _attend(
         values = keys
         if not SHARED:
             values = tl.load(at + HEADS * SIZE * A, mask=there, other=0.0)
-        sums = tl.dot(values.T, weights.to(keys.dtype), sums * shrink[None, :], input_precision="tf32x3")
+        sums = tl.dot(
+            values.T, weights.to(keys.dtype), sums * shrink[None, :], input_precision="tf32x3"
+        )
         total = total * shrink + tl.sum(weights, 0)
         most = highest
-    total = tl.maximum(total, 1e-30)  # a column of a part without slots has none: its weight will be 0
+    total = tl.maximum(
+        total, 1e-30
+    )  # a column of a part without slots has none: its weight will be 0
     sums = sums / total[None, :]
     if WHOLE:
         tl.store(out + row[None, :] * A + d[:, None], sums.to(out.dtype.element_ty), mask=both)
@@ -124,19 +146,43 @@ def paged_attention_triton(q_BSNA, store, rows, positions_BS, first=0):
     q (B, S, N, A), A at most 256; store and rows as there; positions int64 (B, S). Returns (B, S, N, A).
     """
     q, (B, S, N, A), (parts, M, size) = q_BSNA.contiguous(), q_BSNA.shape, store.shape[1:4]
-    asked, blocks, width = S * N // M, rows.numel() // (parts * B * M), max(16, triton.next_power_of_2(A))
+    asked, blocks, width = (
+        S * N // M,
+        rows.numel() // (parts * B * M),
+        max(16, triton.next_power_of_2(A)),
+    )
     tiles = FLOAT32 if q.dtype == torch.float32 else _tiles(asked, A)
     grid = B * M, triton.cdiv(asked, tiles.columns)
     count = _parts(grid[0] * grid[1], triton.cdiv(blocks * size, tiles.slots))
     out, log_sum = torch.empty_like(q), None
     read = out
     if count > 1:
-        read, log_sum = (q.new_empty(count, B * S * N, *more, dtype=torch.float32) for more in ((A,), ()))
+        read, log_sum = (
+            q.new_empty(count, B * S * N, *more, dtype=torch.float32) for more in ((A,), ())
+        )
     _attend[(*grid, count)](
-        q, store, rows, positions_BS.contiguous(), read, log_sum, S, blocks, first, A**-0.5 * LOG2E, HEADS=M,
-        GROUP=N // M, A=A, WIDTH=width, SIZE=size, SHARED=parts == 1, WHOLE=count == 1, SLOTS=tiles.slots,
-        COLUMNS=tiles.columns, num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
+        q,
+        store,
+        rows,
+        positions_BS.contiguous(),
+        read,
+        log_sum,
+        S,
+        blocks,
+        first,
+        A**-0.5 * LOG2E,
+        HEADS=M,
+        GROUP=N // M,
+        A=A,
+        WIDTH=width,
+        SIZE=size,
+        SHARED=parts == 1,
+        WHOLE=count == 1,
+        SLOTS=tiles.slots,
+        COLUMNS=tiles.columns,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
     if count > 1:
         _combine[(B * S * N,)](read, log_sum, out, count, A=A, WIDTH=width, COUNT=count)
     return out
@@ -148,11 +194,24 @@ def _specs():
     types |= {"S": "i32", "blocks": "i32", "first": "i32", "factor": "fp32"}
     common = {"HEADS": 8, "GROUP": 12, "A": 128, "WIDTH": 128, "SIZE": 16, "SHARED": False}
     few, many = TILES.values()
-    for name, t, whole in (("token, parts", few, False), ("token", few, True), ("prompt", many, True)):
+    for name, t, whole in (
+        ("token, parts", few, False),
+        ("token", few, True),
+        ("prompt", many, True),
+    ):
         out = {"out": "*bf16"} if whole else {"out": "*fp32", "log_sum": "*fp32"}
         constants = common | {"WHOLE": whole, "SLOTS": t.slots, "COLUMNS": t.columns}
         constants |= {"log_sum": None} if whole else {}
-        yield Spec(name, _attend, types | out, constants, t.warps, t.stages, unit="HGMMA", opcodes=("LDGSTS",))
+        yield Spec(
+            name,
+            _attend,
+            types | out,
+            constants,
+            t.warps,
+            t.stages,
+            unit="HGMMA",
+            opcodes=("LDGSTS",),
+        )
     types = {"parts": "*fp32", "log_sum": "*fp32", "out": "*bf16", "count": "i32"}
     yield Spec("combine", _combine, types, {"A": 128, "WIDTH": 128, "COUNT": 64})
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from minglm.common import device
+from minglm.common.threads import threads_in_use
 
 FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fPIC", "-std=gnu11", "-pthread")
@@ -41,7 +41,9 @@ def _processor():
     """What -march=native depends on."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return platform.machine() + next((line for line in lines if line.startswith(("flags", "Features"))), "")
+        return platform.machine() + next(
+            (line for line in lines if line.startswith(("flags", "Features"))), ""
+        )
     return platform.machine() + platform.processor()
 
 
@@ -54,10 +56,22 @@ def build(compiler, folder):
     library = folder / f"cpu-{told.hexdigest()[:16]}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work:  # in two steps: linked with -ffast-math, the library
+        with tempfile.TemporaryDirectory(
+            dir=folder
+        ) as work:  # in two steps: linked with -ffast-math, the library
             # would change how all others treat tiny numbers
-            subprocess.run([compiler, *FLAGS, "-c", *sources], capture_output=True, check=True, cwd=work)
-            link = [compiler, "-shared", "-pthread", *Path(work).glob("*.o"), "-o", Path(work) / "cpu.so", "-lm"]
+            subprocess.run(
+                [compiler, *FLAGS, "-c", *sources], capture_output=True, check=True, cwd=work
+            )
+            link = [
+                compiler,
+                "-shared",
+                "-pthread",
+                *Path(work).glob("*.o"),
+                "-o",
+                Path(work) / "cpu.so",
+                "-lm",
+            ]
             subprocess.run(link, capture_output=True, check=True)
             os.replace(Path(work) / "cpu.so", library)
     return library
@@ -65,7 +79,9 @@ def build(compiler, folder):
 
 def compiler():
     """$CC, or the C compiler that there is; None without one, and on Windows."""
-    found = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    found = (
+        os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    )
     return None if sys.platform == "win32" else found
 
 
@@ -82,7 +98,10 @@ def library():
             path = build(command, Path(tempfile.mkdtemp(prefix="minglm-")))
         loaded = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
-        print(f"minglm: plain PyTorch in place of C, because {command} failed: {error}", file=sys.stderr)
+        print(
+            f"minglm: plain PyTorch in place of C, because {command} failed: {error}",
+            file=sys.stderr,
+        )
         return None
     kinds = {"p": ctypes.c_void_p, "l": ctypes.c_long, "q": ctypes.c_int64}
     for name, letters in SIGNATURES.items():
@@ -118,9 +137,18 @@ def sample_cpu(logits_BV, temperature_B, top_p_B, seeds_B, index_B, purpose):
     tokens_B, logprobs_B = torch.empty_like(seeds_B), logits_BV.new_empty(B)
     scratch = logits_BV.new_empty(V + lanes())
     library().sample(
-        at(logits_BV), at(temperature_B), at(top_p_B), at(seeds_B), at(index_B), purpose, at(tokens_B),
-        at(logprobs_B), at(scratch), B, V,
-    )  # fmt: skip
+        at(logits_BV),
+        at(temperature_B),
+        at(top_p_B),
+        at(seeds_B),
+        at(index_B),
+        purpose,
+        at(tokens_B),
+        at(logprobs_B),
+        at(scratch),
+        B,
+        V,
+    )
     return tokens_B, logprobs_B
 
 
@@ -138,7 +166,7 @@ def newton_schulz_cpu(stack, coefficients):
         part = (at(stack[first:last]), at(out[first:last]), at(scratch), at(table))
         library().newton_schulz(*part, len(coefficients), last - first, rows, columns)
 
-    threads = device.threads if count * rows * columns * short > FEW else 1
+    threads = threads_in_use() if count * rows * columns * short > FEW else 1
     bounds = [count * i // threads for i in range(threads + 1)]
     if threads == 1:
         work(0, count)

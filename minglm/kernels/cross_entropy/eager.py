@@ -24,7 +24,9 @@ GPU_CHUNK_BYTES = 5 * 2**27  # of logits: 2,048 tokens of GLM-4.5, whose product
 
 def cross_entropy(hidden_TD, head_VD, targets_T, weights_T):
     """Plain form. hidden (T, D); head (V, D); targets int64 (T,); weights float32 (T,). Returns a float32 scalar."""
-    losses_T = F.cross_entropy((hidden_TD @ head_VD.to(hidden_TD.dtype).T).float(), targets_T, reduction="none")
+    losses_T = F.cross_entropy(
+        (hidden_TD @ head_VD.to(hidden_TD.dtype).T).float(), targets_T, reduction="none"
+    )
     return (losses_T * weights_T).sum()
 
 
@@ -47,7 +49,11 @@ def gradients_in_place(logits_CV, targets_C, weights_C, wide_CV):
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TD, head_VD, targets_T, weights_T):
-        on_gpu, T, head = backend(hidden_TD) == "triton", len(hidden_TD), head_VD.to(hidden_TD.dtype)
+        on_gpu, T, head = (
+            backend(hidden_TD) == "triton",
+            len(hidden_TD),
+            head_VD.to(hidden_TD.dtype),
+        )
         chunk = CHUNK
         if on_gpu and T:  # even chunks, so that the last is not a small one
             chunk = math.ceil(T / math.ceil(T * len(head) * head.itemsize / GPU_CHUNK_BYTES))
@@ -56,7 +62,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         sums = head_VD.dtype if on_gpu else torch.float32
         dhidden_TD, dhead_VD = torch.empty_like(hidden_TD), None
         loss = hidden_TD.new_zeros((), dtype=torch.float32)
-        room = head.new_empty(min(chunk, T), len(head))  # the same for every chunk: it stays in cache
+        room = head.new_empty(
+            min(chunk, T), len(head)
+        )  # the same for every chunk: it stays in cache
         wide = room if on_gpu else room.float()
         for start in range(0, T, chunk):
             rows = slice(start, start + chunk)

@@ -28,9 +28,17 @@ import torch
 import triton
 import triton.language as tl
 
-from minglm.kernels.dispatch import Spec
 from minglm.kernels.experts.triton_kernels import load_tile
-from minglm.kernels.toolchain.tiles import Tiles, bind, bulk_readable, described, power_of_2, read, tiles_for
+from minglm.kernels.toolchain.spec import Spec
+from minglm.kernels.toolchain.tiles import (
+    Tiles,
+    bind,
+    bulk_readable,
+    described,
+    power_of_2,
+    read,
+    tiles_for,
+)
 
 PRODUCT = {2**31: Tiles(128, 256, 64, 8, 3, band=16)}  # the fastest of those timed on an H100
 SPLITS = 8
@@ -40,9 +48,19 @@ WIDTH, WARPS = 8192, 16  # words that a program of the softmax takes at a time
 
 @triton.jit
 def _logits(
-    x, w, row, column, tokens, vocabulary, depth, sharpness,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BULK: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    row,
+    column,
+    tokens,
+    vocabulary,
+    depth,
+    sharpness,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    BULK: tl.constexpr,
+):
     """A tile of x w' times `sharpness`, one over the temperature."""
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for k in range(0, depth, STEP):
@@ -62,9 +80,24 @@ def _row_tile(program, tokens, across, ROWS: tl.constexpr, BAND: tl.constexpr):
 
 @triton.jit
 def statistics_kernel(
-    x, w, targets, largest, total, weighted, hit, tokens, vocabulary, depth, sharpness, splits,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BAND: tl.constexpr, BULK: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    targets,
+    largest,
+    total,
+    weighted,
+    hit,
+    tokens,
+    vocabulary,
+    depth,
+    sharpness,
+    splits,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    BAND: tl.constexpr,
+    BULK: tl.constexpr,
+):
     """Of a tile of rows and a split of the vocabulary: max l, sum of exp(l - max) and of l exp(l - max), l_target."""
     row_tile, split = _row_tile(tl.program_id(0), tokens, splits, ROWS, BAND)
     rows = row_tile * ROWS + tl.arange(0, ROWS)
@@ -75,7 +108,20 @@ def statistics_kernel(
     found = tl.zeros((ROWS,), dtype=tl.float32)
     each = tl.cdiv(tl.cdiv(vocabulary, COLUMNS), splits) * COLUMNS
     for column in range(split * each, tl.minimum((split + 1) * each, vocabulary), COLUMNS):
-        logits = _logits(x, w, row_tile * ROWS, column, tokens, vocabulary, depth, sharpness, ROWS, COLUMNS, STEP, BULK)
+        logits = _logits(
+            x,
+            w,
+            row_tile * ROWS,
+            column,
+            tokens,
+            vocabulary,
+            depth,
+            sharpness,
+            ROWS,
+            COLUMNS,
+            STEP,
+            BULK,
+        )
         columns = column + tl.arange(0, COLUMNS)
         logits = tl.where((columns < vocabulary)[None, :], logits, float("-inf"))
         higher = tl.maximum(most, tl.max(logits, 1))
@@ -95,13 +141,41 @@ def statistics_kernel(
 
 @triton.jit
 def gradient_kernel(
-    x, w, targets, lse, weights, out, tokens, vocabulary, depth, sharpness,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BAND: tl.constexpr, BULK: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    targets,
+    lse,
+    weights,
+    out,
+    tokens,
+    vocabulary,
+    depth,
+    sharpness,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    BAND: tl.constexpr,
+    BULK: tl.constexpr,
+):
     """out (T, words) = weight_t * (onehot_target - p) / temperature for the words of a chunk of the head."""
-    row_tile, column_tile = _row_tile(tl.program_id(0), tokens, tl.cdiv(vocabulary, COLUMNS), ROWS, BAND)
+    row_tile, column_tile = _row_tile(
+        tl.program_id(0), tokens, tl.cdiv(vocabulary, COLUMNS), ROWS, BAND
+    )
     column = column_tile * COLUMNS
-    logits = _logits(x, w, row_tile * ROWS, column, tokens, vocabulary, depth, sharpness, ROWS, COLUMNS, STEP, BULK)
+    logits = _logits(
+        x,
+        w,
+        row_tile * ROWS,
+        column,
+        tokens,
+        vocabulary,
+        depth,
+        sharpness,
+        ROWS,
+        COLUMNS,
+        STEP,
+        BULK,
+    )
     rows, columns = row_tile * ROWS + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
     target = tl.load(targets + rows, mask=rows < tokens, other=-1)
     weight = tl.load(weights + rows, mask=rows < tokens, other=0) * sharpness
@@ -130,7 +204,9 @@ def softmax_gradient_kernel(logits, targets, weights, losses, vocabulary, WIDTH:
     total = tl.sum(mass, 0)
     tl.store(losses + row, weight * (most + tl.log(total) - hit))
     last = (tl.cdiv(vocabulary, WIDTH) - 1) * WIDTH
-    for back in range(0, vocabulary, WIDTH):  # backwards, since what was read last is still in the cache
+    for back in range(
+        0, vocabulary, WIDTH
+    ):  # backwards, since what was read last is still in the cache
         columns = last - back + tl.arange(0, WIDTH)
         piece = tl.load(at + columns, mask=columns < vocabulary, other=0).to(tl.float32)
         d = tl.exp(piece - most) * (weight / total) - tl.where(columns == target, weight, 0.0)
@@ -141,7 +217,13 @@ def softmax_gradient_triton(logits_TV, targets_T, weights_T):
     """The weighted loss of each token, (T,) float32; its logits become the gradients of that. No copy is made."""
     losses_T, V = torch.empty_like(weights_T), logits_TV.shape[1]
     softmax_gradient_kernel[(len(losses_T),)](
-        logits_TV, targets_T, weights_T, losses_T, V, WIDTH=min(WIDTH, power_of_2(V)), num_warps=WARPS
+        logits_TV,
+        targets_T,
+        weights_T,
+        losses_T,
+        V,
+        WIDTH=min(WIDTH, power_of_2(V)),
+        num_warps=WARPS,
     )
     return losses_T
 
@@ -149,8 +231,16 @@ def softmax_gradient_triton(logits_TV, targets_T, weights_T):
 def _launch(x_TD, head_VD):
     """(tiles, x and head as a kernel reads them, the arguments that both kernels share)."""
     tiles, bulk = tiles_for(PRODUCT, x_TD, len(x_TD)), bulk_readable(x_TD, head_VD)
-    x, w = read(x_TD[None], tiles.rows, tiles.step, bulk), read(head_VD[None], tiles.columns, tiles.step, bulk)
-    return tiles, x, w, tiles.constants() | {"BULK": bulk, "num_warps": tiles.warps, "num_stages": tiles.stages}
+    x, w = (
+        read(x_TD[None], tiles.rows, tiles.step, bulk),
+        read(head_VD[None], tiles.columns, tiles.step, bulk),
+    )
+    return (
+        tiles,
+        x,
+        w,
+        tiles.constants() | {"BULK": bulk, "num_warps": tiles.warps, "num_stages": tiles.stages},
+    )
 
 
 class _LogProbabilities(torch.autograd.Function):
@@ -160,7 +250,19 @@ class _LogProbabilities(torch.autograd.Function):
         tiles, x, w, common = _launch(x_TD, head_VD.to(x_TD.dtype))
         largest, total, weighted, hit = x_TD.new_empty(4, SPLITS, T, dtype=torch.float32)
         statistics_kernel[(triton.cdiv(T, tiles.rows) * SPLITS,)](
-            x, w, targets_T, largest, total, weighted, hit, T, V, D, 1 / temperature, SPLITS, **common
+            x,
+            w,
+            targets_T,
+            largest,
+            total,
+            weighted,
+            hit,
+            T,
+            V,
+            D,
+            1 / temperature,
+            SPLITS,
+            **common,
         )
         most_T = largest.amax(0)
         share = (largest - most_T).exp()
@@ -187,7 +289,17 @@ class _LogProbabilities(torch.autograd.Function):
             tiles, x, w, common = _launch(x_TD, chunk_VD)
             d_TV = x_TD.new_empty(T, words)
             gradient_kernel[(triton.cdiv(T, tiles.rows) * triton.cdiv(words, tiles.columns),)](
-                x, w, targets_T - begin, lse_T, dlogp_T, d_TV, T, words, D, 1 / ctx.temperature, **common
+                x,
+                w,
+                targets_T - begin,
+                lse_T,
+                dlogp_T,
+                d_TV,
+                T,
+                words,
+                D,
+                1 / ctx.temperature,
+                **common,
             )
             dhead_VD[begin : begin + width] = d_TV.T @ x_TD
             if dtype == torch.float32:
@@ -205,18 +317,55 @@ def log_probabilities_triton(hidden_TD, head_VD, targets_T, temperature=1.0):
 
 def _specs():
     """GLM-4.5's head in bfloat16."""
-    sizes = {name: "i32" for name in ("tokens", "vocabulary", "depth")} | {"sharpness": "fp32", "targets": "*i64"}
-    results = {name: "*fp32" for name in ("largest", "total", "weighted", "hit")} | {"splits": "i32"}
+    sizes = {name: "i32" for name in ("tokens", "vocabulary", "depth")} | {
+        "sharpness": "fp32",
+        "targets": "*i64",
+    }
+    results = {name: "*fp32" for name in ("largest", "total", "weighted", "hit")} | {
+        "splits": "i32"
+    }
     gradients = {"lse": "*fp32", "weights": "*fp32", "out": "*bf16"}
     for t in PRODUCT.values():
         read = {"x": described(t.rows, t.step), "w": described(t.columns, t.step)}
-        common, constants = {"unit": "HGMMA", "opcodes": ("UTMALDG",)}, t.constants() | {"BULK": True}
-        yield Spec(f"statistics {t.rows}x{t.columns}", statistics_kernel, read | sizes | results, constants, t.warps,
-                   t.stages, ("depth", "vocabulary"), **common)  # fmt: skip
-        yield Spec(f"gradient {t.rows}x{t.columns}", gradient_kernel, read | sizes | gradients, constants, t.warps,
-                   t.stages, ("depth", "vocabulary"), **common)  # fmt: skip
-    signature = {"logits": "*bf16", "targets": "*i64", "weights": "*fp32", "losses": "*fp32", "vocabulary": "i32"}
-    yield Spec("softmax gradient", softmax_gradient_kernel, signature, {"WIDTH": WIDTH}, WARPS, aligned=("vocabulary",))
+        common, constants = (
+            {"unit": "HGMMA", "opcodes": ("UTMALDG",)},
+            t.constants() | {"BULK": True},
+        )
+        yield Spec(
+            f"statistics {t.rows}x{t.columns}",
+            statistics_kernel,
+            read | sizes | results,
+            constants,
+            t.warps,
+            t.stages,
+            ("depth", "vocabulary"),
+            **common,
+        )
+        yield Spec(
+            f"gradient {t.rows}x{t.columns}",
+            gradient_kernel,
+            read | sizes | gradients,
+            constants,
+            t.warps,
+            t.stages,
+            ("depth", "vocabulary"),
+            **common,
+        )
+    signature = {
+        "logits": "*bf16",
+        "targets": "*i64",
+        "weights": "*fp32",
+        "losses": "*fp32",
+        "vocabulary": "i32",
+    }
+    yield Spec(
+        "softmax gradient",
+        softmax_gradient_kernel,
+        signature,
+        {"WIDTH": WIDTH},
+        WARPS,
+        aligned=("vocabulary",),
+    )
 
 
 SPECS = list(_specs())

@@ -23,7 +23,9 @@ from minglm.kernels.dispatch import backend
 from minglm.kernels.router.eager import group_by_expert
 
 ROWS = 32
-FEW = 2**23  # multiplications of one matrix by all tokens, below which sorting them by expert does not pay
+FEW = (
+    2**23
+)  # multiplications of one matrix by all tokens, below which sorting them by expert does not pay
 
 
 def experts_loop(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF):
@@ -45,7 +47,9 @@ def _in_one_call(*matrices):
     """Whether `torch.nn.functional.grouped_mm` takes them: on a CPU not float64, and rows begin at whole 16 bytes."""
     if matrices[0].is_cuda:
         return True
-    places = [place for m in matrices for place in (m.data_ptr(), m.itemsize * max(m.stride()[-2:]))]
+    places = [
+        place for m in matrices for place in (m.data_ptr(), m.itemsize * max(m.stride()[-2:]))
+    ]
     return matrices[0].dtype != torch.float64 and not any(place % 16 for place in places)
 
 
@@ -85,13 +89,19 @@ class _Experts(torch.autograd.Function):
         x = x_TD.index_select(0, token)
         g, u = grouped_mm(x, gate_EFD.mT, ends_E), grouped_mm(x, up_EFD.mT, ends_E)
         y = grouped_mm(F.silu(g).mul_(u), down_EDF.mT, ends_E)
-        ctx.save_for_backward(x, weights_TK, g, u, token, row_TK, ends_E, gate_EFD, up_EFD, down_EDF)
+        ctx.save_for_backward(
+            x, weights_TK, g, u, token, row_TK, ends_E, gate_EFD, up_EFD, down_EDF
+        )
         return F.embedding_bag(row_TK, y, mode="sum", per_sample_weights=weights_TK.to(y.dtype))
 
     @staticmethod
     def backward(ctx, grad_TD):
         x, weights_TK, g, u, token, row_TK, ends_E, gate_EFD, up_EFD, down_EDF = ctx.saved_tensors
-        weight = weights_TK.new_zeros(len(x), 1).index_copy_(0, row_TK.flatten(), weights_TK.reshape(-1, 1)).to(x.dtype)
+        weight = (
+            weights_TK.new_zeros(len(x), 1)
+            .index_copy_(0, row_TK.flatten(), weights_TK.reshape(-1, 1))
+            .to(x.dtype)
+        )
         grad = grad_TD.index_select(0, token)
         silu = F.silu(g)
         activation = silu * u
@@ -115,7 +125,9 @@ def experts_without_gradient(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, dow
     """
     (T, K), (E, F_, D) = experts_TK.shape, gate_EFD.shape
     if T * E * F_ * D <= FEW:
-        weights_TE = torch.zeros(T, E, dtype=weights_TK.dtype, device=x_TD.device).scatter_(1, experts_TK, weights_TK)
+        weights_TE = torch.zeros(T, E, dtype=weights_TK.dtype, device=x_TD.device).scatter_(
+            1, experts_TK, weights_TK
+        )
         h = F.silu(x_TD @ gate_EFD.view(-1, D).T).mul_(x_TD @ up_EFD.view(-1, D).T)
         h = h.view(T, E, F_).mul_(weights_TE[..., None])
         return torch.bmm(h.transpose(0, 1), down_EDF.mT).sum(0)
@@ -124,10 +136,16 @@ def experts_without_gradient(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, dow
     counts = torch.bincount(flat, minlength=E).tolist()
 
     def product(x, w_EDF):
-        return torch.cat([torch.mm(rows, w) for rows, w in zip(x.split(counts), w_EDF, strict=True) if len(rows)])
+        return torch.cat(
+            [torch.mm(rows, w) for rows, w in zip(x.split(counts), w_EDF, strict=True) if len(rows)]
+        )
 
     x = x_TD[order // K]
-    h = F.silu(product(x, gate_EFD.mT)).mul_(product(x, up_EFD.mT)).mul_(weights_TK.flatten()[order, None])
+    h = (
+        F.silu(product(x, gate_EFD.mT))
+        .mul_(product(x, up_EFD.mT))
+        .mul_(weights_TK.flatten()[order, None])
+    )
     y = torch.empty(T * K, D, dtype=x_TD.dtype).index_copy_(0, order, product(h, down_EDF.mT))
     return y.view(T, K, D).sum(1)
 

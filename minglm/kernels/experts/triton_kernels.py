@@ -28,7 +28,7 @@ Choices, each with its reason:
 import triton
 import triton.language as tl
 
-from minglm.kernels.dispatch import Spec
+from minglm.kernels.toolchain.spec import Spec
 from minglm.kernels.toolchain.tiles import Tiles, described
 
 # Tiles by the mean number of rows of an expert, which the host knows without asking the GPU: the first entry that is
@@ -42,7 +42,17 @@ OUTER = {2**31: Tiles(128, 256, 64, 8, 5)}
 
 
 @triton.jit
-def load_tile(w, matrix, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BULK: tl.constexpr):
+def load_tile(
+    w,
+    matrix,
+    row,
+    column,
+    rows,
+    columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BULK: tl.constexpr,
+):
     """ROWS x COLUMNS of one matrix of a stack (matrices, rows, columns) from (row, column) on; zeros outside of it."""
     if BULK:
         return w.load([matrix, row, column]).reshape(ROWS, COLUMNS)
@@ -87,10 +97,29 @@ def _picked(at, k, width, STEP: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def up_kernel(
-    x, order, weights, ends, gate, up, g, u, h, experts, D, F,
-    CHOICES: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
-    BAND: tl.constexpr, SAVE: tl.constexpr, TURN: tl.constexpr, BULK: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
+    x,
+    order,
+    weights,
+    ends,
+    gate,
+    up,
+    g,
+    u,
+    h,
+    experts,
+    D,
+    F,
+    CHOICES: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    BAND: tl.constexpr,
+    SAVE: tl.constexpr,
+    TURN: tl.constexpr,
+    BULK: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     """h = silu(g) * u * weight with g, u = x gate', x up' for the rows that `order` picks; g and u kept if SAVE."""
     column_tiles = tl.cdiv(F, COLUMNS)
     last_tiles = last_tiles_of(ends, experts, EXPERTS, ROWS, column_tiles)
@@ -124,15 +153,32 @@ def up_kernel(
             tl.store(u + out, b, mask=mask)
         a, b = a.to(tl.float32), b.to(tl.float32)
         weight = tl.load(weights + pair)
-        tl.store(h + out, (a * tl.sigmoid(a) * b * weight[:, None]).to(h.dtype.element_ty), mask=mask)
+        tl.store(
+            h + out, (a * tl.sigmoid(a) * b * weight[:, None]).to(h.dtype.element_ty), mask=mask
+        )
 
 
 @triton.jit
 def _add_product(
-    total, a, token, row, w, expert, column, pairs, depth, width,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, PICK: tl.constexpr,
-    TRANSPOSED: tl.constexpr, TURN: tl.constexpr, BULK: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
+    total,
+    a,
+    token,
+    row,
+    w,
+    expert,
+    column,
+    pairs,
+    depth,
+    width,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    PICK: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TURN: tl.constexpr,
+    BULK: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     """total + rows of a times w[expert] (depth, width), stored (width, depth) if TRANSPOSED; rows by token if PICK."""
     if PICK:
         at = a + token.to(tl.int64)[:, None] * depth + tl.arange(0, STEP)[None, :]
@@ -155,11 +201,30 @@ def _add_product(
 
 @triton.jit
 def product_kernel(
-    a, b, order, ends, w, v, y, experts, pairs, depth, width,
-    CHOICES: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
-    BAND: tl.constexpr, PICK: tl.constexpr, TWO: tl.constexpr, TRANSPOSED: tl.constexpr, TURN: tl.constexpr,
-    BULK: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
+    a,
+    b,
+    order,
+    ends,
+    w,
+    v,
+    y,
+    experts,
+    pairs,
+    depth,
+    width,
+    CHOICES: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    BAND: tl.constexpr,
+    PICK: tl.constexpr,
+    TWO: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TURN: tl.constexpr,
+    BULK: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     """The other products with the experts' matrices: a w_e for each row, plus b v_e if TWO.
 
     PICK: row i of y is token(i) of a (dh of dy). Else row i of a goes to its pair's row of y (y of h; dx of dg and du).
@@ -173,14 +238,46 @@ def product_kernel(
         pair = tl.load(order + rows, mask=rows < end, other=0)
         total = tl.zeros((COLUMNS, ROWS) if TURN else (ROWS, COLUMNS), dtype=tl.float32)
         total = _add_product(
-            total, a, pair // CHOICES, row, w, expert, column, pairs, depth, width,
-            ROWS, COLUMNS, STEP, PICK, TRANSPOSED, TURN, BULK, EVEN,
-        )  # fmt: skip
+            total,
+            a,
+            pair // CHOICES,
+            row,
+            w,
+            expert,
+            column,
+            pairs,
+            depth,
+            width,
+            ROWS,
+            COLUMNS,
+            STEP,
+            PICK,
+            TRANSPOSED,
+            TURN,
+            BULK,
+            EVEN,
+        )
         if TWO:
             total = _add_product(
-                total, b, pair // CHOICES, row, v, expert, column, pairs, depth, width,
-                ROWS, COLUMNS, STEP, PICK, TRANSPOSED, TURN, BULK, EVEN,
-            )  # fmt: skip
+                total,
+                b,
+                pair // CHOICES,
+                row,
+                v,
+                expert,
+                column,
+                pairs,
+                depth,
+                width,
+                ROWS,
+                COLUMNS,
+                STEP,
+                PICK,
+                TRANSPOSED,
+                TURN,
+                BULK,
+                EVEN,
+            )
         if TURN:
             total = total.T
         out = (rows if PICK else pair).to(tl.int64)[:, None] * width + columns[None, :]
@@ -210,10 +307,24 @@ def swiglu_backward_kernel(dh, g, u, order, weights, h, dg, dweight, width, WIDT
 
 @triton.jit
 def outer_kernel(
-    a, b, order, ends, out, experts, pairs, height, width,
-    CHOICES: tl.constexpr, TURN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
-    BAND: tl.constexpr, BULK: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
+    a,
+    b,
+    order,
+    ends,
+    out,
+    experts,
+    pairs,
+    height,
+    width,
+    CHOICES: tl.constexpr,
+    TURN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    BAND: tl.constexpr,
+    BULK: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     """out[e] = a' b (height, width), or if TURN b' a, over the rows of expert e; those of a are their tokens'.
 
     What is picked, a, is zeros beyond the expert's last row. So b may be anything there, and comes without a mask,
@@ -239,12 +350,18 @@ def outer_kernel(
             left = tl.load(at, mask=there if EVEN else there & (rows < height)[None, :], other=0)
             right = load_tile(b, 0, k, column, pairs, width, STEP, COLUMNS, BULK)
             total = tl.dot(left.T, right, total, input_precision="ieee")
-        if BULK and TURN:  # through shared memory, since what a thread has side by side is not so in the result
+        if (
+            BULK and TURN
+        ):  # through shared memory, since what a thread has side by side is not so in the result
             out.store([expert, column, row], total.to(out.dtype).T.reshape(1, COLUMNS, ROWS))
         else:
             columns = column + tl.arange(0, COLUMNS)
             at = out + tl.cast(expert, tl.int64) * height * width
-            at += columns[None, :] * height + rows[:, None] if TURN else rows[:, None] * width + columns[None, :]
+            at += (
+                columns[None, :] * height + rows[:, None]
+                if TURN
+                else rows[:, None] * width + columns[None, :]
+            )
             mask = (rows < height)[:, None] & (columns < width)[None, :]
             tl.store(at, total.to(out.dtype.element_ty), mask=mask)
 
@@ -268,23 +385,55 @@ def _specs():
     rows = {name: "*bf16" for name in ("x", "g", "u", "h")}
     for t in UP.values():
         matrices = dict.fromkeys(("gate", "up"), described(t.columns, t.step))
-        signature, switches = rows | lists | sizes | {"weights": "*fp32"} | matrices, {"SAVE": True, "TURN": t.turn}
-        yield Spec(f"up {t.rows}x{t.columns}", up_kernel, signature, common | t.constants() | switches,
-                   t.warps, t.stages, ("D", "F"), "HGMMA", ("UTMALDG", "LDGSTS"))  # fmt: skip
+        signature, switches = (
+            rows | lists | sizes | {"weights": "*fp32"} | matrices,
+            {"SAVE": True, "TURN": t.turn},
+        )
+        yield Spec(
+            f"up {t.rows}x{t.columns}",
+            up_kernel,
+            signature,
+            common | t.constants() | switches,
+            t.warps,
+            t.stages,
+            ("D", "F"),
+            "HGMMA",
+            ("UTMALDG", "LDGSTS"),
+        )
     launches = [("down", t, False, False, True) for t in DOWN.values()]
     launches += [
-        (name, t, pick, not pick, False) for t in PRODUCT.values() for name, pick in (("dh", True), ("dx", False))
+        (name, t, pick, not pick, False)
+        for t in PRODUCT.values()
+        for name, pick in (("dh", True), ("dx", False))
     ]
     for name, t, pick, two, transposed in launches:
         a = "*bf16" if pick else described(t.rows, t.step)
         w = described(t.columns, t.step) if transposed else described(t.step, t.columns)
-        signature = lists | {"a": a, "w": w, "y": "*bf16", "pairs": "i32", "depth": "i32", "width": "i32"}
+        signature = lists | {
+            "a": a,
+            "w": w,
+            "y": "*bf16",
+            "pairs": "i32",
+            "depth": "i32",
+            "width": "i32",
+        }
         switches = {"PICK": pick, "TWO": two, "TRANSPOSED": transposed, "TURN": t.turn}
         signature, switches = (
-            (signature | {"b": a, "v": w}, switches) if two else (signature, switches | {"b": None, "v": None})
+            (signature | {"b": a, "v": w}, switches)
+            if two
+            else (signature, switches | {"b": None, "v": None})
         )
-        yield Spec(f"{name} {t.rows}x{t.columns}", product_kernel, signature, common | t.constants() | switches,
-                   t.warps, t.stages, ("depth", "width"), "HGMMA", ("UTMALDG",))  # fmt: skip
+        yield Spec(
+            f"{name} {t.rows}x{t.columns}",
+            product_kernel,
+            signature,
+            common | t.constants() | switches,
+            t.warps,
+            t.stages,
+            ("depth", "width"),
+            "HGMMA",
+            ("UTMALDG",),
+        )
     common = {"CHOICES": 8, "BULK": True, "EVEN": True}
     signature = lists | {"a": "*bf16"} | dict.fromkeys(("pairs", "height", "width"), "i32")
     for t in OUTER.values():
@@ -292,15 +441,29 @@ def _specs():
             ("ddown", False, "*bf16", "STG"),
             ("dgate", True, described(t.columns, t.rows), "UTMASTG"),
         ):
-            yield Spec(f"{name} {t.rows}x{t.columns}", outer_kernel,
-                       signature | {"b": described(t.step, t.columns), "out": out},
-                       common | t.constants() | {"TURN": turn}, t.warps, t.stages, ("height", "width"), "HGMMA",
-                       ("UTMALDG", "LDGSTS", store))  # fmt: skip
+            yield Spec(
+                f"{name} {t.rows}x{t.columns}",
+                outer_kernel,
+                signature | {"b": described(t.step, t.columns), "out": out},
+                common | t.constants() | {"TURN": turn},
+                t.warps,
+                t.stages,
+                ("height", "width"),
+                "HGMMA",
+                ("UTMALDG", "LDGSTS", store),
+            )
     rows = {name: "*bf16" for name in ("dh", "g", "u", "h", "dg")}
     signature = rows | {"order": "*i64", "weights": "*fp32", "dweight": "*fp32", "width": "i32"}
-    yield Spec("swiglu backward", swiglu_backward_kernel, signature, {"WIDTH": 2048}, aligned=("width",))
-    yield Spec("sum", sum_kernel, {"parts": "*bf16", "out": "*bf16", "width": "i32"}, {"CHOICES": 8, "WIDTH": 1024},
-               aligned=("width",))  # fmt: skip
+    yield Spec(
+        "swiglu backward", swiglu_backward_kernel, signature, {"WIDTH": 2048}, aligned=("width",)
+    )
+    yield Spec(
+        "sum",
+        sum_kernel,
+        {"parts": "*bf16", "out": "*bf16", "width": "i32"},
+        {"CHOICES": 8, "WIDTH": 1024},
+        aligned=("width",),
+    )
 
 
 SPECS = list(_specs())

@@ -12,7 +12,14 @@ import torch
 from minglm.kernels.experts import triton_kernels as kernels
 from minglm.kernels.experts.triton_kernels import DOWN, OUTER, PRODUCT, UP
 from minglm.kernels.router.triton_kernel import group_by_expert_triton
-from minglm.kernels.toolchain.tiles import bind, bulk_readable, power_of_2, programs, read, tiles_for
+from minglm.kernels.toolchain.tiles import (
+    bind,
+    bulk_readable,
+    power_of_2,
+    programs,
+    read,
+    tiles_for,
+)
 
 SUM_WIDTH = 1024
 
@@ -25,10 +32,28 @@ def up(x_TD, order, weights_TK, ends_E, gate_EFD, up_EFD, save):
     g, u = (torch.empty_like(h), torch.empty_like(h)) if save else (None, None)
     gate, up = (read(w, tiles.columns, tiles.step, bulk) for w in (gate_EFD, up_EFD))
     kernels.up_kernel[(programs(x_TD, tiles.each),)](
-        x_TD, order, weights_TK, ends_E, gate, up, g, u, h, E, D, F, CHOICES=K, EXPERTS=power_of_2(E),
-        SAVE=save, TURN=tiles.turn, BULK=bulk, EVEN=D % tiles.step == 0, **tiles.constants(),
-        num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
+        x_TD,
+        order,
+        weights_TK,
+        ends_E,
+        gate,
+        up,
+        g,
+        u,
+        h,
+        E,
+        D,
+        F,
+        CHOICES=K,
+        EXPERTS=power_of_2(E),
+        SAVE=save,
+        TURN=tiles.turn,
+        BULK=bulk,
+        EVEN=D % tiles.step == 0,
+        **tiles.constants(),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
     return h, g, u
 
 
@@ -45,11 +70,29 @@ def product(terms, order, ends_E, choices, *, pick, transposed):
     y = a.new_empty(len(order), width)
     two = len(terms) == 2
     kernels.product_kernel[(programs(a, tiles.each),)](
-        rows[0], rows[1] if two else None, order, ends_E, matrices[0], matrices[1] if two else None, y, E, len(order),
-        depth, width, CHOICES=choices, EXPERTS=power_of_2(E), PICK=pick, TWO=two,
-        TRANSPOSED=transposed, TURN=tiles.turn, BULK=bulk, EVEN=depth % tiles.step == 0, **tiles.constants(),
-        num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
+        rows[0],
+        rows[1] if two else None,
+        order,
+        ends_E,
+        matrices[0],
+        matrices[1] if two else None,
+        y,
+        E,
+        len(order),
+        depth,
+        width,
+        CHOICES=choices,
+        EXPERTS=power_of_2(E),
+        PICK=pick,
+        TWO=two,
+        TRANSPOSED=transposed,
+        TURN=tiles.turn,
+        BULK=bulk,
+        EVEN=depth % tiles.step == 0,
+        **tiles.constants(),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
     return y
 
 
@@ -59,11 +102,23 @@ def outer(a, b, order, ends_E, choices, *, turn=False):
     out = a.new_empty(E, width, height) if turn else a.new_empty(E, height, width)
     tiles, bulk = tiles_for(OUTER, a, 0), bulk_readable(b, out)
     kernels.outer_kernel[(programs(a),)](
-        a, read(b[None], tiles.step, tiles.columns, bulk), order, ends_E,
-        read(out, tiles.columns, tiles.rows, bulk and turn), E, len(order), height, width,
-        CHOICES=choices, TURN=turn, BULK=bulk, EVEN=height % tiles.rows == 0, **tiles.constants(),
-        num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
+        a,
+        read(b[None], tiles.step, tiles.columns, bulk),
+        order,
+        ends_E,
+        read(out, tiles.columns, tiles.rows, bulk and turn),
+        E,
+        len(order),
+        height,
+        width,
+        CHOICES=choices,
+        TURN=turn,
+        BULK=bulk,
+        EVEN=height % tiles.rows == 0,
+        **tiles.constants(),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
     return out
 
 
@@ -90,7 +145,9 @@ class _Experts(torch.autograd.Function):
     def forward(ctx, x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF):
         K = experts_TK.shape[1]
         order, _, ends_E = group_by_expert_triton(experts_TK, len(gate_EFD))
-        h, g, u = up(x_TD, order, weights_TK, ends_E, gate_EFD, up_EFD, save=any(ctx.needs_input_grad))
+        h, g, u = up(
+            x_TD, order, weights_TK, ends_E, gate_EFD, up_EFD, save=any(ctx.needs_input_grad)
+        )
         y = product([(h, down_EDF)], order, ends_E, K, pick=False, transposed=True)
         ctx.save_for_backward(x_TD, weights_TK, g, u, order, ends_E, gate_EFD, up_EFD, down_EDF)
         return sum_choices(y, K)
@@ -106,7 +163,9 @@ class _Experts(torch.autograd.Function):
         if ctx.needs_input_grad[5]:
             ddown_EDF = outer(grad_TD, h, order, ends_E, K)
         if ctx.needs_input_grad[0]:
-            dx = product([(dg, gate_EFD), (du, up_EFD)], order, ends_E, K, pick=False, transposed=False)
+            dx = product(
+                [(dg, gate_EFD), (du, up_EFD)], order, ends_E, K, pick=False, transposed=False
+            )
             dx_TD = sum_choices(dx, K)
         if ctx.needs_input_grad[3]:
             dgate_EFD = outer(x_TD, dg, order, ends_E, K, turn=True)

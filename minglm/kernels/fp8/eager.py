@@ -51,8 +51,12 @@ def quantize_plain(x, block=WEIGHT_BLOCK):
     largest = blocks.abs().amax((-3, -1))
     if not largest.isfinite().all():
         raise ValueError("quantize: an entry is infinite or not a number")
-    scale = torch.where(largest > 0, largest / LARGEST, 1.0).clamp(min=torch.finfo(torch.float32).tiny)
-    q = (x / _spread(scale, block, (rows, columns))).clamp(-LARGEST, LARGEST)  # a quotient may round above 448
+    scale = torch.where(largest > 0, largest / LARGEST, 1.0).clamp(
+        min=torch.finfo(torch.float32).tiny
+    )
+    q = (x / _spread(scale, block, (rows, columns))).clamp(
+        -LARGEST, LARGEST
+    )  # a quotient may round above 448
     return q.to(torch.float8_e4m3fn), scale
 
 
@@ -61,7 +65,9 @@ def dequantize(q, scale, dtype=torch.float32, block=WEIGHT_BLOCK):
     return (q.float() * _spread(scale.float(), block, q.shape[-2:])).to(dtype)
 
 
-def scaled_product(x_TD, x_scale, w_EFD, w_scale, ends_E, order=None, choices=1, dtype=torch.bfloat16):
+def scaled_product(
+    x_TD, x_scale, w_EFD, w_scale, ends_E, order=None, choices=1, dtype=torch.bfloat16
+):
     """Rows ends[e - 1] to ends[e] times w[e]', both as `quantize` returns them. Returns (rows, F) in `dtype`.
 
     x (T, D) with ACTIVATION_BLOCK, w (E, F, D) with WEIGHT_BLOCK. ends int32 (E,), of which the last is the number of

@@ -15,18 +15,37 @@ import torch
 import triton
 import triton.language as tl
 
-from minglm.kernels.dispatch import Spec
 from minglm.kernels.experts.triton_kernels import last_tiles_of, load_tile, locate
-from minglm.kernels.toolchain.tiles import Tiles, bulk_readable, described, power_of_2, programs, read, tiles_for
+from minglm.kernels.toolchain.spec import Spec
+from minglm.kernels.toolchain.tiles import (
+    Tiles,
+    bulk_readable,
+    described,
+    power_of_2,
+    programs,
+    read,
+    tiles_for,
+)
 
 SIDE = 128  # of a block
-PRODUCT = {32: Tiles(16, SIDE, SIDE, 4, 4, True, 2), 2**31: Tiles(128, SIDE, SIDE, 8, 4)}  # not timed
+PRODUCT = {
+    32: Tiles(16, SIDE, SIDE, 4, 4, True, 2),
+    2**31: Tiles(128, SIDE, SIDE, 8, 4),
+}  # not timed
 ROWS = 32  # of activations, of one program
 
 
 @triton.jit
 def quantize_kernel(
-    x, q, scales, rows, columns, TINY: tl.constexpr, ROWS: tl.constexpr, SIDE: tl.constexpr, WHOLE: tl.constexpr
+    x,
+    q,
+    scales,
+    rows,
+    columns,
+    TINY: tl.constexpr,
+    ROWS: tl.constexpr,
+    SIDE: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """ROWS x SIDE numbers of matrix program_id(2): one scale for all of them if WHOLE, else one for each row."""
     block, down, matrix = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -39,7 +58,9 @@ def quantize_kernel(
         largest = tl.zeros_like(largest) + tl.max(largest, 0)
     scale = tl.maximum(tl.where(largest > 0, tl.div_rn(largest, 448.0), 1.0), TINY)
     values = tl.div_rn(values, tl.broadcast_to(scale[:, None], (ROWS, SIDE)))
-    values = tl.where(values > 448, 448.0, tl.where(values < -448, -448.0, values))  # a quotient may round above 448
+    values = tl.where(
+        values > 448, 448.0, tl.where(values < -448, -448.0, values)
+    )  # a quotient may round above 448
     tl.store(q + at, values.to(tl.float8e4nv), mask=mask)
     if WHOLE:
         row, first = matrix * tl.cdiv(rows, ROWS) + down + tl.zeros_like(r), r == down * ROWS
@@ -50,10 +71,27 @@ def quantize_kernel(
 
 @triton.jit
 def scaled_product_kernel(
-    x, x_scales, w, w_scales, order, ends, y, experts, pairs, depth, width,
-    CHOICES: tl.constexpr, EXPERTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
-    BAND: tl.constexpr, PICK: tl.constexpr, TURN: tl.constexpr, BULK: tl.constexpr,
-):  # fmt: skip
+    x,
+    x_scales,
+    w,
+    w_scales,
+    order,
+    ends,
+    y,
+    experts,
+    pairs,
+    depth,
+    width,
+    CHOICES: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    BAND: tl.constexpr,
+    PICK: tl.constexpr,
+    TURN: tl.constexpr,
+    BULK: tl.constexpr,
+):
     """y: rows of x times w[expert]', scaled block by block; a row is token(i) of x if PICK. STEP is a block's side."""
     column_tiles, blocks = tl.cdiv(width, COLUMNS), tl.cdiv(depth, STEP)
     last_tiles = last_tiles_of(ends, experts, EXPERTS, ROWS, column_tiles)
@@ -73,7 +111,9 @@ def scaled_product_kernel(
                 left = tl.load(x + source[:, None] * depth + d[None, :], mask=inside, other=0.0)
             else:
                 left = load_tile(x, 0, row, k * STEP, pairs, depth, ROWS, STEP, BULK)
-            right = load_tile(w, expert, column_tile * COLUMNS, k * STEP, width, depth, COLUMNS, STEP, BULK)
+            right = load_tile(
+                w, expert, column_tile * COLUMNS, k * STEP, width, depth, COLUMNS, STEP, BULK
+            )
             scale = tl.load(row_scales + k, mask=rows < end, other=0) * tl.load(block_scales + k)
             if TURN:
                 total += tl.dot(right, left.T) * scale[None, :]
@@ -82,7 +122,11 @@ def scaled_product_kernel(
         if TURN:
             total = total.T
         at = y + rows.to(tl.int64)[:, None] * width + columns[None, :]
-        tl.store(at, total.to(y.dtype.element_ty), mask=(rows < end)[:, None] & (columns < width)[None, :])
+        tl.store(
+            at,
+            total.to(y.dtype.element_ty),
+            mask=(rows < end)[:, None] & (columns < width)[None, :],
+        )
 
 
 def quantize_triton(x, block):
@@ -106,17 +150,37 @@ def _sizes(whole):
 def scaled_product_triton(x_TD, x_scale, w_EFD, w_scale, ends_E, order, choices, dtype):
     """The same as `minglm.kernels.fp8.eager.scaled_product`, for at least one row."""
     x_TD, w_EFD = x_TD.contiguous(), w_EFD.contiguous()
-    (E, F, D), rows, pick = w_EFD.shape, len(x_TD) if order is None else len(order), order is not None
+    (E, F, D), rows, pick = (
+        w_EFD.shape,
+        len(x_TD) if order is None else len(order),
+        order is not None,
+    )
     tiles = tiles_for(PRODUCT, x_TD, rows / E)
     bulk = bulk_readable(w_EFD) and (pick or bulk_readable(x_TD))
     y = x_TD.new_empty(rows, F, dtype=dtype)
     x = x_TD if pick else read(x_TD[None], tiles.rows, tiles.step, bulk)
     w = read(w_EFD, tiles.columns, tiles.step, bulk)
     scaled_product_kernel[(programs(x_TD, tiles.each),)](
-        x, x_scale.contiguous(), w, w_scale.contiguous(), order, ends_E, y, E, rows, D, F, CHOICES=choices,
-        EXPERTS=power_of_2(E), PICK=pick, TURN=tiles.turn, BULK=bulk, **tiles.constants(),
-        num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
+        x,
+        x_scale.contiguous(),
+        w,
+        w_scale.contiguous(),
+        order,
+        ends_E,
+        y,
+        E,
+        rows,
+        D,
+        F,
+        CHOICES=choices,
+        EXPERTS=power_of_2(E),
+        PICK=pick,
+        TURN=tiles.turn,
+        BULK=bulk,
+        **tiles.constants(),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
     return y
 
 
@@ -124,19 +188,48 @@ def _specs():
     """Both kinds of blocks, and the product for few and many rows of up to 256 experts."""
     arguments = {"x": "*bf16", "q": "*fp8e4nv", "scales": "*fp32", "rows": "i32", "columns": "i32"}
     for name, rows, whole, warps in (("activations", ROWS, False, 4), ("weights", SIDE, True, 8)):
-        yield Spec(f"quantize {name}", quantize_kernel, arguments, {"ROWS": rows} | _sizes(whole), warps,
-                   aligned=("columns",))  # fmt: skip
+        yield Spec(
+            f"quantize {name}",
+            quantize_kernel,
+            arguments,
+            {"ROWS": rows} | _sizes(whole),
+            warps,
+            aligned=("columns",),
+        )
     for t in PRODUCT.values():
         for name, pick in (("picked", True), ("sorted", False)):
             x = "*fp8e4nv" if pick else described(t.rows, t.step, "fp8e4nv")
-            arguments = {"x": x, "w": described(t.columns, t.step, "fp8e4nv"), "x_scales": "*fp32", "w_scales": "*fp32"}
-            arguments |= dict.fromkeys(("experts", "pairs", "depth", "width"), "i32") | {"ends": "*i32", "y": "*bf16"}
-            switches = {"CHOICES": 8 if pick else 1, "EXPERTS": 256, "PICK": pick, "TURN": t.turn, "BULK": True}
+            arguments = {
+                "x": x,
+                "w": described(t.columns, t.step, "fp8e4nv"),
+                "x_scales": "*fp32",
+                "w_scales": "*fp32",
+            }
+            arguments |= dict.fromkeys(("experts", "pairs", "depth", "width"), "i32") | {
+                "ends": "*i32",
+                "y": "*bf16",
+            }
+            switches = {
+                "CHOICES": 8 if pick else 1,
+                "EXPERTS": 256,
+                "PICK": pick,
+                "TURN": t.turn,
+                "BULK": True,
+            }
             arguments |= {"order": "*i64"} if pick else {}
             switches |= {} if pick else {"order": None}
             constants = switches | t.constants()
-            yield Spec(f"product {name} {t.rows}x{t.columns}", scaled_product_kernel, arguments, constants, t.warps,
-                       t.stages, ("depth", "width"), "QGMMA", ("UTMALDG",))  # fmt: skip
+            yield Spec(
+                f"product {name} {t.rows}x{t.columns}",
+                scaled_product_kernel,
+                arguments,
+                constants,
+                t.warps,
+                t.stages,
+                ("depth", "width"),
+                "QGMMA",
+                ("UTMALDG",),
+            )
 
 
 SPECS = list(_specs())

@@ -62,7 +62,9 @@ def polar_express(steps=5, smallest=1e-3, steepest=0.024, margin=1.01):
     for _ in range(steps):
         a, b, c = _nearest_to_one(max(low, steepest * high), high)
         at_low = a * low + b * low**3 + c * low**5
-        scale = 2 / (at_low + a * high + b * high**3 + c * high**5)  # what is reached shall lie evenly around one
+        scale = 2 / (
+            at_low + a * high + b * high**3 + c * high**5
+        )  # what is reached shall lie evenly around one
         low = scale * at_low
         high = 2 - low
         found.append((scale * a / margin, scale * b / margin**3, scale * c / margin**5))
@@ -75,13 +77,17 @@ def _nearest_to_one(low, high):
         middle = (low + high) / 2
         return 1.875 / middle, -1.25 / middle**3, 0.375 / middle**5
     inner = low + (high - low) * torch.tensor([0.25, 0.75], dtype=torch.float64)
-    signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)  # the error alternates at its four extremes
+    signs = torch.tensor(
+        [1.0, -1.0, 1.0, -1.0], dtype=torch.float64
+    )  # the error alternates at its four extremes
     for _ in range(30):
         points = torch.cat([torch.tensor([low]), inner, torch.tensor([high])])
         system = torch.stack([points, points**3, points**5, signs], 1)
         a, b, c, _ = torch.linalg.solve(system, torch.ones(4, dtype=torch.float64)).tolist()
         root = (9 * b * b - 20 * a * c) ** 0.5  # where the derivative a + 3 b s^2 + 5 c s^4 is zero
-        inner = torch.tensor([(-3 * b - root) / (10 * c), (-3 * b + root) / (10 * c)], dtype=torch.float64).sqrt()
+        inner = torch.tensor(
+            [(-3 * b - root) / (10 * c), (-3 * b + root) / (10 * c)], dtype=torch.float64
+        ).sqrt()
     return a, b, c
 
 
@@ -96,16 +102,23 @@ def orthogonalize(matrices, steps=5, dtype=None, coefficients=None, gram=None):
     than two axes, and for coefficients of another number of steps. Source: paper 2.4 and the Muon post it cites.
     """
     if matrices.ndim < 2:
-        raise ValueError(f"orthogonalize needs matrices, got a tensor of shape {tuple(matrices.shape)}")
+        raise ValueError(
+            f"orthogonalize needs matrices, got a tensor of shape {tuple(matrices.shape)}"
+        )
     coefficients = [COEFFICIENTS] * steps if coefficients is None else coefficients
     if len(coefficients) != steps:
-        raise ValueError(f"orthogonalize: {steps} steps need as many coefficients (a, b, c), got {len(coefficients)}")
+        raise ValueError(
+            f"orthogonalize: {steps} steps need as many coefficients (a, b, c), got {len(coefficients)}"
+        )
     if gram is None:
         gram = matrices.is_cuda and max(matrices.shape[-2:]) >= LONG * min(matrices.shape[-2:])
     if dtype is None and matrices.device.type == "cpu":
         dtype = torch.float32
     dtype = dtype or (torch.float16 if gram else torch.bfloat16)
-    stack, small = matrices.reshape(-1, *matrices.shape[-2:]), 0 < matrices.shape[-2:].numel() <= SMALL
+    stack, small = (
+        matrices.reshape(-1, *matrices.shape[-2:]),
+        0 < matrices.shape[-2:].numel() <= SMALL,
+    )
     if small and dtype is torch.float32 and not gram and backend(matrices, gradients=False) == "c":
         return newton_schulz_cpu(stack, coefficients).view(matrices.shape)
     tall = matrices.shape[-2] > matrices.shape[-1]
@@ -121,7 +134,9 @@ def orthogonalize(matrices, steps=5, dtype=None, coefficients=None, gram=None):
 
 
 def _normalize(stack, dtype):
-    wide = torch.promote_types(stack.dtype, torch.float32)  # a norm over many small numbers needs float32
+    wide = torch.promote_types(
+        stack.dtype, torch.float32
+    )  # a norm over many small numbers needs float32
     norm = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True, dtype=wide).clamp(min=1e-7)
     if backend(stack) == "triton":
         from minglm.kernels.newton_schulz.triton_kernel import scaled_triton

@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from minglm.kernels.dispatch import Spec
 from minglm.kernels.experts.triton_kernels import load_tile
+from minglm.kernels.toolchain.spec import Spec
 from minglm.kernels.toolchain.tiles import Tiles, bulk_readable, described, read, tiles_for
 
 # Rows x columns of a program, two squares; smaller ones for sides that would not make enough large ones to fill a GPU.
@@ -29,13 +29,28 @@ def _store_tile(tile, out, matrix, row, column, rows, SIDE: tl.constexpr, BULK: 
         out.store([matrix, row, column], tile.reshape(1, SIDE, SIDE))
     else:
         r, c = row + tl.arange(0, SIDE), column + tl.arange(0, SIDE)
-        at = out + tl.cast(matrix, tl.int64) * rows * rows + r.to(tl.int64)[:, None] * rows + c[None, :]
+        at = (
+            out
+            + tl.cast(matrix, tl.int64) * rows * rows
+            + r.to(tl.int64)[:, None] * rows
+            + c[None, :]
+        )
         tl.store(at, tile, mask=(r < rows)[:, None] & (c < rows)[None, :])
 
 
 @triton.jit
-def _store_square(total, out, matrix, row, column, rows, diagonal, KIND: tl.constexpr, SIDE: tl.constexpr,
-                  BULK: tl.constexpr):  # fmt: skip
+def _store_square(
+    total,
+    out,
+    matrix,
+    row,
+    column,
+    rows,
+    diagonal,
+    KIND: tl.constexpr,
+    SIDE: tl.constexpr,
+    BULK: tl.constexpr,
+):
     """Store a square of the result as it is and turned; nothing, if it lies above the diagonal."""
     if column < row:
         rounded = total.to(KIND)
@@ -50,9 +65,20 @@ def _store_square(total, out, matrix, row, column, rows, diagonal, KIND: tl.cons
 
 @triton.jit
 def symmetric_kernel(
-    x, y, z, out, rows, depth, factor, z_factor, diagonal,
-    SIDE: tl.constexpr, STEP: tl.constexpr, BULK: tl.constexpr, ADD: tl.constexpr,
-):  # fmt: skip
+    x,
+    y,
+    z,
+    out,
+    rows,
+    depth,
+    factor,
+    z_factor,
+    diagonal,
+    SIDE: tl.constexpr,
+    STEP: tl.constexpr,
+    BULK: tl.constexpr,
+    ADD: tl.constexpr,
+):
     """Tile number program_id(0), row by row, of matrix program_id(1): two squares, side by side."""
     tile, matrix, across = tl.program_id(0), tl.program_id(1), tl.cdiv(rows, 2 * SIDE)
     row, column = tile // across * SIDE, tile % across * 2 * SIDE
@@ -76,7 +102,9 @@ def symmetric_kernel(
 def scale_kernel(x, norm, out, numbers, SIZE: tl.constexpr):
     """SIZE numbers of matrix program_id(1), divided by its norm and rounded."""
     matrix, i = tl.program_id(1).to(tl.int64), tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    value = tl.load(x + matrix * numbers + i, mask=i < numbers, other=0).to(tl.float32) / tl.load(norm + matrix)
+    value = tl.load(x + matrix * numbers + i, mask=i < numbers, other=0).to(tl.float32) / tl.load(
+        norm + matrix
+    )
     tl.store(out + matrix * numbers + i, value.to(out.dtype.element_ty), mask=i < numbers)
 
 
@@ -102,25 +130,60 @@ def symmetric_product_triton(x, y, factor=1.0, z=None, z_factor=0.0, diagonal=0.
     boxes = ((side, step), (2 * side, step), (side, side), (side, 2 * side))
     x, y, target, *z = (read(term, *box, bulk) for term, box in zip(terms, boxes))
     symmetric_kernel[(triton.cdiv(rows, side) * triton.cdiv(rows, 2 * side), matrices)](
-        x, y, *(z or [None]), target, rows, depth, factor, z_factor, float(diagonal), SIDE=side, STEP=step, BULK=bulk,
-        ADD=bool(z), num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
+        x,
+        y,
+        *(z or [None]),
+        target,
+        rows,
+        depth,
+        factor,
+        z_factor,
+        float(diagonal),
+        SIDE=side,
+        STEP=step,
+        BULK=bulk,
+        ADD=bool(z),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
     return out
 
 
 def _specs():
     """X X', and the two terms of a polynomial, in bfloat16; and the latter in float16, as in the Gram form."""
-    numbers = {"rows": "i32", "depth": "i32", "factor": "fp32", "z_factor": "fp32", "diagonal": "fp32"}
-    products = (("gram", "bf16", False), ("polynomial", "bf16", True), ("polynomial float16", "fp16", True))
+    numbers = {
+        "rows": "i32",
+        "depth": "i32",
+        "factor": "fp32",
+        "z_factor": "fp32",
+        "diagonal": "fp32",
+    }
+    products = (
+        ("gram", "bf16", False),
+        ("polynomial", "bf16", True),
+        ("polynomial float16", "fp16", True),
+    )
     for t in SYMMETRIC.values():
         for name, kind, add in products:
             constants = {"SIDE": t.rows, "STEP": t.step, "BULK": True, "ADD": add}
-            signature = {"x": described(t.rows, t.step, kind), "y": described(t.columns, t.step, kind)}
+            signature = {
+                "x": described(t.rows, t.step, kind),
+                "y": described(t.columns, t.step, kind),
+            }
             signature |= {"out": described(t.rows, t.rows, kind)} | numbers
             signature |= {"z": described(t.rows, t.columns, kind)} if add else {}
             constants |= {} if add else {"z": None}
-            yield Spec(f"{name} {t.rows}x{t.columns}", symmetric_kernel, signature, constants, t.warps, t.stages,
-                       ("rows", "depth"), "HGMMA", ("UTMALDG", "UTMASTG"))  # fmt: skip
+            yield Spec(
+                f"{name} {t.rows}x{t.columns}",
+                symmetric_kernel,
+                signature,
+                constants,
+                t.warps,
+                t.stages,
+                ("rows", "depth"),
+                "HGMMA",
+                ("UTMALDG", "UTMASTG"),
+            )
     arguments = {"x": "*fp32", "norm": "*fp32", "out": "*fp16", "numbers": "i32"}
     yield Spec("scale", scale_kernel, arguments, {"SIZE": SIZE}, aligned=("numbers",))
 

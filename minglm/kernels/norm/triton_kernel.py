@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minglm.kernels.dispatch import Spec
+from minglm.kernels.toolchain.spec import Spec
 
 # Backward: two programs for each multiprocessor of an H100, as many as its registers hold; and the stages of the loop,
 # of which one is at work and the others are on their way.
@@ -24,9 +24,17 @@ PARTS, COLUMNS = 256, 16  # of a tile of the last sum
 
 @triton.jit
 def _forward(
-    x_ptr, change_ptr, weight_ptr, out_ptr, r_ptr, scale_ptr,
-    width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    change_ptr,
+    weight_ptr,
+    out_ptr,
+    r_ptr,
+    scale_ptr,
+    width,
+    eps,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One row: r = x + change, out = weight * round(r * scale)."""
     row = tl.program_id(0).to(tl.int64)  # rows times width passes 2^31 at 420,000 tokens
     d = tl.arange(0, BLOCK)
@@ -63,14 +71,29 @@ def _store(dlater_ptr, dr_ptr, at, inside, dr, LATER: tl.constexpr):
 
 @triton.jit
 def _backward(
-    dout_ptr, dlater_ptr, r_ptr, weight_ptr, scale_ptr, dr_ptr, dweight_ptr,
-    rows, width, LATER: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    dout_ptr,
+    dlater_ptr,
+    r_ptr,
+    weight_ptr,
+    scale_ptr,
+    dr_ptr,
+    dweight_ptr,
+    rows,
+    width,
+    LATER: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """Rows program, program + programs, ...: dr of each, and this program's part of dweight."""
     program = tl.program_id(0)
     wide = tl.full((), 1, tl.int64) * width  # so that offsets are 64-bit
     kind = dr_ptr.dtype.element_ty
-    d, whole, dweight = tl.arange(0, MAIN), tl.full((MAIN,), True, tl.int1), tl.zeros((MAIN,), tl.float32)
+    d, whole, dweight = (
+        tl.arange(0, MAIN),
+        tl.full((MAIN,), True, tl.int1),
+        tl.zeros((MAIN,), tl.float32),
+    )
     weight = tl.load(weight_ptr + d).to(kind).to(tl.float32)
     if TAIL:
         e, dweight_e = MAIN + tl.arange(0, TAIL), tl.zeros((TAIL,), tl.float32)
@@ -82,7 +105,9 @@ def _backward(
         mean = tl.sum(dn * n, 0) / width
         dweight += product
         if TAIL:
-            n_e, dn_e, product_e = _products(dout_ptr, r_ptr, row * wide + e, inside, weight_e, scale)
+            n_e, dn_e, product_e = _products(
+                dout_ptr, r_ptr, row * wide + e, inside, weight_e, scale
+            )
             mean += tl.sum(dn_e * n_e, 0) / width
             dweight_e += product_e
             _store(dlater_ptr, dr_ptr, row * wide + e, inside, scale * (dn_e - n_e * mean), LATER)
@@ -99,7 +124,9 @@ def _add(parts_ptr, sums_ptr, parts, width, PARTS: tl.constexpr, COLUMNS: tl.con
     group, total = tl.program_id(1), tl.zeros((PARTS, COLUMNS), tl.float32)
     for start in range(0, parts, PARTS):
         at = (group * parts + start + part)[:, None] * width + column[None, :]
-        total += tl.load(parts_ptr + at, (start + part < parts)[:, None] & (column < width)[None, :], other=0.0)
+        total += tl.load(
+            parts_ptr + at, (start + part < parts)[:, None] & (column < width)[None, :], other=0.0
+        )
     tl.store(sums_ptr + group * width + column, tl.sum(total, 0), column < width)
 
 
@@ -107,7 +134,9 @@ def add_parts(parts_GPD):
     """Sums (G, D) over the parts of each group, in an order that depends on the shape alone."""
     G, P, D = parts_GPD.shape
     sums_GD = parts_GPD.new_empty(G, D)
-    _add[(triton.cdiv(D, COLUMNS), G)](parts_GPD, sums_GD, P, D, PARTS=PARTS, COLUMNS=COLUMNS, num_warps=8)
+    _add[(triton.cdiv(D, COLUMNS), G)](
+        parts_GPD, sums_GD, P, D, PARTS=PARTS, COLUMNS=COLUMNS, num_warps=8
+    )
     return sums_GD
 
 
@@ -137,8 +166,19 @@ class _AddNorm(torch.autograd.Function):
         if change_TD is not None:
             change_TD = change_TD.contiguous()
         if rows:
-            _forward[(rows,)](x_TD, change_TD, weight_D, out_TD, r_TD, scale_T, D, eps,
-                              ADD=change_TD is not None, BLOCK=block, num_warps=_warps(block))  # fmt: skip
+            _forward[(rows,)](
+                x_TD,
+                change_TD,
+                weight_D,
+                out_TD,
+                r_TD,
+                scale_T,
+                D,
+                eps,
+                ADD=change_TD is not None,
+                BLOCK=block,
+                num_warps=_warps(block),
+            )
         ctx.added = change_TD is not None
         ctx.save_for_backward(r_TD, weight_D, scale_T)
         return out_TD, r_TD
@@ -156,8 +196,20 @@ class _AddNorm(torch.autograd.Function):
         parts = r_TD.new_empty(1, programs, D, dtype=torch.float32)
         if rows:
             later = None if dlater_TD is None else dlater_TD.contiguous()
-            _backward[(programs,)](dout_TD, later, r_TD, weight_D, scale_T, dr_TD, parts, rows, D,
-                                   LATER=later is not None, **sizes, num_warps=_warps(sizes["MAIN"]))  # fmt: skip
+            _backward[(programs,)](
+                dout_TD,
+                later,
+                r_TD,
+                weight_D,
+                scale_T,
+                dr_TD,
+                parts,
+                rows,
+                D,
+                LATER=later is not None,
+                **sizes,
+                num_warps=_warps(sizes["MAIN"]),
+            )
         return dr_TD, add_parts(parts)[0].to(weight_D.dtype), None, dr_TD if ctx.added else None
 
 
@@ -169,7 +221,13 @@ def add_norm_triton(x_TD, weight_D, eps, change_TD=None):
 
 def _specs():
     """GLM-4.5's width in bfloat16 with the addition, and without it."""
-    forward = {"x_ptr": "*bf16", "weight_ptr": "*fp32", "out_ptr": "*bf16", "r_ptr": "*bf16", "scale_ptr": "*fp32"}
+    forward = {
+        "x_ptr": "*bf16",
+        "weight_ptr": "*fp32",
+        "out_ptr": "*bf16",
+        "r_ptr": "*bf16",
+        "scale_ptr": "*fp32",
+    }
     backward = {"dout_ptr": "*bf16", "r_ptr": "*bf16", "weight_ptr": "*fp32", "scale_ptr": "*fp32"}
     backward |= {"dr_ptr": "*bf16", "dweight_ptr": "*fp32", "rows": "i32", "width": "i32"}
     for width in (5120, 4096):
@@ -181,10 +239,24 @@ def _specs():
             signature = forward | pointer | {"width": "i32", "eps": "fp32"}
             yield Spec(name, _forward, signature, {"ADD": add, "BLOCK": block} | nothing, **common)
             pointer, nothing = ({"dlater_ptr": "*bf16"}, {}) if add else ({}, {"dlater_ptr": None})
-            yield Spec(name + " backward", _backward, backward | pointer, {"LATER": add} | _pieces(width) | nothing,
-                       warps=_warps(_pieces(width)["MAIN"]), aligned=("width",), opcodes=("LDGSTS",))  # fmt: skip
+            yield Spec(
+                name + " backward",
+                _backward,
+                backward | pointer,
+                {"LATER": add} | _pieces(width) | nothing,
+                warps=_warps(_pieces(width)["MAIN"]),
+                aligned=("width",),
+                opcodes=("LDGSTS",),
+            )
     signature = {"parts_ptr": "*fp32", "sums_ptr": "*fp32", "parts": "i32", "width": "i32"}
-    yield Spec("add parts", _add, signature, {"PARTS": PARTS, "COLUMNS": COLUMNS}, warps=8, aligned=("width",))
+    yield Spec(
+        "add parts",
+        _add,
+        signature,
+        {"PARTS": PARTS, "COLUMNS": COLUMNS},
+        warps=8,
+        aligned=("width",),
+    )
 
 
 SPECS = list(_specs())

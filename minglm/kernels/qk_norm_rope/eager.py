@@ -70,4 +70,7 @@ class _NormRope(torch.autograd.Function):
 
 def norm_rope_by_hand(q_BSNA, k_BSMA, q_weight_A, k_weight_A, cos, sin, eps):
     """The same as `qk_norm_rope`, of a model with QK-norm; differentiable in all but the angles."""
-    return tuple(_NormRope.apply(x, w, cos, sin, eps) for x, w in ((q_BSNA, q_weight_A), (k_BSMA, k_weight_A)))
+    return tuple(
+        _NormRope.apply(x, w, cos, sin, eps)
+        for x, w in ((q_BSNA, q_weight_A), (k_BSMA, k_weight_A))
+    )

@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from minglm.kernels.dispatch import Spec
 from minglm.kernels.norm.triton_kernel import add_parts
+from minglm.kernels.toolchain.spec import Spec
 
 ROWS = 16  # of a tile, by 128 threads: one row for eight of them, and few enough registers for many tiles at once
 # Backward: programs for queries, and again for keys, five for each multiprocessor of an H100, which is as many as its
@@ -47,12 +47,29 @@ def _load(pointer, at, inside):
     return tl.load(pointer + at, inside, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["N", "M"])  # a number of heads that is 1 stays a number, of the same type as the other
+@triton.jit(
+    do_not_specialize=["N", "M"]
+)  # a number of heads that is 1 stays a number, of the same type as the other
 def _forward(
-    q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr,
-    tokens, N, M, period, eps, NORM: tl.constexpr, A: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    q_ptr,
+    k_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_out_ptr,
+    k_out_ptr,
+    tokens,
+    N,
+    M,
+    period,
+    eps,
+    NORM: tl.constexpr,
+    A: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-):  # fmt: skip
+):
     """One tile of ROWS heads: of the queries in the first programs, of the keys in the last."""
     q_tiles = tl.cdiv(tokens * N, ROWS)
     tile, heads, x_ptr, weight_ptr, out_ptr = tl.program_id(0), N, q_ptr, q_weight_ptr, q_out_ptr
@@ -77,10 +94,28 @@ def _forward(
 
 @triton.jit(do_not_specialize=["N", "M"])
 def _backward(
-    q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_grad_ptr, k_grad_ptr, dq_ptr, dk_ptr, parts_ptr,
-    tokens, N, M, period, eps, NORM: tl.constexpr, A: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    q_ptr,
+    k_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_grad_ptr,
+    k_grad_ptr,
+    dq_ptr,
+    dk_ptr,
+    parts_ptr,
+    tokens,
+    N,
+    M,
+    period,
+    eps,
+    NORM: tl.constexpr,
+    A: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-):  # fmt: skip
+):
     """Tiles program, program + programs, ... of the queries (axis 1 is 0) or keys: dx, and a part of dweight."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     heads, x_ptr, weight_ptr, grad_ptr, dx_ptr = N, q_ptr, q_weight_ptr, q_grad_ptr, dq_ptr
@@ -92,7 +127,10 @@ def _backward(
     if NORM:
         weight_a = _load(weight_ptr, first, has_first)[None, :]
         weight_b = _load(weight_ptr, second, has_second)[None, :]
-        dweight_a, dweight_b = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
+        dweight_a, dweight_b = (
+            tl.zeros((ROWS, BLOCK), tl.float32),
+            tl.zeros((ROWS, BLOCK), tl.float32),
+        )
     for tile in tl.range(program, tl.cdiv(rows, ROWS), programs):
         row = tile * ROWS + tl.arange(0, ROWS)
         inside = row < rows
@@ -128,7 +166,13 @@ class _NormRope(torch.autograd.Function):
     def forward(ctx, q, k, q_weight, k_weight, cos, sin, eps):
         q, k, cos, sin = (t.contiguous() for t in (q, k, cos, sin))
         (B, S, N, A), M = q.shape, k.shape[2]
-        sizes = {"NORM": q_weight is not None, "A": A, "HALF": cos.shape[-1], "BLOCK": _block(A), "ROWS": ROWS}
+        sizes = {
+            "NORM": q_weight is not None,
+            "A": A,
+            "HALF": cos.shape[-1],
+            "BLOCK": _block(A),
+            "ROWS": ROWS,
+        }
         ctx.numbers, ctx.sizes = (B * S, N, M, cos[..., 0].numel(), eps), sizes
         out = torch.empty_like(q), torch.empty_like(k)
         if B * S:
@@ -143,10 +187,25 @@ class _NormRope(torch.autograd.Function):
         tokens, N = ctx.numbers[:2]
         dq, dk = torch.empty_like(q), torch.empty_like(k)
         programs = min(PROGRAMS, triton.cdiv(tokens * N, ROWS))
-        parts = None if q_weight is None else q.new_empty(2, programs, q.shape[-1], dtype=torch.float32)
+        parts = (
+            None if q_weight is None else q.new_empty(2, programs, q.shape[-1], dtype=torch.float32)
+        )
         if tokens:
-            _backward[(programs, 2)](q, k, q_weight, k_weight, cos, sin, dq_out.contiguous(), dk_out.contiguous(),
-                                     dq, dk, parts, *ctx.numbers, **ctx.sizes)  # fmt: skip
+            _backward[(programs, 2)](
+                q,
+                k,
+                q_weight,
+                k_weight,
+                cos,
+                sin,
+                dq_out.contiguous(),
+                dk_out.contiguous(),
+                dq,
+                dk,
+                parts,
+                *ctx.numbers,
+                **ctx.sizes,
+            )
         if parts is None:
             return dq, dk, None, None, None, None, None
         dq_weight, dk_weight = add_parts(parts)
@@ -172,7 +231,11 @@ def _specs():
         out = {"q_out_ptr": "*bf16", "k_out_ptr": "*bf16"}
         yield Spec(name, _forward, common | out, constants)
         out = {n: "*bf16" for n in ("q_grad_ptr", "k_grad_ptr", "dq_ptr", "dk_ptr")}
-        out, constants = (out | {"parts_ptr": "*fp32"}, constants) if normed else (out, constants | {"parts_ptr": None})
+        out, constants = (
+            (out | {"parts_ptr": "*fp32"}, constants)
+            if normed
+            else (out, constants | {"parts_ptr": None})
+        )
         yield Spec(name + " backward", _backward, common | out, constants)
 
 

@@ -27,7 +27,9 @@ def router_topk(logits_TE, bias_E, top_k, normalize=True, scale=1.0):
     """
     scores_TE = logits_TE.sigmoid()
     with torch.no_grad():
-        experts_TK = (scores_TE + bias_E).sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+        experts_TK = (
+            (scores_TE + bias_E).sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+        )
     weights_TK = scores_TE.gather(1, experts_TK)
     if normalize:
         weights_TK = weights_TK / (weights_TK.sum(1, keepdim=True) + 1e-20)
@@ -58,5 +60,7 @@ def group_by_expert(experts_TK, experts, multiple=1):
     order = flat.argsort(stable=True)
     moved_E = (ends_E - room_E) - (counts_E.cumsum(0) - counts_E)
     row = torch.empty_like(order).scatter_(0, order, pairs + moved_E[flat[order]])
-    rows = len(flat) if multiple == 1 else int(ends_E[-1])  # reading a number back would make a GPU wait
+    rows = (
+        len(flat) if multiple == 1 else int(ends_E[-1])
+    )  # reading a number back would make a GPU wait
     return order.new_zeros(rows).scatter_(0, row, pairs), row, ends_E.to(torch.int32)

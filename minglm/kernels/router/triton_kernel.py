@@ -16,14 +16,20 @@ import torch
 import triton
 import triton.language as tl
 
-from minglm.kernels.dispatch import Spec
+from minglm.kernels.toolchain.spec import Spec
 
 TOKENS, LANES = 2, 32  # tokens of a program of the choice, which is one warp; experts of a group
-ALONE, BLOCK = 1024, 512  # pairs that one launch sorts; pairs of a block of the table, a multiple of ITEMS
+ALONE, BLOCK = (
+    1024,
+    512,
+)  # pairs that one launch sorts; pairs of a block of the table, a multiple of ITEMS
 # Pairs that a program places, and with how many it compares them at a time. More of these than its 128 threads: up to
 # that many Triton lets every thread load all of them, and not shared memory hand them round.
 ITEMS, STEP = 128, 256
-LOWER, OWN = 4096, 512  # counts of lower experts that the running sums take at a time, and of their own
+LOWER, OWN = (
+    4096,
+    512,
+)  # counts of lower experts that the running sums take at a time, and of their own
 
 
 @triton.jit
@@ -32,12 +38,25 @@ def _score(logits_ptr, at, inside):
     return 1 / (1 + tl.exp(-tl.load(logits_ptr + at, inside, other=0.0)))
 
 
-@triton.jit(do_not_specialize=["experts"])  # that it is a multiple of 16 would give a lane four experts side by side
+@triton.jit(
+    do_not_specialize=["experts"]
+)  # that it is a multiple of 16 would give a lane four experts side by side
 def _choose(
-    logits_ptr, bias_ptr, experts_ptr, weights_ptr, scores_ptr, tokens, experts, scale,
-    NORMALIZE: tl.constexpr, CHOICES: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr,
+    logits_ptr,
+    bias_ptr,
+    experts_ptr,
+    weights_ptr,
+    scores_ptr,
+    tokens,
+    experts,
+    scale,
+    NORMALIZE: tl.constexpr,
+    CHOICES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
     PLACES: tl.constexpr,
-):  # fmt: skip
+):
     """Scores of TOKENS tokens, and CHOICES times the largest biased score that is left of each."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     lane, place = tl.arange(0, LANES), tl.arange(0, PLACES)
@@ -63,7 +82,9 @@ def _choose(
         best = tl.full((TOKENS, LANES), GROUPS * LANES, tl.int32)
         for group in tl.static_range(GROUPS):
             expert = (group * LANES + lane)[None, :]
-            best = tl.minimum(best, tl.where(left[group] == largest[:, None], expert, GROUPS * LANES))
+            best = tl.minimum(
+                best, tl.where(left[group] == largest[:, None], expert, GROUPS * LANES)
+            )
         best = tl.min(best, 1)
         remaining = ()
         for group in tl.static_range(GROUPS):
@@ -82,10 +103,21 @@ def _choose(
 
 @triton.jit
 def _choose_backward(
-    scores_ptr, experts_ptr, dweights_ptr, dscores_ptr, dlogits_ptr, tokens, experts, scale,
-    NORMALIZE: tl.constexpr, CHOICES: tl.constexpr, TOKENS: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr,
+    scores_ptr,
+    experts_ptr,
+    dweights_ptr,
+    dscores_ptr,
+    dlogits_ptr,
+    tokens,
+    experts,
+    scale,
+    NORMALIZE: tl.constexpr,
+    CHOICES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
     PLACES: tl.constexpr,
-):  # fmt: skip
+):
     """dlogits of TOKENS tokens from the gradients of all their scores, and then again of those that were chosen."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     place = tl.arange(0, PLACES)
@@ -94,7 +126,11 @@ def _choose_backward(
         inside = (token < tokens)[:, None] & (expert < experts)[None, :]
         at = token[:, None] * experts + expert[None, :]
         score = tl.load(scores_ptr + at, inside, other=0.0)
-        tl.store(dlogits_ptr + at, tl.load(dscores_ptr + at, inside, other=0.0) * score * (1 - score), inside)
+        tl.store(
+            dlogits_ptr + at,
+            tl.load(dscores_ptr + at, inside, other=0.0) * score * (1 - score),
+            inside,
+        )
     inside = (token < tokens)[:, None] & (place < CHOICES)[None, :]
     at = token[:, None] * CHOICES + place[None, :]
     dscore = tl.load(dweights_ptr + at, inside, other=0.0) * scale
@@ -110,9 +146,15 @@ def _choose_backward(
 
 @triton.jit
 def _rank(
-    flat_ptr, order_ptr, inverse_ptr, ends_ptr, pairs, experts,
-    ITEMS: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
+    flat_ptr,
+    order_ptr,
+    inverse_ptr,
+    ends_ptr,
+    pairs,
+    experts,
+    ITEMS: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """The whole sort: how many pairs come before each of ITEMS pairs, and before the end of an expert.
 
     Pair i of expert e has the key e * pairs + i; the ends of the experts are items after the pairs, and expert e ends
@@ -121,11 +163,16 @@ def _rank(
     item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
     is_pair, ending = item < pairs, item - pairs
     chosen = tl.load(flat_ptr + item, is_pair, other=0).to(tl.int32)
-    key, row = tl.where(is_pair, chosen * pairs + item, (ending + 1) * pairs), tl.zeros((ITEMS,), tl.int32)
+    key, row = (
+        tl.where(is_pair, chosen * pairs + item, (ending + 1) * pairs),
+        tl.zeros((ITEMS,), tl.int32),
+    )
     for start in range(0, pairs, STEP):
         other = start + tl.arange(0, STEP)
         # past the last pair: an expert that comes after every key
-        other_key = tl.load(flat_ptr + other, other < pairs, other=experts).to(tl.int32) * pairs + other
+        other_key = (
+            tl.load(flat_ptr + other, other < pairs, other=experts).to(tl.int32) * pairs + other
+        )
         row += tl.sum((other_key[:, None] < key[None, :]).to(tl.int32), 0)
     tl.store(inverse_ptr + item, row.to(tl.int64), is_pair)
     tl.store(order_ptr + row, item.to(tl.int64), is_pair)
@@ -133,7 +180,9 @@ def _rank(
 
 
 @triton.jit
-def _count(flat_ptr, counts_ptr, pairs, experts, blocks, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
+def _count(
+    flat_ptr, counts_ptr, pairs, experts, blocks, BLOCK: tl.constexpr, EXPERTS: tl.constexpr
+):
     """How many of this block's pairs go to each expert: a column of the table (expert, block)."""
     block, expert = tl.program_id(0), tl.arange(0, EXPERTS)
     pair = block * BLOCK + tl.arange(0, BLOCK)
@@ -157,16 +206,25 @@ def _scan(counts_ptr, first_ptr, ends_ptr, blocks, LOWER: tl.constexpr, OWN: tl.
     for start in range(0, blocks, OWN):
         block = start + tl.arange(0, OWN)
         count = tl.load(counts_ptr + expert * blocks + block, block < blocks, other=0)
-        tl.store(first_ptr + expert * blocks + block, row + tl.cumsum(count, 0) - count, block < blocks)
+        tl.store(
+            first_ptr + expert * blocks + block, row + tl.cumsum(count, 0) - count, block < blocks
+        )
         row += tl.sum(count, 0)
     tl.store(ends_ptr + expert, row)
 
 
 @triton.jit
 def _place(
-    flat_ptr, first_ptr, order_ptr, inverse_ptr, pairs, blocks,
-    BLOCK: tl.constexpr, ITEMS: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
+    flat_ptr,
+    first_ptr,
+    order_ptr,
+    inverse_ptr,
+    pairs,
+    blocks,
+    BLOCK: tl.constexpr,
+    ITEMS: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """Where ITEMS pairs go: the block's first row of the expert, plus the earlier pairs of the expert in the block."""
     begin = tl.program_id(0) * ITEMS
     pair, block = begin + tl.arange(0, ITEMS), begin // BLOCK
@@ -185,8 +243,13 @@ def _place(
 
 
 def _sizes(experts, top_k):
-    return {"CHOICES": top_k, "TOKENS": TOKENS, "GROUPS": triton.cdiv(experts, LANES), "LANES": LANES,
-            "PLACES": triton.next_power_of_2(top_k)}  # fmt: skip
+    return {
+        "CHOICES": top_k,
+        "TOKENS": TOKENS,
+        "GROUPS": triton.cdiv(experts, LANES),
+        "LANES": LANES,
+        "PLACES": triton.next_power_of_2(top_k),
+    }
 
 
 class _Route(torch.autograd.Function):
@@ -196,8 +259,19 @@ class _Route(torch.autograd.Function):
         experts_TK = torch.empty(T, top_k, dtype=torch.int64, device=logits_TE.device)
         weights_TK, scores_TE = logits_TE.new_empty(T, top_k), torch.empty_like(logits_TE)
         if T:
-            _choose[(triton.cdiv(T, TOKENS),)](logits_TE, bias_E, experts_TK, weights_TK, scores_TE, T, E, scale,
-                                               NORMALIZE=normalize, **_sizes(E, top_k), num_warps=1)  # fmt: skip
+            _choose[(triton.cdiv(T, TOKENS),)](
+                logits_TE,
+                bias_E,
+                experts_TK,
+                weights_TK,
+                scores_TE,
+                T,
+                E,
+                scale,
+                NORMALIZE=normalize,
+                **_sizes(E, top_k),
+                num_warps=1,
+            )
         ctx.normalize, ctx.scale = normalize, scale
         ctx.save_for_backward(scores_TE, experts_TK)
         ctx.mark_non_differentiable(experts_TK)
@@ -209,16 +283,27 @@ class _Route(torch.autograd.Function):
         (T, E), dlogits_TE = scores_TE.shape, torch.empty_like(scores_TE)
         if T:
             _choose_backward[(triton.cdiv(T, TOKENS),)](
-                scores_TE, experts_TK, dweights_TK.contiguous(), dscores_TE.contiguous(), dlogits_TE, T, E, ctx.scale,
-                NORMALIZE=ctx.normalize, **_sizes(E, experts_TK.shape[1]), num_warps=1,
-            )  # fmt: skip
+                scores_TE,
+                experts_TK,
+                dweights_TK.contiguous(),
+                dscores_TE.contiguous(),
+                dlogits_TE,
+                T,
+                E,
+                ctx.scale,
+                NORMALIZE=ctx.normalize,
+                **_sizes(E, experts_TK.shape[1]),
+                num_warps=1,
+            )
         return dlogits_TE, None, None, None, None
 
 
 def route_triton(logits_TE, bias_E, top_k, normalize=True, scale=1.0):
     """The same as `minglm.kernels.router.eager.router_topk`; float32. Raises ValueError for other dtypes."""
     if logits_TE.dtype != torch.float32 or bias_E.dtype != torch.float32:
-        raise ValueError(f"the router computes in float32, got {logits_TE.dtype} and {bias_E.dtype}")
+        raise ValueError(
+            f"the router computes in float32, got {logits_TE.dtype} and {bias_E.dtype}"
+        )
     return _Route.apply(logits_TE, bias_E, top_k, normalize, float(scale))
 
 
@@ -240,8 +325,9 @@ def group_by_expert_triton(experts_TK, experts):
     counts, first = torch.empty(2, experts, blocks, dtype=torch.int32, device=flat.device)
     _count[(blocks,)](flat, counts, pairs, experts, blocks, BLOCK=BLOCK, EXPERTS=_bins(experts))
     _scan[(experts,)](counts, first, ends_E, blocks, LOWER=LOWER, OWN=OWN)
-    _place[(triton.cdiv(pairs, ITEMS),)](flat, first, order, inverse, pairs, blocks, BLOCK=BLOCK, ITEMS=ITEMS,
-                                         STEP=STEP)  # fmt: skip
+    _place[(triton.cdiv(pairs, ITEMS),)](
+        flat, first, order, inverse, pairs, blocks, BLOCK=BLOCK, ITEMS=ITEMS, STEP=STEP
+    )
     return order, inverse, ends_E
 
 
@@ -249,20 +335,36 @@ def _specs():
     """The experts and choices of GLM-4.5 and of GLM-4.5-Air."""
     common = {"experts_ptr": "*i64", "tokens": "i32", "experts": "i32", "scale": "fp32"}
     forward = {name: "*fp32" for name in ("logits_ptr", "bias_ptr", "weights_ptr", "scores_ptr")}
-    backward = {name: "*fp32" for name in ("scores_ptr", "dweights_ptr", "dscores_ptr", "dlogits_ptr")}
+    backward = {
+        name: "*fp32" for name in ("scores_ptr", "dweights_ptr", "dscores_ptr", "dlogits_ptr")
+    }
     for experts in (160, 128):
         constants = _sizes(experts, 8) | {"NORMALIZE": True}
         yield Spec(f"route {experts}", _choose, forward | common, constants, warps=1)
-        yield Spec(f"route backward {experts}", _choose_backward, backward | common, constants, warps=1,
-                   aligned=("experts",))  # fmt: skip
+        yield Spec(
+            f"route backward {experts}",
+            _choose_backward,
+            backward | common,
+            constants,
+            warps=1,
+            aligned=("experts",),
+        )
         sizes = {"BLOCK": BLOCK, "EXPERTS": _bins(experts)}
-        signature = {"flat_ptr": "*i64", "counts_ptr": "*i32", "pairs": "i32", "experts": "i32", "blocks": "i32"}
+        signature = {
+            "flat_ptr": "*i64",
+            "counts_ptr": "*i32",
+            "pairs": "i32",
+            "experts": "i32",
+            "blocks": "i32",
+        }
         yield Spec(f"count {experts}", _count, signature, sizes, aligned=("experts",))
     signature = {"counts_ptr": "*i32", "first_ptr": "*i32", "ends_ptr": "*i32", "blocks": "i32"}
     yield Spec("scan", _scan, signature, {"LOWER": LOWER, "OWN": OWN}, aligned=("blocks",))
     signature = {"flat_ptr": "*i64", "order_ptr": "*i64", "inverse_ptr": "*i64", "pairs": "i32"}
     sizes, extra = {"ITEMS": ITEMS, "STEP": STEP}, {"first_ptr": "*i32", "blocks": "i32"}
-    yield Spec("place", _place, signature | extra, sizes | {"BLOCK": BLOCK}, aligned=("pairs", "blocks"))
+    yield Spec(
+        "place", _place, signature | extra, sizes | {"BLOCK": BLOCK}, aligned=("pairs", "blocks")
+    )
     extra = {"ends_ptr": "*i32", "experts": "i32"}
     yield Spec("rank", _rank, signature | extra, sizes, aligned=("pairs", "experts"))
 

@@ -34,7 +34,20 @@ from collections import Counter
 from pathlib import Path
 
 SHARED_BYTES, REGISTERS = 232_448, 65_536  # of one block and of one multiprocessor, H100
-COUNTED = ("HGMMA", "QGMMA", "HMMA", "UTMALDG", "UTMASTG", "UTMAREDG", "LDGSTS", "LDG", "STG", "LDL", "STL", "RED")
+COUNTED = (
+    "HGMMA",
+    "QGMMA",
+    "HMMA",
+    "UTMALDG",
+    "UTMASTG",
+    "UTMAREDG",
+    "LDGSTS",
+    "LDG",
+    "STG",
+    "LDL",
+    "STL",
+    "RED",
+)
 ROOT = Path(__file__).parent.parent.parent.parent
 
 
@@ -43,7 +56,9 @@ def modules():
     kernels = ROOT / "minglm" / "kernels"
     paths = [*kernels.glob("*/triton_*.py"), *kernels.glob("*/gluon_*.py")]
     return sorted(
-        ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths if path.stem != "triton_layer"
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in paths
+        if path.stem != "triton_layer"
     )
 
 
@@ -55,10 +70,16 @@ def source_of(spec):
         from triton.compiler import ASTSource
 
     names, given = list(spec.kernel.arg_names), spec.signature.keys() | spec.constants.keys()
-    if unknown := sorted(given ^ set(names)) + sorted(spec.signature.keys() & spec.constants.keys()):
-        raise ValueError(f"{spec.name}: signature and constants must name each argument once; look at {unknown}")
+    if unknown := sorted(given ^ set(names)) + sorted(
+        spec.signature.keys() & spec.constants.keys()
+    ):
+        raise ValueError(
+            f"{spec.name}: signature and constants must name each argument once; look at {unknown}"
+        )
     types = {name: spec.signature.get(name, "constexpr") for name in names}
-    whole = [i for i, name in enumerate(names) if types[name].startswith("*") or name in spec.aligned]
+    whole = [
+        i for i, name in enumerate(names) if types[name].startswith("*") or name in spec.aligned
+    ]
     attributes = {(i,): [["tt.divisibility", 16]] for i in whole}
     return ASTSource(spec.kernel, types, constexprs=dict(spec.constants), attrs=attributes)
 
@@ -82,7 +103,9 @@ def looked_into(cubin):
         run = {"capture_output": True, "text": True, "check": True}
         usage = subprocess.run([tool("cuobjdump"), "-res-usage", file.name], **run).stdout
         listing = subprocess.run([tool("cuobjdump"), "-sass", file.name], **run).stdout
-    found = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", listing, re.MULTILINE)
+    found = re.findall(
+        r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", listing, re.MULTILINE
+    )
     counts = Counter(word.partition(".")[0] for word in found)
     counts["LDG128"] = sum(word.startswith("LDG") and word.endswith(".128") for word in found)
     spilled = [re.search(r"\.(64|128)$", word) for word in found if re.match(r"(LDL|STL)\b", word)]
@@ -120,8 +143,14 @@ def compile_spec(spec):
         **looked_into(kernel.asm["cubin"]),
         "shared_bytes": kernel.metadata.shared,
         "odd_tiles": odd_tiles(spec),
-        "waits": sorted({int(n) for n in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)}),
-        "asked": {"unit": spec.unit, "opcodes": list(spec.opcodes), "spill_bytes": spec.spill_bytes},
+        "waits": sorted(
+            {int(n) for n in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)}
+        ),
+        "asked": {
+            "unit": spec.unit,
+            "opcodes": list(spec.opcodes),
+            "spill_bytes": spec.spill_bytes,
+        },
     }
 
 
@@ -133,10 +162,18 @@ def faults(record):
     if record["spill_bytes"] > asked["spill_bytes"]:
         found.append(f"spills {record['spill_bytes']} bytes, {asked['spill_bytes']} allowed")
     if record["shared_bytes"] > SHARED_BYTES:
-        found.append(f"needs {record['shared_bytes']} bytes of shared memory, a block has {SHARED_BYTES}")
+        found.append(
+            f"needs {record['shared_bytes']} bytes of shared memory, a block has {SHARED_BYTES}"
+        )
     if record["registers"] * 32 * record["warps"] > REGISTERS:
-        found.append(f"needs {record['registers']} registers for {32 * record['warps']} threads, there are {REGISTERS}")
-    found += [f"has no {name}" for name in (asked["unit"], *asked["opcodes"]) if name and not counts.get(name)]
+        found.append(
+            f"needs {record['registers']} registers for {32 * record['warps']} threads, there are {REGISTERS}"
+        )
+    found += [
+        f"has no {name}"
+        for name in (asked["unit"], *asked["opcodes"])
+        if name and not counts.get(name)
+    ]
     for name, size in record.get("odd_tiles", {}).items():  # older records have none
         found.append(f"copies {name} in tiles of {size} bytes, which is no multiple of 128")
     if counts.get("HMMA"):
@@ -154,17 +191,30 @@ def compile_module(name, timeout=600):
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *(path for path in sys.path if path)])
     try:
         # -P: this file's folder must not be searched for modules
-        done = subprocess.run([sys.executable, "-P", __file__, name], env=environment, capture_output=True, text=True,
-                              timeout=timeout)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-P", __file__, name],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
         status, lines, complaint = done.returncode, done.stdout.splitlines(), done.stderr
     except subprocess.TimeoutExpired as error:
-        status, lines, complaint = f"none after {timeout} s", (error.stdout or b"").decode().splitlines(), ""
+        status, lines, complaint = (
+            f"none after {timeout} s",
+            (error.stdout or b"").decode().splitlines(),
+            "",
+        )
     if status != 0:
         begun = [line.removeprefix("begin ") for line in lines if line.startswith("begin ")]
         last = "\n".join(complaint.splitlines()[-5:])
-        raise RuntimeError(f"{name}: exit status {status} at {begun[-1] if begun else 'import'}\n{last}")
+        raise RuntimeError(
+            f"{name}: exit status {status} at {begun[-1] if begun else 'import'}\n{last}"
+        )
     return [
-        {"module": name.removeprefix("minglm.kernels."), **json.loads(line)} for line in lines if line.startswith("{")
+        {"module": name.removeprefix("minglm.kernels."), **json.loads(line)}
+        for line in lines
+        if line.startswith("{")
     ]
 
 
@@ -176,7 +226,10 @@ def main(name):
             with contextlib.redirect_stdout(sys.stderr):
                 record = compile_spec(spec)
         except Exception as error:  # whatever the compiler raises is this Spec's record
-            record = {"kernel": spec.name, "error": f"{type(error).__name__}: {str(error).strip()[-300:]}"}
+            record = {
+                "kernel": spec.name,
+                "error": f"{type(error).__name__}: {str(error).strip()[-300:]}",
+            }
         print(json.dumps(record), flush=True)
 
 

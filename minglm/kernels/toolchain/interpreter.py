@@ -50,7 +50,11 @@ def to_bfloat16(values):
 
 def to_float8(values):
     """Bit patterns (uint8) of the nearest float8_e4m3fn values; beyond 448 the largest, as the GPU's conversion."""
-    nearest = torch.from_numpy(np.array(values, dtype=np.float32)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    nearest = (
+        torch.from_numpy(np.array(values, dtype=np.float32))
+        .clamp(-448, 448)
+        .to(torch.float8_e4m3fn)
+    )
     return nearest.view(torch.uint8).numpy()
 
 
@@ -67,7 +71,11 @@ def mend():
     cast, to_fp, dot = builder.cast_impl, builder.create_fp_to_fp, builder.create_dot
 
     def widened(handle):
-        return Handle(from_bfloat16(handle.data), tl.float32) if handle.dtype.scalar == tl.bfloat16 else handle
+        return (
+            Handle(from_bfloat16(handle.data), tl.float32)
+            if handle.dtype.scalar == tl.bfloat16
+            else handle
+        )
 
     def mended_cast(self, source, kind):
         if kind.scalar == tl.bfloat16:
@@ -76,7 +84,10 @@ def mend():
         return cast(self, widened(source), kind)
 
     def mended_to_fp(self, source, kind, rounding):
-        if tl.bfloat16 in (kind.scalar, source.dtype.scalar) and tl.float32 in (kind.scalar, source.dtype.scalar):
+        if tl.bfloat16 in (kind.scalar, source.dtype.scalar) and tl.float32 in (
+            kind.scalar,
+            source.dtype.scalar,
+        ):
             return mended_cast(self, source, kind)
         if kind.scalar == tl.float8e4nv and not source.dtype.scalar.is_fp8():
             return Handle(to_float8(mended_cast(self, source, tl.float32).data), tl.float8e4nv)
@@ -85,7 +96,11 @@ def mend():
     def mended_dot(self, a, b, *rest):
         return dot(self, widened(a), widened(b), *rest)
 
-    builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = mended_cast, mended_to_fp, mended_dot
+    builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = (
+        mended_cast,
+        mended_to_fp,
+        mended_dot,
+    )
     for name in ("binary_op", "unary_op"):
         setattr(builder, name, _refusing(getattr(builder, name), tl.bfloat16))
     reducing = unmended.ReduceScanOpInterface
@@ -138,7 +153,9 @@ def switch_on():
     import triton.language as tl
 
     if isinstance(tl.sum, _jit_function()):
-        raise RuntimeError("triton was imported without TRITON_INTERPRET=1; set it before the first import")
+        raise RuntimeError(
+            "triton was imported without TRITON_INTERPRET=1; set it before the first import"
+        )
     mend()
     return "cpu"
 
@@ -180,7 +197,9 @@ def watched():
     stores, store = [], mended.InterpreterBuilder.create_masked_store
 
     def recorded(self, pointers, value, mask, *rest):
-        stores.append((self.grid_idx, *(x.copy() for x in np.broadcast_arrays(pointers.data, mask.data))))
+        stores.append(
+            (self.grid_idx, *(x.copy() for x in np.broadcast_arrays(pointers.data, mask.data)))
+        )
         return store(self, pointers, value, mask, *rest)
 
     mended.InterpreterBuilder.create_masked_store = recorded
@@ -202,7 +221,11 @@ def in_new_process(program, timeout=120):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     return subprocess.run(
-        [sys.executable, "-c", start + program], env=environment, capture_output=True, text=True, timeout=timeout
+        [sys.executable, "-c", start + program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 

@@ -31,7 +31,9 @@ class Tiles:
         return {"ROWS": self.rows, "COLUMNS": self.columns, "STEP": self.step, "BAND": self.band}
 
 
-FLOAT32 = Tiles(32, 32, 32, 4, 2)  # outside the tensor cores: exact products, for checks and not for speed
+FLOAT32 = Tiles(
+    32, 32, 32, 4, 2
+)  # outside the tensor cores: exact products, for checks and not for speed
 
 
 def tiles_for(table, x, rows):
@@ -48,7 +50,9 @@ def power_of_2(number):
 
 def programs(x, each=1):
     """As many programs as run at the same time; two in the interpreter, where each is a price."""
-    return each * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+    return (
+        each * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+    )
 
 
 def bulk_readable(*tensors):

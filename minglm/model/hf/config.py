@@ -9,19 +9,46 @@ only what the model changed. An unchanged model writes back the same file.
 import copy
 import dataclasses
 
-from minglm.config.run import MLA_FIELDS, ModelConfig
+from minglm.config import ModelConfig
+from minglm.config.run import MLA_FIELDS
 
 GQA, MLA = "glm4_moe", "glm4_moe_lite"
 CLASSES = {GQA: "Glm4MoeForCausalLM", MLA: "Glm4MoeLiteForCausalLM"}
 DEFAULTS = {
-    **{"attention_bias": False, "use_qk_norm": False, "tie_word_embeddings": False, "norm_topk_prob": True},
-    **{"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0},
-    **{"initializer_range": 0.02, "rms_norm_eps": 1e-5, "routed_scaling_factor": 1.0, "q_lora_rank": 0},
+    **{
+        "attention_bias": False,
+        "use_qk_norm": False,
+        "tie_word_embeddings": False,
+        "norm_topk_prob": True,
+    },
+    **{
+        "n_group": 1,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 0,
+    },
+    **{
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-5,
+        "routed_scaling_factor": 1.0,
+        "q_lora_rank": 0,
+    },
 }
 """What a key means that is not there, as in transformers. Every other field of the model must be."""
-ONLY = {"hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "attention_dropout": 0}
+ONLY = {
+    "hidden_act": "silu",
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "attention_dropout": 0,
+}
 ROPE = {"rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
-FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+FP8 = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}
 
 
 def _names(kind):
@@ -41,15 +68,22 @@ def _check_fixed(values, kind, where):
             raise ValueError(f"{where}: {key} = {values[key]!r}; minglm computes {only!r} only")
     rope = _rope(values)
     if (scaling := rope.get("rope_type", rope.get("type", "default"))) != "default":
-        raise ValueError(f"{where}: rope_type = {scaling!r}; minglm knows the unscaled rotation only")
+        raise ValueError(
+            f"{where}: rope_type = {scaling!r}; minglm knows the unscaled rotation only"
+        )
 
 
 def _dense_layers(values, where):
     """How many leading layers are dense, where a list says it for each layer."""
     kinds = values["mlp_layer_types"]
     dense = kinds.count("dense")
-    if kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense) or len(kinds) != values["num_hidden_layers"]:
-        raise ValueError(f"{where}: mlp_layer_types must be dense layers first, then sparse ones, one word per layer")
+    if (
+        kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense)
+        or len(kinds) != values["num_hidden_layers"]
+    ):
+        raise ValueError(
+            f"{where}: mlp_layer_types must be dense layers first, then sparse ones, one word per layer"
+        )
     return dense
 
 
@@ -69,18 +103,25 @@ def from_released(values, where="config.json"):
     for f in dataclasses.fields(ModelConfig):
         if f.name in found and found[f.name] is None:
             raise ValueError(f"{where}: {f.name} is missing")
-    found["rope_theta"] = _rope(values).get("rope_theta", values.get("rope_theta", ROPE["rope_theta"]))
+    found["rope_theta"] = _rope(values).get(
+        "rope_theta", values.get("rope_theta", ROPE["rope_theta"])
+    )
     if kind == MLA:
         if values.get("mlp_layer_types"):
             found["first_k_dense_replace"] = _dense_layers(values, where)
-        found |= {"head_dim": found["qk_nope_head_dim"] + found["qk_rope_head_dim"], "use_qk_norm": False}
+        found |= {
+            "head_dim": found["qk_nope_head_dim"] + found["qk_rope_head_dim"],
+            "use_qk_norm": False,
+        }
     else:
         default = values.get("partial_rotary_factor", ROPE["partial_rotary_factor"])
         found["partial_rotary_factor"] = _rope(values).get("partial_rotary_factor", default)
     for f in dataclasses.fields(ModelConfig):
         if f.name in found:
             if type(found[f.name]) not in ((int, float) if f.type is float else (f.type,)):
-                raise ValueError(f"{where}: {f.name} = {found[f.name]!r}: must be of type {f.type.__name__}")
+                raise ValueError(
+                    f"{where}: {f.name} = {found[f.name]!r}: must be of type {f.type.__name__}"
+                )
             found[f.name] = f.type(found[f.name])
     config = ModelConfig(**found)
     try:
@@ -97,12 +138,21 @@ def _flat(config, kind):
 
 def _fresh(config, kind):
     """A config.json for a model that was never released, in the style of the released ones."""
-    values = {"architectures": [CLASSES[kind]], "model_type": kind, "hidden_act": "silu", "attention_dropout": 0.0}
+    values = {
+        "architectures": [CLASSES[kind]],
+        "model_type": kind,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+    }
     values |= {"use_cache": True, "dtype": "float32", **_flat(config, kind), "rope_scaling": None}
     values["rope_theta"] = config.rope_theta
     if kind == MLA:
         values["q_lora_rank"] = config.q_lora_rank or None
-        values |= {"rope_interleave": True, "topk_method": "noaux_tc", "mlp_layer_types": _layer_types(config)}
+        values |= {
+            "rope_interleave": True,
+            "topk_method": "noaux_tc",
+            "mlp_layer_types": _layer_types(config),
+        }
     else:
         values["partial_rotary_factor"] = config.partial_rotary_factor
     return values
@@ -127,7 +177,10 @@ def to_released(config, base=None, dtype="bfloat16", fp8=False):
         for name, value in _flat(config, kind).items():
             if value != getattr(before, name):
                 values[name] = value
-                if name in ("first_k_dense_replace", "num_hidden_layers") and "mlp_layer_types" in values:
+                if (
+                    name in ("first_k_dense_replace", "num_hidden_layers")
+                    and "mlp_layer_types" in values
+                ):
                     values["mlp_layer_types"] = _layer_types(config)
         for name in ROPE:
             if getattr(config, name) != getattr(before, name):
@@ -137,6 +190,8 @@ def to_released(config, base=None, dtype="bfloat16", fp8=False):
         values[key] = dtype
     if not fp8:
         values.pop("quantization_config", None)
-    elif (values.get("quantization_config") or {}).get("weight_block_size") != FP8["weight_block_size"]:
+    elif (values.get("quantization_config") or {}).get("weight_block_size") != FP8[
+        "weight_block_size"
+    ]:
         values["quantization_config"] = dict(FP8)
     return values

@@ -24,13 +24,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from minglm.common.device import atomic_path, write_json
+from minglm.common.files import atomic_path, write_json
 from minglm.kernels.fp8.eager import WEIGHT_BLOCK, dequantize, quantize
 from minglm.model.hf.config import from_released, to_released
 from minglm.model.hf.names import FUSED, Entry, expected, goes_to_float8
 
 INDEX = "model.safetensors.index.json"
-SCALES = {"weight_scale_inv": WEIGHT_BLOCK, "weight_scale": (1, None)}  # a scale for each block, or for each row
+SCALES = {
+    "weight_scale_inv": WEIGHT_BLOCK,
+    "weight_scale": (1, None),
+}  # a scale for each block, or for each row
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BIAS = "e_score_correction_bias"
 
@@ -49,7 +52,9 @@ def read_config(folder):
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; give the folder of a released checkpoint") from None
+        raise ValueError(
+            f"cannot read {path}: {error.strerror}; give the folder of a released checkpoint"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}; fetch the file again") from None
     if not isinstance(values, dict):
@@ -67,20 +72,35 @@ class Files:
         self.folder, self.files, self.headers = Path(folder), {}, {}
         paths, index = sorted(self.folder.glob("*.safetensors")), self.folder / INDEX
         try:
-            named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
+            named = (
+                set(json.loads(index.read_text())["weight_map"].values())
+                if index.exists()
+                else set()
+            )
         except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{index}: no weight_map in it ({error}); fetch the file again") from None
+            raise ValueError(
+                f"{index}: no weight_map in it ({error}); fetch the file again"
+            ) from None
         if lost := sorted(named - {path.name for path in paths}):
-            raise ValueError(f"{self.folder}: {lost[0]} is missing ({len(lost)} of {len(named)} files); fetch it again")
+            raise ValueError(
+                f"{self.folder}: {lost[0]} is missing ({len(lost)} of {len(named)} files); fetch it again"
+            )
         if not paths:
-            raise ValueError(f"{self.folder}: no *.safetensors file; give the folder of a released checkpoint")
+            raise ValueError(
+                f"{self.folder}: no *.safetensors file; give the folder of a released checkpoint"
+            )
         for path in paths:
             with self._open(path.name) as file:
                 for name in file.keys():  # noqa: SIM118 (not a dictionary)
                     if name in self.files:
-                        raise ValueError(f"{self.folder}: {name} is in {self.files[name]} and in {path.name}")
+                        raise ValueError(
+                            f"{self.folder}: {name} is in {self.files[name]} and in {path.name}"
+                        )
                     piece = file.get_slice(name)
-                    self.files[name], self.headers[name] = path.name, (tuple(piece.get_shape()), piece.get_dtype())
+                    self.files[name], self.headers[name] = (
+                        path.name,
+                        (tuple(piece.get_shape()), piece.get_dtype()),
+                    )
 
     def _open(self, file):
         try:
@@ -90,7 +110,10 @@ class Files:
 
     def names(self):
         """Every tensor but scales, file by file."""
-        return sorted((name for name in self.files if not self.is_scale(name)), key=lambda n: (self.files[n], n))
+        return sorted(
+            (name for name in self.files if not self.is_scale(name)),
+            key=lambda n: (self.files[n], n),
+        )
 
     def is_scale(self, name):
         """Whether a tensor is the scale of another."""
@@ -111,7 +134,9 @@ class Files:
                 block = (rows, columns or tensor.shape[-1])
                 blocks = tuple(math.ceil(size / part) for size, part in zip(tensor.shape, block))
                 if found.numel() != math.prod(blocks):
-                    raise ValueError(f"{self.folder}: {scale} has the shape {tuple(found.shape)}, not {blocks}")
+                    raise ValueError(
+                        f"{self.folder}: {scale} has the shape {tuple(found.shape)}, not {blocks}"
+                    )
                 return dequantize(tensor, found.view(blocks), block=block)
         raise ValueError(f"{self.folder}: {name} is float8 and has no {name}_scale_inv beside it")
 
@@ -127,7 +152,9 @@ def _with_fused(wanted, found, experts):
         if members:
             first = next(iter(members.values()))
             shape = (experts, len(stacks) * first.shape[0], first.shape[1])
-            wanted = {n: e for n, e in wanted.items() if n not in members} | {name: Entry(shape, name, kind=first.kind)}
+            wanted = {n: e for n, e in wanted.items() if n not in members} | {
+                name: Entry(shape, name, kind=first.kind)
+            }
     return wanted
 
 
@@ -148,10 +175,14 @@ def check(files, config):
     for what, names in (("is missing", absent), ("is unknown", unknown)):
         if names:
             more = f", and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"{files.folder}: tensor {names[0]} {what}{more}; config.json describes another model")
+            raise ValueError(
+                f"{files.folder}: tensor {names[0]} {what}{more}; config.json describes another model"
+            )
     for name in sorted(found):
         if (shape := files.headers[name][0]) != wanted[name].shape:
-            raise ValueError(f"{files.folder}: {name} has the shape {shape}, config.json asks for {wanted[name].shape}")
+            raise ValueError(
+                f"{files.folder}: {name} has the shape {shape}, config.json asks for {wanted[name].shape}"
+            )
     return config
 
 
@@ -193,7 +224,9 @@ def fill(model, files, values, dtype=None, device="cpu"):
             if target not in state:
                 state[target] = torch.empty(shapes[target], dtype=kept, device=device)
             if state[target].dtype != kept:
-                raise ValueError(f"{files.folder}: {name} is {kept}, other matrices of its stack {state[target].dtype}")
+                raise ValueError(
+                    f"{files.folder}: {name} is {kept}, other matrices of its stack {state[target].dtype}"
+                )
             (state[target] if expert is None else state[target][expert]).copy_(piece)
 
     for name in files.names():
@@ -204,7 +237,10 @@ def fill(model, files, values, dtype=None, device="cpu"):
     for name in copies:
         original = state[entries[name].target]
         if not torch.equal(files.read(name).to(original.dtype), original.cpu()):
-            warnings.warn(f"{files.folder}: {name} differs from {entries[name].target}, which is used", stacklevel=3)
+            warnings.warn(
+                f"{files.folder}: {name} differs from {entries[name].target}, which is used",
+                stacklevel=3,
+            )
     if model.config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
@@ -227,7 +263,11 @@ def _plan_files(sizes, released, shard_bytes):
         filled += size
     if len(shards) == 1:
         return dict.fromkeys(sizes, "model.safetensors")
-    return {n: f"model-{i:05}-of-{len(shards):05}.safetensors" for i, shard in enumerate(shards, 1) for n in shard}
+    return {
+        n: f"model-{i:05}-of-{len(shards):05}.safetensors"
+        for i, shard in enumerate(shards, 1)
+        for n in shard
+    }
 
 
 def _stored(name, tensor, dtype):
@@ -260,7 +300,9 @@ def save(model, folder, dtype=None, shard_gigabytes=5.0):
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     entries = {
-        n: e for n, e in expected(model.config).items() if e.kind != "copy" or (released and n in released.files)
+        n: e
+        for n, e in expected(model.config).items()
+        if e.kind != "copy" or (released and n in released.files)
     }
     width = {"fp8": 1, None: 4}.get(dtype) or DTYPES[dtype].itemsize
     sizes = {name: math.prod(entry.shape) * width for name, entry in entries.items()}
@@ -270,14 +312,21 @@ def save(model, folder, dtype=None, shard_gigabytes=5.0):
         for name in (name for name in entries if where[name] == file):
             entry = entries[name]
             whole = state[entry.target].detach()
-            tensors |= _stored(name, (whole if entry.expert is None else whole[entry.expert]).cpu(), dtype)
+            tensors |= _stored(
+                name, (whole if entry.expert is None else whole[entry.expert]).cpu(), dtype
+            )
         with atomic_path(folder / file) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
         written |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
     if len(set(written.values())) > 1:
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(written.items()))})
-    name = {v: k for k, v in DTYPES.items()}[state["lm_head.weight"].dtype] if dtype is None else dtype
+        write_json(
+            folder / INDEX,
+            {"metadata": {"total_size": total}, "weight_map": dict(sorted(written.items()))},
+        )
+    name = (
+        {v: k for k, v in DTYPES.items()}[state["lm_head.weight"].dtype] if dtype is None else dtype
+    )
     name, fp8 = ("bfloat16", True) if dtype == "fp8" else (name, False)
     base = None if released is None else released.config
     write_json(folder / "config.json", to_released(model.config, base, name, fp8))

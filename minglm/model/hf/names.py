@@ -11,7 +11,11 @@ and output head with it, GLM-4.6 does not.
 
 from dataclasses import dataclass
 
-SWIGLU = {"gate_proj.weight": "inner width", "up_proj.weight": "inner width", "down_proj.weight": "width inner"}
+SWIGLU = {
+    "gate_proj.weight": "inner width",
+    "up_proj.weight": "inner width",
+    "down_proj.weight": "width inner",
+}
 TABLE = {
     "model": {"model.embed_tokens.weight": "vocabulary width", "model.norm.weight": "width"},
     "head": {"lm_head.weight": "vocabulary width"},
@@ -20,34 +24,60 @@ TABLE = {
         **{"self_attn.q_proj.weight": "queries width", "self_attn.o_proj.weight": "width queries"},
         **{"self_attn.k_proj.weight": "keys width", "self_attn.v_proj.weight": "keys width"},
     },
-    "attention_bias": {f"self_attn.{p}_proj.bias": s for p, s in (("q", "queries"), ("k", "keys"), ("v", "keys"))},
+    "attention_bias": {
+        f"self_attn.{p}_proj.bias": s for p, s in (("q", "queries"), ("k", "keys"), ("v", "keys"))
+    },
     "qk_norm": {"self_attn.q_norm.weight": "head", "self_attn.k_norm.weight": "head"},
     "mla": {
-        **{"self_attn.kv_a_proj_with_mqa.weight": "latent+rope width", "self_attn.kv_a_layernorm.weight": "latent"},
-        **{"self_attn.kv_b_proj.weight": "unfolded latent", "self_attn.o_proj.weight": "width values"},
+        **{
+            "self_attn.kv_a_proj_with_mqa.weight": "latent+rope width",
+            "self_attn.kv_a_layernorm.weight": "latent",
+        },
+        **{
+            "self_attn.kv_b_proj.weight": "unfolded latent",
+            "self_attn.o_proj.weight": "width values",
+        },
     },
-    "mla_bias": {"self_attn.kv_a_proj_with_mqa.bias": "latent+rope", "self_attn.o_proj.bias": "width"},
+    "mla_bias": {
+        "self_attn.kv_a_proj_with_mqa.bias": "latent+rope",
+        "self_attn.o_proj.bias": "width",
+    },
     "mla_query": {"self_attn.q_proj.weight": "queries width"},
     "mla_query_latent": {
-        **{"self_attn.q_a_proj.weight": "query_latent width", "self_attn.q_a_layernorm.weight": "query_latent"},
+        **{
+            "self_attn.q_a_proj.weight": "query_latent width",
+            "self_attn.q_a_layernorm.weight": "query_latent",
+        },
         **{"self_attn.q_b_proj.weight": "queries query_latent"},
     },
     "mla_query_bias": {"self_attn.q_a_proj.bias": "query_latent"},
     "dense": {f"mlp.{name}": axes for name, axes in SWIGLU.items()},
     "moe": {"mlp.gate.weight": "experts width", "mlp.gate.e_score_correction_bias": "experts"},
-    "shared": {f"mlp.shared_experts.{name}": axes.replace("inner", "shared") for name, axes in SWIGLU.items()},
+    "shared": {
+        f"mlp.shared_experts.{name}": axes.replace("inner", "shared")
+        for name, axes in SWIGLU.items()
+    },
     "mtp": {
         **{"enorm.weight": "width", "hnorm.weight": "width", "shared_head.norm.weight": "width"},
         **{"eh_proj.weight": "width width+width"},
     },
-    "mtp_copies": {"embed_tokens.weight": "vocabulary width", "shared_head.head.weight": "vocabulary width"},
+    "mtp_copies": {
+        "embed_tokens.weight": "vocabulary width",
+        "shared_head.head.weight": "vocabulary width",
+    },
 }
-EXPERTS = {"gate_proj": ("gate_EFD", "expert width"), "up_proj": ("up_EFD", "expert width"),
-           "down_proj": ("down_EDF", "width expert")}  # fmt: skip
+EXPERTS = {
+    "gate_proj": ("gate_EFD", "expert width"),
+    "up_proj": ("up_EFD", "expert width"),
+    "down_proj": ("down_EDF", "width expert"),
+}
 """Projection in a file: (stack in the model, axes of one expert's matrix)."""
 FUSED = {"gate_up_proj": ("gate_EFD", "up_EFD"), "down_proj": ("down_EDF",)}
 """Stack of all experts in a file: the stacks of the model that it holds, one after the other along axis 1."""
-ORIGINALS = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+ORIGINALS = {
+    "embed_tokens.weight": "model.embed_tokens.weight",
+    "shared_head.head.weight": "lm_head.weight",
+}
 
 
 @dataclass(frozen=True)
@@ -63,9 +93,18 @@ class Entry:
 
 def _sizes(c):
     queries = c.num_attention_heads * c.head_dim
-    found = {"vocabulary": c.vocab_size, "width": c.hidden_size, "queries": queries, "head": c.head_dim}
+    found = {
+        "vocabulary": c.vocab_size,
+        "width": c.hidden_size,
+        "queries": queries,
+        "head": c.head_dim,
+    }
     found |= {"keys": c.num_key_value_heads * c.head_dim, "inner": c.intermediate_size}
-    found |= {"experts": c.n_routed_experts, "expert": c.moe_intermediate_size, "rope": c.qk_rope_head_dim}
+    found |= {
+        "experts": c.n_routed_experts,
+        "expert": c.moe_intermediate_size,
+        "rope": c.qk_rope_head_dim,
+    }
     found |= {"shared": c.n_shared_experts * c.moe_intermediate_size, "latent": c.kv_lora_rank}
     found |= {"query_latent": c.q_lora_rank, "values": c.num_attention_heads * c.v_head_dim}
     return found | {"unfolded": c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)}
@@ -74,8 +113,17 @@ def _sizes(c):
 def _parts(c):
     """Which parts of the table describe the attention of every layer."""
     if not c.kv_lora_rank:
-        return ["layer", "attention", *["attention_bias"] * c.attention_bias, *["qk_norm"] * c.use_qk_norm]
-    query = ["mla_query_latent", *["mla_query_bias"] * c.attention_bias] if c.q_lora_rank else ["mla_query"]
+        return [
+            "layer",
+            "attention",
+            *["attention_bias"] * c.attention_bias,
+            *["qk_norm"] * c.use_qk_norm,
+        ]
+    query = (
+        ["mla_query_latent", *["mla_query_bias"] * c.attention_bias]
+        if c.q_lora_rank
+        else ["mla_query"]
+    )
     return ["layer", "mla", *["mla_bias"] * c.attention_bias, *query]
 
 
@@ -88,8 +136,11 @@ def expected(c):
 
     for name, axes in (TABLE["model"] | TABLE["head"]).items():
         is_copy = name == "lm_head.weight" and c.tie_word_embeddings
-        found[name] = Entry(shape(axes), ORIGINALS["embed_tokens.weight"] if is_copy else name,
-                            kind="copy" if is_copy else "weight")  # fmt: skip
+        found[name] = Entry(
+            shape(axes),
+            ORIGINALS["embed_tokens.weight"] if is_copy else name,
+            kind="copy" if is_copy else "weight",
+        )
     for layer in range(c.num_hidden_layers + c.num_nextn_predict_layers):
         is_mtp, prefix = layer == c.num_hidden_layers, f"model.layers.{layer}."
         kind = "mtp" if is_mtp else "weight"

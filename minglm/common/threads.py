@@ -1,0 +1,35 @@
+"""Decide how many CPU threads this process may use (no section in the paper)."""
+
+import os
+
+_threads = 1  # set by `use_threads`
+
+
+def thread_count(asked=0):
+    """`asked`, or OMP_NUM_THREADS, or the cores of this machine divided by the ranks on it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    shared = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return asked or int(os.environ.get("OMP_NUM_THREADS") or shared)
+
+
+def use_threads(count=0, inside=True):
+    """Give this process `thread_count(count)` threads. Returns how many of them are left for shares of a batch.
+
+    inside: all of them share each PyTorch operation, and the batch has one; else each operation has one. OpenMP threads
+    that wait by spinning starve each other on a busy machine (a 2-thread product was measured up to 30 times slower),
+    and threads that never spin must be woken for each of thousands of small operations (a training step of the toy took
+    1.6 times as long). So they spin for some microseconds; this is set before torch is imported.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    import torch
+
+    global _threads
+    _threads = thread_count(count)
+    torch.set_num_threads(_threads if inside else 1)
+    return 1 if inside else _threads
+
+
+def threads_in_use():
+    """Return how many threads of this process may be busy at once: what `use_threads` last set, 1 before."""
+    return _threads
