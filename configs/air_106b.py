@@ -6,12 +6,12 @@ Narrower than GLM-4.5 and half as deep, and besides: no QK-norm, routed experts 
 schedule and post-training are the paper's, the defaults of `minglm.config.run`.
 """
 
-from minglm.config import ModelConfig, OptimizerConfig, Run
+from minglm.config import ModelConfig, OptimizerConfig, RunConfig
 
 
 def air_106b():
     """GLM-4.5-Air: 1 dense and 45 MoE layers, 128 experts of which 8 and a shared one serve a token."""
-    return Run(
+    return RunConfig(
         name="air_106b",
         model=ModelConfig(
             hidden_size=4096,

@@ -7,12 +7,12 @@ no QK-norm, 64 experts of which 4 and a shared one serve a token, another vocabu
 are the paper's, the defaults of `minglm.config.run`.
 """
 
-from minglm.config import ModelConfig, OptimizerConfig, Run
+from minglm.config import ModelConfig, OptimizerConfig, RunConfig
 
 
 def flash_30b():
     """GLM-4.7-Flash: 1 dense and 46 MoE layers, 20 heads of 256 over a latent of 512."""
-    return Run(
+    return RunConfig(
         name="flash_30b",
         model=ModelConfig(
             vocab_size=154880,

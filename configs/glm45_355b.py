@@ -10,12 +10,12 @@ enough work to hide the gathering of the weights.
 
 from dataclasses import replace
 
-from minglm.config import ModelConfig, OptimizerConfig, Run
+from minglm.config import ModelConfig, OptimizerConfig, RunConfig
 
 
 def glm45_355b():
     """GLM-4.5: 3 dense and 89 MoE layers, 160 experts of which 8 and a shared one serve a token, QK-norm."""
-    return Run(
+    return RunConfig(
         name="glm45_355b",
         model=ModelConfig(),
         optimizer=OptimizerConfig(microbatch_tokens=16384),

@@ -17,7 +17,7 @@ from minglm.config import (
     OptimizerConfig,
     PostTrainingConfig,
     RLConfig,
-    Run,
+    RunConfig,
     SFTConfig,
     StageConfig,
     StagesConfig,
@@ -30,7 +30,7 @@ def mini():
         SFTConfig(20_000, 2.0, 131_072, 8192, 2e-4),
         {"prompts": 32, "samples": 16, "max_new_tokens": 2048},
     )
-    return Run(
+    return RunConfig(
         name="mini",
         model=ModelConfig(
             vocab_size=32_768,

@@ -8,7 +8,7 @@ from minglm.config import (
     OptimizerConfig,
     PostTrainingConfig,
     RLConfig,
-    Run,
+    RunConfig,
     SFTConfig,
     StageConfig,
     StagesConfig,
@@ -21,7 +21,7 @@ def nano():
         SFTConfig(8, 1.0, 1024, 1024, 5e-3),
         {"steps": 2, "prompts": 2, "samples": 2, "max_new_tokens": 24},
     )
-    return Run(
+    return RunConfig(
         name="nano",
         model=ModelConfig(
             vocab_size=512,

@@ -13,7 +13,7 @@ from minglm.config import (
     OptimizerConfig,
     PostTrainingConfig,
     RLConfig,
-    Run,
+    RunConfig,
     SFTConfig,
     StageConfig,
     StagesConfig,
@@ -22,7 +22,7 @@ from minglm.config import (
 
 def toy():
     """1.7 M parameters, 2 CPU cores, minutes."""
-    return Run(
+    return RunConfig(
         name="toy",
         model=ModelConfig(
             vocab_size=2048,

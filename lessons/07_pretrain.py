@@ -25,7 +25,14 @@ import numpy as np
 from tqdm import tqdm
 
 from minglm import lesson
-from minglm.config import DataConfig, ModelConfig, OptimizerConfig, Run, StageConfig, StagesConfig
+from minglm.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    StageConfig,
+    StagesConfig,
+)
 from minglm.data.build import prepare
 from minglm.data.mixture import Mixture
 from minglm.eval.text import bits_per_byte
@@ -71,7 +78,7 @@ SMOKE = {"tokens": 3_072, "megabytes": 0.02, "documents": 20, "peak_lr": 0.02, "
 
 # %%
 def config(sizes, seed, **changes):
-    """The Run of one training: nano, with the paper's stages in its proportions of length."""
+    """The RunConfig of one training: nano, with the paper's stages in its proportions of length."""
     total, small = sizes["tokens"], min(1024, sizes["tokens"] // 12)
     row = min(2048, total // 12)  # the longest: 32 times the shortest, as in the paper
     general, code, repository, reasoning, long = (int(share * total) for share in SHARES.values())
@@ -102,7 +109,7 @@ def config(sizes, seed, **changes):
         field: {"start": small, "end": 4 * small}.get(value, value)
         for field, value in changes.items()
     }
-    return Run("pretrain", NANO, stages, data, replace(optimizer, **changes), seed=seed)
+    return RunConfig("pretrain", NANO, stages, data, replace(optimizer, **changes), seed=seed)
 
 
 def train(name, run, tokenizer, shards, heldout, limit):
@@ -165,7 +172,7 @@ def experiment(sizes, seeds):
 # %%
 def full_scale():
     """What the schedules say at a few points of GLM-4.5's 23.1 trillion tokens."""
-    run, found = Run("glm", ModelConfig()), {}
+    run, found = RunConfig("glm", ModelConfig()), {}
     total = run.stages.total_tokens
     for tokens in (10**12, 15 * 10**12, 22 * 10**12):
         rate, batch = (

@@ -180,7 +180,7 @@ def turns(sides, batches):
 def train(config, options):
     """Tokens a second of a training step of minglm and of transformers, in float32 and bfloat16, for each layout.
 
-    config: a Run whose model fits in memory several times. options: `repeats`, turns of each side, and `tokens`, of a
+    config: a RunConfig whose model fits in memory several times. options: `repeats`, turns of each side, and `tokens`, of a
     batch. Returns the record. Raises ValueError without transformers, and where the two sides' losses differ.
     """
     use_threads(1)

@@ -12,7 +12,7 @@ from minglm.config.posttraining import (
     RLConfig,
     SFTConfig,
 )
-from minglm.config.run import Run, load_config
+from minglm.config.run import RunConfig, load_config
 from minglm.config.training import BalanceConfig, OptimizerConfig, StageConfig, StagesConfig
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
     "OptimizerConfig",
     "PostTrainingConfig",
     "RLConfig",
-    "Run",
+    "RunConfig",
     "SFTConfig",
     "StageConfig",
     "StagesConfig",

@@ -1,6 +1,6 @@
 """The configuration of a run: one tree of dataclasses, from the model's shape to the last reinforcement step.
 
-A config is a Python file (see `configs/`) with a function that returns a `Run`. The ladder from `nano` to the 355B
+A config is a Python file (see `configs/`) with a function that returns a `RunConfig`. The ladder from `nano` to the 355B
 model is made of the same fields with other numbers. The model's shape, `ModelConfig`, has a
 file of its own, `minglm.config.model`. `check` refuses impossible values before anything starts.
 
@@ -24,7 +24,7 @@ from minglm.config.training import BalanceConfig, OptimizerConfig, StagesConfig
 
 
 @dataclass(frozen=True)
-class Run:
+class RunConfig:
     """Everything that decides a run's result."""
 
     name: str
@@ -76,7 +76,7 @@ class Run:
         ) in MLA_FIELDS:  # at 0 they say nothing: runs from before they existed keep their hash
             if not values["model"][name]:
                 del values["model"][name]
-        if self.rollouts == Run.rollouts:
+        if self.rollouts == RunConfig.rollouts:
             del values["rollouts"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -110,7 +110,7 @@ def to_dict(config):
     return dataclasses.asdict(config)
 
 
-def from_dict(values, kind=Run):
+def from_dict(values, kind=RunConfig):
     """The inverse of `to_dict`, from parsed JSON. Raises ValueError for a field that does not exist."""
     types, found = get_type_hints(kind), {}
     for name, value in values.items():
@@ -287,7 +287,7 @@ def load_config(path, overrides=()):
 
     path: `configs/toy.py`, or `configs/glm45_355b.py:glm46` for another function of the file.
     overrides: command-line words such as ["--model.hidden_size", "64"].
-    Returns a checked `Run`. Raises ValueError, in one line, for a missing file, an unknown field or a bad value.
+    Returns a checked `RunConfig`. Raises ValueError, in one line, for a missing file, an unknown field or a bad value.
     """
     file, _, variant = str(path).partition(":")
     if not Path(file).is_file():
@@ -298,7 +298,7 @@ def load_config(path, overrides=()):
     functions = runpy.run_path(file)
     if not callable(functions.get(variant)):
         raise ValueError(
-            f"{file} has no function {variant}(); a config is a function that returns a minglm.config.run.Run"
+            f"{file} has no function {variant}(); a config is a function that returns a minglm.config.run.RunConfig"
         )
     run = functions[variant]()
     return check(override(run, overrides) if overrides else run)

@@ -38,7 +38,7 @@ MARKED = 2000
 
 
 def prepare(run, folder, engine="local"):
-    """(tokenizer, training shards, held-out shards, what was done) of a Run, from `folder` or built there.
+    """(tokenizer, training shards, held-out shards, what was done) of a RunConfig, from `folder` or built there.
 
     What was done, for the log: tokens of each source, number of documents, what each step of cleaning took, records
     that could not be used, seconds. A build that was stopped goes on, and a shard that was cut short is made again.

@@ -145,7 +145,7 @@ def bits_by_position(model, tokenizer, documents, length, limit):
 def measure(model, tokenizer, heldout, run, stage):
     """Both measurements after a stage with longer rows than the one before, as (kind, record) pairs for a log.
 
-    heldout: {source: documents}; needles are hidden in prose and code, repeated if they are too short. run: Run, whose
+    heldout: {source: documents}; needles are hidden in prose and code, repeated if they are too short. run: RunConfig, whose
     `evaluation` says how many rows for each length and depth (`needles`; 0: nothing is measured), and how many
     `heldout_tokens` of each source.
     """

@@ -186,7 +186,7 @@ def _refuse(run, gpus, usable):
 def plan(
     run, gpus=1, gpu_memory_gib=80.0, peak_flops=989e12, utilisation=0.25, dollars_per_gpu_hour=2.0
 ):
-    """Everything above for a Run on `gpus` GPUs, as a dict that JSON can hold.
+    """Everything above for a RunConfig on `gpus` GPUs, as a dict that JSON can hold.
 
     peak_flops: of one GPU in the run's dtype, per second (989e12: H100, bfloat16, dense). utilisation: the share of it
     that training reaches; 0.25 is what good MoE training reports. Raises ValueError, one line, for what cannot fit and

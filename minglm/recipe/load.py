@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from minglm.common.device import pick_device, pick_dtype
-from minglm.config.run import Run, check, from_dict
+from minglm.config.run import RunConfig, check, from_dict
 from minglm.data.tokenizer import Tokenizer
 from minglm.kernels import dispatch
 from minglm.model.glm import GLM
@@ -62,4 +62,4 @@ def load_released(folder, stage=None):
         raise ValueError(f"--stage {stage}: {folder} is a released checkpoint, which has no stages")
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     model = GLM.from_pretrained(folder, device=pick_device())
-    return model.eval(), tokenizer, Run(folder.name, model.config), "released"
+    return model.eval(), tokenizer, RunConfig(folder.name, model.config), "released"

@@ -155,7 +155,7 @@ def draw_finishing(axis, run):
 
 
 def draw_stages(run, path):
-    """Draw the stages of `run` (a `config.Run`) beside the paper's, as a PNG at `path`. Returns the path."""
+    """Draw the stages of `run` (a `config.RunConfig`) beside the paper's, as a PNG at `path`. Returns the path."""
     figure, axes = canvas(1, 1, (10, 5.2))
     figure.set_layout_engine("none")
     axis = axes[0][0]

@@ -38,7 +38,7 @@ def examples(tokenizer, messages, tools=(), thinking=True):
 def phase(name, config, run, tokens):
     """The `Phase` of an SFT stage over `tokens` tokens: warm-up over 5%, then cosine to a tenth.
 
-    config: SFTConfig. run: Run, for what SFT shares with the later stages of pre-training: the MTP weight, the balance
+    config: SFTConfig. run: RunConfig, for what SFT shares with the later stages of pre-training: the MTP weight, the balance
     loss (the selection bias rests), micro-batch and clipping.
     """
     warm = 0.05 * tokens

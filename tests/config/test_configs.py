@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.config import ModelConfig, Run, StageConfig, StagesConfig, load_config
+from minglm.config import ModelConfig, RunConfig, StageConfig, StagesConfig, load_config
 from minglm.config.overrides import override
 from minglm.config.run import COMFORT, check, to_dict
 
@@ -20,7 +20,7 @@ def small():
     model = ModelConfig(
         hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=512
     )
-    return check(Run("small", model))
+    return check(RunConfig("small", model))
 
 
 def leaves(config, prefix=""):
@@ -171,5 +171,5 @@ def test_help_documents_every_field(capsys):
 def test_a_config_is_plain_data():
     """A config as dictionaries has every field, so RUN/config.json can be read by anything."""
     values = to_dict(small())
-    assert set(values) == {f.name for f in dataclasses.fields(Run)}
+    assert set(values) == {f.name for f in dataclasses.fields(RunConfig)}
     assert set(values["stages"]["general"]) == {f.name for f in dataclasses.fields(StageConfig)}

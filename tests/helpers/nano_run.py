@@ -36,7 +36,7 @@ finished_folder = []
 
 
 def small():
-    """The `Run`."""
+    """The `RunConfig`."""
     return load_config(CONFIG, OVERRIDES)
 
 

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minglm import GLM
-from minglm.config import ModelConfig, OptimizerConfig, Run, StageConfig, StagesConfig, load_config
+from minglm.config import (
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    StageConfig,
+    StagesConfig,
+    load_config,
+)
 from minglm.kernels.attention import eager
 from minglm.optim.muon import Muon
 from minglm.plan.counts import (
@@ -92,13 +99,13 @@ def models(draw):
 
 
 def small_run(model, microbatch_tokens=64, **changes):
-    """A Run of this model whose stages are short."""
+    """A RunConfig of this model whose stages are short."""
     stage = StageConfig("a test", 1000, 16, {"prose": 1.0})
     stages = StagesConfig(*[stage] * 5)
     optimizer = OptimizerConfig(
         batch_tokens_start=64, batch_tokens_end=64, microbatch_tokens=microbatch_tokens
     )
-    return Run("small", model, stages, optimizer=optimizer, **changes)
+    return RunConfig("small", model, stages, optimizer=optimizer, **changes)
 
 
 @pytest.mark.parametrize("name", GOLDEN)

@@ -11,7 +11,7 @@ from helpers.fake_log import fake_log
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minglm.config import ModelConfig, Run, StagesConfig
+from minglm.config import ModelConfig, RunConfig, StagesConfig
 from minglm.report import card, curves, drawing
 
 LOG = fake_log()
@@ -234,7 +234,7 @@ def test_the_stages_are_drawn_from_the_config(tmp_path):
     pictures = []
     for tokens in (1_000_000, 2_000_000):
         general = dataclasses.replace(StagesConfig().general, tokens=tokens)
-        run = Run("x", ModelConfig(), dataclasses.replace(StagesConfig(), general=general))
+        run = RunConfig("x", ModelConfig(), dataclasses.replace(StagesConfig(), general=general))
         pictures.append(card.draw_stages(run, tmp_path / f"{tokens}.png").read_bytes())
     assert pictures[0] != pictures[1]
 
