@@ -12,16 +12,12 @@ import json
 from functools import partial
 from itertools import pairwise
 
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.chat.template import STOPS, dialect_of
 from minglm.data.tokenizer import SPECIAL_TOKENS
-
-# A counterexample is reported as it is drawn: looking for the smallest one takes seconds.
-contract = settings(
-    deadline=None, report_multiple_bugs=False, phases=[Phase.generate], database=None
-)
+from minglm.testing.strategies import contract
 
 TOOLS = [
     {

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from minglm.data.cleaning.shingles import shingles
 from minglm.data.sources.corpus import Document
-from minglm.testing.data import contract, seeds
+from minglm.testing.strategies import contract, seeds
 
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 HAN = [chr(code) for code in range(0x4E00, 0x4E00 + 1500)]

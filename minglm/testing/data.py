@@ -11,32 +11,10 @@ import math
 
 import numpy as np
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-# one plain AssertionError at the first failing example: its message says which property, so smaller shapes add little
-contract = settings(
-    deadline=None, report_multiple_bugs=False, phases=[Phase.generate], database=None
-)
-seeds = st.integers(0, 2**31)
-
-
-def texts(names=()):
-    """Strategy for texts: any characters, digits, Chinese, code, with the names of special tokens among them."""
-    pieces = [
-        "def f(x):\n    return 1\n",
-        "1234",
-        "  ",
-        "\r\n",
-        "\t",
-        "你好，世界",
-        "é",
-        "e\u0301",
-        "🙂",
-        "\0",
-        *names,
-    ]
-    return st.lists(st.text(max_size=8) | st.sampled_from(pieces), max_size=8).map("".join)
+from minglm.testing.strategies import contract, seeds, texts
 
 
 def check_tokenizer(tokenizer):

@@ -10,19 +10,13 @@ Tasks and messages are drawn by hypothesis; the first property that fails raises
 import json
 import math
 
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minglm.envs.base import assistant
+from minglm.testing import strategies
 
-# A counterexample is reported as it is drawn: a smaller one would cost time, in a sandbox seconds, and say no more.
-contract = settings(
-    deadline=None,
-    report_multiple_bugs=False,
-    phases=[Phase.generate],
-    database=None,
-    max_examples=25,
-)
+contract = settings(strategies.contract, max_examples=25)  # an example in a sandbox takes seconds
 STATUSES = ("ok", "wrong", "format", "infrastructure")
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 
-from minglm.testing.rl import holds, numbers, seeds
+from minglm.testing.strategies import holds, numbers, seeds
 
 GRID = 1000
 

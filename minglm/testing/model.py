@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from minglm.config import ModelConfig
 from minglm.model.glm import GLM
-from minglm.testing.rl import holds, numbers, seeds
+from minglm.testing.strategies import holds, numbers, seeds
 
 # Longer than a chunk of `flash_attention`, shorter, and exactly one or two; a few of each are enough.
 lengths = st.sampled_from([1, 2, 5, 63, 64, 65, 130])

@@ -13,21 +13,17 @@ import io
 import itertools
 
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.config import OptimizerConfig
+from minglm.testing.strategies import contract, seeds
 
-# one plain AssertionError at the first failing example: its message says which property, so smaller shapes add little
-contract = settings(
-    deadline=None, report_multiple_bugs=False, phases=[Phase.generate], database=None
-)
 RMS_BAND = (
     0.6,
     1.3,
 )  # singular values after Newton-Schulz lie in 0.68 to 1.21; bfloat16 widens that
 shapes = st.tuples(st.integers(2, 16), st.integers(2, 16))
-seeds = st.integers(0, 2**31)
 
 
 def _draw(seed, *shape):

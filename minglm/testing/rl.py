@@ -8,23 +8,9 @@ import itertools
 import math
 
 import torch
-from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-seeds = st.integers(0, 2**32 - 1)
-shapes = st.tuples(st.integers(1, 6), st.integers(1, 9))
-
-
-def holds(shrink=True, **drawn):
-    """Decorator: run the property below at once, on drawn examples. Of its failures one is raised, made small."""
-    left_out = {Phase.explain} if shrink else {Phase.explain, Phase.shrink}
-    chosen = settings(deadline=None, report_multiple_bugs=False, phases=set(Phase) - left_out)
-    return lambda test: chosen(given(**drawn)(test))()
-
-
-def numbers(seed):
-    """A torch.Generator of this seed."""
-    return torch.Generator().manual_seed(seed)
+from minglm.testing.strategies import holds, numbers, seeds, shapes
 
 
 def check_aggregation(aggregate):

@@ -18,7 +18,7 @@ from minglm.data.store import documents as parts
 from minglm.envs import ENVIRONMENTS
 from minglm.eval.tasks import TEST_SEED
 from minglm.testing.cleaning import check_decontamination
-from minglm.testing.data import texts
+from minglm.testing.strategies import texts
 
 CONFIG = "configs/nano.py"
 

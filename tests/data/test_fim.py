@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from minglm.data.fim import fim, rewrite, spans, unfim
 from minglm.data.tokenizer import Tokenizer
-from minglm.testing.data import check_fim, texts
+from minglm.testing.data import check_fim
+from minglm.testing.strategies import texts
 
 TOKENIZER = Tokenizer.train(["def f(x):\n    return x\n"] * 5, 320)
 CODE = texts(["a = 1\n", "\n", "# <|code_prefix|>\n"])

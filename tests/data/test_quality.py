@@ -23,7 +23,7 @@ from minglm.data.cleaning.classifier import (
 from minglm.data.cleaning.shingles import by_text
 from minglm.data.sources.corpus import Document
 from minglm.testing.cleaning import check_scorer, made_up
-from minglm.testing.data import texts
+from minglm.testing.strategies import texts
 
 
 @given(st.text(), st.sampled_from(["en", "zh", "python"]))

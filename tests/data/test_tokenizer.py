@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.data.tokenizer import SPECIAL_TOKENS, Tokenizer, _sample
-from minglm.testing.data import check_tokenizer, texts
+from minglm.testing.data import check_tokenizer
+from minglm.testing.strategies import texts
 
 CORPUS = [f"def add_{n}(a, b):\n    return a + b + {n}  # the sum, 总和\n" for n in range(50)] + [
     "Add 12 to 345.\n"

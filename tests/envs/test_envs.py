@@ -18,8 +18,7 @@ from minglm.envs.pathology import Provocation, faults, spoil
 from minglm.envs.retail import OUTCOME, TOOLS, Retail, RetailEpisode, outcomes_told
 from minglm.envs.sandbox.pool import Verdict
 from minglm.testing.envs import check_environment
-
-seeds = st.integers(0, 2**31)
+from minglm.testing.strategies import seeds
 
 
 @pytest.mark.parametrize("env", ENVIRONMENTS.values(), ids=ENVIRONMENTS)

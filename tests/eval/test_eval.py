@@ -20,7 +20,7 @@ from minglm.inference import Engine
 from minglm.model.glm import GLM, Output
 from minglm.rl.rollout import Trajectory
 from minglm.testing.model import tiny_model
-from minglm.testing.rl import seeds
+from minglm.testing.strategies import seeds
 
 TEXTS = (
     "the order is cancelled in the shop, 38+7=45;",

@@ -26,7 +26,7 @@ from minglm.eval.needles import written_needles as written
 from minglm.eval.text import bits_per_byte
 from minglm.model.glm import Output
 from minglm.testing.model import tiny_model
-from minglm.testing.rl import seeds
+from minglm.testing.strategies import seeds
 
 V = 40
 ids = st.lists(st.integers(0, V - 1), min_size=1, max_size=4)

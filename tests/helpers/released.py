@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from minglm.model.glm import GLM
 from minglm.testing.model import tiny_model
-from minglm.testing.rl import numbers, seeds
+from minglm.testing.strategies import numbers, seeds
 
 EVERY_VALUE = {
     "hidden_act": "silu",

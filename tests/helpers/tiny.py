@@ -6,7 +6,7 @@ import torch
 
 from minglm.data.packing import Batch
 from minglm.testing.model import drawn_documents
-from minglm.testing.rl import numbers
+from minglm.testing.strategies import numbers
 from minglm.train.loop import Phase, accumulate
 
 

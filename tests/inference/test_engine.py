@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from minglm.inference import Completion, Engine, Request
 from minglm.inference.sampling import sample, uniforms
 from minglm.testing.model import tiny_model
-from minglm.testing.rl import numbers, seeds
+from minglm.testing.strategies import numbers, seeds
 
 
 def drawn_requests(seed, count):

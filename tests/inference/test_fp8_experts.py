@@ -14,7 +14,7 @@ from minglm.inference.fp8_experts import Float8Experts
 from minglm.kernels.experts.eager import grouped_experts
 from minglm.model.moe import Experts, MoE
 from minglm.testing.model import normal, tiny_model
-from minglm.testing.rl import numbers, seeds
+from minglm.testing.strategies import numbers, seeds
 
 
 def layers(model):

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from minglm.inference import Engine, Request
 from minglm.inference.kv_cache import Blocks, NoRoom, Table
 from minglm.testing.model import tiny_model
-from minglm.testing.rl import numbers, seeds
+from minglm.testing.strategies import numbers, seeds
 
 SIZE, LIMIT = 2, 9
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from minglm.inference.sampling import cut, sample, uniforms
 from minglm.testing.inference import check_sampler
-from minglm.testing.rl import numbers, seeds
+from minglm.testing.strategies import numbers, seeds
 
 
 def test_sampler_keeps_the_contract():

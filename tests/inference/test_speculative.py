@@ -11,7 +11,7 @@ from minglm.inference import Engine, Request
 from minglm.inference.speculative import verify
 from minglm.testing.inference import check_verifier
 from minglm.testing.model import tiny_model
-from minglm.testing.rl import numbers, seeds
+from minglm.testing.strategies import numbers, seeds
 
 
 def test_verifier_keeps_the_contract():

@@ -19,7 +19,7 @@ from minglm.kernels import dispatch
 from minglm.kernels.cpu import build
 from minglm.kernels.newton_schulz.eager import COEFFICIENTS, orthogonalize, polar_express
 from minglm.testing.model import tiny_model
-from minglm.testing.rl import numbers, seeds
+from minglm.testing.strategies import numbers, seeds
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="no C compiler here")
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from minglm.kernels.fp8.eager import ACTIVATION_BLOCK, WEIGHT_BLOCK, dequantize, quantize
 from minglm.testing.model import normal
-from minglm.testing.rl import seeds
+from minglm.testing.strategies import seeds
 
 blocks = st.sampled_from([WEIGHT_BLOCK, ACTIVATION_BLOCK, (2, 3)])
 shapes = st.sampled_from([(1, 1), (3, 5), (128, 128), (130, 257), (2, 5, 129)])

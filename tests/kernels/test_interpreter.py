@@ -24,7 +24,7 @@ from minglm.kernels.toolchain.interpreter import (
     to_float8,
     watched,
 )
-from minglm.testing.rl import numbers, seeds
+from minglm.testing.strategies import numbers, seeds
 
 DEVICE = switch_on()
 import triton  # noqa: E402

@@ -21,7 +21,7 @@ from minglm.kernels.norm.eager import add_norm, norm
 from minglm.kernels.qk_norm_rope.eager import norm_rope_by_hand, qk_norm_rope
 from minglm.model.rope import angles
 from minglm.testing.model import normal
-from minglm.testing.rl import numbers, seeds
+from minglm.testing.strategies import numbers, seeds
 
 sizes = st.tuples(
     st.integers(1, 20), st.integers(1, 6), st.integers(1, 9)

@@ -14,7 +14,7 @@ from minglm.kernels.attention.eager import flash_attention
 from minglm.kernels.attention.paged import attend_slots
 from minglm.kernels.toolchain.interpreter import in_new_process, switch_on
 from minglm.testing.model import drawn_documents, normal, tiny_model, torch_attention
-from minglm.testing.rl import numbers, seeds
+from minglm.testing.strategies import numbers, seeds
 
 DEVICE = switch_on()
 from minglm.kernels.attention import triton_backward as backward

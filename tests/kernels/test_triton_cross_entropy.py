@@ -14,7 +14,7 @@ from minglm.kernels.cross_entropy.eager import (
     token_log_probabilities,
 )
 from minglm.kernels.toolchain.interpreter import in_new_process, switch_on
-from minglm.testing.rl import numbers, seeds
+from minglm.testing.strategies import numbers, seeds
 
 DEVICE = switch_on()
 from minglm.kernels.cross_entropy import triton_kernel as kernel

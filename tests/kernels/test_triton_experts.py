@@ -10,7 +10,7 @@ from minglm.kernels.experts.eager import grouped_experts
 from minglm.kernels.router.eager import group_by_expert
 from minglm.kernels.toolchain.interpreter import in_new_process, switch_on, watched
 from minglm.testing.model import normal
-from minglm.testing.rl import numbers, seeds
+from minglm.testing.strategies import numbers, seeds
 
 DEVICE = switch_on()
 from minglm.kernels.experts import triton_layer as layer

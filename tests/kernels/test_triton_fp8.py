@@ -17,7 +17,7 @@ from minglm.kernels.fp8.eager import (
 )
 from minglm.kernels.toolchain.interpreter import in_new_process, switch_on
 from minglm.testing.model import normal
-from minglm.testing.rl import numbers, seeds
+from minglm.testing.strategies import numbers, seeds
 
 DEVICE = switch_on()
 from minglm.kernels.fp8 import triton_kernel as kernel

@@ -9,7 +9,7 @@ from minglm.kernels import dispatch
 from minglm.kernels.newton_schulz.eager import orthogonalize, polar_express
 from minglm.kernels.toolchain.interpreter import in_new_process, switch_on, watched
 from minglm.testing.model import normal
-from minglm.testing.rl import seeds
+from minglm.testing.strategies import seeds
 
 DEVICE = switch_on()
 from minglm.kernels.newton_schulz import triton_kernel as kernel

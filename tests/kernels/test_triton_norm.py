@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from minglm.kernels.norm.eager import norm
 from minglm.kernels.toolchain.interpreter import in_new_process, switch_on
 from minglm.testing.model import normal
-from minglm.testing.rl import seeds
+from minglm.testing.strategies import seeds
 
 DEVICE = switch_on()
 from minglm.kernels.norm import triton_kernel

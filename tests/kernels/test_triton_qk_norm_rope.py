@@ -10,7 +10,7 @@ from minglm.kernels.toolchain.interpreter import in_new_process, switch_on
 from minglm.model.layers import RMSNorm
 from minglm.model.rope import angles, rotate
 from minglm.testing.model import normal
-from minglm.testing.rl import numbers, seeds
+from minglm.testing.strategies import numbers, seeds
 
 DEVICE = switch_on()
 from minglm.kernels.qk_norm_rope import triton_kernel as kernel

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from minglm.kernels.router.eager import group_by_expert, router_topk
 from minglm.kernels.toolchain.interpreter import in_new_process, switch_on
 from minglm.testing.model import normal
-from minglm.testing.rl import numbers, seeds
+from minglm.testing.strategies import numbers, seeds
 
 DEVICE = switch_on()
 from minglm.kernels.router import triton_kernel as kernel

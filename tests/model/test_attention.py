@@ -14,7 +14,7 @@ from minglm.kernels.attention.paged import attend_slots
 from minglm.model.attention import Attention
 from minglm.model.rope import angles
 from minglm.testing.model import check_attention, normal, torch_attention
-from minglm.testing.rl import numbers, seeds
+from minglm.testing.strategies import numbers, seeds
 
 SMALL = dataclasses.replace(
     ModelConfig(),

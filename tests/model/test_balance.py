@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from minglm.model.balance import load, sequence_loss, step_bias
 from minglm.model.router import choose
 from minglm.testing.model import check_balance
-from minglm.testing.rl import numbers, seeds
+from minglm.testing.strategies import numbers, seeds
 
 counts = st.tuples(
     st.integers(1, 4), st.integers(1, 8), st.integers(2, 9)

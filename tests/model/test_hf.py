@@ -30,7 +30,7 @@ from minglm.model.hf import files
 from minglm.model.hf.config import from_released, to_released
 from minglm.model.hf.names import expected, goes_to_float8
 from minglm.optim.muon import Muon
-from minglm.testing.rl import seeds
+from minglm.testing.strategies import seeds
 
 BOTH = pytest.mark.parametrize("latent", [False, True], ids=["glm4_moe", "glm4_moe_lite"])
 CONFIGS = Path(__file__).parent.parent.parent / "configs"

@@ -15,7 +15,7 @@ from minglm.kernels.attention.paged import attend_slots
 from minglm.model.mla import attend_any_width
 from minglm.model.rope import angles, rotate, rotate_pairs
 from minglm.testing.model import drawn_documents, normal, tiny_model
-from minglm.testing.rl import numbers, seeds
+from minglm.testing.strategies import numbers, seeds
 
 ROUNDING = 1e-4  # float32 logits of size up to 10, products in another order
 

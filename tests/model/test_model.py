@@ -14,7 +14,7 @@ from minglm.config import ModelConfig, load_config
 from minglm.model.glm import GLM, initialize
 from minglm.model.layers import MLP, RMSNorm
 from minglm.testing.model import drawn_documents, normal, tiny_model
-from minglm.testing.rl import numbers, seeds
+from minglm.testing.strategies import numbers, seeds
 
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 10))
 ROUNDING = 1e-4  # float32 logits of size up to 10; other tokens in a batch change how the expert products round

@@ -12,7 +12,7 @@ from minglm.kernels.experts.eager import experts_loop, grouped_experts
 from minglm.model.balance import load, sequence_loss
 from minglm.model.moe import MoE
 from minglm.testing.model import check_experts, normal, plain_experts
-from minglm.testing.rl import numbers, seeds
+from minglm.testing.strategies import numbers, seeds
 
 SMALL = dataclasses.replace(
     ModelConfig(), hidden_size=6, moe_intermediate_size=5, n_routed_experts=4, num_experts_per_tok=2

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from minglm.data.packing import Batch
 from minglm.model.glm import GLM
 from minglm.testing.model import tiny_model
-from minglm.testing.rl import numbers, seeds
+from minglm.testing.strategies import numbers, seeds
 from minglm.train.loss import targets
 
 rows = st.tuples(st.integers(1, 3), st.integers(3, 12))

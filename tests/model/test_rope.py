@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minglm.model.rope import angles, rotate
 from minglm.testing.model import check_rope, normal
-from minglm.testing.rl import seeds
+from minglm.testing.strategies import seeds
 
 
 def ours(x_BSNA, positions_BS, rotary_dim, theta):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from minglm.config import ModelConfig
 from minglm.model.router import Router, choose, mix
 from minglm.testing.model import check_router, normal
-from minglm.testing.rl import seeds
+from minglm.testing.strategies import seeds
 
 
 def ours(scores_TE, bias_E, config):

@@ -17,9 +17,9 @@ from minglm.kernels.newton_schulz.eager import (
 )
 from minglm.optim.muon import Muon, assign
 from minglm.testing.optim import check_optimizer
+from minglm.testing.strategies import seeds
 
 sizes = st.integers(2, 24)
-seeds = st.integers(0, 2**31)
 
 
 def draw(seed, *shape):

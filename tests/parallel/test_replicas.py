@@ -13,7 +13,7 @@ from minglm.model.glm import GLM
 from minglm.optim.muon import Muon
 from minglm.parallel.replicas import Replicas, sharing
 from minglm.testing.model import tiny_model
-from minglm.testing.rl import seeds
+from minglm.testing.strategies import seeds
 from minglm.train.loop import accumulate, step
 
 

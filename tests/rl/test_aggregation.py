@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.rl.aggregation import MODES, aggregate, denominator
-from minglm.testing.rl import check_aggregation, numbers, seeds, shapes
+from minglm.testing.rl import check_aggregation
+from minglm.testing.strategies import numbers, seeds, shapes
 
 
 def test_contract_holds():

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from minglm.rl.aggregation import aggregate
 from minglm.rl.grpo import advantages, live_groups, policy_loss
-from minglm.testing.rl import check_advantages, check_policy_loss, numbers, seeds, shapes
+from minglm.testing.rl import check_advantages, check_policy_loss
+from minglm.testing.strategies import numbers, seeds, shapes
 
 
 def test_advantages_keep_the_contract():

@@ -15,7 +15,7 @@ from minglm.envs.base import assistant
 from minglm.inference import Engine
 from minglm.rl.rollout import rollout
 from minglm.testing.model import tiny_model
-from minglm.testing.rl import numbers, seeds
+from minglm.testing.strategies import numbers, seeds
 
 PLAYABLE = ("arithmetic", "retail", "instructions", "provocation")  # the code tasks start processes
 RETAIL = ENVIRONMENTS["retail"]

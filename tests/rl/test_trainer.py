@@ -26,7 +26,7 @@ from minglm.rl.loop import draw_tasks, reinforce, summarize
 from minglm.rl.rollout import Segment, Trajectory, rollout
 from minglm.rl.trainer import collate, learn, sampled_log_probabilities, update
 from minglm.testing.model import tiny_model
-from minglm.testing.rl import numbers, seeds
+from minglm.testing.strategies import numbers, seeds
 from minglm.train.checkpoint import Checkpoints, Interrupted
 
 TASK = Task("0", "letters", (user("?"),), (), None, 1)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from minglm.envs.base import assistant
 from minglm.serve import terminal
 from minglm.testing.model import tiny_model
-from minglm.testing.rl import seeds
+from minglm.testing.strategies import seeds
 
 TOKENIZER = byte_tokenizer()
 

@@ -20,7 +20,7 @@ from minglm.data.mixture import Mixture
 from minglm.model.glm import GLM
 from minglm.optim.muon import Muon
 from minglm.testing.model import tiny_model
-from minglm.testing.rl import numbers
+from minglm.testing.strategies import numbers
 from minglm.train.checkpoint import Checkpoints, Interrupted, read
 from minglm.train.loop import train
 

@@ -11,7 +11,7 @@ from test_checkpoint import ROWS, STEPS, Run, S
 
 from minglm.common.files import read_jsonl
 from minglm.testing.model import tiny_model
-from minglm.testing.rl import seeds
+from minglm.testing.strategies import seeds
 from minglm.train.checkpoint import read
 from minglm.train.guard import ENOUGH, Guard
 from minglm.train.loop import train

@@ -14,7 +14,7 @@ from minglm.data.packing import Batch
 from minglm.model.glm import GLM
 from minglm.optim.muon import Muon
 from minglm.testing.model import drawn_documents, tiny_model
-from minglm.testing.rl import numbers, seeds
+from minglm.testing.strategies import numbers, seeds
 from minglm.train.loop import accumulate, step
 
 

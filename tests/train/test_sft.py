@@ -10,7 +10,7 @@ from minglm.chat import render
 from minglm.config import SFTConfig, load_config
 from minglm.data.mixture import Mixture
 from minglm.envs import ENVIRONMENTS
-from minglm.testing.rl import seeds
+from minglm.testing.strategies import seeds
 from minglm.train import sft
 
 TOOLS = ENVIRONMENTS["retail"].tools()
