@@ -39,6 +39,7 @@ from minglm.eval.text import bits_per_byte
 from minglm.model.glm import GLM
 from minglm.optim import schedule
 from minglm.optim.muon import Muon
+from minglm.recipe.solutions import task_data
 from minglm.report import drawing
 from minglm.train.loop import step
 from minglm.train.stages import phases
@@ -151,7 +152,9 @@ def train(name, run, tokenizer, shards, heldout, limit):
 def experiment(sizes, seeds):
     """All runs."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer, shards, heldout, _ = prepare(config(sizes, 0), Path(folder))
+        tokenizer, shards, heldout, _ = prepare(
+            config(sizes, 0), Path(folder), task_data(config(sizes, 0))
+        )
         cells = [
             (name, config(sizes, seed, **VARIANTS[name]))
             for seed in range(seeds)

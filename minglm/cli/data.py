@@ -15,7 +15,8 @@ from minglm.common.files import read_jsonl
 from minglm.config import load_config
 from minglm.data.build import prepare
 from minglm.data.store import shards
-from minglm.data.workers import ENGINES
+from minglm.data.workers import Executor
+from minglm.recipe.solutions import task_data
 
 SHOWN = 240
 """Characters of a sample."""
@@ -100,7 +101,10 @@ def command(parser, words):
     parser.add_argument("config", help="a config file, such as configs/toy.py")
     parser.add_argument("--out", help="folder of the run (default: runs/NAME)")
     parser.add_argument(
-        "--engine", default="local", choices=ENGINES, help="local processes, or stages of Ray Data"
+        "--executor",
+        default="local",
+        choices=[name.value for name in Executor],
+        help="local processes, or stages of Ray Data",
     )
     parser.add_argument(
         "--verify", action="store_true", help="read every shard and compare its checksum"
@@ -131,7 +135,7 @@ def command(parser, words):
             for number, wrong in shards.damaged(folder / part, verify=True).items():
                 print(f"{wrong}; it is built again")
                 shards.forget(folder / part, number)
-    tokenizer, train, _, _ = prepare(run, folder, args.engine)
+    tokenizer, train, _, _ = prepare(run, folder, task_data(run), Executor(args.executor))
     found = stock(folder)
     if args.json:
         print(json.dumps(found, indent=1, ensure_ascii=False))

@@ -15,6 +15,8 @@ import shutil
 import sys
 import time
 import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -31,18 +33,35 @@ from minglm.data.sources.files import Skipped
 from minglm.data.store import documents as parts
 from minglm.data.store import shards
 from minglm.data.tokenizer import Tokenizer
-from minglm.data.workers import map_parts
+from minglm.data.workers import Executor, map_tasks
 
 MARKED = 2000
 """Documents of a kind that the rubric marks for the classifier."""
 
 
-def prepare(run, folder, engine="local"):
+Conversation = tuple[list[dict], Sequence[dict], bool]
+"""Messages, tools and thinking: the arguments of `minglm.chat.render`."""
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """What environments contribute to the data; functions, because a build that finds its shards needs neither."""
+
+    solved: Callable[[], dict[str, list[Conversation]]]
+    """Solved tasks by environment: training documents of the source `tasks:ENVIRONMENT`."""
+    evaluation_texts: Callable[[], dict[str, list[str]]]
+    """Texts that the model will be scored on, by the name of their set; no training document may contain one."""
+
+
+NO_TASKS = TaskData(solved=dict, evaluation_texts=dict)
+
+
+def prepare(run, folder, tasks=NO_TASKS, executor=Executor.LOCAL):
     """(tokenizer, training shards, held-out shards, what was done) of a RunConfig, from `folder` or built there.
 
     What was done, for the log: tokens of each source, number of documents, what each step of cleaning took, records
     that could not be used, seconds. A build that was stopped goes on, and a shard that was cut short is made again.
-    engine: local or ray, see `minglm.data.workers`. Raises ValueError when a mixture names no source, when the tokenizer
+    tasks: what the environments contribute. executor: see `minglm.data.workers`. Raises ValueError when a mixture names no source, when the tokenizer
     has more ids than the model, or as the corpus does for unreadable files.
     """
     key = {
@@ -58,17 +77,15 @@ def prepare(run, folder, engine="local"):
                 print(f"minglm: {wrong}; it is built again", file=sys.stderr)
                 shards.forget(part, number)
     if None in [shards.index(part, key) for part in parts_of] or not about.exists():
-        build(run, folder, key, engine)
+        build(run, folder, key, tasks, executor)
     train, heldout = (shards.load_shards(part, key) for part in parts_of)
     _check_mixtures(run, train)
     return Tokenizer.load(folder / "tokenizer.json"), train, heldout, json.loads(about.read_text())
 
 
-def build(run, folder, key, engine="local"):
+def build(run, folder, key, task_data=NO_TASKS, executor=Executor.LOCAL):
     """Write documents, tokenizer and shards of a run under `folder`, as far as they are not there under this key."""
-    from minglm.recipe.solutions import solutions
-
-    began, workers, solved = time.time(), thread_count(run.threads), solutions(run)
+    began, workers, solved = time.time(), thread_count(run.threads), task_data.solved()
     documents, tokenizer = folder / "documents", folder / "tokenizer.json"
     done = _done(documents, key)
     if done is None:
@@ -81,7 +98,7 @@ def build(run, folder, key, engine="local"):
             disable=None,
         )
         paths = parts.write(bar, documents)
-        times, cleaning = clean(run, paths, folder, engine, workers)
+        times, cleaning = clean(run, paths, folder, task_data.evaluation_texts, executor, workers)
         build_tokenizer(run, texts(paths, times), solved).save(tokenizer)
         with atomic_path(documents / "times.npy") as temporary, open(temporary, "wb") as file:
             np.save(file, times)
@@ -98,7 +115,7 @@ def build(run, folder, key, engine="local"):
         write_json(documents / "done.json", done)
     tasks = shard_tasks(run, folder, key, done["parts"])
     sizes = [Path(task["path"]).stat().st_size for task in tasks]
-    map_parts(parts.shard, tasks, engine, workers, "tokenize", sizes)
+    map_tasks(parts.shard, tasks, executor, workers, "tokenize", sizes)
     if shards.part(folder / "train", done["parts"], key) is None:
         save_solutions(solved, Tokenizer.load(tokenizer), folder / "train", done["parts"], key)
     shards.finish(folder / "heldout", range(done["parts"]), key)
@@ -123,7 +140,7 @@ def _done(documents, key):
         return None
 
 
-def clean(run, paths, folder, engine="local", workers=1):
+def clean(run, paths, folder, evaluation_texts=dict, executor=Executor.LOCAL, workers=1):
     """(how often each document of the parts is used, what each step took); see `minglm.data.store.documents.decide`."""
     found, work, data = parts.records(paths), folder / "work", run.data
     work.mkdir(parents=True, exist_ok=True)
@@ -131,13 +148,12 @@ def clean(run, paths, folder, engine="local", workers=1):
     task |= {"near": bool(data.near_duplicates), "semantic": bool(data.semantic_duplicates)}
     task["educational"] = bool(data.educational)
     if data.decontaminate:
-        from minglm.recipe.solutions import evaluation_sets
-
         originals = set(corpus.originals([(r.digest, r.heldout) for r in found]))
-        kept = (
-            d for n, d in enumerate(d for path in paths for d in parts.read(path)) if n in originals
-        )
-        index = Index(evaluation_sets(run, kept), data.decontaminate)
+        sets = {name: list(some) for name, some in evaluation_texts().items()}
+        for n, document in enumerate(d for path in paths for d in parts.read(path)):
+            if document.heldout and n in originals:
+                sets.setdefault(document.source, []).append(document.text)
+        index = Index(sets, data.decontaminate)
         noted["decontamination"] = {
             "n": data.decontaminate,
             "items": index.sets,
@@ -151,8 +167,8 @@ def clean(run, paths, folder, engine="local", workers=1):
         task["judge"] = f"{work / 'judge.npz'}"
         judge.save(task["judge"])
     tasks = [{**task, "path": f"{path}"} for path in paths]
-    features = map_parts(
-        parts.measure, tasks, engine, workers, "clean", [path.stat().st_size for path in paths]
+    features = map_tasks(
+        parts.measure, tasks, executor, workers, "clean", [path.stat().st_size for path in paths]
     )
     times, done = parts.decide(found, features, data)
     if "decontamination" in noted:

@@ -1,6 +1,6 @@
 """One function over many parts of the corpus: in this process, in several, or as a Ray Data stage.
 
-    map_parts(function, tasks) = [function(task) for task in tasks]
+    map_tasks(function, tasks) = [function(task) for task in tasks]
 
 in whatever way it is computed: the functions are pure, a task is a small dictionary with paths, results come back in
 order. So the shards of one laptop and of a cluster are the same files. No counterpart in the paper.
@@ -14,46 +14,56 @@ import multiprocessing
 import os
 import pickle
 from concurrent.futures import ProcessPoolExecutor
+from enum import StrEnum
 
-ENGINES = ("local", "ray")
+
+class Executor(StrEnum):
+    """Where the tasks of a build are computed."""
+
+    LOCAL = "local"
+    """In this process, or in several processes of this machine."""
+    RAY = "ray"
+    """As stages of Ray Data, on this machine or on a cluster."""
 
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
-WORTH = 4
+MIN_TASKS_PER_WORKER = 4
 """Tasks for which a new process is started: loading its packages takes as long as a task or two."""
 
 
-def map_parts(function, tasks, engine="local", workers=1, label="", sizes=None):
+def map_tasks(function, tasks, executor=Executor.LOCAL, workers=1, label="", sizes=None):
     """[function(task) for task in tasks], with a progress bar.
 
-    function: importable by its name; tasks and results can be pickled. engine: local or ray. workers: processes at
-    most; the local engine starts one for every WORTH tasks. sizes: of the tasks, in bytes, for the bar.
-    Raises what the function raises, and ValueError for an engine that does not exist or is not installed.
+    function: importable by its name; tasks and results can be pickled. executor: an Executor or its name. workers: processes at
+    most; the local executor starts one for every MIN_TASKS_PER_WORKER tasks. sizes: of the tasks, in bytes, for the bar.
+    Raises what the function raises, and ValueError for an executor that does not exist or is not installed.
     """
     from tqdm import tqdm
 
-    if engine not in ENGINES:
-        raise ValueError(f"--engine {engine}: must be one of {', '.join(ENGINES)}")
+    if executor not in list(Executor):
+        raise ValueError(f"--executor {executor}: must be one of {', '.join(Executor)}")
     sizes, results = sizes or [1] * len(tasks), []
     unit = {"unit": "B", "unit_scale": True} if max(sizes, default=0) > 1 else {}
     with tqdm(total=sum(sizes), desc=label, disable=None, **unit) as bar:
-        for size, result in zip(sizes, _results(function, tasks, engine, workers), strict=True):
+        for size, result in zip(sizes, _results(function, tasks, executor, workers), strict=True):
             results.append(result)
             bar.update(size)
     return results
 
 
-def _results(function, tasks, engine, workers):
-    if engine == "ray":
+def _results(function, tasks, executor, workers):
+    if executor == Executor.RAY:
         yield from _ray(function, tasks, workers)
-    elif min(workers, len(tasks) // WORTH) <= 1:
+    elif min(workers, len(tasks) // MIN_TASKS_PER_WORKER) <= 1:
         yield from map(function, tasks)
     else:
         context = multiprocessing.get_context("spawn")
         before = {name: os.environ.get(name) for name in ONE_THREAD}
         os.environ |= ONE_THREAD  # inherited: the new processes read it before they import anything
         try:
-            with ProcessPoolExecutor(min(workers, len(tasks) // WORTH), context) as pool:
+            with ProcessPoolExecutor(
+                min(workers, len(tasks) // MIN_TASKS_PER_WORKER), context
+            ) as pool:
                 try:
                     yield from pool.map(function, tasks)
                 except BaseException:
@@ -71,7 +81,7 @@ def _ray(function, tasks, workers):
         import ray
         import ray.data
     except ImportError:
-        raise ValueError("--engine ray needs ray; pip install 'minglm[ray]'") from None
+        raise ValueError("--executor ray needs ray; pip install 'minglm[ray]'") from None
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
         embedded = {} if address else {"num_cpus": max(1, workers), "include_dashboard": False}

@@ -38,6 +38,7 @@ from minglm.kernels import dispatch
 from minglm.model.glm import GLM
 from minglm.optim.muon import Muon
 from minglm.plan import memory
+from minglm.recipe.solutions import task_data
 from minglm.recipe.stages import plan_stages, prompts_for
 from minglm.rl import distill
 from minglm.rl.loop import reinforce
@@ -91,7 +92,9 @@ class Pipeline:
         )  # what came after the last checkpoint will be done, and logged, again
         for left in self.out.rglob(".*.tmp"):
             left.unlink()  # half a file of a process that was killed
-        self.tokenizer, self.shards, self.heldout, about = prepare(run, self.out / "data")
+        self.tokenizer, self.shards, self.heldout, about = prepare(
+            run, self.out / "data", task_data(run)
+        )
         write_json(self.out / "config.json", {"hash": run.hash(), "config": to_dict(run)})
         if not position:
             self.log.write(

@@ -1,5 +1,7 @@
 """Solved tasks for mid-training, and the texts that training data must not contain (paper 2.3)."""
 
+from minglm.config.run import RunConfig
+from minglm.data.build import Conversation, TaskData
 from minglm.envs import ENVIRONMENTS
 from minglm.eval.tasks import TEST_SEED
 
@@ -23,22 +25,27 @@ def check_environments(run):
             )
 
 
-def evaluation_sets(run, documents):
-    """The text of everything a run is scored on, {name: texts}: test tasks by environment, held-out text by source."""
+def evaluation_texts(run: RunConfig) -> dict[str, list[str]]:
+    """Return the prompts of the test tasks of every environment, {"tasks:ENVIRONMENT": texts}."""
     sets = {}
     for name, environment in ENVIRONMENTS.items():
         tasks = environment.test_tasks(run.evaluation.problems, TEST_SEED)
         sets[f"tasks:{name}"] = [
             "\n".join(m["content"] for m in t.messages if m["role"] == "user") for t in tasks
         ]
-    for document in documents:
-        if document.heldout:
-            sets.setdefault(document.source, []).append(document.text)
     return sets
 
 
-def solutions(run):
-    """Solved tasks for mid-training, {environment: [(messages, tools, thinking)]}; three in four with thinking.
+def task_data(run: RunConfig) -> TaskData:
+    """Return what the environments contribute to the data of a run; nothing is computed before it is asked for."""
+    return TaskData(
+        solved=lambda: solutions(run),
+        evaluation_texts=lambda: evaluation_texts(run),
+    )
+
+
+def solutions(run: RunConfig) -> dict[str, list[Conversation]]:
+    """Return solved tasks for mid-training, {environment: conversations}; three in four are solved with thinking.
 
     Only one trajectory in four lists its tools: the block is longer than the conversation, and always the same.
     """

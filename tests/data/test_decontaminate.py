@@ -17,6 +17,7 @@ from minglm.data.sources.corpus import Document
 from minglm.data.store import documents as parts
 from minglm.envs import ENVIRONMENTS
 from minglm.eval.tasks import TEST_SEED
+from minglm.recipe.solutions import evaluation_texts
 from minglm.testing.cleaning import check_decontamination
 from minglm.testing.strategies import texts
 
@@ -128,7 +129,12 @@ def test_hashes_of_words_are_those_of_a_loop():
 
 def clean(run, documents, folder):
     """(names of the training documents that stay, what each step took)."""
-    times, done = build.clean(run, parts.write(documents, folder / "documents"), folder)
+    times, done = build.clean(
+        run,
+        parts.write(documents, folder / "documents"),
+        folder,
+        lambda: evaluation_texts(run),
+    )
     return {d.name for d, n in zip(documents, times, strict=True) if n}, done
 
 

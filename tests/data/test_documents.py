@@ -24,7 +24,8 @@ from minglm.data.sources.corpus import Document
 from minglm.data.store import documents as parts
 from minglm.data.store import shards
 from minglm.data.store.shards import damaged, load_shards, save_shards
-from minglm.data.workers import map_parts
+from minglm.data.workers import map_tasks
+from minglm.recipe.solutions import task_data
 from minglm.testing.cleaning import document, made_up, templates
 
 OVERRIDES = [
@@ -40,6 +41,11 @@ OVERRIDES += ["--data.near_duplicates", "0.8", "--data.semantic_duplicates", "0.
 
 def small(*words):
     return load_config("configs/nano.py", [*OVERRIDES, *words])
+
+
+def prepare(run, folder, **options):
+    """Prepare the data of a run with the tasks of its environments."""
+    return build.prepare(run, folder, task_data(run), **options)
 
 
 @pytest.fixture
@@ -154,13 +160,13 @@ def built(tmp_path_factory):
     """The folder of a small corpus in several parts, built by one process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "PART", 15_000)
-        build.prepare(small(), tmp_path_factory.mktemp("built") / "data")
+        prepare(small(), tmp_path_factory.mktemp("built") / "data")
     return tmp_path_factory.getbasetemp() / "built0" / "data"
 
 
 def test_parts_join_to_the_whole(built, tmp_path):
     """A corpus in several parts holds the documents that one part holds, in the same order."""
-    one, many = build.prepare(small(), tmp_path)[1], load_shards(built / "train")
+    one, many = prepare(small(), tmp_path)[1], load_shards(built / "train")
     assert one.keys() == many.keys() and len(shards.index(built / "train")) > 4
     for name, shard in one.items():
         assert [d.tolist() for d in shard] == [d.tolist() for d in many[name]]
@@ -170,8 +176,8 @@ def test_parts_join_to_the_whole(built, tmp_path):
 @pytest.mark.slow
 def test_two_processes_write_the_same_shards(built, tmp_path, tiny_parts, monkeypatch):
     """One process and two give the same files."""
-    monkeypatch.setattr(workers, "WORTH", 1)
-    build.prepare(dataclasses.replace(small(), threads=2), tmp_path)
+    monkeypatch.setattr(workers, "MIN_TASKS_PER_WORKER", 1)
+    prepare(dataclasses.replace(small(), threads=2), tmp_path)
     assert contents(tmp_path) == contents(built)
 
 
@@ -181,9 +187,9 @@ def test_ray_writes_the_same_shards(built, tmp_path, tiny_parts):
     `test`: its wheel has 80 MB and comes months after a new Python. `pip install 'minglm[ray]'` switches this on.)"""
     ray = pytest.importorskip("ray")
     try:
-        build.prepare(small(), tmp_path, engine="ray")
+        prepare(small(), tmp_path, executor="ray")
         with pytest.raises(ValueError, match="Expecting"):
-            map_parts(json.loads, ["1", "{"], "ray", 1)
+            map_tasks(json.loads, ["1", "{"], "ray", 1)
     finally:
         ray.shutdown()
     assert contents(tmp_path) == contents(built)
@@ -196,11 +202,11 @@ def fail(task):
 def test_engines_keep_order_and_mistakes():
     """Results come in the order of the tasks; a ValueError of a task is one here; other engines are refused."""
     tasks = [f"{n}" for n in range(5)]
-    assert map_parts(json.loads, tasks) == [0, 1, 2, 3, 4] and map_parts(json.loads, []) == []
+    assert map_tasks(json.loads, tasks) == [0, 1, 2, 3, 4] and map_tasks(json.loads, []) == []
     with pytest.raises(ValueError, match="a mistake"):
-        map_parts(fail, [1])
-    with pytest.raises(ValueError, match=r"--engine spark: must be one of local, ray"):
-        map_parts(fail, [1], "spark")
+        map_tasks(fail, [1])
+    with pytest.raises(ValueError, match=r"--executor spark: must be one of local, ray"):
+        map_tasks(fail, [1], "spark")
 
 
 def test_a_build_that_was_stopped_goes_on(built, tmp_path, tiny_parts, monkeypatch):
@@ -219,10 +225,10 @@ def test_a_build_that_was_stopped_goes_on(built, tmp_path, tiny_parts, monkeypat
 
         monkeypatch.setattr(parts, "write_part", killed)
         with pytest.raises(KeyboardInterrupt):
-            build.prepare(run, tmp_path / "again")
+            prepare(run, tmp_path / "again")
         assert load_shards(tmp_path / "again" / "train") is None
     monkeypatch.setattr(parts, "write_part", original)
-    build.prepare(run, tmp_path / "again")
+    prepare(run, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(built) and len(read) == 1
 
 
@@ -242,7 +248,7 @@ def test_a_torn_shard_is_built_again(built, tmp_path, tiny_parts, accident, caps
         victim.write_bytes(victim.read_bytes()[:-7])
     if accident == "texts gone too":
         (tmp_path / "documents" / "done.json").unlink()
-    build.prepare(small(), tmp_path)
+    prepare(small(), tmp_path)
     assert contents(tmp_path) == before and "it is built again" in capsys.readouterr().err
     assert (other.stat().st_mtime_ns == stamp) or accident == "texts gone too"
 
@@ -250,9 +256,9 @@ def test_a_torn_shard_is_built_again(built, tmp_path, tiny_parts, accident, caps
 def test_another_config_builds_other_shards(built, tmp_path, tiny_parts):
     """The folder of another config is not taken for its own."""
     shutil.copytree(built, tmp_path, dirs_exist_ok=True)
-    build.prepare(small("--seed", "1"), tmp_path)
+    prepare(small("--seed", "1"), tmp_path)
     assert contents(tmp_path) != contents(built)
-    build.prepare(small(), tmp_path)
+    prepare(small(), tmp_path)
     assert {
         name: data for name, data in contents(tmp_path).items() if name in contents(built)
     } == contents(built)
@@ -342,7 +348,7 @@ def test_documents_longer_than_any_row_and_sources_that_run_dry(tmp_path):
         "--data.lowest_share",
         "0",
     )
-    tokenizer, train, _, about = build.prepare(run, tmp_path / "data")
+    tokenizer, train, _, about = prepare(run, tmp_path / "data")
     assert max(train["prose"].lengths) > 64 * 100 and about["skipped"] == 0
     for packing in ("truncate", "best_fit"):
         mixture = Mixture(train, {"prose": 1, "user:tiny": 1}, 64, packing)
