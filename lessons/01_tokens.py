@@ -45,8 +45,8 @@ FIT, CUT, PAD = "#1f5fa8", "#c2571a", "#9a5ba3"
 
 # %% [markdown]
 # ## The lines that matter
-# `main` prints `best_fit` and `cut` from minglm itself. Best fit looks for the open row with the least room that
-# suffices. `cut` sees the documents as one ring of tokens and begins at a random place of it.
+# `main` prints `best_fit` and `Cut` from minglm itself. Best fit looks for the open row with the least room that
+# suffices. `Cut` sees the documents as one ring of tokens and begins at a random place of it.
 #
 # ## Experiment
 # Library code, docstrings and generated text. For each seed: a random 70% of the files trains tokenizers of several
@@ -85,7 +85,7 @@ def pack(documents, length, seed):
     while stream.epochs["all"] < 1:
         filled.append(packing.utilisation(stream.next(16)))
     parts, lost = np.zeros(len(sizes), int), np.zeros(len(sizes), int)
-    for row in packing.cut(
+    for row in packing.Cut(
         sizes, random.permutation(len(sizes)), length, int(random.integers(length))
     ):
         for document, start, stop in row:
@@ -259,7 +259,7 @@ def main(argv=None):
         experiment,
         draw,
         verdicts,
-        [packing.best_fit, packing.cut],
+        [packing.best_fit, packing.Cut],
         SIZES,
         SMOKE,
         argv=argv,

@@ -87,9 +87,11 @@ def unscaled(self, x_TD):
     return experts_TK, weights_TK / self.config.routed_scaling_factor, scores_TE
 
 
-def other_epsilon(self, x):
+def other_epsilon(self, x, change=None):
     """An epsilon of 1e-6, which most models have, in place of 1e-5."""
-    return F.rms_norm(x, self.weight.shape, self.weight, 1e-6)
+    total = x if change is None else x + change
+    normed = F.rms_norm(total, self.weight.shape, self.weight, 1e-6)
+    return normed if change is None else (normed, total)
 
 
 RIGHT_ROUTER = Router.forward
