@@ -24,9 +24,9 @@ import torch
 
 from minglm import lesson
 from minglm.config import BalanceConfig, ModelConfig, OptimizerConfig, StagesConfig
-from minglm.model.balance import sequence_loss, step_bias
+from minglm.model.balance import sequence_loss, update_expert_bias
 from minglm.model.glm import GLM
-from minglm.model.router import choose, mix
+from minglm.model.router import combine_weights, select_experts
 from minglm.plan import memory
 from minglm.report import drawing
 
@@ -55,8 +55,8 @@ TYPES = ["space", "keyword", "begins a word", "inside a word", "digit", "sign"]
 
 # %% [markdown]
 # ## The lines that matter
-# `main` prints them from minglm itself. `choose` sees the bias, `mix` does not: balancing must not change what the
-# experts say. `step_bias` is one line and has no gradient.
+# `main` prints them from minglm itself. `select_experts` sees the bias, `combine_weights` does not: balancing must not change what the
+# experts say. `update_expert_bias` is one line and has no gradient.
 #
 # ## Experiment
 # A nano model, two MoE layers of 16 experts, reads Python's standard library. Six ways to balance it, everything else
@@ -313,7 +313,7 @@ def verdicts(log):
 
 def main(argv=None):
     """Run the experiment, or only redraw it, and print what it shows."""
-    shown = [choose, mix, step_bias, sequence_loss]
+    shown = [select_experts, combine_weights, update_expert_bias, sequence_loss]
     lesson.run("03_router", experiment, draw, verdicts, shown, SIZES, SMOKE, NANO, argv=argv)
 
 

@@ -30,7 +30,7 @@ from minglm.model.attention import Attention
 from minglm.model.glm import GLM
 from minglm.model.layers import RMSNorm
 from minglm.model.parity import compare, first_difference, load_pair
-from minglm.model.router import Router, choose, mix
+from minglm.model.router import Router, combine_weights, select_experts
 from minglm.plan import memory
 from minglm.report import drawing
 
@@ -72,11 +72,11 @@ def norm_last(self, x_BSD, rotation):
 def biased_weights(self, x_TD):
     """The selection bias in the mixing weights too."""
     scores_TE, c = (x_TD @ self.weight.T).sigmoid(), self.config
-    experts_TK = choose(scores_TE, self.e_score_correction_bias, c.num_experts_per_tok)
+    experts_TK = select_experts(scores_TE, self.e_score_correction_bias, c.num_experts_per_tok)
     biased_TE = scores_TE + self.e_score_correction_bias
     return (
         experts_TK,
-        mix(biased_TE, experts_TK, c.norm_topk_prob, c.routed_scaling_factor),
+        combine_weights(biased_TE, experts_TK, c.norm_topk_prob, c.routed_scaling_factor),
         scores_TE,
     )
 
@@ -273,7 +273,7 @@ def verdicts(log):
 
 def main(argv=None):
     """Run the experiment, or only redraw it, and print what it shows."""
-    shown = [rope.rotate, choose, mix, compare]
+    shown = [rope.rotate, select_experts, combine_weights, compare]
     lesson.run("06_is_it_glm", experiment, draw, verdicts, shown, SIZES, SMOKE, NANO, argv=argv)
 
 

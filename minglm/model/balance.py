@@ -33,6 +33,6 @@ def sequence_loss(scores_TE, experts_TK, batch, valid_T=None):
 
 
 @torch.no_grad()
-def step_bias(bias_E, load_E, rate):
+def update_expert_bias(bias_E, load_E, rate):
     """Move the bias in place: up for experts with less than the mean load, down for those with more."""
     bias_E += rate * torch.sign(load_E.mean() - load_E)

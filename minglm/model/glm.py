@@ -58,7 +58,7 @@ class GLM(nn.Module):
         self.rope_theta = config.rope_theta
         self.dtype = torch.float32
         self.recompute = False
-        self.released = None
+        self.checkpoint_origin = None
         self.model = Trunk(config)
         self.lm_head = nn.Module()
         tied = config.tie_word_embeddings

@@ -14,7 +14,7 @@ from torch import nn
 from minglm.kernels.dispatch import backend
 
 
-def choose(scores_TE, bias_E, top_k, groups=1, top_groups=1):
+def select_experts(scores_TE, bias_E, top_k, groups=1, top_groups=1):
     """The K experts of each token: int64 (T, K), best first, ties to the lower index. scores, bias float32."""
     biased_TE = scores_TE + bias_E
     if groups > 1:
@@ -26,7 +26,7 @@ def choose(scores_TE, bias_E, top_k, groups=1, top_groups=1):
     return biased_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
 
 
-def mix(scores_TE, experts_TK, normalize=True, scale=1.0):
+def combine_weights(scores_TE, experts_TK, normalize=True, scale=1.0):
     """The weights (T, K) float32 of the chosen experts, from the unbiased scores; differentiable in the scores."""
     weights_TK = scores_TE.gather(1, experts_TK)
     if normalize:
@@ -61,7 +61,7 @@ class Router(nn.Module):
             return route_triton(logits_TE, *options)
         scores_TE = logits_TE.sigmoid()
         with torch.no_grad():
-            experts_TK = choose(
+            experts_TK = select_experts(
                 scores_TE,
                 self.e_score_correction_bias,
                 c.num_experts_per_tok,
@@ -70,6 +70,6 @@ class Router(nn.Module):
             )
         return (
             experts_TK,
-            mix(scores_TE, experts_TK, c.norm_topk_prob, c.routed_scaling_factor),
+            combine_weights(scores_TE, experts_TK, c.norm_topk_prob, c.routed_scaling_factor),
             scores_TE,
         )

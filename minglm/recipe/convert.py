@@ -3,7 +3,7 @@
     released folder --import--> run of a config, complete up to the last stage of mid-training --run--> its experts, ...
     run --export--> released folder: config.json, safetensors, tokenizer.json, which vLLM, SGLang and transformers read
 
-A run that began with an import keeps everything but the weights of the folder it came from in `RUN/released/`, and its
+A run that began with an import keeps everything but the weights of the folder it came from in `RUN/imported_from/`, and its
 exports go back to the same: the same keys in config.json, names, files and dtype, and every file that is not a weight.
 Weights are float32 in a run, since they are trained.
 
@@ -21,8 +21,8 @@ import torch
 from minglm.common.files import write_json
 from minglm.config.run import to_dict
 from minglm.model.glm import GLM
-from minglm.model.hf.config import to_released
-from minglm.model.hf.files import DTYPES, INDEX, Released, open_folder, read_config, refuse_taken
+from minglm.model.hf.config import to_hf
+from minglm.model.hf.files import DTYPES, INDEX, HFOrigin, open_folder, read_config, refuse_taken
 from minglm.recipe.load import load_run
 from minglm.train.checkpoint import Checkpoints
 from minglm.train.stages import phases
@@ -73,10 +73,10 @@ def import_checkpoint(run, folder, out):
         raise ValueError(f"{out} already holds a run; choose another --out")
     model = GLM.from_pretrained(folder, torch.float32)
     for path in extras(folder):
-        (out / "released").mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, out / "released" / path.name)
-    write_json(out / "released" / "config.json", values)
-    write_json(out / "released" / INDEX, {"weight_map": files.files})
+        (out / "imported_from").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, out / "imported_from" / path.name)
+    write_json(out / "imported_from" / "config.json", values)
+    write_json(out / "imported_from" / INDEX, {"weight_map": files.files})
     checkpoints.save({"model": model.state_dict(), "tokens": 0}, final=True)
     write_json(
         out / "config.json", {"hash": run.hash(), "config": to_dict(run)}
@@ -97,15 +97,15 @@ def export_checkpoint(source, out, stage=None, dtype=None, shard_gigabytes=5.0):
     if origin.exists():
         values = read_config(origin)
         if stage != "released":
-            model.released = Released(
+            model.checkpoint_origin = HFOrigin(
                 values, json.loads((origin / INDEX).read_text())["weight_map"]
             )
             named = values.get("torch_dtype", values.get("dtype"))
             dtype = dtype or (named if named in DTYPES else "bfloat16")
     else:
-        values = to_released(dataclasses.replace(model.config, rope_theta=model.rope_theta))
+        values = to_hf(dataclasses.replace(model.config, rope_theta=model.rope_theta))
         values |= {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad}
-        model.released = Released(values, {})
+        model.checkpoint_origin = HFOrigin(values, {})
     model.config = dataclasses.replace(model.config, rope_theta=model.rope_theta)
     out.mkdir(parents=True, exist_ok=True)
     for path in extras(origin) if origin.exists() else ():

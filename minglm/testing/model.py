@@ -84,7 +84,7 @@ def plain_choice(scores_E, bias_E, config):
 
 
 def check_router(route):
-    """`route(scores_TE, bias_E, config) -> (experts_TK, weights_TK)` from sigmoid scores, like `choose` and `mix`.
+    """`route(scores_TE, bias_E, config) -> (experts_TK, weights_TK)` from sigmoid scores, like `select_experts` and `combine_weights`.
 
     It chooses by score plus bias within the best groups, equal values by lower index; its weights come from the scores
     alone and sum to the scaling factor; renaming experts commutes; with two experts or more the scores get a gradient.
@@ -210,8 +210,8 @@ def check_rope(rotate):
         torch.testing.assert_close(dots[0], dots[1], atol=1e-2, rtol=0)
 
 
-def check_balance(step_bias):
-    """`step_bias(bias_E, load_E, rate)`, in place: one step of the selection bias from how often each was chosen.
+def check_balance(update_expert_bias):
+    """`update_expert_bias(bias_E, load_E, rate)`, in place: one step of the selection bias from how often each was chosen.
 
     Compared with each other, experts below the mean load rise and those above it fall, by exactly the rate; only the
     proportions of the load matter. A step from which its mean is subtracted passes too: no choice depends on that.
@@ -227,7 +227,7 @@ def check_balance(step_bias):
         """The difference of any two experts changes by the rate times the difference of their signs."""
         before_E = normal(seed, len(loads), scale=0.01)
         bias_E = before_E.clone()
-        step_bias(bias_E, torch.tensor(loads) * float(tokens), rate)
+        update_expert_bias(bias_E, torch.tensor(loads) * float(tokens), rate)
         change_E, mean = bias_E - before_E, sum(loads) / len(loads)
         expected_E = rate * torch.tensor(
             [float(mean > load) - float(mean < load) for load in loads]

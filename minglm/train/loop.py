@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from minglm.kernels.cross_entropy.eager import linear_cross_entropy
-from minglm.model.balance import step_bias
+from minglm.model.balance import update_expert_bias
 from minglm.parallel.replicas import Replicas
 from minglm.train.checkpoint import Interrupted, stop_between_steps
 from minglm.train.guard import Guard
@@ -81,7 +81,7 @@ def accumulate(model, batch, phase, mtp_weight, replicas=None):
             loss.backward()
             if out.routing:
                 sums["balance_loss"] += balance.item()
-                loads = loads + torch.stack([r.load_E for r in out.routing])
+                loads = loads + torch.stack([r.tokens_per_expert_E for r in out.routing])
         return sums, loads
 
     found = replicas.run(work, batch.split(-(-rows // len(replicas))))
@@ -114,7 +114,7 @@ def step(model, optimizer, batch, phase, seen, guard=None, replicas=None):
     if not torch.is_tensor(loads):  # no router was used
         return metrics
     for router, load_E in zip(model.routers(), loads, strict=False):
-        step_bias(router.e_score_correction_bias, load_E, phase.bias_rate(seen))
+        update_expert_bias(router.e_score_correction_bias, load_E, phase.bias_rate(seen))
     share, experts = loads / loads.sum(1, keepdim=True), loads.shape[1]
     entropy = torch.special.entr(share).sum(1) / math.log(experts)
     metrics["load_max_over_mean"] = [round(v, 3) for v in (share.amax(1) * experts).tolist()]

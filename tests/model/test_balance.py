@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.model.balance import load, sequence_loss, step_bias
-from minglm.model.router import choose
+from minglm.model.balance import sequence_loss, tokens_per_expert, update_expert_bias
+from minglm.model.router import select_experts
 from minglm.testing.model import check_balance
 from minglm.testing.strategies import numbers, seeds
 
@@ -17,7 +17,7 @@ counts = st.tuples(
 
 def test_step_keeps_the_contract():
     """Up below the mean load, down above it, by the rate, whatever the number of tokens."""
-    check_balance(step_bias)
+    check_balance(update_expert_bias)
 
 
 def test_centred_step_keeps_the_contract():
@@ -32,7 +32,7 @@ def test_centred_step_keeps_the_contract():
 
 def wrong_sign(bias_E, load_E, rate):
     """Feeds the busy and starves the idle."""
-    step_bias(bias_E, load_E, -rate)
+    update_expert_bias(bias_E, load_E, -rate)
 
 
 def compares_a_count_with_a_share(bias_E, load_E, rate):
@@ -67,7 +67,7 @@ def test_contract_finds_broken_steps(broken):
 def routed(seed, B, S, E, K):
     """Scores of B * S tokens and their K best experts."""
     scores_TE = torch.rand(B * S, E, generator=numbers(seed))
-    return scores_TE, choose(scores_TE, torch.zeros(E), K)
+    return scores_TE, select_experts(scores_TE, torch.zeros(E), K)
 
 
 @given(seed=seeds, shape=counts, cut=st.integers(0, 30))
@@ -76,11 +76,11 @@ def test_loads_add_up_over_micro_batches(seed, shape, cut):
     B, S, E = shape
     _, experts_TK = routed(seed, *shape, min(2, E))
     valid_T = torch.rand(B * S, generator=numbers(seed + 1)) < 0.7
-    whole_E = load(experts_TK, E, valid_T)
+    whole_E = tokens_per_expert(experts_TK, E, valid_T)
     parts = [load(experts_TK[part], E, valid_T[part]) for part in (slice(0, cut), slice(cut, None))]
     assert torch.equal(whole_E, parts[0] + parts[1]) and whole_E.sum() == 2 * valid_T.sum()
     assert torch.equal(
-        load(experts_TK, E), torch.bincount(experts_TK.flatten(), minlength=E).float()
+        tokens_per_expert(experts_TK, E), torch.bincount(experts_TK.flatten(), minlength=E).float()
     )
 
 
@@ -130,9 +130,9 @@ def test_the_bias_balances_a_router_that_prefers_one_expert():
         scores_TE = (
             torch.rand(256, E, generator=numbers(step)) * 0.2 + torch.tensor([0.7, 0.6, *[0.2] * 6])
         ).clamp(0, 1)
-        load_E = load(choose(scores_TE, bias_E, 2), E)
+        load_E = tokens_per_expert(select_experts(scores_TE, bias_E, 2), E)
         if step == 0:
             assert load_E.max() == 256  # without the bias the first expert is everyone's choice
-        step_bias(bias_E, load_E, 0.001)
+        update_expert_bias(bias_E, load_E, 0.001)
     # 64 choices per expert are expected, with a deviation of about 7 from sampling and one step of the bias
     assert load_E.max() / load_E.mean() < 1.4 and load_E.min() > 35

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from minglm.config import OptimizerConfig, load_config
 from minglm.model.glm import GLM
 from minglm.model.hf import files
-from minglm.model.hf.config import from_released, to_released
+from minglm.model.hf.config import from_hf, to_hf
 from minglm.model.hf.names import expected, goes_to_float8
 from minglm.optim.muon import Muon
 from minglm.testing.strategies import seeds
@@ -184,7 +184,7 @@ def test_transformers_loads_what_minglm_writes(latent, data):
         assert json.loads((back / "config.json").read_text()) == json.loads(
             (there / "config.json").read_text()
         )
-        model.released = None  # now config.json is ours from the first key to the last
+        model.checkpoint_origin = None  # now config.json is ours from the first key to the last
         model.save_pretrained(own)
         for folder in (back, own):
             loaded, info = hugging_face(folder, latent)
@@ -413,7 +413,7 @@ def test_one_tensor_at_a_time(folder, monkeypatch):
     monkeypatch.setattr(
         files, "save_file", lambda held, *a, **k: (written.append(held), save_file(held, *a, **k))
     )
-    model.released = None
+    model.checkpoint_origin = None
     model.save_pretrained(folder.parent / "b", shard_gigabytes=4e-6)
     sizes = [[tensor.nbytes for tensor in held.values()] for held in written]
     assert len(sizes) > 3 and all(sum(size) <= max(4000, max(size)) for size in sizes)
@@ -524,10 +524,10 @@ def test_config_survives_in_any_spelling(latent, data):
     values, _ = data.draw(shapes(latent))
     kind = transformers.Glm4MoeLiteConfig if latent else transformers.Glm4MoeConfig
     theirs = kind(**values, dtype="float32").to_dict()
-    config = from_released(theirs)
-    assert to_released(config, theirs, "float32") == theirs
-    assert from_released(to_released(config)) == config
-    again = kind(**to_released(config)).to_dict()
+    config = from_hf(theirs)
+    assert to_hf(config, theirs, "float32") == theirs
+    assert from_hf(to_hf(config)) == config
+    again = kind(**to_hf(config)).to_dict()
     about = {
         "dtype",
         "architectures",
@@ -552,8 +552,8 @@ def test_config_survives_in_any_spelling(latent, data):
 def test_only_what_changed_is_changed(folder):
     """A model with a longer context writes its config.json with that one value changed."""
     values = json.loads((folder / "config.json").read_text()) | {"some_key": 1}
-    config = from_released({**values, "max_position_embeddings": 512, "rope_theta": 7.0})
-    written = to_released(config, values, "float32")
+    config = from_hf({**values, "max_position_embeddings": 512, "rope_theta": 7.0})
+    written = to_hf(config, values, "float32")
     assert {k for k in written if written[k] != values.get(k)} == {
         "max_position_embeddings",
         "rope_theta",

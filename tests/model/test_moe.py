@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minglm.config import ModelConfig
 from minglm.kernels.experts.eager import experts_loop, grouped_experts
-from minglm.model.balance import load, sequence_loss
+from minglm.model.balance import sequence_loss, tokens_per_expert
 from minglm.model.moe import MoE
 from minglm.testing.model import check_experts, normal, plain_experts
 from minglm.testing.strategies import numbers, seeds
@@ -139,7 +139,7 @@ def test_layer_is_routed_plus_shared(seed, B, S, shared, factor):
     torch.testing.assert_close(
         y_BSD, expected_TD.view(B, S, 6).float(), atol=1e-4, rtol=1e-4
     )  # float32
-    assert torch.equal(routing.load_E, load(experts_TK, 4))
+    assert torch.equal(routing.tokens_per_expert_E, tokens_per_expert(experts_TK, 4))
     assert torch.equal(routing.balance_loss, sequence_loss(scores_TE, experts_TK, B))
 
 
@@ -152,7 +152,7 @@ def test_order_of_sequences_does_not_matter(seed, B, S):
     torch.testing.assert_close(
         moved_BSD, y_BSD[order_B], atol=1e-5, rtol=1e-5
     )  # other rows share each product
-    assert torch.equal(routing.load_E, same.load_E)
+    assert torch.equal(routing.tokens_per_expert_E, same.tokens_per_expert_E)
     torch.testing.assert_close(routing.balance_loss, same.balance_loss)
 
 
@@ -170,7 +170,7 @@ def test_renaming_the_experts_commutes(seed):
             tensor.copy_(tensor[order_E])
     (y_BSD, routing), (same_BSD, other) = module(x_BSD), renamed(x_BSD)
     torch.testing.assert_close(same_BSD, y_BSD, atol=1e-5, rtol=1e-5)  # float32
-    assert torch.equal(other.load_E, routing.load_E[order_E])
+    assert torch.equal(other.tokens_per_expert_E, routing.tokens_per_expert_E[order_E])
 
 
 @given(seed=seeds, S=st.integers(2, 6))
@@ -181,7 +181,7 @@ def test_padding_is_computed_and_not_counted(seed, S):
     _, routing = module(x_BSD, valid_BS)
     other_BSD = torch.where(valid_BS[..., None], x_BSD, normal(seed + 21, 2, S, 6))
     _, same = module(other_BSD, valid_BS)
-    assert torch.equal(routing.load_E, same.load_E) and routing.load_E.sum() == 2 * (S + 1)
+    assert torch.equal(routing.tokens_per_expert_E, same.tokens_per_expert_E) and routing.tokens_per_expert_E.sum() == 2 * (S + 1)
     torch.testing.assert_close(routing.balance_loss, same.balance_loss)
 
 
@@ -191,7 +191,7 @@ def test_every_weight_learns(seed):
     module, x_BSD = layer(seed), normal(seed + 20, 1, 2, 6)
     y_BSD, routing = module(x_BSD)
     y_BSD.square().sum().backward()
-    used_E = routing.load_E > 0
+    used_E = routing.tokens_per_expert_E > 0
     for name, parameter in module.named_parameters():
         assert parameter.grad.abs().max() > 0, f"{name} gets no gradient"
     for matrix in module.experts.parameters():

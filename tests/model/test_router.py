@@ -8,17 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.config import ModelConfig
-from minglm.model.router import Router, choose, mix
+from minglm.model.router import Router, combine_weights, select_experts
 from minglm.testing.model import check_router, normal
 from minglm.testing.strategies import seeds
 
 
 def ours(scores_TE, bias_E, config):
     """Our two functions as one."""
-    experts_TK = choose(
+    experts_TK = select_experts(
         scores_TE, bias_E, config.num_experts_per_tok, config.n_group, config.topk_group
     )
-    return experts_TK, mix(
+    return experts_TK, combine_weights(
         scores_TE, experts_TK, config.norm_topk_prob, config.routed_scaling_factor
     )
 
@@ -31,7 +31,7 @@ def test_router_keeps_the_contract():
 def bias_in_the_weights(scores_TE, bias_E, config):
     """Mixes with the biased scores: balancing changes what the experts say."""
     experts_TK, _ = ours(scores_TE, bias_E, config)
-    return experts_TK, mix(
+    return experts_TK, combine_weights(
         scores_TE + bias_E, experts_TK, config.norm_topk_prob, config.routed_scaling_factor
     )
 
@@ -62,7 +62,7 @@ def zeros_for_other_groups(scores_TE, bias_E, config):
     experts_TK = masked_TE.sort(descending=True, stable=True).indices[
         :, : config.num_experts_per_tok
     ]
-    return experts_TK, mix(
+    return experts_TK, combine_weights(
         scores_TE, experts_TK, config.norm_topk_prob, config.routed_scaling_factor
     )
 
@@ -109,7 +109,7 @@ def router(seed, E=6, D=8, K=2):
 
 @given(seed=seeds, T=st.integers(1, 6))
 def test_module_is_its_equation(seed, T):
-    """Scores are the sigmoid of a product in float32; the rest is `choose` and `mix`."""
+    """Scores are the sigmoid of a product in float32; the rest is `select_experts` and `combine_weights`."""
     module, x_TD = router(seed), normal(seed + 2, T, 8)
     experts_TK, weights_TK, scores_TE = module(x_TD)
     expected_TE = torch.sigmoid(x_TD.double() @ module.weight.double().T)
@@ -147,7 +147,7 @@ def test_one_normalised_expert_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="router gets no gradient"):
         dataclasses.replace(ModelConfig(), num_experts_per_tok=1).check()
     scores_TE = torch.rand(3, 4, requires_grad=True)
-    weights_TK = mix(scores_TE, choose(scores_TE, torch.zeros(4), 1))
+    weights_TK = combine_weights(scores_TE, select_experts(scores_TE, torch.zeros(4), 1))
     assert (
         not torch.autograd.grad(weights_TK.sum(), scores_TE)[0].abs().max() > 1e-6
     )  # why it is refused

@@ -87,7 +87,7 @@ def _dense_layers(values, where):
     return dense
 
 
-def from_released(values, where="config.json"):
+def from_hf(values, where="config.json"):
     """The ModelConfig of a parsed config.json.
 
     Raises ValueError, in one line that begins with `where`, for another model type, a key that is missing or of the
@@ -163,7 +163,7 @@ def _layer_types(config):
     return ["dense"] * dense + ["sparse"] * (config.num_hidden_layers - dense)
 
 
-def to_released(config, base=None, dtype="bfloat16", fp8=False):
+def to_hf(config, base=None, dtype="bfloat16", fp8=False):
     """A config.json, as a dictionary, for a ModelConfig whose weights are stored as `dtype`.
 
     base: the parsed config.json that the model came with; every key that the model did not change stays as it is.
@@ -173,7 +173,7 @@ def to_released(config, base=None, dtype="bfloat16", fp8=False):
     if base is None:
         values = _fresh(config, kind)
     else:
-        values, before = copy.deepcopy(base), from_released(base)
+        values, before = copy.deepcopy(base), from_hf(base)
         for name, value in _flat(config, kind).items():
             if value != getattr(before, name):
                 values[name] = value

@@ -1,4 +1,4 @@
-"""Released checkpoints, in and out: folders of safetensors shards beside a config.json (names: `minglm.model.hf.names`).
+"""HFOrigin checkpoints, in and out: folders of safetensors shards beside a config.json (names: `minglm.model.hf.names`).
 
 What is missing, unknown or of the wrong shape is found from the files' headers, before the first weight is read.
 
@@ -11,7 +11,7 @@ Choices
   Copies of embedding and head are compared with the originals, not loaded, and written again where they came from.
 - transformers leaves the MTP layer out on loading, and so on saving. A folder whose config.json promises the layer and
   whose files lack it is loaded without it, with a warning; a folder with a part of it is refused.
-- Where tensors came from is remembered in `model.released`, so that an unchanged model is written as the same files.
+- Where tensors came from is remembered in `model.checkpoint_origin`, so that an unchanged model is written as the same files.
 """
 
 import json
@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from minglm.common.files import atomic_path, write_json
 from minglm.kernels.fp8.eager import WEIGHT_BLOCK, dequantize, quantize
-from minglm.model.hf.config import from_released, to_released
+from minglm.model.hf.config import from_hf, to_hf
 from minglm.model.hf.names import FUSED, Entry, expected, goes_to_float8
 
 INDEX = "model.safetensors.index.json"
@@ -39,7 +39,7 @@ BIAS = "e_score_correction_bias"
 
 
 @dataclass(frozen=True)
-class Released:
+class HFOrigin:
     """Where a model came from: its parsed config.json, and the file of each tensor."""
 
     config: dict
@@ -189,7 +189,7 @@ def check(files, config):
 def open_folder(folder):
     """(ModelConfig, `Files`, parsed config.json) of a checkpoint, checked against each other. No weight is read."""
     values = read_config(folder)
-    config = from_released(values, str(Path(folder) / "config.json"))
+    config = from_hf(values, str(Path(folder) / "config.json"))
     files = Files(folder)
     return check(files, config), files, values
 
@@ -247,7 +247,7 @@ def fill(model, files, values, dtype=None, device="cpu"):
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.dtype = model.lm_head.weight.dtype
-    model.released = Released(values, dict(files.files))
+    model.checkpoint_origin = HFOrigin(values, dict(files.files))
 
 
 def _plan_files(sizes, released, shard_bytes):
@@ -293,7 +293,7 @@ def save(model, folder, dtype=None, shard_gigabytes=5.0):
     dtype: None (each tensor as it is), float32, bfloat16, float16, or fp8 (projections in blocks of float8, the rest in
     bfloat16). Raises ValueError for another dtype and for a folder that already holds a checkpoint.
     """
-    folder, released = Path(folder), model.released
+    folder, released = Path(folder), model.checkpoint_origin
     if dtype not in (None, "fp8", *DTYPES):
         raise ValueError(f"dtype = {dtype!r}: must be one of fp8, {', '.join(DTYPES)}")
     refuse_taken(folder)
@@ -329,4 +329,4 @@ def save(model, folder, dtype=None, shard_gigabytes=5.0):
     )
     name, fp8 = ("bfloat16", True) if dtype == "fp8" else (name, False)
     base = None if released is None else released.config
-    write_json(folder / "config.json", to_released(model.config, base, name, fp8))
+    write_json(folder / "config.json", to_hf(model.config, base, name, fp8))
