@@ -125,7 +125,7 @@ def chat(words):
         raise ValueError(
             "--temperature is at least 0, --top-p above 0 and at most 1, --max-new-tokens at least 1"
         )
-    model, tokenizer, dialect, stage = load_served(args.run, args.stage)
+    model, tokenizer, dialect, stage, _ = load_served(args.run, args.stage)
     print(f"stage {stage}")
     terminal.chat(
         model,
@@ -190,7 +190,7 @@ def serve(words):
 
     if args.dialect is not None:
         dialect_of(args.dialect)
-    model, tokenizer, dialect, stage = load_served(args.model, args.stage)
+    model, tokenizer, dialect, _, from_hf = load_served(args.model, args.stage)
     engine = Engine(
         model.to(pick_device(args.device)),
         tokenizer,
@@ -206,7 +206,7 @@ def serve(words):
                 f"--cache-tokens {args.cache_tokens}: at least {engine.blocks.size}, one block"
             )
     served = Served(
-        tokenizer, name, limit, dialect, bare_tools=stage != "released", most_answers=args.max_batch
+        tokenizer, name, limit, dialect, bare_tools=not from_hf, most_answers=args.max_batch
     )
     about = f"{name}, template {dialect}, up to {limit} tokens"
     if args.dry_run:
@@ -238,7 +238,7 @@ def eval_(words):
     from minglm.eval import tasks
     from minglm.inference import Engine
 
-    model, tokenizer, config, stage = load_run(args.run, args.stage)
+    model, tokenizer, config, stage, _ = load_run(args.run, args.stage)
     changes = {
         k: v for k, v in (("problems", args.problems), ("samples", args.samples)) if v is not None
     }

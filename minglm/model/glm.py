@@ -112,7 +112,7 @@ class GLM(nn.Module):
         x_BSD = self.embed(tokens_BS)
         out = Output(x_BSD)
         for i, layer in enumerate(self.model.layers[: self.config.num_hidden_layers]):
-            x_BSD, routing = self.run(
+            x_BSD, routing = self.apply_layer(
                 layer, x_BSD, rotation, documents_BS, None if cache is None else cache[i]
             )
             if routing is not None:
@@ -120,13 +120,13 @@ class GLM(nn.Module):
         out.hidden_BSD = self.model.norm(x_BSD)
         if mtp:
             ahead_BSD = self.embed(shift(tokens_BS, 1, 0))
-            out.mtp_hidden_BSD, routing = self.run(
+            out.mtp_hidden_BSD, routing = self.apply_layer(
                 self.mtp, out.hidden_BSD, ahead_BSD, rotation, documents_BS
             )
             out.routing.append(routing)
         return out
 
-    def run(self, layer, *arguments):
+    def apply_layer(self, layer, *arguments):
         """Apply a layer; with `recompute`, keep only its input, and compute the rest again in the backward pass.
 
         The loads of its router are those of the first time: they are returned, not counted.

@@ -21,9 +21,9 @@ from minglm.model.router import Router
 
 @dataclass
 class Routing:
-    """What one MoE layer reports of a forward pass: load float32 (E,) and the unweighted balance loss, a scalar."""
+    """What one MoE layer reports of a forward pass: tokens_per_expert float32 (E,) and the unweighted balance loss, a scalar."""
 
-    load_E: torch.Tensor
+    tokens_per_expert_E: torch.Tensor
     balance_loss: torch.Tensor
 
 
@@ -64,7 +64,7 @@ class MoE(nn.Module):
             return y_TD.view(B, S, D), None
         valid_T = None if valid_BS is None else valid_BS.reshape(-1)
         routing = Routing(
-            balance.load(experts_TK, e.gate_EFD.shape[0], valid_T),
+            balance.tokens_per_expert(experts_TK, e.gate_EFD.shape[0], valid_T),
             balance.sequence_loss(scores_TE, experts_TK, B, valid_T),
         )
         return y_TD.view(B, S, D), routing

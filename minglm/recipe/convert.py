@@ -92,11 +92,12 @@ def export_checkpoint(source, out, stage=None, dtype=None, shard_gigabytes=5.0):
     """
     source, out = Path(source), Path(out)
     refuse_taken(out)
-    model, tokenizer, _, stage = load_run(source, stage)
-    origin = source if stage == "released" else source / "released"
+    loaded = load_run(source, stage)
+    model = loaded.model
+    origin = source if loaded.from_hf else source / "imported_from"
     if origin.exists():
         values = read_config(origin)
-        if stage != "released":
+        if not loaded.from_hf:
             model.checkpoint_origin = HFOrigin(
                 values, json.loads((origin / INDEX).read_text())["weight_map"]
             )
@@ -104,18 +105,21 @@ def export_checkpoint(source, out, stage=None, dtype=None, shard_gigabytes=5.0):
             dtype = dtype or (named if named in DTYPES else "bfloat16")
     else:
         values = to_hf(dataclasses.replace(model.config, rope_theta=model.rope_theta))
-        values |= {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad}
+        values |= {
+            "eos_token_id": list(loaded.tokenizer.stop_ids),
+            "pad_token_id": loaded.tokenizer.pad,
+        }
         model.checkpoint_origin = HFOrigin(values, {})
     model.config = dataclasses.replace(model.config, rope_theta=model.rope_theta)
     out.mkdir(parents=True, exist_ok=True)
     for path in extras(origin) if origin.exists() else ():
         shutil.copyfile(path, out / path.name)
     if not (out / "tokenizer.json").exists():
-        tokenizer.save(out / "tokenizer.json")
+        loaded.tokenizer.save(out / "tokenizer.json")
     if not (out / "generation_config.json").exists():
         write_json(
             out / "generation_config.json",
             {k: v for k, v in values.items() if k.endswith("token_id")},
         )
     model.save_pretrained(out, dtype, shard_gigabytes)  # its config.json is last
-    return stage
+    return loaded.stage

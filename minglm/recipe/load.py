@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from minglm.common.device import pick_device, pick_dtype
 from minglm.config.run import RunConfig, check, from_dict
@@ -12,11 +13,34 @@ from minglm.recipe.stages import plan_stages
 from minglm.train.checkpoint import read
 
 
-def load_run(folder, stage=None):
-    """(model, tokenizer, run, stage name) of a run folder or a released checkpoint, ready to generate.
+class LoadedModel(NamedTuple):
+    """A model that is ready to generate, with what belongs to it."""
 
-    stage: of a run; None: its last complete one. The run of a released checkpoint has the paper's settings. Raises
-    ValueError where there is no model.
+    model: GLM
+    tokenizer: Tokenizer
+    config: RunConfig
+    """Of a released checkpoint: the paper's settings."""
+    stage: str
+    """The stage that trained the weights; "released" for a released checkpoint."""
+    from_hf: bool
+    """True for a released checkpoint, False for a run of minglm."""
+
+
+class ServedModel(NamedTuple):
+    """A model that is ready to chat."""
+
+    model: GLM
+    tokenizer: Tokenizer
+    dialect: str
+    """The chat template: glm-4.5 or glm-4.7."""
+    stage: str
+    from_hf: bool
+
+
+def load_run(folder: str | Path, stage: str | None = None) -> LoadedModel:
+    """Load a run's folder or a released checkpoint, ready to generate.
+
+    stage: of a run; None: its last complete one. Raises ValueError where there is no model.
     """
     folder = Path(folder)
     path = folder / "config.json"
@@ -26,7 +50,7 @@ def load_run(folder, stage=None):
         )
     values = json.loads(path.read_text())
     if "model_type" in values:
-        return load_released(folder, stage)
+        return load_hf(folder, stage)
     config = check(from_dict(values["config"]))
     done = [
         s.name
@@ -43,23 +67,26 @@ def load_run(folder, stage=None):
     dispatch.use(config.kernels)
     if (trained := getattr(config.stages, stage, None)) is not None:
         model.rope_theta = trained.rope_theta
-    return model.eval(), Tokenizer.load(folder / "data" / "tokenizer.json"), config, stage
+    tokenizer = Tokenizer.load(folder / "data" / "tokenizer.json")
+    return LoadedModel(model.eval(), tokenizer, config, stage, from_hf=False)
 
 
-def load_served(folder, stage=None):
-    """(model, tokenizer, dialect of its template, stage name) of a run folder or of a released checkpoint."""
-    model, tokenizer, _, stage = load_run(folder, stage)
+def load_served(folder: str | Path, stage: str | None = None) -> ServedModel:
+    """Load a run's folder or a released checkpoint with the dialect of its chat template."""
+    loaded = load_run(folder, stage)
     template = Path(folder) / "chat_template.jinja"
     keeps = template.exists() and "clear_thinking" in template.read_text(
         encoding="utf-8", errors="replace"
     )
-    return model, tokenizer, "glm-4.7" if keeps else "glm-4.5", stage
+    dialect = "glm-4.7" if keeps else "glm-4.5"
+    return ServedModel(loaded.model, loaded.tokenizer, dialect, loaded.stage, loaded.from_hf)
 
 
-def load_released(folder, stage=None):
-    """`load_run` of a released checkpoint, on the GPU where there is one."""
+def load_hf(folder: Path, stage: str | None = None) -> LoadedModel:
+    """Load a released checkpoint as `load_run` does, on the GPU where there is one."""
     if stage is not None:
         raise ValueError(f"--stage {stage}: {folder} is a released checkpoint, which has no stages")
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     model = GLM.from_pretrained(folder, device=pick_device())
-    return model.eval(), tokenizer, RunConfig(folder.name, model.config), "released"
+    config = RunConfig(folder.name, model.config)
+    return LoadedModel(model.eval(), tokenizer, config, "released", from_hf=True)

@@ -243,7 +243,7 @@ def test_damaged_files_of_a_run(copied, capsys, damage):
 @pytest.mark.parametrize("stage", ["general", "long_agent"])
 def test_a_stage_is_loaded_as_it_was_trained(finished, stage):
     """Bits per byte of the loaded model are those in the log, which needs the stage's own rotary base."""
-    model, tokenizer, config, name = load_run(finished, stage)
+    model, tokenizer, config, name, _ = load_run(finished, stage)
     assert name == stage and model.rope_theta == getattr(config.stages, stage).rope_theta
     heldout = load_shards(finished / "data" / "heldout")["prose"]
     length = min(getattr(config.stages, stage).sequence_length, 1024)

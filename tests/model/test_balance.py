@@ -77,7 +77,10 @@ def test_loads_add_up_over_micro_batches(seed, shape, cut):
     _, experts_TK = routed(seed, *shape, min(2, E))
     valid_T = torch.rand(B * S, generator=numbers(seed + 1)) < 0.7
     whole_E = tokens_per_expert(experts_TK, E, valid_T)
-    parts = [load(experts_TK[part], E, valid_T[part]) for part in (slice(0, cut), slice(cut, None))]
+    parts = [
+        tokens_per_expert(experts_TK[part], E, valid_T[part])
+        for part in (slice(0, cut), slice(cut, None))
+    ]
     assert torch.equal(whole_E, parts[0] + parts[1]) and whole_E.sum() == 2 * valid_T.sum()
     assert torch.equal(
         tokens_per_expert(experts_TK, E), torch.bincount(experts_TK.flatten(), minlength=E).float()

@@ -129,7 +129,9 @@ def test_recomputation_changes_no_gradient_and_counts_once(seed):
             + out.mtp_hidden_BSD.square().mean()
             + balance
         ).backward()
-        results.append(([r.tokens_per_expert_E for r in out.routing], [p.grad for p in model.parameters()]))
+        results.append(
+            ([r.tokens_per_expert_E for r in out.routing], [p.grad for p in model.parameters()])
+        )
     (loads, plain), (again, recomputed) = results
     assert len(loads) == 3 and all(
         torch.equal(a, b) and a.sum() == 2 * 2 * 7 for a, b in zip(loads, again)

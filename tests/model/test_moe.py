@@ -181,7 +181,9 @@ def test_padding_is_computed_and_not_counted(seed, S):
     _, routing = module(x_BSD, valid_BS)
     other_BSD = torch.where(valid_BS[..., None], x_BSD, normal(seed + 21, 2, S, 6))
     _, same = module(other_BSD, valid_BS)
-    assert torch.equal(routing.tokens_per_expert_E, same.tokens_per_expert_E) and routing.tokens_per_expert_E.sum() == 2 * (S + 1)
+    assert torch.equal(
+        routing.tokens_per_expert_E, same.tokens_per_expert_E
+    ) and routing.tokens_per_expert_E.sum() == 2 * (S + 1)
     torch.testing.assert_close(routing.balance_loss, same.balance_loss)
 
 

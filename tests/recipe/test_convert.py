@@ -45,7 +45,7 @@ def test_an_exported_run_is_a_model_for_everybody(run, tmp_path, capsys):
     """transformers loads model and tokenizer of an export and computes the same; so do minglm's own verbs."""
     folder = tmp_path / "released"
     assert "stage long_agent" in output(capsys, "export", run, folder)
-    model, tokenizer, config, _ = load_run(run)
+    model, tokenizer, config, *_ = load_run(run)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         folder, experts_implementation="eager"
     ).eval()
@@ -60,9 +60,12 @@ def test_an_exported_run_is_a_model_for_everybody(run, tmp_path, capsys):
     tokens_BS = torch.tensor([ids])
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens_BS).logits, model(tokens_BS), atol=1e-5, rtol=1e-4)
-    again, same, settings, stage = load_run(folder)
+    again, same, settings, stage, from_hf = load_run(folder)
     assert (
-        stage == "released" and settings.model == config.model and same.special == tokenizer.special
+        stage == "released"
+        and from_hf
+        and settings.model == config.model
+        and same.special == tokenizer.special
     )
     assert torch.equal(again(tokens_BS), model(tokens_BS))
     values = json.loads((folder / "config.json").read_text()) | {
