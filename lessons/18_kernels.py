@@ -81,7 +81,7 @@ SMOKE = SIZES | {
 # %%
 def operations(size, kind, seed):
     """{name: (a kernel as a function of nothing, the same in float64)}: sums of `size` numbers of dtype `kind`."""
-    from minglm.kernels.attention.triton_forward import flash_attention_triton
+    from minglm.kernels.attention.triton_layer import flash_attention_triton
     from minglm.kernels.cross_entropy.triton_kernel import log_probabilities_triton
     from minglm.kernels.experts.triton_layer import product
     from minglm.kernels.norm.triton_kernel import add_norm_triton
@@ -198,7 +198,7 @@ def counted():
 def experiment(sizes, seeds):
     """All measurements. The first are made before the interpreter is mended: in a process of its own, once."""
     trap = [row for seed in range(seeds) for row in errors("bfloat16", [sizes["trap"]], seed)]
-    interpreter.mend()
+    interpreter.patch_interpreter()
     cells = [(kind, seed) for seed in range(seeds) for kind in ROUNDING]
     mended = [
         row for kind, seed in tqdm(cells, disable=None) for row in errors(kind, sizes["sums"], seed)
@@ -462,7 +462,13 @@ def main(argv=None):
     )
     from minglm.kernels.experts.triton_kernels import load_tile, locate
 
-    shown = [locate.fn, load_tile.fn, interpreter.mend, interpreter.watched, compile_check.faults]
+    shown = [
+        locate.fn,
+        load_tile.fn,
+        interpreter.patch_interpreter,
+        interpreter.watched,
+        compile_check.faults,
+    ]
     lesson.run("18_kernels", experiment, draw, verdicts, shown, SIZES, SMOKE, argv=argv)
 
 

@@ -47,7 +47,7 @@ def pytest_xdist_auto_num_workers(config):
 def gpu_memory(request):
     """A test of a GPU gives back the memory that torch keeps for the next one: other workers need it."""
     yield
-    if "gpu" in request.keywords:
+    if request.node.get_closest_marker("gpu"):
         import torch
 
         gc.collect()
@@ -71,5 +71,5 @@ def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -25,7 +25,7 @@ import os
 import torch
 
 from minglm.kernels.cpu import build
-from minglm.kernels.toolchain.interpreter import mend
+from minglm.kernels.toolchain.interpreter import patch_interpreter
 
 CHOICES = ("auto", "torch", "triton")
 _chosen = "auto"
@@ -50,7 +50,7 @@ def use(name):
             "kernels = 'triton': triton is not installed; pip install triton, or use --kernels auto"
         )
     if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
-        mend()
+        patch_interpreter()
     _chosen = name
 
 

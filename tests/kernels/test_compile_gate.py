@@ -20,7 +20,8 @@ def test_kernels_keep_their_budgets(module):
 def test_each_budget_can_be_broken():
     """The good kernel passes, and each of its overweight twins fails for its own reason."""
     found = {
-        record["kernel"]: faults(record) for record in compile_module("tests.overweight_triton")
+        record["kernel"]: faults(record)
+        for record in compile_module("tests.helpers.overweight_triton")
     }
     assert found["good"] == []
     assert found["narrow"] == ["has no HGMMA", "multiplies by single warps (HMMA)"]

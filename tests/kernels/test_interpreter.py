@@ -1,7 +1,7 @@
-"""The mended interpreter: each fault of Triton's own is shown once, and the mended form holds (no paper section).
+"""The patched interpreter: each fault of Triton's own is shown once, and the patch corrects it (no paper section).
 
-The kernels live in this file, tiny. Without a GPU `mend` has not been called yet when a fault is shown: the faults run
-in a process of their own, from the same source.
+The kernels are tiny and live in this file. The faults are shown in a process of their own, from the same source, in
+which `patch_interpreter` does nothing.
 """
 
 import json
@@ -114,7 +114,7 @@ cpu_only = pytest.mark.skipif(
 
 
 @cpu_only
-def test_every_fault_is_mended():
+def test_every_fault_is_patched():
     """Products, casts and loop bounds are right; arithmetic on bfloat16 is refused and not garbage."""
     found = problems()
     assert found["dot"] < 1e-6  # float32 sums of 16 products
@@ -142,11 +142,11 @@ def test_races_and_holes_are_seen(step, counts):
 
 
 @cpu_only
-def test_unmended_interpreter_has_the_faults():
-    """The same kernels without `mend`: were one of these right some day, its line in the shim could go."""
+def test_unpatched_interpreter_has_the_faults():
+    """Without `patch_interpreter` the same kernels are wrong: once one of them is right, its patch can be removed."""
     program = (
-        f"import sys, json; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
-        "import minglm.kernels.toolchain.interpreter as shim; shim.mend = lambda: None\n"
+        f"import sys, json; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import minglm.kernels.toolchain.interpreter as shim; shim.patch_interpreter = lambda: None\n"
         "import test_interpreter; print(json.dumps(test_interpreter.problems()))"
     )
     done = subprocess.run(
@@ -214,12 +214,12 @@ def test_32_bit_offsets_die_at_real_size(wide, tmp_path):
 
 
 @cpu_only
-def test_whoever_asks_for_triton_gets_the_mended_one():
-    """`--kernels triton` of any command mends the interpreter, without `switch_on`; nothing else does."""
+def test_whoever_asks_for_triton_gets_the_patched_one():
+    """`--kernels triton` of any command patches the interpreter, without `switch_on`; nothing else does."""
     program = (
-        "from minglm.kernels import backend; from triton.runtime.interpreter import InterpreterBuilder as builder\n"
-        "backend.use('auto'); assert not hasattr(builder, 'mended')\n"
-        "backend.use('triton'); assert builder.mended"
+        "from minglm.kernels import dispatch; from triton.runtime.interpreter import InterpreterBuilder as builder\n"
+        "dispatch.use('auto'); assert not hasattr(builder, 'patched')\n"
+        "dispatch.use('triton'); assert builder.patched"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120

@@ -18,9 +18,10 @@ from minglm.testing.strategies import numbers, seeds
 
 DEVICE = switch_on()
 from minglm.kernels.attention import triton_backward as backward
-from minglm.kernels.attention import triton_forward as kernel
+from minglm.kernels.attention import triton_forward as forward
+from minglm.kernels.attention import triton_layer as layer
 from minglm.kernels.attention import triton_paged as paged
-from minglm.kernels.attention.triton_forward import Tiles
+from minglm.kernels.attention.triton_common import Tiles
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -34,8 +35,8 @@ SMALL = [
 @pytest.fixture
 def small(monkeypatch):
     """Tiles as uneven as those of a GPU, but small."""
-    monkeypatch.setattr(kernel, "chosen", lambda table, x: SMALL[0])
-    monkeypatch.setattr(backward, "chosen", lambda table, x: SMALL[table is backward.KEYS])
+    monkeypatch.setattr(forward, "tiles_for_heads", lambda table, x: SMALL[0])
+    monkeypatch.setattr(backward, "tiles_for_heads", lambda table, x: SMALL[table is backward.KEYS])
 
 
 def drawn(seed, B, S, heads, A, dtype=torch.float32):
@@ -83,7 +84,7 @@ def test_equals_pytorch_in_float64(seed, B, S, packed, heads, A):
     """Output and gradients, for odd lengths, packed documents and padding, groups of heads, narrow and odd widths."""
     documents_BS = drawn_documents(seed, B, S).to(DEVICE) if packed else None
     compare(
-        kernel.flash_attention_triton, drawn(seed, B, S, heads, A), documents_BS, 1e-5
+        layer.flash_attention_triton, drawn(seed, B, S, heads, A), documents_BS, 1e-5
     )  # float32 sums
 
 
@@ -98,14 +99,14 @@ def test_documents_at_every_edge_of_a_tile(small, lengths):
         torch.tensor(ids).repeat_interleave(torch.tensor(lengths).abs())[None].int().to(DEVICE)
     )
     values = drawn(len(lengths), 1, documents_BS.shape[1], (2, 1), 8)
-    compare(kernel.flash_attention_triton, values, documents_BS, 1e-5)  # float32 sums
+    compare(layer.flash_attention_triton, values, documents_BS, 1e-5)  # float32 sums
 
 
 @given(seed=seeds, B=st.integers(1, 3), S=st.integers(1, 40))
 def test_bounds_are_those_of_the_run(seed, B, S):
     """Begin and end of each position's document, found by walking from it to both sides."""
     documents_BS = drawn_documents(seed, B, S)
-    begin_BS, end_BS = kernel.bounds(documents_BS)
+    begin_BS, end_BS = layer.document_bounds(documents_BS)
     for ids, begins, ends in zip(documents_BS.tolist(), begin_BS.tolist(), end_BS.tolist()):
         for i in range(S):
             begin, end = i, i + 1
@@ -127,20 +128,18 @@ def test_bounds_are_those_of_the_run(seed, B, S):
 def test_half_precision_tiles(dtype, A, S, packed):
     """The tiles a GPU would take. Each number is rounded once at the end, weights and dscores before the products."""
     documents_BS = drawn_documents(0, 1, S).to(DEVICE) if packed else None
-    compare(kernel.flash_attention_triton, drawn(0, 1, S, (2, 1), A, dtype), documents_BS, 0.01)
+    compare(layer.flash_attention_triton, drawn(0, 1, S, (2, 1), A, dtype), documents_BS, 0.01)
 
 
 def test_repeats_to_the_bit(small):
     """The same input gives the same bits, gradients included; what is before a document does not matter either."""
     documents_BS = torch.tensor([0] * 41 + [1] * 30)[None].int().to(DEVICE)
     values = drawn(0, 1, 71, (4, 2), 8)
-    first = results(kernel.flash_attention_triton, values, documents_BS)
-    assert all(
-        map(torch.equal, first, results(kernel.flash_attention_triton, values, documents_BS))
-    )
+    first = results(layer.flash_attention_triton, values, documents_BS)
+    assert all(map(torch.equal, first, results(layer.flash_attention_triton, values, documents_BS)))
     for value in values:
         value[:, :41] = 7.0
-    second = results(kernel.flash_attention_triton, values, documents_BS)
+    second = results(layer.flash_attention_triton, values, documents_BS)
     assert all(torch.equal(a[:, 41:], b[:, 41:]) for a, b in zip(first, second))
 
 
@@ -151,7 +150,7 @@ def test_log_sum_keeps_a_long_tail(small, peak, size):
     q, k, v, _ = drawn(0, 1, 64, (1, 1), 8)
     k[0, peak, 0] = q[0, -1, 0] * size
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    saved = kernel.flash_attention_triton(*inputs).grad_fn
+    saved = layer.flash_attention_triton(*inputs).grad_fn
     while (
         not hasattr(saved, "saved_tensors") or len(saved.saved_tensors) < 7
     ):  # below the cut of the added zeros
@@ -167,12 +166,12 @@ def test_log_sum_keeps_a_long_tail(small, peak, size):
 def test_a_leak_is_found(small, monkeypatch):
     """The comparison fails if a document begins one position too early or a key is seen one query too late."""
     documents_BS = torch.tensor([0] * 20 + [1] * 20)[None].int().to(DEVICE)
-    values, whole = drawn(0, 1, 40, (1, 1), 8), kernel.bounds
+    values, whole = drawn(0, 1, 40, (1, 1), 8), layer.document_bounds
     for wrong, name in (((-1, 0), "output"), ((0, -8), "of k")):
         shifted = lambda ids, wrong=wrong: [(x + s).clamp(0) for x, s in zip(whole(ids), wrong)]  # noqa: E731
-        monkeypatch.setattr(kernel, "bounds", shifted)
+        monkeypatch.setattr(layer, "document_bounds", shifted)
         with pytest.raises(AssertionError, match=name):
-            compare(kernel.flash_attention_triton, values, documents_BS, 1e-5)
+            compare(layer.flash_attention_triton, values, documents_BS, 1e-5)
 
 
 def cache(seed, B, S, heads, A, size, blocks, parts=2, dtype=torch.float32):
@@ -292,8 +291,8 @@ def _tables(blocks, count, length):
 def test_the_switch_chooses_these_kernels(monkeypatch):
     """`flash_attention` runs them when asked; wide heads and float64 go the plain way."""
     values = drawn(0, 1, 5, (2, 1), 8)
-    called, ours = [], kernel.flash_attention_triton
-    monkeypatch.setattr(kernel, "flash_attention_triton", lambda *a: called.append(1) or ours(*a))
+    called, ours = [], layer.flash_attention_triton
+    monkeypatch.setattr(layer, "flash_attention_triton", lambda *a: called.append(1) or ours(*a))
     for choice, expected in (("torch", 0), ("triton", 1)):
         monkeypatch.setattr(dispatch, "_chosen", choice)
         compare(flash_attention, values, None, 1e-5)
@@ -304,8 +303,9 @@ def test_the_switch_chooses_these_kernels(monkeypatch):
 
 SETUP = """
 import torch
-from minglm.kernels import flash_attention_backward_triton as b, flash_attention_triton as f
-from minglm.kernels import paged_attention_triton as p
+from minglm.kernels.attention import triton_backward as backward
+from minglm.kernels.attention import triton_layer as layer
+from minglm.kernels.attention import triton_paged as paged
 def check(found, expected):
     away = float((found.double() - expected).abs().max())
     assert away < 0.05, away
@@ -318,16 +318,16 @@ k, v = torch.zeros(1, S, 8, A).bfloat16(), torch.zeros(1, S, 8, A).bfloat16()
 k[0, -1, -1], v[0, -1, -1] = torch.randn(2, A)
 begin = torch.arange(S, dtype=torch.int32)[None]  # every token is a document of its own, so a tile has one other
 end = begin + 1
-run_as(N - 1, 0, 0)
+pin_program_id(N - 1, 0, 0)
 context = type("Context", (), {"save_for_backward": lambda self, *x: setattr(self, "saved", x)})()
-out = f._Flash.forward(context, q, k, v, begin, end, A**-0.5)
+out = layer._FlashAttention.forward(context, q, k, v, begin, end, A**-0.5)
 check(out[0, -1, -1], v[0, -1, -1].double())  # a query that sees one key
 grad = torch.empty_like(q)
 grad[0, -1, -1] = torch.randn(A)
-dq, dk, dv = b.gradients(*context.saved, grad, A**-0.5)
+dq, dk, dv = backward.backward_triton(*context.saved, grad, A**-0.5)
 check(dq[0, -1, -1], torch.zeros(A).double())
-run_as(7, -(-S // f.chosen(b.KEYS, q).keys) - 1, 0)
-dq, dk, dv = b.gradients(*context.saved, grad, A**-0.5)
+pin_program_id(7, -(-S // backward.tiles_for_heads(backward.KEYS, q).keys) - 1, 0)
+dq, dk, dv = backward.backward_triton(*context.saved, grad, A**-0.5)
 check(dv[0, -1, -1], grad[0, -1, -1].double())
 """
 PAGES = """
@@ -335,8 +335,8 @@ blocks, M, size, A = 70_000, 8, 16, 128
 store, tile = last_tile(blocks, 2, M, size, A, tile=(size, A))
 store[-1, 0, -1] = torch.randn(size, A)
 q, rows = torch.randn(1, 1, 12 * M, A).bfloat16(), torch.arange(2 * M) + (blocks - 1) * 2 * M
-run_as(M - 1, 0, 0)
-out = p.paged_attention_triton(q, store, rows, torch.tensor([[size - 1]]))
+pin_program_id(M - 1, 0, 0)
+out = paged.paged_attention_triton(q, store, rows, torch.tensor([[size - 1]]))
 weights = (q[0, 0, -12:].double() @ store[-1, 0, -1].double().T * A**-0.5).softmax(-1)
 check(out[0, 0, -12:], weights @ tile.double())
 """
@@ -358,15 +358,13 @@ def test_real_shapes(dtype, heads, A, packed):
     values = drawn(0, 1, 515, heads, A, dtype)
     documents_BS = drawn_documents(0, 1, 515).to(DEVICE) if packed else None
     compare(
-        kernel.flash_attention_triton,
+        layer.flash_attention_triton,
         values,
         documents_BS,
         2e-5 if dtype == torch.float32 else 0.01,
     )
-    first = results(kernel.flash_attention_triton, values, documents_BS)
-    assert all(
-        map(torch.equal, first, results(kernel.flash_attention_triton, values, documents_BS))
-    )
+    first = results(layer.flash_attention_triton, values, documents_BS)
+    assert all(map(torch.equal, first, results(layer.flash_attention_triton, values, documents_BS)))
 
 
 @pytest.mark.gpu
@@ -378,9 +376,9 @@ def test_both_forms_on_hopper(monkeypatch, S, packed):
         pytest.skip("Gluon's kernels are for Hopper alone")
     values = drawn(S, 2, S, (24, 2), 128, torch.bfloat16)
     documents_BS = drawn_documents(S, 2, S).to(DEVICE) if packed else None
-    compare(kernel.flash_attention_triton, values, documents_BS, 0.01)
-    monkeypatch.setattr(kernel, "gluon_serves", lambda q: False)
-    compare(kernel.flash_attention_triton, values, documents_BS, 0.01)
+    compare(layer.flash_attention_triton, values, documents_BS, 0.01)
+    monkeypatch.setattr(layer, "gluon_serves", lambda q: False)
+    compare(layer.flash_attention_triton, values, documents_BS, 0.01)
 
 
 @pytest.mark.gpu
@@ -408,7 +406,7 @@ def test_the_host_never_waits():
     for mode in ("default", "error"):  # the first time compiles
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            results(kernel.flash_attention_triton, values, documents_BS)
+            results(layer.flash_attention_triton, values, documents_BS)
             paged.paged_attention_triton(*case)
         finally:
             torch.cuda.set_sync_debug_mode("default")

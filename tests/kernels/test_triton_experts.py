@@ -188,7 +188,7 @@ for layer.bulk_readable in (lambda *t: True), (lambda *t: False):
 """
 WRITE = """
 a, b = torch.randn(1, F).bfloat16(), torch.randn(1, D).bfloat16()
-run_as(E * (F // 512) * (D // 512) - 1)
+pin_program_id(E * (F // 512) * (D // 512) - 1)
 check(layer.outer(a, b, order, ends, 1)[-1, -512:, -512:], (a.double().T @ b.double())[-512:, -512:])
 """
 ROWS = """
@@ -196,10 +196,10 @@ T = 450_000
 x, row = last_tile(T, D, tile=(1, D))
 w, v = torch.randn(1, 512, D).bfloat16(), torch.randn(1, D, 512).bfloat16()
 order, ends = torch.arange(T), torch.tensor([T], dtype=torch.int32)
-run_as(T // 16 - 1)
+pin_program_id(T // 16 - 1)
 y = layer.product([(x, w)], order, ends, 1, pick=True, transposed=True)
 check(y[-1:], row.double() @ w[0].double().T)
-run_as(T // 16 * (D // 512) - 1)
+pin_program_id(T // 16 * (D // 512) - 1)
 z = layer.product([(y, v)], order, ends, 1, pick=False, transposed=True)
 check(z[-1:, -512:], y[-1:].double() @ v[0, -512:].double().T)
 """

@@ -167,14 +167,14 @@ w, tile = last_tile(E, F, D, tile=(F, D), dtype=torch.float8_e4m3fn)
 x = torch.randn(1, D).to(torch.float8_e4m3fn)
 ends = torch.zeros(E, dtype=torch.int32); ends[-1] = 1
 scales = torch.ones(1, 40), torch.ones(E, 12, 40)
-kernel.PRODUCT = {2**31: kernel.Tiles(16, 128, 128, 4, 1)}; run_as(11)
+kernel.PRODUCT = {2**31: kernel.Tiles(16, 128, 128, 4, 1)}; pin_program_id(11)
 for kernel.bulk_readable in (lambda *t: True), (lambda *t: False):
     y = kernel.scaled_product_triton(x, scales[0], w, scales[1], ends, None, 1, torch.float32)
     check(y[:, -128:], (x.double() @ tile.double().T)[:, -128:])
 """
 ROWS = """
 T, D = 450_000, 5120
-x, row = last_tile(T, D, tile=(1, D)); run_as(39, T // 32, 0)
+x, row = last_tile(T, D, tile=(1, D)); pin_program_id(39, T // 32, 0)
 q, scale = kernel.quantize_triton(x, (1, 128))
 exact, exact_scale = quantize(row[:, -128:], (1, 128))
 assert torch.equal(q[-1, -128:].float(), exact[0].float()) and scale[-1, -1] == exact_scale[0, 0]

@@ -112,7 +112,7 @@ def test_offsets_beyond_32_bits():
         "from minglm.kernels.toolchain.tiles import Tiles\n"
         "kernel.SYMMETRIC = {2**31: Tiles(512, 1024, 1024, 8, 1)}\n"
         "def check(count, depth):\n"
-        "    x, tile = last_tile(count, 1536, depth, tile=(1536, depth)); run_as(4, count - 1)\n"
+        "    x, tile = last_tile(count, 1536, depth, tile=(1536, depth)); pin_program_id(4, count - 1)\n"
         "    found, exact = kernel.symmetric_product_triton(x, x), (tile[1024:].double() @ tile[512:1024].double().T)\n"
         "    for part in found[-1, 1024:, 512:1024], found[-1, 512:1024, 1024:].T:\n"
         "        assert (part - exact).abs().max() < 0.01 * exact.abs().max()\n"

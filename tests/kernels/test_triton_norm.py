@@ -82,7 +82,7 @@ def test_rows_beyond_32_bits():
     """At 450,000 tokens of GLM-4.5's width the last row lies past 2^31 elements, and is still the one normed."""
     program = (
         "import torch; from minglm.kernels.norm.triton_kernel import add_norm_triton\n"
-        "x, tile = last_tile(450_000, 5120, tile=(1, 5120)); run_as(449_999)\n"
+        "x, tile = last_tile(450_000, 5120, tile=(1, 5120)); pin_program_id(449_999)\n"
         "out, _ = add_norm_triton(x, torch.ones(5120), 1e-5)\n"
         "expected = torch.nn.functional.rms_norm(tile.float(), (5120,), eps=1e-5).bfloat16()\n"
         "assert torch.equal(out[-1:], expected), (out[-1:] - expected).abs().max()"

@@ -102,7 +102,7 @@ def test_scores_beyond_32_bits():
     """With 14 million tokens the last token's 160 scores lie past 2^31; it is still the one that is routed."""
     program = (
         "import torch; from minglm.kernels.router.triton_kernel import TOKENS, _choose, _sizes\n"
-        "x, tile = last_tile(14_000_000, 160, tile=(1, 160), dtype=torch.float32); run_as(len(x) // TOKENS - 1)\n"
+        "x, tile = last_tile(14_000_000, 160, tile=(1, 160), dtype=torch.float32); pin_program_id(len(x) // TOKENS - 1)\n"
         "experts, weights = torch.empty(len(x), 8, dtype=torch.int64), torch.empty(len(x), 8)\n"
         "_choose[(1,)](x, torch.zeros(160), experts, weights, torch.empty_like(x), len(x), 160, 1.0, NORMALIZE=True,\n"
         "              **_sizes(160, 8))\n"

@@ -152,7 +152,7 @@ def flash_attention(q_BSNA, k_BSMA, v_BSMA, documents_BS=None):
     `minglm.kernels.dispatch` chooses the form; Triton's takes heads of up to WIDEST dimensions.
     """
     if q_BSNA.shape[3] <= WIDEST and backend(q_BSNA) == "triton":
-        from minglm.kernels.attention.triton_forward import flash_attention_triton
+        from minglm.kernels.attention.triton_layer import flash_attention_triton
 
         return flash_attention_triton(q_BSNA, k_BSMA, v_BSMA, documents_BS)
     return _Flash.apply(q_BSNA, k_BSMA, v_BSMA, documents_BS)

@@ -43,7 +43,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from minglm.kernels.attention.triton_forward import LOG2E, LOWEST
+from minglm.kernels.attention.triton_common import LOG2E, LOWEST
 from minglm.kernels.toolchain.spec import Spec
 
 # Copies by the copy engine; Triton 3.6 has other names for them than later versions.

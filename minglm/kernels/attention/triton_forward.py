@@ -1,96 +1,45 @@
-"""Causal grouped-query attention as Triton kernels, forward pass. Equations and plain form: `flash_attention.py`.
+"""Causal grouped-query attention as a Triton kernel, forward pass (paper 2.1). Eager form: `attention/eager.py`.
 
-`_forward` computes a tile of queries of one head: their `out`, and of each L = log2 of the sum over its keys of
-2^score. Scores are q . k * A^-1/2 * log2(e), because the GPU's exponential is of base 2. Beside q, k and v only out and
-L are saved for the backward pass (`flash_attention_backward_triton.py`). On Hopper heads of 128 dimensions take the
-kernel of `flash_attention_gluon.py`, in which the softmax runs beside the products.
+    s_ij  = q_i . k_j A^-1/2 log2(e)                       for begin_i <= j <= i, else -inf
+    m_i   = max over j of s_ij
+    out_i = sum over j of 2^(s_ij - m_i) v_j / sum over j of 2^(s_ij - m_i)
+    L_i   = m_i + log2( sum over j of 2^(s_ij - m_i) )     saved for the backward pass
+
+A program computes a tile of queries of one head. It walks along the keys tile by tile and keeps a running maximum, a
+running total and a running sum; older ones shrink by 2^(old maximum - new maximum).
 
 Choices, each with its reason:
-- A document is a run of equal ids, so what query i may see is an interval: begin_i <= j <= i. Of the keys between the
-  smallest `begin` of a tile of queries and its last query, those from the largest `begin` on and below the diagonal
-  need no mask. They have a loop of their own; a second one takes the tiles at both ends.
-- Tiles come by descriptors of (B, heads, S, A) views (the bulk copy engine): what lies beyond S, or beyond A where A is
-  not a power of two, arrives as zeros and is not written, and offsets are not bounded by 32 bits.
+- What a query may see is an interval of keys (`triton_common.py`). The key tiles that need no mask have a loop of
+  their own; a second loop takes the tiles at both ends.
+- Tiles are read through descriptors of (B, heads, S, A) views (the bulk copy engine): what lies beyond S, or beyond A
+  where A is not a power of two, arrives as zeros and is not written, and offsets are not bounded by 32 bits.
 - The longest rows of tiles start first, so that the short ones fill the gaps at the end; the query heads that share a
   key/value head run side by side and find it in the L2 cache.
+- On Hopper, heads of 128 dimensions use the kernel of `gluon_forward.py`, in which the softmax runs beside the products.
 """
 
-from dataclasses import dataclass
-
-import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from minglm.kernels.toolchain.spec import Spec
-from minglm.kernels.toolchain.tiles import bind
+from minglm.kernels.attention.triton_common import (
+    LOG2E,
+    LOWEST,
+    SPEC_HEADS,
+    Tiles,
+    attention_spec,
+    compile_constants,
+    key_spans,
+    load_begins,
+    load_tile,
+    masked_tile_key,
+    tile_descriptor,
+    tiles_for_heads,
+)
 
-LOG2E = 1.4426950408889634
-LOWEST = tl.constexpr(
-    -1e30
-)  # a maximum to start from: finite, so that a row that has seen no key yet gives no NaN
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Queries x keys of one tile of scores, and what Triton is asked for."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-
-    def constants(self):
-        """As the kernels name them."""
-        return {"ROWS": self.rows, "KEYS": self.keys}
-
-
-# Tiles by the width of a head. Small tiles without a pipeline are the fastest of those timed on an H100 for 128: four
-# programs fit on a multiprocessor, and while one has its softmax another has its products.
+# Tiles by the largest width of a head. Small tiles without a pipeline are the fastest of those timed on an H100 for 128:
+# four programs fit on a multiprocessor, and while one computes its softmax another computes its products.
 FORWARD = {128: Tiles(64, 64, 4, 1), 256: Tiles(128, 64, 8, 2)}
-# For checks and not for speed: each product is three of TF32 (22 bits), and much is spilled. Exact products outside the
-# tensor cores are unrolled along a whole head: they spilled more and took the compiler longer.
-FLOAT32 = Tiles(32, 32, 4, 1)
-
-
-@triton.jit
-def _tile(x, batch, head, at, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """SIZE x WIDTH of one head from position `at` on; zeros outside of it."""
-    return x.load([batch, head, at, 0]).reshape(SIZE, WIDTH)
-
-
-@triton.jit
-def _of_rows(x, batch, head, at, SIZE: tl.constexpr):
-    """One number for each of SIZE positions; zeros beyond S."""
-    return x.load([batch, head, at]).reshape(SIZE)
-
-
-@triton.jit
-def _spans(begin, batch, row, S, ROWS: tl.constexpr, KEYS: tl.constexpr, DOCUMENTS: tl.constexpr):
-    """Where the keys of a tile of queries lie: (first key, first key without a mask, key tiles at the left end, all
-    tiles with a mask)."""
-    first, last = 0, 0
-    if DOCUMENTS:
-        first = tl.load(begin + batch * S + row) // KEYS * KEYS
-        last = tl.load(begin + batch * S + tl.minimum(row + ROWS, S) - 1)
-    middle = row - tl.maximum(row - last, 0) // KEYS * KEYS
-    left = (middle - first) // KEYS
-    return first, middle, left, left + tl.cdiv(tl.minimum(ROWS, S - row), KEYS)
-
-
-@triton.jit
-def _masked_key(tile, first, left, row, KEYS: tl.constexpr):
-    """First key of the tile with a mask that is number `tile`: at the left end, then at the diagonal."""
-    return tl.where(tile < left, first + tile * KEYS, row + (tile - left) * KEYS)
-
-
-@triton.jit
-def _begins(begin, batch, rows, S, DOCUMENTS: tl.constexpr):
-    """First key that each query may see."""
-    if DOCUMENTS:
-        return tl.load(begin + batch * S + rows, mask=rows < S, other=0)
-    else:
-        return rows * 0
 
 
 @triton.jit
@@ -111,16 +60,17 @@ def _attend(
     WIDTH: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """One step of the forward pass: out, total and most of each query with KEYS more keys."""
-    scores = tl.dot(q, _tile(k, batch, head, key, KEYS, WIDTH).T, input_precision="tf32x3")
+    """Add KEYS more keys to the running out, total and maximum (most) of each query."""
+    # s_ij, but for the factor
+    scores = tl.dot(q, load_tile(k, batch, head, key, KEYS, WIDTH).T, input_precision="tf32x3")
     if MASK:
         keys = key + tl.arange(0, KEYS)
         seen = (keys[None, :] <= rows[:, None]) & (keys[None, :] >= begins[:, None])
         scores = tl.where(seen, scores, float("-inf"))
-    highest = tl.maximum(most, tl.max(scores, 1) * factor)
-    weights = tl.exp2(scores * factor - highest[:, None])
-    shrink = tl.exp2(most - highest)
-    values = _tile(v, batch, head, key, KEYS, WIDTH)
+    highest = tl.maximum(most, tl.max(scores, 1) * factor)  # m_i so far
+    weights = tl.exp2(scores * factor - highest[:, None])  # 2^(s_ij - m_i)
+    shrink = tl.exp2(most - highest)  # what was summed with the old maximum shrinks by this
+    values = load_tile(v, batch, head, key, KEYS, WIDTH)
     out = tl.dot(weights.to(values.dtype), values, out * shrink[:, None], input_precision="tf32x3")
     return out, total * shrink + tl.sum(weights, 1), highest
 
@@ -141,16 +91,20 @@ def _forward(
     KEYS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """out and log_sum of ROWS queries of one head."""
-    n, batch = tl.program_id(0), tl.program_id(2)
+    """Compute out and log_sum (L) of ROWS queries of one head. Grid: (query head, tile of queries, batch)."""
+    n = tl.program_id(0)
+    batch = tl.program_id(2)
+    # Tiles count from the end of the row: the last queries see the most keys, and start first.
     row = (tl.cdiv(S, ROWS) - 1 - tl.program_id(1)) * ROWS
-    head, rows = n // GROUP, row + tl.arange(0, ROWS)
-    first, middle, left, masked = _spans(begin, batch, row, S, ROWS, KEYS, DOCUMENTS)
-    begins = _begins(begin, batch, rows, S, DOCUMENTS)
-    queries = _tile(q, batch, n, row, ROWS, WIDTH)
+    head = n // GROUP
+    rows = row + tl.arange(0, ROWS)
+    first, middle, left, masked = key_spans(begin, batch, row, S, ROWS, KEYS, DOCUMENTS)
+    begins = load_begins(begin, batch, rows, S, DOCUMENTS)
+    queries = load_tile(q, batch, n, row, ROWS, WIDTH)
     sums = tl.zeros((ROWS, WIDTH), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     most = tl.full((ROWS,), LOWEST, tl.float32)
+    # The keys that every query of the tile sees.
     for key in range(middle, row, KEYS):
         sums, total, most = _attend(
             queries,
@@ -169,8 +123,9 @@ def _forward(
             WIDTH,
             False,
         )
+    # The tiles at the left end of documents, then those at the diagonal.
     for tile in range(0, masked):
-        key = _masked_key(tile, first, left, row, KEYS)
+        key = masked_tile_key(tile, first, left, row, KEYS)
         sums, total, most = _attend(
             queries,
             k,
@@ -193,141 +148,35 @@ def _forward(
     log_sum.store([batch, n, row], (most + tl.log2(total)).reshape(1, 1, ROWS))
 
 
-def bounds(documents_BS):
-    """(begin, end), int32 (B, S): first position of the document of each position, and the first one after it."""
-    S = documents_BS.shape[1]
-    index = torch.arange(S, dtype=torch.int32, device=documents_BS.device)
-    changed = documents_BS[:, 1:] != documents_BS[:, :-1]
-    begin = torch.where(F.pad(changed, (1, 0)), index, 0).cummax(1).values
-    end = torch.where(F.pad(changed, (0, 1)), index + 1, S).flip(1).cummin(1).values.flip(1)
-    return begin, end.contiguous()
+def forward_triton(
+    q_BSNA: Tensor,
+    k_BSMA: Tensor,
+    v_BSMA: Tensor,
+    begin_BS: Tensor | None,
+    out_BSNA: Tensor,
+    log_sum_BNS: Tensor,
+    scale: float,
+) -> None:
+    """Write out (B, S, N, A) and log_sum, float32 (B, N, S), of contiguous q (B, S, N, A), k and v (B, S, M, A).
 
-
-def described(x, size):
-    """Tiles of `size` positions of one head, as a kernel reads and writes them: x (B, S, heads, A), or (B, heads, S).
-
-    A row must be a multiple of 16 bytes.
+    begin: int32 (B, S), the first key that each query may see, or None where it is always the first one.
     """
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    if x.ndim == 3:
-        return TensorDescriptor.from_tensor(x, [1, 1, size])
-    return TensorDescriptor.from_tensor(
-        x.transpose(1, 2), [1, 1, size, triton.next_power_of_2(x.shape[3])]
-    )
-
-
-def chosen(table, x):
-    """The tiles for heads like those of x."""
-    if x.dtype == torch.float32:
-        return FLOAT32
-    return next(tiles for most, tiles in table.items() if x.shape[-1] <= most)
-
-
-def constants(q, k, begin, tiles):
-    """What every kernel is compiled for."""
-    sizes = {
-        "GROUP": q.shape[2] // k.shape[2],
-        "WIDTH": triton.next_power_of_2(q.shape[3]),
-        **tiles.constants(),
-    }
-    return sizes | {
-        "DOCUMENTS": begin is not None,
-        "num_warps": tiles.warps,
-        "num_stages": tiles.stages,
-    }
-
-
-def sums_like(q_BSNA):
-    """Room for a float32 number of each query, (B, N, S), in rows that the copy engine can read and write."""
     B, S, N, _ = q_BSNA.shape
-    return q_BSNA.new_empty(B, N, S + -S % 4, dtype=torch.float32)[..., :S]
-
-
-def forward_triton(q, k, v, begin, out, log_sum, scale):
-    """Compute out and log_sum of contiguous q (B, S, N, A), k and v (B, S, M, A)."""
-    (B, S, N, _), tiles = q.shape, chosen(FORWARD, q)
-    by_row, by_key = (
-        [described(x, size) for x in group]
-        for group, size in (((q, out, log_sum), tiles.rows), ((k, v), tiles.keys))
-    )
+    tiles = tiles_for_heads(FORWARD, q_BSNA)
     _forward[(N, triton.cdiv(S, tiles.rows), B)](
-        by_row[0], *by_key, begin, *by_row[1:], S, scale * LOG2E, **constants(q, k, begin, tiles)
+        tile_descriptor(q_BSNA, tiles.rows),
+        tile_descriptor(k_BSMA, tiles.keys),
+        tile_descriptor(v_BSMA, tiles.keys),
+        begin_BS,
+        tile_descriptor(out_BSNA, tiles.rows),
+        tile_descriptor(log_sum_BNS, tiles.rows),
+        S,
+        scale * LOG2E,
+        **compile_constants(q_BSNA, k_BSMA, begin_BS, tiles),
     )
 
 
-def gluon_serves(q):
-    """Whether the kernels in Gluon, which are for Hopper alone, take heads like those of q."""
-    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
-    return hopper and q.shape[3] == 128 and q.element_size() == 2
-
-
-class _Flash(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, begin, end, scale):
-        q, k, v = (x.contiguous() for x in (q, k, v))
-        if gluon_serves(q):
-            from minglm.kernels.attention.gluon_forward import forward_gluon as forward
-        else:
-            forward = forward_triton
-        out, log_sum = torch.empty_like(q), sums_like(q)
-        forward(q, k, v, begin, out, log_sum, scale)
-        ctx.scale = scale
-        ctx.save_for_backward(q, k, v, begin, end, out, log_sum)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        from minglm.kernels.attention.triton_backward import gradients
-
-        bind(grad)
-        return *gradients(*ctx.saved_tensors, grad.contiguous(), ctx.scale), None, None, None
-
-
-def flash_attention_triton(q_BSNA, k_BSMA, v_BSMA, documents_BS=None):
-    """The same as `minglm.kernels.attention.eager.flash_attention`, for heads of up to 256 dimensions.
-
-    A row of a head must be a multiple of 16 bytes for the copy engine; where it is not, zeros are added here.
-    """
-    A, unit = q_BSNA.shape[3], 16 // q_BSNA.element_size()
-    q, k, v = (F.pad(x, (0, max(16, A + -A % unit) - A)) for x in (q_BSNA, k_BSMA, v_BSMA))
-    begin, end = (None, None) if documents_BS is None else bounds(documents_BS)
-    return _Flash.apply(q, k, v, begin, end, A**-0.5)[..., :A]
-
-
-def spec(name, kernel, width, documents, tiles, by_row, by_key, **more):
-    """The `Spec` of a kernel for heads of `width`: as many query heads a key/value head as GLM-4.5, or else one."""
-    types = dict.fromkeys(by_row, f"tensordesc<bf16[1, 1, {tiles.rows}, {width}]>")
-    types |= dict.fromkeys(by_key, f"tensordesc<bf16[1, 1, {tiles.keys}, {width}]>")
-    types |= dict.fromkeys(("log_sum", "delta"), f"tensordesc<fp32[1, 1, {tiles.rows}]>")
-    types |= {"S": "i32", "factor": "fp32", "scale": "fp32"} | dict.fromkeys(
-        ("begin", "end"), "*i32"
-    )
-    values = {
-        "GROUP": 12 if width == 128 else 1,
-        "WIDTH": width,
-        "DOCUMENTS": documents,
-        **tiles.constants(),
-        **more,
-    }
-    if not documents:
-        values |= {"begin": None, "end": None}
-    names = kernel.arg_names
-    return Spec(
-        f"{name} {width}{' packed' if documents else ''}",
-        kernel,
-        {x: types[x] for x in names if x not in values},
-        {x: values[x] for x in names if x in values},
-        tiles.warps,
-        tiles.stages,
-        unit="HGMMA",
-        opcodes=("UTMALDG",),
-    )
-
-
-# Heads of GLM-4.5 and of GLM-4.7-Flash, which has 256 dimensions; with packed documents and without.
-HEADS = ((128, False), (128, True), (256, True))
 SPECS = [
-    spec("forward", _forward, width, packed, FORWARD[width], ("q", "out"), ("k", "v"))
-    for width, packed in HEADS
+    attention_spec("forward", _forward, width, packed, FORWARD[width], ("q", "out"), ("k", "v"))
+    for width, packed in SPEC_HEADS
 ]

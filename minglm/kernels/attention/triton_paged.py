@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minglm.kernels.attention.triton_forward import LOG2E, LOWEST
+from minglm.kernels.attention.triton_common import LOG2E, LOWEST
 from minglm.kernels.toolchain.spec import Spec
 
 
