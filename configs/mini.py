@@ -116,7 +116,7 @@ def mini():
             unified=SFTConfig(100_000, 2.0, 131_072, 8192, 2e-4),
             prompts_per_environment=20_000,
             responses_per_prompt=2,
-            provoked_samples=2000,
+            pathology_samples=2000,
             general_rl=RLConfig(
                 ("arithmetic", "retail", "instructions"), 100, max_turns=8, peak_lr=2e-6, **rl
             ),

@@ -87,7 +87,7 @@ def nano():
             unified=SFTConfig(64, 1.0, 1024, 1024, 5e-3),
             prompts_per_environment=4,
             responses_per_prompt=2,
-            provoked_samples=8,
+            pathology_samples=8,
             general_rl=RLConfig(("arithmetic", "retail", "instructions"), max_turns=2, **rl),
             pathology_rl=RLConfig(("provocation", "arithmetic"), fault_penalty=1.0, **rl),
         ),

@@ -113,7 +113,7 @@ def toy():
             reasoning=ExpertConfig(
                 ("arithmetic", "code"),
                 SFTConfig(400, 2.0, 2048, 512, 3e-3),
-                terse_share=0.6,
+                truncated_reasoning_share=0.6,
                 rl=RLConfig(("arithmetic",), 42, 16, 8, 72, 1, peak_lr=3e-4),
             ),
             agent=ExpertConfig(
@@ -131,7 +131,7 @@ def toy():
             unified=SFTConfig(10_000, 3.0, 4096, 512, 4e-3),
             prompts_per_environment=3000,
             responses_per_prompt=1,
-            provoked_samples=600,
+            pathology_samples=600,
             general_rl=RLConfig(
                 ("arithmetic", "retail", "instructions"),
                 12,

@@ -63,15 +63,17 @@ def run(words):
         p.print_help()
         load_config(words[0], ["--help"])  # prints every field with its meaning, and ends
     args, overrides = p.parse_known_args(words)
-    from minglm.common.device import pick_device
+    from minglm.common.device import measured_flops, pick_device, pick_dtype
     from minglm.plan.counts import count_parameters
-    from minglm.recipe.run import Pipeline
-    from minglm.recipe.stages import matmul_speed, plan_stages, table
+    from minglm.recipe.run import RecipeRunner
+    from minglm.recipe.stages import plan_stages, table
     from minglm.report import card
 
     config = load_config(args.config, overrides)
     stages = plan_stages(config)
-    print(table(config, stages, matmul_speed(pick_device(config.device))), flush=True)
+    device = pick_device(config.device)
+    speed = measured_flops(device, pick_dtype(config.dtype, device))
+    print(table(config, stages, speed), flush=True)
     if args.dry_run:
         print(json.dumps(to_dict(config), indent=1))
         print(f"body: {count_parameters(config.model)['body']:,} parameters")
@@ -84,7 +86,7 @@ def run(words):
     out = Path(args.out or f"runs/{config.name}")
     program = ["python", "-m", "minglm"]
     try:
-        complete = Pipeline(config, out).execute(args.only, args.until)
+        complete = RecipeRunner(config, out).execute(args.only, args.until)
     except KeyboardInterrupt:
         again = shlex.join([*program, "run", *words])
         print(f"\nstopped; everything up to here is saved. Continue with: {again}", file=sys.stderr)

@@ -3,30 +3,55 @@
 run = load_config("configs/toy.py", ["--seed", "1"])
 """
 
-from minglm.config.data import DataConfig
+from minglm.config.data import DataConfig, Quality
 from minglm.config.model import ModelConfig
 from minglm.config.posttraining import (
+    Aggregation,
     EvaluationConfig,
     ExpertConfig,
     PostTrainingConfig,
     RLConfig,
     SFTConfig,
 )
-from minglm.config.run import RunConfig, load_config
-from minglm.config.training import BalanceConfig, OptimizerConfig, StageConfig, StagesConfig
+from minglm.config.run import (
+    Kernels,
+    Precision,
+    RolloutPrecision,
+    RunConfig,
+    Tracker,
+    load_config,
+)
+from minglm.config.training import (
+    BalanceConfig,
+    OptimizerConfig,
+    Packing,
+    Polynomial,
+    Schedule,
+    StageConfig,
+    StagesConfig,
+)
 
 __all__ = [
+    "Aggregation",
     "BalanceConfig",
     "DataConfig",
     "EvaluationConfig",
     "ExpertConfig",
+    "Kernels",
     "ModelConfig",
     "OptimizerConfig",
+    "Packing",
+    "Polynomial",
     "PostTrainingConfig",
+    "Precision",
+    "Quality",
     "RLConfig",
+    "RolloutPrecision",
     "RunConfig",
     "SFTConfig",
+    "Schedule",
     "StageConfig",
     "StagesConfig",
+    "Tracker",
     "load_config",
 ]

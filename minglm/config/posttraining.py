@@ -1,56 +1,85 @@
-"""Post-training: supervised fine-tuning, reinforcement learning, experts, evaluation (paper 3.1 to 3.4, 4)."""
+"""Options of post-training: fine-tuning, reinforcement learning, experts, evaluation (paper 3.1 to 3.4, 4)."""
 
 from dataclasses import dataclass
+from enum import StrEnum
+
+from minglm.config.options import option, positive, share
+
+
+class Aggregation(StrEnum):
+    """What the policy-gradient loss of a batch is averaged over."""
+
+    TOKEN = "token"
+    """All trained tokens of the batch."""
+    SEQUENCE = "sequence"
+    """The tokens of a sample first, then the samples."""
+    CONSTANT = "constant"
+    """A constant, the largest number of tokens that a sample may have."""
 
 
 @dataclass(frozen=True)
 class SFTConfig:
     """One supervised fine-tuning phase (paper 3.1)."""
 
-    samples: int = 1_000_000
-    """Conversations at most: per environment in a cold start, in all in the unified phase."""
+    samples: int = positive(1_000_000)
+    """Most conversations: per environment in a cold start, in all in the unified phase."""
     epochs: float = 1.0
-    """Passes over them."""
-    batch_tokens: int = 1_000_000
+    """Passes over the conversations."""
+    batch_tokens: int = positive(1_000_000)
     """Tokens per optimizer step."""
     sequence_length: int = 131072
     """Positions of a packed row."""
     peak_lr: float = 2e-5
-    """Learning rate after a warm-up over the first 5% of tokens; then cosine to a tenth."""
+    """Learning rate after a warm-up over the first 5% of the tokens; then a cosine to a tenth of it."""
+
+    def check(self, name: str, longest: int) -> None:
+        """Raise ValueError, in one line, for rows longer than the model's. name: dotted, for the message."""
+        if not 2 <= self.sequence_length <= longest:
+            raise ValueError(
+                f"{name}.sequence_length = {self.sequence_length}: "
+                f"must lie between 2 and model.max_position_embeddings = {longest}"
+            )
 
 
 @dataclass(frozen=True)
 class RLConfig:
-    """One reinforcement phase: GRPO without the KL term (paper 3.2, 3.3, 3.4)."""
+    """One reinforcement learning phase: GRPO without the KL term (paper 3.2, 3.3, 3.4)."""
 
     environments: tuple[str, ...] = ()
-    """Environments the tasks come from, in turn."""
+    """Environments the tasks are drawn from, round-robin; repeat a name to weight it."""
     steps: int = 1000
-    """Rollouts."""
-    prompts: int = 64
+    """Batches of rollouts."""
+    prompts: int = positive(64)
     """Prompts P per step."""
-    samples: int = 16
+    samples: int = positive(16)
     """Samples G per prompt."""
-    max_new_tokens: int = 65536
-    """Bound on the tokens of one assistant turn. The paper trains at the full length from the start."""
-    max_turns: int = 1
-    """Bound on the assistant turns of an episode."""
-    temperature: float = 1.0
+    max_new_tokens: int = positive(65536)
+    """Most tokens of one assistant turn. The paper trains at the full length from the start."""
+    max_turns: int = positive(1)
+    """Most assistant turns of an episode."""
+    temperature: float = positive(1.0)
     """Sampling temperature; the loss divides the logits by the same number."""
     peak_lr: float = 1e-6
     """Learning rate, constant after five steps of warm-up."""
-    clip_low: float = 0.2
+    clip_low: float = share(0.2)
     """The probability ratio is clipped below at 1 - clip_low."""
     clip_high: float = 0.28
-    """And above at 1 + clip_high."""
-    aggregation: str = "token"
-    """Mean of the loss over all tokens (token), over samples (sequence), or over a constant (constant)."""
+    """The probability ratio is clipped above at 1 + clip_high."""
+    aggregation: Aggregation = Aggregation.TOKEN
+    """Average the loss over all tokens (token), over samples (sequence), or divide by a constant (constant)."""
     normalize_std: bool = True
     """Divide advantages by the group's standard deviation (GRPO); the agentic objective does not."""
     fault_penalty: float = 0.0
-    """Taken off the reward of an answer that mixes languages, loops or breaks the format (paper 3.4, pathology RL)."""
-    updates_per_rollout: int = 1
+    """Subtracted from the reward of an answer that mixes languages, loops or breaks the format (paper 3.4)."""
+    updates_per_rollout: int = positive(1)
     """Optimizer steps that share one batch of rollouts."""
+
+    def check(self, name: str) -> None:
+        """Raise ValueError, in one line, for a phase that cannot learn. name: dotted, for the message."""
+        if self.samples < 2:
+            raise ValueError(
+                f"{name}.samples = {self.samples}: a group of one has no advantage; use 2 or more"
+            )
 
 
 @dataclass(frozen=True)
@@ -62,60 +91,86 @@ class ExpertConfig:
     sft: SFTConfig = SFTConfig()
     """The cold start: a small set with long chains of thought."""
     rl: RLConfig = RLConfig()
-    """The reinforcement phase."""
-    terse_share: float = 0.0
-    """Share of the cold start whose reasoning stops after its first step, so that RL has to find that steps pay."""
+    """The reinforcement learning phase."""
+    truncated_reasoning_share: float = share(0.0, formerly="terse_share")
+    """Share of the cold start whose reasoning is cut after its first step, so that RL has to rediscover the others."""
     distilled: float = 1.0
-    """How many tokens of its answers the unified model sees, relative to the other experts."""
+    """Tokens of this expert's answers in the unified data, relative to the other experts."""
 
 
 @dataclass(frozen=True)
 class PostTrainingConfig:
     """Experts, unified model, general RL (paper 3.1 to 3.4)."""
 
-    reasoning: ExpertConfig = ExpertConfig(("arithmetic", "code"), rl=RLConfig(("arithmetic",)))
-    agent: ExpertConfig = ExpertConfig(
-        ("retail",), rl=RLConfig(("retail",), max_turns=8, normalize_std=False)
+    reasoning: ExpertConfig = ExpertConfig(
+        environments=("arithmetic", "code"),
+        rl=RLConfig(environments=("arithmetic",)),
     )
-    chat: ExpertConfig = ExpertConfig(("instructions",), rl=RLConfig(("instructions",)))
+    agent: ExpertConfig = ExpertConfig(
+        environments=("retail",),
+        rl=RLConfig(environments=("retail",), max_turns=8, normalize_std=False),
+    )
+    chat: ExpertConfig = ExpertConfig(
+        environments=("instructions",),
+        rl=RLConfig(environments=("instructions",)),
+    )
     unified: SFTConfig = SFTConfig()
     """Overall SFT, from the base, on rejection-sampled answers of the experts."""
     prompts_per_environment: int = 100_000
-    """Prompts that an expert answers for it where conversations are shortest; others get fewer, for as many tokens."""
-    responses_per_prompt: int = 4
+    """Prompts answered for the environment with the shortest conversations; others get fewer, for as many tokens."""
+    responses_per_prompt: int = positive(4)
     """Answers per prompt, of which the right ones are kept (paper 3.1)."""
-    thinking_share: float = 0.5
+    thinking_share: float = share(0.5)
     """Share of the unified data that keeps its reasoning; the rest answers directly."""
-    provoked_samples: int = 0
-    """Answers of the oracle to provoking prompts in the unified data; 0 where the data bring faults of their own."""
-    spoilt_share: float = 0.5
-    """Share of those with a fault put in, the bad habit that pathology RL is to cure."""
-    general_rl: RLConfig = RLConfig(("arithmetic", "retail", "instructions"), max_turns=8)
+    pathology_samples: int = option(0, formerly="provoked_samples")
+    """Answers to prompts that provoke pathologies in the unified data; 0 where the data bring pathologies anyway."""
+    corrupted_share: float = share(0.5, formerly="spoilt_share")
+    """Share of these answers that are corrupted: the bad habit that pathology RL is to cure."""
+    general_rl: RLConfig = RLConfig(
+        environments=("arithmetic", "retail", "instructions"), max_turns=8
+    )
     """RL on a mix of all tasks."""
     pathology_rl: RLConfig = RLConfig(
-        ("provocation", "arithmetic", "retail", "instructions"), fault_penalty=1.0
+        environments=("provocation", "arithmetic", "retail", "instructions"), fault_penalty=1.0
     )
     """RL on prompts chosen because they provoke language mixing, repetition and broken format."""
 
-    def experts(self):
-        """(name, ExpertConfig) pairs."""
-        return [(name, getattr(self, name)) for name in ("reasoning", "agent", "chat")]
+    def experts(self) -> list[tuple[str, ExpertConfig]]:
+        """Return (name, ExpertConfig) pairs in training order."""
+        return [("reasoning", self.reasoning), ("agent", self.agent), ("chat", self.chat)]
+
+    def fine_tunings(self) -> dict[str, SFTConfig]:
+        """Return every SFT phase by its dotted name."""
+        phases = {f"{name}.sft": expert.sft for name, expert in self.experts()}
+        return {**phases, "unified": self.unified}
+
+    def reinforcements(self) -> dict[str, RLConfig]:
+        """Return every RL phase by its dotted name."""
+        phases = {f"{name}.rl": expert.rl for name, expert in self.experts()}
+        return {**phases, "general_rl": self.general_rl, "pathology_rl": self.pathology_rl}
+
+    def check(self, longest: int) -> None:
+        """Raise ValueError, in one line, for a phase that cannot work. longest: positions of the model."""
+        for name, sft in self.fine_tunings().items():
+            sft.check(f"posttraining.{name}", longest)
+        for name, rl in self.reinforcements().items():
+            rl.check(f"posttraining.{name}")
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
     """How a checkpoint is scored (paper 4; sampler of the public evaluation harness)."""
 
-    problems: int = 198
+    problems: int = positive(198)
     """Held-out problems per environment."""
-    samples: int = 8
+    samples: int = positive(8)
     """Answers k per problem, for avg@k and pass@k."""
     temperature: float = 0.6
     """Sampling temperature."""
-    top_p: float = 0.95
-    """Nucleus of the sampler."""
-    max_new_tokens: int = 81920
-    """Bound on the tokens of one assistant turn."""
+    top_p: float = positive(0.95, maximum=1.0)
+    """Share of the probability that the nucleus sampler keeps."""
+    max_new_tokens: int = positive(81920)
+    """Most tokens of one assistant turn."""
     heldout_tokens: int = 1_000_000
     """Held-out tokens per source for bits per byte."""
     every_tokens: int = 0

@@ -1,7 +1,38 @@
-"""Pre- and mid-training: stages, optimizer, expert balance (paper 2.1 to 2.4, Figure 3)."""
+"""Options of pre- and mid-training: stages, optimizer, expert balance (paper 2.1 to 2.4, Figure 3)."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
+from enum import StrEnum
+
+from minglm.config.options import positive, share
+
+
+class Packing(StrEnum):
+    """How documents are packed into training sequences."""
+
+    TRUNCATE = "truncate"
+    """Concatenate documents and cut every S tokens (pre-training)."""
+    BEST_FIT = "best_fit"
+    """Keep documents whole and fit several into one sequence (mid-training)."""
+
+
+class Schedule(StrEnum):
+    """Shape of the learning rate after the warm-up."""
+
+    COSINE = "cosine"
+    """Cosine down to final_lr_ratio at the end of mid-training: the paper's choice."""
+    WSD = "wsd"
+    """Warmup-stable-decay: constant, then linear over the last fifth of the tokens. The paper rejects it."""
+
+
+class Polynomial(StrEnum):
+    """Coefficients of the Newton-Schulz iteration in Muon."""
+
+    JORDAN = "jordan"
+    """One fixed polynomial, by Keller Jordan: the paper's choice."""
+    POLAR_EXPRESS = "polar_express"
+    """One polynomial for each iteration, which bring all singular values closer to 1."""
 
 
 @dataclass(frozen=True)
@@ -15,11 +46,23 @@ class StageConfig:
     sequence_length: int
     """Positions S of a training sequence."""
     mixture: dict[str, float]
-    """Relative weight, in tokens, of each source of the corpus."""
-    packing: str = "truncate"
-    """truncate: concatenate and cut at random (pre-training); best_fit: whole documents (mid-training)."""
+    """Relative weight, in tokens, of each source: prose, code, math, science, qa, long, repository, tasks:ENVIRONMENT
+    (solved tasks), user:NAME (your own files)."""
+    packing: Packing = Packing.TRUNCATE
+    """truncate: concatenate and cut (pre-training); best_fit: keep documents whole (mid-training)."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies: 10,000 at first, 1,000,000 from the first long stage on."""
+
+    def check(self, name: str) -> None:
+        """Raise ValueError, in one line, for a stage that cannot be trained. name: dotted, for the message."""
+        if self.sequence_length < 2:
+            raise ValueError(f"{name}.sequence_length = {self.sequence_length}: must be at least 2")
+        weights = self.mixture.values()
+        finite = all(0 <= weight < math.inf for weight in weights)
+        if not finite or sum(weights) <= 0:
+            raise ValueError(
+                f"{name}.mixture = {self.mixture}: needs at least one source with a positive weight"
+            )
 
 
 @dataclass(frozen=True)
@@ -27,75 +70,125 @@ class StagesConfig:
     """The five stages of the paper, in order (Figure 3; 15 : 7 : 0.5 : 0.5 : 0.1 trillion tokens)."""
 
     general: StageConfig = StageConfig(
-        "general text", 15 * 10**12, 4096, {"prose": 1.0, "code": 1.0}
+        teaches="general text",
+        tokens=15 * 10**12,
+        sequence_length=4096,
+        mixture={"prose": 1.0, "code": 1.0},
     )
     code_reasoning: StageConfig = StageConfig(
-        "code and reasoning", 7 * 10**12, 4096, {"code": 1.0, "math": 1.0}
+        teaches="code and reasoning",
+        tokens=7 * 10**12,
+        sequence_length=4096,
+        mixture={"code": 1.0, "math": 1.0},
     )
     repository: StageConfig = StageConfig(
-        "code across files", 5 * 10**11, 32768, {"repository": 1.0}, "best_fit", 1_000_000.0
+        teaches="code across files",
+        tokens=5 * 10**11,
+        sequence_length=32768,
+        mixture={"repository": 1.0},
+        packing=Packing.BEST_FIT,
+        rope_theta=1_000_000.0,
     )
     reasoning: StageConfig = StageConfig(
-        "synthetic reasoning", 5 * 10**11, 32768, {"reasoning": 1.0}, "best_fit", 1_000_000.0
+        teaches="synthetic reasoning",
+        tokens=5 * 10**11,
+        sequence_length=32768,
+        mixture={"math": 1.0, "science": 1.0, "tasks:arithmetic": 1.0, "tasks:code": 1.0},
+        packing=Packing.BEST_FIT,
+        rope_theta=1_000_000.0,
     )
     long_agent: StageConfig = StageConfig(
-        "long context, agents", 10**11, 131072, {"long": 1.0, "agent": 1.0}, "best_fit", 1_000_000.0
+        teaches="long context, agents",
+        tokens=10**11,
+        sequence_length=131072,
+        mixture={"long": 1.0, "tasks:retail": 1.0},
+        packing=Packing.BEST_FIT,
+        rope_theta=1_000_000.0,
     )
 
-    def items(self):
-        """(name, StageConfig) pairs in training order."""
-        return [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]
+    def items(self) -> list[tuple[str, StageConfig]]:
+        """Return (name, StageConfig) pairs in training order."""
+        return [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
 
     @property
-    def total_tokens(self):
-        """Tokens of all stages together."""
+    def total_tokens(self) -> int:
+        """Return the tokens of all stages together."""
         return sum(stage.tokens for _, stage in self.items())
+
+    @property
+    def longest(self) -> int:
+        """Return the longest sequence of all stages, that of the last one."""
+        return max(stage.sequence_length for _, stage in self.items())
+
+    def check(self) -> None:
+        """Raise ValueError, in one line, for a stage that cannot be trained or that is shorter than the one before."""
+        previous = 0
+        for name, stage in self.items():
+            stage.check(f"stages.{name}")
+            if stage.sequence_length < previous:
+                raise ValueError(
+                    f"stages.{name}.sequence_length = {stage.sequence_length}: "
+                    f"shorter than the stage before ({previous})"
+                )
+            previous = stage.sequence_length
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Muon, its companion AdamW, and the schedule (paper 2.4). Every schedule is a function of tokens seen."""
+    """Muon, its companion AdamW, and the schedule (paper 2.4). Every schedule is a function of the tokens seen."""
 
     peak_lr: float = 2.5e-4
-    """Learning rate after the warm-up. Muon's update is scaled to AdamW's RMS, so both share it."""
-    final_lr_ratio: float = 0.1
+    """Learning rate after the warm-up. Muon's update is scaled to the RMS of AdamW's, so both share it."""
+    final_lr_ratio: float = share(0.1)
     """Last learning rate as a share of the peak; the cosine reaches it at the end of mid-training."""
-    schedule: str = "cosine"
+    schedule: Schedule = Schedule.COSINE
     """cosine: the paper's; wsd: constant, then linear over the last fifth of the tokens, which the paper rejects."""
     warmup_tokens: int = 200 * 10**9
     """Tokens of linear warm-up. The paper gives no value."""
-    batch_tokens_start: int = 16 * 10**6
-    """Tokens per step at the beginning."""
-    batch_tokens_end: int = 64 * 10**6
-    """Tokens per step after the ramp."""
+    batch_tokens_start: int = positive(16 * 10**6)
+    """Tokens per optimizer step at the beginning."""
+    batch_tokens_end: int = positive(64 * 10**6)
+    """Tokens per optimizer step after the ramp."""
     batch_ramp_tokens: int = 500 * 10**9
     """Tokens over which the batch grows linearly."""
-    microbatch_tokens: int = 32768
-    """Most tokens in one forward pass on one device; larger batches are accumulated."""
-    muon_momentum: float = 0.95
+    microbatch_tokens: int = positive(32768)
+    """Most tokens in one forward pass on one device; gradients of larger batches are accumulated."""
+    muon_momentum: float = share(0.95)
     """Momentum of Muon (Nesterov)."""
     newton_schulz_steps: int = 5
     """Iterations of the orthogonalisation."""
     update_rms: float = 0.2
     """RMS of a Muon update before the learning rate; 0 turns the rule off."""
     muon_output_head: bool = False
-    """Whether Muon also trains the output head. The paper does not say; others leave it to AdamW."""
-    polynomial: str = "jordan"
-    """Newton-Schulz's coefficients: jordan (the paper's), or polar_express, which settle at one."""
+    """Train the output head with Muon too. The paper does not say; others leave it to AdamW."""
+    polynomial: Polynomial = Polynomial.JORDAN
+    """Coefficients of Newton-Schulz: jordan (the paper's), or polar_express, which converge to 1."""
     muon_head_dim: int = 0
     """Rows of a head, model.head_dim, to orthogonalise the heads of q, k and v one by one; 0: whole projections."""
     weight_decay: float = 0.1
-    """Decoupled weight decay, on matrices and the embedding; biases and norms have none."""
-    adam_beta1: float = 0.9
+    """Decoupled weight decay of matrices and the embedding; biases and norms have none."""
+    adam_beta1: float = share(0.9)
     """AdamW's first decay, for embeddings, output head, norms and biases."""
-    adam_beta2: float = 0.95
+    adam_beta2: float = share(0.95)
     """AdamW's second decay."""
     clip_norm: float = 1.0
-    """Bound on the global gradient norm; 0 turns it off."""
+    """Bound on the global gradient norm; 0 turns clipping off."""
     spike_factor: float = 0.0
-    """A gradient norm of so many times the median of the last 50 is a spike, left out like NaN; 0: only NaN is."""
+    """Skip a step whose gradient norm exceeds this many times the median of the last 50; 0: skip only NaN and infinity."""
     rollback_after: int = 0
-    """Steps left out in a row after which the last good checkpoint comes back, its batches skipped; 0: never."""
+    """Steps skipped in a row after which the run returns to the last good checkpoint and skips its batches; 0: never."""
+
+    def check(self) -> None:
+        """Raise ValueError, in one line, where fields do not fit together."""
+        if self.batch_tokens_start > self.batch_tokens_end:
+            raise ValueError(
+                f"optimizer.batch_tokens_start = {self.batch_tokens_start}: "
+                f"must be at most batch_tokens_end = {self.batch_tokens_end}"
+            )
+        if 0 < self.spike_factor <= 1:
+            raise ValueError(
+                f"optimizer.spike_factor = {self.spike_factor}: must be above 1, or 0 to skip only NaN and infinity"
+            )
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from minglm.chat import render, render_text
 from minglm.common.files import atomic_path, write_json
 from minglm.common.threads import thread_count
-from minglm.config.run import older, to_dict
+from minglm.config.run import to_dict
 from minglm.data.cleaning import classifier, quality
 from minglm.data.cleaning.decontaminate import Index
 from minglm.data.sources import corpus
@@ -65,7 +65,7 @@ def prepare(run, folder, tasks=NO_TASKS, executor=Executor.LOCAL):
     has more ids than the model, or as the corpus does for unreadable files.
     """
     key = {
-        "data": older(to_dict(run)["data"]),
+        "data": to_dict(run)["data"],
         "vocab_size": run.model.vocab_size,
         "seed": run.seed,
         "format": 2,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minglm.common.device import pick_device, pick_dtype
-from minglm.config.run import RunConfig, check, from_dict
+from minglm.config.run import RunConfig, from_dict
 from minglm.data.tokenizer import Tokenizer
 from minglm.kernels import dispatch
 from minglm.model.glm import GLM
@@ -51,7 +51,7 @@ def load_run(folder: str | Path, stage: str | None = None) -> LoadedModel:
     values = json.loads(path.read_text())
     if "model_type" in values:
         return load_hf(folder, stage)
-    config = check(from_dict(values["config"]))
+    config = from_dict(values["config"]).check()
     done = [
         s.name
         for s in plan_stages(config)

@@ -62,14 +62,14 @@ def check_folder(out, run):
         )
 
 
-def first_step_only(message):
+def truncate_reasoning(message):
     """A message whose reasoning stops after its first step."""
     if "reasoning_content" not in message:
         return message
     return message | {"reasoning_content": re.split(r"[;\n]", message["reasoning_content"])[0]}
 
 
-class Pipeline:
+class RecipeRunner:
     """A run in a folder. Raises ValueError when the folder belongs to another config."""
 
     def __init__(self, run, out, quiet=False):
@@ -251,8 +251,10 @@ class Pipeline:
             )
             for number, task in enumerate(tasks):
                 messages = ENVIRONMENTS[name].demonstrate(task)
-                if int((number + 1) * expert.terse_share) > int(number * expert.terse_share):
-                    messages = [first_step_only(message) for message in messages]
+                if int((number + 1) * expert.truncated_reasoning_share) > int(
+                    number * expert.truncated_reasoning_share
+                ):
+                    messages = [truncate_reasoning(message) for message in messages]
                 conversations[name].append((messages, task.tools, True))
         return self.fine_tune(stage, model, conversations, expert.sft, checkpoints)
 
@@ -278,9 +280,9 @@ class Pipeline:
         """Answers to provoking prompts, some of them spoilt, as (environment, messages, tools)."""
         post, environment = self.run.posttraining, ENVIRONMENTS["provocation"]
         rng, found = random.Random(self.run.seed), []
-        for task in environment.tasks(post.provoked_samples, self.run.seed * 100 + DISTILL_SEED):
+        for task in environment.tasks(post.pathology_samples, self.run.seed * 100 + DISTILL_SEED):
             messages = environment.demonstrate(task)
-            spoilt = rng.random() < post.spoilt_share
+            spoilt = rng.random() < post.corrupted_share
             found.append((task.environment, spoil(task, messages, rng) if spoilt else messages, ()))
         return found
 

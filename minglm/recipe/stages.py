@@ -7,7 +7,6 @@ environment, as if no answer were rejected. A token of a rollout costs as much a
 those of groups with a signal are trained on. The share below was measured on a toy run with two quiet CPU cores.
 """
 
-import time
 from dataclasses import dataclass
 
 from minglm.chat import render_text
@@ -110,19 +109,6 @@ def conversation_tokens(names):
         for task in ENVIRONMENTS[name].tasks(6, seed=0):
             texts.append(render_text(ENVIRONMENTS[name].demonstrate(task), task.tools))
     return sum(len(text.encode()) for text in texts) // (BYTES_PER_TOKEN * max(1, len(texts)))
-
-
-def matmul_speed(device="cpu", seconds=0.2):
-    """Floating-point operations per second of a float32 matrix product on this machine, now."""
-    import torch
-
-    size = 384 if str(device) == "cpu" else 4096
-    a = torch.randn(size, size, device=device)
-    done, began = 0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        (a @ a)[0, 0].item()
-        done += 1
-    return 2 * size**3 * done / (time.perf_counter() - began)
 
 
 def expected_minutes(run, stages, speed):

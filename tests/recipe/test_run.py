@@ -28,7 +28,7 @@ from minglm.__main__ import main
 from minglm.common.files import read_jsonl
 from minglm.config import load_config
 from minglm.envs.pathology import CATALOGUE
-from minglm.recipe.run import Pipeline, first_step_only
+from minglm.recipe.run import RecipeRunner, truncate_reasoning
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pipeline")]
 __all__ = ["copied", "finished"]  # fixtures
@@ -264,7 +264,7 @@ def test_a_source_that_is_not_there_is_refused_before_training(copied):
         ValueError,
         match=r"stages.long_agent.mixture names the source 'tasks:chess'; the corpus has",
     ):
-        Pipeline(run, copied)
+        RecipeRunner(run, copied)
 
 
 def test_a_full_disk_loses_nothing(tmp_path, finished):
@@ -342,8 +342,10 @@ def test_which_stages_are_executed(copied, monkeypatch, gone, partial, only, unt
     """Those asked for that are not complete; an interrupted one first, for its log is cut back to its checkpoint."""
     unfinish(copied, *gone, partial=partial)
     executed = []
-    monkeypatch.setattr(Pipeline, "execute_stage", lambda self, stage: executed.append(stage.name))
-    pipeline = Pipeline(small(), copied, quiet=True)
+    monkeypatch.setattr(
+        RecipeRunner, "execute_stage", lambda self, stage: executed.append(stage.name)
+    )
+    pipeline = RecipeRunner(small(), copied, quiet=True)
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=expected):
             pipeline.execute(only, until)
@@ -355,7 +357,7 @@ def test_a_stage_needs_the_one_before(copied):
     """One line that names the checkpoint which is not there."""
     unfinish(copied, "agent.sft", "agent.rl")
     with pytest.raises(ValueError, match=r"the stage before has not been run.*agent\.sft"):
-        Pipeline(small(), copied, quiet=True).execute(only="agent.rl")
+        RecipeRunner(small(), copied, quiet=True).execute(only="agent.rl")
 
 
 @pytest.fixture
@@ -363,12 +365,14 @@ def taught(copied, monkeypatch):
     """A function: the conversations that an SFT stage would train on, {environment: [(messages, tools, thinking)]}."""
     found = []
     monkeypatch.setattr(
-        Pipeline, "fine_tune", lambda self, stage, model, c, *_: found.append(c) or {"tokens": 0}
+        RecipeRunner,
+        "fine_tune",
+        lambda self, stage, model, c, *_: found.append(c) or {"tokens": 0},
     )
 
     def conversations(name, run=None, method="cold_start"):
         (copied / "config.json").unlink()  # so that another config may use the folder
-        pipeline = Pipeline(run or small(), copied, quiet=True)
+        pipeline = RecipeRunner(run or small(), copied, quiet=True)
         stage = next(stage for stage in pipeline.stages if stage.name == name)
         getattr(pipeline, method)(stage, None, None, pipeline.checkpoints(name))
         return found[-1]
@@ -415,18 +419,18 @@ def test_the_cold_start_thinks(taught):
     )
 
 
-def test_a_terse_share_of_the_cold_start_stops_after_the_first_step(taught):
+def test_a_truncated_share_of_the_cold_start_stops_after_the_first_step(taught):
     """A quarter of each environment's solutions have the first step of their thought only; the answers stay."""
     run, whole = small(), taught("reasoning.sft")["arithmetic"]
-    terse = dataclasses.replace(run.posttraining.reasoning, terse_share=0.25)
+    truncated = dataclasses.replace(run.posttraining.reasoning, truncated_reasoning_share=0.25)
     run = dataclasses.replace(
-        run, posttraining=dataclasses.replace(run.posttraining, reasoning=terse)
+        run, posttraining=dataclasses.replace(run.posttraining, reasoning=truncated)
     )
     found = taught("reasoning.sft", run)["arithmetic"]
     changed = [pair for pair in zip(found, whole) if pair[0] != pair[1]]
     assert len(changed) == len(whole) // 4
     for (short, _, _), (full, _, _) in changed:
-        assert short == [first_step_only(message) for message in full] and thoughts(
+        assert short == [truncate_reasoning(message) for message in full] and thoughts(
             short
         ) != thoughts(full)
         assert (
@@ -439,7 +443,7 @@ def test_conversations_that_do_not_fit_are_left_out(copied):
     """A row that holds no conversation at all is refused in one line."""
     run = small()
     short = dataclasses.replace(run.posttraining.reasoning.sft, sequence_length=4)
-    pipeline = Pipeline(run, copied, quiet=True)
+    pipeline = RecipeRunner(run, copied, quiet=True)
     stage = next(stage for stage in pipeline.stages if stage.name == "reasoning.sft")
     messages = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
     with pytest.raises(

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 
 from minglm.config import ModelConfig
-from minglm.config.run import MLA_FIELDS
+from minglm.config.model import MLA_FIELDS
 
 GQA, MLA = "glm4_moe", "glm4_moe_lite"
 CLASSES = {GQA: "Glm4MoeForCausalLM", MLA: "Glm4MoeLiteForCausalLM"}
