@@ -1,7 +1,24 @@
-"""What goes into the engine and what comes out of it (no section in the paper)."""
+"""Requests, completions and events: what goes into the engine and what comes out (no section in the paper)."""
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import NamedTuple
+
+TopLogprobs = tuple[tuple[int, float], ...]
+"""((id, log-probability), ...) of the most likely tokens, the most likely first."""
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    """A stop token was sampled."""
+    LENGTH = "length"
+    """The limit of new tokens, or of the model's positions, was reached."""
+    CANCELLED = "cancelled"
+    """The caller cancelled the request."""
+    ERROR = "error"
+    """A forward pass failed."""
 
 
 @dataclass(frozen=True)
@@ -11,22 +28,22 @@ class Request:
     prompt: list[int]
     max_new_tokens: int = 256
     temperature: float = 1.0
-    """0 takes the likeliest token."""
+    """0 takes the most likely token."""
     top_p: float = 1.0
-    """Draw from the smallest set of likeliest tokens with this share of the probability."""
+    """Sample from the smallest set of most likely tokens with at least this probability."""
     seed: int = 0
-    """The same request with the same seed gets the same answer, whatever else is being answered."""
+    """The same request with the same seed gets the same completion, whatever else is in the batch."""
     stop_ids: tuple[int, ...] | None = None
-    """Ids that end the answer; None: the tokenizer's (end of text, user, observation)."""
+    """Ids that end the completion; None: the tokenizer's (end of text, user, observation)."""
     top_k: int = 0
-    """Draw from so many likeliest tokens; 0: from all."""
+    """Sample from this number of most likely tokens; 0: from all."""
     min_p: float = 0.0
-    """Draw from tokens with at least this share of the likeliest one's probability."""
+    """Sample from tokens with at least this share of the most likely token's probability."""
     top_logprobs: int = 0
-    """How many of the likeliest tokens to report with each token drawn."""
+    """How many of the most likely tokens to report with each sampled token."""
 
-    def check(self, limit):
-        """Raise ValueError, in one line, for a request that cannot be answered by a model of `limit` positions."""
+    def check(self, limit: int) -> None:
+        """Raise ValueError, in one line, for a request that a model of `limit` positions cannot answer."""
         if not self.prompt or len(self.prompt) >= limit:
             raise ValueError(
                 f"a prompt of {len(self.prompt)} tokens; this model takes 1 to {limit - 1}"
@@ -36,36 +53,36 @@ class Request:
             "temperature": (0, None),
             "top_p": (0, 1),
             "top_k": (0, None),
+            "min_p": (0, 1),
+            "top_logprobs": (0, None),
         }
-        for name, (low, high) in (bounds | {"min_p": (0, 1), "top_logprobs": (0, None)}).items():
+        for name, (low, high) in bounds.items():
             value = getattr(self, name)
             if not (value >= low and (high is None or value <= high)):
-                raise ValueError(
-                    f"{name} = {value}: must be at least {low}{f' and at most {high}' if high else ''}"
-                )
+                upper = f" and at most {high}" if high else ""
+                raise ValueError(f"{name} = {value}: must be at least {low}{upper}")
 
 
 @dataclass
 class Completion:
-    """An answer: sampled ids, the stop id included, and the log-probability of each at the request's temperature."""
+    """A completion: sampled ids, the stop id included, and the log-probability of each at the request's temperature."""
 
     tokens: list[int]
     logprobs: list[float]
-    finish_reason: str = "length"
-    """stop, length, or cancelled."""
-    top_logprobs: list = field(default_factory=list)
-    """For each token [(id, log-probability), ...] of the likeliest, if the request asked for them."""
+    finish_reason: FinishReason = FinishReason.LENGTH
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    """One entry for each token, if the request asked for them."""
 
 
 class Event(NamedTuple):
-    """One token of an answer, or its end, or both."""
+    """One token of a completion, or its end, or both."""
 
     id: int
-    """Of the request, as `submit` returned it."""
+    """The request's number, as `Engine.submit` returned it."""
     token: int | None
-    """None where an answer ends without one more: cancelled, or no room for any."""
+    """None if the completion ends without another token: cancelled, failed, or no room for any."""
     logprob: float = 0.0
-    top_logprobs: tuple = ()
-    """((id, log-probability), ...) of the likeliest tokens, as many as the request asked for."""
-    finish_reason: str | None = None
-    """None while the answer goes on; then stop, length, cancelled, or error."""
+    top_logprobs: TopLogprobs = ()
+    """As many as the request asked for."""
+    finish_reason: FinishReason | None = None
+    """None while the completion continues."""

@@ -1,332 +1,325 @@
 """An OpenAI-compatible server with a chat page (no section in the paper; the thinking switch and tools are 3.1's).
 
-    POST /v1/chat/completions, /v1/completions      answers, whole or streamed (`api.py` says what is understood)
-    GET  /v1/models, /health, /metrics, /           the model's name, is the engine alive, Prometheus text, chat page
+    POST /v1/chat/completions, /v1/completions      whole or streamed (`requests.py` says what is supported)
+    GET  /v1/models, /health, /metrics, /           the model's name, whether the engine runs, Prometheus text, chat page
 
     minglm serve runs/toy --port 8000
     OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none").chat.completions.create(model="toy", messages=...)
 
-All requests share one engine, which answers them in one batch (`worker.py`). A client that goes away takes its answers
-out of the engine. Errors are OpenAI's error objects, also for what is no JSON, too large, or unknown; a fault in one
-answer ends that answer and nothing else.
+All requests share one engine, which answers them in one batch (`engine_thread.py`). When a client disconnects, its
+requests leave the engine. Errors are OpenAI's error objects, also for bodies that are not JSON or are too large, and for
+unknown paths; a failure in one response ends that response only.
 
-Simplified: no keys and no encryption. It listens on this machine only unless told otherwise; put a proxy in front.
+Simplified: there are no API keys and no encryption. The server listens on this machine only unless told otherwise; put a
+proxy in front of it.
 """
 
 import asyncio
 import contextlib
 import json
-import sys
 import time
-import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from minglm.serve.engine_thread import Following, Worker
+from minglm.serve.engine_thread import EngineThread, SteppedEngine
+from minglm.serve.errors import APIError, as_api_error
 from minglm.serve.metrics import Metrics
-from minglm.serve.requests import Refused, chat_job, text_job
-from minglm.serve.responses import chunks, usage, whole
+from minglm.serve.requests import Job, ServedModel, chat_job, text_job
+from minglm.serve.responses import JSONObject, response_chunks, whole_response
+from minglm.serve.stream import AnswerStream
 
-PAGE = Path(__file__).with_name("chat_page.html")
-BODY_SECONDS = 60
+if TYPE_CHECKING:  # starlette is an optional package, imported where it is used
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.types import Receive, Scope, Send
+
+CHAT_PAGE = Path(__file__).with_name("chat_page.html")
+BODY_SECONDS = 60  # a body must arrive within this time
+DRAIN_FACTOR = 8  # read a body up to this many times the limit before closing the connection
+CLIENT_GONE = 499  # nginx's status for a client that disconnected
+
+T = TypeVar("T")
 
 
-class Gone(Exception):
+class ClientGone(Exception):
     """The client has closed the connection."""
 
 
-async def while_connected(receive, work):
-    """The result of a coroutine, unless the client goes away first: then it is cancelled, and `Gone` raised."""
+async def while_connected(receive: "Receive", work: Coroutine[Any, Any, T]) -> T:
+    """Return the result of a coroutine. If the client disconnects first, cancel it and raise `ClientGone`."""
 
-    async def left():
+    async def disconnected() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(left())
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(disconnected())
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise Gone
+            raise ClientGone
         return working.result()
     finally:
-        for task in (working, leaving):
-            task.cancel()
+        working.cancel()
+        leaving.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-async def read_body(request, most, keep=True):
-    """The bytes of a body, or where they are not to be kept, none.
+async def read_body(request: "Request", max_bytes: int, keep: bool = True) -> bytes:
+    """Return the bytes of a body, or nothing if `keep` is False.
 
-    One that is too large is read on for a while, so that the client hears why it failed.
+    A body that is too large is read on for a while, so that the client receives the error.
     """
     from starlette.requests import ClientDisconnect
 
-    parts, size = [], 0
+    chunks: list[bytes] = []
+    size = 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            async for part in request.stream():
-                size += len(part)
-                if size <= most and keep:
-                    parts.append(part)
-                elif size > 8 * most:
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size <= max_bytes and keep:
+                    chunks.append(chunk)
+                elif size > DRAIN_FACTOR * max_bytes:
                     break
     except ClientDisconnect:
-        raise Gone from None
+        raise ClientGone from None
     except TimeoutError:
-        raise Refused(
-            f"the body did not arrive within {BODY_SECONDS} seconds", status=408
-        ) from None
-    if size > most:
-        raise Refused(f"the body is larger than {most} bytes", status=413, code="request_too_large")
-    return b"".join(parts)
+        message = f"the body did not arrive within {BODY_SECONDS} seconds"
+        raise APIError(message, status=408) from None
+    if size > max_bytes:
+        message = f"the body is larger than {max_bytes} bytes"
+        raise APIError(message, status=413, code="request_too_large")
+    return b"".join(chunks)
 
 
-def _no_constant(word):
-    raise ValueError(f"{word} is no JSON number")
+def parse_body(body: bytes) -> Any:
+    """Parse a JSON body; refuse NaN and infinity, which Python would read. Raises `APIError`."""
+    try:
+        return json.loads(body, parse_constant=_no_constant)
+    except RecursionError:
+        raise APIError("the body is nested too deeply") from None
+    except ValueError as error:
+        raise APIError(f"the body is not JSON: {error}") from None
 
 
-class Measured:
-    """A `Following` whose first token, end and tokens are counted."""
-
-    def __init__(self, service, job, started):
-        self.following = Following(service.worker, job, service.served.tokenizer)
-        self.job, self.started, self.metrics, self.answers = (
-            job,
-            started,
-            service.metrics,
-            self.following.answers,
-        )
-
-    async def __aiter__(self):
-        first = True
-        async for index, answer, deltas in self.following:
-            if first:
-                self.metrics.time("minglm_first_token_seconds", time.monotonic() - self.started)
-                first = False
-            if answer.reason is not None:
-                self.metrics.count("minglm_finished_total", reason=answer.reason)
-                if answer.error:
-                    self.metrics.count("minglm_format_errors_total", error=answer.error)
-            yield index, answer, deltas
-
-    def close(self):
-        """Cancel what has not ended, and count what was answered."""
-        self.following.close()
-        used = usage(self.job, self.following)
-        self.metrics.count("minglm_prompt_tokens_total", used["prompt_tokens"])
-        self.metrics.count("minglm_generation_tokens_total", used["completion_tokens"])
-        self.metrics.time("minglm_request_seconds", time.monotonic() - self.started)
+def _no_constant(word: str) -> float:
+    raise ValueError(f"{word} is not a JSON number")
 
 
-class Events:
-    """The response of a streamed answer: server-sent events. Whatever ends it, the engine is told."""
-
-    def __init__(self, service, job, following):
-        self.service, self.job, self.following = service, job, following
-        self.status_code = 200
-
-    async def __call__(self, scope, receive, send):
-        """The ASGI application."""
-
-        async def put(data, more=True):
-            await send(
-                {
-                    "type": "http.response.body",
-                    "body": b"data: " + data + b"\n\n",
-                    "more_body": more,
-                }
-            )
-
-        async def body():
-            headers = [
-                (b"content-type", b"text/event-stream; charset=utf-8"),
-                (b"cache-control", b"no-cache"),
-            ]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            try:
-                async for chunk in chunks(self.job, self.following, self.service.served.name):
-                    await put(_json(chunk))
-            except Exception as error:
-                await put(_json(as_refused(error).body))
-            await put(b"[DONE]", more=False)
-
-        status = 499
-        try:
-            await while_connected(receive, body())
-            status = 200
-        except (Gone, OSError):
-            pass
-        finally:
-            self.following.close()
-            self.service.metrics.count(
-                "minglm_requests_total", endpoint=scope["path"], status=status
-            )
-
-
-def _json(value):
+def _json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
 
 
-def as_refused(error):
-    """The `Refused` for any exception; one that nobody expected is printed and becomes status 500."""
-    if isinstance(error, Refused):
-        return error
-    traceback.print_exception(error, file=sys.stderr)
-    return Refused("this request met a fault of the server", status=500, kind="server_error")
+class EventStreamResponse:
+    """A streamed response: server-sent events, as an ASGI application. However it ends, the engine is told."""
+
+    def __init__(self, job: Job, stream: AnswerStream, model_name: str, metrics: Metrics) -> None:
+        self.job = job
+        self.stream = stream
+        self.model_name = model_name
+        self.metrics = metrics
+        self.status_code = 200
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        """Send the response."""
+        status = CLIENT_GONE
+        try:
+            await while_connected(receive, self._send_events(send))
+            status = 200
+        except (ClientGone, OSError):
+            pass
+        finally:
+            self.stream.close()
+            self.metrics.count("minglm_requests_total", endpoint=scope["path"], status=status)
+
+    async def _send_events(self, send: "Send") -> None:
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-cache"),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        try:
+            async for chunk in response_chunks(self.job, self.stream, self.model_name):
+                await self._send_event(send, _json(chunk))
+        except Exception as error:
+            # The status has been sent: the error becomes an event.
+            await self._send_event(send, _json(as_api_error(error).body))
+        await self._send_event(send, b"[DONE]", more=False)
+
+    async def _send_event(self, send: "Send", data: bytes, more: bool = True) -> None:
+        body = b"data: " + data + b"\n\n"
+        await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
 class Service:
-    """The endpoints. engine: an `Engine`. served: a `Served`. most_open, most_bytes: what goes beyond is refused."""
+    """The endpoints of the server, around one engine.
 
-    def __init__(self, engine, served, most_open=320, most_bytes=8 << 20):
-        self.served, self.most_bytes = served, most_bytes
-        self.worker, self.metrics, self.since = (
-            Worker(engine, most_open),
-            Metrics(),
-            int(time.time()),
-        )
-        self.arriving = 0  # requests whose body is being read or prepared
-        self.page = PAGE.read_text(encoding="utf-8")
+    max_open_requests: choices that may be open; more are refused with status 429. max_body_bytes: the largest body.
+    """
 
-    async def answer(self, request):
-        """A completion, of a chat or of a text."""
+    def __init__(
+        self,
+        engine: SteppedEngine,
+        served: ServedModel,
+        max_open_requests: int = 320,
+        max_body_bytes: int = 8 << 20,
+    ) -> None:
+        self.served = served
+        self.max_body_bytes = max_body_bytes
+        self.engine_thread = EngineThread(engine, max_open_requests)
+        self.metrics = Metrics()
+        self.started_at = int(time.time())
+        self.arriving = 0  # requests whose body is being read or checked
+        self.page = CHAT_PAGE.read_text(encoding="utf-8")
+
+    async def completion(self, request: "Request") -> "EventStreamResponse | JSONObject":
+        """Answer a completion request, of a chat or of plain text."""
         from starlette.concurrency import run_in_threadpool
 
-        started, room = time.monotonic(), self.worker.most_open - self.worker.open - self.arriving
+        started = time.monotonic()
+        thread = self.engine_thread
+        room = thread.max_open_requests - thread.open_requests - self.arriving
         self.arriving += 1
         try:
-            body = await read_body(request, self.most_bytes, keep=room > 0)
+            body = await read_body(request, self.max_body_bytes, keep=room > 0)
             if room <= 0:
-                raise self.worker.full()
-            job = await run_in_threadpool(
-                self.prepare, body, request.url.path
-            )  # a long prompt takes a while
+                raise thread.queue_full()
+            # Tokenizing a long prompt takes a while: not in the event loop.
+            job = await run_in_threadpool(self.accept, body, request.url.path)
         finally:
             self.arriving -= 1
-        following = Measured(self, job, started)
+        stream = AnswerStream(thread, job, self.served.tokenizer, self.metrics, started)
         if job.stream:
-            return Events(self, job, following)
+            return EventStreamResponse(job, stream, self.served.name, self.metrics)
         try:
-            return await while_connected(request.receive, whole(job, following, self.served.name))
+            response = whole_response(job, stream, self.served.name)
+            return await while_connected(request.receive, response)
         finally:
-            following.close()
+            stream.close()
 
-    def prepare(self, body, path):
-        """The `Job` of a body. Raises `Refused`."""
+    def accept(self, body: bytes, path: str) -> Job:
+        """Return the `Job` of a body. Raises `APIError`."""
+        make_job = chat_job if path.endswith("/chat/completions") else text_job
         try:
-            body = json.loads(body, parse_constant=_no_constant)
+            return make_job(parse_body(body), self.served)
         except RecursionError:
-            raise Refused("the body is nested too deeply") from None
-        except ValueError as error:
-            raise Refused(f"the body is not JSON: {error}") from None
-        try:
-            return (chat_job if path.endswith("/chat/completions") else text_job)(body, self.served)
-        except RecursionError:
-            raise Refused("the body is nested too deeply") from None
+            raise APIError("the body is nested too deeply") from None
 
-    def model(self):
-        """The entry of the list of models."""
-        about = {
+    def model_entry(self) -> JSONObject:
+        """Return the model's entry in the list of models."""
+        return {
             "id": self.served.name,
             "object": "model",
-            "created": self.since,
+            "created": self.started_at,
             "owned_by": "minglm",
+            "max_model_len": self.served.max_model_len,
         }
-        return about | {"max_model_len": self.served.limit}
 
-    async def models(self, request):
-        """The one model, in a list."""
-        return {"object": "list", "data": [self.model()]}
+    async def models(self, request: "Request") -> JSONObject:
+        """Answer with the list of models, which has one."""
+        return {"object": "list", "data": [self.model_entry()]}
 
-    async def one_model(self, request):
-        """The one model, by its name."""
+    async def model(self, request: "Request") -> JSONObject:
+        """Answer with one model, by its name."""
         if request.path_params["name"] != self.served.name:
             message = f"there is no such model; {self.served.name!r} is served"
-            raise Refused(message, "model", 404, "model_not_found")
-        return self.model()
+            raise APIError(message, "model", 404, "model_not_found")
+        return self.model_entry()
 
-    async def health(self, request):
-        """Whether the engine's thread lives."""
-        if not self.worker.thread.is_alive():
-            raise Refused("the engine has stopped", status=503, kind="server_error")
-        return {"status": "ok", "open_answers": self.worker.open}
+    async def health(self, request: "Request") -> JSONObject:
+        """Answer whether the engine's thread is running."""
+        if not self.engine_thread.alive:
+            raise APIError("the engine has stopped", status=503, kind="server_error")
+        return {"status": "ok", "open_answers": self.engine_thread.open_requests}
 
-    async def numbers(self, request):
-        """Prometheus text."""
+    async def prometheus(self, request: "Request") -> "Response":
+        """Answer with the metrics as Prometheus text."""
         from starlette.responses import PlainTextResponse
 
-        now = {
-            "minglm_open_answers": self.worker.open,
-            "minglm_open_answers_limit": self.worker.most_open,
-            "minglm_engine_failures_total": self.worker.failures,
+        values = {
+            "minglm_open_answers": self.engine_thread.open_requests,
+            "minglm_open_answers_limit": self.engine_thread.max_open_requests,
+            "minglm_engine_failures_total": self.engine_thread.failures,
         }
-        return PlainTextResponse(self.metrics.text(**now), media_type="text/plain; version=0.0.4")
+        text = self.metrics.text(**values)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
-    async def home(self, request):
-        """The chat page."""
+    async def chat_page(self, request: "Request") -> "Response":
+        """Answer with the chat page."""
         from starlette.responses import HTMLResponse
 
         return HTMLResponse(self.page)
 
-    def guarded(self, handler):
-        """A handler whose results become JSON, whose exceptions become error objects, and whose calls are counted."""
+    def guarded(
+        self, handler: Callable[["Request"], Awaitable[Any]]
+    ) -> Callable[["Request"], Awaitable[Any]]:
+        """Wrap a handler: results become JSON, exceptions become error objects, and requests are counted."""
         from starlette.responses import Response
 
-        async def handle(request):
-            headers = {}
+        async def handle(request: "Request") -> Any:
+            headers: dict[str, str] = {}
+            status = 200
             try:
-                found, status = await handler(request), 200
-            except Gone:
-                found, status = {}, 499
-            except Exception as error:
-                refused = as_refused(error)
-                found, status = refused.body, refused.status
-                headers = {"retry-after": "1"} if status == 429 else {}
-            if not isinstance(found, Events):  # which count themselves when they end
-                path = request.scope["route"].path if "route" in request.scope else request.url.path
-                self.metrics.count("minglm_requests_total", endpoint=path, status=status)
-            if not isinstance(found, dict):
-                return found
-            return Response(_json(found), status, headers, media_type="application/json")
+                result = await handler(request)
+            except ClientGone:
+                result = {}
+                status = CLIENT_GONE
+            except Exception as exception:
+                error = as_api_error(exception)
+                result = error.body
+                status = error.status
+                if status == 429:
+                    headers["retry-after"] = "1"
+            if not isinstance(result, EventStreamResponse):  # it counts itself when it ends
+                self._count(request, status)
+            if not isinstance(result, dict):
+                return result
+            return Response(_json(result), status, headers, media_type="application/json")
 
         return handle
 
-    async def unknown(self, request, error):
-        """A path or a method that does not exist."""
-        self.metrics.count("minglm_requests_total", endpoint="other", status=error.status_code)
+    def _count(self, request: "Request", status: int) -> None:
+        route = request.scope.get("route")
+        endpoint = route.path if route is not None else request.url.path
+        self.metrics.count("minglm_requests_total", endpoint=endpoint, status=status)
+
+    async def unknown(self, request: "Request", error: Any) -> "Response":
+        """Answer a path or a method that does not exist. error: starlette's `HTTPException`."""
         from starlette.responses import JSONResponse
 
-        refused = Refused(
-            f"{error.detail}: {request.method} {request.url.path}", status=error.status_code
-        )
-        return JSONResponse(refused.body, error.status_code)
+        self.metrics.count("minglm_requests_total", endpoint="other", status=error.status_code)
+        message = f"{error.detail}: {request.method} {request.url.path}"
+        return JSONResponse(APIError(message, status=error.status_code).body, error.status_code)
 
 
-def create_app(engine, served, **bounds):
-    """The ASGI application around an engine. Keywords are those of `Service`, which is `app.state.service`."""
+def create_app(engine: SteppedEngine, served: ServedModel, **limits: int) -> "Starlette":
+    """Return the ASGI application around an engine. limits: of `Service`, which is `app.state.service`."""
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.routing import Route
 
-    service = Service(engine, served, **bounds)
+    service = Service(engine, served, **limits)
 
     @contextlib.asynccontextmanager
-    async def lifespan(app):
-        service.worker.start()
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        service.engine_thread.start()
         yield
-        service.worker.close()
+        service.engine_thread.close()
 
-    table = {
-        "/v1/chat/completions": (service.answer, "POST"),
-        "/v1/completions": (service.answer, "POST"),
-        "/v1/models": (service.models, "GET"),
-        "/v1/models/{name:path}": (service.one_model, "GET"),
-        "/health": (service.health, "GET"),
-        "/metrics": (service.numbers, "GET"),
-        "/": (service.home, "GET"),
-    }
+    table = (
+        ("POST", "/v1/chat/completions", service.completion),
+        ("POST", "/v1/completions", service.completion),
+        ("GET", "/v1/models", service.models),
+        ("GET", "/v1/models/{name:path}", service.model),
+        ("GET", "/health", service.health),
+        ("GET", "/metrics", service.prometheus),
+        ("GET", "/", service.chat_page),
+    )
     routes = [
-        Route(path, service.guarded(handler), methods=[method])
-        for path, (handler, method) in table.items()
+        Route(path, service.guarded(handler), methods=[method]) for method, path, handler in table
     ]
     app = Starlette(
         routes=routes, exception_handlers={HTTPException: service.unknown}, lifespan=lifespan
@@ -335,7 +328,12 @@ def create_app(engine, served, **bounds):
     return app
 
 
-def serve(app, host="127.0.0.1", port=8000, ready=None):
+def serve(
+    app: "Starlette",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    ready: Callable[[str], None] | None = None,
+) -> None:
     """Answer requests until Ctrl-C. ready(url) is called before the first. Raises ValueError for a port in use."""
     import socket
 
@@ -344,15 +342,13 @@ def serve(app, host="127.0.0.1", port=8000, ready=None):
     try:
         listening = socket.create_server((host, port))
     except (OSError, OverflowError) as error:
-        raise ValueError(
-            f"cannot listen on {host}:{port}: {error}; choose another --port or --host"
-        ) from None
+        message = f"cannot listen on {host}:{port}: {error}; choose another --port or --host"
+        raise ValueError(message) from None
     if ready is not None:
         ready(f"http://{host}:{listening.getsockname()[1]}")
     config = uvicorn.Config(
         app, log_level="warning", timeout_graceful_shutdown=3, timeout_keep_alive=60
     )
-    app.state.server = uvicorn.Server(
-        config
-    )  # whoever runs this in a thread ends it with should_exit = True
+    # Code that runs this in a thread stops it with app.state.server.should_exit = True.
+    app.state.server = uvicorn.Server(config)
     app.state.server.run(sockets=[listening])

@@ -1,11 +1,13 @@
-"""One thread that steps the engine, and the way from and to an event loop (no section in the paper).
+"""Step the engine in a thread, and carry its tokens to an event loop (no section in the paper).
 
-    event loop: Following(worker, job) -> engine.submit ...        worker thread: engine.step() -> events
+    event loop: TokenStream(thread, requests) -> engine.submit ...     engine thread: engine.step() -> events
                 async for ... <- asyncio.Queue <- call_soon_threadsafe <-'
 
-The event loop never waits for the model, and the engine never waits for a client. Open answers are counted: what goes
-beyond the limit is refused with 429 at once, so a flood costs the waiting clients nothing. A pass that fails (out of
-memory, say) fails the answers that were under way, and the thread goes on with the next request.
+The event loop never waits for the model, and the engine never waits for a client. Open requests are counted: a request
+beyond the limit raises `QueueFull` at once, so a flood costs the waiting clients nothing. A forward pass that fails (out
+of memory, for example) fails the requests that were open, and the thread continues with the next request.
+
+Nothing here knows HTTP or text: `minglm.serve.stream` and `minglm.serve.errors` translate.
 """
 
 import asyncio
@@ -13,129 +15,176 @@ import contextlib
 import sys
 import threading
 import traceback
+from collections.abc import Callable, Sequence
+from typing import Protocol, Self
 
-from minglm.serve.requests import Refused
-from minglm.serve.stream import Answer
+from minglm.inference.request import Event, FinishReason, Request
+
+WAIT_SECONDS = 0.2  # how often an idle thread looks whether it should end
 
 
-class Worker:
-    """Owns an engine. `start` and `close` it; submit through `Following`."""
+class QueueFull(Exception):
+    """As many requests are open as the server accepts."""
 
-    def __init__(self, engine, most_open=320):
-        self.engine, self.most_open = engine, most_open
-        self.tickets, self.failures, self.closing = set(), 0, False
+
+class EngineFailed(Exception):
+    """A forward pass failed while the request was open."""
+
+
+class SteppedEngine(Protocol):
+    """The part of `minglm.inference.Engine` that the thread uses."""
+
+    def submit(self, request: Request, on_event: Callable[[Event], None] | None = None) -> int:
+        """Queue a request, and return its number."""
+        ...
+
+    def cancel(self, number: int) -> bool:
+        """End a request at the next step."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until a request is open; return whether one is."""
+        ...
+
+    def step(self) -> object:
+        """Run one forward pass."""
+        ...
+
+
+class EngineThread:
+    """Owns an engine. `start` and `close` it; submit requests through `TokenStream`."""
+
+    def __init__(self, engine: SteppedEngine, max_open_requests: int = 320) -> None:
+        self.engine = engine
+        self.max_open_requests = max_open_requests
+        self.pending: set[PendingRequest] = set()
+        self.failures = 0  # forward passes that raised
+        self.closing = False
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    def start(self):
-        """Begin to step."""
+    def start(self) -> None:
+        """Start the thread."""
         self.thread.start()
 
-    def close(self):
-        """Stop after the pass that is under way."""
+    def close(self) -> None:
+        """Stop after the current forward pass."""
         self.closing = True
         self.thread.join(timeout=10)
 
     @property
-    def open(self):
-        """Answers that have not ended."""
-        return len(self.tickets)
+    def alive(self) -> bool:
+        """Return whether the thread is running."""
+        return self.thread.is_alive()
 
-    def full(self):
-        """The `Refused` for one request too many."""
-        message = f"{self.open} answers are under way or waiting, as many as this server takes; try again later"
-        return Refused(message, status=429, code="rate_limit_exceeded", kind="rate_limit_error")
+    @property
+    def open_requests(self) -> int:
+        """Return how many requests have not ended."""
+        return len(self.pending)
 
-    def submit(self, requests, hear):
-        """Queue requests; hear(i, event) is called in the worker's thread. Returns their tickets. Raises `Refused`.
+    def queue_full(self) -> QueueFull:
+        """Return the exception for one request too many."""
+        return QueueFull(
+            f"{self.open_requests} requests are open, as many as this server accepts; try again later"
+        )
 
-        Only the event loop's thread may call this, so counting and queueing are one step.
+    def submit(
+        self, requests: Sequence[Request], on_event: Callable[[int, Event], None]
+    ) -> list["PendingRequest"]:
+        """Queue requests; on_event(index, event) is called in the engine's thread.
+
+        Only the event loop's thread may call this, so that counting and queueing are one step. Raises `QueueFull`, or
+        ValueError for a request that the engine cannot answer; then none of the requests is queued.
         """
-        if self.open + len(requests) > self.most_open:
-            raise self.full()
-        tickets = [Ticket(self, i, hear) for i in range(len(requests))]
+        if self.open_requests + len(requests) > self.max_open_requests:
+            raise self.queue_full()
+        pending = [PendingRequest(self, index, on_event) for index in range(len(requests))]
         try:
-            for ticket, request in zip(tickets, requests, strict=True):
-                self.tickets.add(ticket)
-                ticket.number = self.engine.submit(request, ticket.on_event)
-        except ValueError as error:
-            for ticket in tickets:
-                ticket.cancel()
-            raise Refused(str(error)) from None
-        return tickets
+            for one, request in zip(pending, requests, strict=True):
+                self.pending.add(one)
+                one.number = self.engine.submit(request, one.on_event)
+        except ValueError:
+            for one in pending:
+                one.cancel()
+            raise
+        return pending
 
-    def _run(self):
+    def _run(self) -> None:
         while not self.closing:
-            if not self.engine.wait(0.2):
+            if not self.engine.wait(WAIT_SECONDS):
                 continue
             try:
                 self.engine.step()
-            except Exception:  # whatever it was, the next request deserves an answer; the engine has told those under way
+            except Exception:
+                # The engine has reported the failure to the open requests; the next request deserves an answer.
                 self.failures += 1
-                print(
-                    "minglm serve: a pass of the engine failed; the answers under way are lost",
-                    file=sys.stderr,
-                )
+                message = "minglm serve: a forward pass failed; the open requests are lost"
+                print(message, file=sys.stderr)
                 traceback.print_exc()
 
 
-class Ticket:
-    """One request in the engine."""
+class PendingRequest:
+    """One request in the engine. `number` is the engine's, None until it is queued."""
 
-    def __init__(self, worker, index, hear):
-        self.worker, self.index, self.hear, self.number = worker, index, hear, None
+    def __init__(
+        self, owner: EngineThread, index: int, listener: Callable[[int, Event], None]
+    ) -> None:
+        self.owner = owner
+        self.index = index
+        self.listener = listener
+        self.number: int | None = None
 
-    def on_event(self, event):
-        """Called by the engine for each token."""
+    def on_event(self, event: Event) -> None:
+        """Pass on an event of the engine. Called by the engine for each token."""
         if event.finish_reason is not None:
-            self.worker.tickets.discard(self)
-        self.hear(self.index, event)
+            self.owner.pending.discard(self)
+        self.listener(self.index, event)
 
-    def cancel(self):
-        """The answer is not wanted any more; nothing happens if it has ended."""
-        self.worker.tickets.discard(self)
+    def cancel(self) -> None:
+        """Take the request out of the engine; do nothing if it has ended."""
+        self.owner.pending.discard(self)
         if self.number is not None:
-            self.worker.engine.cancel(self.number)
+            self.owner.engine.cancel(self.number)
 
 
-class Following:
-    """The answers to a `Job` as they grow: an async iterator of (index, answer, deltas), one for each token.
+class TokenStream:
+    """The tokens of several requests as they are sampled: an async iterator of (index, event).
 
-    Queued as soon as it is made, which raises `Refused` where that is too much. Close it, whatever happens.
+    The requests are queued at once; raises what `EngineThread.submit` raises. Close the stream, whatever happens.
     """
 
-    def __init__(self, worker, job, tokenizer):
-        self.answers = [Answer(job, tokenizer) for _ in job.requests]
-        self.left, self.queue, loop = len(self.answers), asyncio.Queue(), asyncio.get_running_loop()
+    def __init__(self, engine_thread: EngineThread, requests: Sequence[Request]) -> None:
+        self.queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self.unfinished = set(range(len(requests)))
+        loop = asyncio.get_running_loop()
 
-        def hear(index, event):
-            with contextlib.suppress(
-                RuntimeError
-            ):  # the loop has been closed: nobody listens any more
+        def on_event(index: int, event: Event) -> None:
+            # RuntimeError: the loop has been closed, nobody listens any more
+            with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(self.queue.put_nowait, (index, event))
 
-        self.tickets = worker.submit(job.requests, hear)
+        self.pending = engine_thread.submit(requests, on_event)
 
-    def __aiter__(self):
+    def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self):
-        while self.left:
+    async def __anext__(self) -> tuple[int, Event]:
+        while self.unfinished:
             index, event = await self.queue.get()
-            answer = self.answers[index]
-            if answer.reason is not None:
-                continue  # drawn before the engine heard that a stop string had come
-            if event.finish_reason in ("error", "cancelled"):
-                raise Refused(
-                    "the engine failed while it was answering", status=500, kind="server_error"
-                )
-            deltas = answer.take(event)
-            if answer.reason is not None:
-                self.left -= 1
-                self.tickets[index].cancel()
-            return index, answer, deltas
+            if index not in self.unfinished:
+                continue  # sampled before the engine saw the cancellation
+            if event.finish_reason in (FinishReason.ERROR, FinishReason.CANCELLED):
+                raise EngineFailed("the engine failed while it was answering")
+            if event.finish_reason is not None:
+                self.unfinished.discard(index)
+            return index, event
         raise StopAsyncIteration
 
-    def close(self):
-        """Cancel what has not ended."""
-        for ticket in self.tickets:
-            ticket.cancel()
+    def cancel(self, index: int) -> None:
+        """End one request; its later events are dropped."""
+        self.unfinished.discard(index)
+        self.pending[index].cancel()
+
+    def close(self) -> None:
+        """Cancel the requests that have not ended."""
+        for one in self.pending:
+            one.cancel()

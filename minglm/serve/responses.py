@@ -1,84 +1,130 @@
-"""OpenAI's objects for the answers to a `Job`: whole, or in chunks as they grow (no section in the paper)."""
+"""Build OpenAI's response objects for a `Job`, whole or in chunks (no section in the paper)."""
 
-from minglm.serve.stream import Whole
+from collections.abc import AsyncIterator
+from typing import Any
 
+from minglm.serve.requests import Job
+from minglm.serve.stream import Answer, AnswerStream, Delta
 
-def usage(job, following):
-    """Tokens of the prompts, each counted once, and of all answers."""
-    each = len(job.requests) // job.prompts
-    prompt = sum(len(request.prompt) for request in job.requests[::each])
-    sampled = sum(len(answer.ids) for answer in following.answers)
-    found = {
-        "prompt_tokens": prompt,
-        "completion_tokens": sampled,
-        "total_tokens": prompt + sampled,
-    }
-    if job.chat:
-        thought = sum(answer.reasoning_tokens for answer in following.answers)
-        found["completion_tokens_details"] = {"reasoning_tokens": thought}
-    return found
+JSONObject = dict[str, Any]
 
 
-def _head(job, name, streamed):
-    return {
-        "id": f"{'chatcmpl' if job.chat else 'cmpl'}-{job.id}",
-        "object": ("chat.completion.chunk" if streamed else "chat.completion")
-        if job.chat
-        else "text_completion",
-        "created": job.created,
-        "model": name,
-    }
+class CompletionBuilder:
+    """Sums the deltas of one choice into what a response that is not streamed holds."""
 
+    def __init__(self) -> None:
+        self.texts: dict[str, str] = {}
+        self.tool_calls: list[JSONObject] = []
+        self.logprobs: JSONObject | None = None
 
-def _end(job, index, answer):
-    """Why an answer ended, with what this server adds to OpenAI's objects."""
-    found = {"finish_reason": answer.reason}
-    if answer.error:
-        found["format_error"] = answer.error
-    if job.token_ids:
-        found |= {"prompt_token_ids": job.requests[index].prompt, "token_ids": answer.ids}
-    return found
+    def add(self, delta: Delta, logprobs: JSONObject | None = None) -> None:
+        """Add a delta, and the log-probabilities that came with it."""
+        for key, value in delta.items():
+            if key == "tool_calls":
+                for call in value:
+                    self.tool_calls.append({k: v for k, v in call.items() if k != "index"})
+            elif isinstance(value, str):
+                self.texts[key] = self.texts.get(key, "") + value
+        if not logprobs:
+            return
+        if self.logprobs is None:
+            self.logprobs = logprobs
+            return
+        for key, values in logprobs.items():
+            if values:
+                self.logprobs[key] += values
 
+    def text(self) -> str:
+        """Return the text of a plain completion."""
+        return self.texts.get("text", "")
 
-async def whole(job, following, name):
-    """The object of an answer that is not streamed. following: yields (index, answer, deltas)."""
-    wholes = [Whole() for _ in following.answers]
-    async for index, answer, deltas in following:
-        for delta in deltas:
-            wholes[index].add(delta)
-        wholes[index].add({}, answer.logprobs())
-    choices = []
-    for index, (found, answer) in enumerate(zip(wholes, following.answers, strict=True)):
-        content = (
-            {"message": found.message()} if job.chat else {"text": found.texts.get("text", "")}
-        )
-        choices.append(
-            {"index": index, **content, "logprobs": found.logprobs, **_end(job, index, answer)}
-        )
-    return {**_head(job, name, streamed=False), "choices": choices, "usage": usage(job, following)}
-
-
-async def chunks(job, following, name):
-    """The objects of a streamed answer, as they come. following: yields (index, answer, deltas)."""
-    head = _head(job, name, streamed=True) | ({"usage": None} if job.include_usage else {})
-
-    def chunk(index, delta, logprobs=None, **end):
-        content = {"delta": delta} if job.chat else {"text": delta.get("text", "")}
-        choice = {
-            "index": index,
-            **content,
-            "logprobs": logprobs,
-            **(end or {"finish_reason": None}),
+    def message(self) -> JSONObject:
+        """Return the assistant message of a chat."""
+        no_content = None if self.tool_calls else ""
+        message: JSONObject = {
+            "role": "assistant",
+            "content": self.texts.get("content", no_content),
         }
-        return {**head, "choices": [choice]}
+        if "reasoning_content" in self.texts:
+            message["reasoning_content"] = self.texts["reasoning_content"]
+        if self.tool_calls:
+            message["tool_calls"] = self.tool_calls
+        return message
+
+
+async def whole_response(job: Job, stream: AnswerStream, model_name: str) -> JSONObject:
+    """Return the object of a response that is not streamed."""
+    builders = [CompletionBuilder() for _ in stream.answers]
+    async for index, answer, deltas in stream:
+        for delta in deltas:
+            builders[index].add(delta)
+        builders[index].add({}, answer.logprobs())
+    choices = []
+    for index, (builder, answer) in enumerate(zip(builders, stream.answers, strict=True)):
+        content = {"message": builder.message()} if job.chat else {"text": builder.text()}
+        choice = {"index": index, **content, "logprobs": builder.logprobs}
+        choices.append(choice | _end(job, index, answer))
+    head = _head(job, model_name, streamed=False)
+    return head | {"choices": choices, "usage": usage(job, stream)}
+
+
+async def response_chunks(
+    job: Job, stream: AnswerStream, model_name: str
+) -> AsyncIterator[JSONObject]:
+    """Yield the objects of a streamed response."""
+    head = _head(job, model_name, streamed=True)
+    if job.include_usage:
+        head["usage"] = None
+
+    def chunk(
+        index: int, delta: Delta, logprobs: JSONObject | None = None, end: JSONObject | None = None
+    ) -> JSONObject:
+        content = {"delta": delta} if job.chat else {"text": delta.get("text", "")}
+        choice = {"index": index, **content, "logprobs": logprobs}
+        return head | {"choices": [choice | (end or {"finish_reason": None})]}
 
     if job.chat:
-        for index in range(len(following.answers)):
+        for index in range(len(stream.answers)):
             yield chunk(index, {"role": "assistant", "content": ""})
-    async for index, answer, deltas in following:
+    async for index, answer, deltas in stream:
         for delta in deltas:
             yield chunk(index, delta, answer.logprobs())
-        if answer.reason is not None:
-            yield chunk(index, {}, answer.logprobs(), **_end(job, index, answer))
+        if answer.finish_reason is not None:
+            yield chunk(index, {}, answer.logprobs(), _end(job, index, answer))
     if job.include_usage:
-        yield {**head, "choices": [], "usage": usage(job, following)}
+        yield head | {"choices": [], "usage": usage(job, stream)}
+
+
+def usage(job: Job, stream: AnswerStream) -> JSONObject:
+    """Return how many tokens the prompts have, each prompt counted once, and all choices."""
+    counts: JSONObject = {
+        "prompt_tokens": stream.prompt_tokens,
+        "completion_tokens": stream.completion_tokens,
+        "total_tokens": stream.prompt_tokens + stream.completion_tokens,
+    }
+    if job.chat:
+        reasoning_tokens = sum(answer.reasoning_tokens for answer in stream.answers)
+        counts["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    return counts
+
+
+def _head(job: Job, model_name: str, streamed: bool) -> JSONObject:
+    """Return the fields that every object of a response begins with."""
+    if job.chat:
+        prefix = "chatcmpl"
+        kind = "chat.completion.chunk" if streamed else "chat.completion"
+    else:
+        prefix = "cmpl"
+        kind = "text_completion"
+    return {"id": f"{prefix}-{job.id}", "object": kind, "created": job.created, "model": model_name}
+
+
+def _end(job: Job, index: int, answer: Answer) -> JSONObject:
+    """Return why a choice ended, with the fields that this server adds to OpenAI's objects."""
+    end: JSONObject = {"finish_reason": answer.finish_reason}
+    if answer.format_error:
+        end["format_error"] = answer.format_error
+    if job.return_token_ids:
+        end["prompt_token_ids"] = job.requests[index].prompt
+        end["token_ids"] = answer.ids
+    return end

@@ -1,44 +1,82 @@
-"""Sampled tokens to what an OpenAI client sees, token by token (no section in the paper).
+"""Turn sampled tokens into what an OpenAI client receives, token by token (no section in the paper).
 
-    tokens -> bytes -> whole characters -> parser (chat) -> stop strings -> deltas
+    tokens -> StreamDecoder (chat) or TextDecoder -> stop strings -> deltas
 
-A delta is what one token adds: {"reasoning_content"}, {"content"}, {"tool_calls"}. An answer that is not streamed is
-the sum of its deltas, so the two cannot differ. A call is one delta, sent once it is complete: half a call is of no
-use, and its arguments are typed by the schema, which takes the whole value. A malformed call has no delta; the answer
-names the fault in `format_error`, which OpenAI's objects do not have and their clients pass on.
+A delta is what one token adds: {"reasoning_content"}, {"content"}, {"tool_calls"} or, for plain completions, {"text"}. A
+response that is not streamed is the sum of its deltas, so the two cannot differ. A tool call is one delta, sent once it is
+complete: half a call is of no use, and its arguments are typed by the schema, which takes the whole value. A malformed
+call has no delta; the choice names the fault in `format_error`, a field that OpenAI's objects do not have and that their
+clients pass on.
 """
 
-import codecs
 import json
 import secrets
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from enum import StrEnum
+from typing import Any, NamedTuple
 
-from minglm.chat import Parser
+from minglm.chat.parser import Delta as ParsedDelta
+from minglm.chat.parser import DeltaKind
+from minglm.chat.stream import StreamDecoder, TextDecoder
+from minglm.data.tokenizer import Tokenizer
+from minglm.inference.request import Event, FinishReason
+from minglm.serve.engine_thread import EngineThread, TokenStream
+from minglm.serve.errors import APIError
+from minglm.serve.metrics import Metrics
+from minglm.serve.requests import Job
+
+Delta = dict[str, Any]
+"""What a token adds to a choice, in OpenAI's form."""
+
+
+class ChoiceEnd(StrEnum):
+    """OpenAI's `finish_reason` of a choice."""
+
+    STOP = "stop"
+    """A stop token or a stop string."""
+    LENGTH = "length"
+    """The limit of tokens."""
+    TOOL_CALLS = "tool_calls"
+    """A stop token after at least one tool call."""
 
 
 class StopStrings:
-    """Passes text on until the first of some strings to end has begun; holds back what may become one.
+    """Passes text on until the first stop string is complete; holds back what may become one.
 
-    `hit` once one has ended. The first to end, not to begin: so it does not depend on how the text is cut.
+    `hit` becomes True once one is complete. The first to end wins, not the first to begin, so that the result does not
+    depend on how the text is split.
     """
 
-    def __init__(self, stops):
-        self.stops, self.held, self.hit = stops, "", False
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = stops
+        self.held = ""
+        self.hit = False
 
-    def feed(self, text, last=False):
-        """The text that is now known to be before any stop string; with `last`, no more will follow."""
+    def feed(self, text: str, last: bool = False) -> str:
+        """Return the text that is certain to precede any stop string. last: no more text will follow."""
         if self.hit:
             return ""
-        text, self.held = self.held + text, ""
-        found = [
-            (text.find(stop) + len(stop), text.find(stop)) for stop in self.stops if stop in text
-        ]
-        if found:
+        text = self.held + text
+        self.held = ""
+
+        # (end, start) of every stop string in the text: the first to end is the smallest pair.
+        matches = []
+        for stop in self.stops:
+            start = text.find(stop)
+            if start >= 0:
+                matches.append((start + len(stop), start))
+        if matches:
             self.hit = True
-            return text[: min(found)[1]]
-        keep = max(
-            (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
-            default=0,
-        )
+            _, start = min(matches)
+            return text[:start]
+
+        # The longest end of the text that begins a stop string is held back.
+        keep = 0
+        for stop in self.stops:
+            for length in range(1, len(stop)):
+                if text.endswith(stop[:length]):
+                    keep = max(keep, length)
         if last or not keep:
             return text
         self.held = text[-keep:]
@@ -46,153 +84,205 @@ class StopStrings:
 
 
 class Answer:
-    """One answer to a `Job` while it grows. `reason` is None until it has ended; `error` names a format fault."""
+    """One choice of a response while it grows. `finish_reason` is None until it has ended.
 
-    def __init__(self, job, tokenizer):
-        self.job, self.tokenizer = job, tokenizer
-        self.letters = codecs.getincrementaldecoder("utf-8")("replace")
-        self.stops = StopStrings(job.stops)
-        self.parser = Parser(job.tools, job.opened) if job.chat else None
-        if job.prefix:
-            self.parser.feed(job.prefix)
-        self.ids, self.pending, self.calls, self.reasoning_tokens, self.letters_said = (
-            [],
-            [],
-            0,
-            0,
-            0,
+    ids: sampled so far. reasoning_tokens: those between `<think>` and `</think>`, the closing tag included.
+    format_error: the name of a format fault, or None.
+    """
+
+    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+        self.job = job
+        self.tokenizer = tokenizer
+        self.decoder = (
+            StreamDecoder(tokenizer, job.tools, job.opened, job.prefix)
+            if job.chat
+            else TextDecoder(tokenizer)
         )
-        self.thinks = job.opened
-        self.reason = self.error = None
+        self.stop_strings = StopStrings(job.stop_strings)
+        self.ids: list[int] = []
+        self.calls = 0  # tool calls sent
+        self.reasoning_tokens = 0
+        self.finish_reason: ChoiceEnd | None = None
+        self.format_error: str | None = None
+        self._thinking = job.opened
+        self._unreported: list[Event] = []  # events whose log-probabilities are not sent yet
+        self._chars_sent = 0  # of plain text, for the offsets beside log-probabilities
 
-    def take(self, event):
-        """Take in an engine event; returns the list of deltas that it adds."""
-        if self.reason is not None:
+    def take(self, event: Event) -> list[Delta]:
+        """Read an engine event, and return the deltas that it adds."""
+        if self.finish_reason is not None:
             return []
-        text = ""
+        parsed: list[ParsedDelta] = []
         if event.token is not None:
             self.ids.append(event.token)
             self._count_reasoning(event.token)
             if self.job.logprobs is not None:
-                self.pending.append(event)
-            if event.finish_reason != "stop":
-                text = self.letters.decode(self.tokenizer.bytes([event.token]))
-        if event.finish_reason is not None:
-            text += self.letters.decode(b"", final=True)
-        deltas = self._read(text, event.finish_reason is not None)
-        if event.finish_reason in ("stop", "length") and self.reason is None:
-            self.reason = event.finish_reason
-        if self.calls and self.reason == "stop":
-            self.reason = "tool_calls"
-        if self.reason and self.parser:
-            self.error = self.parser.close()["error"]
+                self._unreported.append(event)
+            if event.finish_reason != FinishReason.STOP:  # a stop token is not part of the text
+                parsed += self.decoder.feed(event.token)
+        last = event.finish_reason is not None
+        if last:
+            parsed += self.decoder.flush()
+        deltas = self._chat_deltas(parsed, last) if self.job.chat else self._text(parsed, last)
+
+        if self._cut_off:
+            self.finish_reason = ChoiceEnd.STOP
+        elif event.finish_reason == FinishReason.STOP:
+            self.finish_reason = ChoiceEnd.STOP
+        elif event.finish_reason == FinishReason.LENGTH:
+            self.finish_reason = ChoiceEnd.LENGTH
+        if self.calls and self.finish_reason == ChoiceEnd.STOP:
+            self.finish_reason = ChoiceEnd.TOOL_CALLS
+        if self.finish_reason is not None and isinstance(self.decoder, StreamDecoder):
+            self.format_error = self.decoder.finish()["error"]
         return deltas
 
-    def _read(self, text, last):
-        if self.parser is None:
-            said = self.stops.feed(text, last)
-            deltas = [{"text": said}] if said else []
-        else:
-            events = self.parser.feed(text) + (self.parser.finish() if last else [])
-            deltas = [delta for kind, value in events for delta in self._delta(kind, value)]
-            rest = self.stops.feed("", last) if last else ""
-            deltas += [{"content": rest}] if rest else []
-        if self.stops.hit or (self.calls and not self.job.parallel):
-            self.reason = "stop"
+    @property
+    def _cut_off(self) -> bool:
+        """Return whether a stop string has come, or the one call where only one is wanted."""
+        return self.stop_strings.hit or (self.calls > 0 and not self.job.parallel_tool_calls)
+
+    def _text(self, parsed: Iterable[ParsedDelta], last: bool) -> list[Delta]:
+        text = self.stop_strings.feed("".join(delta.text for delta in parsed), last)
+        return [{"text": text}] if text else []
+
+    def _chat_deltas(self, parsed: Iterable[ParsedDelta], last: bool) -> list[Delta]:
+        deltas: list[Delta] = []
+        for delta in parsed:
+            if self._cut_off:
+                break
+            if delta.kind is DeltaKind.REASONING:
+                deltas.append({"reasoning_content": delta.text})
+            elif delta.kind is DeltaKind.CONTENT:
+                text = self.stop_strings.feed(delta.text)
+                if text:
+                    deltas.append({"content": text})
+            elif delta.call is not None and self.job.tools:
+                deltas.append({"tool_calls": [self._call(delta.call["name"], delta.call["arguments"])]})
+        if last:
+            text = self.stop_strings.feed("", last=True)
+            if text:
+                deltas.append({"content": text})
         return deltas
 
-    def _delta(self, kind, value):
-        """What a parser event adds; nothing after a stop string, or after the one call where only one is wanted."""
-        if self.stops.hit or (self.calls and not self.job.parallel):
-            return
-        if kind == "reasoning":
-            yield {"reasoning_content": value}
-        elif kind == "content":
-            said = self.stops.feed(value)
-            if said:
-                yield {"content": said}
-        elif self.job.tools:
-            arguments = json.dumps(value["arguments"], ensure_ascii=False)
-            function = {"name": value["name"], "arguments": arguments}
-            index, self.calls = self.calls, self.calls + 1
-            yield {
-                "tool_calls": [
-                    {
-                        "index": index,
-                        "id": f"call_{secrets.token_hex(8)}",
-                        "type": "function",
-                        "function": function,
-                    }
-                ]
-            }
+    def _call(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        index = self.calls
+        self.calls += 1
+        return {
+            "index": index,
+            "id": f"call_{secrets.token_hex(8)}",
+            "type": "function",
+            "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)},
+        }
 
-    def _count_reasoning(self, token):
+    def _count_reasoning(self, token: int) -> None:
         special = self.tokenizer.special
         if token == special.get("<think>"):
-            self.thinks = True
-        self.reasoning_tokens += self.thinks
+            self._thinking = True
+        if self._thinking:
+            self.reasoning_tokens += 1
         if token == special.get("</think>"):
-            self.thinks = False
+            self._thinking = False
 
-    def logprobs(self):
-        """The log-probabilities of the tokens since the last call, in the form of the endpoint; None without any."""
-        events, self.pending = self.pending, []
+    def logprobs(self) -> dict[str, Any] | None:
+        """Return the log-probabilities of the tokens since the last call, in the endpoint's form; None if not wanted."""
+        events = self._unreported
+        self._unreported = []
         if self.job.logprobs is None or not events:
             return None
         if self.job.chat:
-            return {"content": [self._chat_logprob(e) for e in events], "refusal": None}
-        texts = [self._text(event.token) for event in events]
-        offsets = [self.letters_said]
+            return {"content": [self._chat_logprob(event) for event in events], "refusal": None}
+        texts = [self._token_text(event.token) for event in events]
+        offsets = []
         for text in texts:
-            offsets.append(offsets[-1] + len(text))
-        self.letters_said = offsets.pop()
+            offsets.append(self._chars_sent)
+            self._chars_sent += len(text)
         return {
             "tokens": texts,
             "token_logprobs": [event.logprob for event in events],
-            "top_logprobs": [{self._text(t): p for t, p in event.top_logprobs} for event in events],
+            "top_logprobs": [
+                {self._token_text(token): logprob for token, logprob in event.top_logprobs}
+                for event in events
+            ],
             "text_offset": offsets,
         }
 
-    def _text(self, token):
-        return self.tokenizer.decode([token])
+    def _token_text(self, token: int | None) -> str:
+        return "" if token is None else self.tokenizer.decode([token])
 
-    def _chat_logprob(self, event):
-        def entry(token, logprob):
+    def _chat_logprob(self, event: Event) -> dict[str, Any]:
+        def entry(token: int, logprob: float) -> dict[str, Any]:
             data = self.tokenizer.bytes([token])
-            return {"token": self._text(token), "logprob": logprob, "bytes": list(data)}
+            return {"token": self._token_text(token), "logprob": logprob, "bytes": list(data)}
 
-        return entry(event.token, event.logprob) | {
-            "top_logprobs": [entry(t, p) for t, p in event.top_logprobs]
-        }
+        assert event.token is not None, "only events with a token are reported"
+        top = [entry(token, logprob) for token, logprob in event.top_logprobs]
+        return entry(event.token, event.logprob) | {"top_logprobs": top}
 
 
-class Whole:
-    """The sum of the deltas of one answer, as the `choices` of an answer that is not streamed hold it."""
+class AnswerStep(NamedTuple):
+    """What one token adds to a response."""
 
-    def __init__(self):
-        self.texts, self.calls, self.logprobs = {}, [], None
+    index: int
+    """Which choice it belongs to."""
+    answer: Answer
+    """The choice, with this token."""
+    deltas: list[Delta]
 
-    def add(self, delta, logprobs=None):
-        """Add a delta, and the log-probabilities that came with it."""
-        for key, value in delta.items():
-            if key == "tool_calls":
-                self.calls += [{k: v for k, v in call.items() if k != "index"} for call in value]
-            elif isinstance(value, str):
-                self.texts[key] = self.texts.get(key, "") + value
-        if logprobs and self.logprobs:
-            for key, values in logprobs.items():
-                if values:
-                    self.logprobs[key] += values
-        self.logprobs = self.logprobs or logprobs
 
-    def message(self):
-        """The assistant message of a chat."""
-        message = {
-            "role": "assistant",
-            "content": self.texts.get("content", None if self.calls else ""),
-        }
-        if "reasoning_content" in self.texts:
-            message["reasoning_content"] = self.texts["reasoning_content"]
-        if self.calls:
-            message["tool_calls"] = self.calls
-        return message
+class AnswerStream:
+    """The choices of a `Job` as they grow: an async iterator of `AnswerStep`, one for each token.
+
+    Its requests are queued at once; raises `QueueFull` or `APIError`. It counts in `metrics`: the time to the first token
+    since `started` (`time.monotonic`), tokens, and how the choices ended. Close it, whatever happens.
+    """
+
+    def __init__(
+        self,
+        engine_thread: EngineThread,
+        job: Job,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        started: float,
+    ) -> None:
+        self.job = job
+        self.metrics = metrics
+        self.started = started
+        self.answers = [Answer(job, tokenizer) for _ in job.requests]
+        try:
+            self.tokens = TokenStream(engine_thread, job.requests)
+        except ValueError as error:
+            raise APIError(str(error)) from None
+
+    async def __aiter__(self) -> AsyncIterator[AnswerStep]:
+        first = True
+        async for index, event in self.tokens:
+            answer = self.answers[index]
+            deltas = answer.take(event)
+            if first:
+                self.metrics.time("minglm_first_token_seconds", time.monotonic() - self.started)
+                first = False
+            if answer.finish_reason is not None:
+                self.tokens.cancel(index)  # a stop string may have come before a stop token
+                self.metrics.count("minglm_finished_total", reason=answer.finish_reason)
+                if answer.format_error:
+                    self.metrics.count("minglm_format_errors_total", error=answer.format_error)
+            yield AnswerStep(index, answer, deltas)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Return the number of prompt tokens; a prompt counts once, however many choices it has."""
+        choices_per_prompt = len(self.job.requests) // self.job.prompts
+        return sum(len(request.prompt) for request in self.job.requests[::choices_per_prompt])
+
+    @property
+    def completion_tokens(self) -> int:
+        """Return the number of tokens sampled for all choices."""
+        return sum(len(answer.ids) for answer in self.answers)
+
+    def close(self) -> None:
+        """Cancel the requests that have not ended, and count what was answered."""
+        self.tokens.close()
+        self.metrics.count("minglm_prompt_tokens_total", self.prompt_tokens)
+        self.metrics.count("minglm_generation_tokens_total", self.completion_tokens)
+        self.metrics.time("minglm_request_seconds", time.monotonic() - self.started)

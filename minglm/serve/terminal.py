@@ -1,63 +1,85 @@
-"""Talking to a run in the terminal: streaming, the thinking switch, and tools with their calls and results shown.
+"""Chat with a run in the terminal: streaming, the thinking switch, and tools (no section in the paper; thinking is 3.1's).
 
-The assistant is the last complete stage of the run. With `/tools` the conversation takes place in the toy shop: the
-shop's functions are offered to the model, its calls are run on a small database, and the results go back to it.
-No counterpart in the paper; the thinking switch is that of section 3.1.
+The assistant is the last complete stage of the run. With `/tools` the conversation takes place in the toy shop: the shop's
+functions are offered to the model, its calls run on a small database, and the results go back to it.
 """
 
 import json
 import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TextIO
 
-from minglm.chat import Parser, render
+from minglm.chat.messages import AssistantMessage, Message
+from minglm.chat.parser import Delta, DeltaKind
+from minglm.chat.stream import StreamDecoder
+from minglm.chat.template import render
+from minglm.data.tokenizer import Tokenizer
 from minglm.envs import ENVIRONMENTS
-from minglm.inference.engine import Engine, Request
+from minglm.inference.engine import Engine
+from minglm.inference.request import Request
+from minglm.model.glm import GLM
 
 HELP = """/think /nothink   answer with or without reasoning
 /tools            offer the shop's functions, or take them away
 /new              forget the conversation
 /help  /quit"""
 MAX_CALLS = 8
-GREY, PLAIN = "\033[2m", "\033[0m"
+"""Most assistant turns with tool calls before the user is asked again."""
+ORDERS_IN_THE_SHOP = 6
+GREY = "\033[2m"
+PLAIN = "\033[0m"
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """How the assistant answers."""
+
+    temperature: float = 0.6
+    top_p: float = 0.95
+    max_new_tokens: int = 200
+    """Of one assistant turn."""
+    seed: int = 0
+    """Decides every answer, and the orders in the shop."""
+    dialect: str = "glm-4.5"
+    """Of the model's chat template."""
 
 
 class Conversation:
-    """The state of one chat: messages, switches, and the shop behind the tools.
+    """The state of one chat: its messages, the switches, and the shop behind the tools.
 
-    dialect: of the model's chat template. out: a file, None for the screen.
+    out: the file to print to, None for the screen.
     """
 
     def __init__(
         self,
-        model,
-        tokenizer,
-        temperature=0.6,
-        top_p=0.95,
-        max_new_tokens=200,
-        seed=0,
-        dialect="glm-4.5",
-        out=None,
-    ):
-        self.engine, self.tokenizer, self.out = Engine(model, tokenizer), tokenizer, out
-        self.settings = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-        }
-        self.thinking, self.tools, self.seed, self.dialect = True, False, seed, dialect
+        model: GLM,
+        tokenizer: Tokenizer,
+        settings: ChatSettings | None = None,
+        out: TextIO | None = None,
+    ) -> None:
+        self.engine = Engine(model, tokenizer)
+        self.tokenizer = tokenizer
+        self.settings = settings or ChatSettings()
+        self.out = out
+        self.thinking = True
+        self.tools = False
         self.reset()
 
-    def reset(self):
-        """Forget the messages and open a fresh shop."""
-        self.messages, self.turn = [], 0
-        rng = random.Random(self.seed)
-        self.shop = ENVIRONMENTS["retail"].episode(ENVIRONMENTS["retail"].task(0, self.seed))
+    def reset(self) -> None:
+        """Forget the messages, and open a new shop."""
+        self.messages: list[Message] = []
+        self.turns = 0  # assistant turns so far
+        retail = ENVIRONMENTS["retail"]
+        rng = random.Random(self.settings.seed)
+        self.shop = retail.episode(retail.task(0, self.settings.seed))
         self.shop.orders = {
-            n: rng.choice(("pending", "shipped", "delivered"))
-            for n in rng.sample(range(100, 1000), 6)
+            number: rng.choice(("pending", "shipped", "delivered"))
+            for number in rng.sample(range(100, 1000), ORDERS_IN_THE_SHOP)
         }
 
-    def command(self, line):
-        """Carry out a line that begins with a slash; False ends the chat."""
+    def command(self, line: str) -> bool:
+        """Carry out a line that begins with a slash; return False to end the chat."""
         if line == "/quit":
             return False
         if line in ("/think", "/nothink"):
@@ -65,13 +87,7 @@ class Conversation:
             self.say(f"thinking {'on' if self.thinking else 'off'}")
         elif line == "/tools":
             self.tools = not self.tools
-            orders = ", ".join(f"{number} {status}" for number, status in self.shop.orders.items())
-            example = f"for instance: I do not want order {next(iter(self.shop.orders))}."
-            self.say(
-                f"tools on; the shop has the orders {orders}; {example}"
-                if self.tools
-                else "tools off"
-            )
+            self.say(self._shop_opens() if self.tools else "tools off")
         elif line == "/new":
             self.reset()
             self.say("a new conversation")
@@ -79,12 +95,18 @@ class Conversation:
             self.say(HELP)
         return True
 
-    def say(self, text):
-        """A line from the program, not from the model."""
+    def _shop_opens(self) -> str:
+        orders = ", ".join(f"{number} {status}" for number, status in self.shop.orders.items())
+        first = next(iter(self.shop.orders))
+        example = f"for instance: I do not want order {first}."
+        return f"tools on; the shop has the orders {orders}; {example}"
+
+    def say(self, text: str) -> None:
+        """Print a line from the program, not from the model."""
         print(f"{GREY}{text}{PLAIN}", file=self.out, flush=True)
 
-    def answer(self, text):
-        """Send a user message and stream the answer, running the tools it calls; what breaks off is forgotten."""
+    def answer(self, text: str) -> None:
+        """Send a user message and stream the answer, running the tools it calls; forget the turn if it is interrupted."""
         before = len(self.messages)
         try:
             self.messages.append({"role": "user", "content": text})
@@ -93,8 +115,8 @@ class Conversation:
             del self.messages[before:]
             raise
 
-    def respond(self, tools):
-        """Assistant turns until one calls no tool."""
+    def respond(self, tools: Sequence[dict[str, Any]]) -> None:
+        """Stream assistant turns until one calls no tool."""
         for _ in range(MAX_CALLS):
             message = self.stream(tools)
             self.messages.append(message)
@@ -108,55 +130,65 @@ class Conversation:
                 self.messages.append({"role": "tool", "content": json.dumps(result)})
         self.say(f"[stopped after {MAX_CALLS} turns with calls]")
 
-    def stream(self, tools):
-        """One assistant turn, printed as it is drawn: reasoning in grey, then the content. Returns the message."""
+    def stream(self, tools: Sequence[dict[str, Any]]) -> AssistantMessage:
+        """Print one assistant turn as it is sampled, reasoning in grey, then the content; return its message."""
         prompt = render(
             self.tokenizer,
             self.messages,
             tools or None,
             self.thinking,
             generation_prompt=True,
-            dialect=self.dialect,
+            dialect=self.settings.dialect,
         ).ids
         opened = prompt[-1] == self.tokenizer.special.get("<think>")
-        parser, pending, stops, shown = Parser(tools, opened), [], set(self.tokenizer.stop_ids), []
-
-        def show(events):
-            for kind, value in events:
-                if kind in ("reasoning", "content"):
-                    line = "\n" if kind == "content" and shown[-1:] == ["reasoning"] else ""
-                    shade = (GREY, PLAIN) if kind == "reasoning" else ("", "")
-                    print(f"{line}{shade[0]}{value}{shade[1]}", end="", file=self.out, flush=True)
-                    shown.append(kind)
-
-        def on_token(_, token):
-            pending.append(token)
-            text = self.tokenizer.decode(pending)
-            if token not in stops and not text.endswith(
-                "\ufffd"
-            ):  # wait for the rest of a character
-                show(parser.feed(text))
-                pending.clear()
-
-        self.turn += 1
-        request = Request(prompt, seed=self.seed * 1000 + self.turn, **self.settings)
-        self.engine.generate([request], on_token)
-        show(parser.finish())
+        decoder = StreamDecoder(self.tokenizer, tools, opened)
+        printer = _Printer(self.out)
+        self.turns += 1
+        request = Request(
+            prompt,
+            max_new_tokens=self.settings.max_new_tokens,
+            temperature=self.settings.temperature,
+            top_p=self.settings.top_p,
+            seed=self.settings.seed * 1000 + self.turns,
+        )
+        self.engine.generate([request], lambda _, token: printer.show(decoder.feed(token)))
+        printer.show(decoder.flush())
         print(file=self.out)
-        return parser.close()
+        return decoder.finish()
 
 
-def chat(model, tokenizer, read=input, **options):
+class _Printer:
+    """Prints the text of one assistant turn."""
+
+    def __init__(self, out: TextIO | None) -> None:
+        self.out = out
+        self.last: DeltaKind | None = None  # of the text printed last
+
+    def show(self, deltas: Iterable[Delta]) -> None:
+        """Print text as it comes; calls are shown with their results."""
+        for delta in deltas:
+            if delta.kind is DeltaKind.CALL:
+                continue
+            text = delta.text
+            if delta.kind is DeltaKind.REASONING:
+                text = f"{GREY}{text}{PLAIN}"
+            elif self.last is DeltaKind.REASONING:
+                text = f"\n{text}"  # the answer begins on a new line
+            print(text, end="", file=self.out, flush=True)
+            self.last = delta.kind
+
+
+def chat(
+    model: GLM,
+    tokenizer: Tokenizer,
+    settings: ChatSettings | None = None,
+    read: Callable[[str], str] = input,
+    out: TextIO | None = None,
+) -> None:
     """Run the terminal chat until /quit or the end of input. read: a function that asks for one line."""
-    conversation = Conversation(model, tokenizer, **options)
-    known = [
-        ENVIRONMENTS[name].test_tasks(2, conversation.seed)
-        for name in ("arithmetic", "instructions")
-    ]
-    examples = "\n".join(f"    {task.messages[-1]['content']}" for tasks in known for task in tasks)
-    conversation.say(
-        f"{HELP}\nA small model knows what it was trained on, each in a conversation of its own:\n{examples}"
-    )
+    conversation = Conversation(model, tokenizer, settings, out)
+    hint = "A small model knows only what it was trained on, one conversation each:"
+    conversation.say(f"{HELP}\n{hint}\n{_examples(conversation.settings.seed)}")
     while True:
         try:
             line = read("> ").strip()
@@ -174,3 +206,12 @@ def chat(model, tokenizer, read=input, **options):
             conversation.say("[stopped]")
         except ValueError as error:
             conversation.say(f"{error}; /new begins again")
+
+
+def _examples(seed: int) -> str:
+    """Return questions that a toy run can answer, one a line."""
+    lines = []
+    for name in ("arithmetic", "instructions"):
+        for task in ENVIRONMENTS[name].test_tasks(2, seed):
+            lines.append(f"    {task.messages[-1]['content']}")
+    return "\n".join(lines)

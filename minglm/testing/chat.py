@@ -302,7 +302,8 @@ def check_parser(parse, parser=None):
     """Hold a parser to its contract.
 
     parse: (text, tools) -> {"role", "content", "reasoning_content", "tool_calls", "error"}. parser: tools -> an object
-    with feed(text) -> events, finish() -> events and close() -> message; its checks are left out without it.
+    with feed(text) -> deltas, flush() -> deltas and finish() -> message; without it these checks are left out.
+    A delta has `kind` (reasoning, content or call), `text` and `call`, as in `minglm.chat.parser`.
     Raises AssertionError for a property that fails.
     """
 
@@ -351,21 +352,20 @@ def check_parser(parse, parser=None):
         cuts = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
         for ends in (cuts, range(len(text) + 1)):
             stream = parser(TOOLS)
-            events = [event for a, b in pairwise(ends) for event in stream.feed(text[a:b])]
-            events += stream.finish()
-            message = stream.close()
+            deltas = [delta for a, b in pairwise(ends) for delta in stream.feed(text[a:b])]
+            deltas += stream.flush()
+            message = stream.finish()
             assert message == parse(text, TOOLS), "the split changes the message"
             joined = {
-                kind: "".join(said for k, said in events if k == kind)
+                kind: "".join(delta.text for delta in deltas if delta.kind == kind)
                 for kind in ("reasoning", "content")
             }
             assert joined["reasoning"] == message["reasoning_content"], (
-                "the events miss some reasoning"
+                "the deltas miss some reasoning"
             )
-            assert joined["content"] == message["content"], "the events miss some content"
-            assert [call for kind, call in events if kind == "call"] == message["tool_calls"], (
-                "the events miss a call"
-            )
+            assert joined["content"] == message["content"], "the deltas miss some content"
+            calls = [delta.call for delta in deltas if delta.kind == "call"]
+            assert calls == message["tool_calls"], "the deltas miss a call"
 
     reads_what_was_written()
     answers_any_text()

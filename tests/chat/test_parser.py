@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.chat import Parser, parse, render
-from minglm.chat.parser import ERRORS
+from minglm.chat.parser import DeltaKind, FormatError, State
 from minglm.data.tokenizer import Tokenizer
 from minglm.testing.chat import TOOLS, WRONG, assistant_messages, check_parser
 
@@ -74,19 +74,19 @@ class NoMemory(Parser):
 
     def feed(self, text):
         """Pass on what would have been held back."""
-        events = super().feed(text)
-        if self._state == self._content and self._buffer:
-            self._say("content", self._buffer)
+        deltas = super().feed(text)
+        if self._state is State.CONTENT and self._buffer:
+            self._say(DeltaKind.CONTENT, self._buffer)
             self._buffer = ""
-        return events + super().feed("")
+        return deltas + super().feed("")
 
 
 class Silent(Parser):
-    """A stream that gives the right message and forgets the last events."""
+    """A stream that gives the right message and forgets the last deltas."""
 
-    def finish(self):
-        """Finish, and say nothing."""
-        super().finish()
+    def flush(self):
+        """End the text, and return nothing."""
+        super().flush()
         return []
 
 
@@ -120,7 +120,7 @@ def test_a_prompt_that_opened_the_reasoning(message, cut):
 
 def test_every_error_has_a_meaning_and_an_example():
     """The named errors are exactly those that the examples of the contract show."""
-    assert {error for _, error in WRONG} == set(ERRORS)
+    assert {error for _, error in WRONG} == set(FormatError)
 
 
 def call(name, **values):
@@ -214,7 +214,7 @@ def test_stop_tokens_end_the_message():
             )
         parser = Parser()
         parser.feed("yes" + stop)
-        assert parser.done and parser.feed("more") == [] and parser.close()["content"] == "yes"
+        assert parser.done and parser.feed("more") == [] and parser.finish()["content"] == "yes"
 
 
 def test_no_tools_and_unknown_tools_differ():
@@ -259,7 +259,7 @@ def test_a_long_stream_takes_linear_time():
         parser.feed(opening)
         for _ in range(100_000):
             parser.feed("ab <")
-        parser.close()
+        parser.finish()
         assert (
             time.process_time() - start < 10
         )  # takes 0.5 s; reading the buffer again each time takes minutes

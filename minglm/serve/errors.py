@@ -1,0 +1,38 @@
+"""Errors of the HTTP API, as the objects that OpenAI's clients know (no section in the paper)."""
+
+import sys
+import traceback
+from typing import Any
+
+from minglm.serve.engine_thread import EngineFailed, QueueFull
+
+
+class APIError(Exception):
+    """A request that is not answered: an HTTP status and an OpenAI error object."""
+
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        status: int = 400,
+        code: str | None = None,
+        kind: str = "invalid_request_error",
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        error = {"message": message, "type": kind, "param": param, "code": code}
+        self.body: dict[str, Any] = {"error": error}
+
+
+def as_api_error(error: Exception) -> APIError:
+    """Return the `APIError` for any exception. An unexpected one is printed and becomes status 500."""
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, QueueFull):
+        return APIError(
+            str(error), status=429, code="rate_limit_exceeded", kind="rate_limit_error"
+        )
+    if isinstance(error, EngineFailed):
+        return APIError(str(error), status=500, kind="server_error")
+    traceback.print_exception(error, file=sys.stderr)
+    return APIError("the server failed on this request", status=500, kind="server_error")
