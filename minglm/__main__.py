@@ -129,15 +129,14 @@ def chat(words):
         )
     model, tokenizer, dialect, stage, _ = load_served(args.run, args.stage)
     print(f"stage {stage}")
-    terminal.chat(
-        model,
-        tokenizer,
+    settings = terminal.ChatSettings(
         temperature=args.temperature,
         top_p=args.top_p,
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
         dialect=dialect,
     )
+    terminal.chat(model, tokenizer, settings)
 
 
 @verb
@@ -188,7 +187,7 @@ def serve(words):
     from minglm.inference import Engine
     from minglm.serve.app import create_app
     from minglm.serve.app import serve as listen
-    from minglm.serve.requests import Served
+    from minglm.serve.requests import ServedModel
 
     if args.dialect is not None:
         dialect_of(args.dialect)
@@ -196,7 +195,7 @@ def serve(words):
     engine = Engine(
         model.to(pick_device(args.device)),
         tokenizer,
-        args.max_batch,
+        max_batch=args.max_batch,
         cache_tokens=args.cache_tokens,
     )
     name, dialect = args.name or Path(args.model).resolve().name, args.dialect or dialect
@@ -207,14 +206,14 @@ def serve(words):
             raise ValueError(
                 f"--cache-tokens {args.cache_tokens}: at least {engine.blocks.size}, one block"
             )
-    served = Served(
-        tokenizer, name, limit, dialect, bare_tools=not from_hf, most_answers=args.max_batch
+    served = ServedModel(
+        tokenizer, name, limit, dialect, bare_tools=not from_hf, max_choices=args.max_batch
     )
     about = f"{name}, template {dialect}, up to {limit} tokens"
     if args.dry_run:
         print(about)
         return
-    app = create_app(engine, served, most_open=args.max_batch + args.max_queue)
+    app = create_app(engine, served, max_open_requests=args.max_batch + args.max_queue)
     listen(
         app,
         args.host,

@@ -442,9 +442,9 @@ def _typed_value(text: str, schema: Mapping[str, Any]) -> tuple[Any, bool]:
         json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError):  # RecursionError: brackets nested thousands deep
         return text, not types or "string" in types
-    if isinstance(value, float) and value.is_integer():
-        if "integer" in types and "number" not in types:
-            value = int(value)
+    only_integer = "integer" in types and "number" not in types
+    if only_integer and isinstance(value, float) and value.is_integer():
+        value = int(value)
     if not types or any(_has_type(value, name) for name in types - {"string"}):
         return value, True
     return text, "string" in types

@@ -29,9 +29,7 @@ def as_api_error(error: Exception) -> APIError:
     if isinstance(error, APIError):
         return error
     if isinstance(error, QueueFull):
-        return APIError(
-            str(error), status=429, code="rate_limit_exceeded", kind="rate_limit_error"
-        )
+        return APIError(str(error), status=429, code="rate_limit_exceeded", kind="rate_limit_error")
     if isinstance(error, EngineFailed):
         return APIError(str(error), status=500, kind="server_error")
     traceback.print_exception(error, file=sys.stderr)

@@ -25,7 +25,9 @@ METRICS = {
     "minglm_prompt_tokens_total": Metric("counter", "Tokens of the prompts that were answered."),
     "minglm_generation_tokens_total": Metric("counter", "Tokens that were sampled for clients."),
     "minglm_finished_total": Metric("counter", "Choices by finish reason."),
-    "minglm_format_errors_total": Metric("counter", "Choices that broke the chat format, by fault."),
+    "minglm_format_errors_total": Metric(
+        "counter", "Choices that broke the chat format, by fault."
+    ),
     "minglm_engine_failures_total": Metric("counter", "Forward passes of the engine that failed."),
     "minglm_open_answers": Metric("gauge", "Choices that are being answered or are waiting."),
     "minglm_open_answers_limit": Metric(

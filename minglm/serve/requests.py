@@ -33,7 +33,9 @@ MAX_STOP_CHARS = 256
 MAX_TOOLS = 256
 MAX_TOP_LOGPROBS = 20
 MIN_TEMPERATURE = 1e-3  # logits divided by less overflow
-SEED_STEP = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: seeds of the choices that differ in every bit
+SEED_STEP = (
+    0x9E3779B97F4A7C15  # 2^64 over the golden ratio: seeds of the choices that differ in every bit
+)
 
 
 @dataclass(frozen=True)
@@ -239,9 +241,7 @@ def _number(
     return value
 
 
-def _integer(
-    body: JSONObject, name: str, default: int, low: float, high: float = math.inf
-) -> int:
+def _integer(body: JSONObject, name: str, default: int, low: float, high: float = math.inf) -> int:
     value = body.get(name)
     if value is None:
         return default
@@ -279,9 +279,7 @@ def _requests(
         room = served.max_model_len - len(prompt)
         for _ in range(n):
             choice_seed = (seed + len(requests) * SEED_STEP) % 2**63
-            requests.append(
-                Request(prompt, min(max_new_tokens, room), seed=choice_seed, **sampler)
-            )
+            requests.append(Request(prompt, min(max_new_tokens, room), seed=choice_seed, **sampler))
     return requests
 
 
@@ -419,9 +417,9 @@ def _messages(body: JSONObject) -> list[JSONObject]:
 def _prompts(body: JSONObject, tokenizer: Tokenizer) -> list[list[int]]:
     """Return `prompt` as lists of ids. It may be one text, one list of ids, or a list of either."""
     prompts = body.get("prompt")
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    elif isinstance(prompts, list) and prompts and isinstance(prompts[0], int):
+    if isinstance(prompts, str) or (
+        isinstance(prompts, list) and prompts and isinstance(prompts[0], int)
+    ):
         prompts = [prompts]
     if not isinstance(prompts, list) or not prompts:
         raise APIError("prompt must be text, token ids, or a list of these", "prompt")

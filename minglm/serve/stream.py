@@ -125,9 +125,7 @@ class Answer:
             parsed += self.decoder.flush()
         deltas = self._chat_deltas(parsed, last) if self.job.chat else self._text(parsed, last)
 
-        if self._cut_off:
-            self.finish_reason = ChoiceEnd.STOP
-        elif event.finish_reason == FinishReason.STOP:
+        if self._cut_off or event.finish_reason == FinishReason.STOP:
             self.finish_reason = ChoiceEnd.STOP
         elif event.finish_reason == FinishReason.LENGTH:
             self.finish_reason = ChoiceEnd.LENGTH
@@ -158,7 +156,9 @@ class Answer:
                 if text:
                     deltas.append({"content": text})
             elif delta.call is not None and self.job.tools:
-                deltas.append({"tool_calls": [self._call(delta.call["name"], delta.call["arguments"])]})
+                deltas.append(
+                    {"tool_calls": [self._call(delta.call["name"], delta.call["arguments"])]}
+                )
         if last:
             text = self.stop_strings.feed("", last=True)
             if text:
@@ -223,10 +223,10 @@ class Answer:
 class AnswerStep(NamedTuple):
     """What one token adds to a response."""
 
-    index: int
-    """Which choice it belongs to."""
+    choice: int
+    """The number of the choice that it belongs to."""
     answer: Answer
-    """The choice, with this token."""
+    """That choice, with this token."""
     deltas: list[Delta]
 
 

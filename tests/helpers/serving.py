@@ -9,9 +9,9 @@ import httpx
 from helpers.scripted import byte_tokenizer, spelled
 from openai import OpenAI
 
-from minglm.inference import Event
+from minglm.inference.request import Event, FinishReason
 from minglm.serve.app import create_app, serve
-from minglm.serve.requests import Served
+from minglm.serve.requests import ServedModel
 
 TOKENIZER = byte_tokenizer()
 
@@ -55,16 +55,16 @@ class Script:
             answer = self.script(TOKENIZER.decode(request.prompt))
             if isinstance(answer, Exception):
                 lost, self.open = self.open, {}
-                for failed, (_, hear, _) in lost.items():  # as the engine does
-                    hear(Event(failed, None, finish_reason="error"))
+                for failed, (_, listener, _) in lost.items():  # as the engine does
+                    listener(Event(failed, None, finish_reason=FinishReason.ERROR))
                 raise answer
             ids = spelled(TOKENIZER, answer)
             token = ids[len(said)]
             said.append(token)
             stopped = token in TOKENIZER.stop_ids
             full = len(said) >= request.max_new_tokens or len(said) == len(ids)
-            end = "stop" if stopped else "length" if full else None
-            if end:
+            end = FinishReason.STOP if stopped else FinishReason.LENGTH if full else None
+            if end is not None:
                 self.open.pop(number, None)
             top = tuple((other, -1.0 - other) for other in range(request.top_logprobs))
             on_event(Event(number, token, -0.5, top, end))
@@ -73,8 +73,12 @@ class Script:
 @contextlib.contextmanager
 def running(engine, tokenizer=TOKENIZER, limit=4096, **options):
     """(url, OpenAI client, the app's service) of a server in a thread of its own."""
-    bounds = {key: options.pop(key) for key in ("most_open", "most_bytes") if key in options}
-    app = create_app(engine, Served(tokenizer, "tiny", limit, **options), **bounds)
+    limits = {
+        name: options.pop(name)
+        for name in ("max_open_requests", "max_body_bytes")
+        if name in options
+    }
+    app = create_app(engine, ServedModel(tokenizer, "tiny", limit, **options), **limits)
     found, ready = [], threading.Event()
 
     def run():

@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.chat import parse
-from minglm.inference import Event
-from minglm.serve.requests import Job, Refused, Served, chat_job, text_job
-from minglm.serve.stream import Answer, StopStrings, Whole
+from minglm.inference.request import Event
+from minglm.serve.errors import APIError
+from minglm.serve.requests import Job, ServedModel, chat_job, text_job
+from minglm.serve.responses import CompletionBuilder
+from minglm.serve.stream import Answer, StopStrings
 from minglm.testing.chat import TOOLS, assistant_messages
 
 README = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
@@ -75,7 +77,7 @@ def post(http, path="/v1/chat/completions", **body):
 
 def streamed(stream):
     """(message, finish reason, usage) of a streamed chat, put together as a client would."""
-    whole, reason, usage = Whole(), None, None
+    whole, reason, usage = CompletionBuilder(), None, None
     for chunk in stream:
         usage = chunk.usage or usage
         for choice in chunk.choices:
@@ -186,7 +188,7 @@ def test_stop_length_and_usage(shop):
         and found["usage"]["completion_tokens"] == 5
     )
     assert found["choices"][0]["format_error"] == "unclosed_think"
-    assert settled(lambda: service.worker.open == 0)
+    assert settled(lambda: service.engine_thread.open_requests == 0)
 
 
 def test_completions(shop):
@@ -385,11 +387,11 @@ _fields += [
     st.sampled_from([chat_job, text_job]),
 )
 def test_any_body_is_a_job_or_refused(body, make):
-    """Whatever stands in the fields, the answer is a job that can be queued or a `Refused`."""
+    """Whatever stands in the fields, the answer is a job that can be queued or a `APIError`."""
     body = {"messages": HI, "prompt": "x", **body}
     try:
-        job = make(body, Served(TOKENIZER, "tiny", 500))
-    except Refused as refused:
+        job = make(body, ServedModel(TOKENIZER, "tiny", 500))
+    except APIError as refused:
         assert 400 <= refused.status < 500
     else:
         for request in job.requests:
@@ -398,7 +400,7 @@ def test_any_body_is_a_job_or_refused(body, make):
 
 def test_too_large(tmp_path):
     """A body beyond the limit gets 413, a prompt beyond the model's length 400, and the next request its answer."""
-    with running(Script(script), limit=300, most_bytes=5000) as (http, _, _):
+    with running(Script(script), limit=300, max_body_bytes=5000) as (http, _, _):
         status, found = post(http, messages=[{"role": "user", "content": "a" * 20_000}])
         assert (status, found["error"]["code"]) == (413, "request_too_large")
         status, found = post(http, messages=[{"role": "user", "content": "a" * 400}])
@@ -408,7 +410,7 @@ def test_too_large(tmp_path):
 
 def test_a_flood_is_refused_and_the_rest_answered():
     """As many as may wait are answered, the others get 429 at once; afterwards there is room again."""
-    with running(Script(script, pause=0.01), most_open=6) as (http, client, service):
+    with running(Script(script, pause=0.01), max_open_requests=6) as (http, client, service):
         with ThreadPoolExecutor(24) as pool:
             statuses = list(
                 pool.map(
@@ -420,7 +422,7 @@ def test_a_flood_is_refused_and_the_rest_answered():
         assert http.post("/v1/completions", json={"prompt": "x", "n": 7}).status_code == 429
         with pytest.raises(openai.RateLimitError, match="try again later"):
             client.completions.create(model="tiny", prompt="x", n=7)
-        assert service.worker.open == 0 and post(http)[0] == 200
+        assert service.engine_thread.open_requests == 0 and post(http)[0] == 200
         assert (
             'minglm_requests_total{endpoint="/v1/completions",status="429"}'
             in http.get("/metrics").text
@@ -436,10 +438,10 @@ def test_clients_that_go_away_are_cancelled():
             model="tiny", messages=endless, stream=True, n=2
         ) as stream:
             next(iter(stream))
-            assert service.worker.open == 2
+            assert service.engine_thread.open_requests == 2
         assert (
             settled(lambda: not engine.open)
-            and service.worker.open == 0
+            and service.engine_thread.open_requests == 0
             and len(engine.cancelled) == 2
         )
         with pytest.raises(openai.APITimeoutError):
@@ -457,7 +459,7 @@ def test_a_failing_pass_fails_its_answers_only():
         assert (status, found["error"]["type"]) == (500, "server_error")
         with pytest.raises(openai.APIError, match="the engine failed"):
             list(client.chat.completions.create(model="tiny", messages=crash, stream=True))
-        assert post(http)[0] == 200 and service.worker.open == 0
+        assert post(http)[0] == 200 and service.engine_thread.open_requests == 0
         text = http.get("/metrics").text
         assert (
             "minglm_engine_failures_total 2" in text
@@ -547,7 +549,10 @@ def test_the_deltas_make_the_message(message, opened):
         )
         text += f"<tool_call>{call['name']}{pairs}</tool_call>"
     text = text if opened else "<think>" + text
-    answer, whole = Answer(Job(True, [], tools=tools, opened=opened), TOKENIZER), Whole()
+    answer, whole = (
+        Answer(Job(True, [], tools=tools, opened=opened), TOKENIZER),
+        CompletionBuilder(),
+    )
     ids = [*TOKENIZER.encode(text), TOKENIZER.special["<|user|>"]]
     for number, token in enumerate(ids):
         for delta in answer.take(
@@ -562,6 +567,6 @@ def test_the_deltas_make_the_message(message, opened):
     calls = [json.loads(call["function"]["arguments"]) for call in found.get("tool_calls", [])]
     assert (
         calls == [call["arguments"] for call in expected["tool_calls"]]
-        and answer.error == expected["error"]
+        and answer.format_error == expected["error"]
     )
-    assert answer.reason == ("tool_calls" if message["tool_calls"] else "stop")
+    assert answer.finish_reason == ("tool_calls" if message["tool_calls"] else "stop")

@@ -134,6 +134,6 @@ def test_a_conversation(tmp_path):
         assert (
             page.quiet()
             and page.shows(".foot", "stopped")
-            and settled(lambda: not service.worker.open)
+            and settled(lambda: not service.engine_thread.open_requests)
         )
         assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []

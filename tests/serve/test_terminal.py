@@ -63,7 +63,7 @@ def talk(monkeypatch, lines, answers=(), **options):
     engine = Scripted(TOKENIZER, script)
     monkeypatch.setattr(terminal, "Engine", lambda model, tokenizer: engine)
     keys = Keys(*lines)
-    terminal.chat(None, TOKENIZER, read=keys, out=screen, **options)
+    terminal.chat(None, TOKENIZER, terminal.ChatSettings(**options), read=keys, out=screen)
     assert not keys.lines, "the chat ended early"
     assert not queue, "the model was not asked"
     return re.sub(r"\x1b\[\d*m", "", screen.getvalue()), engine, screen
@@ -98,15 +98,15 @@ def test_only_whole_characters_are_printed(text, reasoning):
     assert len(pieces) > len(clean[0]) + len(clean[1]) - 1, "it streams, character by character"
 
 
-def test_half_a_character_at_the_end_is_dropped(monkeypatch):
-    """A model that stops inside a character: the rest of the answer is there, and the chat goes on."""
+def test_half_a_character_at_the_end_is_replaced(monkeypatch):
+    """A model stops inside a character: the rest of the answer is printed, and the chat continues."""
     ids = (
         spelled(TOKENIZER, "\n<think>a</think>\nno ")
         + spelled(TOKENIZER, "猫")[:2]
         + [TOKENIZER.special["<|user|>"]]
     )
     shown, engine, _ = talk(monkeypatch, ["hello", "again"], [ids, answer("yes")])
-    assert "a\nno" in shown and "yes" in shown and len(engine.asked) == 2
+    assert "a\nno \ufffd" in shown and "yes" in shown and len(engine.asked) == 2
 
 
 def test_thoughts_are_grey_and_tags_are_not_shown(monkeypatch):
@@ -272,15 +272,8 @@ def test_any_model_can_be_talked_to(seed):
         screen = Screen()
         model = tiny_model(seed, vocab_size=292, max_position_embeddings=2048)
         keys = Keys("hello", "/tools", "cancel order 482", "/nothink", "一二三")
-        terminal.chat(
-            model,
-            TOKENIZER,
-            read=keys,
-            out=screen,
-            max_new_tokens=12,
-            temperature=1.0,
-            seed=seed % 100,
-        )
+        chosen = terminal.ChatSettings(temperature=1.0, max_new_tokens=12, seed=seed % 100)
+        terminal.chat(model, TOKENIZER, chosen, read=keys, out=screen)
         shown.append(screen.getvalue())
     assert shown[0] == shown[1] and not keys.lines
 
@@ -290,7 +283,8 @@ def test_a_conversation_that_outgrows_the_model_is_one_line():
     screen = Screen()
     model = tiny_model(1, vocab_size=292, max_position_embeddings=40)
     keys = Keys("x" * 60, "/new", "hi")
-    terminal.chat(model, TOKENIZER, read=keys, out=screen, max_new_tokens=4)
+    chosen = terminal.ChatSettings(max_new_tokens=4)
+    terminal.chat(model, TOKENIZER, chosen, read=keys, out=screen)
     shown = screen.getvalue()
     assert (
         shown.count("tokens; this model takes") == 1
