@@ -66,7 +66,7 @@ KINDS = {  # name: (colour, weight as a function of the share of training done)
 def measure(model, tokens_BS):
     """Losses of both heads, and how often the MTP layer's draft is accepted, on rows of tokens."""
     out = model.hidden(tokens_BS, mtp=True)
-    main_BSV, ahead_BSV = model.head(out.hidden_BSD), model.head(out.mtp_hidden_BSD)
+    main_BSV, ahead_BSV = model.lm_head(out.hidden_BSD), model.lm_head(out.mtp_hidden_BSD)
     p, q = (
         main_BSV[:, 1:-1].softmax(-1),
         ahead_BSV[:, :-2].softmax(-1),

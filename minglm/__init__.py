@@ -7,7 +7,7 @@ Axis letters. A tensor's name ends in the letters of its axes, in order: `scores
     A  width of one head             V  vocabulary                   E  experts
     K  experts chosen per token      F  width of one expert or FFN   G  samples per prompt
     P  prompts                       C  positions held in a cache    L  width of the latent (MLA)
-    R  rotating part of a head (MLA)
+    R  rotating part of a head (MLA); rows of tokens sorted by expert (MoE)
 
 A name without such an ending is a scalar, a Python object, or a tensor whose docstring gives its shape.
 """

@@ -82,7 +82,7 @@ def products(model, texts, length, batch, tokens):
                         torch.ones(len(w), -(-T * c.num_experts_per_tok // len(w)), w.shape[2]),
                         w.mT,
                     )
-            torch.mm(torch.ones(batch, c.hidden_size), model.lm_head.weight.T)
+            model.lm_head(torch.ones(batch, c.hidden_size))
 
     return run
 

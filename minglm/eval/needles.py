@@ -92,10 +92,10 @@ def answer_scores(model, rows, sizes):
     scores, at_once, longest = [], max(1, PASS_TOKENS // len(rows[0])), max(sizes)
     for at in range(0, len(rows), at_once):
         tokens_BS = torch.tensor(
-            np.stack(rows[at : at + at_once]), dtype=torch.int64, device=model.lm_head.weight.device
+            np.stack(rows[at : at + at_once]), dtype=torch.int64, device=model.device
         )
         hidden_BSD = model.hidden(tokens_BS).hidden_BSD[:, -longest - 1 : -1]
-        log_p_BSV = model.head(hidden_BSD).float().log_softmax(-1)
+        log_p_BSV = model.lm_head(hidden_BSD).float().log_softmax(-1)
         answer_BS = tokens_BS[:, -longest:]
         right_BS = log_p_BSV.argmax(-1) == answer_BS
         log_p_BS = log_p_BSV.gather(2, answer_BS[..., None])[..., 0]
@@ -130,10 +130,10 @@ def bits_by_position(model, tokenizer, documents, length, limit):
     sizes = np.array([len(tokenizer.bytes([token], skip_special=True)) for token in ids])
     bytes_S[1:] = sizes[at_BS.reshape(rows_BS.shape)][:, 1:].sum(0)
     for tokens_BS in torch.from_numpy(rows_BS).split(max(1, PASS_TOKENS // length)):
-        tokens_BS = tokens_BS.to(model.lm_head.weight.device)
+        tokens_BS = tokens_BS.to(model.device)
         hidden_BSD = model.hidden(tokens_BS).hidden_BSD[:, :-1]
         parts = zip(hidden_BSD.split(HEAD_TOKENS, 1), tokens_BS[:, 1:].split(HEAD_TOKENS, 1))
-        nats = [F.cross_entropy(model.head(h).float().mT, t, reduction="none") for h, t in parts]
+        nats = [F.cross_entropy(model.lm_head(h).float().mT, t, reduction="none") for h, t in parts]
         nats_S[1:] += torch.cat(nats, 1).double().sum(0).cpu().numpy()
     bins = pairwise(bounds(length))
     bits = [

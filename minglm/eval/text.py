@@ -30,7 +30,7 @@ def bits_per_byte(model, tokenizer, documents, length, limit):
     batch = _rows(documents, length, limit)
     nats = count = 0
     for part in batch.split(max(1, 8192 // length)):
-        part = part.to(model.lm_head.weight.device)
+        part = part.to(model.device)
         log_p = model(part.tokens_BS, part.positions_BS, part.documents_BS).float().log_softmax(-1)
         target_BS, counts_BS = targets(part.tokens_BS, part.mask_BS, part.documents_BS, 1)
         nats -= log_p.gather(2, target_BS[..., None])[..., 0][counts_BS].sum().item()
@@ -45,10 +45,10 @@ def mtp_acceptance(model, documents, length, limit):
     batch = _rows(documents, length, limit)
     overlap = count = 0.0
     for part in batch.split(max(1, 8192 // length)):
-        part = part.to(model.lm_head.weight.device)
+        part = part.to(model.device)
         out = model.hidden(part.tokens_BS, part.positions_BS, part.documents_BS, mtp=True)
-        p = model.head(out.hidden_BSD[:, 1:]).float().softmax(-1)  # at t + 1, for token t + 2
-        q = model.head(out.mtp_hidden_BSD[:, :-1]).float().softmax(-1)
+        p = model.lm_head(out.hidden_BSD[:, 1:]).float().softmax(-1)  # at t + 1, for token t + 2
+        q = model.lm_head(out.mtp_hidden_BSD[:, :-1]).float().softmax(-1)
         counts = targets(part.tokens_BS, part.mask_BS, part.documents_BS, 2)[1][:, :-1]
         overlap += torch.minimum(p, q).sum(-1)[counts].sum().item()
         count += int(counts.sum())

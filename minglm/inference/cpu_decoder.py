@@ -23,7 +23,7 @@ from minglm.kernels.attention.eager import flash_attention
 from minglm.kernels.cpu import build
 from minglm.kernels.dispatch import backend
 from minglm.kernels.experts.eager import grouped_experts
-from minglm.model.moe import MoE
+from minglm.model.moe import LocalDispatcher, MoE
 
 CHUNK = 64  # rows of a product at once, as in the source
 FEW = 8  # tokens, below which a thread of their own does not pay
@@ -137,7 +137,8 @@ class PagesInC(Pages):
             and backend(model.lm_head.weight) == "c"
             and all(layer.self_attn.attend is flash_attention for layer in layers)
             and all(
-                layer.mlp.dispatch is grouped_experts
+                type(layer.mlp.dispatcher) is LocalDispatcher
+                and layer.mlp.experts.operation is grouped_experts
                 for layer in layers
                 if isinstance(layer.mlp, MoE)
             )

@@ -63,12 +63,12 @@ class PagesInFloat8(Pages):
 
     @contextlib.contextmanager
     def _in_place(self):
-        """The quantised experts stand in the model's layers; afterwards what was there stands there again."""
-        before = [layer.dispatch for layer, _ in self.experts]
+        """Put the quantised experts into the model's layers; afterwards what was there stands there again."""
+        before = [layer.experts.operation for layer, _ in self.experts]
         try:
             for layer, experts in self.experts:
-                layer.dispatch = experts
+                layer.experts.operation = experts
             yield
         finally:
-            for (layer, _), dispatch in zip(self.experts, before, strict=True):
-                layer.dispatch = dispatch
+            for (layer, _), operation in zip(self.experts, before, strict=True):
+                layer.experts.operation = operation

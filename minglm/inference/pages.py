@@ -107,7 +107,7 @@ class Pages(list):
 
     def __init__(self, model, size=16, drafts=False, blocks=64):
         c = model.config
-        self.model, self.dtype, self.device = model, model.dtype, model.lm_head.weight.device
+        self.model, self.dtype, self.device = model, model.dtype, model.device
         parts, heads, width = c.cache_shape
         self.shape, self.blocks, self.size = (parts, heads, size, width), blocks, size
         super().__init__(LayerPages(self.store(), size) for _ in range(c.num_hidden_layers))
@@ -126,7 +126,7 @@ class Pages(list):
 
     def fit(self, model):
         """Whether these pages are of the model's type and on its device."""
-        return (self.dtype, self.device) == (model.dtype, model.lm_head.weight.device)
+        return (self.dtype, self.device) == (model.dtype, model.device)
 
     def read_weights(self):
         """To be called when the model's weights have changed. Nothing to do: its layers read their own."""
@@ -158,7 +158,7 @@ class Pages(list):
             layer.plan = plan
         tokens_BS = torch.tensor([tokens], device=self.device)
         hidden_TD = self.model.hidden(tokens_BS, plan.positions_T[None], cache=self).hidden_BSD[0]
-        return hidden_TD, self.model.head(
+        return hidden_TD, self.model.lm_head(
             hidden_TD if len(wanted) == len(tokens) else hidden_TD[wanted]
         )
 

@@ -146,7 +146,7 @@ class Drafter:
             sequences = [row.draws[0] for row in active]
             s = Settings(sequences, states_BD.device)
             q_BV = distribution(
-                self.model.head(states_BD), s.temperature_B, s.top_p_B, s.top_k_B, s.min_p_B
+                self.model.lm_head(states_BD), s.temperature_B, s.top_p_B, s.top_k_B, s.min_p_B
             )[1]
             tokens_B = draw(q_BV, uniforms(s.seeds_B, s.index(sequences) + step, DRAFT))
             for row, token in zip(active, tokens_B.tolist(), strict=True):

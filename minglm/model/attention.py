@@ -8,38 +8,57 @@ bounds the attention logits (GLM-4.5 has it, Air does not). `attend` is a plain 
 context parallelism say, is put there from outside and the file knows nothing of it.
 """
 
-import torch
-from torch import nn
+from collections.abc import Callable
+from typing import Any, Protocol
 
+import torch
+from torch import Tensor, nn
+
+from minglm.config import ModelConfig
 from minglm.kernels.attention.eager import flash_attention
 from minglm.kernels.dispatch import backend
 from minglm.kernels.qk_norm_rope.eager import norm_rope_by_hand
 from minglm.model.layers import Linear, RMSNorm
-from minglm.model.rope import rotate
+from minglm.model.rope import Rotation, rotate
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""Causal attention like `flash_attention`: q (B, S, N, A), k and v (B, S, M, A), documents (B, S) or None, to q's shape."""
+
+
+class LayerCache(Protocol):
+    """The keys and values of one layer."""
+
+    def attend(self, q_BSNA: Tensor, k_BSMA: Tensor, v_BSMA: Any) -> Tensor:
+        """Store k and v, and attend over all that is stored; returns q's shape.
+
+        v is None for latent attention, whose keys are its values.
+        """
+        ...
 
 
 class Attention(nn.Module):
     """One attention layer; parameter names are those of the released checkpoints."""
 
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        D, N, M, A = (
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        self.heads, self.kv_heads, self.head_dim, self.eps = N, M, A, config.rms_norm_eps
+        D = config.hidden_size
+        N = config.num_attention_heads
+        M = config.num_key_value_heads
+        A = config.head_dim
+        self.heads = N
+        self.kv_heads = M
+        self.head_dim = A
+        self.eps = config.rms_norm_eps
         self.q_proj = Linear(D, N * A, bias=config.attention_bias)
         self.k_proj = Linear(D, M * A, bias=config.attention_bias)
         self.v_proj = Linear(D, M * A, bias=config.attention_bias)
         self.o_proj = Linear(N * A, D)
         self.q_norm = RMSNorm(A, config.rms_norm_eps) if config.use_qk_norm else None
         self.k_norm = RMSNorm(A, config.rms_norm_eps) if config.use_qk_norm else None
-        self.attend = flash_attention
+        self.attend: Attend = flash_attention
 
-    def queries_keys(self, x_BSD, rotation):
-        """Rotated queries (B, S, N, A) and keys (B, S, M, A): what enters the dot product."""
+    def queries_keys(self, x_BSD: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Compute what enters the dot product: rotated queries (B, S, N, A) and keys (B, S, M, A)."""
         q = self.q_proj(x_BSD).unflatten(-1, (self.heads, self.head_dim))
         k = self.k_proj(x_BSD).unflatten(-1, (self.kv_heads, self.head_dim))
         weights = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
@@ -55,12 +74,17 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(torch.cat((q, k), 2), *rotation).split((self.heads, self.kv_heads), 2)
 
-    def forward(self, x_BSD, rotation, documents_BS=None, cache=None):
-        """x (B, S, D) to (B, S, D).
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotation: Rotation,
+        documents_BS: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Map x (B, S, D) to (B, S, D).
 
-        rotation: cos and sin of `minglm.model.rope.angles`. documents_BS: ids that attention must not cross.
-        cache: an object whose `attend(q, k, v)` stores k and v and attends over all that is stored. (Latent attention
-        gives None as v: its keys are its values.)
+        rotation: that of the positions, see `minglm.model.rope.angles`. documents int (B, S): ids that attention must not
+        cross. cache: the layer's cache when generating.
         """
         q_BSNA, k_BSMA = self.queries_keys(x_BSD, rotation)
         v_BSMA = self.v_proj(x_BSD).unflatten(-1, (self.kv_heads, self.head_dim))

@@ -1,33 +1,45 @@
-"""One decoder layer: attention and FFN with their norms (paper 2.1, Table 1)."""
+"""One decoder layer: attention and FFN, each with its norm (paper 2.1, Table 1).
 
-from torch import nn
+    x <- x + attention(norm(x));   x <- x + ffn(norm(x))
 
-from minglm.model.attention import Attention
+The FFN is dense in the first layers and a MoE after them.
+"""
+
+from torch import Tensor, nn
+
+from minglm.config import ModelConfig
+from minglm.model.attention import Attention, LayerCache
 from minglm.model.layers import MLP, RMSNorm
 from minglm.model.mla import LatentAttention
-from minglm.model.moe import MoE
+from minglm.model.moe import MoE, Routing
+from minglm.model.rope import Rotation
 
 
 class DecoderLayer(nn.Module):
-    """Attention and FFN with their norms; the FFN is dense in the first layers and a MoE after them."""
+    """Attention and FFN with their norms; parameter names are those of the released checkpoints."""
 
-    def __init__(self, config, dense):
+    def __init__(self, config: ModelConfig, dense: bool):
         super().__init__()
-        D, eps = config.hidden_size, config.rms_norm_eps
+        D = config.hidden_size
+        eps = config.rms_norm_eps
         self.self_attn = LatentAttention(config) if config.kv_lora_rank else Attention(config)
         self.mlp = MLP(D, config.intermediate_size) if dense else MoE(config)
         self.input_layernorm = RMSNorm(D, eps)
         self.post_attention_layernorm = RMSNorm(D, eps)
 
-    def forward(self, x_BSD, rotation, documents_BS=None, cache=None):
-        """x (B, S, D) to (x (B, S, D), Routing or None)."""
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotation: Rotation,
+        documents_BS: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """Map x (B, S, D) to (x (B, S, D), the `Routing` of a MoE layer or None); arguments as `Attention.forward`."""
         change_BSD = self.self_attn(self.input_layernorm(x_BSD), rotation, documents_BS, cache)
+        # The second norm adds the attention's change to x itself, in one operation.
         normed_BSD, x_BSD = self.post_attention_layernorm(x_BSD, change_BSD)
-        routing = None
-        if isinstance(self.mlp, MoE):
-            change_BSD, routing = self.mlp(
-                normed_BSD, None if documents_BS is None else documents_BS >= 0
-            )
-        else:
-            change_BSD = self.mlp(normed_BSD)
+        if not isinstance(self.mlp, MoE):
+            return x_BSD + self.mlp(normed_BSD), None
+        valid_BS = None if documents_BS is None else documents_BS >= 0
+        change_BSD, routing = self.mlp(normed_BSD, valid_BS)
         return x_BSD + change_BSD, routing

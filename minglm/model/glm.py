@@ -2,77 +2,86 @@
 
     x <- x + attention(norm(x));   x <- x + ffn(norm(x));   logits = lm_head(norm(x))
 
-Two norms per layer, before the attention and before the FFN. Parameters carry the names of the released checkpoints
-(the MTP layer is layer `num_hidden_layers`), except that each layer's experts are three stacks. The rotary base is an
-attribute that a training stage may change; it has no weights.
+Parameters carry the names of the released checkpoints (the MTP layer is layer `num_hidden_layers`), except that each
+layer's experts are three stacks. The rotary base is an attribute that a training stage may change; it has no weights.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minglm.config import ModelConfig
+from minglm.model.attention import LayerCache
 from minglm.model.decoder import DecoderLayer
-from minglm.model.hf.files import fill, open_folder, save
+from minglm.model.embedding import Embedding, LMHead
+from minglm.model.hf.files import HFOrigin, fill, open_folder, save
 from minglm.model.layers import RMSNorm
 from minglm.model.moe import MoE, Routing
 from minglm.model.mtp import MTPLayer, shift
-from minglm.model.rope import angles
+from minglm.model.rope import Rotation, angles
+from minglm.model.router import Router
 
 
 @dataclass
 class Output:
-    """A training pass: states after the final norm, those of the MTP layer (or None), and each MoE layer's routing."""
+    """What a pass computes before the output head."""
 
-    hidden_BSD: torch.Tensor
-    mtp_hidden_BSD: torch.Tensor | None = None
+    hidden_BSD: Tensor
+    """States after the final norm."""
+    mtp_hidden_BSD: Tensor | None = None
+    """States of the MTP layer, after its norm; None for a pass without it."""
     routing: list[Routing] = field(default_factory=list)
+    """One report for each MoE layer, in the order of `GLM.routers`; empty where no gradient is asked for."""
 
 
 class Trunk(nn.Module):
     """Everything but the output head; exists because the checkpoints call it `model`."""
 
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.embed_tokens = nn.Module()
-        self.embed_tokens.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        layers = [
-            DecoderLayer(config, i < config.first_k_dense_replace)
-            for i in range(config.num_hidden_layers)
-        ]
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        layers: list[DecoderLayer] = []
+        for index in range(config.num_hidden_layers):
+            layers.append(DecoderLayer(config, dense=index < config.first_k_dense_replace))
         if config.num_nextn_predict_layers:
-            layers.append(MTPLayer(config, DecoderLayer(config, dense=False)))
+            layers.append(MTPLayer(config))
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class GLM(nn.Module):
-    """The model. `GLM(config)` is initialised and ready; under `torch.device("meta")` it only has shapes."""
+    """The model. `GLM(config)` is initialised and ready; under `torch.device("meta")` it has shapes only."""
 
-    def __init__(self, config, seed=0):
+    def __init__(self, config: ModelConfig, seed: int = 0):
         super().__init__()
         config.check()
         self.config = config
         self.rope_theta = config.rope_theta
+        # Activations and matrix products have this dtype; the weights may have another.
         self.dtype = torch.float32
+        # True: keep only the input of each layer for the backward pass.
         self.recompute = False
-        self.checkpoint_origin = None
+        self.checkpoint_origin: HFOrigin | None = None
         self.model = Trunk(config)
-        self.lm_head = nn.Module()
-        tied = config.tie_word_embeddings
-        self.lm_head.weight = (
-            self.model.embed_tokens.weight
-            if tied
-            else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        )
-        if self.lm_head.weight.device.type != "meta":
+        self.lm_head = LMHead(config.vocab_size, config.hidden_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        if self.device.type != "meta":
             initialize(self, seed)
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=None, device="cpu"):
-        """The model of a released checkpoint: a folder with config.json and safetensors, see `minglm.model.hf.files`.
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+    ) -> "GLM":
+        """Load a released checkpoint: a folder with config.json and safetensors, see `minglm.model.hf.files`.
 
         dtype: of all parameters, torch.float32 to train; None: as stored, and computed in. Raises ValueError, one line,
         for a folder that is not a whole checkpoint of a GLM-4.5 model.
@@ -83,79 +92,102 @@ class GLM(nn.Module):
         fill(model, files, values, dtype, device)
         return model
 
-    def save_pretrained(self, folder, dtype=None, shard_gigabytes=5.0):
+    def save_pretrained(
+        self, folder: str | Path, dtype: str | None = None, shard_gigabytes: float = 5.0
+    ) -> None:
         """Write a released checkpoint: arguments and errors are those of `minglm.model.hf.files.save`."""
         save(self, folder, dtype, shard_gigabytes)
 
     @property
-    def mtp(self):
-        """The MTP layer, or None."""
-        return self.model.layers[-1] if self.config.num_nextn_predict_layers else None
+    def device(self) -> torch.device:
+        """Return the device of the weights."""
+        return self.lm_head.weight.device
 
-    def embed(self, tokens_BS):
-        """(B, S) int64 to (B, S, D) in the dtype the model computes in."""
-        return F.embedding(tokens_BS, self.model.embed_tokens.weight).to(self.dtype)
+    @property
+    def mtp(self) -> MTPLayer | None:
+        """Return the MTP layer, or None."""
+        last = self.model.layers[-1]
+        return last if isinstance(last, MTPLayer) else None
 
-    def rotation(self, tokens_BS, positions_BS=None):
-        """cos and sin for these positions; by default 0, 1, 2, ... in each row."""
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        """Map tokens (B, S) int64 to vectors (B, S, D) in the dtype the model computes in."""
+        return self.model.embed_tokens(tokens_BS).to(self.dtype)
+
+    def rotation(self, tokens_BS: Tensor, positions_BS: Tensor | None = None) -> Rotation:
+        """Compute the rotation for these positions; by default 0, 1, 2, ... in each row."""
         if positions_BS is None:
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
         return angles(positions_BS, self.config.rotary_dim, self.rope_theta)
 
-    def hidden(self, tokens_BS, positions_BS=None, documents_BS=None, cache=None, mtp=False):
-        """Run the trunk, and with `mtp` the MTP layer on top of it.
+    def hidden(
+        self,
+        tokens_BS: Tensor,
+        positions_BS: Tensor | None = None,
+        documents_BS: Tensor | None = None,
+        cache: Sequence[LayerCache] | None = None,
+        mtp: bool = False,
+    ) -> Output:
+        """Run the trunk, and with `mtp` the MTP layer after it.
 
-        tokens int64 (B, S); positions int64 (B, S); documents int (B, S), -1 for padding. cache: a list with one
-        layer cache per decoder layer. Returns an `Output`.
+        tokens int64 (B, S); positions int64 (B, S); documents int (B, S), -1 for padding. cache: one layer cache for
+        each decoder layer.
         """
         rotation = self.rotation(tokens_BS, positions_BS)
         x_BSD = self.embed(tokens_BS)
-        out = Output(x_BSD)
-        for i, layer in enumerate(self.model.layers[: self.config.num_hidden_layers]):
+        reports: list[Routing] = []
+        for index in range(self.config.num_hidden_layers):
+            layer_cache = None if cache is None else cache[index]
             x_BSD, routing = self.apply_layer(
-                layer, x_BSD, rotation, documents_BS, None if cache is None else cache[i]
+                self.model.layers[index], x_BSD, rotation, documents_BS, layer_cache
             )
             if routing is not None:
-                out.routing.append(routing)
-        out.hidden_BSD = self.model.norm(x_BSD)
+                reports.append(routing)
+        out = Output(self.model.norm(x_BSD), routing=reports)
         if mtp:
-            ahead_BSD = self.embed(shift(tokens_BS, 1, 0))
+            next_BSD = self.embed(shift(tokens_BS, 1, 0))
             out.mtp_hidden_BSD, routing = self.apply_layer(
-                self.mtp, out.hidden_BSD, ahead_BSD, rotation, documents_BS
+                self.mtp, out.hidden_BSD, next_BSD, rotation, documents_BS
             )
-            out.routing.append(routing)
+            if routing is not None:
+                reports.append(routing)
         return out
 
-    def apply_layer(self, layer, *arguments):
-        """Apply a layer; with `recompute`, keep only its input, and compute the rest again in the backward pass.
+    def apply_layer(self, layer: nn.Module | None, *arguments: Any) -> Any:
+        """Call a layer; with `recompute`, keep only its input and compute the rest again in the backward pass.
 
-        The loads of its router are those of the first time: they are returned, not counted.
+        The routing that is returned is that of the first time, so no token is counted twice. Raises ValueError where
+        there is no layer: a pass with `mtp` through a model without an MTP layer.
         """
+        if layer is None:
+            raise ValueError("this model has no MTP layer (num_nextn_predict_layers = 0)")
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
         return layer(*arguments)
 
-    def compile_layers(self, **options):
+    def compile_layers(self, **options: Any) -> None:
         """torch.compile each decoder layer in place; names of parameters stay. options: those of torch.compile."""
         for layer in self.model.layers:
             layer.compile(**options)
 
-    def head(self, hidden):
-        """(..., D) to logits (..., V)."""
-        return F.linear(hidden, self.lm_head.weight.to(hidden.dtype))
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        positions_BS: Tensor | None = None,
+        documents_BS: Tensor | None = None,
+        cache: Sequence[LayerCache] | None = None,
+    ) -> Tensor:
+        """Map tokens int64 (B, S) to logits (B, S, V) of the next token; other arguments as in `hidden`."""
+        hidden_BSD = self.hidden(tokens_BS, positions_BS, documents_BS, cache).hidden_BSD
+        return self.lm_head(hidden_BSD)
 
-    def forward(self, tokens_BS, positions_BS=None, documents_BS=None, cache=None):
-        """tokens int64 (B, S) to logits (B, S, V) of the next token; other arguments as in `hidden`."""
-        return self.head(self.hidden(tokens_BS, positions_BS, documents_BS, cache).hidden_BSD)
-
-    def routers(self):
-        """The routers in layer order, the MTP layer's last: the order of `Output.routing` of a pass with `mtp`."""
-        return [layer.mlp.gate for layer in self.model.layers if isinstance(layer.mlp, MoE)]
+    def routers(self) -> list[Router]:
+        """Return the routers in layer order, the MTP layer's last: the order of `Output.routing` of a pass with `mtp`."""
+        return [module.gate for module in self.modules() if isinstance(module, MoE)]
 
 
 @torch.no_grad()
-def initialize(model, seed=0):
-    """Set every value, from one table; each tensor draws from a generator of its own, so names fix values.
+def initialize(model: GLM, seed: int = 0) -> None:
+    """Set every value, from one table; each tensor draws from its own generator.
 
         matrices, embedding, output head    normal, standard deviation initializer_range
         norm weights                        1

@@ -1,4 +1,4 @@
-"""The two building blocks every other component uses: a linear map and RMSNorm, and the SwiGLU MLP made of them.
+"""The building blocks of every layer: a linear map, RMSNorm, and the SwiGLU MLP (paper 2.1).
 
     RMSNorm(x) = weight * x / sqrt(mean(x^2) + eps);   MLP(x) = down( silu(gate x) * up x )
 
@@ -6,38 +6,43 @@ Weights are kept in float32 and cast to the dtype of the activations where they 
 float32 or with bfloat16 matrix products by casting one tensor: the output of the embedding.
 """
 
+from typing import overload
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from minglm.kernels.norm.eager import add_norm
 
 
 class Linear(nn.Module):
-    """y = x W' (+ b), W of shape (out, in). Values are set by `minglm.model.glm.initialize`."""
+    """y = x W' (+ b), W of shape (out, in). `minglm.model.glm.initialize` sets the values."""
 
-    def __init__(self, inputs, outputs, bias=False):
+    def __init__(self, inputs: int, outputs: int, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
-    def forward(self, x):
-        """(..., in) to (..., out), in x's dtype."""
-        return F.linear(
-            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-        )
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out), in x's dtype."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis; the mean is taken in float32 whatever the dtype of x."""
 
-    def __init__(self, width, eps):
+    def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.eps = eps
 
-    def forward(self, x, change=None):
-        """(..., width) to the same shape and dtype; with a `change`, the norm of x + change, and that sum."""
+    @overload
+    def forward(self, x: Tensor, change: None = None) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, change: Tensor) -> tuple[Tensor, Tensor]: ...
+    def forward(self, x: Tensor, change: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Norm x (..., width), in the same shape and dtype; with a `change`, return the norm of x + change, and that sum."""
         normed, total = add_norm(x, self.weight, self.eps, change)
         return normed if change is None else (normed, total)
 
@@ -45,12 +50,12 @@ class RMSNorm(nn.Module):
 class MLP(nn.Module):
     """SwiGLU feed-forward network without biases: the dense layers and the shared expert."""
 
-    def __init__(self, hidden_size, intermediate_size):
+    def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
         self.gate_proj = Linear(hidden_size, intermediate_size)
         self.up_proj = Linear(hidden_size, intermediate_size)
         self.down_proj = Linear(intermediate_size, hidden_size)
 
-    def forward(self, x):
-        """(..., D) to (..., D)."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -1,70 +1,151 @@
-"""The mixture-of-experts layer: router, routed experts, and one shared expert that every token visits (paper 2.1).
+"""The mixture-of-experts layer: router, routed experts, and one shared expert for every token (paper 2.1).
 
-    y = sum over chosen e of w_e * expert_e(x)  +  shared(x)
+    y = sum over chosen e of w_e * expert_e(x)  +  shared(x);     expert_e(x) = down_e( silu(gate_e x) * (up_e x) )
 
-The shared expert is neither gated nor scaled. The experts are three stacks, so that one grouped product serves them all
-and an optimizer sees each expert's matrix as a slice. `dispatch` is a plain attribute with the signature of
-`grouped_experts`; expert parallelism puts its exchange of tokens there, generation in float8 its products, and this
-file stays as it is.
+The shared expert is neither gated nor scaled. The experts are three stacks of matrices, so that one grouped product
+serves them all and an optimizer sees each expert's matrix as a slice.
+
+Three objects have one concern each, and each can be replaced without a change to this file:
+
+    Router              chooses: which experts, with which weights
+    MoE.dispatcher      moves: brings tokens to the experts and sums up what they return; `LocalDispatcher` for experts in
+                        this process, one that exchanges tokens for expert parallelism
+    Experts             computes; its attribute `operation` is the kernel, in place of which generation in float8 puts
+                        its own
+
+`Experts.forward` takes rows that are sorted by expert, as they arrive from other ranks. Where all experts are local,
+sorting, products and weighted sum are one kernel operation, which need not keep the experts' output for the backward
+pass: `LocalDispatcher` calls that (`Experts.weighted_sum`). Both compute the same: `minglm.testing.model.check_dispatcher`.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import nn
+from einops import rearrange
+from torch import Tensor, nn
 
+from minglm.config import ModelConfig
 from minglm.kernels.experts.eager import grouped_experts
-from minglm.model import balance
+from minglm.model.balance import sequence_loss, tokens_per_expert
 from minglm.model.layers import MLP
 from minglm.model.router import Router
 
 
 @dataclass
 class Routing:
-    """What one MoE layer reports of a forward pass: tokens_per_expert float32 (E,) and the unweighted balance loss, a scalar."""
+    """What one MoE layer reports of a forward pass."""
 
-    tokens_per_expert_E: torch.Tensor
-    balance_loss: torch.Tensor
+    tokens_per_expert_E: Tensor
+    """Tokens routed to each expert, float32 (E,)."""
+    balance_loss: Tensor
+    """The sequence-wise balance loss without its weight, a scalar."""
+
+
+class ExpertsOperation(Protocol):
+    """A kernel operation like `minglm.kernels.experts.eager.grouped_experts`: weighted sums over chosen experts."""
+
+    def __call__(
+        self,
+        x_TD: Tensor,
+        experts_TK: Tensor,
+        weights_TK: Tensor,
+        gate_EFD: Tensor,
+        up_EFD: Tensor,
+        down_EDF: Tensor,
+        /,
+    ) -> Tensor: ...
 
 
 class Experts(nn.Module):
-    """The routed experts' matrices: gate, up (E, F, D) and down (E, D, F)."""
+    """The routed experts: gate and up (E, F, D), down (E, D, F), and the operation that applies them."""
 
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        E, D, F = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        E = config.n_routed_experts
+        D = config.hidden_size
+        F = config.moe_intermediate_size
         self.gate_EFD = nn.Parameter(torch.empty(E, F, D))
         self.up_EFD = nn.Parameter(torch.empty(E, F, D))
         self.down_EDF = nn.Parameter(torch.empty(E, D, F))
+        self.operation: ExpertsOperation = grouped_experts
+
+    def forward(self, x_RD: Tensor, rows_per_expert_E: Tensor) -> Tensor:
+        """Apply each expert to its rows.
+
+        x (R, D): rows sorted by expert. rows_per_expert int64 (E,): how many rows each expert has, R in all.
+        Returns (R, D) in x's dtype, not weighted.
+        """
+        # A row is a token with one chosen expert of weight one, so the operation for tokens serves rows too. Sorting them
+        # again costs little beside the products. The output size is given, or a GPU would have to wait for the sum.
+        rows = x_RD.shape[0]
+        expert_R = torch.repeat_interleave(rows_per_expert_E, output_size=rows)
+        ones_R1 = torch.ones(rows, 1, dtype=torch.float32, device=x_RD.device)
+        return self.weighted_sum(x_RD, rearrange(expert_R, "r -> r 1"), ones_R1)
+
+    def weighted_sum(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Compute sum over k of weight_tk * expert_tk(x_t), for tokens in any order.
+
+        x (T, D); experts int64 (T, K); weights float32 (T, K). Returns (T, D) in x's dtype.
+        """
+        return self.operation(
+            x_TD, experts_TK, weights_TK, self.gate_EFD, self.up_EFD, self.down_EDF
+        )
+
+
+class Dispatcher(Protocol):
+    """Bring tokens to their experts and return each token's weighted sum of what they compute."""
+
+    def __call__(
+        self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: Experts, /
+    ) -> Tensor:
+        """x (T, D); experts int64 (T, K); weights float32 (T, K); returns (T, D) in x's dtype, differentiable."""
+        ...
+
+
+class LocalDispatcher:
+    """The dispatcher for experts that are all in this process: no token moves."""
+
+    def __call__(
+        self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: Experts
+    ) -> Tensor:
+        """Compute each token's weighted sum over its experts; shapes as in `Dispatcher`."""
+        return experts.weighted_sum(x_TD, experts_TK, weights_TK)
 
 
 class MoE(nn.Module):
     """Drop-in for a layer's MLP; reports its routing beside its result."""
 
-    def __init__(self, config):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
-        self.shared_experts = (
-            MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
-            if config.n_shared_experts
-            else None
-        )
-        self.dispatch = grouped_experts
+        self.shared_experts = None
+        if config.n_shared_experts:
+            shared_width = config.moe_intermediate_size * config.n_shared_experts
+            self.shared_experts = MLP(config.hidden_size, shared_width)
+        self.dispatcher: Dispatcher = LocalDispatcher()
 
-    def forward(self, x_BSD, valid_BS=None):
-        """x (B, S, D) to (y (B, S, D), Routing). Positions where valid is False are computed but not counted."""
-        B, S, D = x_BSD.shape
-        x_TD, e = x_BSD.reshape(B * S, D), self.experts
+    def forward(
+        self, x_BSD: Tensor, valid_BS: Tensor | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """Map x (B, S, D) to (y (B, S, D), Routing; None where no gradient is asked for).
+
+        Positions where valid is False are computed but not counted in the routing.
+        """
+        B, S, _ = x_BSD.shape
+        x_TD = rearrange(x_BSD, "b s d -> (b s) d")
         experts_TK, weights_TK, scores_TE = self.gate(x_TD)
-        y_TD = self.dispatch(x_TD, experts_TK, weights_TK, e.gate_EFD, e.up_EFD, e.down_EDF)
+        y_TD = self.dispatcher(x_TD, experts_TK, weights_TK, self.experts)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
-        if not torch.is_grad_enabled():  # generation has no use for the report
-            return y_TD.view(B, S, D), None
+        y_BSD = rearrange(y_TD, "(b s) d -> b s d", b=B, s=S)
+        if not torch.is_grad_enabled():  # generation does not use the report
+            return y_BSD, None
+
         valid_T = None if valid_BS is None else valid_BS.reshape(-1)
         routing = Routing(
-            balance.tokens_per_expert(experts_TK, e.gate_EFD.shape[0], valid_T),
-            balance.sequence_loss(scores_TE, experts_TK, B, valid_T),
+            tokens_per_expert(experts_TK, scores_TE.shape[1], valid_T),
+            sequence_loss(scores_TE, experts_TK, B, valid_T),
         )
-        return y_TD.view(B, S, D), routing
+        return y_BSD, routing

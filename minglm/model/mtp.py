@@ -1,4 +1,4 @@
-"""Multi-token prediction: one more layer that guesses the token after next (paper 2.1, 2.4).
+"""Multi-token prediction: a further decoder layer that predicts the token after next (paper 2.1, 2.4).
 
     z_t = eh_proj [ enorm(emb(token_{t+1})) ; hnorm(h_t) ];   z -> one MoE decoder layer -> shared_head.norm -> lm_head
     predicts token_{t+2}
@@ -9,42 +9,60 @@ trunk then accepts or rejects. A target counts only inside its own document.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from minglm.config import ModelConfig
+from minglm.model.attention import LayerCache
+from minglm.model.decoder import DecoderLayer
 from minglm.model.layers import Linear, RMSNorm
+from minglm.model.moe import Routing
+from minglm.model.rope import Rotation
 
 
-def shift(x_BS, by, fill):
-    """x moved `by` positions to the left, `fill` entering at the end: what lies `by` tokens ahead of each position."""
-    return torch.cat([x_BS[:, by:], x_BS.new_full((x_BS.shape[0], by), fill)], 1)
+def shift(x_BS: Tensor, by: int, fill: int | bool) -> Tensor:
+    """Move x (B, S) `by` positions to the left, so that each position holds what lies `by` tokens ahead of it.
+
+    `fill` enters at the end. Returns the shape and dtype of x.
+    """
+    end_BS = x_BS.new_full((x_BS.shape[0], by), fill)
+    return torch.cat([x_BS[:, by:], end_BS], 1)
 
 
-class MTPLayer(nn.Module):
-    """The MTP layer around a decoder layer; its parameters have the names of the released checkpoints."""
+class MTPLayer(DecoderLayer):
+    """A MoE decoder layer with a projection before it and a norm after it; names as in the released checkpoints."""
 
-    def __init__(self, config, decoder_layer):
-        super().__init__()
-        D, eps = config.hidden_size, config.rms_norm_eps
-        self.enorm, self.hnorm = RMSNorm(D, eps), RMSNorm(D, eps)
+    def __init__(self, config: ModelConfig):
+        super().__init__(config, dense=False)
+        D = config.hidden_size
+        eps = config.rms_norm_eps
+        inherited = dict(self.named_children())
+        self.enorm = RMSNorm(D, eps)
+        self.hnorm = RMSNorm(D, eps)
         self.eh_proj = Linear(2 * D, D)
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(D, eps)})
-        for (
-            name,
-            part,
-        ) in decoder_layer.named_children():  # checkpoints store both parts under one layer index
-            self.add_module(name, part)
-        self.decode = type(
-            decoder_layer
-        ).forward  # a function, not a bound method: those do not survive pickling
+        # The order of parameters decides initial values and the optimizer's state in checkpoints, and there the four
+        # modules above come first.
+        for name, module in inherited.items():
+            delattr(self, name)
+            self.add_module(name, module)
 
-    def forward(self, hidden_BSD, next_embeddings_BSD, *arguments):
-        """Hidden states and the embeddings of the tokens after them, both (B, S, D), to normed states (B, S, D).
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # a second input: the next token's embedding
+        self,
+        hidden_BSD: Tensor,
+        next_embeddings_BSD: Tensor,
+        rotation: Rotation,
+        documents_BS: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """Map states and the embeddings of the tokens after them, both (B, S, D), to normed states (B, S, D).
 
-        `arguments` are those of the decoder layer. Returns (states, Routing).
+        The other arguments are those of the decoder layer. Returns (states, Routing).
         """
-        z_BSD, routing = self.decode(self, self.join(hidden_BSD, next_embeddings_BSD), *arguments)
+        z_BSD = self.join(hidden_BSD, next_embeddings_BSD)
+        z_BSD, routing = super().forward(z_BSD, rotation, documents_BS, cache)
         return self.shared_head["norm"](z_BSD), routing
 
-    def join(self, hidden, next_embeddings):
-        """What enters the decoder layer: (..., D) from states and embeddings (..., D)."""
-        return self.eh_proj(torch.cat([self.enorm(next_embeddings), self.hnorm(hidden)], -1))
+    def join(self, hidden: Tensor, next_embeddings: Tensor) -> Tensor:
+        """Return the input z (..., D) of the decoder layer, from states and next embeddings (..., D)."""
+        both = torch.cat([self.enorm(next_embeddings), self.hnorm(hidden)], -1)
+        return self.eh_proj(both)

@@ -63,7 +63,7 @@ def load_run(folder: str | Path, stage: str | None = None) -> LoadedModel:
         )
     stage, model = stage or done[-1], GLM(config.model)
     model.load_state_dict(read(folder / "checkpoints" / stage / "final.pt")["model"])
-    model.dtype = pick_dtype(config.dtype, model.lm_head.weight.device)
+    model.dtype = pick_dtype(config.dtype, model.device)
     dispatch.use(config.kernels)
     if (trained := getattr(config.stages, stage, None)) is not None:
         model.rope_theta = trained.rope_theta

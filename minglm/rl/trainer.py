@@ -13,7 +13,6 @@ import math
 
 import torch
 
-from minglm.kernels.cross_entropy.eager import token_log_probabilities
 from minglm.parallel.replicas import Replicas
 from minglm.rewards.pathology import detect
 from minglm.rl.aggregation import aggregate, denominator
@@ -42,11 +41,8 @@ def sampled_log_probabilities(model, tokens_BS, mask_BS, documents_BS, temperatu
     hidden_BSD = model.hidden(tokens_BS, documents_BS=documents_BS).hidden_BSD
     before_BS = mask_BS[:, 1:]  # position s - 1 predicts token s
     hidden_TD = hidden_BSD[:, :-1][before_BS]
-    logprobs_T, entropy_T = token_log_probabilities(
-        hidden_TD,
-        model.lm_head.weight.to(hidden_TD.dtype),
-        tokens_BS[:, 1:][before_BS],
-        temperature,
+    logprobs_T, entropy_T = model.lm_head.token_log_probabilities(
+        hidden_TD, tokens_BS[:, 1:][before_BS], temperature
     )
     where = torch.zeros_like(mask_BS)
     where[:, 1:] = before_BS
@@ -71,7 +67,7 @@ def update(model, optimizer, pairs, config, pad, clip_norm=1.0, replicas=None):
 
     replicas: `Replicas` of the model that share the pairs among threads; by default there is only the model.
     """
-    replicas, device = replicas or Replicas(model), model.lm_head.weight.device
+    replicas, device = replicas or Replicas(model), model.device
     pairs = sorted(pairs, key=lambda pair: len(pair[0].tokens))
     longest = len(pairs[-1][0].tokens)
     everything = torch.tensor([[*s.mask, *[False] * (longest - len(s.mask))] for s, _ in pairs])

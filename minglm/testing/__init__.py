@@ -18,6 +18,7 @@ from minglm.testing.inference import check_sampler, check_verifier
 from minglm.testing.model import (
     check_attention,
     check_balance,
+    check_dispatcher,
     check_experts,
     check_rope,
     check_router,
@@ -41,6 +42,7 @@ __all__ = [
     "check_decontamination",
     "check_detectors",
     "check_environment",
+    "check_dispatcher",
     "check_experts",
     "check_fim",
     "check_near_duplicates",

@@ -14,9 +14,11 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
+from torch import Tensor
 
 from minglm.config import ModelConfig
 from minglm.model.glm import GLM
+from minglm.model.moe import Dispatcher, Experts
 from minglm.testing.strategies import holds, numbers, seeds
 
 # Longer than a chunk of `flash_attention`, shorter, and exactly one or two; a few of each are enough.
@@ -111,7 +113,8 @@ def check_router(route):
             routed_scaling_factor=[1.0, 2.5][seed % 2],
         )
         scores_TE = torch.rand(T, E, generator=numbers(seed))
-        bias_E = normal(seed + 1, E, scale=0.5)
+        # A bias that is negative everywhere changes no choice, but shows masks that are not minus infinity.
+        bias_E = normal(seed + 1, E, scale=0.5) - 2.0 * (seed % 5 < 2)
         if coarse:  # eighths and quarters add without rounding, so plain Python finds the same ties
             scores_TE, bias_E = (scores_TE * 3 + 0.5).round() / 8, (bias_E * 2).round() / 4
         experts_TK, weights_TK = route(scores_TE, bias_E, config)
@@ -329,6 +332,46 @@ def check_experts(dispatch):
         y_TD = dispatch(x_TD, experts_TK, weights_TK, *matrices)
         moved_TD = dispatch(x_TD[order_T], experts_TK[order_T], weights_TK[order_T], *matrices)
         torch.testing.assert_close(moved_TD, y_TD[order_T], atol=1e-5, rtol=1e-5)  # float32
+
+
+def experts_of(gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Experts:
+    """Return an `Experts` module over these tensors, which keep their place in the graph of gradients."""
+    E, F_, D = gate_EFD.shape
+    config = dataclasses.replace(
+        ModelConfig(), n_routed_experts=E, hidden_size=D, moe_intermediate_size=F_
+    )
+    experts = Experts(config)
+    for name, tensor in (("gate_EFD", gate_EFD), ("up_EFD", up_EFD), ("down_EDF", down_EDF)):
+        delattr(experts, name)
+        setattr(experts, name, tensor)
+    return experts
+
+
+def sorted_dispatch(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: Experts
+) -> Tensor:
+    """The plain form of a dispatcher: sort the rows by expert, call `Experts.forward`, bring back, weight and sum."""
+    K = experts_TK.shape[1]
+    # Row r of the sorted rows is pair (token, slot) number pair_R[r].
+    pair_R = experts_TK.flatten().argsort(stable=True)
+    token_R = pair_R // K
+    rows_per_expert_E = torch.bincount(experts_TK.flatten(), minlength=len(experts.gate_EFD))
+    y_RD = experts(x_TD[token_R], rows_per_expert_E)
+    weighted_RD = y_RD.float() * weights_TK.flatten()[pair_R, None]
+    y_TD = torch.zeros_like(x_TD, dtype=torch.float32).index_add(0, token_R, weighted_RD)
+    return y_TD.to(x_TD.dtype)
+
+
+def check_dispatcher(dispatcher: Dispatcher) -> None:
+    """Hold a dispatcher to its contract: `dispatcher(x_TD, experts_TK, weights_TK, experts) -> y_TD`.
+
+    Wherever the tokens are computed, the result and all five gradients are those of the expert layer of `check_experts`.
+    """
+
+    def layer(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *matrices: Tensor) -> Tensor:
+        return dispatcher(x_TD, experts_TK, weights_TK, experts_of(*matrices))
+
+    check_experts(layer)
 
 
 def torch_attention(q_BSNA, k_BSMA, v_BSMA, documents_BS=None):

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from minglm.kernels.cross_entropy.eager import linear_cross_entropy
 from minglm.model.balance import update_expert_bias
 from minglm.parallel.replicas import Replicas
 from minglm.train.checkpoint import Interrupted, stop_between_steps
@@ -74,8 +73,8 @@ def accumulate(model, batch, phase, mtp_weight, replicas=None):
             for a, hidden_BSD, weight in zip(ahead, states, (1.0, mtp_weight), strict=False):
                 target_BS, counts_BS = targets(part.tokens_BS, part.mask_BS, part.documents_BS, a)
                 weights_T = counts_BS.flatten().float() / max(1, total[a])
-                hidden_TD, matrix_VD = hidden_BSD.flatten(0, 1), model.lm_head.weight
-                term = linear_cross_entropy(hidden_TD, matrix_VD, target_BS.flatten(), weights_T)
+                hidden_TD = hidden_BSD.flatten(0, 1)
+                term = model.lm_head.cross_entropy(hidden_TD, target_BS.flatten(), weights_T)
                 sums["loss" if a == 1 else "mtp_loss"] += term.item()
                 loss = loss + weight * term
             loss.backward()
@@ -145,7 +144,7 @@ def train(
     threads: how many share the rows of each batch (`minglm.parallel.replicas`); results equal bit for bit at equal counts.
     Ctrl-C saves and raises `Interrupted`. Leaves a partial checkpoint behind; the caller marks the stage final.
     """
-    device, guard = model.lm_head.weight.device, Guard(phase.spike_factor, phase.rollback_after)
+    device, guard = model.device, Guard(phase.spike_factor, phase.rollback_after)
     replicas = Replicas(model, threads)
     done, number, state = 0, 0, checkpoints.load()
     if state is not None:

@@ -59,15 +59,15 @@ def test_the_record_is_of_what_was_sampled(drafts):
                 p.mul_(1 + change)
         request = Request([1, 2, 3, 4], 12, temperature=1.0, seed=change, stop_ids=())
         done = engine.generate([request])[0]
-        assert all(layer.dispatch is grouped_experts for layer in layers(model))
+        assert all(layer.experts.operation is grouped_experts for layer in layers(model))
         text = torch.tensor([request.prompt + done.tokens])
         with torch.no_grad():
             own = model(text).log_softmax(-1)
             for layer in layers(model):
-                layer.dispatch = Float8Experts(layer.experts)
+                layer.experts.operation = Float8Experts(layer.experts)
             quantised = model(text).log_softmax(-1)
             for layer in layers(model):
-                layer.dispatch = grouped_experts
+                layer.experts.operation = grouped_experts
         recorded = torch.tensor(done.logprobs)
         for logprobs, same in ((quantised, True), (own, False)):
             expected = logprobs[0, 3:-1].gather(1, text[0, 4:, None])[:, 0]
@@ -82,7 +82,7 @@ def test_a_failure_leaves_the_model_as_it_was():
     layers(model)[0].forward = lambda *given: 1 / 0
     with pytest.raises(ZeroDivisionError):
         engine.generate([Request([1, 2], 2)])
-    assert all(layer.dispatch is grouped_experts for layer in layers(model))
+    assert all(layer.experts.operation is grouped_experts for layer in layers(model))
 
 
 def test_a_run_can_ask_for_it(tmp_path, capsys):

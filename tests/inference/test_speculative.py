@@ -148,7 +148,7 @@ def test_the_first_draft_is_what_training_taught(seed, length, cut):
     engine.drafter.draft = lambda pages, rows: seen.append(draft(pages, rows)) or seen[-1]
     (done,) = engine.generate([Request(text, 9, stop_ids=())])
     whole, at = torch.tensor([text + done.tokens]), length
-    expected = model.head(model.hidden(whole, mtp=True).mtp_hidden_BSD)[0].softmax(-1)
+    expected = model.lm_head(model.hidden(whole, mtp=True).mtp_hidden_BSD)[0].softmax(-1)
     # the state at position at - 1 and the token at `at`, the answer's first, give the guess of the one after
     torch.testing.assert_close(seen[0][0, 0], expected[at - 1], atol=1e-4, rtol=1e-3)
 

@@ -218,7 +218,7 @@ def test_mtp_survives_fine_tuning(copies, tmp_path):
     model = GLM.from_pretrained(tmp_path / "base", torch.float32)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     out = model.hidden(drawn_tokens(2, 2, 8), mtp=True)
-    (model.head(out.mtp_hidden_BSD).square().mean() + out.hidden_BSD.square().mean()).backward()
+    (model.lm_head(out.mtp_hidden_BSD).square().mean() + out.hidden_BSD.square().mean()).backward()
     Muon(model, OptimizerConfig(peak_lr=0.1)).step()
     model.save_pretrained(tmp_path / "tuned", "bfloat16")
     again, held = GLM.from_pretrained(tmp_path / "tuned"), tensors(tmp_path / "tuned")

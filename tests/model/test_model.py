@@ -125,7 +125,7 @@ def test_recomputation_changes_no_gradient_and_counts_once(seed):
         out = model.hidden(tokens_BS, mtp=True)
         balance = sum(r.balance_loss for r in out.routing)
         (
-            model.head(out.hidden_BSD).square().mean()
+            model.lm_head(out.hidden_BSD).square().mean()
             + out.mtp_hidden_BSD.square().mean()
             + balance
         ).backward()

@@ -10,8 +10,14 @@ from hypothesis import strategies as st
 from minglm.config import ModelConfig
 from minglm.kernels.experts.eager import experts_loop, grouped_experts
 from minglm.model.balance import sequence_loss, tokens_per_expert
-from minglm.model.moe import MoE
-from minglm.testing.model import check_experts, normal, plain_experts
+from minglm.model.moe import LocalDispatcher, MoE
+from minglm.testing.model import (
+    check_dispatcher,
+    check_experts,
+    normal,
+    plain_experts,
+    sorted_dispatch,
+)
 from minglm.testing.strategies import numbers, seeds
 
 SMALL = dataclasses.replace(
@@ -69,6 +75,42 @@ def test_contract_finds_broken_experts(broken):
     """Each mistake others have made is found."""
     with pytest.raises(AssertionError):
         check_experts(broken)
+
+
+@pytest.mark.parametrize("dispatcher", [LocalDispatcher(), sorted_dispatch])
+def test_dispatchers_keep_the_contract(dispatcher):
+    """The fused operation, and rows that are sorted first and computed by `Experts.forward`, are the same layer."""
+    check_dispatcher(dispatcher)
+
+
+def weights_stay_behind(x_TD, experts_TK, weights_TK, experts):
+    """Rows come back without the weights of their tokens."""
+    return sorted_dispatch(x_TD, experts_TK, torch.ones_like(weights_TK), experts)
+
+
+def counts_of_the_neighbour(x_TD, experts_TK, weights_TK, experts):
+    """Each expert gets as many rows as the one before it should."""
+
+    def shifted(x_RD, rows_per_expert_E):
+        return experts(x_RD, rows_per_expert_E.roll(1))
+
+    shifted.gate_EFD = experts.gate_EFD
+    return sorted_dispatch(x_TD, experts_TK, weights_TK, shifted)
+
+
+def rows_in_the_order_of_arrival(x_TD, experts_TK, weights_TK, experts):
+    """Results return to the tokens in the order of the experts."""
+    y_TD = sorted_dispatch(x_TD, experts_TK, weights_TK, experts)
+    return y_TD[experts_TK[:, 0].argsort(stable=True)]
+
+
+@pytest.mark.parametrize(
+    "broken", [weights_stay_behind, counts_of_the_neighbour, rows_in_the_order_of_arrival]
+)
+def test_contract_finds_broken_dispatcher(broken):
+    """Each mistake of an exchange of tokens is found."""
+    with pytest.raises(AssertionError):
+        check_dispatcher(broken)
 
 
 @given(seed=seeds, T=st.integers(1, 40))

@@ -18,6 +18,7 @@ from minglm.config import OptimizerConfig, RLConfig
 from minglm.envs import ENVIRONMENTS
 from minglm.envs.base import Environment, Score, Task, assistant, user
 from minglm.inference import Engine
+from minglm.model.embedding import LMHead
 from minglm.model.glm import GLM, Output
 from minglm.optim.muon import Muon
 from minglm.parallel.replicas import Replicas
@@ -136,10 +137,9 @@ def test_environment_tokens_have_no_gradient(seed):
     segments = [drawn_segment(seed), drawn_segment(seed + 50)]
     tokens_BS, mask_BS, _, documents_BS = collate(segments, 0)
     hidden_BSD = torch.randn(*tokens_BS.shape, 6, generator=numbers(seed)).requires_grad_()
-    stub = SimpleNamespace(
-        hidden=lambda *_, **__: Output(hidden_BSD),
-        lm_head=SimpleNamespace(weight=torch.randn(24, 6, generator=numbers(seed + 1))),
-    )
+    head = LMHead(24, 6)
+    torch.nn.init.normal_(head.weight, generator=numbers(seed + 1))
+    stub = SimpleNamespace(hidden=lambda *_, **__: Output(hidden_BSD), lm_head=head)
     logprobs_BS, _ = sampled_log_probabilities(stub, tokens_BS, mask_BS, documents_BS, 1.0)
     logprobs_BS.sum().backward()
     before_BS = torch.zeros_like(mask_BS)

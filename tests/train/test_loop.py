@@ -60,7 +60,7 @@ def test_loss_is_the_mean_over_targets(seed, packed):
                     continue
                 if packed and batch.documents_BS[b, s] != batch.documents_BS[b, s + ahead]:
                     continue
-                logp_V = model.head(hidden_BSD[b, s]).log_softmax(-1)
+                logp_V = model.lm_head(hidden_BSD[b, s]).log_softmax(-1)
                 losses.append(-logp_V[batch.tokens_BS[b, s + ahead]].item())
         expected = sum(losses) / max(1, len(losses))
         assert sums[name] == pytest.approx(expected, abs=1e-4)  # float32
