@@ -1,30 +1,61 @@
-"""Tasks with verifiable rewards: what an environment is (paper 3.2 to 3.4).
+"""Define tasks, episodes and environments: what an environment is (paper 3.2 to 3.4).
 
     reward(task, conversation) in [0, 1],  computed by a program from the task's hidden label
 
-An `Environment` deals tasks and starts episodes; an `Episode` takes the assistant's messages one by one, answers with
-the messages the model sees next, and ends with one `Score`. The environment speaks in messages. Tokens belong to the
-trainer, which never re-tokenises what was sampled.
+An `Environment` deals tasks and opens episodes. An `Episode` takes the assistant's messages one by one, answers with
+the messages that the model sees next, and ends with one `Score`. The environment speaks in messages. Tokens belong to
+the trainer, which never re-tokenises what was sampled.
+
+    async with environment.episode(task) as episode:        opens what the episode needs: a sandbox, a repository
+        while not episode.done:
+            replies = await episode.step(message)           may be slow; other episodes continue meanwhile
+        score = await episode.score()
 
 Choices:
-- A task is a function of (index, seed, split), so a run that resumes sees the same tasks and nothing is stored.
-- Train and test are divided by a hash of the task's content (one in ten is a test task): a test task never occurs in
-  training, under any seed.
+- A task is a function of (index, seed, split), so a resumed run sees the same tasks and nothing is stored.
+- Train and test are divided by a hash of the task's content (one task in ten is a test task): a test task never occurs
+  in training, under any seed.
 - A malformed message ends the episode at once with value 0 and status "format" (paper 3.3.2: halt and zero). A failure
-  of the machine, a dead sandbox for instance, has status "infrastructure", and such samples leave the group statistics.
+  of the machine, for example a dead sandbox, has status "infrastructure"; such samples leave the group statistics.
 - Every environment brings an oracle. Its conversations are the cold-start data, and tests play it against the score.
-- `hack_probes` lists lazy messages that must earn nothing: if one pays, reinforcement will find it.
-
-Simplification: calls are synchronous; a slow environment is run in threads by the caller.
+- `hack_probes` lists lazy messages that must earn nothing: if one of them pays, RL will find it.
+- A task carries what the checkers outside its environment need (`expected_language`), so that no other module needs to
+  know an environment by its name.
 """
 
 import hashlib
 import json
 import random
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+Result = TypeVar("Result")
 
 TEST_SHARE = 10
 """One task in this many belongs to the test split."""
+
+Message = dict[str, Any]
+"""A message of a conversation: role, content and, for an assistant, reasoning_content, tool_calls and error."""
+
+
+class ScoreStatus(StrEnum):
+    """The outcome of an episode in one word."""
+
+    OK = "ok"
+    """Full reward."""
+    WRONG = "wrong"
+    """Well-formed, and less than the full reward."""
+    FORMAT = "format"
+    """A malformed message ended the episode."""
+    INFRASTRUCTURE = "infrastructure"
+    """The environment failed; the sample says nothing about the model and leaves all statistics."""
+
+
+class Misconfigured(ValueError):
+    """The machine or the config cannot run an environment at all; the run stops, instead of failing every sample."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +65,16 @@ class Task:
     id: str
     """Hash of environment, prompt and label, in hexadecimal."""
     environment: str
-    messages: tuple
+    messages: tuple[Message, ...]
     """The conversation so far, as message dicts; the last one is the user's."""
-    tools: tuple
+    tools: tuple[dict[str, Any], ...]
     """Function schemas, empty when there are none."""
-    label: object
+    label: Any
     """What the score needs to know, as plain JSON values. Never shown to the model."""
-    tier: int
+    difficulty: int
     """Difficulty, from 1."""
+    expected_language: str | None = None
+    """Language that every reply must be written in, "en" or "zh"; None if the task does not ask for one."""
 
 
 @dataclass(frozen=True)
@@ -50,28 +83,42 @@ class Score:
 
     value: float
     """Reward, 0 to 1."""
-    status: str
-    """"ok" (full reward), "wrong", "format" (malformed message), or "infrastructure" (not the model's fault)."""
-    parts: dict = field(default_factory=dict)
+    status: ScoreStatus
+    parts: dict[str, float] = field(default_factory=dict)
     """Named numbers that explain the value, for logs and for figures."""
     detail: str = ""
     """One line on what went wrong."""
 
 
 class Episode:
-    """One run through a task. Subclasses define `respond` and `grade`."""
+    """One run through a task. Subclasses define `respond` and `grade`.
 
-    def __init__(self, task, max_turns=1):
+    An episode is an async context manager. A subclass that needs a resource acquires it in `__aenter__` and releases it
+    in `__aexit__`.
+    """
+
+    def __init__(self, task: Task, max_turns: int = 1) -> None:
         self.task = task
         self.max_turns = max_turns
         self.turns = 0
         self.done = False
-        self.fault = None
+        self.fault: str | None = None
         self.calls = 0
         self.valid_calls = 0
 
-    def step(self, message):
-        """Take one assistant message (the shape `chat.parse` returns); give the new messages, none at the end.
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        return None
+
+    async def step(self, message: Message) -> list[Message]:
+        """Take one assistant message, in the form that `chat.parse` returns; return the new messages, none at the end.
 
         A malformed message halts the episode. `max_turns` assistant messages end it too.
         """
@@ -79,164 +126,220 @@ class Episode:
         self.turns += 1
         self.fault = message_fault(message, self.task.tools)
         if self.fault:
-            self.calls += 1  # what came of a malformed message is one attempt, however it was meant
+            self.calls += 1  # a malformed message counts as one attempted call, whatever it meant
+            replies = []
         else:
             count = len(message.get("tool_calls") or ())
-            self.calls, self.valid_calls = self.calls + count, self.valid_calls + count
-        replies = [] if self.fault else self.respond(message)
+            self.calls += count
+            self.valid_calls += count
+            replies = await self.respond(message)
         self.done = not replies or self.turns >= self.max_turns
         return [] if self.done else replies
 
-    def score(self):
-        """The reward so far. A grader that fails is an infrastructure failure, not a wrong answer."""
+    async def score(self) -> Score:
+        """Return the reward so far. A grader that raises is an infrastructure failure, not a wrong answer."""
         if self.fault:
-            return Score(0.0, "format", self.parts(), self.fault)
+            return Score(0.0, ScoreStatus.FORMAT, self.parts(), self.fault)
         try:
-            score = self.grade()
-            return replace(score, parts=self.parts() | score.parts)
-        except (
-            Exception
-        ) as error:  # one reward per sample, whatever a grader meets in model-written text
-            return Score(0.0, "infrastructure", self.parts(), f"{type(error).__name__}: {error}")
+            score = await self.grade()
+        except Misconfigured:
+            raise
+        except Exception as error:  # a grader meets model-written text; each sample gets one score
+            return infrastructure_failure(error, self.parts())
+        return replace(score, parts=self.parts() | score.parts)
 
-    def respond(self, message):
-        """The messages that follow a well-formed assistant message; an empty list ends the episode."""
+    async def respond(self, message: Message) -> list[Message]:
+        """Return the messages that follow a well-formed assistant message; an empty list ends the episode."""
         raise AssertionError("an Episode defines respond")
 
-    def grade(self):
-        """The Score of a conversation without format faults."""
+    async def grade(self) -> Score:
+        """Return the Score of a conversation without format faults."""
         raise AssertionError("an Episode defines grade")
 
-    def parts(self):
-        """Numbers that are reported with every score, faulty ones included."""
-        format_fault = float(bool(self.fault))
+    def parts(self) -> dict[str, float]:
+        """Return the numbers that are reported with every score, including those of malformed conversations."""
         return {
             "turns": self.turns,
             "calls": self.calls,
             "valid_calls": self.valid_calls,
-            "format": format_fault,
+            "format": float(bool(self.fault)),
         }
 
 
 class Environment:
     """A family of tasks. Subclasses define `draw`, `episode` and `oracle`, and set the attributes."""
 
-    name = ""
-    group = ""
+    name: str = ""
+    group: str = ""
     """reasoning, agentic, coding or chat: which expert trains on it (paper 3.1)."""
-    chance = 0.0
+    chance: float = 0.0
     """Upper bound on the mean reward of the best answer that ignores the prompt."""
-    max_turns = 1
-    tiers = (1, 2, 3)
+    max_turns: int = 1
+    difficulties: tuple[int, ...] = (1, 2, 3)
     """All difficulties."""
-    default_tiers = tiers
+    default_difficulties: tuple[int, ...] = difficulties
     """Those dealt unless the caller names others."""
 
-    def task(self, index, seed, split="train", tiers=None):
-        """Task number `index` of a seed's infinite sequence; raises ValueError for an unknown split or tier."""
-        tiers = tuple(tiers or self.default_tiers)
+    def task(
+        self,
+        index: int,
+        seed: int,
+        split: str = "train",
+        difficulties: Iterable[int] | None = None,
+    ) -> Task:
+        """Return task number `index` of a seed's infinite sequence.
+
+        Raises ValueError for an unknown split or difficulty.
+        """
+        difficulties = tuple(difficulties or self.default_difficulties)
         if split not in ("train", "test"):
             raise ValueError(f"split = {split!r}: use 'train' or 'test'")
-        if not set(tiers) <= set(self.tiers):
-            raise ValueError(f"tiers = {tiers}: {self.name} has tiers {self.tiers}")
+        if not set(difficulties) <= set(self.difficulties):
+            raise ValueError(
+                f"difficulties = {difficulties}: {self.name} has difficulties {self.difficulties}"
+            )
         rng = random.Random(f"{self.name}/{split}/{seed}/{index}")
-        tier = rng.choice(tiers)
+        difficulty = rng.choice(difficulties)
         while True:
-            messages, label = self.draw(rng, tier)
+            messages, label = self.draw(rng, difficulty)
             identity = fingerprint([self.name, messages, label])
-            if (int(identity, 16) % TEST_SHARE == 0) == (split == "test"):
-                return Task(identity, self.name, tuple(messages), self.tools(), label, tier)
+            is_test = int(identity, 16) % TEST_SHARE == 0
+            if is_test == (split == "test"):
+                break
+        return Task(
+            id=identity,
+            environment=self.name,
+            messages=tuple(messages),
+            tools=self.tools(),
+            label=label,
+            difficulty=difficulty,
+            expected_language=self.expected_language(label),
+        )
 
-    def tasks(self, n, seed, split="train", tiers=None):
-        """The first `n` tasks of a seed's sequence."""
-        return [self.task(index, seed, split, tiers) for index in range(n)]
+    def tasks(
+        self,
+        n: int,
+        seed: int,
+        split: str = "train",
+        difficulties: Iterable[int] | None = None,
+    ) -> list[Task]:
+        """Return the first `n` tasks of a seed's sequence."""
+        return [self.task(index, seed, split, difficulties) for index in range(n)]
 
-    def test_tasks(self, n, seed):
-        """The first `n` different tasks of the test split; fewer where 20 n draws hold no more."""
-        found = {}
+    def test_tasks(self, n: int, seed: int) -> list[Task]:
+        """Return the first `n` different tasks of the test split, or fewer if 20 n draws hold no more."""
+        tasks: dict[str, Task] = {}
         for index in range(20 * n):
-            if len(found) < n:
+            if len(tasks) < n:
                 task = self.task(index, seed, "test")
-                found.setdefault(task.id, task)
-        return list(found.values())
+                tasks.setdefault(task.id, task)
+        return list(tasks.values())
 
-    def tools(self):
-        """Schemas of the functions the model may call."""
+    def tools(self) -> tuple[dict[str, Any], ...]:
+        """Return the schemas of the functions that the model may call."""
         return ()
 
-    def draw(self, rng, tier):
-        """One random task as (messages, label), both plain JSON values."""
+    def expected_language(self, label: Any) -> str | None:
+        """Return the language that replies to a task with this label must be written in; None if any will do."""
+        return None
+
+    def draw(self, rng: random.Random, difficulty: int) -> tuple[list[Message], Any]:
+        """Return one random task as (messages, label), both plain JSON values."""
         raise AssertionError("an Environment defines draw")
 
-    def episode(self, task):
-        """A fresh episode of `task`."""
+    def episode(self, task: Task) -> Episode:
+        """Return a fresh episode of `task`. What it needs is acquired when it is entered."""
         raise AssertionError("an Environment defines episode")
 
-    def oracle(self, task, conversation, rng):
-        """The assistant message of a perfect policy, given the conversation so far."""
+    def oracle(self, task: Task, conversation: Sequence[Message], rng: random.Random) -> Message:
+        """Return the assistant message of a perfect policy, given the conversation so far."""
         raise AssertionError("an Environment defines oracle")
 
-    def score_all(self, episodes):
-        """One Score per episode; environments that grade in parallel override it."""
-        return [episode.score() for episode in episodes]
+    def demonstrate(self, task: Task, thinking: bool = True, seed: int = 0) -> list[Message]:
+        """Return the whole conversation of the oracle: prompt, its messages, and the environment's replies.
 
-    def demonstrate(self, task, thinking=True, seed=0):
-        """The whole conversation of the oracle: prompt, its messages, and the environment's replies."""
+        For code without an event loop and episodes that wait for nothing; for others await `play_oracle`.
+        """
+        return run_without_waiting(self.play_oracle(task, thinking, seed))
+
+    async def play_oracle(
+        self, task: Task, thinking: bool = True, seed: int = 0
+    ) -> list[Message]:
+        """Return the whole conversation of the oracle, as `demonstrate` does."""
         rng = random.Random(f"{task.id}/{seed}")
-        episode, conversation = self.episode(task), list(task.messages)
-        while not episode.done:
-            message = self.oracle(task, conversation, rng)
-            if not thinking:
-                message.pop("reasoning_content", None)
-            conversation += [message, *episode.step(message)]
+        conversation = list(task.messages)
+        async with self.episode(task) as episode:
+            while not episode.done:
+                message = self.oracle(task, conversation, rng)
+                if not thinking:
+                    message.pop("reasoning_content", None)
+                conversation += [message, *await episode.step(message)]
         return conversation
 
-    def hack_probes(self, task):
-        """Assistant messages without any understanding of the task; each must score 0."""
+    def hack_probes(self, task: Task) -> list[Message]:
+        """Return assistant messages that show no understanding of the task; each must score 0."""
         prompt = task.messages[-1]["content"]
-        return [
-            assistant(text)
-            for text in ("", " \n", "None", "null", "?", "x" * 200, prompt, (prompt + " ") * 20)
-        ]
+        texts = ("", " \n", "None", "null", "?", "x" * 200, prompt, (prompt + " ") * 20)
+        return [assistant(text) for text in texts]
 
 
 class SingleTurn(Environment):
     """An environment whose episode is one answer. Subclasses define `judge(task, message) -> Score`."""
 
-    def episode(self, task):
+    def episode(self, task: Task) -> Episode:
+        """Return a fresh episode of `task`, which ends with the first message."""
         return SingleTurnEpisode(self, task)
 
-    def judge(self, task, message):
-        """The Score of one well-formed assistant message."""
+    def judge(self, task: Task, message: Message) -> Score:
+        """Return the Score of one well-formed assistant message."""
         raise AssertionError("a SingleTurn environment defines judge")
 
 
 class SingleTurnEpisode(Episode):
-    """Ends with the first message and lets the environment judge it."""
+    """An episode that ends with the first message and lets its environment judge it."""
 
-    def __init__(self, environment, task):
+    def __init__(self, environment: SingleTurn, task: Task) -> None:
         super().__init__(task)
         self.environment = environment
-        self.message = None
+        self.message: Message | None = None
 
-    def respond(self, message):
+    async def respond(self, message: Message) -> list[Message]:
+        """Keep the message, and end the episode."""
         self.message = message
         return []
 
-    def grade(self):
+    async def grade(self) -> Score:
+        """Return the environment's judgement of the message."""
         if self.message is None:
-            return Score(0.0, "wrong", detail="no answer")
+            return no_answer()
         return self.environment.judge(self.task, self.message)
 
 
-def user(text):
-    """A user message."""
+def run_without_waiting(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """Run a coroutine that waits for nothing, without an event loop (starting one takes 0.3 ms of CPU time).
+
+    Raises RuntimeError if the coroutine waits.
+    """
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        return stop.value
+    coroutine.close()
+    raise RuntimeError("this episode waits; await it inside an event loop")
+
+
+def user(text: str) -> Message:
+    """Return a user message."""
     return {"role": "user", "content": text}
 
 
-def assistant(content="", reasoning=None, calls=()):
-    """An assistant message; `calls` are (name, arguments) pairs."""
-    message = {"role": "assistant", "content": content}
+def assistant(
+    content: str = "",
+    reasoning: str | None = None,
+    calls: Iterable[tuple[str, Mapping[str, Any]]] = (),
+) -> Message:
+    """Return an assistant message; `calls` are (name, arguments) pairs."""
+    message: Message = {"role": "assistant", "content": content}
     if reasoning is not None:
         message["reasoning_content"] = reasoning
     if calls:
@@ -246,18 +349,30 @@ def assistant(content="", reasoning=None, calls=()):
     return message
 
 
-def verdict(ok, parts=None, detail=""):
-    """A Score of 1 or 0."""
-    return Score(float(ok), "ok" if ok else "wrong", parts or {}, detail)
+def verdict(ok: bool, parts: dict[str, float] | None = None, detail: str = "") -> Score:
+    """Return a Score of 1 or 0."""
+    status = ScoreStatus.OK if ok else ScoreStatus.WRONG
+    return Score(float(ok), status, parts or {}, detail)
 
 
-def fingerprint(value):
-    """Hash of a plain JSON value, 16 hexadecimal digits."""
+def no_answer() -> Score:
+    """Return the Score of an episode in which the model has said nothing."""
+    return Score(0.0, ScoreStatus.WRONG, detail="no answer")
+
+
+def infrastructure_failure(error: Exception, parts: dict[str, float] | None = None) -> Score:
+    """Return the Score of a sample whose environment raised `error`."""
+    detail = f"{type(error).__name__}: {error}"
+    return Score(0.0, ScoreStatus.INFRASTRUCTURE, parts or {}, detail)
+
+
+def fingerprint(value: Any) -> str:
+    """Return a hash of a plain JSON value, 16 hexadecimal digits."""
     text = json.dumps(value, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-JSON_TYPES = {
+JSON_TYPES: dict[str, type | tuple[type, ...]] = {
     "integer": int,
     "string": str,
     "number": (int, float),
@@ -267,8 +382,8 @@ JSON_TYPES = {
 }
 
 
-def message_fault(message, tools):
-    """Why an assistant message is malformed, or None. Checks its shape and every call against the schemas."""
+def message_fault(message: Any, tools: Iterable[dict[str, Any]]) -> str | None:
+    """Return why an assistant message is malformed, or None. Checks its shape and every call against the schemas."""
     if not isinstance(message, dict) or not isinstance(message.get("content"), str):
         return "not a message"
     if not isinstance(message.get("reasoning_content"), str | None):
@@ -278,27 +393,33 @@ def message_fault(message, tools):
     calls = message.get("tool_calls") or []
     if not isinstance(calls, (list, tuple)):
         return "tool_calls is not a list"
-    functions = [
-        tool.get("function", tool) for tool in tools
-    ]  # with or without OpenAI's outer layer
+    functions = [tool.get("function", tool) for tool in tools]  # with or without OpenAI's wrapper
     schemas = {function["name"]: function.get("parameters", {}) for function in functions}
     for call in calls:
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            return "not a call"
-        if call["name"] not in schemas:
-            return f"unknown tool {call['name']!r}"
-        arguments, schema = call.get("arguments"), schemas[call["name"]]
-        if not isinstance(arguments, dict):
-            return "arguments are not an object"
-        properties = schema.get("properties", {})
-        if not set(schema.get("required", ())) <= set(arguments) or not set(arguments) <= set(
-            properties
-        ):
-            return f"wrong arguments of {call['name']}"
-        for key, value in arguments.items():
-            kind = properties[key].get("type", "string")
-            if not isinstance(value, JSON_TYPES.get(kind, object)) or (
-                isinstance(value, bool) and kind != "boolean"
-            ):
-                return f"{key} is not of type {kind}"
+        fault = _call_fault(call, schemas)
+        if fault:
+            return fault
+    return None
+
+
+def _call_fault(call: Any, schemas: Mapping[str, dict[str, Any]]) -> str | None:
+    """Return why one call does not fit the schemas of the functions, or None."""
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        return "not a call"
+    name = call["name"]
+    if name not in schemas:
+        return f"unknown tool {name!r}"
+    arguments = call.get("arguments")
+    if not isinstance(arguments, dict):
+        return "arguments are not an object"
+    properties = schemas[name].get("properties", {})
+    required = set(schemas[name].get("required", ()))
+    if not required <= set(arguments) or not set(arguments) <= set(properties):
+        return f"wrong arguments of {name}"
+    for key, value in arguments.items():
+        type_name = properties[key].get("type", "string")
+        fits = isinstance(value, JSON_TYPES.get(type_name, object))
+        # Python's bool is an int; JSON's is not.
+        if not fits or (isinstance(value, bool) and type_name != "boolean"):
+            return f"{key} is not of type {type_name}"
     return None

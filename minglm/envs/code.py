@@ -1,132 +1,187 @@
-"""Write a tiny function to a specification: the coding task of the toy (paper 3.2, code RL).
+"""Ask for a tiny function to a specification, the coding task of the toy (paper 3.2, code RL).
 
     Write f(x): add 3, then times 2.       think: x + 3          answer: def f(x):
                                                   (x + 3) * 2                return (x + 3) * 2
 
-The tier is the number of steps, 1 to 4. The reward is 1 when hidden tests pass in the sandbox, so every program that
-computes the function is right, however it is written. The source is never run, or even compiled, in this process.
+The difficulty is the number of steps, 1 to 4. The reward is 1 when hidden tests pass in the sandbox, so every program
+that computes the function is right, however it is written. The source is never run, or even compiled, in this process.
 
 Choices: tests are drawn with the task, and a task is dealt only if leaving out any step, or answering a constant, fails
 one. Each operation has a table row with its words, its expression, and a Python function that gives the expected
 values, so the oracle's program and the tests come from different columns and check each other.
 
+Grading waits in a thread of the sandbox, so answers are judged in parallel and other episodes continue meanwhile. Equal
+answers to one task that wait at the same time are judged once.
+
 Simplification: one function of one argument; the paper's tasks are competitive programming and repositories.
 """
 
+import asyncio
 import random
 import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple
 
-from minglm.envs.base import SingleTurn, SingleTurnEpisode, assistant, fingerprint, user, verdict
-from minglm.envs.sandbox.pool import shared
+from minglm.envs.base import (
+    Message,
+    Misconfigured,
+    Score,
+    SingleTurn,
+    SingleTurnEpisode,
+    Task,
+    assistant,
+    fingerprint,
+    no_answer,
+    user,
+    verdict,
+)
+from minglm.envs.sandbox.pool import Case, Sandbox, Verdict, VerdictStatus, shared
 
-# name: (words, expression, meaning). {e} is the expression so far, {a} the same in brackets if it needs them, {c} the
-# constant, if there is one.
+
+class Operation(NamedTuple):
+    """One step that a function may consist of."""
+
+    words: str
+    """In the prompt; {c} is the constant, if there is one."""
+    expression: str
+    """In Python: {e} is the expression so far, {a} the same in brackets if it needs them, {c} the constant."""
+    meaning: Callable[[Any, Any], Any]
+    """The value after the step, from the value before it and the constant."""
+
+
 NUMBER_STEPS = {
-    "add": ("add {c}", "{a} + {c}", lambda x, c: x + c),
-    "subtract": ("subtract {c}", "{a} - {c}", lambda x, c: x - c),
-    "times": ("times {c}", "{a} * {c}", lambda x, c: x * c),
-    "remainder": ("remainder by {c}", "{a} % {c}", lambda x, c: x % c),
-    "abs": ("abs", "abs({e})", lambda x, c: abs(x)),
-    "at_least": ("at least {c}", "max({e}, {c})", lambda x, c: max(x, c)),
-    "at_most": ("at most {c}", "min({e}, {c})", lambda x, c: min(x, c)),
+    "add": Operation("add {c}", "{a} + {c}", lambda x, c: x + c),
+    "subtract": Operation("subtract {c}", "{a} - {c}", lambda x, c: x - c),
+    "times": Operation("times {c}", "{a} * {c}", lambda x, c: x * c),
+    "remainder": Operation("remainder by {c}", "{a} % {c}", lambda x, c: x % c),
+    "abs": Operation("abs", "abs({e})", lambda x, c: abs(x)),
+    "at_least": Operation("at least {c}", "max({e}, {c})", lambda x, c: max(x, c)),
+    "at_most": Operation("at most {c}", "min({e}, {c})", lambda x, c: min(x, c)),
 }
 LIST_STEPS = {
-    "even": (
+    "even": Operation(
         "keep even",
         "[x for x in {e} if x % 2 == 0]",
         lambda xs, c: [x for x in xs if not x % 2],
     ),
-    "above": (
+    "above": Operation(
         "keep above {c}",
         "[x for x in {e} if x > {c}]",
         lambda xs, c: [x for x in xs if x > c],
     ),
-    "each_add": ("add {c} to each", "[x + {c} for x in {e}]", lambda xs, c: [x + c for x in xs]),
-    "each_times": ("times {c} each", "[x * {c} for x in {e}]", lambda xs, c: [x * c for x in xs]),
-    "sort": ("sort", "sorted({e})", lambda xs, c: sorted(xs)),
-    "reverse": ("reverse", "{a}[::-1]", lambda xs, c: xs[::-1]),
+    "each_add": Operation(
+        "add {c} to each",
+        "[x + {c} for x in {e}]",
+        lambda xs, c: [x + c for x in xs],
+    ),
+    "each_times": Operation(
+        "times {c} each",
+        "[x * {c} for x in {e}]",
+        lambda xs, c: [x * c for x in xs],
+    ),
+    "sort": Operation("sort", "sorted({e})", lambda xs, c: sorted(xs)),
+    "reverse": Operation("reverse", "{a}[::-1]", lambda xs, c: xs[::-1]),
 }
 LAST_STEPS = {
-    "sum": ("sum", "sum({e})", lambda xs, c: sum(xs)),
-    "count": ("count", "len({e})", lambda xs, c: len(xs)),
+    "sum": Operation("sum", "sum({e})", lambda xs, c: sum(xs)),
+    "count": Operation("count", "len({e})", lambda xs, c: len(xs)),
 }
 STEPS = NUMBER_STEPS | LIST_STEPS | LAST_STEPS
 TESTS = 10
 
 
 class Code(SingleTurn):
-    """Functions of a number, or of a list of numbers; the tier is the number of steps."""
+    """Functions of a number, or of a list of numbers; the difficulty is the number of steps."""
 
     name = "code"
     group = "coding"
     chance = 0.05
-    tiers = (1, 2, 3, 4)
-    default_tiers = tiers
+    difficulties = (1, 2, 3, 4)
+    default_difficulties = difficulties
     floor = "no-namespaces"
-    """Weakest sandbox isolation to accept (`sandbox.LEVELS`)."""
+    """Weakest sandbox isolation to accept (`sandbox.pool.LEVELS`)."""
     seconds = 2.0
     """Time for all tests of one answer."""
 
-    def draw(self, rng, tier):
-        """Label: {"argument": "x" or "xs", "steps": [[name, constant], ...]}."""
+    def __init__(self) -> None:
+        self.in_flight: dict[tuple[str, str], Future[Verdict]] = {}
+        """Verdicts that are being computed, by task and answer."""
+
+    def draw(self, rng: random.Random, difficulty: int) -> tuple[list[Message], dict[str, Any]]:
+        """Return (messages, label); label: {"argument": "x" or "xs", "steps": [[name, constant], ...]}."""
         while True:
-            lists = tier < 4 and rng.random() < 0.3
-            names = [rng.choice(list(LIST_STEPS if lists else NUMBER_STEPS)) for _ in range(tier)]
+            lists = difficulty < 4 and rng.random() < 0.3
+            operations = list(LIST_STEPS if lists else NUMBER_STEPS)
+            names = [rng.choice(operations) for _ in range(difficulty)]
             if lists and rng.random() < 0.5:
                 names[-1] = rng.choice(list(LAST_STEPS))
-            steps = [
-                [name, rng.randint(2, 9) if "{c}" in STEPS[name][0] else None] for name in names
-            ]
+            steps = []
+            for name in names:
+                constant = rng.randint(2, 9) if "{c}" in STEPS[name].words else None
+                steps.append([name, constant])
             label = {"argument": "xs" if lists else "x", "steps": steps}
             if every_step_matters(label):
-                words = ", then ".join(STEPS[name][0].format(c=c) for name, c in steps)
+                words = ", then ".join(STEPS[name].words.format(c=c) for name, c in steps)
                 return [user(f"Write f({label['argument']}): {words}.")], label
 
-    def episode(self, task):
+    def episode(self, task: Task) -> "CodeEpisode":
+        """Return a fresh episode of `task`."""
         return CodeEpisode(self, task)
 
-    def oracle(self, task, conversation, rng):
+    def oracle(self, task: Task, conversation: Sequence[Message], rng: random.Random) -> Message:
+        """Return the program, with the expression after each step as reasoning."""
         argument = task.label["argument"]
-        expression, thoughts = argument, []
+        expression = argument
+        thoughts = []
         for name, constant in task.label["steps"]:
-            bracketed = f"({expression})" if re.search(r" [-+*%] \d$", expression) else expression
-            expression = STEPS[name][1].format(e=expression, a=bracketed, c=constant)
+            needs_brackets = re.search(r" [-+*%] \d$", expression)
+            bracketed = f"({expression})" if needs_brackets else expression
+            expression = STEPS[name].expression.format(e=expression, a=bracketed, c=constant)
             thoughts.append(expression)
         return assistant(f"def f({argument}):\n    return {expression}", "\n".join(thoughts))
 
-    def judge(self, task, message):
-        return self.score_of(shared(self.floor).judge_one(*self.job(task, message), self.seconds))
-
-    def job(self, task, message):
-        """What the sandbox needs: source, function name, cases."""
-        return source_of(message["content"]), "f", cases(task.label)
-
-    def score_of(self, result):
-        """The Score of a sandbox Verdict."""
-        if result.status == "infrastructure":
-            raise RuntimeError(
-                result.detail
-            )  # the episode turns it into a Score that leaves the statistics
-        parts = {status: float(result.status == status) for status in ("timeout", "crash")}
-        return verdict(
-            result.status == "passed",
-            parts | {"tests": result.passed / result.total},
-            result.detail,
+    def judge(self, task: Task, message: Message) -> Score:
+        """Return the Score of one answer, judged in the calling thread."""
+        return self.score_of(
+            self.sandbox().judge(
+                source_of(message["content"]), "f", cases(task.label), self.seconds
+            )
         )
 
-    def score_all(self, episodes):
-        """Judge all answers in parallel; equal answers to one task once. Raises ValueError below the floor."""
-        jobs = {}
-        for episode in episodes:
-            if episode.message is not None:
-                jobs.setdefault(episode.key(), self.job(episode.task, episode.message))
-        results = dict(zip(jobs, shared(self.floor).judge(jobs.values(), self.seconds)))
-        for episode in episodes:
-            if episode.message is not None:
-                episode.result = results[episode.key()]
-        return [episode.score() for episode in episodes]
+    async def judge_in_thread(self, task: Task, message: Message) -> Score:
+        """Return the Score of one answer, judged in a thread of the sandbox; raises Misconfigured below the floor."""
+        key = (task.id, message["content"])
+        future = self.in_flight.get(key)
+        if future is None:
+            future = self.sandbox().submit(
+                source_of(message["content"]), "f", cases(task.label), self.seconds
+            )
+            self.in_flight[key] = future
+            future.add_done_callback(lambda _: self.in_flight.pop(key, None))
+        # shield: an episode that is cancelled does not take the verdict from the others that wait for it
+        return self.score_of(await asyncio.shield(asyncio.wrap_future(future)))
 
-    def hack_probes(self, task):
+    def sandbox(self) -> Sandbox:
+        """Return the sandbox of this process; raises Misconfigured when its isolation is below the floor."""
+        try:
+            return shared(self.floor)
+        except ValueError as error:
+            raise Misconfigured(str(error)) from error
+
+    def score_of(self, result: Verdict) -> Score:
+        """Return the Score of a Verdict. Raises RuntimeError for an infrastructure failure; the episode catches it."""
+        if result.status == VerdictStatus.INFRASTRUCTURE:
+            raise RuntimeError(result.detail)
+        parts = {
+            "timeout": float(result.status == VerdictStatus.TIMEOUT),
+            "crash": float(result.status == VerdictStatus.CRASH),
+            "tests": result.passed / result.total,
+        }
+        return verdict(result.status == VerdictStatus.PASSED, parts, result.detail)
+
+    def hack_probes(self, task: Task) -> list[Message]:
+        """Return programs that pass only if the tests are few or the grader is careless."""
         argument = task.label["argument"]
         answers = [expected for _, expected in cases(task.label)]
         programs = [
@@ -141,48 +196,51 @@ class Code(SingleTurn):
 
 
 class CodeEpisode(SingleTurnEpisode):
-    """Uses the Verdict of a batch when `score_all` has brought one."""
+    """An episode that waits for its verdict without holding up the others."""
 
-    result = None
+    environment: Code
 
-    def key(self):
-        """What decides the verdict: the task and the answer."""
-        return self.task.id, self.message["content"]
+    async def grade(self) -> Score:
+        """Return the verdict of the sandbox on the answer."""
+        if self.message is None:
+            return no_answer()
+        return await self.environment.judge_in_thread(self.task, self.message)
 
-    def grade(self):
-        return self.environment.score_of(self.result) if self.result else super().grade()
 
-
-def source_of(text):
-    """The program in an answer: all of it, or what stands inside a code fence."""
+def source_of(text: str) -> str:
+    """Return the program in an answer: the text inside a code fence, or else the whole answer."""
     fence = re.search(r"```(?:python)?\n(.*?)```", text, re.DOTALL)
     return fence[1] if fence else text.strip()
 
 
-def meaning(steps, value):
-    """The value after all steps; computed by the table, never by running text."""
+def meaning(steps: Sequence[Sequence[Any]], value: Any) -> Any:
+    """Return the value after all steps; computed by the table, never by running text."""
     for name, constant in steps:
-        value = STEPS[name][2](value, constant)
+        value = STEPS[name].meaning(value, constant)
     return value
 
 
-def cases(label):
-    """The hidden tests of a label, [(arguments, expected)], always the same ones."""
+def cases(label: dict[str, Any]) -> list[Case]:
+    """Return the hidden tests of a label, [(arguments, expected)]; a label always has the same tests."""
     rng = random.Random(fingerprint(label))
+    inputs: list[Any]
     if label["argument"] == "x":
         inputs = [0, *rng.sample(range(-30, 0), 4), *rng.sample(range(1, 40), TESTS - 5)]
     else:
-        inputs = [
-            [],
-            *([rng.randint(-9, 20) for _ in range(rng.randint(2, 6))] for _ in range(TESTS - 1)),
-        ]
+        inputs = [[]]
+        for _ in range(TESTS - 1):
+            inputs.append([rng.randint(-9, 20) for _ in range(rng.randint(2, 6))])
     return [([value], meaning(label["steps"], value)) for value in inputs]
 
 
-def every_step_matters(label):
-    """Whether the tests tell the function from constants, and from itself with any one step left out."""
-    tests, steps = cases(label), label["steps"]
+def every_step_matters(label: dict[str, Any]) -> bool:
+    """Return whether the tests tell the function from constants, and from itself with any one step left out."""
+    tests = cases(label)
     if len({str(expected) for _, expected in tests}) < 3:
         return False
-    shorter = [steps[:i] + steps[i + 1 :] for i in range(len(steps))]
-    return all(any(meaning(s, value) != expected for [value], expected in tests) for s in shorter)
+    steps = label["steps"]
+    for i in range(len(steps)):
+        shorter = steps[:i] + steps[i + 1 :]
+        if all(meaning(shorter, value) == expected for [value], expected in tests):
+            return False
+    return True

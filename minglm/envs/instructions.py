@@ -3,7 +3,7 @@
     Write 3 numbers. Only even. With commas.        think: 1 six 2 two 3 eight     six, two, eight
     用中文写3个数。要有七。以！结尾。                      think: 1七2四3九                七 四 九！
 
-Every request fixes how many number words and in which language; the tier is the number of further constraints, 1 to 3,
+Every request fixes how many number words and in which language; the difficulty is the number of further constraints, 1 to 3,
 on meaning and form. Tier 4 has three too, and they may be about letters, or one word is to be repeated. The reward is 1
 when all of them hold and 0 otherwise (strict); `parts` has each constraint by itself, so partial progress is visible in
 the logs.
@@ -12,7 +12,7 @@ Choices: the checks are programs, as in the paper's deterministic verification r
 nine number words of a language and nothing else: a model of a million weights can learn what nine words mean, so that
 obeying is what is measured, and a closed list leaves no room for noise that looks like words. There are thousands of
 different requests, so that following them is easier than learning them by heart. The oracle thinks by numbering its
-words: a count that is written down need not be kept in mind. Constraints on the letters of a word are left to tier 4,
+words: a count that is written down need not be kept in mind. Constraints on the letters of a word are left to difficulty 4,
 because a tokenizer hides letters.
 
 Simplification: the paper has 151 kinds of constraints, and combines rules with a reward model and critiques; here
@@ -62,7 +62,7 @@ RIVALS = (
 MEANING = ("even", "odd", "above", "below", "include", "avoid", "up", "down")
 LAYOUT = ("dashes", "numbered", "commas", "brackets", "end")
 KINDS = {"en": (*MEANING, "capitals", *LAYOUT), "zh": (*MEANING, *LAYOUT)}
-HARD = {  # tier 4: letters of English words, or one word again and again
+HARD = {  # difficulty 4: letters of English words, or one word again and again
     ("count", "en"): (*KINDS["en"], "start", "forbid"),
     ("count", "zh"): KINDS["zh"],
     ("repeat", "en"): ("capitals", *LAYOUT),
@@ -71,22 +71,22 @@ HARD = {  # tier 4: letters of English words, or one word again and again
 
 
 class Instructions(SingleTurn):
-    """Write some numbers under one to three constraints beside count and language; tier 4 is the hardest."""
+    """Write some numbers under one to three constraints beside count and language; difficulty 4 is the hardest."""
 
     name = "instructions"
     group = "chat"
     chance = 0.05
-    tiers = (1, 2, 3, 4)
-    default_tiers = (1, 2, 3)
+    difficulties = (1, 2, 3, 4)
+    default_difficulties = (1, 2, 3)
 
-    def draw(self, rng, tier):
+    def draw(self, rng, difficulty):
         """Label: {"asked": language of the request, "constraints": {kind: value}, "language" of the answer in it}."""
         while True:
             asked, language = rng.choice(
                 ["en en", "en en", "en zh", "zh zh", "zh zh", "zh en"]
             ).split()
-            base = "count" if tier < 4 else rng.choice(["count", "repeat"])
-            kinds = rng.sample(KINDS[language] if tier < 4 else HARD[base, language], min(tier, 3))
+            base = "count" if difficulty < 4 else rng.choice(["count", "repeat"])
+            kinds = rng.sample(KINDS[language] if difficulty < 4 else HARD[base, language], min(difficulty, 3))
             constraints = {base: rng.randint(2, 5)}
             if base == "repeat":
                 constraints[base] = [constraints[base], rng.choice(WORDS[language])]

@@ -1,31 +1,44 @@
-"""Requests that provoke faults of form: mixed languages, endless repetition, broken format (paper 3.4, pathology RL).
+"""Deal prompts that provoke faults of form: mixed languages, endless repetition, broken format (paper 3.4, pathology RL).
 
     reward = 1  iff  no fault is detected, and something was said in the language that was asked for
 
-Such faults are rare on ordinary prompts, so a penalty mixed into general RL hardly ever fires. Here every prompt is
-chosen because it leads there. Tier 1: open requests, and sentences that break off. Tier 2: invitations to repeat
-without end, or prompts full of loose brackets. Tier 3: a request that mixes two languages. The label is the language
-of a good reply, "en" or "zh". The detectors are those of `rl.pathology`; `parts` has each of them.
+Such faults are rare on ordinary prompts, so a penalty mixed into general RL hardly ever applies. Here every prompt is
+chosen because it leads to one. Difficulty 1: open requests, and sentences that break off. Difficulty 2: invitations to
+repeat without end, or prompts full of loose brackets. Difficulty 3: a request that mixes two languages. The label is
+the language of a good reply, "en" or "zh". The detectors are those of `rewards.pathology`; `parts` has each of them.
 
-Choices: knowledge is not graded, any clean sentence in the right language is worth 1, so `chance` is high and the
+Choices: knowledge is not graded. Any clean sentence in the right language is worth 1, so `chance` is high and the
 number to watch is the share of faults. "Something was said" means three words, or four Chinese characters, that are
 not the request itself; without this rule the cheapest way to make no fault is to say nothing.
 
 Simplification: the paper collects prompts on which its own model failed; these are templates over small tables. A
-model trained for minutes has no bad habits of its own yet, so `spoil` puts one into an answer: fine-tuned on some of
-those, a model starts pathology RL with faults that are likely, and not merely possible.
+model trained for minutes has no bad habits yet, so `corrupt` puts one into an answer: fine-tuned on some of those, a
+model starts pathology RL with faults that are likely, and not merely possible.
 """
 
 import math
+import random
 import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from minglm.data.sources.facts import CONTINENTS, COUNTRIES, ELEMENTS, STATES
-from minglm.envs.base import SingleTurn, SingleTurnEpisode, assistant, message_fault, user, verdict
+from minglm.envs.base import (
+    Message,
+    Score,
+    SingleTurn,
+    SingleTurnEpisode,
+    Task,
+    assistant,
+    message_fault,
+    user,
+    verdict,
+)
 from minglm.rewards import pathology
 
-OWN_WORDS = {"en": "[a-zA-Z]+", "zh": "[\u4e00-\u9fff]"}
-LEAST_SAID = {"en": 3, "zh": 4}
-LOOP_CHARACTERS = 60  # of a spoilt answer that repeats itself; the detector wants more than 40
+WORD_PATTERN = {"en": "[a-zA-Z]+", "zh": "[\u4e00-\u9fff]"}
+MIN_WORDS = {"en": 3, "zh": 4}
+LOOP_CHARACTERS = 60  # of a corrupted answer that repeats itself; the detector wants more than 40
 
 ANIMALS = (
     ("cat", "猫"),
@@ -43,8 +56,8 @@ ANIMALS = (
 
 THOUGHTS = {"en": "answer in English", "zh": "用中文回答"}
 
-# tier: (request, language of the reply, kind of reply). {0} and {1} name a thing in English and Chinese; {2} and {3}
-# are the beginning and the end of an English sentence about it, {4} and {5} of a Chinese one.
+# difficulty: (request, language of the reply, form of the reply). {0} and {1} name a thing in English and Chinese;
+# {2} and {3} are the beginning and the end of an English sentence about it, {4} and {5} of a Chinese one.
 REQUESTS = {
     1: (
         ("Tell me about {0}.", "en", "fact"),
@@ -81,68 +94,109 @@ REPLIES = {
 }
 
 
-def _things():
-    """What the requests are about: six strings each, as REQUESTS numbers them."""
-    for e in ELEMENTS:
-        yield e.name, e.chinese, f"{e.name} is a", e.state, f"{e.chinese}是", STATES[e.state]
-    for c in COUNTRIES:
+Thing = tuple[str, str, str, str, str, str]
+
+
+class CatalogueEntry(NamedTuple):
+    """What is known of one prompt."""
+
+    language: str
+    """Language of a good reply."""
+    replies: dict[str, str]
+    """A clean reply in each language."""
+
+
+def _things() -> Iterator[Thing]:
+    """Yield the things that requests are about: six strings each, as REQUESTS numbers them."""
+    for element in ELEMENTS:
         yield (
-            c.name,
-            c.chinese,
-            f"{c.name} is in",
-            c.continent,
-            f"{c.chinese}在",
-            CONTINENTS[c.continent],
+            element.name,
+            element.chinese,
+            f"{element.name} is a",
+            element.state,
+            f"{element.chinese}是",
+            STATES[element.state],
+        )
+    for country in COUNTRIES:
+        yield (
+            country.name,
+            country.chinese,
+            f"{country.name} is in",
+            country.continent,
+            f"{country.chinese}在",
+            CONTINENTS[country.continent],
         )
     for english, chinese in ANIMALS:
         yield english, chinese, f"a {english} is an", "animal", f"{chinese}是一种", "动物"
 
 
-def _catalogue():
-    """{tier: {prompt: (language, {language: reply})}}, every request about every thing."""
-    pages = {}
-    for tier, requests in REQUESTS.items():
+def _capitalised(text: str) -> str:
+    """Return a text with a capital as its first letter."""
+    return text[0].upper() + text[1:]
+
+
+def _catalogue() -> dict[int, dict[str, CatalogueEntry]]:
+    """Return {difficulty: {prompt: entry}}, every request about every thing."""
+    catalogue: dict[int, dict[str, CatalogueEntry]] = {}
+    for difficulty, requests in REQUESTS.items():
+        entries = catalogue.setdefault(difficulty, {})
         for thing in _things():
-            for request, language, kind in requests:
-                prompt = request.format(*thing)
-                replies = {code: REPLIES[code, kind].format(*thing) for code in OWN_WORDS}
-                replies = {code: reply[0].upper() + reply[1:] for code, reply in replies.items()}
-                pages.setdefault(tier, {})[prompt[0].upper() + prompt[1:]] = (language, replies)
-    return pages
+            for request, language, form in requests:
+                prompt = _capitalised(request.format(*thing))
+                replies = {
+                    code: _capitalised(REPLIES[code, form].format(*thing)) for code in WORD_PATTERN
+                }
+                entries[prompt] = CatalogueEntry(language, replies)
+    return catalogue
 
 
 CATALOGUE = _catalogue()
-PROMPTS = {tier: list(page) for tier, page in CATALOGUE.items()}
+PROMPTS = {difficulty: list(entries) for difficulty, entries in CATALOGUE.items()}
 
 
-class Provocation(SingleTurn):
+def _entry(task: Task) -> CatalogueEntry:
+    """Return what is known of a task's prompt."""
+    return CATALOGUE[task.difficulty][task.messages[-1]["content"]]
+
+
+class PathologyPrompts(SingleTurn):
     """Prompts that tempt a model to loop, to mix languages or to break the format; graded by the fault detectors."""
 
     name = "provocation"
     group = "chat"
     chance = 0.6  # one clean English sentence for every prompt is right for those that want English
 
-    def draw(self, rng, tier):
-        prompt = rng.choice(PROMPTS[tier])
-        return [user(prompt)], CATALOGUE[tier][prompt][0]
+    def draw(self, rng: random.Random, difficulty: int) -> tuple[list[Message], str]:
+        """Return one random prompt as (messages, language of a good reply)."""
+        prompt = rng.choice(PROMPTS[difficulty])
+        return [user(prompt)], CATALOGUE[difficulty][prompt].language
 
-    def episode(self, task):
-        return ProvocationEpisode(self, task)
+    def expected_language(self, label: Any) -> str | None:
+        """Return the label, which is the language of a good reply."""
+        return label
 
-    def oracle(self, task, conversation, rng):
-        language, replies = CATALOGUE[task.tier][task.messages[-1]["content"]]
-        return assistant(replies[language], THOUGHTS[language])
+    def episode(self, task: Task) -> "PathologyEpisode":
+        """Return a fresh episode of `task`."""
+        return PathologyEpisode(self, task)
 
-    def judge(self, task, message):
-        text, prompt = message["content"].strip(), task.messages[-1]["content"]
-        said = len(re.findall(OWN_WORDS[task.label], text))
-        substance = said >= LEAST_SAID[task.label] and text != prompt
-        found = [name for name, flag in faults(task, message).items() if flag]
-        return verdict(substance and not found, {"substance": float(substance)}, ", ".join(found))
+    def oracle(self, task: Task, conversation: Sequence[Message], rng: random.Random) -> Message:
+        """Return the clean reply in the right language."""
+        entry = _entry(task)
+        return assistant(entry.replies[entry.language], THOUGHTS[entry.language])
 
-    def hack_probes(self, task):
+    def judge(self, task: Task, message: Message) -> Score:
+        """Return 1 if no fault is detected and enough was said in the right language."""
+        text = message["content"].strip()
+        words = len(re.findall(WORD_PATTERN[task.label], text))
+        substance = words >= MIN_WORDS[task.label] and text != task.messages[-1]["content"]
+        names = [name for name, flag in faults(task, message).items() if flag]
+        return verdict(substance and not names, {"substance": float(substance)}, ", ".join(names))
+
+    def hack_probes(self, task: Task) -> list[Message]:
+        """Return an answer in the wrong language and answers with each fault."""
+        wrong_language = {"en": "铁是一种金属。", "zh": "Iron is a metal."}[task.label]
         return super().hack_probes(task) + [
-            assistant({"en": "铁是一种金属。", "zh": "Iron is a metal."}[task.label]),
+            assistant(wrong_language),
             assistant("Iron is 一种金属 and 铁 is 固体 in English 中文。"),
             assistant("Hello again. " * 40 + "你好，你好，" * 40),
             assistant("Iron is a solid. <think> 铁是固体。"),
@@ -150,39 +204,41 @@ class Provocation(SingleTurn):
         ]
 
 
-def spoil(task, conversation, rng):
-    """The oracle's conversation with one fault, drawn by `rng`, in its answer: mixed, endless or with a stray tag."""
-    language, replies = CATALOGUE[task.tier][task.messages[-1]["content"]]
-    reply, foreign = replies[language], replies["en" if language == "zh" else "zh"]
-    spoilt = rng.choice(
-        [
-            f"{foreign} {reply} {foreign}",
-            " ".join([reply] * max(3, math.ceil(LOOP_CHARACTERS / len(reply)))),
-            reply + rng.choice(["</think>", "<think>", "<tool_call>", "</arg_value>"]),
-        ]
-    )
-    return [*conversation[:-1], conversation[-1] | {"content": spoilt}]
+def corrupt(task: Task, conversation: Sequence[Message], rng: random.Random) -> list[Message]:
+    """Return the oracle's conversation with one fault, drawn by `rng`, in its answer: mixed, endless, or a stray tag."""
+    entry = _entry(task)
+    reply = entry.replies[entry.language]
+    foreign = entry.replies["en" if entry.language == "zh" else "zh"]
+    mixed = f"{foreign} {reply} {foreign}"
+    endless = " ".join([reply] * max(3, math.ceil(LOOP_CHARACTERS / len(reply))))
+    stray_tag = reply + rng.choice(["</think>", "<think>", "<tool_call>", "</arg_value>"])
+    corrupted = rng.choice([mixed, endless, stray_tag])
+    return [*conversation[:-1], conversation[-1] | {"content": corrupted}]
 
 
-class ProvocationEpisode(SingleTurnEpisode):
-    """Reports every detector, also for a message whose format halts the episode."""
+class PathologyEpisode(SingleTurnEpisode):
+    """An episode that reports every detector, also for a message whose format halts it."""
 
-    found = {}
+    def __init__(self, environment: SingleTurn, task: Task) -> None:
+        super().__init__(environment, task)
+        self.flags: dict[str, bool] = {}
 
-    def step(self, message):
-        self.found = faults(self.task, message)
-        return super().step(message)
+    async def step(self, message: Message) -> list[Message]:
+        """Take the message and run the detectors on it."""
+        self.flags = faults(self.task, message)
+        return await super().step(message)
 
-    def parts(self):
-        return super().parts() | {name: float(flag) for name, flag in self.found.items()}
+    def parts(self) -> dict[str, float]:
+        """Return the numbers of every episode, and the flag of each detector."""
+        return super().parts() | {name: float(flag) for name, flag in self.flags.items()}
 
 
-def faults(task, message):
-    """The detectors' flags, {name: bool}, for one assistant message; garbage that is no message is broken format."""
+def faults(task: Task, message: Message) -> dict[str, bool]:
+    """Return the detectors' flags, {name: bool}, for one assistant message; a value that is no message is broken format."""
     if message_fault(message, ()) == "not a message":
         return dict.fromkeys(pathology.FAULTS, False) | {"format": True}
     text = message["content"]
     if isinstance(message.get("reasoning_content"), str):
         text = f"<think>{message['reasoning_content']}</think>\n{text}"
     text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair has no encoding
-    return pathology.detect(text, task.label, message)
+    return pathology.detect(text, task.expected_language, message)

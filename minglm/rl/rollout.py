@@ -1,149 +1,80 @@
-"""Episodes: the model answers, the environment replies, until the task is done (paper 3.3, 3.5).
+"""Roll out: play every task several times, all episodes at once (paper 3.5).
 
-A trajectory keeps the very ids that were sampled, with their log-probabilities; training never tokenises text again.
-Tool results are appended as ids of their own, with mask False: only what the model produced is trained (paper 3.3).
-When a user speaks again the template drops earlier reasoning, which rewrites the prompt; such a turn opens a new
-segment of the same trajectory, and both segments share its reward.
+    groups[p][g]  =  trajectory of sample g of task p
 
-All episodes of a step advance together, turn by turn, so that the engine always has a full batch. A malformed turn
-ends its episode with reward 0. So does an answer that is cut off, that stops with the wrong role token, or that
-disobeys the thinking switch: nobody could go on from there.
+Every episode is a coroutine, and all of them run in one event loop, so that the generator always has the turns of all
+episodes that wait for the model, and no episode waits for another one.
+
+Choices: every draw follows from the rollout's seed and the numbers of task, sample and turn, never from the order in
+which episodes happen to proceed. The order of the groups is that of the tasks.
 """
 
-from dataclasses import dataclass, field
+import asyncio
+from collections.abc import Mapping, Sequence
 
-from minglm.chat import continuation, parse, render
-from minglm.envs.base import Score, Task
-from minglm.inference.engine import Request
+from minglm.envs.base import Environment, Task
+from minglm.rl.episode import Player, Trajectory, play
 
-
-@dataclass
-class Segment:
-    """Token ids, whether the model sampled each, and the log-probability of those it did (0 elsewhere)."""
-
-    tokens: list[int]
-    mask: list[bool]
-    logprobs: list[float]
-
-    @classmethod
-    def prompt(cls, tokens):
-        """A segment that so far holds only a prompt."""
-        return cls(list(tokens), [False] * len(tokens), [0.0] * len(tokens))
-
-    def add(self, tokens, logprobs=None):
-        """Append sampled tokens, or, without log-probabilities, tokens that came from outside."""
-        self.tokens += tokens
-        self.mask += [logprobs is not None] * len(tokens)
-        self.logprobs += [0.0] * len(tokens) if logprobs is None else logprobs
+PRIME = 1_000_003
+MAX_TURNS = 101  # turns of an episode that get seeds of their own
 
 
-@dataclass
-class Trajectory:
-    """One episode of one sample."""
-
-    task: Task
-    thinking: bool
-    messages: list = field(default_factory=list)
-    segments: list[Segment] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    """Each assistant turn as raw text, special tokens spelled out."""
-    score: Score | None = None
-    truncated: bool = False
-    switch_obeyed: bool = True
-
-    @property
-    def length(self):
-        """Tokens the model produced."""
-        return sum(sum(segment.mask) for segment in self.segments)
+def turn_seed(seed: int, task: int, sample: int, turn: int) -> int:
+    """Return the seed of one request: a function of the rollout's seed and the numbers of task, sample and turn."""
+    number = (seed * PRIME + task) * PRIME + sample
+    return (number * MAX_TURNS + turn) % 2**62
 
 
-def read_turn(tokenizer, completion, tools, thinking):
-    """One sampled turn as a message, with `error` set where it is malformed; also its raw text."""
-    text = tokenizer.decode(completion.tokens)
-    message = parse(text, tools)
-    thought = bool(message.get("reasoning_content"))
-    expected = tokenizer.special["<|observation|>" if message["tool_calls"] else "<|user|>"]
-    if completion.finish_reason != "stop":
-        fault = "truncated"
-    elif completion.tokens[-1] != expected:
-        fault = "wrong_stop"
-    elif thought != thinking:
-        fault = "thinking_switch"
-    else:
-        fault = None
-    message["error"] = message["error"] or fault
-    return message, text
+async def gather_groups(
+    player: Player,
+    environments: Mapping[str, Environment],
+    tasks: Sequence[Task],
+    samples: int,
+    thinking: Sequence[bool] | None = None,
+    seed: int = 0,
+) -> list[list[Trajectory]]:
+    """Play every task `samples` times, inside an event loop that already runs.
+
+    Args:
+        player: the model's side of the episodes.
+        environments: {name: Environment} of the tasks.
+        tasks: the tasks.
+        samples: episodes of each task.
+        thinking: the thinking switch of each task; None: on for all.
+        seed: decides every draw.
+
+    Returns, for each task, the list of its trajectories.
+    """
+    if thinking is None:
+        thinking = [True] * len(tasks)
+    episodes = []
+    for p, (task, think) in enumerate(zip(tasks, thinking, strict=True)):
+        for g in range(samples):
+            environment = environments[task.environment]
+
+            def seed_of_turn(turn: int, p: int = p, g: int = g) -> int:
+                return turn_seed(seed, p, g, turn)
+
+            episode = play(player, environment, task, think, seed_of_turn)
+            episodes.append(asyncio.ensure_future(episode))
+    try:
+        trajectories = await asyncio.gather(*episodes)
+    except BaseException:
+        # One failed, or the rollout was cancelled: end the others before the exception continues.
+        for episode in episodes:
+            episode.cancel()
+        await asyncio.gather(*episodes, return_exceptions=True)
+        raise
+    return [trajectories[p * samples : (p + 1) * samples] for p in range(len(tasks))]
 
 
 def rollout(
-    engine, tokenizer, environments, tasks, samples, settings, thinking=None, seed=0, first_sample=0
-):
-    """Play every task `samples` times.
-
-    environments: {name: Environment}. settings: an object with max_new_tokens, temperature and, optionally, top_p
-    and max_turns. thinking: one bool per task (None: all True). seed decides every draw, together with the task's and
-    the sample's number. Returns a list, per task, of lists of `Trajectory`.
-    """
-    thinking = [True] * len(tasks) if thinking is None else thinking
-    groups = [
-        [Trajectory(task, think, list(task.messages)) for _ in range(samples)]
-        for task, think in zip(tasks, thinking, strict=True)
-    ]
-    episodes, active = {}, []
-    for p, group in enumerate(groups):
-        prompt = render(
-            tokenizer, tasks[p].messages, tasks[p].tools, thinking[p], generation_prompt=True
-        ).ids
-        for g, trajectory in enumerate(group):
-            trajectory.segments.append(Segment.prompt(prompt))
-            episodes[p, g] = environments[tasks[p].environment].episode(tasks[p])
-            active.append((p, g))
-    turn, most = 0, getattr(settings, "max_turns", None) or 64
-    while active and turn < most:
-        requests = [
-            Request(
-                groups[p][g].segments[-1].tokens,
-                settings.max_new_tokens,
-                settings.temperature,
-                getattr(settings, "top_p", 1.0),
-                seed=(((seed * 1_000_003 + p) * 1_000_003 + g + first_sample) * 101 + turn) % 2**62,
-            )
-            for p, g in active
-        ]
-        completions = engine.generate(requests)
-        for (p, g), completion in zip(active, completions, strict=True):
-            _advance(tokenizer, groups[p][g], episodes[p, g], completion)
-            if not episodes[p, g].done:  # a conversation that has outgrown the model cannot go on
-                groups[p][g].truncated |= len(groups[p][g].segments[-1].tokens) >= engine.limit
-        active = [(p, g) for p, g in active if not (episodes[p, g].done or groups[p][g].truncated)]
-        turn += 1
-    for (
-        environment
-    ) in environments.values():  # grouped, because some environments grade in parallel
-        keys = [key for key in episodes if tasks[key[0]].environment == environment.name]
-        for (p, g), score in zip(
-            keys, environment.score_all([episodes[key] for key in keys]), strict=True
-        ):
-            groups[p][g].score = score
-    return groups
-
-
-def _advance(tokenizer, trajectory, episode, completion):
-    """Take one sampled turn into the trajectory and, unless the episode is over, prepare the next prompt."""
-    task = trajectory.task
-    message, text = read_turn(tokenizer, completion, task.tools, trajectory.thinking)
-    trajectory.segments[-1].add(completion.tokens, completion.logprobs)
-    trajectory.texts.append(text)
-    trajectory.truncated |= completion.finish_reason != "stop"
-    trajectory.switch_obeyed &= bool(message.get("reasoning_content")) == trajectory.thinking
-    replies = episode.step(message)
-    trajectory.messages += [message, *replies]
-    if episode.done:
-        return
-    if replies[0]["role"] == "tool":
-        trajectory.segments[-1].add(continuation(tokenizer, replies, trajectory.thinking))
-    else:
-        prompt = render(
-            tokenizer, trajectory.messages, task.tools, trajectory.thinking, generation_prompt=True
-        )
-        trajectory.segments.append(Segment.prompt(prompt.ids))
+    player: Player,
+    environments: Mapping[str, Environment],
+    tasks: Sequence[Task],
+    samples: int,
+    thinking: Sequence[bool] | None = None,
+    seed: int = 0,
+) -> list[list[Trajectory]]:
+    """Play every task `samples` times, from code without an event loop. Arguments are those of `gather_groups`."""
+    return asyncio.run(gather_groups(player, environments, tasks, samples, thinking, seed))

@@ -1,19 +1,19 @@
-"""A sandbox for functions written by a model: run hidden tests, tell what happened, leave nothing behind.
+"""Judge functions written by a model in a sandbox: run hidden tests, report, leave nothing behind (paper 3.2, 3.5).
 
     Verdict.status = "passed" | "wrong" | "timeout" | "crash" | "infrastructure"
 
-The outside of the sandbox (`jail.py` is the inside). Warm interpreters wait for jobs and fork a jailed child for each,
-so a judgement costs milliseconds. The verdict is computed here, by comparing values as text:
+This is the outside of the sandbox; `jail.py` is the inside. Warm interpreters wait for jobs and fork a jailed child for
+each, so a judgement costs milliseconds. The verdict is computed here, by comparing values as text:
 
 - Exit codes and printed output count for nothing. An answer begins with a secret of its job and has one value per test.
-- Expected values never leave this process; a candidate that reads all of its memory finds the questions only.
-- Values are plain types, checked by exact type and compared as `repr`: an object that says it equals everything is not
-  equal to anything, and True is not 1.
+- Expected values never leave this process; a candidate that reads all of its memory finds only the arguments.
+- Values are plain types, checked by exact type and compared as `repr`: an object that claims to equal everything equals
+  nothing, and True is not 1.
 - Whole process groups die at the deadline, which grows with how slow the machine is at the moment.
 
-The isolation found is named: `full` (namespaces and a system call filter), `no-namespaces` (the filter alone),
+The level of isolation has a name: `full` (namespaces and a system call filter), `no-namespaces` (only the filter),
 `rlimits-only` (neither, for instance on macOS: enough against accidents, not against malice). A sandbox refuses to
-start below its floor. Infrastructure failures are told apart because they are not the model's fault.
+start below its floor. Infrastructure failures have a status of their own because they are not the model's fault.
 
 Simplifications: pure functions only; nothing can be written or opened. A cluster puts containers in the place
 of `Worker`. The paper runs code in a sandbox too (3.2, 3.5) and does not describe it.
@@ -31,10 +31,16 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cache
 from pathlib import Path
+from typing import Any, Self
+
+Case = tuple[Sequence[Any], Any]
+"""One test: the arguments (JSON values) and the expected value (a plain Python one)."""
 
 JAIL = Path(__file__).with_name("jail.py")
 
@@ -45,12 +51,26 @@ GRACE = 10.0
 """Seconds beyond a job's deadline after which a silent worker counts as broken."""
 
 
+class VerdictStatus(StrEnum):
+    """The outcome of one candidate in one word."""
+
+    PASSED = "passed"
+    """All values are as expected."""
+    WRONG = "wrong"
+    """A value differs."""
+    TIMEOUT = "timeout"
+    """The candidate ran out of time."""
+    CRASH = "crash"
+    """An exception, a signal, or no answer."""
+    INFRASTRUCTURE = "infrastructure"
+    """The sandbox failed; this is not the candidate's fault."""
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one candidate."""
+    """The outcome of one candidate."""
 
-    status: str
-    """passed, wrong (a value differs), timeout, crash (an exception, a signal, no answer) or infrastructure."""
+    status: VerdictStatus
     passed: int
     """Tests with the expected value."""
     total: int
@@ -60,16 +80,15 @@ class Verdict:
 
 
 class WorkerError(Exception):
-    """A worker died or fell silent."""
+    """A worker died or did not answer in time."""
 
 
 class Worker:
-    """One warm interpreter. Not thread-safe: one job at a time."""
+    """A warm interpreter that takes one job at a time; not thread-safe."""
 
-    def __init__(self, folder):
-        environment = {
-            k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"
-        }  # some builds of Python need it
+    def __init__(self, folder: str) -> None:
+        # Some builds of Python need this variable to start.
+        environment = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
         self.process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(JAIL)],
             stdin=subprocess.PIPE,
@@ -79,75 +98,84 @@ class Worker:
             env=environment,
             start_new_session=True,
         )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.input = self.process.stdin
+        self.output = self.process.stdout
         self.buffer = b""
         try:
             hello = self.receive(GRACE)
         except (WorkerError, ValueError):
             self.close()
             raise
-        self.layers, self.slowness = tuple(hello["layers"]), hello["slowness"]
+        self.layers: tuple[str, ...] = tuple(hello["layers"])
+        self.slowness: float = hello["slowness"]
 
-    def ask(self, job):
-        """Send a job, and wait for its outcome. Raises WorkerError."""
+    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Send a job and wait for its outcome. Raises WorkerError."""
         job = job | {"seconds": job["seconds"] * self.slowness}
         try:
-            self.process.stdin.write(json.dumps(job).encode() + b"\n")
-            self.process.stdin.flush()
+            self.input.write(json.dumps(job).encode() + b"\n")
+            self.input.flush()
         except OSError as error:
             raise WorkerError(f"a sandbox worker is gone: {error}") from error
         return self.receive(job["seconds"] + GRACE)
 
-    def receive(self, seconds):
-        """The next line as JSON. Raises WorkerError at the end of the stream, after `seconds`, and for garbage."""
+    def receive(self, seconds: float) -> dict[str, Any]:
+        """Return the next line as JSON. Raises WorkerError at the end of the stream and after `seconds`."""
         deadline = time.monotonic() + seconds
         while b"\n" not in self.buffer:
-            ready = select.select(
-                [self.process.stdout], [], [], max(0.0, deadline - time.monotonic())
-            )[0]
-            chunk = os.read(self.process.stdout.fileno(), 65536) if ready else b""
+            left = max(0.0, deadline - time.monotonic())
+            ready = select.select([self.output], [], [], left)[0]
+            if not ready:
+                raise WorkerError("a sandbox worker is silent")
+            chunk = os.read(self.output.fileno(), 65536)
             if not chunk:
-                raise WorkerError(
-                    "a sandbox worker died" if ready else "a sandbox worker is silent"
-                )
+                raise WorkerError("a sandbox worker died")
             self.buffer += chunk
         line, self.buffer = self.buffer.split(b"\n", 1)
         return json.loads(line)
 
-    def close(self):
+    def close(self) -> None:
         """End the interpreter; its children die with it."""
         self.process.kill()
         self.process.wait()
-        self.process.stdout.close()
+        self.output.close()
         with contextlib.suppress(OSError):  # part of a job may still be in the buffer
-            self.process.stdin.close()
+            self.input.close()
 
 
 class Sandbox:
     """A pool of workers. Use it as a context manager, or call `close`.
 
-    workers: interpreters, by default one per core this process may use. floor: the weakest of LEVELS to accept.
+    Args:
+        workers: interpreters, by default one per core that this process may use.
+        floor: the weakest of LEVELS to accept.
+
     Raises ValueError below the floor and where processes cannot fork.
     """
 
-    def __init__(self, workers=None, floor="no-namespaces"):
+    def __init__(self, workers: int | None = None, floor: str = "no-namespaces") -> None:
         if floor not in LEVELS:
             raise ValueError(f"floor = {floor!r}: must be one of {', '.join(LEVELS)}")
         if not hasattr(os, "fork"):
             raise ValueError(
                 "the sandbox needs a POSIX system; run minglm under Linux, or in WSL on Windows"
             )
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.folder = tempfile.TemporaryDirectory(prefix="minglm-sandbox-")
+        if hasattr(os, "sched_getaffinity"):
+            cores = len(os.sched_getaffinity(0))
+        else:
+            cores = os.cpu_count() or 1
         self.size = workers or cores
-        self.workers = queue.LifoQueue()
+        self.folder = tempfile.TemporaryDirectory(prefix="minglm-sandbox-")
+        self.threads = ThreadPoolExecutor(self.size, thread_name_prefix="sandbox")
+        # Idle workers. None stands for one that is started when it is first needed.
+        self.workers: queue.LifoQueue[Worker | None] = queue.LifoQueue()
         first = Worker(self.folder.name)
         self.layers = first.layers
-        self.level = LEVELS[
-            ("seccomp" in self.layers) + ({"seccomp", "namespaces"} <= set(self.layers))
-        ]
-        self.workers.put(first)
+        self.level = isolation_level(self.layers)
         for _ in range(self.size - 1):
-            self.workers.put(None)  # started when it is first needed
+            self.workers.put(None)
+        self.workers.put(first)
         if LEVELS.index(self.level) < LEVELS.index(floor):
             self.close()
             raise ValueError(
@@ -155,18 +183,26 @@ class Sandbox:
                 "allow seccomp and user namespaces, or accept the risk with floor='rlimits-only'"
             )
 
-    def judge(self, candidates, seconds=2.0):
-        """One Verdict per candidate (source, function name, cases), in order; a case is (arguments, expected).
+    def submit(
+        self, source: str, function: str, cases: Sequence[Case], seconds: float = 2.0
+    ) -> Future[Verdict]:
+        """Judge one candidate in a thread, at most `workers` at a time; return the future Verdict.
 
-        Arguments are JSON values, expected values plain Python ones. seconds: time for all cases of one candidate, on
-        a machine of nominal speed. At most `workers` candidates run at a time.
+        Arguments are those of `judge`.
         """
-        with ThreadPoolExecutor(self.size) as threads:
-            return list(threads.map(lambda c: self.judge_one(*c, seconds), candidates))
+        return self.threads.submit(self.judge, source, function, cases, seconds)
 
-    def judge_one(self, source, function, cases, seconds=2.0):
-        """The Verdict of one candidate."""
-        cases = list(cases)
+    def judge(
+        self, source: str, function: str, cases: Sequence[Case], seconds: float = 2.0
+    ) -> Verdict:
+        """Return the Verdict of one candidate.
+
+        Args:
+            source: the program.
+            function: name of the function in it that is called once for each case.
+            cases: the tests; raises ValueError when there is none.
+            seconds: time for all cases, on a machine of nominal speed.
+        """
         if not cases:
             raise ValueError(f"no tests for {function!r}: a candidate would pass by doing nothing")
         job = {
@@ -184,70 +220,80 @@ class Sandbox:
             if worker:
                 worker.close()
             worker = None  # the next job starts a new one
-            return Verdict("infrastructure", 0, len(cases), str(error))
+            return Verdict(VerdictStatus.INFRASTRUCTURE, 0, len(cases), str(error))
         finally:
             self.workers.put(worker)
         return compare(outcome, job["secret"], [expected for _, expected in cases])
 
-    def close(self):
-        """End all workers and remove the folder."""
+    def close(self) -> None:
+        """End all workers and threads, and remove the folder."""
+        self.threads.shutdown(cancel_futures=True)
         while not self.workers.empty():
             worker = self.workers.get()
             if worker:
                 worker.close()
         self.folder.cleanup()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def compare(outcome, secret, expected):
-    """The Verdict of a worker's outcome, {"ready", "late", "flood", "answer"}."""
+def isolation_level(layers: Sequence[str]) -> str:
+    """Return which of LEVELS the layers of a worker amount to."""
+    if "seccomp" not in layers:
+        return "rlimits-only"
+    return "full" if "namespaces" in layers else "no-namespaces"
+
+
+def compare(outcome: dict[str, Any], secret: str, expected: Sequence[Any]) -> Verdict:
+    """Return the Verdict of a worker's outcome, {"ready", "late", "flood", "answer"}."""
     total = len(expected)
     if not outcome["ready"]:
-        return Verdict("infrastructure", 0, total, "the jail could not be closed")
+        return Verdict(VerdictStatus.INFRASTRUCTURE, 0, total, "the jail could not be closed")
     if outcome["late"]:
-        return Verdict("timeout", 0, total, "out of time")
+        return Verdict(VerdictStatus.TIMEOUT, 0, total, "out of time")
     if outcome["flood"]:
-        return Verdict("crash", 0, total, "too much output")
+        return Verdict(VerdictStatus.CRASH, 0, total, "too much output")
     if not outcome["answer"].startswith(secret):
-        return Verdict("crash", 0, total, "ended without an answer")
+        return Verdict(VerdictStatus.CRASH, 0, total, "ended without an answer")
     try:
         answers = json.loads(outcome["answer"].removeprefix(secret))
     except ValueError:
-        return Verdict("crash", 0, total, "ended without an answer")
-    if isinstance(answers, list) and answers[:1] == ["raised"]:
-        return Verdict("crash", 0, total, str(answers[-1])[:80])
+        return Verdict(VerdictStatus.CRASH, 0, total, "ended without an answer")
+    if isinstance(answers, list) and answers[:1] == ["raised"]:  # the source itself raised
+        return Verdict(VerdictStatus.CRASH, 0, total, str(answers[-1])[:80])
     if not isinstance(answers, list) or len(answers) != total:
-        return Verdict("crash", 0, total, "not every test was run")
-    right = [answer == ["value", repr(value)] for answer, value in zip(answers, expected)]
+        return Verdict(VerdictStatus.CRASH, 0, total, "not every test was run")
+
+    right = [
+        answer == ["value", repr(value)] for answer, value in zip(answers, expected, strict=True)
+    ]
     if all(right):
-        return Verdict("passed", total, total)
-    raised = [answer for answer in answers if isinstance(answer, list) and answer[:1] == ["raised"]]
-    first = answers[right.index(False)]
-    detail = f"test {right.index(False)}: {str(first)[:80]}"
-    return Verdict("crash" if raised else "wrong", sum(right), total, detail)
+        return Verdict(VerdictStatus.PASSED, total, total)
+    raised = any(isinstance(answer, list) and answer[:1] == ["raised"] for answer in answers)
+    first_wrong = right.index(False)
+    return Verdict(
+        VerdictStatus.CRASH if raised else VerdictStatus.WRONG,
+        sum(right),
+        total,
+        f"test {first_wrong}: {str(answers[first_wrong])[:80]}",
+    )
 
 
 _LOCK = threading.Lock()
 
 
 @cache
-def _open_shared(floor, pid):
+def _open_shared(floor: str, pid: int) -> Sandbox:
     sandbox = Sandbox(floor=floor)
     atexit.register(sandbox.close)
     return sandbox
 
 
-def shared(floor="no-namespaces"):
-    """The sandbox of this process, started on first use and closed at exit."""
+def shared(floor: str = "no-namespaces") -> Sandbox:
+    """Return the sandbox of this process, started on first use and closed at exit."""
     with _LOCK:
-        return _open_shared(floor, os.getpid())  # a fork of this process gets workers of its own
-
-
-def run_function_tests(source, function, cases, seconds=2.0):
-    """Judge one candidate in the shared sandbox. cases: [(arguments, expected)]; returns a Verdict."""
-    return shared().judge_one(source, function, cases, seconds)
+        return _open_shared(floor, os.getpid())  # a fork of this process gets its own workers

@@ -1,0 +1,126 @@
+"""Define what RL and evaluation need of an inference engine, and provide it for our own engine (paper 3.5).
+
+    completion = await generator.generate(request)      many callers at once; the engine batches them
+    generator.update_weights(model.state_dict())        after an optimizer step
+    generator.close()
+
+Rollouts are coroutines, and each of them awaits its own completion. Whoever implements the three methods of `Generator`
+can answer them: the engine of this process, or later a client of a server on other machines. Nothing else of an engine
+is visible to RL, so an engine is replaced without a change to the rollouts.
+
+Choices
+- `EngineGenerator` steps the engine in the thread of the event loop, one step at a time. Between two steps it yields
+  once to the loop, so every episode whose turn has just ended submits its next request before the next forward pass.
+  All waiting requests therefore share one batch. An environment that waits in another thread delays only its episode.
+- The generator owns the stepping of its engine: nobody else may call `step` while a request of it is open.
+
+Simplified: a forward pass blocks the event loop for its duration, which is a few milliseconds at toy size. A remote
+engine does not have this property.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from minglm.inference.engine import Engine
+from minglm.inference.request import Completion, Event, Request
+
+
+class Generator(Protocol):
+    """Whatever continues prompts, token by token."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Return the largest number of tokens of prompt and answer together."""
+        ...
+
+    async def generate(self, request: Request) -> Completion:
+        """Answer one request. Raise ValueError for a request that cannot be answered."""
+        ...
+
+    def update_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Use the weights of this state dict from now on; unfinished requests continue with them."""
+        ...
+
+    def close(self) -> None:
+        """Cancel unfinished requests and release what the generator holds."""
+        ...
+
+
+class EngineGenerator:
+    """A `Generator` over an `Engine` of this process."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.unfinished: dict[int, asyncio.Future[None]] = {}
+        """The future of each unfinished request, by the engine's number of the request."""
+        self.stepping: asyncio.Task[None] | None = None
+        """The task that steps the engine while requests are unfinished."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Return the largest number of tokens of prompt and answer together."""
+        return self.engine.limit
+
+    async def generate(self, request: Request) -> Completion:
+        """Answer one request, in one batch with all others that are unfinished.
+
+        Raises ValueError for a request that cannot be answered, and whatever a step of the engine raises.
+        """
+        completion = Completion([], [])
+        finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def on_event(event: Event) -> None:
+            if event.token is not None:
+                completion.tokens.append(event.token)
+                completion.logprobs.append(event.logprob)
+                if request.top_logprobs:
+                    completion.top_logprobs.append(event.top_logprobs)
+            if event.finish_reason is not None:
+                completion.finish_reason = event.finish_reason
+                # After a failure `_step` sets the exception instead: it knows the cause.
+                if event.finish_reason != "error" and not finished.done():
+                    finished.set_result(None)
+
+        number = self.engine.submit(request, on_event)
+        self.unfinished[number] = finished
+        if self.stepping is None or self.stepping.done():
+            self.stepping = asyncio.create_task(self._step())
+        try:
+            await finished
+        except asyncio.CancelledError:
+            self.engine.cancel(number)
+            raise
+        finally:
+            del self.unfinished[number]
+        return completion
+
+    async def _step(self) -> None:
+        """Step the engine until no request is unfinished; hand an exception to all that wait."""
+        # The future of a finished request stays in `unfinished` until its caller runs, hence the first line.
+        await asyncio.sleep(0)
+        while self.unfinished:
+            try:
+                self.engine.step()
+            except Exception as error:
+                for finished in self.unfinished.values():
+                    if not finished.done():
+                        finished.set_exception(error)
+            # Yield once: callers whose answer is complete run now, and submit what comes next.
+            await asyncio.sleep(0)
+
+    def update_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Use the weights of this state dict from now on.
+
+        If they are the tensors of the engine's own model, changed in place, nothing is copied.
+        """
+        own = self.engine.model.state_dict()
+        shared = all(tensor.data_ptr() == own[name].data_ptr() for name, tensor in weights.items())
+        self.engine.update_weights(None if shared else dict(weights))
+
+    def close(self) -> None:
+        """Cancel unfinished requests. The engine and its model belong to the caller."""
+        for number in list(self.unfinished):
+            self.engine.cancel(number)

@@ -1,0 +1,280 @@
+"""Play one episode: the model answers, the environment replies, until the task is done (paper 3.3, 3.5).
+
+A trajectory keeps the ids that were sampled, with their log-probabilities; training never tokenises text again. Tool
+results are appended as ids with mask False: only what the model produced is trained (paper 3.3). When a user speaks
+again the template drops earlier reasoning, which rewrites the prompt; such a turn opens a new segment of the same
+trajectory, and both segments share its reward.
+
+    async with environment.episode(task) as episode:
+        completion = await generator.generate(prompt)       in one batch with all other episodes
+        replies = await episode.step(message)               may be slow; the other episodes continue
+
+Choices
+- An episode is a coroutine. It waits only for its own turns, so a slow environment delays nobody else.
+- A malformed turn ends its episode with reward 0. So does an answer that is cut off, that stops with the wrong role
+  token, or that disobeys the thinking switch: the conversation cannot continue from such a turn.
+- An exception in the environment is a failure of the infrastructure: this sample alone gets that status, which all
+  statistics leave out. An exception of the generator, or in our own code, ends the rollout.
+"""
+
+import contextlib
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypeVar
+
+from minglm.chat import continuation, parse, render
+from minglm.data.tokenizer import Tokenizer
+from minglm.envs.base import (
+    Environment,
+    Episode,
+    Message,
+    Misconfigured,
+    Score,
+    ScoreStatus,
+    Task,
+    infrastructure_failure,
+)
+from minglm.inference.client import Generator
+from minglm.inference.request import Completion, Request
+from minglm.rewards.pathology import FAULTS, detect
+
+Result = TypeVar("Result")
+
+
+class TurnFault(StrEnum):
+    """A reason, beside the parser's, why a conversation cannot continue from a turn."""
+
+    TRUNCATED = "truncated"
+    """The answer was cut off before its stop token."""
+    WRONG_STOP = "wrong_stop"
+    """The stop token does not fit: calls end with the observation role, everything else with the user role."""
+    THINKING_SWITCH = "thinking_switch"
+    """Reasoning although thinking is off, or none although it is on."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How answers are sampled, and how long an episode may become."""
+
+    max_new_tokens: int
+    """Bound on the tokens of one assistant turn."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_turns: int = 64
+    """Bound on the assistant turns of an episode; the environment may have a lower one."""
+
+
+@dataclass(frozen=True)
+class Player:
+    """The model's side of an episode: what generates, its tokenizer, and how it samples."""
+
+    generator: Generator
+    tokenizer: Tokenizer
+    settings: SamplingSettings
+
+
+@dataclass
+class Segment:
+    """Token ids, whether the model sampled each, and the log-probability of the sampled ones (0 for the others)."""
+
+    tokens: list[int]
+    mask: list[bool]
+    logprobs: list[float]
+
+    @classmethod
+    def prompt(cls, tokens: list[int]) -> "Segment":
+        """Return a segment that so far holds only a prompt."""
+        return cls(list(tokens), [False] * len(tokens), [0.0] * len(tokens))
+
+    def add_sampled(self, tokens: list[int], logprobs: list[float]) -> None:
+        """Append tokens that the model sampled."""
+        self.tokens += tokens
+        self.mask += [True] * len(tokens)
+        self.logprobs += logprobs
+
+    def add_context(self, tokens: list[int]) -> None:
+        """Append tokens that came from the environment."""
+        self.tokens += tokens
+        self.mask += [False] * len(tokens)
+        self.logprobs += [0.0] * len(tokens)
+
+
+@dataclass
+class Trajectory:
+    """One episode of one sample."""
+
+    task: Task
+    thinking: bool
+    messages: list[Message] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    """Each assistant turn as raw text, special tokens spelled out."""
+    score: Score = Score(0.0, ScoreStatus.WRONG, detail="not scored")
+    truncated: bool = False
+    """Whether a bound on tokens cut the episode off."""
+    switch_obeyed: bool = True
+    """Whether every turn had reasoning exactly when thinking was on."""
+
+    @property
+    def length(self) -> int:
+        """Return the number of tokens that the model produced."""
+        return sum(sum(segment.mask) for segment in self.segments)
+
+    @property
+    def valid(self) -> bool:
+        """Return whether the environment worked; other samples are left out of all statistics."""
+        return self.score.status != ScoreStatus.INFRASTRUCTURE
+
+    def faults(self) -> dict[str, bool]:
+        """Return the pathologies of the last turn, {name: bool}; language only if the task asks for one."""
+        if not self.texts:  # the environment failed before the first turn
+            return dict.fromkeys(FAULTS, False)
+        return detect(self.texts[-1], self.task.expected_language)
+
+
+async def play(
+    player: Player,
+    environment: Environment,
+    task: Task,
+    thinking: bool,
+    seed_of_turn: Callable[[int], int],
+) -> Trajectory:
+    """Play one task once.
+
+    Args:
+        player: the model's side.
+        environment: the task's environment.
+        task: the task.
+        thinking: the thinking switch of the prompt.
+        seed_of_turn: number of a turn, from 0 -> seed of its request.
+
+    Returns the scored trajectory. An exception in the environment becomes its score's status "infrastructure".
+    """
+    trajectory = Trajectory(task, thinking, list(task.messages))
+    try:
+        async with _opened(environment.episode(task)) as episode:
+            await _converse(player, episode, trajectory, seed_of_turn)
+            trajectory.score = await _from_environment(episode.score())
+    except EnvironmentFailure as failure:
+        trajectory.score = infrastructure_failure(failure.cause)
+    return trajectory
+
+
+class EnvironmentFailure(Exception):
+    """An exception in an environment, kept apart from those of the generator and of this module."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+async def _from_environment(result: Awaitable[Result]) -> Result:
+    """Await something of an environment. Raises EnvironmentFailure for any exception but Misconfigured."""
+    try:
+        return await result
+    except Misconfigured:
+        raise
+    except Exception as error:
+        raise EnvironmentFailure(error) from error
+
+
+@contextlib.asynccontextmanager
+async def _opened(episode: Episode) -> AsyncIterator[Episode]:
+    """Enter an episode, and leave it whatever happens; a failure to close it is a warning, because it is scored."""
+    entered = await _from_environment(episode.__aenter__())
+    try:
+        yield entered
+    finally:
+        try:
+            await episode.__aexit__(None, None, None)
+        except Exception as error:
+            name = f"{type(error).__name__}: {error}"
+            warnings.warn(f"an episode of {episode.task.environment} did not close: {name}", stacklevel=2)
+
+
+async def _converse(
+    player: Player,
+    episode: Episode,
+    trajectory: Trajectory,
+    seed_of_turn: Callable[[int], int],
+) -> None:
+    """Take turns until the episode is done, a bound is reached, or the context is full."""
+    trajectory.segments.append(Segment.prompt(_prompt(player, trajectory)))
+    settings = player.settings
+    for turn in range(settings.max_turns):
+        request = Request(
+            prompt=trajectory.segments[-1].tokens,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=seed_of_turn(turn),
+        )
+        completion = await player.generator.generate(request)
+        await _take_turn(player, episode, trajectory, completion)
+        if episode.done:
+            return
+        # A conversation that fills the model's context cannot continue.
+        if len(trajectory.segments[-1].tokens) >= player.generator.max_model_len:
+            trajectory.truncated = True
+        if trajectory.truncated:
+            return
+
+
+async def _take_turn(
+    player: Player, episode: Episode, trajectory: Trajectory, completion: Completion
+) -> None:
+    """Take one sampled turn into the trajectory and, unless the episode is over, prepare the next prompt."""
+    tools = trajectory.task.tools
+    message, text = read_turn(player.tokenizer, completion, tools, trajectory.thinking)
+    trajectory.segments[-1].add_sampled(completion.tokens, completion.logprobs)
+    trajectory.texts.append(text)
+    if completion.finish_reason != "stop":
+        trajectory.truncated = True
+    if bool(message.get("reasoning_content")) != trajectory.thinking:
+        trajectory.switch_obeyed = False
+
+    trajectory.messages.append(message)
+    replies = await _from_environment(episode.step(message))
+    trajectory.messages += replies
+    if episode.done:
+        return
+    if replies[0]["role"] == "tool":
+        # Tool results extend the segment: everything before them stays as it was sampled.
+        trajectory.segments[-1].add_context(
+            continuation(player.tokenizer, replies, trajectory.thinking)
+        )
+    else:
+        # A user turn makes the template drop earlier reasoning: a new prompt, hence a new segment.
+        trajectory.segments.append(Segment.prompt(_prompt(player, trajectory)))
+
+
+def _prompt(player: Player, trajectory: Trajectory) -> list[int]:
+    """Return the rendered conversation so far, up to the assistant's role token."""
+    return render(
+        player.tokenizer,
+        trajectory.messages,
+        trajectory.task.tools,
+        trajectory.thinking,
+        generation_prompt=True,
+    ).ids
+
+
+def read_turn(
+    tokenizer: Tokenizer, completion: Completion, tools: tuple, thinking: bool
+) -> tuple[Message, str]:
+    """Return one sampled turn as a message, with `error` set where it is malformed, and its raw text."""
+    text = tokenizer.decode(completion.tokens)
+    message = parse(text, tools)
+    expected = tokenizer.special["<|observation|>" if message["tool_calls"] else "<|user|>"]
+    if completion.finish_reason != "stop":
+        fault = TurnFault.TRUNCATED
+    elif completion.tokens[-1] != expected:
+        fault = TurnFault.WRONG_STOP
+    elif bool(message.get("reasoning_content")) != thinking:
+        fault = TurnFault.THINKING_SWITCH
+    else:
+        fault = None
+    message["error"] = message["error"] or fault
+    return message, text
