@@ -238,6 +238,7 @@ def eval_(words):
     from minglm.envs import ENVIRONMENTS
     from minglm.eval import tasks
     from minglm.inference import Engine
+    from minglm.inference.client import EngineGenerator
 
     model, tokenizer, config, stage, _ = load_run(args.run, args.stage)
     changes = {
@@ -256,7 +257,7 @@ def eval_(words):
     for name in names:
         for thinking in (True, False):
             record, _ = tasks.tasks(
-                Engine(model, tokenizer),
+                EngineGenerator(Engine(model, tokenizer)),
                 tokenizer,
                 ENVIRONMENTS[name],
                 settings,

@@ -262,9 +262,7 @@ class Environment:
         """
         return run_without_waiting(self.play_oracle(task, thinking, seed))
 
-    async def play_oracle(
-        self, task: Task, thinking: bool = True, seed: int = 0
-    ) -> list[Message]:
+    async def play_oracle(self, task: Task, thinking: bool = True, seed: int = 0) -> list[Message]:
         """Return the whole conversation of the oracle, as `demonstrate` does."""
         rng = random.Random(f"{task.id}/{seed}")
         conversation = list(task.messages)

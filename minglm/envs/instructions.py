@@ -86,7 +86,9 @@ class Instructions(SingleTurn):
                 ["en en", "en en", "en zh", "zh zh", "zh zh", "zh en"]
             ).split()
             base = "count" if difficulty < 4 else rng.choice(["count", "repeat"])
-            kinds = rng.sample(KINDS[language] if difficulty < 4 else HARD[base, language], min(difficulty, 3))
+            kinds = rng.sample(
+                KINDS[language] if difficulty < 4 else HARD[base, language], min(difficulty, 3)
+            )
             constraints = {base: rng.randint(2, 5)}
             if base == "repeat":
                 constraints[base] = [constraints[base], rng.choice(WORDS[language])]

@@ -3,13 +3,14 @@
 from statistics import fmean
 
 from minglm.common.statistics import interval, pass_at_k
-from minglm.rewards.pathology import FAULTS, detect
+from minglm.rewards.pathology import FAULTS
+from minglm.rl.episode import Player, SamplingSettings
 from minglm.rl.rollout import rollout
 
 TEST_SEED = 20_250_728  # problems are the same for every run and stage; the paper's release day
 
 
-def tasks(engine, tokenizer, environment, config, thinking=True, seed=0):
+def tasks(generator, tokenizer, environment, config, thinking=True, seed=0):
     """Play held-out tasks of one environment.
 
     config: EvaluationConfig. Returns (record, trajectories): the record has avg, its interval low and high, pass_k, k,
@@ -17,10 +18,15 @@ def tasks(engine, tokenizer, environment, config, thinking=True, seed=0):
     thinking switch) and length (mean tokens produced).
     """
     problems = environment.test_tasks(config.problems, TEST_SEED)
+    settings = SamplingSettings(config.max_new_tokens, config.temperature, config.top_p)
     groups = rollout(
-        engine, tokenizer, {environment.name: environment}, problems, config.samples, config,
-        [thinking] * len(problems), seed,
-    )  # fmt: skip
+        Player(generator, tokenizer, settings),
+        {environment.name: environment},
+        problems,
+        config.samples,
+        [thinking] * len(problems),
+        seed,
+    )
     everything = [t for group in groups for t in group]
     means = [fmean(t.score.value for t in group) for group in groups]
     low, high = interval(means)
@@ -45,8 +51,8 @@ def tasks(engine, tokenizer, environment, config, thinking=True, seed=0):
 
 
 def faults(trajectories):
-    """Incidence of each pathology in the last turns of provocation episodes, and the interval of any of them."""
-    flags = [detect(t.texts[-1], t.task.label) for t in trajectories]
+    """Incidence of each pathology in the last turns of episodes, and the interval of any of them."""
+    flags = [t.faults() for t in trajectories]
     found = {name: fmean(flag[name] for flag in flags) for name in FAULTS}
     any_fault = [float(any(flag.values())) for flag in flags]
     by_task = {}

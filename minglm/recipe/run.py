@@ -29,10 +29,11 @@ from minglm.config.run import to_dict
 from minglm.data.build import prepare
 from minglm.data.mixture import Mixture
 from minglm.envs import ENVIRONMENTS
-from minglm.envs.pathology import spoil
+from minglm.envs.pathology import corrupt
 from minglm.eval import needles
 from minglm.eval import tasks as eval_tasks
 from minglm.eval.text import bits_per_byte, mtp_acceptance
+from minglm.inference.client import EngineGenerator
 from minglm.inference.engine import Engine
 from minglm.kernels import dispatch
 from minglm.model.glm import GLM
@@ -41,6 +42,7 @@ from minglm.plan import memory
 from minglm.recipe.solutions import task_data
 from minglm.recipe.stages import plan_stages, prompts_for
 from minglm.rl import distill
+from minglm.rl.episode import Player, SamplingSettings
 from minglm.rl.loop import reinforce
 from minglm.rl.rollout import rollout
 from minglm.train import sft
@@ -283,7 +285,9 @@ class RecipeRunner:
         for task in environment.tasks(post.pathology_samples, self.run.seed * 100 + DISTILL_SEED):
             messages = environment.demonstrate(task)
             spoilt = rng.random() < post.corrupted_share
-            found.append((task.environment, spoil(task, messages, rng) if spoilt else messages, ()))
+            found.append(
+                (task.environment, corrupt(task, messages, rng) if spoilt else messages, ())
+            )
         return found
 
     def experts_answers(self):
@@ -300,13 +304,13 @@ class RecipeRunner:
                 for e in expert.environments
                 for task in ENVIRONMENTS[e].tasks(prompts[e], seed)
             ]
+            sampler = self.run.evaluation
+            settings = SamplingSettings(sampler.max_new_tokens, sampler.temperature, sampler.top_p)
             groups = rollout(
-                self.sampler(model),
-                self.tokenizer,
+                Player(self.sampler(model), self.tokenizer, settings),
                 ENVIRONMENTS,
                 tasks,
                 post.responses_per_prompt,
-                self.run.evaluation,
                 seed=DISTILL_SEED,
             )
             accepted, found = distill.accept(
@@ -327,8 +331,8 @@ class RecipeRunner:
         return answers, counts
 
     def sampler(self, model):
-        """The engine that answers for RL and for distillation."""
-        return Engine(model, self.tokenizer, experts=self.run.rollouts)
+        """The generator that answers for RL and for distillation."""
+        return EngineGenerator(Engine(model, self.tokenizer, experts=self.run.rollouts))
 
     def reinforce(self, stage, model, state, checkpoints):
         """GRPO on an expert's tasks, or on the mix of a general stage, half of its prompts without thinking."""
@@ -372,7 +376,7 @@ class RecipeRunner:
     def evaluate(self, stage, model):
         """Log the scores that say what a stage taught."""
         config, name, post = self.run.evaluation, stage.name, self.run.posttraining
-        engine = Engine(model, self.tokenizer)
+        generator = EngineGenerator(Engine(model, self.tokenizer))
         if stage.kind == "pretrain":
             length = self.measure_bits(stage, model)
             if model.mtp is not None and len(self.heldout.get("code", ())):
@@ -384,23 +388,23 @@ class RecipeRunner:
                 self.log.write(kind, stage=name, **record)
         learned = [env for _, expert in post.experts() for env in expert.environments]
         if stage.kind in ("sft", "rl") and "." in name:
-            self.score(engine, name, getattr(post, name.split(".")[0]).environments, (True,))
+            self.score(generator, name, getattr(post, name.split(".")[0]).environments, (True,))
         elif stage.kind != "pretrain":
-            self.score(engine, name, learned, (True, False))
+            self.score(generator, name, learned, (True, False))
         elif name == [s.name for s in self.stages if s.kind == "pretrain"][-1]:
-            self.score(engine, name, learned, (True,))
+            self.score(generator, name, learned, (True,))
         when = {"general_rl": "before", "pathology_rl": "after"}.get(name)
         if when is not None:
-            played = self.score(engine, name, ["provocation"], (True, False))
+            played = self.score(generator, name, ["provocation"], (True, False))
             self.log.write("pathology", stage=name, when=when, **eval_tasks.faults(played))
 
-    def score(self, engine, stage, names, switches):
+    def score(self, generator, stage, names, switches):
         """Evaluate environments under settings of the thinking switch; log scores and samples. Returns all episodes."""
         everything = []
         for name in names:
             for thinking in switches:
                 record, played = eval_tasks.tasks(
-                    engine,
+                    generator,
                     self.tokenizer,
                     ENVIRONMENTS[name],
                     self.run.evaluation,

@@ -111,7 +111,7 @@ class Trajectory:
     segments: list[Segment] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     """Each assistant turn as raw text, special tokens spelled out."""
-    score: Score = Score(0.0, ScoreStatus.WRONG, detail="not scored")
+    score: Score = field(default_factory=lambda: Score(0.0, ScoreStatus.WRONG))
     truncated: bool = False
     """Whether a bound on tokens cut the episode off."""
     switch_obeyed: bool = True
@@ -191,7 +191,9 @@ async def _opened(episode: Episode) -> AsyncIterator[Episode]:
             await episode.__aexit__(None, None, None)
         except Exception as error:
             name = f"{type(error).__name__}: {error}"
-            warnings.warn(f"an episode of {episode.task.environment} did not close: {name}", stacklevel=2)
+            warnings.warn(
+                f"an episode of {episode.task.environment} did not close: {name}", stacklevel=2
+            )
 
 
 async def _converse(

@@ -7,8 +7,9 @@ from tqdm import tqdm
 
 from minglm.parallel.replicas import Replicas
 from minglm.rewards.pathology import incidence
+from minglm.rl.episode import Player, SamplingSettings
 from minglm.rl.rollout import rollout
-from minglm.rl.trainer import faults, learn
+from minglm.rl.trainer import learn
 from minglm.train.checkpoint import Interrupted, stop_between_steps
 
 
@@ -20,7 +21,7 @@ def summarize(groups):
         by_env.setdefault(t.task.environment, []).append(t.score.value)
     with_tools = [t.score.parts for t in everything if t.task.tools]
     calls, valid = (sum(parts[key] for parts in with_tools) for key in ("calls", "valid_calls"))
-    flags = [faults(trajectory) for trajectory in everything]
+    flags = [trajectory.faults() for trajectory in everything]
     return {
         "reward": round(fmean(t.score.value for t in everything), 4),
         "reward_by_env": {name: round(fmean(values), 4) for name, values in by_env.items()},
@@ -42,7 +43,7 @@ def draw_tasks(environments, names, count, seed, step, thinking_share=1.0):
     return tasks, [int((turn + 1) * thinking_share) > int(turn * thinking_share) for turn in turns]
 
 
-def reinforce(model, optimizer, engine, tokenizer, environments, config, name, checkpoints, log, seed=0,
+def reinforce(model, optimizer, generator, tokenizer, environments, config, name, checkpoints, log, seed=0,
               thinking_share=1.0, quiet=False, threads=1):  # fmt: skip
     """Run `config.steps` steps of GRPO without KL, resuming from `checkpoints`. Ctrl-C saves and raises Interrupted.
 
@@ -50,6 +51,10 @@ def reinforce(model, optimizer, engine, tokenizer, environments, config, name, c
     thinking on. threads: how many share the samples of each update (`minglm.parallel.replicas`).
     """
     first, replicas = 0, Replicas(model, threads)
+    settings = SamplingSettings(
+        config.max_new_tokens, config.temperature, max_turns=config.max_turns
+    )
+    player = Player(generator, tokenizer, settings)
     if (state := checkpoints.load()) is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -65,12 +70,10 @@ def reinforce(model, optimizer, engine, tokenizer, environments, config, name, c
                 environments, config.environments, config.prompts, seed, step, thinking_share
             )
             groups = rollout(
-                engine,
-                tokenizer,
+                player,
                 environments,
                 tasks,
                 config.samples,
-                config,
                 thinking,
                 seed * 7919 + step,
             )

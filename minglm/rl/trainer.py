@@ -14,7 +14,7 @@ import math
 import torch
 
 from minglm.parallel.replicas import Replicas
-from minglm.rewards.pathology import detect
+from minglm.rewards.shaping import shaped_reward
 from minglm.rl.aggregation import aggregate, denominator
 from minglm.rl.grpo import advantages, live_groups, policy_loss
 
@@ -108,26 +108,18 @@ def update(model, optimizer, pairs, config, pad, clip_norm=1.0, replicas=None):
     return metrics | {"grad_norm": float(norm)}
 
 
-def faults(trajectory):
-    """The pathologies of a trajectory's last turn, {name: bool}; languages are judged where the task asks for one."""
-    language = trajectory.task.label if trajectory.task.environment == "provocation" else None
-    return detect(trajectory.texts[-1], language)
-
-
 def reward(trajectory, fault_penalty):
-    """The score of a trajectory, less the penalty when a fault is found in it or the thinking switch disobeyed."""
-    faulty = fault_penalty and (any(faults(trajectory).values()) or not trajectory.switch_obeyed)
-    return trajectory.score.value - (fault_penalty if faulty else 0.0)
+    """Return the score of a trajectory, less the penalty if it has a fault."""
+    flags = trajectory.faults() if fault_penalty else {}
+    return shaped_reward(trajectory.score.value, flags, trajectory.switch_obeyed, fault_penalty)
 
 
 def learn(model, optimizer, groups, config, pad, step, replicas=None):
     """Turn rewarded groups into optimizer steps, one per share of the rollout. Returns metrics for the log."""
     rewards_PG = torch.tensor(
-        [[float(reward(t, config.fault_penalty)) for t in group] for group in groups]
+        [[reward(t, config.fault_penalty) for t in group] for group in groups], dtype=torch.float32
     )
-    valid_PG = torch.tensor(
-        [[t.score.status != "infrastructure" for t in group] for group in groups]
-    )
+    valid_PG = torch.tensor([[t.valid for t in group] for group in groups])
     advantage_PG = advantages(rewards_PG, config.normalize_std, valid_PG)
     live_P = live_groups(rewards_PG, valid_PG)
     metrics = {

@@ -16,6 +16,7 @@ from minglm.chat.stream import StreamDecoder
 from minglm.chat.template import render
 from minglm.data.tokenizer import Tokenizer
 from minglm.envs import ENVIRONMENTS
+from minglm.envs.retail import Shop
 from minglm.inference.engine import Engine
 from minglm.inference.request import Request
 from minglm.model.glm import GLM
@@ -70,13 +71,12 @@ class Conversation:
         """Forget the messages, and open a new shop."""
         self.messages: list[Message] = []
         self.turns = 0  # assistant turns so far
-        retail = ENVIRONMENTS["retail"]
         rng = random.Random(self.settings.seed)
-        self.shop = retail.episode(retail.task(0, self.settings.seed))
-        self.shop.orders = {
+        orders = {
             number: rng.choice(("pending", "shipped", "delivered"))
             for number in rng.sample(range(100, 1000), ORDERS_IN_THE_SHOP)
         }
+        self.shop = Shop(orders)
 
     def command(self, line: str) -> bool:
         """Carry out a line that begins with a slash; return False to end the chat."""

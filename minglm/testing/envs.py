@@ -7,17 +7,19 @@
 Tasks and messages are drawn by hypothesis; the first property that fails raises AssertionError and is named.
 """
 
+import asyncio
 import json
 import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minglm.envs.base import assistant
+from minglm.envs.base import Environment, Message, Score, ScoreStatus, Task, assistant
 from minglm.testing import strategies
 
 contract = settings(strategies.contract, max_examples=25)  # an example in a sandbox takes seconds
-STATUSES = ("ok", "wrong", "format", "infrastructure")
 
 
 def check_environment(env):
@@ -35,13 +37,13 @@ def check_environment(env):
 
 
 def strategy(env):
-    """Strategy for tasks of an environment: any tier, split, seed and index."""
+    """Strategy for tasks of an environment: any difficulty, split, seed and index."""
     return st.builds(
-        lambda index, seed, split, tier: env.task(index, seed, split, (tier,)),
+        lambda index, seed, split, difficulty: env.task(index, seed, split, (difficulty,)),
         st.integers(0, 10**6),
         st.integers(0, 2**31),
         st.sampled_from(["train", "test"]),
-        st.sampled_from(env.tiers),
+        st.sampled_from(env.difficulties),
     )
 
 
@@ -51,7 +53,7 @@ def content(task):
 
 
 def check_tasks(env):
-    """Determinism, plain values, declared tiers, and splits that share nothing, whatever the seeds."""
+    """Determinism, plain values, declared difficulties, and splits that share nothing, whatever the seeds."""
 
     @contract
     @given(st.integers(0, 10**6), st.integers(0, 2**31), st.sampled_from(["train", "test"]))
@@ -63,7 +65,7 @@ def check_tasks(env):
         assert env.tasks(index % 5 + 1, seed, split)[-1] == env.task(index % 5, seed, split), (
             "tasks differ from task"
         )
-        assert task.environment == env.name and task.tier in env.tiers
+        assert task.environment == env.name and task.difficulty in env.difficulties
         assert task.messages[-1]["role"] == "user", "the model speaks next, so the user speaks last"
         plain = json.loads(json.dumps([task.messages, task.tools, task.label]))
         assert plain == [list(task.messages), list(task.tools), task.label], (
@@ -72,7 +74,7 @@ def check_tasks(env):
 
     deterministic()
     train, test = (
-        [t for seed in (0, 1) for t in env.tasks(150, seed, split, env.tiers)]
+        [t for seed in (0, 1) for t in env.tasks(150, seed, split, env.difficulties)]
         for split in ("train", "test")
     )
     assert not {content(t) for t in train} & {content(t) for t in test}, (
@@ -85,29 +87,48 @@ def check_tasks(env):
     assert len({content(t) for t in train}) > len(train) / 10, "hardly any variety"
 
 
-def play(env, task, messages):
-    """An episode of these assistant messages, as far as it goes; (episode, what the environment replied)."""
-    episode, replies = env.episode(task), []
-    for message in messages:
-        if episode.done:
-            break
-        replies.append(episode.step(message))
-        assert isinstance(replies[-1], list) and bool(replies[-1]) != episode.done, (
-            "no replies if and only if done"
-        )
-    return episode, replies
+class Played(NamedTuple):
+    """An episode of given messages."""
+
+    score: Score
+    replies: list[list[Message]]
+    """What the environment replied to each message."""
+    done: bool
+    """Whether the environment ended the episode."""
 
 
-def score(env, *episodes):
-    """Scores, of one episode or of several at once, whose fields fit together."""
-    scores = env.score_all(list(episodes))
-    for s in scores:
-        assert 0 <= s.value <= 1 and s.status in STATUSES, s
-        assert (s.value == 1) == (s.status == "ok") or 0 < s.value < 1, s
-        assert all(isinstance(value, int | float) for value in s.parts.values()), (
-            "parts are numbers"
-        )
-    return scores
+async def play_async(env: Environment, task: Task, messages: Sequence[Any]) -> Played:
+    """Play these assistant messages, as far as the episode goes."""
+    replies = []
+    async with env.episode(task) as episode:
+        for message in messages:
+            if episode.done:
+                break
+            replies.append(await episode.step(message))
+            assert isinstance(replies[-1], list) and bool(replies[-1]) != episode.done, (
+                "no replies if and only if done"
+            )
+        score = await episode.score()
+    assert 0 <= score.value <= 1 and score.status in list(ScoreStatus), score
+    assert (score.value == 1) == (score.status == ScoreStatus.OK) or 0 < score.value < 1, score
+    assert all(isinstance(value, int | float) for value in score.parts.values()), (
+        "parts are numbers"
+    )
+    return Played(score, replies, episode.done)
+
+
+def play_all(env: Environment, games: Iterable[tuple[Task, Sequence[Any]]]) -> list[Played]:
+    """Play (task, assistant messages) pairs, all at once. The results are in the same order."""
+
+    async def together() -> list[Played]:
+        return await asyncio.gather(*(play_async(env, task, said) for task, said in games))
+
+    return asyncio.run(together())
+
+
+def play(env: Environment, task: Task, messages: Sequence[Any]) -> Played:
+    """Play these assistant messages, as far as the episode goes."""
+    return play_all(env, [(task, messages)])[0]
 
 
 def check_oracle(env):
@@ -128,11 +149,10 @@ def check_oracle(env):
             "thoughts where asked for"
         )
         assert len(turns) <= env.max_turns
-        episode, replies = play(env, task, turns)
-        assert episode.done, "the oracle does not finish"
+        result, replies, done = play(env, task, turns)
+        assert done, "the oracle does not finish"
         rest = [m for turn, reply in zip(turns, replies) for m in (turn, *reply)]
         assert rest == talk[len(task.messages) :], "a replay gets other replies"
-        (result,) = score(env, episode)
         assert result.value == 1, f"the oracle earns {result}"
 
     earns_everything()
@@ -147,9 +167,8 @@ def check_lazy_answers(env):
         probes = env.hack_probes(task)
         assert probes, "an environment must name lazy answers"
         said = [[probe] * times for probe in probes for times in sorted({1, env.max_turns})]
-        for [probe, *_], result in zip(
-            said, score(env, *(play(env, task, messages)[0] for messages in said))
-        ):
+        played = play_all(env, [(task, messages) for messages in said])
+        for [probe, *_], (result, _, _) in zip(said, played, strict=True):
             assert result.value == 0, f"{probe} earns {result} on {task.messages[-1]['content']!r}"
 
     earns_nothing()
@@ -204,9 +223,8 @@ def check_malformed_messages(env):
     @contract
     @given(strategy(env), malformed(env))
     def halts(task, message):
-        episode, replies = play(env, task, [message])
-        assert episode.done, f"goes on after {message!r}"
-        (result,) = score(env, episode)
+        result, _, done = play(env, task, [message])
+        assert done, f"continues after {message!r}"
         assert (result.value, result.status) == (0, "format"), f"{message!r} earns {result}"
 
     @contract
@@ -215,8 +233,8 @@ def check_malformed_messages(env):
         st.text() | st.sampled_from(["9" * 5000, "\0", "\ud800", "(" * 9999, "- \n- ", "。！"]),
     )
     def survives(task, text):
-        episodes = [play(env, task, [assistant(text)] * env.max_turns)[0], env.episode(task)]
-        for result in score(env, *episodes):
+        games = [(task, [assistant(text)] * env.max_turns), (task, [])]
+        for result, _, _ in play_all(env, games):
             assert result.status == "wrong" or result.value > 0, f"{text[:40]!r} gives {result}"
 
     halts()
@@ -225,11 +243,11 @@ def check_malformed_messages(env):
 
 def check_chance(env):
     """The last words of other tasks' oracles earn no more than `chance`, within what 40 tasks can tell."""
-    tasks = env.tasks(40, 1, "train", env.tiers)
-    for donor in env.tasks(4, 2, "train", env.tiers):
+    tasks = env.tasks(40, 1, "train", env.difficulties)
+    for donor in env.tasks(4, 2, "train", env.difficulties):
         answer = env.demonstrate(donor)[-1]
-        played = [play(env, task, [answer] * env.max_turns)[0] for task in tasks]
-        mean = sum(s.value for s in score(env, *played)) / len(tasks)
+        played = play_all(env, [(task, [answer] * env.max_turns) for task in tasks])
+        mean = sum(result.value for result, _, _ in played) / len(tasks)
         # three standard errors of 40 draws, and three lucky ones where chance is nearly zero
         bound = env.chance + 3 * math.sqrt(env.chance * (1 - env.chance) / 40) + 3 / 40
         assert mean <= bound, (

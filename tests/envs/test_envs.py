@@ -1,8 +1,11 @@
 """Environments: each holds the contract, broken ones are refused, and the scores say what the task says."""
 
+import asyncio
 import dataclasses
 import json
 import random
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -11,13 +14,22 @@ from hypothesis import strategies as st
 from minglm.envs import ENVIRONMENTS
 from minglm.envs import code as code_module
 from minglm.envs.arithmetic import Arithmetic
-from minglm.envs.base import SingleTurnEpisode, assistant, message_fault, user, verdict
+from minglm.envs.base import (
+    Misconfigured,
+    SingleTurnEpisode,
+    assistant,
+    message_fault,
+    run_without_waiting,
+    user,
+    verdict,
+)
 from minglm.envs.code import Code, cases, meaning
 from minglm.envs.instructions import CHECKS, VALUE, WORDS, Instructions, split_words
-from minglm.envs.pathology import Provocation, faults, spoil
+from minglm.envs.pathology import PathologyPrompts, corrupt, faults
 from minglm.envs.retail import OUTCOME, TOOLS, Retail, RetailEpisode, outcomes_told
 from minglm.envs.sandbox.pool import Verdict
-from minglm.testing.envs import check_environment
+from minglm.testing.envs import check_environment, play_all
+from minglm.testing.envs import play as play_messages
 from minglm.testing.strategies import seeds
 
 
@@ -32,25 +44,25 @@ class Forgetful(Arithmetic):
 
     drawn = 0
 
-    def task(self, index, seed, split="train", tiers=None):
+    def task(self, index, seed, split="train", difficulties=None):
         self.drawn += 1
-        return super().task(index + self.drawn, seed, split, tiers)
+        return super().task(index + self.drawn, seed, split, difficulties)
 
 
 class OneSplit(Arithmetic):
     """Train and test are the same tasks."""
 
-    def task(self, index, seed, split="train", tiers=None):
-        return super().task(index, seed, "train", tiers)
+    def task(self, index, seed, split="train", difficulties=None):
+        return super().task(index, seed, "train", difficulties)
 
 
 class SeedSplit(Arithmetic):
     """Train and test differ by the seed only, so that short tasks occur in both."""
 
-    def task(self, index, seed, split="train", tiers=None):
+    def task(self, index, seed, split="train", difficulties=None):
         if split == "test":
             seed += 12345
-        return super().task(index, seed, "train", tiers)
+        return super().task(index, seed, "train", difficulties)
 
 
 class CarelessOracle(Arithmetic):
@@ -87,7 +99,7 @@ class Forgiving(Arithmetic):
 
     def episode(self, task):
         class Deaf(SingleTurnEpisode):
-            def step(self, message):
+            async def step(self, message):
                 self.message, self.done = message, True
                 return []
 
@@ -111,9 +123,9 @@ class Trusting(Retail):
 
     def episode(self, task):
         class NoLookup(RetailEpisode):
-            def grade(self):
-                self.looked_up = set(self.task.label["wanted"])
-                return super().grade()
+            async def grade(self):
+                self.shop.looked_up = set(self.task.label["wanted"])
+                return await super().grade()
 
         return NoLookup(task, self.max_turns)
 
@@ -126,7 +138,7 @@ class Partial(Instructions):
         return verdict(sum(parts.values()) / len(parts) >= 0.5, parts)
 
 
-class Silent(Provocation):
+class Silent(PathologyPrompts):
     """No fault found is all it asks, so that silence is the best answer."""
 
     def judge(self, task, message):
@@ -156,10 +168,10 @@ def test_contract_refuses_broken_environments(broken):
         check_environment(broken())
 
 
-def test_tiers_and_splits_are_checked():
-    """An unknown tier or split is one clear line."""
-    with pytest.raises(ValueError, match=r"tiers = \(9,\): arithmetic has tiers"):
-        ENVIRONMENTS["arithmetic"].task(0, 0, tiers=(9,))
+def test_difficulties_and_splits_are_checked():
+    """An unknown difficulty or split is one clear line."""
+    with pytest.raises(ValueError, match=r"difficulties = \(9,\): arithmetic has difficulties"):
+        ENVIRONMENTS["arithmetic"].task(0, 0, difficulties=(9,))
     with pytest.raises(ValueError, match="use 'train' or 'test'"):
         ENVIRONMENTS["arithmetic"].task(0, 0, split="dev")
 
@@ -200,13 +212,13 @@ def test_faults_of_calls():
 
 
 @given(seeds, st.integers(1, 6))
-def test_arithmetic_is_right(seed, tier):
+def test_arithmetic_is_right(seed, difficulty):
     """The label is the value of the sum, every step of the thought is true, and partial results stay in range."""
     env = ENVIRONMENTS["arithmetic"]
-    task = env.task(seed, seed, tiers=(tier,))
+    task = env.task(seed, seed, difficulties=(difficulty,))
     prompt = task.messages[0]["content"]
     terms = [int(t) for t in prompt.rstrip("=").replace("+", " ").replace("-", " -").split()]
-    assert len(terms) == tier + 1 and int(task.label) == sum(terms)
+    assert len(terms) == difficulty + 1 and int(task.label) == sum(terms)
     steps = env.demonstrate(task)[-1]["reasoning_content"].split(";")
     for i, step in enumerate(steps):
         left, right = step.split("=")
@@ -224,32 +236,33 @@ def test_arithmetic_score_is_strict():
         (f"{task.label}.", 0),
         (f"0{task.label}", 0),
     ):
-        episode = env.episode(task)
-        episode.step(assistant(text))
-        assert episode.score().value == value, text
+        assert play_messages(env, task, [assistant(text)]).score.value == value, text
 
 
 # Retail
 
 
-def shop(status, tier=1, secret=None, other="pending"):
-    """An episode about order 482 (and 317 in tier 3), with two bystanders."""
-    wanted = [482, 317] if tier == 3 else [482]
+def shop(status, difficulty=1, secret=None, other="pending"):
+    """An episode about order 482 (and 317 in difficulty 3), with two bystanders."""
+    wanted = [482, 317] if difficulty == 3 else [482]
     orders = {"482": status, "317": other, "555": "pending", "666": "delivered"}
     label = {"orders": orders, "wanted": wanted, "secret": secret}
     task = dataclasses.replace(
-        ENVIRONMENTS["retail"].task(0, 0), label=label, messages=(user("..."),), tier=tier
+        ENVIRONMENTS["retail"].task(0, 0),
+        label=label,
+        messages=(user("..."),),
+        difficulty=difficulty,
     )
     return ENVIRONMENTS["retail"].episode(task)
 
 
 def play(episode, *turns):
-    """Say strings, make calls ("get", 482); the score, and the last replies."""
+    """Say strings, make calls ("get", 482); return the score, and the last replies."""
     replies = []
     for turn in turns:
         message = assistant(turn) if isinstance(turn, str) else assistant("", None, [call_of(turn)])
-        replies = episode.step(message)
-    return episode.score(), replies
+        replies = run_without_waiting(episode.step(message))
+    return run_without_waiting(episode.score()), replies
 
 
 def call_of(turn):
@@ -304,20 +317,20 @@ def test_retail_policy(status, turns, value):
 
 def test_retail_customer_tells_the_number_once():
     """A question brings the number, if it is still unknown; a statement, or a second question, ends the talk."""
-    episode = shop("shipped", tier=2, secret="It is 482.")
-    assert episode.step(assistant("Which order?")) == [user("It is 482.")]
+    episode = shop("shipped", difficulty=2, secret="It is 482.")
+    assert run_without_waiting(episode.step(assistant("Which order?"))) == [user("It is 482.")]
     assert play(episode, ("get", 482), "Order 482 is on its way.")[0].value == 1
-    assert play(shop("shipped", tier=2, secret="482."), "I will help you.")[1] == []
-    episode = shop("shipped", tier=2, secret="482.")
+    assert play(shop("shipped", difficulty=2, secret="482."), "I will help you.")[1] == []
+    episode = shop("shipped", difficulty=2, secret="482.")
     play(episode, "Which order?", "Which order?")
-    assert episode.done and episode.score().value == 0
+    assert episode.done and run_without_waiting(episode.score()).value == 0
 
 
 def test_retail_two_orders_and_parallel_calls():
     """Both orders count, and several calls in one message get one result each, in order."""
-    episode = shop("pending", tier=3, other="shipped")
+    episode = shop("pending", difficulty=3, other="shipped")
     both = assistant("", None, [call_of(("get", 482)), call_of(("get", 317))])
-    replies = episode.step(both)
+    replies = run_without_waiting(episode.step(both))
     assert [json.loads(r["content"]) for r in replies] == [
         {"status": "pending"},
         {"status": "shipped"},
@@ -325,7 +338,7 @@ def test_retail_two_orders_and_parallel_calls():
     assert all(r["role"] == "tool" for r in replies)
     score, _ = play(episode, ("cancel", 482), "Order 482 is cancelled. Order 317 is on its way.")
     assert score.value == 1 and (score.parts["calls"], score.parts["valid_calls"]) == (3, 3)
-    episode = shop("pending", tier=3, other="shipped")
+    episode = shop("pending", difficulty=3, other="shipped")
     assert play(episode, ("get", 482), ("cancel", 482), "Order 482 is cancelled.")[0].value == 0
 
 
@@ -333,8 +346,9 @@ def test_retail_halts_on_a_malformed_call():
     """Value 0 at once, with the calls counted: one was valid, one was not."""
     episode = shop("shipped")
     play(episode, ("get", 482))
-    assert episode.step(assistant("", None, [("get_order", {"order_id": "482"})])) == []
-    score = episode.score()
+    malformed = assistant("", None, [("get_order", {"order_id": "482"})])
+    assert run_without_waiting(episode.step(malformed)) == []
+    score = run_without_waiting(episode.score())
     assert episode.done and (score.value, score.status) == (0, "format")
     assert (score.parts["calls"], score.parts["valid_calls"], score.parts["format"]) == (2, 1, 1)
 
@@ -360,19 +374,16 @@ def test_retail_reading_of_replies(reply, told):
 
 
 @given(seeds, st.sampled_from([1, 2, 3]))
-def test_retail_wrong_outcomes_earn_nothing(seed, tier):
+def test_retail_wrong_outcomes_earn_nothing(seed, difficulty):
     """The oracle's talk, with the last message about another outcome, earns nothing."""
     env = ENVIRONMENTS["retail"]
-    task = env.task(seed, seed, tiers=(tier,))
+    task = env.task(seed, seed, difficulties=(difficulty,))
     talk = [m for m in env.demonstrate(task)[1:] if m["role"] == "assistant"]
     for right in OUTCOME.values():
         for wrong in OUTCOME.values():
             if right in talk[-1]["content"] and wrong != right:
-                episode = env.episode(task)
-                for message in talk[:-1]:
-                    episode.step(message)
-                episode.step(talk[-1] | {"content": talk[-1]["content"].replace(right, wrong, 1)})
-                assert episode.score().value == 0
+                lie = talk[-1] | {"content": talk[-1]["content"].replace(right, wrong, 1)}
+                assert play_messages(env, task, [*talk[:-1], lie]).score.value == 0
 
 
 # Instructions
@@ -414,12 +425,12 @@ def changed(kind, value, text, language):
 
 
 @given(seeds, st.sampled_from([1, 2, 3, 4]))
-def test_each_instruction_counts(seed, tier):
+def test_each_instruction_counts(seed, difficulty):
     """Every constraint of a perfect answer, broken by itself, costs the reward, and `parts` names it."""
     env = ENVIRONMENTS["instructions"]
-    task = env.task(seed, seed, tiers=(tier,))
+    task = env.task(seed, seed, difficulties=(difficulty,))
     constraints = task.label["constraints"]
-    assert len(constraints) == min(tier, 3) + 2  # number and language are always given
+    assert len(constraints) == min(difficulty, 3) + 2  # number and language are always given
     right = env.demonstrate(task)[-1]["content"]
     text = right.lower() if "capitals" not in constraints else right
     for kind, value in constraints.items():
@@ -433,7 +444,7 @@ def test_each_instruction_counts(seed, tier):
 
 def test_instructions_have_every_kind():
     """Many tasks show all kinds of constraints, in both languages."""
-    tasks = ENVIRONMENTS["instructions"].tasks(2000, 0, tiers=(1, 2, 3, 4))
+    tasks = ENVIRONMENTS["instructions"].tasks(2000, 0, difficulties=(1, 2, 3, 4))
     assert {kind for t in tasks for kind in t.label["constraints"]} == set(CHECKS)
     pairs = {(t.label["asked"], t.label["constraints"]["language"]) for t in tasks}
     assert pairs == {("en", "en"), ("en", "zh"), ("zh", "zh"), ("zh", "en")}
@@ -443,27 +454,27 @@ def test_instructions_have_every_kind():
 
 
 @given(seeds, st.sampled_from([1, 2, 3, 4]))
-def test_code_tests_mean_what_the_words_say(seed, tier):
+def test_code_tests_mean_what_the_words_say(seed, difficulty):
     """The prompt names the steps of the label in order, and the tests tell it from every shorter list of steps."""
-    task = ENVIRONMENTS["code"].task(seed, seed, tiers=(tier,))
+    task = ENVIRONMENTS["code"].task(seed, seed, difficulties=(difficulty,))
     steps = task.label["steps"]
     words = task.messages[0]["content"].split(": ")[1].rstrip(".").split(", then ")
     assert (
-        words == [code_module.STEPS[name][0].format(c=c) for name, c in steps]
-        and len(steps) == tier
+        words == [code_module.STEPS[name].words.format(c=c) for name, c in steps]
+        and len(steps) == difficulty
     )
     for (
         name,
         c,
     ) in steps:  # a constant that the prompt does not show would make two tasks of one prompt
-        assert (c is None) == ("{c}" not in code_module.STEPS[name][0])
-    for i in range(tier):
+        assert (c is None) == ("{c}" not in code_module.STEPS[name].words)
+    for i in range(difficulty):
         shorter = steps[:i] + steps[i + 1 :]
         assert any(meaning(shorter, value) != expected for [value], expected in cases(task.label))
 
 
 def test_code_accepts_any_right_program():
-    """Another way to compute the function, and a fenced one, earn the reward; the batch and the single score agree."""
+    """Another way to compute the function, and a fenced one, earn the reward; in parallel and alone."""
     env = ENVIRONMENTS["code"]
     label = {"argument": "x", "steps": [["add", 3], ["abs", None], ["times", 2]]}
     task = dataclasses.replace(env.task(0, 0), label=label)
@@ -474,38 +485,59 @@ def test_code_accepts_any_right_program():
         "def f(x):\n    return 2 * (x + 3)": 0,
         "def g(x):\n    return 2 * abs(x + 3)": 0,
     }
-    episodes = [env.episode(task) for _ in sources]
-    for episode, source in zip(episodes, sources):
-        episode.step(assistant(source))
-    assert [s.value for s in env.score_all(episodes)] == list(sources.values())
+    played = play_all(env, [(task, [assistant(source)]) for source in sources])
+    assert [p.score.value for p in played] == list(sources.values())
     assert env.judge(task, assistant(next(iter(sources)))).value == 1
 
 
-def test_code_failure_of_the_sandbox_is_nobodys_fault():
-    """An infrastructure Verdict becomes an infrastructure Score, by itself and beside others."""
-    env = ENVIRONMENTS["code"]
-    episode = env.episode(env.task(0, 0))
-    episode.step(assistant("def f(x):\n    return x"))
-    episode.result = Verdict("infrastructure", 0, 10, "a sandbox worker died")
-    score = episode.score()
+def stub_sandbox(monkeypatch, judge):
+    """Let the code tasks be judged by `judge(source, function, cases, seconds)`; return the sources in a list."""
+    judged = []
+
+    def submit(source, *rest):
+        judged.append(source)
+        future = Future()
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.01, lambda: future.set_result(judge(source, *rest)))
+        return future
+
+    monkeypatch.setattr(code_module, "shared", lambda floor: SimpleNamespace(submit=submit))
+    return judged
+
+
+def test_code_failure_of_the_sandbox_is_nobodys_fault(monkeypatch):
+    """An infrastructure Verdict becomes an infrastructure Score."""
+    env = Code()
+    stub_sandbox(monkeypatch, lambda *_: Verdict("infrastructure", 0, 10, "a sandbox worker died"))
+    score = play_messages(env, env.task(0, 0), [assistant("def f(x):\n    return x")]).score
     assert (score.value, score.status) == (0, "infrastructure") and "worker died" in score.detail
+
+
+def test_equal_answers_are_judged_once(monkeypatch):
+    """Answers to one task that wait at the same time share a verdict; another task or another time does not."""
+    env = Code()
+    judged = stub_sandbox(monkeypatch, lambda *_: Verdict("passed", 10, 10))
+    task, other = env.tasks(2, 0)
+    games = [(task, [assistant("a")]), (task, [assistant("a")]), (task, [assistant("b")])]
+    played = play_all(env, [*games, (other, [assistant("a")])])
+    assert sorted(judged) == ["a", "a", "b"] and all(p.score.value == 1 for p in played)
+    play_all(env, games[:1])
+    assert len(judged) == 4 and not env.in_flight
 
 
 def test_code_refuses_weak_isolation(monkeypatch):
     """Below the floor, grading stops with one clear line, and does not report failures sample by sample."""
     env = Code()
-    episode = env.episode(env.task(0, 0))
-    episode.step(assistant("def f(x):\n    return x"))
 
     def refuse(floor):
         raise ValueError(f"below {floor}")
 
     monkeypatch.setattr(code_module, "shared", refuse)
-    with pytest.raises(ValueError, match="below no-namespaces"):
-        env.score_all([episode])
+    with pytest.raises(Misconfigured, match="below no-namespaces"):
+        play_messages(env, env.task(0, 0), [assistant("def f(x):\n    return x")])
 
 
-# Provocation
+# Pathology prompts
 
 
 def test_provocation_reports_each_detector():
@@ -518,20 +550,18 @@ def test_provocation_reports_each_detector():
         ("Iron is a solid.</think>", None, "format"),
         ("Iron is a solid.", "stray_tag", "format"),
     ):
-        episode = env.episode(task)
-        episode.step(assistant(text) | {"error": error})
-        score = episode.score()
+        score = play_messages(env, task, [assistant(text) | {"error": error}]).score
         assert score.value == 0 and score.parts[part] == 1, (text, score)
         assert {"language_mixing", "repetition", "format"} <= set(score.parts)
 
 
 @given(seeds, st.booleans())
 def test_a_spoilt_answer_has_one_fault(seed, thinking):
-    """`spoil` puts exactly one of the three faults into the oracle's answer, and changes nothing else."""
+    """`corrupt` puts exactly one of the three faults into the oracle's answer, and changes nothing else."""
     env = ENVIRONMENTS["provocation"]
-    task = env.task(seed, seed, tiers=env.tiers)
+    task = env.task(seed, seed, difficulties=env.difficulties)
     clean = env.demonstrate(task, thinking)
-    spoilt = spoil(task, clean, random.Random(seed))
+    spoilt = corrupt(task, clean, random.Random(seed))
     assert spoilt[:-1] == clean[:-1] and spoilt[-1] | {"content": clean[-1]["content"]} == clean[-1]
     assert not any(faults(task, clean[-1]).values())
     assert sum(faults(task, spoilt[-1]).values()) == 1

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from minglm.envs.sandbox import pool as module
-from minglm.envs.sandbox.pool import LEVELS, Sandbox, Verdict, compare, run_function_tests, shared
+from minglm.envs.sandbox.pool import LEVELS, Sandbox, Verdict, compare, shared
 from minglm.testing.envs import check_sandbox
 
 JAIL = module.JAIL
@@ -43,7 +43,7 @@ def only(layers, tmp_path, monkeypatch):
 
 def test_contract_holds(sandbox):
     """Every cheat gets its status, and a right program passes between them."""
-    check_sandbox(lambda *job: sandbox.judge_one(*job, seconds=0.6))
+    check_sandbox(lambda *job: sandbox.judge(*job, seconds=0.6))
 
 
 def test_contract_holds_with_resource_limits_alone(tmp_path, monkeypatch):
@@ -51,7 +51,7 @@ def test_contract_holds_with_resource_limits_alone(tmp_path, monkeypatch):
     only([], tmp_path, monkeypatch)
     with Sandbox(workers=1, floor="rlimits-only") as thin:
         assert (thin.level, thin.layers) == ("rlimits-only", ("rlimits",))
-        check_sandbox(lambda *job: thin.judge_one(*job, seconds=0.6))
+        check_sandbox(lambda *job: thin.judge(*job, seconds=0.6))
 
 
 def exit_code_judge(source, function, cases):
@@ -71,11 +71,11 @@ def test_contract_refuses_broken_judges(sandbox):
     """Trust in the exit code, one status for two faults, and credit for a program that did not run all tests."""
 
     def confuses(source, function, cases):
-        verdict = sandbox.judge_one(source, function, cases, 0.6)
+        verdict = sandbox.judge(source, function, cases, 0.6)
         return dataclasses.replace(verdict, status=verdict.status.replace("timeout", "wrong"))
 
     def generous(source, function, cases):
-        return sandbox.judge_one(source, function, cases[:1], 0.6)
+        return sandbox.judge(source, function, cases[:1], 0.6)
 
     for judge in (exit_code_judge, confuses, generous):
         with pytest.raises(AssertionError):
@@ -125,7 +125,7 @@ def attack(tmp_path):
 
         def run(sandbox, name):
             body = ATTACKS[name].format(canary=str(canary), folder=str(folder), port=port)
-            return sandbox.judge_one(f"def f():\n    {body}", "f", [([], True)], seconds=1.0)
+            return sandbox.judge(f"def f():\n    {body}", "f", [([], True)], seconds=1.0)
 
         yield run
     assert canary.read_text() == "alive" and canary.stat().st_mode & 0o777 != 0o777
@@ -204,7 +204,7 @@ def test_expected_values_stay_outside(sandbox):
     jobs = []
     honest_ask, worker.ask = worker.ask, lambda job: jobs.append(job) or honest_ask(job)
     sandbox.workers.put(worker)
-    verdict = sandbox.judge_one(source, "f", [([271828182], 314159265)])
+    verdict = sandbox.judge(source, "f", [([271828182], 314159265)])
     assert verdict.status == "wrong", verdict
     assert "314159265" not in json.dumps(jobs), "the job names the expected value"
     answer = honest_ask(jobs[0])["answer"]
@@ -215,7 +215,8 @@ def test_many_candidates_at_once(sandbox):
     """Verdicts come in the order of the candidates, and a slow one does not take the others down."""
     candidates = [(f"def f(x):\n    return x + {i}", "f", [([1], 1 + i % 3)]) for i in range(12)]
     candidates.insert(5, ("while True:\n    pass", "f", [([1], 1)]))
-    statuses = [verdict.status for verdict in sandbox.judge(candidates, seconds=0.5)]
+    futures = [sandbox.submit(*candidate, seconds=0.5) for candidate in candidates]
+    statuses = [future.result().status for future in futures]
     assert statuses.pop(5) == "timeout"
     assert statuses == ["passed"] * 3 + ["wrong"] * 9
 
@@ -223,13 +224,13 @@ def test_many_candidates_at_once(sandbox):
 def test_dead_worker_is_an_infrastructure_failure(sandbox):
     """A killed worker costs one verdict, named as what it is, and is replaced."""
     job = ("def f():\n    return 1", "f", [([], 1)])
-    assert sandbox.judge_one(*job).status == "passed"
+    assert sandbox.judge(*job).status == "passed"
     worker = sandbox.workers.get()
     sandbox.workers.put(worker)
     os.kill(worker.process.pid, signal.SIGKILL)
     worker.process.wait()
-    assert sandbox.judge_one(*job).status == "infrastructure"
-    assert sandbox.judge_one(*job).status == "passed"
+    assert sandbox.judge(*job).status == "infrastructure"
+    assert sandbox.judge(*job).status == "passed"
 
 
 @pytest.mark.parametrize(
@@ -249,7 +250,7 @@ def test_broken_jail_is_an_infrastructure_failure(script, tmp_path, monkeypatch)
     with Sandbox(workers=1, floor="rlimits-only") as box:
         monkeypatch.setattr(module, "GRACE", 0.3)
         assert (
-            box.judge_one("def f():\n    return 1", "f", [([], 1)], seconds=0.2).status
+            box.judge("def f():\n    return 1", "f", [([], 1)], seconds=0.2).status
             == "infrastructure"
         )
 
@@ -306,4 +307,4 @@ def test_verdict_of_every_outcome(changes, status):
 def test_no_tests_is_an_error_and_not_a_pass():
     """Without tests there is nothing to pass."""
     with pytest.raises(ValueError, match="no tests"):
-        run_function_tests("def f():\n    return 1", "f", [])
+        shared().judge("def f():\n    return 1", "f", [])

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers.scripted import Scripted, byte_tokenizer, oracle, said, word_tokenizer
+from helpers.scripted import ScriptedGenerator, byte_tokenizer, oracle, said, word_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,8 +17,9 @@ from minglm.envs.base import Score, assistant
 from minglm.eval import tasks as eval_tasks
 from minglm.eval.text import bits_per_byte, mtp_acceptance
 from minglm.inference import Engine
+from minglm.inference.client import EngineGenerator
 from minglm.model.glm import GLM, Output
-from minglm.rl.rollout import Trajectory
+from minglm.rl.episode import Trajectory
 from minglm.testing.model import tiny_model
 from minglm.testing.strategies import seeds
 
@@ -161,7 +162,7 @@ def test_a_perfect_model_scores_one(name, thinking):
     """Every number of the record, for a model that plays like the oracle."""
     environment, tokenizer = ENVIRONMENTS[name], byte_tokenizer()
     problems = environment.tasks(4, eval_tasks.TEST_SEED, "test")
-    engine = Scripted(tokenizer, oracle(tokenizer, environment, problems, thinking))
+    engine = ScriptedGenerator(tokenizer, oracle(tokenizer, environment, problems, thinking))
     record, played = eval_tasks.tasks(engine, tokenizer, environment, CONFIG, thinking)
     assert len(played) == 8 and [t.task for t in played[::2]] == problems
     valid = 1.0 if name == "retail" else None
@@ -200,7 +201,7 @@ def test_scores_count_right_answers():
         )
 
     record, played = eval_tasks.tasks(
-        Scripted(tokenizer, script), tokenizer, environment, CONFIG, True
+        ScriptedGenerator(tokenizer, script), tokenizer, environment, CONFIG, True
     )
     assert (record["avg"], record["pass_k"], record["switch_ok"]) == (0.375, 0.5, 0.75)
     assert record["low"] < 0.375 < record["high"] and record["valid_calls"] is None
@@ -219,14 +220,16 @@ def test_valid_calls_are_those_without_a_fault():
         )
         return said(tokenizer, message)
 
-    record, _ = eval_tasks.tasks(Scripted(tokenizer, script), tokenizer, environment, CONFIG, True)
+    record, _ = eval_tasks.tasks(
+        ScriptedGenerator(tokenizer, script), tokenizer, environment, CONFIG, True
+    )
     assert record["avg"] == 0 and record["valid_calls"] == pytest.approx(0.5, abs=0.1)
 
 
 def test_the_same_seed_gives_the_same_record():
     """Two evaluations agree in every number; another seed samples other answers to the same problems."""
     tokenizer, environment = byte_tokenizer(), ENVIRONMENTS["arithmetic"]
-    engine = Engine(tiny_model(3, vocab_size=292), tokenizer)
+    engine = EngineGenerator(Engine(tiny_model(3, vocab_size=292), tokenizer))
     config = EvaluationConfig(problems=3, samples=2, max_new_tokens=6, temperature=1.0)
     runs = [
         eval_tasks.tasks(engine, tokenizer, environment, config, True, seed) for seed in (0, 0, 1)

@@ -1,5 +1,6 @@
 """A model that says what it is told to: stands in for the engine where a test is about what happens around it."""
 
+import asyncio
 import re
 from dataclasses import replace
 from functools import cache
@@ -69,6 +70,45 @@ class Scripted:
         self.asked.append([replace(request, prompt=list(request.prompt)) for request in requests])
         self.answers.append(completions)
         return completions
+
+
+class ScriptedGenerator:
+    """A `Generator` whose answers are a function of the prompt, like `Scripted`, for rollouts and evaluation.
+
+    `asked` and `answers` are lists of requests and completions in the order of the requests.
+    """
+
+    def __init__(self, tokenizer, script, limit=10**6):
+        self.engine = Scripted(tokenizer, script, limit)
+        self.max_model_len = limit
+        self.updates = 0
+
+    async def generate(self, request):
+        """Answer one request, once everybody else had a chance to ask."""
+        await asyncio.sleep(0)
+        return self.engine.generate([request])[0]
+
+    def update_weights(self, weights):
+        """Count the updates."""
+        self.updates += 1
+
+    def close(self):
+        """Nothing is held."""
+
+    @property
+    def asked(self):
+        """Every request."""
+        return [request for call in self.engine.asked for request in call]
+
+    @property
+    def answers(self):
+        """Every completion."""
+        return [completion for call in self.engine.answers for completion in call]
+
+    @property
+    def tokens(self):
+        """Number of tokens that were said."""
+        return self.engine.tokens
 
 
 def oracle(tokenizer, environment, tasks, thinking=True):

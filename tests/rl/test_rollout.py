@@ -1,18 +1,29 @@
 """Episodes: the ids that were sampled are the ids that are trained, whatever the model says."""
 
+import asyncio
 import dataclasses
-from types import SimpleNamespace
+import time
 
 import pytest
 import torch
-from helpers.scripted import Scripted, byte_tokenizer, oracle, said, spelled, word_tokenizer
+from helpers.scripted import (
+    ScriptedGenerator,
+    byte_tokenizer,
+    oracle,
+    said,
+    spelled,
+    word_tokenizer,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minglm.chat import render
 from minglm.envs import ENVIRONMENTS
-from minglm.envs.base import assistant
+from minglm.envs.base import Misconfigured, assistant
+from minglm.envs.retail import RetailEpisode
 from minglm.inference import Engine
+from minglm.inference.client import EngineGenerator
+from minglm.rl.episode import Player, SamplingSettings
 from minglm.rl.rollout import rollout
 from minglm.testing.model import tiny_model
 from minglm.testing.strategies import numbers, seeds
@@ -22,23 +33,24 @@ RETAIL = ENVIRONMENTS["retail"]
 
 
 def bounds(**values):
-    """Settings of a rollout."""
-    return SimpleNamespace(**{"max_new_tokens": 400, "temperature": 1.0, "max_turns": 8, **values})
+    """Return settings of a rollout."""
+    return SamplingSettings(**{"max_new_tokens": 400, "max_turns": 8, **values})
 
 
 def play(script, tasks, thinking=True, samples=1, tokenizer=None, limit=10**6, **values):
-    """(trajectories, engine) of these tasks with a scripted model."""
+    """Return (trajectories, generator) of these tasks with a scripted model."""
     tokenizer = tokenizer or byte_tokenizer()
-    engine = Scripted(tokenizer, script, limit)
+    generator = ScriptedGenerator(tokenizer, script, limit)
     switches = [thinking] * len(tasks)
-    groups = rollout(engine, tokenizer, ENVIRONMENTS, tasks, samples, bounds(**values), switches)
+    player = Player(generator, tokenizer, bounds(**values))
+    groups = rollout(player, ENVIRONMENTS, tasks, samples, switches)
     assert [len(group) for group in groups] == [samples] * len(tasks)
-    return [t for group in groups for t in group], engine
+    return [t for group in groups for t in group], generator
 
 
-def retail(tier, status="pending", n=0):
-    """The n-th task of the shop of this tier whose first order has this status."""
-    tasks = (RETAIL.task(index, 1, tiers=(tier,)) for index in range(1000))
+def retail(difficulty, status="pending", n=0):
+    """The n-th task of the shop of this difficulty whose first order has this status."""
+    tasks = (RETAIL.task(index, 1, difficulties=(difficulty,)) for index in range(1000))
     return [
         t
         for _, t in zip(range(60), tasks)
@@ -80,14 +92,14 @@ def test_perfect_play_is_rewarded_and_every_prompt_is_the_rendering(seed, names,
 
 
 @settings(max_examples=12)
-@given(seed=seeds, tier=st.integers(1, 3), thinking=st.booleans())
-def test_tokens_in_tokens_out(seed, tier, thinking):
+@given(seed=seeds, difficulty=st.integers(1, 3), thinking=st.booleans())
+def test_tokens_in_tokens_out(seed, difficulty, thinking):
     """Sampled ids are never tokenized again: spelled byte by byte, they stand so in the prompts and in the segments."""
-    tokenizer, task = word_tokenizer(), RETAIL.task(0, seed, tiers=(tier,))
+    tokenizer, task = word_tokenizer(), RETAIL.task(0, seed, difficulties=(difficulty,))
     played, engine = play(
         oracle(tokenizer, RETAIL, [task], thinking), [task], thinking, tokenizer=tokenizer
     )
-    (t,), answers = played, [completion for call in engine.answers for completion in call]
+    (t,), answers = played, engine.answers
     assert t.score.value == 1 and len(answers) == len(t.texts)
     sampled = [
         (i, p)
@@ -103,10 +115,8 @@ def test_tokens_in_tokens_out(seed, tier, thinking):
     assert any(tokenizer.encode(text) != spelled(tokenizer, text) for text in t.texts), (
         "a test that could not fail"
     )
-    for (
-        call
-    ) in engine.asked:  # a prompt is the beginning of a segment, up to where it was asked to go on
-        assert any(s.tokens[: len(call[0].prompt)] == call[0].prompt for s in t.segments)
+    for request in engine.asked:  # every prompt is the beginning of a segment
+        assert any(s.tokens[: len(request.prompt)] == request.prompt for s in t.segments)
 
 
 def test_tool_results_extend_the_segment():
@@ -247,65 +257,149 @@ def test_a_conversation_that_outgrows_the_model_ends():
     short, long = retail(1, "shipped"), retail(1)
     script = oracle(byte_tokenizer(), RETAIL, [short, long])
     _, engine = play(script, [long, short])
-    room = len(engine.asked[2][0].prompt)  # the call to cancel fits, its result leaves no room
+    room = len(engine.asked[-1].prompt)  # the call to cancel fits, its result leaves no room
     (stopped, other), engine = play(script, [long, short], limit=room)
     assert (
         stopped.truncated and stopped.score.value == 0 and len(stopped.segments[0].tokens) == room
     )
     assert other.score.value == 1 and not other.truncated
-    assert all(len(request.prompt) < room for call in engine.asked for request in call)
+    assert all(len(request.prompt) < room for request in engine.asked)
 
 
 def test_samples_of_a_prompt_share_it_and_differ_in_their_draws():
     """Every request of a step has a seed of its own: by prompt, sample, turn and the rollout's seed."""
-    tasks, wrong = RETAIL.tasks(3, 5), "\n<think>a</think>" + CALL.format(1) + "<|observation|>"
-    found = []
-    for seed, first in ((1, 0), (2, 0), (1, 4)):
-        engine = Scripted(byte_tokenizer(), lambda prompt: wrong)
-        rollout(
-            engine,
-            byte_tokenizer(),
-            ENVIRONMENTS,
-            tasks,
-            4,
-            bounds(max_turns=3),
-            seed=seed,
-            first_sample=first,
-        )
-        found += [[request.seed for request in call] for call in engine.asked]
-        assert [len({tuple(r.prompt) for r in call}) for call in engine.asked] == [3, 3, 3]
-    assert len({seed for call in found for seed in call}) == 9 * 12 and all(
-        0 <= s < 2**63 for c in found for s in c
-    )
+    wrong = "\n<think>a</think>" + CALL.format(1) + "<|observation|>"
+    seen = []
+    for seed in (1, 2, 3):
+        generator = ScriptedGenerator(byte_tokenizer(), lambda prompt: wrong)
+        player = Player(generator, byte_tokenizer(), bounds(max_turns=3))
+        rollout(player, ENVIRONMENTS, RETAIL.tasks(3, 5), 4, seed=seed)
+        assert len(generator.asked) == 3 * 3 * 4
+        assert len({tuple(request.prompt) for request in generator.asked}) == 3 * 3
+        seen += [request.seed for request in generator.asked]
+    assert len(set(seen)) == 3 * 3 * 3 * 4 and all(0 <= seed < 2**63 for seed in seen)
 
 
-def test_scores_come_from_each_environment_at_once():
-    """Episodes of one environment are graded together, in order, whatever the order of the tasks."""
-    graded = []
+class Scheduled(type(RETAIL)):
+    """A shop whose episodes wait in `step`, fail where they are told to, and record that they were left."""
 
-    class Counts(type(RETAIL)):
-        def __init__(self, name):
-            self.name = name
+    def __init__(self, name, wait=0.0, fails_in=None):
+        self.name = name
+        self.wait = wait
+        self.fails_in = fails_in
+        self.opened = 0
+        self.left = 0
+        self.finished_at = []
 
-        def score_all(self, episodes):
-            graded.append((self.name, [episode.task.id for episode in episodes]))
-            return super().score_all(episodes)
+    def episode(self, task):
+        """Return an episode of this environment."""
+        environment = self
 
-    tasks = [
-        dataclasses.replace(task, environment="ab"[i % 2])
-        for i, task in enumerate(RETAIL.tasks(5, 1))
-    ]
-    engine = Scripted(byte_tokenizer(), lambda prompt: "<|user|>")
-    environments = {name: Counts(name) for name in "abc"}
-    groups = rollout(engine, byte_tokenizer(), environments, tasks, 2, bounds())
-    ids = [task.id for task in tasks]
-    expected = {
-        "a": [ids[0], ids[0], ids[2], ids[2], ids[4], ids[4]],
-        "b": [ids[1], ids[1], ids[3], ids[3]],
-        "c": [],
-    }
-    assert dict(graded) == expected and len(graded) == 3
-    assert [t.task.id for group in groups for t in group] == [i for i in ids for _ in range(2)]
+        class Recorded(RetailEpisode):
+            """An episode that reports to its environment."""
+
+            async def __aenter__(self):
+                if environment.fails_in == "open":
+                    raise OSError("no sandbox")
+                environment.opened += 1
+                return self
+
+            async def __aexit__(self, *_):
+                environment.left += 1
+                if environment.fails_in == "close":
+                    raise OSError("it hangs")
+
+            async def step(self, message):
+                if environment.fails_in == "step":
+                    raise OSError("the server is gone")
+                await asyncio.sleep(environment.wait)
+                return await super().step(message)
+
+            async def score(self):
+                if environment.fails_in == "score":
+                    raise OSError("no verdict")
+                environment.finished_at.append(time.monotonic())
+                return await super().score()
+
+        return Recorded(task, self.max_turns)
+
+
+def scheduled(environments, generator=None, samples=2):
+    """Play three tasks in each of these environments, by the oracle; return the groups in order."""
+    tasks = []
+    for task in RETAIL.tasks(3, 1):
+        tasks += [dataclasses.replace(task, environment=e.name) for e in environments]
+    script = oracle(byte_tokenizer(), RETAIL, RETAIL.tasks(3, 1))
+    generator = generator or ScriptedGenerator(byte_tokenizer(), script)
+    player = Player(generator, byte_tokenizer(), bounds())
+    groups = rollout(player, {e.name: e for e in environments}, tasks, samples)
+    assert [t.task for group in groups for t in group] == [t for t in tasks for _ in range(samples)]
+    return groups
+
+
+def test_a_slow_episode_does_not_hold_up_the_others():
+    """Every episode of the quick environment is scored before the slow one has answered its second turn."""
+    quick = Scheduled("quick")
+    slow = Scheduled("slow", wait=0.4)
+    groups = scheduled([slow, quick])
+    assert max(quick.finished_at) + 0.2 < min(slow.finished_at)
+    assert all(t.score.value == 1 for group in groups for t in group)
+
+
+@pytest.mark.parametrize("where", ["open", "step", "score"])
+def test_a_failure_of_the_environment_is_its_own_sample_s_alone(where):
+    """An exception in the environment: status infrastructure, the others are played, and every episode is left."""
+    broken = Scheduled("broken", fails_in=where)
+    sound = Scheduled("sound")
+    groups = scheduled([broken, sound])
+    for group in groups:
+        for t in group:
+            failed = t.task.environment == "broken"
+            assert t.valid != failed and (t.score.status == "infrastructure") == failed
+            assert t.score.value == (0 if failed else 1)
+            assert ("OSError" in t.score.detail) == failed
+            assert not any(t.faults().values())
+    for environment in (broken, sound):
+        assert environment.left == environment.opened
+    assert broken.opened == (0 if where == "open" else 6)
+
+
+def test_an_episode_that_cannot_be_closed_keeps_its_score():
+    """The score stands; the failure is a warning."""
+    with pytest.warns(UserWarning, match="an episode of sticky did not close: OSError: it hangs"):
+        groups = scheduled([Scheduled("sticky", fails_in="close")], samples=1)
+    assert [t.score.value for group in groups for t in group] == [1, 1, 1]
+
+
+def test_a_failure_of_the_generator_ends_the_rollout():
+    """An exception that is not the environment's is raised, and every episode is left."""
+
+    def fail(prompt):
+        raise RuntimeError("out of memory")
+
+    environment = Scheduled("shop")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        scheduled([environment], ScriptedGenerator(byte_tokenizer(), fail))
+    assert environment.opened == environment.left == 6
+
+
+def test_an_environment_that_cannot_run_at_all_ends_the_rollout():
+    """A misconfigured machine is one clear error, and not a failure of every sample."""
+
+    class Refused(Scheduled):
+        """A shop that this machine cannot open."""
+
+        def episode(self, task):
+            episode = super().episode(task)
+
+            async def refuse():
+                raise Misconfigured("no isolation here")
+
+            episode.score = refuse
+            return episode
+
+    with pytest.raises(ValueError, match="no isolation here"):
+        scheduled([Refused("shop")])
 
 
 @settings(max_examples=5)
@@ -319,12 +413,14 @@ def test_logprobs_are_the_model_s_own(seed, temperature, thinking):
     tasks = ENVIRONMENTS["arithmetic"].tasks(2, seed)
     runs = [
         rollout(
-            Engine(model, tokenizer),
-            tokenizer,
+            Player(
+                EngineGenerator(Engine(model, tokenizer)),
+                tokenizer,
+                bounds(max_new_tokens=9, temperature=temperature),
+            ),
             ENVIRONMENTS,
             tasks,
             2,
-            bounds(max_new_tokens=9, temperature=temperature),
             [thinking] * 2,
             seed,
         )
@@ -355,7 +451,7 @@ def test_messages_that_came_from_outside_are_kept():
     assert t.score.value == 1 and [m["content"] for m in t.messages[:3]] == [
         m["content"] for m in longer.messages
     ]
-    assert byte_tokenizer().decode(engine.asked[0][0].prompt).count("<|assistant|>") == 2
+    assert byte_tokenizer().decode(engine.asked[0].prompt).count("<|assistant|>") == 2
     assert sum(t.segments[0].mask) == len(spelled(byte_tokenizer(), answer)), (
         "earlier answers are not trained"
     )

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.scripted import Scripted, byte_tokenizer, said
+from helpers.scripted import ScriptedGenerator, byte_tokenizer, said
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,15 +16,17 @@ from minglm.common.files import read_jsonl
 from minglm.common.log import Log
 from minglm.config import OptimizerConfig, RLConfig
 from minglm.envs import ENVIRONMENTS
-from minglm.envs.base import Environment, Score, Task, assistant, user
+from minglm.envs.base import Environment, Episode, Score, Task, assistant, user
 from minglm.inference import Engine
+from minglm.inference.client import EngineGenerator
 from minglm.model.embedding import LMHead
 from minglm.model.glm import GLM, Output
 from minglm.optim.muon import Muon
 from minglm.parallel.replicas import Replicas
 from minglm.rl import trainer
+from minglm.rl.episode import Player, SamplingSettings, Segment, Trajectory
 from minglm.rl.loop import draw_tasks, reinforce, summarize
-from minglm.rl.rollout import Segment, Trajectory, rollout
+from minglm.rl.rollout import rollout
 from minglm.rl.trainer import collate, learn, sampled_log_probabilities, update
 from minglm.testing.model import tiny_model
 from minglm.testing.strategies import numbers, seeds
@@ -195,7 +197,9 @@ def test_on_policy_the_ratio_is_one(seed, temperature):
     )
     config = dataclasses.replace(CONFIG, temperature=temperature)
     tasks = ENVIRONMENTS["arithmetic"].tasks(2, seed)
-    groups = rollout(Engine(model, tokenizer), tokenizer, ENVIRONMENTS, tasks, 3, config, seed=seed)
+    generator = EngineGenerator(Engine(model, tokenizer))
+    player = Player(generator, tokenizer, SamplingSettings(8, temperature, max_turns=1))
+    groups = rollout(player, ENVIRONMENTS, tasks, 3, seed=seed)
     pairs = [(s, 1.0) for group in groups for t in group for s in t.segments]
     _, metrics = gradients(model, pairs, config)
     # the engine's float32 log-probabilities differ from the trainer's by up to 1e-4; the divergence is quadratic in it
@@ -425,22 +429,28 @@ class Letters(Environment):
 
     name = "letters"
 
-    def draw(self, rng, tier):
+    def draw(self, rng, difficulty):
         return [user(f"{rng.randint(0, 10**6)}?")], None
 
     def episode(self, task):
-        episode = SimpleNamespace(task=task, done=False, message=None)
+        return LettersEpisode(task)
 
-        def step(message):
-            episode.done, episode.message = True, message
-            return []
 
-        def score():
-            text = episode.message["content"] + episode.message["reasoning_content"]
-            return Score(float(text.isascii() and text.isalpha()), "ok")
+class LettersEpisode(Episode):
+    """Take any message, malformed or not."""
 
-        episode.step, episode.score = step, score
-        return episode
+    message = None
+
+    async def step(self, message):
+        """Keep the message."""
+        self.done = True
+        self.message = message
+        return []
+
+    async def score(self):
+        """Return 1 for letters."""
+        text = self.message["content"] + self.message["reasoning_content"]
+        return Score(float(text.isascii() and text.isalpha()), "ok")
 
 
 LETTERS = RLConfig(("letters",), steps=6, prompts=4, samples=8, max_new_tokens=1, peak_lr=2e-2)
@@ -469,7 +479,7 @@ class Run:
         reinforce(
             self.model,
             self.optimizer,
-            Engine(self.model, tokenizer),
+            EngineGenerator(Engine(self.model, tokenizer)),
             tokenizer,
             {"letters": Letters()},
             self.config,
@@ -575,7 +585,7 @@ def test_a_model_that_is_always_right_is_not_touched(tmp_path):
     answers = {
         task.messages[-1]["content"]: said(tokenizer, assistant(task.label, "so")) for task in tasks
     }
-    engine = Scripted(
+    engine = ScriptedGenerator(
         tokenizer, lambda prompt: next(a for q, a in answers.items() if f"\n{q}<|" in prompt)
     )
     config = dataclasses.replace(CONFIG, environments=("arithmetic",), steps=3)
