@@ -23,6 +23,7 @@ from minglm.model.hf.files import HFOrigin, fill, open_folder, save
 from minglm.model.layers import RMSNorm
 from minglm.model.moe import MoE, Routing
 from minglm.model.mtp import MTPLayer, shift
+from minglm.model.parameters import TREATMENT, Initial, kind_of
 from minglm.model.rope import Rotation, angles
 from minglm.model.router import Router
 
@@ -187,19 +188,20 @@ class GLM(nn.Module):
 
 @torch.no_grad()
 def initialize(model: GLM, seed: int = 0) -> None:
-    """Set every value, from one table; each tensor draws from its own generator.
+    """Set every parameter and buffer to its initial value, by the table of `minglm.model.parameters`.
 
-        matrices, embedding, output head    normal, standard deviation initializer_range
-        norm weights                        1
-        biases, router selection bias       0
-
-    Safe for a model built on the meta device and then materialised with `to_empty`.
+    Each tensor draws from its own generator. Safe for a model built on the meta device and then materialised with
+    `to_empty`. Raises ValueError for a tensor without a row in the table.
     """
     named = list(model.named_parameters()) + list(model.named_buffers())
     for index, (name, tensor) in enumerate(named):
-        if name.endswith("bias"):
+        kind = kind_of(name)
+        if kind is None:
+            raise ValueError(f"{name}: add a row to the table in minglm/model/parameters.py")
+        initial = TREATMENT[kind].initial
+        if initial == Initial.ZERO:
             tensor.zero_()
-        elif "norm" in name:
+        elif initial == Initial.ONE:
             tensor.fill_(1.0)
         else:
             generator = torch.Generator(tensor.device).manual_seed(seed * 1_000_003 + index)

@@ -323,7 +323,8 @@ def test_muon_keeps_the_contract():
 def muon_of_two_axes(named_parameters, config):
     """The trap: stacks of experts, having three axes, go to AdamW."""
     return Muon(
-        [("embed_tokens" if p.ndim == 3 else name, p) for name, p in named_parameters], config
+        [("model.embed_tokens.weight" if p.ndim == 3 else name, p) for name, p in named_parameters],
+        config,
     )
 
 

@@ -1,4 +1,4 @@
-"""HFOrigin checkpoints, in and out: folders of safetensors shards beside a config.json (names: `minglm.model.hf.names`).
+"""Released checkpoints, in and out: folders of safetensors shards beside a config.json (names: `minglm.model.hf.names`).
 
 What is missing, unknown or of the wrong shape is found from the files' headers, before the first weight is read.
 
