@@ -113,8 +113,8 @@ def train(kind, seed, shards, heldout_BS, types_V, sizes):
     history = lesson.pretrain(
         model, rows, sizes["length"], sizes["tokens"], sizes["batch"], sizes["rate"], **settings
     )
-    load = [sum(metrics["load_max_over_mean"]) / 2 for metrics in history]
-    dead = max(metrics["dead_experts"] for metrics in history[-8:])
+    load = [sum(metrics.load_max_over_mean) / 2 for metrics in history]
+    dead = max(metrics.dead_experts for metrics in history[-8:])
     return {
         "kind": kind,
         "seed": seed,

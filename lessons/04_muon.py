@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from minglm import lesson
-from minglm.config import ModelConfig, OptimizerConfig
+from minglm.config import BalanceConfig, ModelConfig, OptimizerConfig
 from minglm.data import mixture
 from minglm.data.sources import corpus
 from minglm.data.tokenizer import Tokenizer
@@ -97,12 +97,21 @@ def train(kind, batch, rate, seed, shards, total):
         return learning_rate(seen + batch, config, total + 1)
 
     phase = Phase(
-        kind, total, 0, length, rate_at, lambda seen: batch, lambda seen: 0.0, lambda seen: 0.001
+        name=kind,
+        tokens=total,
+        start=0,
+        sequence_length=length,
+        learning_rate=rate_at,
+        batch_tokens=lambda seen: batch,
+        mtp_weight=lambda seen: 0.0,
+        bias_rate=lambda seen: 0.001,
+        balance_weight=BalanceConfig().sequence_loss_weight,
+        optimizer=config,
     )
     up_EFD, losses, spectrum = model.model.layers[1].mlp.experts.up_EFD, [], None
     for seen in range(0, total, batch):
         before_EFD = up_EFD.detach().clone()
-        losses.append(step(model, optimizer, stream.next(batch // length), phase, seen)["loss"])
+        losses.append(step(model, optimizer, stream.next(batch // length), phase, seen).loss)
         if seen <= total // 2 < seen + batch:
             change_EFD = (1 - rate_at(seen) * config.weight_decay) * before_EFD - up_EFD.detach()
             spectrum = (torch.linalg.svdvals(change_EFD).mean(0) / rate_at(seen)).tolist()

@@ -10,7 +10,7 @@
 # last of them, and the MTP layer only itself. Which guesses better, and by how much? (3) A draft is accepted with
 # probability sum_v min(p_v, q_v). What share of a nano model's drafts is accepted?
 #
-# **Equation** (paper 2.1, 2.4; `minglm/model/mtp.py`, `minglm/train/loop.py`)
+# **Equation** (paper 2.1, 2.4; `minglm/model/mtp.py`, `minglm/train/loss.py`)
 #
 #     z_t = eh_proj [ enorm(emb(token_{t+1})) ; hnorm(h_t) ];   z -> one MoE layer -> norm -> lm_head -> token_{t+2}
 #     loss = CE(trunk, next) + weight CE(MTP, after next)          accepted = sum_v min(p(v | <= t+1), q(v | <= t+1))
@@ -28,8 +28,7 @@ from minglm.model.glm import GLM
 from minglm.model.mtp import MTPLayer
 from minglm.plan import memory
 from minglm.report import drawing
-from minglm.train.loop import accumulate
-from minglm.train.loss import targets
+from minglm.train.loss import next_token_targets, training_loss
 
 NANO = dataclasses.replace(lesson.NANO, num_nextn_predict_layers=1)
 SIZES = {
@@ -52,8 +51,8 @@ KINDS = {  # name: (colour, weight as a function of the share of training done)
 
 # %% [markdown]
 # ## The lines that matter
-# `main` prints them from minglm itself. `targets` masks what lies beyond a document's end; `forward` puts the embedding
-# first and takes the state after the trunk's final norm; `accumulate` adds the two losses.
+# `main` prints them from minglm itself. `next_token_targets` masks what lies beyond a document's end; `forward` puts the embedding
+# first and takes the state after the trunk's final norm; `training_loss` adds the two losses.
 #
 # ## Experiment
 # A nano model reads Python's standard library under five weights of the MTP loss, everything else equal. Eight times on
@@ -207,8 +206,8 @@ def draw(log):
 # fetch: after 200 k tokens its heads give the token before 3 to 9% of their attention, where even shares are 2%.
 #
 # ## Exercise
-# Write `mine(tokens_BS, mask_BS, documents_BS, ahead)`, the targets `ahead` tokens on, and put it in the place of
-# `minglm.model.mtp.targets`. Leave the documents out of it first: which test sees it? And would the loss curve have
+# Write `mine(tokens_BS, mask_BS, documents_BS, offset)`, the targets `offset` tokens later, and put it in the place of
+# `minglm.train.loss.next_token_targets`. Leave the documents out of it first: which test sees it? And would the loss curve have
 # shown it? Check: `pytest tests/test_mtp.py -k "targets or weight"`.
 
 
@@ -244,7 +243,7 @@ def verdicts(log):
 
 def main(argv=None):
     """Run the experiment, or only redraw it, and print what it shows."""
-    shown = [targets, MTPLayer.forward, accumulate]
+    shown = [next_token_targets, MTPLayer.forward, training_loss]
     lesson.run("05_mtp", experiment, draw, verdicts, shown, SIZES, SMOKE, NANO, argv=argv)
 
 

@@ -138,9 +138,9 @@ def train(name, run, tokenizer, shards, heldout, limit):
             rows = max(1, round(phase.batch_tokens(seen) / phase.sequence_length))
             found = step(model, optimizer, stream.next(rows), phase, seen)
             done += rows * phase.sequence_length
-            load = float(np.mean(found["load_max_over_mean"]))
+            load = float(np.mean(found.load_max_over_mean))
             steps.append(
-                [phase.start + done, found["loss"], found["learning_rate"], load, found["mtp_loss"]]
+                [phase.start + done, found.loss, found.learning_rate, load, found.mtp_loss]
             )
         both = [
             bits_per_byte(model, tokenizer, heldout[name], 64, limit) for name in ("prose", "code")

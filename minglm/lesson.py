@@ -25,7 +25,7 @@ import numpy as np
 from minglm.common.files import write_json
 from minglm.common.threads import use_threads
 from minglm.common.version import versions
-from minglm.config import ModelConfig, OptimizerConfig
+from minglm.config import BalanceConfig, ModelConfig, OptimizerConfig
 from minglm.data import mixture
 from minglm.data.sources import corpus
 from minglm.data.tokenizer import Tokenizer
@@ -85,8 +85,16 @@ def pretrain(model, rows, length, tokens, batch, peak_lr, watch=None, **settings
         for name, value in schedules.items()
     }
     schedules["learning_rate"] = lambda seen: learning_rate(seen + batch, config, tokens + batch)
+    settings = {"balance_weight": BalanceConfig().sequence_loss_weight} | settings
     phase = Phase(
-        "lesson", tokens, 0, length, batch_tokens=lambda seen: batch, **schedules, **settings
+        "lesson",
+        tokens,
+        0,
+        length,
+        batch_tokens=lambda seen: batch,
+        optimizer=config,
+        **schedules,
+        **settings,
     )
     optimizer, history = Muon(model, config), []
     for seen in range(0, tokens, batch):

@@ -4,7 +4,6 @@ Every command in a `sh` block is run as a new user would type it, made small: a 
 few steps per stage, a lesson gets `--smoke`, `pip` is only compared with `.ci/run`, and `pytest` only collects.
 """
 
-import inspect
 import os
 import re
 import shlex
@@ -186,23 +185,20 @@ def test_every_contract_is_named():
         assert not [name for name in sorted(names) if f"`{name}`" not in row], path.name
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("readme")
-def test_logged_metrics_are_explained(finished):
-    """Every number that a run logs at its steps has a row in README's tables."""
-    from minglm.common.files import read_jsonl
-    from minglm.rl import loop, trainer
+def test_the_tables_of_metrics_are_those_of_the_records():
+    """README explains every metric as its record's dataclass does."""
+    from minglm.report import records as kinds
 
-    about = {"kind", "stage", "step", "tokens", "batch_tokens", "trained_tokens", "seconds"}
-    dials = {"learning_rate", "mtp_weight", "bias_rate"}
-    records = [r for r in read_jsonl(finished / "log.jsonl") if r["kind"] in ("step", "rl")]
-    names = {name for record in records for name in record}
-    # a small run may skip every update, so what an update logs is read from its source
-    source = "".join(map(inspect.getsource, (trainer.update, loop.summarize, trainer.learn)))
-    names |= set(re.findall(r'(?:metrics\[|[{,\s])"(\w+)"(?:\] =|: )', source))
-    names -= about | dials | {"reward_by_env", "switch_ok"}
-    assert {"loss", "reward", "clip_share"} <= names
-    assert not [name for name in sorted(names) if f"| `{name}` |" not in README]
+    scores = (
+        kinds.EvaluationRecord,
+        kinds.BitsPerByteRecord,
+        kinds.MTPAcceptanceRecord,
+        kinds.NeedleRecord,
+        kinds.BitsByPositionRecord,
+        kinds.PathologyRecord,
+    )
+    for group in ((kinds.StepRecord,), (kinds.RLRecord,), scores):
+        assert kinds.metrics_table(group) in README
 
 
 @pytest.mark.slow

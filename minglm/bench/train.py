@@ -64,13 +64,15 @@ def ours(model, config, dtype):
     model.dtype, optimizer = pick_dtype(dtype, torch.device("cpu")), Muon(model, config.optimizer)
     constant = {"learning_rate": 1e-3, "mtp_weight": 0.0, "bias_rate": 1e-3, "batch_tokens": 0}
     schedules = {name: lambda seen, value=value: value for name, value in constant.items()}
-    phase = Phase("bench", 0, 0, 0, balance_weight=0.0, microbatch_tokens=2**30, **schedules)
+    one_batch = dataclasses.replace(config.optimizer, microbatch_tokens=2**30)
+    phase = Phase("bench", 0, 0, 0, balance_weight=0.0, optimizer=one_batch, **schedules)
     phases = {
         length: dataclasses.replace(phase, sequence_length=length) for length, _ in LAYOUTS.values()
     }
-    return optimizer, lambda batch: step(
-        model, optimizer, batch, phases[batch.tokens_BS.shape[1]], 0
-    )["loss"]
+    return (
+        optimizer,
+        lambda batch: step(model, optimizer, batch, phases[batch.tokens_BS.shape[1]], 0).loss,
+    )
 
 
 def theirs(model, config, dtype):

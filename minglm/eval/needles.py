@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from minglm.report.records import BitsByPositionRecord, NeedleRecord
 from minglm.train.stages import phases
 
 NAMES = ("Ada", "Ben", "Carl", "Dora", "Emil", "Fay", "Gus", "Hana", "Ivo", "Jana", "Karl", "Lea")
@@ -143,7 +144,7 @@ def bits_by_position(model, tokenizer, documents, length, limit):
 
 
 def measure(model, tokenizer, heldout, run, stage):
-    """Both measurements after a stage with longer rows than the one before, as (kind, record) pairs for a log.
+    """Both measurements after a stage with longer rows than the one before, as records for a log.
 
     heldout: {source: documents}; needles are hidden in prose and code, repeated if they are too short. run: RunConfig, whose
     `evaluation` says how many rows for each length and depth (`needles`; 0: nothing is measured), and how many
@@ -161,10 +162,10 @@ def measure(model, tokenizer, heldout, run, stage):
         for record in needle_test(
             model, filler, needles, sorted({before, max(before, length // 2), length})
         ):
-            yield "needle", record
+            yield NeedleRecord(stage=stage, **record)
     for source in sorted(heldout):
         bits = bits_by_position(
             model, tokenizer, heldout[source], length, run.evaluation.heldout_tokens
         )
         if bits is not None:
-            yield "bits_by_position", {"source": source, "length": length, "bits": bits}
+            yield BitsByPositionRecord(stage=stage, source=source, length=length, bits=bits)

@@ -14,7 +14,7 @@ import math
 import torch
 
 from minglm.data.packing import fill
-from minglm.train.loss import targets
+from minglm.train.loss import AFTER_NEXT, NEXT_TOKEN, next_token_targets
 
 
 def _rows(documents, length, limit):
@@ -32,7 +32,9 @@ def bits_per_byte(model, tokenizer, documents, length, limit):
     for part in batch.split(max(1, 8192 // length)):
         part = part.to(model.device)
         log_p = model(part.tokens_BS, part.positions_BS, part.documents_BS).float().log_softmax(-1)
-        target_BS, counts_BS = targets(part.tokens_BS, part.mask_BS, part.documents_BS, 1)
+        target_BS, counts_BS = next_token_targets(
+            part.tokens_BS, part.mask_BS, part.documents_BS, NEXT_TOKEN
+        )
         nats -= log_p.gather(2, target_BS[..., None])[..., 0][counts_BS].sum().item()
         predicted = part.tokens_BS[part.mask_BS].tolist()
         count += len(tokenizer.bytes(predicted, skip_special=True))
@@ -49,7 +51,10 @@ def mtp_acceptance(model, documents, length, limit):
         out = model.hidden(part.tokens_BS, part.positions_BS, part.documents_BS, mtp=True)
         p = model.lm_head(out.hidden_BSD[:, 1:]).float().softmax(-1)  # at t + 1, for token t + 2
         q = model.lm_head(out.mtp_hidden_BSD[:, :-1]).float().softmax(-1)
-        counts = targets(part.tokens_BS, part.mask_BS, part.documents_BS, 2)[1][:, :-1]
+        _, counts_BS = next_token_targets(
+            part.tokens_BS, part.mask_BS, part.documents_BS, AFTER_NEXT
+        )
+        counts = counts_BS[:, :-1]
         overlap += torch.minimum(p, q).sum(-1)[counts].sum().item()
         count += int(counts.sum())
     return overlap / max(1.0, count)

@@ -24,7 +24,7 @@ from minglm.model.glm import GLM
 from minglm.model.hf.config import to_hf
 from minglm.model.hf.files import DTYPES, INDEX, HFOrigin, open_folder, read_config, refuse_taken
 from minglm.recipe.load import load_run
-from minglm.train.checkpoint import Checkpoints
+from minglm.train.checkpoint import CheckpointStore
 from minglm.train.stages import phases
 
 LARGEST_EXTRA = 100 * 2**20  # bytes of a file beside the weights: a tokenizer has 20 MB
@@ -68,7 +68,6 @@ def import_checkpoint(run, folder, out):
             f"{run.name} has no stage before post-training; give --stages.long_agent.tokens 1"
         )
     stage = trained[-1].name
-    checkpoints = Checkpoints(out / "checkpoints" / stage)
     if (out / "config.json").exists():
         raise ValueError(f"{out} already holds a run; choose another --out")
     model = GLM.from_pretrained(folder, torch.float32)
@@ -77,7 +76,7 @@ def import_checkpoint(run, folder, out):
         shutil.copyfile(path, out / "imported_from" / path.name)
     write_json(out / "imported_from" / "config.json", values)
     write_json(out / "imported_from" / INDEX, {"weight_map": files.files})
-    checkpoints.save({"model": model.state_dict(), "tokens": 0}, final=True)
+    CheckpointStore(out).save(stage, {"model": model.state_dict(), "tokens": 0})
     write_json(
         out / "config.json", {"hash": run.hash(), "config": to_dict(run)}
     )  # last: now it is a run

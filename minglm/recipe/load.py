@@ -10,7 +10,7 @@ from minglm.data.tokenizer import Tokenizer
 from minglm.kernels import dispatch
 from minglm.model.glm import GLM
 from minglm.recipe.stages import plan_stages
-from minglm.train.checkpoint import read
+from minglm.train.checkpoint import CheckpointStore
 
 
 class LoadedModel(NamedTuple):
@@ -52,17 +52,14 @@ def load_run(folder: str | Path, stage: str | None = None) -> LoadedModel:
     if "model_type" in values:
         return load_hf(folder, stage)
     config = from_dict(values["config"]).check()
-    done = [
-        s.name
-        for s in plan_stages(config)
-        if (folder / "checkpoints" / s.name / "final.pt").exists()
-    ]
-    if not done or (stage or done[-1]) not in done:
+    store = CheckpointStore(folder)
+    complete = store.complete(s.name for s in plan_stages(config))
+    if not complete or (stage or complete[-1]) not in complete:
         raise ValueError(
-            f"{folder}: no complete stage{f' {stage}' if stage else ''}; complete: {', '.join(done) or 'none'}"
+            f"{folder}: no complete stage{f' {stage}' if stage else ''}; complete: {', '.join(complete) or 'none'}"
         )
-    stage, model = stage or done[-1], GLM(config.model)
-    model.load_state_dict(read(folder / "checkpoints" / stage / "final.pt")["model"])
+    stage, model = stage or complete[-1], GLM(config.model)
+    model.load_state_dict(store.load(stage)["model"])
     model.dtype = pick_dtype(config.dtype, model.device)
     dispatch.use(config.kernels)
     if (trained := getattr(config.stages, stage, None)) is not None:

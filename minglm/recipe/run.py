@@ -21,7 +21,7 @@ from pathlib import Path
 from minglm.chat import render_text
 from minglm.common import trackers
 from minglm.common.device import measured_flops, pick_device, pick_dtype, seed_everything
-from minglm.common.files import read_jsonl, write_json
+from minglm.common.files import write_json
 from minglm.common.log import Log
 from minglm.common.threads import use_threads
 from minglm.common.version import versions
@@ -41,13 +41,30 @@ from minglm.optim.muon import Muon
 from minglm.plan import memory
 from minglm.recipe.solutions import task_data
 from minglm.recipe.stages import plan_stages, prompts_for
+from minglm.report.records import (
+    BitsPerByteRecord,
+    DataRecord,
+    EndRecord,
+    EvaluationRecord,
+    Moment,
+    MTPAcceptanceRecord,
+    PathologyRecord,
+    RejectionRecord,
+    RLRecord,
+    SampleRecord,
+    StageBeginRecord,
+    StageEndRecord,
+    StartRecord,
+    read_records,
+    select,
+)
 from minglm.rl import distill
 from minglm.rl.episode import Player, SamplingSettings
 from minglm.rl.loop import reinforce
 from minglm.rl.rollout import rollout
 from minglm.train import sft
-from minglm.train.checkpoint import Checkpoints, read
-from minglm.train.loop import train
+from minglm.train.checkpoint import CheckpointStore
+from minglm.train.loop import LoopOptions, Trainer
 from minglm.train.stages import phases
 
 COLD_START_SEED, DISTILL_SEED, RL_SEED = 2, 3, 4  # streams of training tasks; mid-training has 1
@@ -85,13 +102,10 @@ class RecipeRunner:
         self.log = Log(
             self.out / "log.jsonl", trackers.writer(run.watch, self.out / "watch", to_dict(run))
         )
-        saved = sorted((self.out / "checkpoints").glob("*/*.pt"))
-        saved = [read(p) for p in saved if p.stem == "final"]
-        saved += filter(None, (self.checkpoints(stage.name).newest() for stage in self.stages))
-        position = max((state["log_position"] for state in saved), default=0)
-        self.log.cut(
-            position
-        )  # what came after the last checkpoint will be done, and logged, again
+        self.checkpoints = CheckpointStore(self.out, self.log, run.checkpoint_seconds)
+        position = self.checkpoints.log_position()
+        # What came after the last checkpoint will be done, and logged, again.
+        self.log.cut(position)
         for left in self.out.rglob(".*.tmp"):
             left.unlink()  # half a file of a process that was killed
         self.tokenizer, self.shards, self.heldout, about = prepare(
@@ -100,19 +114,17 @@ class RecipeRunner:
         write_json(self.out / "config.json", {"hash": run.hash(), "config": to_dict(run)})
         if not position:
             self.log.write(
-                "start", name=run.name, config_hash=run.hash(), seed=run.seed, versions=versions()
+                StartRecord(
+                    name=run.name, config_hash=run.hash(), seed=run.seed, versions=versions()
+                )
             )
-            self.log.write("data", **about)
-
-    def checkpoints(self, stage):
-        """The `Checkpoints` of a stage."""
-        return Checkpoints(self.out / "checkpoints" / stage, self.log, self.run.checkpoint_seconds)
+            self.log.write(DataRecord(**about))
 
     def done(self, stage):
         """Whether a stage has its final checkpoint, or comes before one in pre-training that has (by an import)."""
         names = [s.name for s in self.stages if s.kind == "pretrain"]
         later = names[names.index(stage) :] if stage in names else [stage]
-        return any(self.checkpoints(name).final.exists() for name in later)
+        return any(map(self.checkpoints.is_complete, later))
 
     def execute(self, only=None, until=None):
         """Run all stages, or one (`only`), or those up to one (`until`). Returns whether the whole run is complete.
@@ -123,9 +135,7 @@ class RecipeRunner:
         names = [stage.name for stage in self.stages]
         wanted = [only] if only else names[: names.index(until) + 1] if until else names
         interrupted = [
-            name
-            for name in names
-            if self.checkpoints(name).partial.exists() and not self.done(name)
+            name for name in names if self.checkpoints.is_interrupted(name) and not self.done(name)
         ]
         for name in interrupted:
             if name not in wanted:
@@ -137,21 +147,25 @@ class RecipeRunner:
                 self.execute_stage(stage)
         complete = all(map(self.done, names))
         if complete:
-            found = [r for r in read_jsonl(self.log.path) if r["kind"] in ("data", "stage_end")]
-            seconds = sum(r["seconds"] + r.get("evaluation_seconds", 0) for r in found)
-            self.log.write("end", seconds=round(seconds, 1))
+            records = read_records(self.log.path)
+            seconds = 0.0
+            for data in select(records, DataRecord):
+                seconds += data.seconds
+            for end in select(records, StageEndRecord):
+                seconds += end.seconds + end.evaluation_seconds
+            self.log.write(EndRecord(seconds=round(seconds, 1)))
         return complete
 
     def execute_stage(self, stage):
         """Train one stage from the weights of its base, evaluate it, and mark it complete."""
-        checkpoints, began = self.checkpoints(stage.name), time.time()
+        checkpoints, began = self.checkpoints.stage(stage.name), time.time()
         model, state = self.model_of(stage.base)
         if not checkpoints.partial.exists():
             about = {
                 key: getattr(stage, key)
                 for key in ("teaches", "tokens", "sequence_length", "learning_rate")
             }
-            self.log.write("stage_begin", stage=stage.name, **about)
+            self.log.write(StageBeginRecord(stage=stage.name, **about))
         kinds = {
             "pretrain": self.pretrain,
             "sft": self.cold_start,
@@ -162,11 +176,12 @@ class RecipeRunner:
         seconds = time.time() - began
         self.evaluate(stage, model)
         self.log.write(
-            "stage_end",
-            stage=stage.name,
-            tokens=trained["tokens"],
-            seconds=round(seconds, 1),
-            evaluation_seconds=round(time.time() - began - seconds, 1),
+            StageEndRecord(
+                stage=stage.name,
+                tokens=trained["tokens"],
+                seconds=round(seconds, 1),
+                evaluation_seconds=round(time.time() - began - seconds, 1),
+            )
         )
         checkpoints.save({"model": model.state_dict(), **trained}, final=True)
 
@@ -174,7 +189,7 @@ class RecipeRunner:
         """The model as a stage left it (None: freshly initialised), and that stage's checkpoint."""
         if stage is not None and not self.done(stage):
             raise ValueError(
-                f"the stage before has not been run: there is no {self.checkpoints(stage).final}"
+                f"the stage before has not been run: there is no {self.checkpoints.stage(stage).final}"
             )
         model = GLM(self.run.model, self.run.seed).to(self.device)
         model.recompute = self.run.recompute
@@ -183,18 +198,18 @@ class RecipeRunner:
         model.dtype = pick_dtype(self.run.dtype, self.device)
         state = None
         if stage is not None:
-            state = read(self.checkpoints(stage).final)
+            state = self.checkpoints.load(stage)
             model.load_state_dict(state["model"])
         return model, state
 
     # Training
 
     def train(self, model, optimizer, stream, phase, checkpoints, **more):
-        """The training loop, with this run's log and its device's ceiling; more: other arguments of the loop."""
+        """The training loop, with this run's log and its device's ceiling; more: other `LoopOptions`."""
         flops = measured_flops(self.device, pick_dtype(self.run.dtype, self.device)) * self.threads
         ceiling = flops / memory.flops_per_token(self.run.model, phase.sequence_length)["total"]
-        more |= {"ceiling": ceiling, "threads": self.threads}
-        train(model, optimizer, stream, phase, checkpoints, self.log, self.quiet, **more)
+        options = LoopOptions(quiet=self.quiet, ceiling=ceiling, threads=self.threads, **more)
+        Trainer(model, optimizer, stream, phase, checkpoints, self.log, options).run()
 
     def pretrain(self, stage, model, state, checkpoints):
         """One of the five stages before post-training; the optimizer goes on from the stage before."""
@@ -214,7 +229,9 @@ class RecipeRunner:
             pad=self.tokenizer.pad,
         )
         measure, every = partial(self.measure_bits, stage, model), self.run.evaluation.every_tokens
-        self.train(model, optimizer, stream, phase, checkpoints, evaluate=measure, every=every)
+        self.train(
+            model, optimizer, stream, phase, checkpoints, evaluate=measure, evaluate_every=every
+        )
         return {"optimizer": optimizer.state_dict(), "tokens": phase.tokens}
 
     def fine_tune(self, stage, model, conversations, config, checkpoints):
@@ -265,7 +282,7 @@ class RecipeRunner:
         post = self.run.posttraining
         answers, counts = self.experts_answers()
         if not checkpoints.partial.exists():
-            self.log.write("rejection", counts=counts)
+            self.log.write(RejectionRecord(counts=counts))
         random.Random(self.run.seed).shuffle(answers)
         answers = answers[: post.unified.samples] + self.provoked_answers()
         conversations = {}
@@ -358,8 +375,8 @@ class RecipeRunner:
             self.quiet,
             self.threads,
         )
-        records = [r for r in read_jsonl(self.log.path) if r.get("stage") == name]
-        return {"tokens": sum(r.get("trained_tokens", 0) for r in records)}
+        records = select(read_records(self.log.path), RLRecord, stage=name)
+        return {"tokens": sum(record.trained_tokens or 0 for record in records)}
 
     # Evaluation
 
@@ -370,7 +387,7 @@ class RecipeRunner:
             if len(documents := self.heldout.get(source, ())):
                 limit = self.run.evaluation.heldout_tokens
                 value = bits_per_byte(model, self.tokenizer, documents, length, limit)
-                self.log.write("bits_per_byte", stage=stage.name, source=source, value=value)
+                self.log.write(BitsPerByteRecord(stage=stage.name, source=source, value=value))
         return length
 
     def evaluate(self, stage, model):
@@ -381,11 +398,9 @@ class RecipeRunner:
             length = self.measure_bits(stage, model)
             if model.mtp is not None and len(self.heldout.get("code", ())):
                 value = mtp_acceptance(model, self.heldout["code"], length, config.heldout_tokens)
-                self.log.write("mtp_acceptance", stage=name, value=value)
-            for kind, record in needles.measure(
-                model, self.tokenizer, self.heldout, self.run, name
-            ):
-                self.log.write(kind, stage=name, **record)
+                self.log.write(MTPAcceptanceRecord(stage=name, value=value))
+            for record in needles.measure(model, self.tokenizer, self.heldout, self.run, name):
+                self.log.write(record)
         learned = [env for _, expert in post.experts() for env in expert.environments]
         if stage.kind in ("sft", "rl") and "." in name:
             self.score(generator, name, getattr(post, name.split(".")[0]).environments, (True,))
@@ -393,10 +408,10 @@ class RecipeRunner:
             self.score(generator, name, learned, (True, False))
         elif name == [s.name for s in self.stages if s.kind == "pretrain"][-1]:
             self.score(generator, name, learned, (True,))
-        when = {"general_rl": "before", "pathology_rl": "after"}.get(name)
+        when = {"general_rl": Moment.BEFORE, "pathology_rl": Moment.AFTER}.get(name)
         if when is not None:
             played = self.score(generator, name, ["provocation"], (True, False))
-            self.log.write("pathology", stage=name, when=when, **eval_tasks.faults(played))
+            self.log.write(PathologyRecord(stage=name, when=when, **eval_tasks.faults(played)))
 
     def score(self, generator, stage, names, switches):
         """Evaluate environments under settings of the thinking switch; log scores and samples. Returns all episodes."""
@@ -411,9 +426,9 @@ class RecipeRunner:
                     thinking,
                     self.run.seed,
                 )
-                self.log.write("evaluation", stage=stage, **record)
+                self.log.write(EvaluationRecord(stage=stage, **record))
                 mode = "thinking" if thinking else "direct"
                 text = render_text(played[0].messages, None, thinking)
-                self.log.write("sample", stage=stage, title=f"{name}, {mode}", text=text)
+                self.log.write(SampleRecord(stage=stage, title=f"{name}, {mode}", text=text))
                 everything += played
         return everything

@@ -6,6 +6,7 @@ from statistics import fmean
 from tqdm import tqdm
 
 from minglm.parallel.replicas import Replicas
+from minglm.report.records import RLRecord
 from minglm.rewards.pathology import incidence
 from minglm.rl.episode import Player, SamplingSettings
 from minglm.rl.rollout import rollout
@@ -80,9 +81,8 @@ def reinforce(model, optimizer, generator, tokenizer, environments, config, name
             metrics = summarize(groups) | learn(
                 model, optimizer, groups, config, tokenizer.pad, step, replicas
             )
-            log.write(
-                "rl", stage=name, step=step + 1, seconds=round(time.perf_counter() - began, 3), **metrics
-            )  # fmt: skip
+            seconds = round(time.perf_counter() - began, 3)
+            log.write(RLRecord(stage=name, step=step + 1, seconds=seconds, **metrics))
             bar.set_postfix_str(
                 f"reward {metrics['reward']:.3f}, live {metrics['live_groups']:.0%}", refresh=False
             )

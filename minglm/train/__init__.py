@@ -1,1 +1,1 @@
-"""Floor 3: one training loop for pre-training, mid-training and supervised fine-tuning, and its checkpoints."""
+"""Train: one loss, one loop for pre-training, mid-training and fine-tuning, checkpoints (paper 2.4, 3.1)."""

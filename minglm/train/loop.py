@@ -1,32 +1,40 @@
-"""The training loop: pre-training, mid-training and supervised fine-tuning are the same loop (paper 2.4, 3.1).
+"""Train on a stream of batches: pre-training, mid-training and supervised fine-tuning alike (paper 2.4, 3.1).
 
-    loss = CE(trunk, next token) + mtp_weight * CE(MTP layer, token after next) + balance_weight * balance loss
+    for each step:  batch -> micro-batches -> loss.backward() -> clip -> optimizer step -> bias step -> log
 
 Every number that changes over time is a function of the tokens seen, given by the `Phase`. A batch is cut into
-micro-batches that fit the memory; each token's weight in the loss is one over the targets of the whole batch, so the
-cut does not change the gradient. A batch without any target has loss exactly zero. The router's selection bias steps
-once per optimizer step, from the loads of all micro-batches, the MTP layer's router included.
-Which steps are left out, and when a run goes back to its last checkpoint, is decided by `minglm.train.guard`.
+micro-batches that fit the memory; the loss of each (`minglm.train.loss`) is divided by the targets of the whole batch,
+so the cut does not change the gradient. The router's selection bias steps once per optimizer step, from the loads of
+all micro-batches, the MTP layer's router included. `minglm.train.guard` decides which steps are skipped, and when a run
+rolls back to its last checkpoint.
 """
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from minglm.common.log import Log
+from minglm.config import OptimizerConfig
+from minglm.data.packing import Batch
 from minglm.model.balance import update_expert_bias
-from minglm.parallel.replicas import Replicas
-from minglm.train.checkpoint import Interrupted, stop_between_steps
-from minglm.train.guard import Guard
-from minglm.train.loss import targets
+from minglm.model.glm import GLM
+from minglm.parallel import Replicas, parallelize
+from minglm.report.records import RollbackRecord, StepMetrics, StepRecord
+from minglm.train.checkpoint import Interrupted, StageCheckpoints, stop_between_steps
+from minglm.train.guard import Guard, guarded_step
+from minglm.train.loss import LossWeights, count_targets, training_loss
+from minglm.train.state import Stateful, TrainingState
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What the loop needs to know of one stage. The callables take the tokens seen since training began."""
+    """Settings of one training stage. The callables take the tokens seen since training began."""
 
     name: str
     tokens: int
@@ -34,199 +42,289 @@ class Phase:
     start: int
     """Tokens seen before it."""
     sequence_length: int
+    """Positions of a row."""
     learning_rate: Callable[[int], float]
     batch_tokens: Callable[[int], int]
+    """Tokens of the next batch."""
     mtp_weight: Callable[[int], float]
+    """Weight of the MTP loss."""
     bias_rate: Callable[[int], float]
-    balance_weight: float = 1e-4
-    microbatch_tokens: int = 32768
-    clip_norm: float = 1.0
-    spike_factor: float = 0.0
-    rollback_after: int = 0
+    """Step of the router's selection bias."""
+    balance_weight: float
+    """Weight of the sequence-wise balance loss."""
+    optimizer: OptimizerConfig
+    """Micro-batches, clipping, and which steps are skipped; the rates above replace its schedule."""
+
+    def guard(self) -> Guard:
+        """Return a guard with this phase's settings, for its first step."""
+        return Guard(self.optimizer.spike_factor, self.optimizer.rollback_after)
 
 
-def accumulate(model, batch, phase, mtp_weight, replicas=None):
-    """Gradients of one batch, micro-batch by micro-batch. Returns the loss terms and the loads of every router used.
+class Stream(Stateful, Protocol):
+    """An endless stream of batches, such as `minglm.data.mixture.Mixture`."""
 
-    replicas: `Replicas` of the model that share the rows among threads; by default there is only the model.
+    def next(self, rows: int) -> Batch:
+        """Return the next `rows` rows."""
+        ...
+
+
+class BatchTerms(NamedTuple):
+    """The terms of the loss of a whole batch, whose gradients are in the model."""
+
+    loss: float
+    """Cross-entropy of the next token, nats."""
+    mtp_loss: float
+    """Cross-entropy of the token after next, nats; 0 when the MTP layer is not trained."""
+    balance_loss: float
+    """Sequence-wise balance loss, without its weight."""
+    tokens_per_expert_LE: Tensor | None
+    """float32: tokens routed to each expert by each router that was used; None without any."""
+
+
+def accumulate(
+    model: GLM,
+    batch: Batch,
+    phase: Phase,
+    mtp_weight: float,
+    replicas: Replicas | None = None,
+) -> BatchTerms:
+    """Add the gradients of one batch to the model, micro-batch by micro-batch. Return the terms of the loss.
+
+    replicas: share the rows among threads; None: the model alone.
     """
-    replicas, rows = replicas or Replicas(model), len(batch.tokens_BS)
-    ahead = (1, 2) if model.mtp is not None and mtp_weight else (1,)
-    total = {
-        a: int(targets(batch.tokens_BS, batch.mask_BS, batch.documents_BS, a)[1].sum())
-        for a in ahead
+    replicas = replicas or Replicas(model)
+    weights = LossWeights(mtp=mtp_weight, balance=phase.balance_weight)
+    counts = count_targets(model, batch, weights)
+    microbatch_rows = max(1, phase.optimizer.microbatch_tokens // batch.tokens_BS.shape[1])
+
+    def work(model: GLM, share: Batch) -> BatchTerms:
+        total = BatchTerms(0.0, 0.0, 0.0, None)
+        for microbatch in share.split(microbatch_rows):
+            terms = training_loss(model, microbatch, counts, weights)
+            terms.loss.backward()
+            added = BatchTerms(
+                loss=terms.cross_entropy.item(),
+                mtp_loss=0.0 if terms.mtp is None else terms.mtp.item(),
+                balance_loss=terms.balance.item(),
+                tokens_per_expert_LE=terms.tokens_per_expert_LE,
+            )
+            total = add_terms(total, added)
+        return total
+
+    rows_per_replica = math.ceil(len(batch.tokens_BS) / len(replicas))
+    total = BatchTerms(0.0, 0.0, 0.0, None)
+    for terms in replicas.run(work, batch.split(rows_per_replica)):
+        total = add_terms(total, terms)
+    return total
+
+
+def add_terms(a: BatchTerms, b: BatchTerms) -> BatchTerms:
+    """Add the terms of two parts of a batch."""
+    if a.tokens_per_expert_LE is None:
+        load_LE = b.tokens_per_expert_LE
+    elif b.tokens_per_expert_LE is None:
+        load_LE = a.tokens_per_expert_LE
+    else:
+        load_LE = a.tokens_per_expert_LE + b.tokens_per_expert_LE
+    return BatchTerms(
+        loss=a.loss + b.loss,
+        mtp_loss=a.mtp_loss + b.mtp_loss,
+        balance_loss=a.balance_loss + b.balance_loss,
+        tokens_per_expert_LE=load_LE,
+    )
+
+
+def step(
+    model: GLM,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    phase: Phase,
+    tokens_seen: int,
+    guard: Guard | None = None,
+    replicas: Replicas | None = None,
+) -> StepMetrics:
+    """Take one optimizer step at `tokens_seen` tokens. Return the metrics that are logged.
+
+    guard: judges the gradient; None: one that knows this step only. replicas: see `accumulate`.
+    """
+    learning_rate = phase.learning_rate(tokens_seen)
+    mtp_weight = phase.mtp_weight(tokens_seen)
+    bias_rate = phase.bias_rate(tokens_seen)
+
+    terms = accumulate(model, batch, phase, mtp_weight, replicas)
+    result = guarded_step(
+        model, optimizer, learning_rate, phase.optimizer.clip_norm, guard or Guard()
+    )
+    metrics = StepMetrics(
+        loss=terms.loss,
+        mtp_loss=terms.mtp_loss,
+        balance_loss=terms.balance_loss,
+        learning_rate=learning_rate,
+        grad_norm=result.grad_norm,
+        mtp_weight=mtp_weight,
+        left_out=result.left_out,
+    )
+    load_LE = terms.tokens_per_expert_LE
+    if load_LE is None:
+        return metrics
+    for router, load_E in zip(model.routers(), load_LE, strict=False):
+        update_expert_bias(router.e_score_correction_bias, load_E, bias_rate)
+    return replace(metrics, bias_rate=bias_rate, **load_metrics(load_LE))
+
+
+def load_metrics(load_LE: Tensor) -> dict[str, Any]:
+    """Return the fields of `StepMetrics` that describe the loads of the experts, one value a router."""
+    experts = load_LE.shape[1]
+    share_LE = load_LE / load_LE.sum(1, keepdim=True)
+    worst_L = share_LE.amax(1) * experts
+    entropy_L = torch.special.entr(share_LE).sum(1) / math.log(experts)
+    return {
+        "load_max_over_mean": [round(value, 3) for value in worst_L.tolist()],
+        "load_entropy": [round(value, 4) for value in entropy_L.tolist()],
+        "dead_experts": int((load_LE == 0).sum()),
     }
 
-    def work(model, share):
-        sums, loads = {"loss": 0.0, "mtp_loss": 0.0, "balance_loss": 0.0}, 0
-        for part in share.split(max(1, phase.microbatch_tokens // share.tokens_BS.shape[1])):
-            out = model.hidden(
-                part.tokens_BS, part.positions_BS, part.documents_BS, mtp=len(ahead) == 2
-            )
-            balance = (
-                sum(r.balance_loss for r in out.routing)
-                / max(1, len(out.routing))
-                * len(part.tokens_BS)
-                / rows
-            )
-            loss, states = phase.balance_weight * balance, (out.hidden_BSD, out.mtp_hidden_BSD)
-            for a, hidden_BSD, weight in zip(ahead, states, (1.0, mtp_weight), strict=False):
-                target_BS, counts_BS = targets(part.tokens_BS, part.mask_BS, part.documents_BS, a)
-                weights_T = counts_BS.flatten().float() / max(1, total[a])
-                hidden_TD = hidden_BSD.flatten(0, 1)
-                term = model.lm_head.cross_entropy(hidden_TD, target_BS.flatten(), weights_T)
-                sums["loss" if a == 1 else "mtp_loss"] += term.item()
-                loss = loss + weight * term
-            loss.backward()
-            if out.routing:
-                sums["balance_loss"] += balance.item()
-                loads = loads + torch.stack([r.tokens_per_expert_E for r in out.routing])
-        return sums, loads
 
-    found = replicas.run(work, batch.split(-(-rows // len(replicas))))
-    return {name: sum(sums[name] for sums, _ in found) for name in found[0][0]}, sum(
-        loads for _, loads in found
-    )
+@dataclass(frozen=True, kw_only=True)
+class LoopOptions:
+    """How a training loop behaves around its steps; none of it changes what is learned."""
+
+    quiet: bool = False
+    """Whether to show no progress bar."""
+    evaluate: Callable[[], object] | None = None
+    """Called during the training, each time that `evaluate_every` more tokens have been seen."""
+    evaluate_every: int = 0
+    """Tokens between two evaluations; 0: never."""
+    ceiling: float = 0.0
+    """Tokens per second if the device's matrix products were never idle: its measured FLOP/s over the model's FLOPs per
+    token. Each step then logs its utilisation, `mfu`. 0: unknown."""
+    threads: int = 1
+    """Threads that share the rows of each batch; results are bit-equal for equal counts."""
 
 
-def step(model, optimizer, batch, phase, seen, guard=None, replicas=None):
-    """One optimizer step at `seen` tokens. Returns the metrics that are logged (see the README's table).
+class Trainer:
+    """Trains a model on `phase.tokens` tokens of a stream, resuming where a partial checkpoint is found."""
 
-    guard: a `Guard` that may leave the step out; by default one that knows only this step. replicas: see `accumulate`.
-    """
-    rate, mtp_weight = phase.learning_rate(seen), phase.mtp_weight(seen)
-    sums, loads = accumulate(model, batch, phase, mtp_weight, replicas)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    left_out = (guard or Guard()).reason(float(norm))
-    if left_out:
-        optimizer.zero_grad()
-    elif phase.clip_norm:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), phase.clip_norm, norm)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    if not left_out:
-        optimizer.step()
-    optimizer.zero_grad()
-    metrics = {**sums, "learning_rate": rate, "grad_norm": float(norm), "mtp_weight": mtp_weight}
-    if left_out:
-        metrics["left_out"] = left_out
-    if not torch.is_tensor(loads):  # no router was used
-        return metrics
-    for router, load_E in zip(model.routers(), loads, strict=False):
-        update_expert_bias(router.e_score_correction_bias, load_E, phase.bias_rate(seen))
-    share, experts = loads / loads.sum(1, keepdim=True), loads.shape[1]
-    entropy = torch.special.entr(share).sum(1) / math.log(experts)
-    metrics["load_max_over_mean"] = [round(v, 3) for v in (share.amax(1) * experts).tolist()]
-    metrics["load_entropy"] = [round(v, 4) for v in entropy.tolist()]
-    metrics["dead_experts"] = int((loads == 0).sum())
-    metrics["bias_rate"] = phase.bias_rate(seen)
-    return metrics
+    def __init__(
+        self,
+        model: GLM,
+        optimizer: torch.optim.Optimizer,
+        stream: Stream,
+        phase: Phase,
+        checkpoints: StageCheckpoints,
+        log: Log,
+        options: LoopOptions = LoopOptions(),
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.stream = stream
+        self.phase = phase
+        self.checkpoints = checkpoints
+        self.log = log
+        self.options = options
+        self.device = model.device
+        self.replicas = parallelize(model, options.threads)
+        self.guard = phase.guard()
+        self.state = TrainingState(model, optimizer, self.guard, stream)
 
+    def run(self) -> None:
+        """Train to the end. Leaves a partial checkpoint; the caller marks the stage complete.
 
-def train(
-    model,
-    optimizer,
-    stream,
-    phase,
-    checkpoints,
-    log,
-    quiet=False,
-    evaluate=None,
-    every=0,
-    ceiling=0.0,
-    threads=1,
-):
-    """Train on `stream` for `phase.tokens` tokens, resuming from `checkpoints` where a partial state is there.
+        Ctrl-C saves and raises `Interrupted`.
+        """
+        resumed = self.state.restore(self.checkpoints)
+        if self.guard.rollback_after and not resumed:
+            self.state.save(self.checkpoints)  # something to roll back to
 
-    evaluate: called without arguments whenever another `every` tokens have been seen (0: never).
-    ceiling: tokens a second at which the device's matrix products would be never idle, measured FLOP/s over the model's
-    FLOPs a token; with it each step says its utilisation, `mfu` (0: unknown).
-    threads: how many share the rows of each batch (`minglm.parallel.replicas`); results equal bit for bit at equal counts.
-    Ctrl-C saves and raises `Interrupted`. Leaves a partial checkpoint behind; the caller marks the stage final.
-    """
-    device, guard = model.device, Guard(phase.spike_factor, phase.rollback_after)
-    replicas = Replicas(model, threads)
-    done, number, state = 0, 0, checkpoints.load()
-    if state is not None:
-        restore(model, optimizer, state)
-        stream.load_state_dict(state["stream"])
-        if "guard" in state:
-            guard.load_state_dict(state["guard"])
-        done, number = state["tokens"], state["step"]
-    bar = tqdm(
-        total=phase.tokens,
-        initial=done,
-        desc=phase.name,
-        unit="tok",
-        unit_scale=True,
-        disable=quiet or None,
-    )
+        with stop_between_steps() as stop, self.progress_bar() as bar:
+            while self.state.tokens < self.phase.tokens:
+                record = self.step()
+                self.log.write(record)
+                if self.guard.gives_up:
+                    bar.write(self.roll_back())
+                self.show(bar, record)
+                self.evaluate(record.batch_tokens)
+                try:
+                    stop()
+                except Interrupted:
+                    self.state.save(self.checkpoints)
+                    raise
+                if self.checkpoints.due() and not self.guard.in_a_row:
+                    self.state.save(self.checkpoints)
+        self.state.save(self.checkpoints)
 
-    def save():
-        parts = {"model": model, "optimizer": optimizer, "stream": stream, "guard": guard}
-        checkpoints.save(
-            {n: part.state_dict() for n, part in parts.items()} | {"tokens": done, "step": number}
+    def step(self) -> StepRecord:
+        """Take the next step. Return its record."""
+        began = time.perf_counter()
+        tokens_seen = self.phase.start + self.state.tokens
+        rows = max(1, round(self.phase.batch_tokens(tokens_seen) / self.phase.sequence_length))
+        batch = self.stream.next(rows)
+        metrics = step(
+            self.model,
+            self.optimizer,
+            batch.to(self.device),
+            self.phase,
+            tokens_seen,
+            self.guard,
+            self.replicas,
+        )
+        batch_tokens = batch.tokens_BS.numel()
+        self.state.tokens += batch_tokens
+        self.state.step += 1
+
+        speed = batch_tokens / (time.perf_counter() - began)
+        ceiling = self.options.ceiling
+        return StepRecord(
+            stage=self.phase.name,
+            step=self.state.step,
+            tokens=self.phase.start + self.state.tokens,
+            batch_tokens=batch_tokens,
+            tokens_per_second=round(speed),
+            mfu=round(speed / ceiling, 4) if ceiling else None,
+            **vars(metrics),
         )
 
-    if guard.rollback_after and state is None:
-        save()  # something to go back to
-    with stop_between_steps() as stop, bar:
-        while done < phase.tokens:
-            began = time.perf_counter()
-            rows = max(1, round(phase.batch_tokens(phase.start + done) / phase.sequence_length))
-            batch = stream.next(rows)
-            metrics = step(
-                model, optimizer, batch.to(device), phase, phase.start + done, guard, replicas
+    def roll_back(self) -> str:
+        """Restore the last good checkpoint, while the data continue, and log it. Return a line for the terminal."""
+        to_step = self.state.roll_back(self.checkpoints)
+        self.log.write(
+            RollbackRecord(
+                stage=self.phase.name,
+                step=self.state.step,
+                to_step=to_step,
+                left_out=self.guard.left_out,
             )
-            count = batch.tokens_BS.numel()
-            done, number = done + count, number + 1
-            speed = count / (time.perf_counter() - began)
-            used = {"mfu": round(speed / ceiling, 4)} if ceiling else {}
-            log.write(
-                "step",
-                stage=phase.name,
-                step=number,
-                tokens=phase.start + done,
-                batch_tokens=count,
-                tokens_per_second=round(speed),
-                **used,
-                **metrics,
-            )
-            if guard.gives_up:
-                back = roll_back(model, optimizer, checkpoints, guard)
-                log.write(
-                    "rollback", stage=phase.name, step=number, to_step=back, left_out=guard.left_out
-                )
-                bar.write(
-                    f"{phase.name}: step {number} went back to the weights of step {back}; its batches are skipped"
-                )
-            load = max(metrics.get("load_max_over_mean", [0]))
-            share = f", mfu {used['mfu']:.0%}" if used else ""
-            bar.set_postfix_str(
-                f"loss {metrics['loss']:.3f}, load {load:.1f}{share}", refresh=False
-            )
-            bar.update(min(count, bar.total - bar.n))
-            if every and done // every > (done - count) // every and done < phase.tokens:
-                evaluate()
-            try:
-                stop()
-            except Interrupted:
-                save()
-                raise
-            if checkpoints.due() and not guard.in_a_row:
-                save()
-    save()
+        )
+        return (
+            f"{self.phase.name}: step {self.state.step} rolled back to the weights of step {to_step}; "
+            "the batches in between are skipped"
+        )
 
+    def evaluate(self, batch_tokens: int) -> None:
+        """Evaluate when the last `batch_tokens` tokens completed another interval, except at the very end."""
+        every = self.options.evaluate_every
+        tokens = self.state.tokens
+        if not every or self.options.evaluate is None or tokens >= self.phase.tokens:
+            return
+        if tokens // every > (tokens - batch_tokens) // every:
+            self.options.evaluate()
 
-def restore(model, optimizer, state):
-    """Put back the weights and the optimizer's state of a checkpoint."""
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    def progress_bar(self) -> "tqdm[NoReturn]":
+        """Return the progress bar, in tokens, from where the training resumes."""
+        return tqdm(
+            total=self.phase.tokens,
+            initial=self.state.tokens,
+            desc=self.phase.name,
+            unit="tok",
+            unit_scale=True,
+            disable=self.options.quiet or None,
+        )
 
-
-def roll_back(model, optimizer, checkpoints, guard):
-    """Return to the last good checkpoint; the data go on. Returns the step that it was made at."""
-    state = checkpoints.newest()
-    restore(model, optimizer, state)
-    guard.in_a_row = 0
-    return state["step"]
+    def show(self, bar: "tqdm[NoReturn]", record: StepRecord) -> None:
+        """Advance the progress bar by one step, with its loss, worst load and utilisation."""
+        load = max(record.load_max_over_mean or [0])
+        text = f"loss {record.loss:.3f}, load {load:.1f}"
+        if record.mfu is not None:
+            text += f", mfu {record.mfu:.0%}"
+        bar.set_postfix_str(text, refresh=False)
+        bar.update(min(record.batch_tokens, bar.total - bar.n))

@@ -14,8 +14,22 @@ from hypothesis import strategies as st
 
 from minglm.common import device
 from minglm.common.files import atomic_path, read_jsonl, write_json
-from minglm.common.log import Log
+from minglm.common.log import Log, Record
 from minglm.common.version import versions
+
+
+class Event(Record):
+    """A record with any fields."""
+
+    kind = "event"
+
+    def __init__(self, values):
+        self.__dict__.update(content=values)
+
+    def values(self):
+        """Return the fields."""
+        return self.content
+
 
 values = st.dictionaries(
     st.text(max_size=8), st.text(max_size=12) | st.integers() | st.none(), max_size=3
@@ -27,7 +41,7 @@ def write(path, content):
     """A log at `path` that holds `content`."""
     log = Log(path)
     for value in content:
-        log.write("event", **value)
+        log.write(Event(value))
     log.file.close()
 
 
@@ -55,14 +69,14 @@ def test_a_log_cut_back_forgets_what_came_after(before, lost, after):
     with tempfile.TemporaryDirectory() as folder:
         log = Log(Path(folder) / "log.jsonl")
         for value in before:
-            log.write("event", **value)
+            log.write(Event(value))
         position = log.position
         for value in lost:
-            log.write("event", **value)
+            log.write(Event(value))
         log.cut(position)
         assert log.position == position
         for value in after:
-            log.write("event", **value)
+            log.write(Event(value))
         assert read_jsonl(log.path) == [{"kind": "event", **value} for value in before + after]
         log.file.close()
 
@@ -92,7 +106,7 @@ def test_atomic_path_survives_kill(tmp_path):
     write_json(path, {"old": 1})
     old = path.read_bytes()
     program = (
-        "import os, sys\nfrom minglm.common.device import atomic_path\n"
+        "import os, sys\nfrom minglm.common.files import atomic_path\n"
         "with atomic_path(sys.argv[1]) as t:\n    t.write_text('half')\n    os.kill(os.getpid(), 9)"
     )
     root = Path(__file__).parent.parent.parent
@@ -160,7 +174,7 @@ def test_threads_are_the_argument_the_variable_or_the_share_of_the_cores(
     clean = {
         k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE")
     } | environment
-    program = f"from minglm.common.device import use_threads; use_threads({argument}); import torch; print(torch.get_num_threads())"
+    program = f"from minglm.common.threads import use_threads; use_threads({argument}); import torch; print(torch.get_num_threads())"
     root = Path(__file__).parent.parent.parent
     done = subprocess.run(
         [sys.executable, "-c", program],

@@ -1,5 +1,6 @@
 """What TensorBoard and Weights & Biases are told is what the log says."""
 
+import dataclasses
 import json
 import sys
 from types import SimpleNamespace
@@ -11,15 +12,23 @@ from hypothesis import strategies as st
 from minglm.common.files import read_jsonl
 from minglm.common.log import Log
 from minglm.common.trackers import scalars, writer
+from minglm.report.records import SampleRecord, StepRecord
 
-STEP = {
-    "stage": "general",
-    "step": 3,
-    "tokens": 96,
-    "loss": 2.5,
-    "load_entropy": [0.9, 0.8],
-    "left_out": "spike",
-}
+STEP = StepRecord(
+    stage="general",
+    step=3,
+    tokens=96,
+    batch_tokens=32,
+    tokens_per_second=1000,
+    loss=2.5,
+    mtp_loss=2.75,
+    balance_loss=1.0,
+    learning_rate=0.5,
+    grad_norm=0.25,
+    mtp_weight=0.3,
+    load_entropy=[0.9, 0.8],
+    left_out="spike",
+)
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | st.text(max_size=3), st.lists, max_leaves=5
 )
@@ -27,9 +36,16 @@ values = st.recursive(
 
 def test_names_say_stage_kind_and_number():
     """Stage and source come first, then the kind, then the number's own name; labels keep needles of a stage apart."""
-    assert scalars("step", STEP) == {
+    assert scalars("step", STEP.values()) == {
         "general/step/tokens": 96,
+        "general/step/batch_tokens": 32,
+        "general/step/tokens_per_second": 1000,
         "general/step/loss": 2.5,
+        "general/step/mtp_loss": 2.75,
+        "general/step/balance_loss": 1.0,
+        "general/step/learning_rate": 0.5,
+        "general/step/grad_norm": 0.25,
+        "general/step/mtp_weight": 0.3,
         "general/step/load_entropy/0": 0.9,
         "general/step/load_entropy/1": 0.8,
     }
@@ -55,7 +71,7 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path):
 
     log = Log(tmp_path / "log.jsonl", writer("tensorboard", tmp_path / "watch", {"name": "test"}))
     for step in range(3):
-        log.write("step", stage="general", step=step, loss=2.5 - step)
+        log.write(dataclasses.replace(STEP, step=step, loss=2.5 - step))
     log.file.close()
     board = EventAccumulator(str(tmp_path / "watch")).Reload()
     wanted = [(r["step"], r["loss"]) for r in read_jsonl(tmp_path / "log.jsonl")]
@@ -70,8 +86,8 @@ def test_wandb_is_told_the_same(tmp_path, monkeypatch):
         sys.modules, "wandb", SimpleNamespace(init=lambda **about: told.append(about) or run)
     )
     log = Log(tmp_path / "log.jsonl", writer("wandb", tmp_path, {"name": "toy"}))
-    log.write("step", **STEP)
-    log.write("sample", text="no number in it")
+    log.write(STEP)
+    log.write(SampleRecord(stage="general", title="a title", text="no number in it"))
     log.file.close()
     assert told[0]["name"] == "toy" and told[1]["step"] == 3 and told[1]["general/step/loss"] == 2.5
     assert len(told) == 2 and json.dumps(told)

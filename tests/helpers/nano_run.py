@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from minglm.common.files import read_jsonl
 from minglm.config import load_config
+from minglm.train.checkpoint import CheckpointStore
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = {
@@ -90,7 +90,7 @@ def records(folder, kind=None):
 
 def weights(folder, stage):
     """The state of a stage's model."""
-    return torch.load(folder / "checkpoints" / stage / "final.pt", weights_only=True)["model"]
+    return CheckpointStore(folder).load(stage)["model"]
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ import dataclasses
 
 import torch
 
+from minglm.config import OptimizerConfig
 from minglm.data.packing import Batch
 from minglm.testing.model import drawn_documents
 from minglm.testing.strategies import numbers
@@ -33,13 +34,17 @@ def constant_phase(**values):
     standard = {"name": "test", "tokens": 0, "start": 0, "sequence_length": 8}
     schedules = {"learning_rate": 1e-3, "batch_tokens": 16, "mtp_weight": 0.3, "bias_rate": 1e-3}
     chosen = {**standard, **schedules, "balance_weight": 0.0, **values}
+    options = {field.name for field in dataclasses.fields(OptimizerConfig)} - schedules.keys()
+    optimizer = {name: chosen.pop(name) for name in options & chosen.keys()}
+    chosen["optimizer"] = OptimizerConfig(**optimizer)
     return Phase(**{k: (lambda seen, v=v: v) if k in schedules else v for k, v in chosen.items()})
 
 
 def gradients(model, batch, mtp_weight, **values):
     """(losses, {name: gradient, zeros where there is none}, loads) of one batch."""
     model.zero_grad()
-    sums, loads = accumulate(model, batch, constant_phase(**values), mtp_weight)
+    sums = accumulate(model, batch, constant_phase(**values), mtp_weight)._asdict()
+    loads = sums.pop("tokens_per_expert_LE")
     found = {
         n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
         for n, p in model.named_parameters()

@@ -12,7 +12,7 @@ from minglm.data.packing import Batch
 from minglm.model.glm import GLM
 from minglm.testing.model import tiny_model
 from minglm.testing.strategies import numbers, seeds
-from minglm.train.loss import targets
+from minglm.train.loss import next_token_targets
 
 rows = st.tuples(st.integers(1, 3), st.integers(3, 12))
 
@@ -21,7 +21,9 @@ rows = st.tuples(st.integers(1, 3), st.integers(3, 12))
 def test_targets_are_their_definition(seed, shape, ahead, packed):
     """A position's target is `ahead` tokens on, and counts if it is there, is one, and is in the same document."""
     (B, S), batch = shape, drawn_batch(seed, *shape, packed)
-    target_BS, counts_BS = targets(batch.tokens_BS, batch.mask_BS, batch.documents_BS, ahead)
+    target_BS, counts_BS = next_token_targets(
+        batch.tokens_BS, batch.mask_BS, batch.documents_BS, ahead
+    )
     for b in range(B):
         for s in range(S):
             exists = s + ahead < S and bool(batch.mask_BS[b, s + ahead])
@@ -71,7 +73,7 @@ def test_layer_sees_one_token_more_than_the_trunk_and_no_other_document(seed, sh
     sees_BS = (torch.arange(shape[1]) >= at - 1).expand(shape)
     if packed:
         sees_BS = sees_BS & (batch.documents_BS == batch.documents_BS[:, at, None])
-    counts_BS = targets(
+    counts_BS = next_token_targets(
         batch.tokens_BS, torch.ones(shape, dtype=torch.bool), batch.documents_BS, 2
     )[1]
     difference_BS = (before - after).abs().amax(-1)

@@ -78,8 +78,8 @@ def test_the_training_pass_has_hugging_faces_loss_and_gradients(latent, data, B,
     mask_BS = mask_BS & (torch.arange(S) != hole) if S > 2 else mask_BS
     loss = reference(tokens_BS, labels=tokens_BS.masked_fill(~mask_BS, -100)).loss
     loss.backward()
-    sums, _ = accumulate(model, Batch(tokens_BS, mask_BS), constant_phase(), 0.0)
-    assert abs(sums["loss"] - loss.item()) < FLOAT32 * loss.item()
+    terms = accumulate(model, Batch(tokens_BS, mask_BS), constant_phase(), 0.0)
+    assert abs(terms.loss - loss.item()) < FLOAT32 * loss.item()
     found, wanted = dict(model.named_parameters()), gradients_of(reference)
     assert set(found) == set(wanted)
     largest = max(grad.abs().max() for grad in wanted.values() if grad is not None)

@@ -20,7 +20,9 @@ from minglm.train.loop import accumulate, step
 def gradients(model, count, batch, **values):
     """(losses, loads, {name: gradient or None}) of a batch that `count` threads share."""
     model.zero_grad()
-    sums, loads = accumulate(model, batch, constant_phase(**values), 0.3, Replicas(model, count))
+    replicas = Replicas(model, count)
+    sums = accumulate(model, batch, constant_phase(**values), 0.3, replicas)._asdict()
+    loads = sums.pop("tokens_per_expert_LE")
     return sums, loads, {name: p.grad for name, p in model.named_parameters()}
 
 

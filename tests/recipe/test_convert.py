@@ -15,7 +15,7 @@ from minglm.data.tokenizer import Tokenizer
 from minglm.model.glm import GLM
 from minglm.model.hf.files import INDEX
 from minglm.recipe.load import load_run
-from minglm.train.checkpoint import Checkpoints
+from minglm.train.checkpoint import CheckpointStore
 
 
 @pytest.fixture
@@ -24,9 +24,7 @@ def run(tmp_path):
     config = load_config(CONFIG)
     model = GLM(config.model, seed=3)
     tokenizer = Tokenizer.train(["a sum of sums, 1 + 2 = 3\n"] * 3, config.model.vocab_size)
-    Checkpoints(tmp_path / "run" / "checkpoints" / "long_agent").save(
-        {"model": model.state_dict()}, final=True
-    )
+    CheckpointStore(tmp_path / "run").save("long_agent", {"model": model.state_dict()})
     tokenizer.save(tmp_path / "run" / "data" / "tokenizer.json")
     (tmp_path / "run" / "config.json").write_text(
         json.dumps({"hash": config.hash(), "config": to_dict(config)})
@@ -89,8 +87,8 @@ def test_import_is_the_inverse_of_export(run, tmp_path, capsys):
     assert "go on with: python -m minglm run" in output(
         capsys, "import", CONFIG, first, "--out", again, *tokenizer
     )
-    trained = torch.load(again / "checkpoints" / "long_agent" / "final.pt")["model"]
-    original = torch.load(run / "checkpoints" / "long_agent" / "final.pt")["model"]
+    trained = CheckpointStore(again).load("long_agent")["model"]
+    original = CheckpointStore(run).load("long_agent")["model"]
     for name, tensor in original.items():
         rounded = tensor if "e_score" in name else tensor.bfloat16().float()
         assert trained[name].dtype == torch.float32 and torch.equal(trained[name], rounded), name

@@ -295,10 +295,10 @@ def test_a_full_disk_loses_nothing(tmp_path, finished):
 def test_a_full_disk_under_the_log_is_one_line(copied, capsys, monkeypatch):
     """The log cannot grow: one line and exit status 2."""
 
-    def full(self, kind, **values):
+    def full(self, record):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("minglm.common.device.Log.write", full)
+    monkeypatch.setattr("minglm.common.log.Log.write", full)
     assert "the disk is full" in one_line(capsys, ["run", CONFIG, "--out", copied, *OVERRIDES])
 
 

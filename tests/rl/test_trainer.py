@@ -30,7 +30,7 @@ from minglm.rl.rollout import rollout
 from minglm.rl.trainer import collate, learn, sampled_log_probabilities, update
 from minglm.testing.model import tiny_model
 from minglm.testing.strategies import numbers, seeds
-from minglm.train.checkpoint import Checkpoints, Interrupted
+from minglm.train.checkpoint import CheckpointStore, Interrupted
 
 TASK = Task("0", "letters", (user("?"),), (), None, 1)
 CONFIG = RLConfig(("letters",), steps=1, prompts=2, samples=2, max_new_tokens=8, peak_lr=1e-2)
@@ -463,15 +463,15 @@ class Run:
         self.model = GLM(tiny_model(1, vocab_size=292).config, seed=3)
         self.optimizer, self.config = muon(self.model), config
         self.log = Log(folder / "log.jsonl")
-        self.checkpoints = Checkpoints(folder / "checkpoints" / "letters.rl", self.log, seconds)
+        self.checkpoints = CheckpointStore(folder, self.log, seconds).stage("letters.rl")
         self.stop_after, self.steps = stop_after, 0
 
-    def write(self, kind, **values):
+    def write(self, record):
         """The log's; sends Ctrl-C during the step it was told to stop after."""
         self.steps += 1
         if self.steps == self.stop_after:
             signal.raise_signal(signal.SIGINT)
-        self.log.write(kind, **values)
+        self.log.write(record)
 
     def go(self):
         """Train to the end, or until stopped."""
@@ -589,7 +589,7 @@ def test_a_model_that_is_always_right_is_not_touched(tmp_path):
         tokenizer, lambda prompt: next(a for q, a in answers.items() if f"\n{q}<|" in prompt)
     )
     config = dataclasses.replace(CONFIG, environments=("arithmetic",), steps=3)
-    checkpoints = Checkpoints(tmp_path / "rl", log)
+    checkpoints = CheckpointStore(tmp_path, log).stage("rl")
     reinforce(
         model,
         muon(model),

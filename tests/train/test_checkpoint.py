@@ -21,8 +21,8 @@ from minglm.model.glm import GLM
 from minglm.optim.muon import Muon
 from minglm.testing.model import tiny_model
 from minglm.testing.strategies import numbers
-from minglm.train.checkpoint import Checkpoints, Interrupted, read
-from minglm.train.loop import train
+from minglm.train.checkpoint import CheckpointStore, Interrupted, read
+from minglm.train.loop import LoopOptions, Trainer
 
 STEPS, ROWS, S = 6, 2, 8
 UNREPEATABLE = ("tokens_per_second", "seconds")  # the clock
@@ -42,7 +42,7 @@ class Run:
         self.model = GLM(tiny_model(1).config, seed=2)
         self.optimizer = Muon(self.model.named_parameters(), OptimizerConfig())
         self.log = Log(folder / "log.jsonl")
-        self.checkpoints = Checkpoints(folder / "checkpoints" / "general", self.log, seconds)
+        self.checkpoints = CheckpointStore(folder, self.log, seconds).stage("general")
         self.phase = constant_phase(
             tokens=steps * ROWS * S, batch_tokens=ROWS * S, sequence_length=S
         )
@@ -67,7 +67,10 @@ class Run:
 
     def go(self):
         """Train to the end, or until stopped."""
-        train(self.model, self.optimizer, self, self.phase, self.checkpoints, self.log, quiet=True)
+        options = LoopOptions(quiet=True)
+        Trainer(
+            self.model, self.optimizer, self, self.phase, self.checkpoints, self.log, options
+        ).run()
         return self
 
 
@@ -174,7 +177,7 @@ def test_the_checkpoint_before_takes_over(straight, tmp_path, damage):
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-        with pytest.warns(UserWarning, match="Going on from the one before"):
+        with pytest.warns(UserWarning, match="Resuming from the one before"):
             resumed = Run(tmp_path, packing).go()
     assert_equal_states(resumed, run)
     assert steps_logged(tmp_path) == steps_logged(whole)
@@ -241,18 +244,18 @@ def test_damaged_checkpoint_is_refused_in_one_line(tmp_path, damage):
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
     """What cannot be written whole does not replace what was there, and leaves no other file behind."""
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointStore(tmp_path).stage("general")
     checkpoints.save({"tokens": 1})
     with pytest.raises(Exception):  # noqa: B017
         checkpoints.save({"tokens": lambda: 2})
-    assert read(checkpoints.partial)["tokens"] == 1 and [p.name for p in tmp_path.iterdir()] == [
-        "partial.pt"
-    ]
+    assert read(checkpoints.partial)["tokens"] == 1 and [
+        p.name for p in checkpoints.partial.parent.iterdir()
+    ] == ["partial.pt"]
 
 
 def test_a_full_disk_keeps_both_checkpoints(tmp_path, monkeypatch):
     """No room in the middle of a file: one line that says so; the last checkpoint and the one before are whole."""
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointStore(tmp_path).stage("general")
     for number in (1, 2):
         checkpoints.save({"tokens": number})
 
@@ -263,7 +266,10 @@ def test_a_full_disk_keeps_both_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(ValueError, match=r"cannot write .*partial\.pt: No space left"):
         checkpoints.save({"tokens": 3})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["partial.pt", "previous.pt"]
+    assert sorted(p.name for p in checkpoints.partial.parent.iterdir()) == [
+        "partial.pt",
+        "previous.pt",
+    ]
     assert [read(p)["tokens"] for p in (checkpoints.partial, checkpoints.previous)] == [2, 1]
 
 

@@ -1,5 +1,6 @@
 """Steps that are left out, the way back to a good checkpoint, and layers that are computed twice."""
 
+import dataclasses
 import math
 import warnings
 
@@ -13,10 +14,10 @@ from minglm.common.files import read_jsonl
 from minglm.testing.model import tiny_model
 from minglm.testing.strategies import seeds
 from minglm.train.checkpoint import read
-from minglm.train.guard import ENOUGH, Guard
-from minglm.train.loop import train
+from minglm.train.guard import MIN_HISTORY, Guard
+from minglm.train.loop import LoopOptions, Trainer
 
-healthy = st.lists(st.floats(0.5, 2), min_size=ENOUGH, max_size=80)
+healthy = st.lists(st.floats(0.5, 2), min_size=MIN_HISTORY, max_size=80)
 
 
 @given(healthy, st.floats(4, 100), st.sampled_from([math.nan, math.inf]))
@@ -47,7 +48,8 @@ class Poisoned(Run):
     def __init__(self, folder, poisoned, **values):
         super().__init__(folder, seconds=0)
         for name, value in values.items():
-            object.__setattr__(self.phase, name, value)
+            optimizer = dataclasses.replace(self.phase.optimizer, **{name: value})
+            object.__setattr__(self.phase, "optimizer", optimizer)
 
         def poison(gradient):
             return gradient * (math.nan if self.steps in poisoned else 1)
@@ -67,16 +69,8 @@ def test_a_nan_in_a_gradient_costs_one_step(tmp_path):
 def test_utilisation_is_speed_over_the_ceiling(tmp_path):
     """With a ceiling each step says its share of it; without one nothing is claimed."""
     run = Run(tmp_path)
-    train(
-        run.model,
-        run.optimizer,
-        run,
-        run.phase,
-        run.checkpoints,
-        run.log,
-        quiet=True,
-        ceiling=1000.0,
-    )
+    options = LoopOptions(quiet=True, ceiling=1000.0)
+    Trainer(run.model, run.optimizer, run, run.phase, run.checkpoints, run.log, options).run()
     steps = [r for r in read_jsonl(tmp_path / "log.jsonl") if r["kind"] == "step"]
     assert steps and all(abs(r["mfu"] - r["tokens_per_second"] / 1000) < 1e-3 for r in steps)
     assert not any("mfu" in r for r in read_jsonl(Run(tmp_path / "other").go().log.path))

@@ -1,0 +1,564 @@
+"""Declare every kind of record of RUN/log.jsonl, with units, and read a log back (paper section 4, protocol).
+
+One dataclass is one kind of record: what is written, read, drawn and explained is declared here and nowhere else. A
+field whose default is None is left out of the log where it is None; any other None is written as null.
+
+The docstring of a field says what it measures and its unit. Fields with a paragraph "Healthy:" and one "Broken:" are
+the metrics that someone watches; `metrics_table` makes the tables of the README from them.
+"""
+
+import ast
+import dataclasses
+import inspect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from minglm.common.files import read_jsonl
+from minglm.common.log import Record
+
+
+class Moment(StrEnum):
+    """When pathologies were measured."""
+
+    BEFORE = "before"
+    """Before pathology RL: after general RL."""
+    AFTER = "after"
+    """After pathology RL."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRecord(Record):
+    """A record of one stage."""
+
+    stage: str
+    """Name of the stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartRecord(Record):
+    """The head of a run's log, written once when the run begins."""
+
+    kind: ClassVar[str] = "start"
+    name: str
+    """Name of the config."""
+    config_hash: str
+    """Hash of the resolved config."""
+    seed: int
+    """Seed of the run."""
+    versions: dict[str, Any]
+    """Versions of Python and packages, device, threads, commit and time (`minglm.common.version`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecord(Record):
+    """What data preparation made of the documents."""
+
+    kind: ClassVar[str] = "data"
+    tokens: dict[str, int]
+    """Tokens of each source to train on."""
+    documents: int
+    """Documents used, repetitions included."""
+    cleaning: dict[str, Any]
+    """Documents that each step of the cleaning removed or repeated."""
+    skipped: int
+    """Input records that could not be used."""
+    skipped_log: str
+    """File that names them; empty when there are none."""
+    seconds: float
+    """Wall-clock seconds of the preparation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageBeginRecord(StageRecord):
+    """The beginning of a stage."""
+
+    kind: ClassVar[str] = "stage_begin"
+    teaches: str
+    """What the stage is for, in a few words."""
+    tokens: int
+    """Tokens to train on; an estimate after mid-training."""
+    sequence_length: int
+    """Positions of a row; for RL the bound on one answer, in tokens."""
+    learning_rate: float
+    """Peak learning rate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageEndRecord(StageRecord):
+    """The end of a stage, after its evaluation."""
+
+    kind: ClassVar[str] = "stage_end"
+    tokens: int
+    """Tokens trained on."""
+    seconds: float
+    """Wall-clock seconds of training."""
+    evaluation_seconds: float
+    """Wall-clock seconds of the evaluation after it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndRecord(Record):
+    """The end of the run: every stage is complete."""
+
+    kind: ClassVar[str] = "end"
+    seconds: float
+    """Wall-clock seconds of data preparation, training and evaluation together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """What one optimizer step measures."""
+
+    loss: float
+    """Mean over target tokens of -log p(next token), nats.
+
+    Healthy: starts near log(vocabulary) (7.6 for 2,048), falls fast, then slowly
+    Broken: starts far above: initialisation; flat: learning rate 0 or all targets masked; jumps and stays: learning
+    rate too high
+    """
+    mtp_loss: float
+    """Mean over target tokens of -log p(token after next) under the MTP layer, nats; 0 when it is not trained.
+
+    Healthy: equal to `loss` while only frequencies are learned, then above it by a few tenths
+    Broken: below `loss`: it sees its own target; far above and flat: its input is shifted by one
+    """
+    balance_loss: float
+    """E times the sum over experts of (share of choices) times (mean share of scores), per sequence; no unit.
+
+    Healthy: 1.0 at perfect balance, up to about 1.3
+    Broken: climbs towards E / K: the same few experts take every token
+    """
+    learning_rate: float
+    """Learning rate of the step."""
+    grad_norm: float
+    """Global 2-norm of the gradient before clipping.
+
+    Healthy: below 1 most of the time after warm-up
+    Broken: always at the clip's bound: the rate is too high; 0: all targets masked; not finite: that step was skipped
+    """
+    mtp_weight: float
+    """Weight of the MTP loss."""
+    left_out: str | None = None
+    """Why the step was skipped: "not finite", or "spike" (`--optimizer.spike_factor`); absent when it was taken.
+
+    Healthy: absent
+    Broken: several in a row: with `--optimizer.rollback_after` the last good checkpoint is restored, as a record
+    "rollback" says
+    """
+    load_max_over_mean: list[float] | None = None
+    """Tokens of the busiest expert over the mean, per MoE layer, MTP last.
+
+    Healthy: 1.1 to 2 once the bias has worked
+    Broken: grows: the bias is not updated, or has the wrong sign; 2.0 from one step to the next and back: bias rate
+    too high for so few tokens
+    """
+    load_entropy: list[float] | None = None
+    """Entropy of the loads over log E, per MoE layer, MTP last; 1 is perfect balance.
+
+    Healthy: above 0.95
+    Broken: below 0.8: collapse
+    """
+    dead_experts: int | None = None
+    """Experts without any token in this batch, all layers.
+
+    Healthy: 0
+    Broken: stays above 0: those experts never learn
+    """
+    bias_rate: float | None = None
+    """Step of the router's selection bias."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord(StepMetrics, StageRecord):
+    """One optimizer step of pre-training, mid-training or supervised fine-tuning."""
+
+    kind: ClassVar[str] = "step"
+    step: int
+    """Number of the step in its stage, from 1."""
+    tokens: int
+    """Tokens seen since training began, this step included."""
+    batch_tokens: int
+    """Tokens of this batch."""
+    tokens_per_second: int
+    """Tokens of the batch over the wall-clock seconds of the step.
+
+    Healthy: constant within a stage
+    Broken: falls slowly: another process, or a leak
+    """
+    mfu: float | None = None
+    """Model-FLOPs utilisation: `tokens_per_second` times the model's FLOPs per token (`minglm plan`), over the FLOP/s
+    of one large matrix product measured on this device at the start (on a CPU: on one core, times the threads).
+
+    Healthy: constant within a stage; low where matrices are small, as in the toy
+    Broken: far below: waiting for data, or too small a `microbatch_tokens`
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollbackRecord(StageRecord):
+    """The return to the last checkpoint after several skipped steps in a row."""
+
+    kind: ClassVar[str] = "rollback"
+    step: int
+    """The step after which the weights were restored."""
+    to_step: int
+    """The step whose weights were restored."""
+    left_out: int
+    """Steps skipped in this stage up to now."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLRecord(StageRecord):
+    """One step of reinforcement learning: a rollout, and its updates."""
+
+    kind: ClassVar[str] = "rl"
+    step: int
+    """Number of the step in its stage, from 1."""
+    seconds: float
+    """Wall-clock seconds of rollout and updates."""
+    reward: float
+    """Mean score over all samples of the rollout, 0 to 1.
+
+    Healthy: rises, noisily
+    Broken: falls for many steps: tasks too hard, or rate too high
+    """
+    reward_by_env: dict[str, float]
+    """Mean score of each environment."""
+    length: float
+    """Mean tokens that the model produced per episode.
+
+    Healthy: moves slowly
+    Broken: runs to the limit or to almost nothing: the reward pays for length
+    """
+    truncated: float
+    """Share of samples stopped by the token limit.
+
+    Healthy: below 0.05
+    Broken: above: the limit hides answers from the reward
+    """
+    switch_ok: float
+    """Share of answers that think when asked to and do not when not.
+
+    Healthy: 1
+    Broken: below: the data has thinking in the wrong half
+    """
+    valid_calls: float | None
+    """Tool calls without a format fault over all tool calls; null when there was no call.
+
+    Healthy: above 0.95
+    Broken: below: the template in training and in generation differ
+    """
+    incidence: dict[str, float]
+    """Share of answers with mixed languages, repetition, broken format, or any of them.
+
+    Healthy: below 0.05
+    Broken: rises with the reward: the reward pays for it
+    """
+    live_groups: float
+    """Share of prompts whose samples differ in reward.
+
+    Healthy: 0.2 to 0.8
+    Broken: near 0: tasks too easy or impossible, nothing is learned
+    """
+    skipped: bool
+    """Whether there was no update, because fewer than two groups were live.
+
+    Healthy: rare
+    Broken: most steps: see `live_groups`
+    """
+    segment_tokens: int | None = None
+    """Tokens of the segments that were trained on, prompts and tool results included; absent when skipped."""
+    trained_tokens: int | None = None
+    """Tokens of the policy gradient: those that the model sampled; absent when skipped."""
+    ratio_max: float | None = None
+    """Largest p(token) under the trained over the sampling policy; absent when skipped.
+
+    Healthy: 1.0 in the first update of a rollout, to float error; below 2 later
+    Broken: above 1.01 in a first update: engine and trainer disagree
+    """
+    clip_share: float | None = None
+    """Share of tokens whose gradient the clip removed; absent when skipped.
+
+    Healthy: 0 on policy, below 0.2 with several updates
+    Broken: above: too many updates, or rate too high
+    """
+    kl: float | None = None
+    """Mean of r - 1 - log r with r = p(trained) / p(sampled), nats; absent when skipped.
+
+    Healthy: about 0 on policy
+    Broken: grows within a rollout: too many updates, or rate too high
+    """
+    entropy: float | None = None
+    """Mean entropy of the policy at its own tokens, nats; absent when skipped.
+
+    Healthy: falls slowly, stays above 0
+    Broken: falls to 0 in a few steps: collapse; rises without end: noise is learned
+    """
+    grad_norm: float | None = None
+    """Global 2-norm of the gradient before clipping, in the last update; absent when skipped.
+
+    Healthy: about constant
+    Broken: always at the clip's bound: the rate is too high; not finite: that update was skipped
+    """
+    left_out: str | None = None
+    """Why the last update was skipped: "not finite", or "spike"; absent when it was taken.
+
+    Healthy: absent
+    Broken: several in a row: the gradients of this stage are not usable
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class RejectionRecord(Record):
+    """What rejection sampling did with the experts' answers."""
+
+    kind: ClassVar[str] = "rejection"
+    counts: dict[str, int]
+    """Answers of each expert that were drawn, kept, or rejected for which reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord(StageRecord):
+    """Scores of one environment's held-out tasks after a stage."""
+
+    kind: ClassVar[str] = "evaluation"
+    env: str
+    """Name of the environment."""
+    group: str
+    """Group of the environment: reasoning, agentic, chat, ..."""
+    thinking: bool
+    """Whether thinking was switched on."""
+    avg: float
+    """avg@k: mean over problems of the mean score over k answers, 0 to 1.
+
+    Healthy: above the chance of guessing, intervals of two stages apart before one is called better
+    Broken: at chance: the answer is not parsed, or was never learned
+    """
+    low: float
+    """Lower end of the 95% interval of `avg`, over problems."""
+    high: float
+    """Upper end of the 95% interval of `avg`, over problems."""
+    pass_k: float
+    """pass@k: share of problems with a right answer among k.
+
+    Healthy: above avg@k
+    Broken: equal to avg@k: sampling has no variety left
+    """
+    k: int
+    """Answers to each problem."""
+    n: int
+    """Problems."""
+    valid_calls: float | None
+    """Tool calls without a format fault over all tool calls; null without calls or tools.
+
+    Healthy: above 0.95
+    Broken: below: the template in training and in generation differ
+    """
+    switch_ok: float
+    """Share of answers that think when asked to and do not when not.
+
+    Healthy: 1
+    Broken: below: the unified data has thinking in the wrong half
+    """
+    length: float
+    """Mean tokens that the model produced per answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRecord(StageRecord):
+    """One dialogue of an evaluation, to be read."""
+
+    kind: ClassVar[str] = "sample"
+    title: str
+    """Environment, and whether thinking was on."""
+    text: str
+    """The dialogue as the chat template renders it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathologyRecord(StageRecord):
+    """Pathologies in answers to adversarial prompts, before or after pathology RL."""
+
+    kind: ClassVar[str] = "pathology"
+    when: str
+    """Whether it was before or after pathology RL: a `Moment`."""
+    incidence: dict[str, float]
+    """Share of answers with each pathology, and with "any".
+
+    Healthy: falls five times or more from before to after
+    Broken: unchanged: the penalty is too small, or no prompt provokes the fault
+    """
+    n: int
+    """Answers judged."""
+    low: float
+    """Lower end of the 95% interval of the share with any pathology, over prompts."""
+    high: float
+    """Upper end of the 95% interval of the share with any pathology, over prompts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitsPerByteRecord(StageRecord):
+    """How well a stage predicts held-out text."""
+
+    kind: ClassVar[str] = "bits_per_byte"
+    source: str
+    """Source of the text."""
+    value: float
+    """-log2 p of held-out text over its bytes; does not depend on the tokenizer. Bits per byte.
+
+    Healthy: falls over pre-training, may rise a little afterwards
+    Broken: far below the training loss: held-out text was trained on
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class MTPAcceptanceRecord(StageRecord):
+    """How well the MTP layer agrees with the trunk."""
+
+    kind: ClassVar[str] = "mtp_acceptance"
+    value: float
+    """Mean of the overlap, sum over tokens of min(p, q), of MTP layer and trunk: the share of drafts accepted.
+
+    Healthy: 0.4 to 0.8
+    Broken: near 0: the layer was lost on saving, or its input is shifted
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleRecord(StageRecord):
+    """The needle test at one length and depth, after a stage with longer rows than the one before."""
+
+    kind: ClassVar[str] = "needle"
+    length: int
+    """Tokens of a row."""
+    depth: float
+    """Where the needle is hidden: 0 at the beginning of the row, 1 right before the question."""
+    found: float
+    """Share of rows whose key, hidden at `depth` of `length` tokens, is what greedy decoding would say.
+
+    Healthy: 1 at every depth, for a model large enough; `nats` of the answer falls first
+    Broken: falls with length: RoPE base not raised, or rows too few; only at depth 1: it copies the last thing said
+    """
+    nats: float
+    """Mean over rows of -log p of the answer per token, nats."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitsByPositionRecord(StageRecord):
+    """Bits per byte along a row, after a stage with longer rows than the one before."""
+
+    kind: ClassVar[str] = "bits_by_position"
+    source: str
+    """Source of the text."""
+    length: int
+    """Tokens of a row."""
+    bits: list[list[float | None]]
+    """[first position, end, bits per byte] of each bin of positions, over documents that fill a row; null without text.
+
+    Healthy: falls along the row
+    Broken: rises beyond the length of an earlier stage: positions never trained
+    """
+
+
+RECORDS: dict[str, type[Record]] = {
+    record.kind: record
+    for record in (
+        StartRecord,
+        DataRecord,
+        StageBeginRecord,
+        StepRecord,
+        RollbackRecord,
+        RLRecord,
+        RejectionRecord,
+        EvaluationRecord,
+        SampleRecord,
+        PathologyRecord,
+        BitsPerByteRecord,
+        MTPAcceptanceRecord,
+        NeedleRecord,
+        BitsByPositionRecord,
+        StageEndRecord,
+        EndRecord,
+    )
+}
+"""The dataclass of each kind of record."""
+
+R = TypeVar("R", bound=Record)
+
+
+def parse(values: dict[str, Any]) -> Record:
+    """Convert a line of a log to its record. Raises ValueError for a kind or a field that is not declared here."""
+    kind = values.get("kind")
+    if kind not in RECORDS:
+        raise ValueError(f"log record of unknown kind {kind!r}; it was written by another version")
+    fields = {name: value for name, value in values.items() if name != "kind"}
+    try:
+        return RECORDS[kind](**fields)
+    except TypeError as error:
+        reason = str(error).partition("__init__() ")[2]
+        raise ValueError(
+            f"log record {kind!r}: {reason}; it was written by another version"
+        ) from None
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """Read the records of a log in order; an empty list when there is no file. Raises ValueError as `parse` does."""
+    return [parse(values) for values in read_jsonl(path)]
+
+
+def select(records: Iterable[Record], kind: type[R], **where: object) -> list[R]:
+    """Return the records of one kind whose fields equal those given, in order."""
+    return [
+        record
+        for record in records
+        if isinstance(record, kind)
+        and all(getattr(record, name) == value for name, value in where.items())
+    ]
+
+
+def stages_of(records: Iterable[Record], *kinds: type[StageRecord]) -> list[str]:
+    """Return the names of the stages that have records of these kinds, in the order in which they happened."""
+    names = [record.stage for record in records if isinstance(record, kinds)]
+    return list(dict.fromkeys(names))
+
+
+def field_docs(record: type) -> dict[str, str]:
+    """Return the docstring of each field of a dataclass, inherited fields first."""
+    docs = {}
+    for base in reversed(record.__mro__):
+        if base is Record or not dataclasses.is_dataclass(base):
+            continue
+        body = ast.parse(inspect.getsource(base)).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, doc in zip(body.body, body.body[1:]):
+            if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
+                continue
+            if isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
+                docs[field.target.id] = inspect.cleandoc(str(doc.value.value))
+    return docs
+
+
+def _join(text: str) -> str:
+    return " ".join(text.split())
+
+
+def metrics_table(kinds: Sequence[type[Record]]) -> str:
+    """Return the README's table of the metrics of these kinds: formula, healthy values, and what broken looks like.
+
+    A metric is a field whose docstring says "Healthy:" and "Broken:". With several kinds the name of a metric begins
+    with that of its kind.
+    """
+    lines = ["| name | formula | healthy | what broken looks like |", "|---|---|---|---|"]
+    for kind in kinds:
+        prefix = f"{kind.kind}." if len(kinds) > 1 else ""
+        for name, doc in field_docs(kind).items():
+            formula, _, rest = doc.partition("Healthy:")
+            healthy, _, broken = rest.partition("Broken:")
+            if broken:
+                formula = _join(formula).removesuffix(".")
+                cells = [f"`{prefix}{name}`", formula, _join(healthy), _join(broken)]
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,81 @@
+"""Save and restore all that a training loop needs to resume: weights, optimizer, guard, data, counters (no section).
+
+Pre-training, mid-training, fine-tuning and reinforcement learning share it, so that a checkpoint of any of them holds
+the same parts. After repeated failures `roll_back` restores the weights and the optimizer alone: the data and the
+counters continue.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from minglm.train.checkpoint import StageCheckpoints, State
+from minglm.train.guard import Guard
+
+
+class Stateful(Protocol):
+    """Something whose state fits into a checkpoint, such as a stream of batches."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state returned by `state_dict`."""
+        ...
+
+
+@dataclass
+class TrainingState:
+    """The parts of a training loop that change from step to step."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    guard: Guard
+    stream: Stateful | None = None
+    """Where the next batch comes from; None when the data follow from the number of the step."""
+    step: int = 0
+    """Steps done in this stage."""
+    tokens: int = 0
+    """Tokens seen in this stage."""
+
+    def save(self, checkpoints: StageCheckpoints) -> None:
+        """Write a partial checkpoint."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "guard": self.guard.state_dict(),
+            "tokens": self.tokens,
+            "step": self.step,
+        }
+        if self.stream is not None:
+            state["stream"] = self.stream.state_dict()
+        checkpoints.save(state)
+
+    def restore(self, checkpoints: StageCheckpoints) -> bool:
+        """Resume from the partial checkpoint, and cut the log back to it. Return whether there was one."""
+        state = checkpoints.load()
+        if state is None:
+            return False
+        self._restore_weights(state)
+        if self.stream is not None:
+            self.stream.load_state_dict(state["stream"])
+        if "guard" in state:  # reinforcement learning has stored it only since it has a guard
+            self.guard.load_state_dict(state["guard"])
+        self.step = state["step"]
+        self.tokens = state.get("tokens", 0)
+        return True
+
+    def roll_back(self, checkpoints: StageCheckpoints) -> int:
+        """Restore weights and optimizer from the last checkpoint. Return the step that it was made at."""
+        state = checkpoints.newest()
+        assert state is not None, "a loop with rollbacks saves before its first step"
+        self._restore_weights(state)
+        self.guard.in_a_row = 0
+        return state["step"]
+
+    def _restore_weights(self, state: State) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
