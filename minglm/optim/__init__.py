@@ -1,1 +1,1 @@
-"""Optimizer and schedules (paper 2.4): `muon.Muon`, and pure functions of the tokens seen in `schedule`."""
+"""The optimizer (`muon.Muon`) and its schedules, pure functions of the tokens seen (paper 2.4)."""

@@ -37,7 +37,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from minglm.config import OptimizerConfig
+from minglm.config import OptimizerConfig, Polynomial
 from minglm.kernels.newton_schulz.eager import orthogonalize as newton_schulz
 from minglm.kernels.newton_schulz.eager import polar_express
 from minglm.model.parameters import (
@@ -49,9 +49,9 @@ from minglm.model.parameters import (
 
 ADAM_EPS = 1e-8
 
-POLYNOMIALS: dict[str, Callable[[int], Any]] = {
-    "jordan": lambda steps: None,  # the kernel's own coefficients, the same in every step
-    "polar_express": polar_express,
+POLYNOMIALS: dict[Polynomial, Callable[[int], Any]] = {
+    Polynomial.JORDAN: lambda steps: None,  # the kernel's own coefficients, the same in every step
+    Polynomial.POLAR_EXPRESS: polar_express,
 }
 """Newton-Schulz coefficients for a number of steps, by the name in the config."""
 
