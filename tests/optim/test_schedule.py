@@ -1,7 +1,5 @@
 """Schedules: the paper's values at the paper's boundaries, and independence of the batch."""
 
-import dataclasses
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
