@@ -12,12 +12,32 @@ Axis letters. A tensor's name ends in the letters of its axes, in order: `scores
 A name without such an ending is a scalar, a Python object, or a tensor whose docstring gives its shape.
 """
 
-from minglm.common.threads import use_threads as _use_threads
+import sys
+from typing import TYPE_CHECKING, Any
 
-_use_threads()  # before torch starts its thread pool: idle OpenMP threads that spin make two cores slower than one
+from minglm.common.threads import prepare_threads, use_threads
 
-from minglm.config import load_config
-from minglm.model.glm import GLM
+if TYPE_CHECKING:
+    from minglm.config import load_config
+    from minglm.model.glm import GLM
 
 __version__ = "0.1.0"
 __all__ = ["GLM", "load_config", "__version__"]
+
+if "torch" in sys.modules:  # too late for the environment: set the threads of the pool itself
+    use_threads()
+else:
+    prepare_threads()
+
+
+def __getattr__(name: str) -> Any:
+    """Import `GLM` and `load_config` when they are first used, so that `import minglm` needs no torch."""
+    if name == "GLM":
+        from minglm.model.glm import GLM
+
+        return GLM
+    if name == "load_config":
+        from minglm.config import load_config
+
+        return load_config
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -327,27 +327,8 @@ def gpu_versions():
     return found
 
 
-def command(p, words):
+def command(args):
     """Every form of each operation side by side, as a share of the ceilings measured in the same run."""
-    p.add_argument("--only", nargs="+", default=[], metavar="OPERATION", help="default: all")
-    p.add_argument("--rounds", type=int, default=20, help="turns of each form; the median counts")
-    p.add_argument(
-        "--seconds",
-        type=float,
-        default=3.0,
-        help="of a case, after which it gets no turn beyond the third",
-    )
-    p.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    p.add_argument(
-        "--kernels", default="auto", choices=["auto", "torch", "triton"], help="which form ours is"
-    )
-    p.add_argument(
-        "--smoke", action="store_true", help="toy sizes: shows that the benchmark runs, and no more"
-    )
-    p.add_argument("--out", default="figures/bench_kernels.json", help="the record")
-    args = p.parse_args(words)
-    if args.rounds < 1:
-        raise ValueError("--rounds must be at least 1")
     device = pick_device(args.device)
     if device.type != "cuda" and not args.smoke:
         raise ValueError(

@@ -1,22 +1,18 @@
-"""What is in the shards of a config: tables, samples, checksums; the verb `data` (paper 2.2; no counterpart there).
+"""The verb `data`: build the token shards of a config, and tell what is in them (paper 2.2).
 
-    source   documents   tokens   text   bytes a token, per part train and heldout
+    source   documents   tokens   text   bytes a token, of the training shards, and held-out tokens
     what each step of cleaning took, and the records that could not be used
     samples: the first tokens of documents drawn at random, as text again
 
-Simplified: text bytes of a source count a repeated document as often as it is used.
+Simplified: the bytes of text of a source count a repeated document as often as it is used.
 """
 
+import argparse
 import json
 import random
 from pathlib import Path
 
-from minglm.common.files import read_jsonl
-from minglm.config import load_config
-from minglm.data.build import prepare
-from minglm.data.store import shards
-from minglm.data.workers import Executor
-from minglm.recipe.solutions import task_data
+from minglm.cli.arguments import add_config
 
 SHOWN = 240
 """Characters of a sample."""
@@ -38,6 +34,8 @@ def table(rows):
 
 def stock(folder):
     """Everything that is known of the shards under `folder`, as plain values."""
+    from minglm.data.store import shards
+
     about = json.loads((folder / "about.json").read_text())
     found = {part: shards.totals(folder / part) for part in ("train", "heldout")}
     return {
@@ -96,14 +94,14 @@ def samples(train, tokenizer, count, seed=0):
             yield from (f"    {line}" for line in text.splitlines()[:6])
 
 
-def command(parser, words):
-    """Build the token shards of CONFIG where they are missing, and say what is in them and what cleaning took."""
-    parser.add_argument("config", help="a config file, such as configs/toy.py")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `data`."""
+    add_config(parser)
     parser.add_argument("--out", help="folder of the run (default: runs/NAME)")
     parser.add_argument(
         "--executor",
         default="local",
-        choices=[name.value for name in Executor],
+        choices=["local", "ray"],
         help="local processes, or stages of Ray Data",
     )
     parser.add_argument(
@@ -117,24 +115,32 @@ def command(parser, words):
     )
     parser.add_argument("--json", action="store_true", help="print as JSON")
     parser.add_argument(
-        "--dry-run", action="store_true", help="say where the shards would be, read nothing"
+        "--dry-run", action="store_true", help="print where the shards would be, read nothing"
     )
-    args, overrides = parser.parse_known_args(words)
-    run = load_config(args.config, overrides)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Build the token shards of CONFIG where they are missing; print what is in them and what cleaning took."""
+    from minglm.common.files import read_jsonl
+    from minglm.config import load_config
+    from minglm.data.build import prepare
+    from minglm.data.store import shards
+    from minglm.data.workers import Executor
+    from minglm.recipe.solutions import task_data
+
+    run = load_config(args.config, args.overrides)
     folder = Path(args.out or f"runs/{run.name}") / "data"
+    splits = [folder / "train", folder / "heldout"]
     if args.dry_run:
-        built = (
-            "are"
-            if all(shards.index(folder / part) is not None for part in ("train", "heldout"))
-            else "would be"
-        )
-        print(f"the shards of {run.name}, config {run.hash()}, {built} in {folder}")
+        built = all(shards.index(split) is not None for split in splits)
+        state = "are" if built else "would be"
+        print(f"the shards of {run.name}, config {run.hash()}, {state} in {folder}")
         return
     if args.verify:
-        for part in ("train", "heldout"):
-            for number, wrong in shards.damaged(folder / part, verify=True).items():
+        for split in splits:
+            for number, wrong in shards.damaged(split, verify=True).items():
                 print(f"{wrong}; it is built again")
-                shards.forget(folder / part, number)
+                shards.forget(split, number)
     tokenizer, train, _, _ = prepare(run, folder, task_data(run), Executor(args.executor))
     found = stock(folder)
     if args.json:
@@ -144,6 +150,6 @@ def command(parser, words):
     for record in read_jsonl(folder / "documents" / "skipped.log")[: args.skipped]:
         print(f"    {record['file']}, {record['where']}: {record['why']}")
     if args.verify:
-        parts = sum(len(shards.index(folder / part)) for part in ("train", "heldout"))
+        parts = sum(len(shards.index(split)) for split in splits)
         print(f"{parts} parts have the checksums they were written with")
     print(*samples(train, tokenizer, args.samples), sep="\n")

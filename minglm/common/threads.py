@@ -2,7 +2,7 @@
 
 import os
 
-_threads = 1  # set by `use_threads`
+_threads = 1  # threads of this process that may be busy at once; set by the functions below
 
 
 def thread_count(asked=0):
@@ -12,16 +12,25 @@ def thread_count(asked=0):
     return asked or int(os.environ.get("OMP_NUM_THREADS") or shared)
 
 
-def use_threads(count=0, inside=True):
-    """Give this process `thread_count(count)` threads. Returns how many of them are left for shares of a batch.
+def prepare_threads() -> None:
+    """Set the environment from which PyTorch starts its thread pool; it must be called before torch is imported.
 
-    inside: all of them share each PyTorch operation, and the batch has one; else each operation has one. OpenMP threads
-    that wait by spinning starve each other on a busy machine (a 2-thread product was measured up to 30 times slower),
-    and threads that never spin must be woken for each of thousands of small operations (a training step of the toy took
-    1.6 times as long). So they spin for some microseconds; this is set before torch is imported.
+    OpenMP threads that wait by spinning starve each other on a busy machine (a 2-thread product was measured up to 30
+    times slower), and threads that never spin must be woken for each of thousands of small operations (a training step
+    of the toy took 1.6 times as long). With these settings they spin for some microseconds.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    global _threads
+    _threads = thread_count()
+    os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
+
+
+def use_threads(count=0, inside=True):
+    """Give this process `thread_count(count)` threads. Returns how many of them are left for shares of a batch.
+
+    inside: all of them share each PyTorch operation, and the batch has one; else each operation has one.
+    """
     import torch
 
     global _threads
@@ -31,5 +40,5 @@ def use_threads(count=0, inside=True):
 
 
 def threads_in_use():
-    """Return how many threads of this process may be busy at once: what `use_threads` last set, 1 before."""
+    """Return how many threads of this process may be busy at once: what was last set here."""
     return _threads

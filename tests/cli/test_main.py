@@ -4,14 +4,20 @@ import io
 import json
 import os
 import re
+import resource
+import subprocess
+import sys
 
 import pytest
 from helpers.nano_run import CONFIG, OVERRIDES, ROOT, copied, finished, records, small
 
-from minglm.__main__ import VERBS, load_run, main
+from minglm.__main__ import main
+from minglm.cli import main as command_line
+from minglm.cli.registry import VERBS
 from minglm.data.store.shards import load_shards
 from minglm.eval.text import bits_per_byte
 from minglm.plan.counts import count_parameters
+from minglm.recipe.load import load_run
 
 __all__ = ["copied", "finished"]  # fixtures
 
@@ -78,6 +84,56 @@ def test_missing_words(words, capsys):
     assert end.value.code == 2 and re.search(
         r"error: .*(config|run|--problems)", capsys.readouterr().err
     )
+
+
+def cpu_seconds_and_modules(*words):
+    """Run a command in a process of its own; return its CPU seconds, the modules it imported, and its output."""
+    program = (
+        "import sys, minglm.__main__\n"
+        "try: minglm.__main__.main(sys.argv[1:])\n"
+        "finally: print('MODULES', *sys.modules)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], cwd=ROOT, capture_output=True, text=True
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    printed, modules = done.stdout.split("MODULES ")
+    return seconds, set(modules.split()), printed
+
+
+HEAVY = {"torch", "numpy", "tyro", "triton", "matplotlib", "tokenizers", "safetensors", "tqdm"}
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_is_quick_because_it_imports_nothing_heavy(verb):
+    """No package that takes a tenth of a second to import; the CPU time with room for a slow machine."""
+    seconds, modules, printed = cpu_seconds_and_modules(*([verb] if verb else []), "--help")
+    assert not modules & HEAVY
+    assert len(modules) < 250
+    assert seconds < (1.0 if not verb else 2.0)
+    assert printed
+
+
+def test_the_package_is_imported_without_torch_and_its_threads_are_set_before():
+    """`import minglm` is light, GLM and load_config come when they are asked for, with the number of threads asked for."""
+    program = (
+        "import sys, minglm; assert 'torch' not in sys.modules; minglm.load_config; "
+        "assert 'torch' not in sys.modules; minglm.GLM; import os, torch; "
+        "assert os.environ['OMP_WAIT_POLICY'] == 'PASSIVE'; print(torch.get_num_threads())"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    for threads in ("", "1"):
+        settings = {"OMP_NUM_THREADS": threads} if threads else {}
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env=environment | settings,
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout.strip() == (threads or str(len(os.sched_getaffinity(0)))), done.stderr
 
 
 MISTAKES = {
@@ -161,13 +217,15 @@ def test_interrupts_and_broken_files_are_no_tracebacks(capsys, monkeypatch):
         (PermissionError(13, "Permission denied", "/root/run"), 2),
         (OSError(28, "No space left on device"), 2),
     ):
-        monkeypatch.setitem(VERBS, "run", lambda words, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(
+            command_line, "run_verb", lambda *_, error=error: (_ for _ in ()).throw(error)
+        )
         assert main(["run"]) == status
         printed = capsys.readouterr().err
-        assert printed.count("\n") <= 1 and (
+        assert printed.count("\n") == 1 and (
             status == 130 or "/root/run: Perm" in printed or "disk is full" in printed
         )
-    monkeypatch.setitem(VERBS, "run", lambda words: [][1])
+    monkeypatch.setattr(command_line, "run_verb", lambda *_: [][1])
     with pytest.raises(IndexError):
         main(["run"])
 

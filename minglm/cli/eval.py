@@ -1,0 +1,62 @@
+"""The verb `eval`: score a run on the held-out tasks (paper 4)."""
+
+import argparse
+import dataclasses
+import json
+
+from minglm.cli.arguments import add_run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `eval`."""
+    add_run(parser)
+    parser.add_argument("--problems", type=int, help="problems per task (default: the config's)")
+    parser.add_argument("--samples", type=int, help="answers k per problem (default: the config's)")
+    parser.add_argument("--task", action="append", help="score only this task; may be repeated")
+    parser.add_argument("--json", action="store_true", help="print records as JSON lines")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Score a run on the held-out tasks: avg@k and pass@k with 95% intervals, thinking on and off."""
+    from minglm.envs import ENVIRONMENTS
+    from minglm.eval import tasks
+    from minglm.inference import Engine
+    from minglm.inference.client import EngineGenerator
+    from minglm.recipe.load import load_run
+
+    loaded = load_run(args.run, args.stage)
+    changes = {}
+    for option, value in (("problems", args.problems), ("samples", args.samples)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{option} {value}: must be at least 1")
+        if value is not None:
+            changes[option] = value
+    settings = dataclasses.replace(loaded.config.evaluation, **changes)
+    names = args.task or list(ENVIRONMENTS)
+    for name in names:
+        if name not in ENVIRONMENTS:
+            raise ValueError(
+                f"--task {name}: no such task; the tasks are {', '.join(ENVIRONMENTS)}"
+            )
+    for name in names:
+        for thinking in (True, False):
+            record, _ = tasks.tasks(
+                EngineGenerator(Engine(loaded.model, loaded.tokenizer)),
+                loaded.tokenizer,
+                ENVIRONMENTS[name],
+                settings,
+                thinking,
+                loaded.config.seed,
+            )
+            if args.json:
+                print(json.dumps({"stage": loaded.stage, **record}), flush=True)
+            else:
+                print(_line(name, thinking, record), flush=True)
+
+
+def _line(name: str, thinking: bool, record: dict) -> str:
+    """Format one record of an evaluation for people."""
+    mode = "thinking" if thinking else "direct"
+    k = record["k"]
+    interval = f"({record['low']:.3f} to {record['high']:.3f})"
+    return f"{name:13} {mode:9} avg@{k} {record['avg']:.3f} {interval}  pass@{k} {record['pass_k']:.3f}"

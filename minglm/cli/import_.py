@@ -1,0 +1,27 @@
+"""The verb `import`: make a released checkpoint the base of a run (no section in the paper)."""
+
+import argparse
+import shlex
+
+from minglm.cli.arguments import add_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `import`."""
+    add_config(parser, example="configs/air_106b.py")
+    parser.add_argument("folder", help="folder with config.json and safetensors")
+    parser.add_argument("--out", required=True, help="folder of the new run")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Make a released checkpoint the base of a run: `run` then continues after mid-training.
+
+    CONFIG must describe the same model.
+    """
+    from minglm.config import load_config
+    from minglm.recipe import convert
+
+    config = load_config(args.config, args.overrides)
+    stage = convert.import_checkpoint(config, args.folder, args.out)
+    words = ["python", "-m", "minglm", "run", args.config, "--out", args.out, *args.overrides]
+    print(f"{args.folder} is stage {stage} of {args.out}; continue with: {shlex.join(words)}")

@@ -1,0 +1,69 @@
+"""The verb `run`: train the recipe of a config, stage by stage, and write a report card (paper Figure 3)."""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from minglm.cli.arguments import add_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `run`."""
+    add_config(parser)
+    parser.add_argument("--out", help="folder of the run (default: runs/NAME)")
+    parser.add_argument(
+        "--only", metavar="STAGE", help="run this stage only; the stage before must be complete"
+    )
+    parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check what can be checked without a GPU, print the stages and the config, start nothing",
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run every stage of CONFIG, then write the report card.
+
+    The same command continues a run that was stopped. With CONFIG, --help lists every field of it.
+    """
+    from minglm.common.device import measured_flops, pick_device, pick_dtype
+    from minglm.config import load_config
+    from minglm.config.run import to_dict
+    from minglm.plan.counts import count_parameters
+    from minglm.recipe.run import RecipeRunner
+    from minglm.recipe.stages import plan_stages, table
+    from minglm.report import card
+
+    config = load_config(args.config, args.overrides)
+    stages = plan_stages(config)
+    device = pick_device(config.device)
+    speed = measured_flops(device, pick_dtype(config.dtype, device))
+    print(table(config, stages, speed), flush=True)
+    if args.dry_run:
+        print(json.dumps(to_dict(config), indent=1))
+        print(f"body: {count_parameters(config.model)['body']:,} parameters")
+        return 0
+    names = [stage.name for stage in stages]
+    for option, name in (("--only", args.only), ("--until", args.until)):
+        if name is not None and name not in names:
+            raise ValueError(f"{option} {name}: no such stage; the stages are {', '.join(names)}")
+    out = Path(args.out or f"runs/{config.name}")
+    try:
+        complete = RecipeRunner(config, out).execute(args.only, args.until)
+    except KeyboardInterrupt:
+        print(
+            f"\nstopped; everything up to here is saved. Continue with: {args.command}",
+            file=sys.stderr,
+        )
+        return 130
+    print(card.write(out))
+    program = ["python", "-m", "minglm"]
+    if complete:
+        print(f"talk to it: {shlex.join([*program, 'chat', str(out)])}")
+    else:
+        words = [*program, "run", args.config, "--out", str(out), *args.overrides]
+        print(f"continue with: {shlex.join(words)}")
+    return 0

@@ -1,0 +1,96 @@
+"""The verb `serve`: answer over HTTP as OpenAI's API does (no section in the paper)."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `serve`."""
+    parser.add_argument(
+        "model", help="folder of a run, or of a Hugging Face checkpoint with its tokenizer.json"
+    )
+    parser.add_argument(
+        "--stage", help="serve the model as this stage left it (default: the last complete one)"
+    )
+    parser.add_argument("--name", help="what clients call the model (default: the folder's name)")
+    parser.add_argument(
+        "--dialect",
+        help="glm-4.5, glm-4.6 or glm-4.7 (default: that of the checkpoint's chat template)",
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--max-batch", type=int, default=64, help="answers at once")
+    parser.add_argument(
+        "--max-queue",
+        type=int,
+        default=256,
+        help="answers that may wait; more are refused with status 429",
+    )
+    parser.add_argument(
+        "--cache-tokens", type=int, help="bound on the key/value cache, in tokens (default: none)"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="load the model, print what would be served, start nothing",
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    """Answer over HTTP as OpenAI's API does: chat, completions, tools, a chat page, health and metrics."""
+    if args.max_batch < 1 or args.max_queue < 0 or (args.cache_tokens or 1) < 1:
+        raise ValueError(
+            "--max-batch and --cache-tokens must be at least 1, --max-queue at least 0"
+        )
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"the server needs {error.name}: pip install 'minglm[serve]'") from None
+    from minglm.chat.template import dialect_of
+    from minglm.common.device import pick_device
+    from minglm.inference import Engine
+    from minglm.recipe.load import load_served
+    from minglm.serve import app
+    from minglm.serve.requests import ServedModel
+
+    if args.dialect is not None:
+        dialect_of(args.dialect)
+    loaded = load_served(args.model, args.stage)
+    engine = Engine(
+        loaded.model.to(pick_device(args.device)),
+        loaded.tokenizer,
+        max_batch=args.max_batch,
+        cache_tokens=args.cache_tokens,
+    )
+    # A bounded cache also bounds the length of one conversation.
+    limit = engine.limit
+    if args.cache_tokens is not None:
+        limit = min(limit, (engine.blocks.limit or 0) * engine.blocks.size)
+        if limit < 2:
+            raise ValueError(
+                f"--cache-tokens {args.cache_tokens}: at least {engine.blocks.size}, one block"
+            )
+    name = args.name or Path(args.model).resolve().name
+    dialect = args.dialect or loaded.dialect
+    served = ServedModel(
+        loaded.tokenizer,
+        name,
+        limit,
+        dialect,
+        bare_tools=not loaded.from_hf,
+        max_choices=args.max_batch,
+    )
+    about = f"{name}, template {dialect}, up to {limit} tokens"
+    if args.dry_run:
+        print(about)
+        return
+
+    def on_start(url: str) -> None:
+        print(f"{about}\nchat page {url}\nAPI {url}/v1", flush=True)
+
+    server = app.create_app(engine, served, max_open_requests=args.max_batch + args.max_queue)
+    app.serve(server, args.host, args.port, on_start)
