@@ -1,92 +1,128 @@
-"""How fast the kernels are: every form of an operation side by side, beside the machine's own limits.
+"""Measure the kernels: every form of an operation side by side, beside the machine's own limits (no paper section).
 
     share of the ceiling = max(FLOP / products per second, bytes / copied bytes per second) / measured time
 
 Both ceilings are measured at the start of the same run: a large bfloat16 product and a large copy. The forms of a case
-(ours first, then the named baselines) take turns, so that what else the machine does falls on all of them. Before every
-turn the cache is filled with other data, often enough that the host is ahead of the GPU when the turn begins, as in
-training: starting a kernel is not what is measured. The median of the turns is reported with its quartiles; before any
-timing each form's result is compared with ours. A form that fails is a line with its reason, not a missing line.
+(ours first, then the named baselines) take turns, so that whatever else the machine does falls on all of them. Before
+every turn the cache is filled with other data, often enough that the host is ahead of the GPU when the turn begins, as
+in training: the time to start a kernel is not measured. The median of the turns is reported with its quartiles; before
+any timing each form's result is compared with ours. A form that fails is a line with its reason, not a missing line.
 What takes microseconds is recorded as a CUDA graph, as an engine would, because Python would take longer to start it,
-and the time to start a graph is taken off; a form that cannot be recorded, because the host waits for the GPU in its
-middle, is timed as it is and marked.
+and the time to start a graph is subtracted; a form that cannot be recorded, because the host waits for the GPU in its
+middle, is timed without a graph and marked.
 
     python -m minglm bench kernels --only attention --out figures/bench_kernels.json
 
-Each operation has a file in `minglm/bench_cases/` with `cases(device, smoke)`, which yields `Case`s; a new file there
+Each operation has a file in `minglm/bench/cases/` with `cases(device, smoke)`, which yields `Case`s; a new file there
 is a new operation. `smoke` asks for toy sizes, with which every case runs on a CPU in seconds: a test of the benchmark.
 """
 
-import dataclasses
 import functools
 import gc
 import importlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from importlib import metadata
 from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
 
 import torch
+from torch import Tensor
 
-from minglm.common.device import pick_device
+from minglm.bench.case import Case, Form, Unit
 from minglm.common.files import write_json
 from minglm.common.version import versions
-from minglm.kernels.dispatch import backend, use
-from minglm.report import drawing
 
 CASES = Path(__file__).parent / "cases"
-AHEAD = 10  # times that the cache is filled before a turn: 1 ms, in which the host starts what takes less than that
+FILLS = 10  # times that the cache is filled before a turn: 1 ms, in which the host starts what takes less than that
+TRIALS = 10  # of each ceiling; the best counts
+MIN_ROUNDS = 3  # turns of each form, however long they take
+PACKAGES = ("triton", "liger-kernel", "cut-cross-entropy", "transformers")
+
+Timer = Callable[[], float]
+"""Times one turn of a form; returns milliseconds."""
 
 
-@dataclasses.dataclass
-class Case:
-    """One operation at one shape, in several forms."""
+class FormRecord(TypedDict, total=False):
+    """What the record holds of one form of a case. A form that could not run has only `error`."""
 
-    name: str
-    """Operation and shape, "attention forward, 1 x 32768, 96/8 heads of 128"."""
+    error: str
+    """Type and first line of the exception."""
+    megabytes: float
+    """Memory that a call allocates at its peak, its result included; on a GPU only."""
+    difference: float
+    """Largest relative distance of its result from ours."""
+    recorded: bool
+    """Whether it was recorded as a CUDA graph; missing where that was not wanted."""
+    milliseconds: float
+    """Median of the turns."""
+    quartiles: list[float]
+    """First and third quartile of the turns, milliseconds."""
+    share: float
+    """Share of the ceiling."""
+    tflops: float
+    """The case's 10^12 operations a second."""
+    tbytes: float
+    """The case's 10^12 bytes a second."""
+    times_ours: float | None
+    """Its median time / that of our form; None where ours failed."""
+
+
+class CaseRecord(TypedDict, total=False):
+    """What the record holds of one case. A case whose inputs do not fit in memory has only `case` and `forms`."""
+
+    operation: str
+    """File of the case."""
+    case: str
+    """Name of the case."""
     flops: float
-    """Floating-point operations that the mathematics needs, two for each product of a matrix product."""
     bytes: float
-    """Bytes that must be read and written at least once."""
-    forms: Callable[[], dict[str, Callable[[], object]]]
-    """Makes the inputs and returns {form: function of no arguments}; ours is first. Called when the turn of the case
-    comes, so that only its own tensors are in memory. A function returns a tensor or a tuple of tensors."""
-    unit: str = "bfloat16"
-    """What the products are made in; names the ceiling."""
-    graph: bool = False
-    """Whether a GPU's work is recorded and replayed."""
+    floor_ms: float
+    """Milliseconds that the case takes at the ceilings."""
+    forms: dict[str, FormRecord]
 
 
-def operations():
-    """Names of the operations that have a file in bench_cases."""
+class Schedule(NamedTuple):
+    """How often each form of a case is measured."""
+
+    rounds: int = 20
+    """Turns of each form."""
+    seconds: float = 3.0
+    """Time of a case after which no form gets a turn beyond MIN_ROUNDS."""
+
+
+def operations() -> list[str]:
+    """Return the names of the operations that have a file in bench/cases."""
     return sorted(path.stem for path in CASES.glob("*.py") if path.stem != "__init__")
 
 
 class Clock:
-    """Times one call, in milliseconds; on a GPU with events, and after its cache has been filled with other data."""
+    """Time calls in milliseconds, on a GPU with events; call it to fill the cache with other data first."""
 
-    def __init__(self, device):
+    def __init__(self, device: torch.device) -> None:
         self.gpu = device.type == "cuda"
-        self.other = torch.empty(
-            2**28 if self.gpu else 1, dtype=torch.int8, device=device
-        )  # 256 MiB; L2 has 50
+        size = 2**28 if self.gpu else 1  # 256 MiB; an H100's L2 has 50
+        self.other = torch.empty(size, dtype=torch.int8, device=device)
 
-    def fill(self):
-        """Fill the cache with other data; 0.1 ms."""
+    def fill(self) -> None:
+        """Fill the cache with other data; it takes 0.1 ms."""
         self.other.zero_()
 
-    def __call__(self, function):
-        for _ in range(AHEAD if self.gpu else 0):
+    def __call__(self, function: Callable[[], object]) -> float:
+        """Return the milliseconds of a call that begins with other data in the cache."""
+        for _ in range(FILLS if self.gpu else 0):
             self.fill()
         return self.time(function)
 
-    def time(self, function):
-        """Milliseconds of a call, whatever is in the cache."""
+    def time(self, function: Callable[[], object]) -> float:
+        """Return the milliseconds of a call, whatever is in the cache."""
         if not self.gpu:
             began = time.perf_counter()
             function()
             return 1e3 * (time.perf_counter() - began)
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began = torch.cuda.Event(enable_timing=True)
+        ended = torch.cuda.Event(enable_timing=True)
         began.record()
         function()
         ended.record()
@@ -94,230 +130,245 @@ class Clock:
         return began.elapsed_time(ended)
 
 
-def ceilings(device, smoke):
-    """Operations a second of a large product in each dtype, {"bfloat16": ..., ...}, and bytes a second of a copy.
+def product_speed(clock: Clock, a: Tensor, b: Tensor) -> float:
+    """Return the operations a second of the product of two square matrices."""
+    milliseconds = min(clock(lambda: a @ b) for _ in range(TRIALS))
+    return 2 * len(a) ** 3 / milliseconds * 1e3
+
+
+def float8_speed(clock: Clock, size: int, device: torch.device) -> float:
+    """Return the operations a second of PyTorch's float8 product, with one scale for each matrix."""
+    a = torch.ones(size, size, device=device).to(torch.float8_e4m3fn)
+    b = torch.ones(size, size, device=device).to(torch.float8_e4m3fn)
+    one = torch.ones((), device=device)
+
+    def product() -> Tensor:
+        return torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    milliseconds = min(clock(product) for _ in range(TRIALS))
+    return 2 * size**3 / milliseconds * 1e3
+
+
+def copy_speed(clock: Clock, size: int, device: torch.device) -> float:
+    """Return the bytes a second of a copy of `size` bytes, read and written."""
+    source = torch.zeros(size, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    milliseconds = min(clock(lambda: target.copy_(source)) for _ in range(TRIALS))
+    return 2 * source.nbytes / milliseconds * 1e3
+
+
+def ceilings(device: torch.device, smoke: bool) -> dict[str, float]:
+    """Measure operations a second of a large product in each `Unit`, and bytes a second of a copy ("bytes").
 
     Where there are no float8 products, their ceiling is that of bfloat16.
     """
-    clock, size = Clock(device), 256 if smoke else 8192
-    found = {}
-    for name in ("bfloat16", "float32"):
-        a, b = (torch.randn(size, size, device=device).to(getattr(torch, name)) for _ in range(2))
-        best = min(clock(lambda: a @ b) for _ in range(10))  # noqa: B023
-        found[name] = 2 * size**3 / best * 1e3
-    found["float8"] = found["bfloat16"]
-    if device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
-        a, b = (torch.ones(size, size, device=device).to(torch.float8_e4m3fn) for _ in range(2))
-        one = torch.ones((), device=device)
-
-        def product():
-            return torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
-
-        found["float8"] = 2 * size**3 / min(clock(product) for _ in range(10)) * 1e3
-    source = torch.zeros(2**20 if smoke else 2**31, dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    found["bytes"] = (
-        2 * source.nbytes / min(clock(lambda: target.copy_(source)) for _ in range(10)) * 1e3
-    )
-    return found
+    clock = Clock(device)
+    size = 256 if smoke else 8192
+    speeds: dict[str, float] = {}
+    for unit in (Unit.BFLOAT16, Unit.FLOAT32):
+        dtype = getattr(torch, unit)
+        a = torch.randn(size, size, device=device).to(dtype)
+        b = torch.randn(size, size, device=device).to(dtype)
+        speeds[unit.value] = product_speed(clock, a, b)
+    has_float8 = device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
+    speeds["float8"] = float8_speed(clock, size, device) if has_float8 else speeds["bfloat16"]
+    speeds["bytes"] = copy_speed(clock, 2**20 if smoke else 2**31, device)
+    return speeds
 
 
-def tensors(result):
-    """The tensors of a result, one or several."""
-    return [result] if isinstance(result, torch.Tensor) else list(result)
+def tensors(result: Any) -> list[Tensor]:
+    """Return the tensors of a result, which is one tensor or several."""
+    return [result] if isinstance(result, Tensor) else list(result)
 
 
-def difference(result, ours):
-    """Largest relative distance of two results, ||a - b|| / ||b||, over their tensors."""
+def difference(result: Any, ours: Any) -> float:
+    """Return the largest relative distance of two results, ||a - b|| / ||b||, over their tensors."""
     pairs = zip(tensors(result), tensors(ours), strict=True)
     return max(
         float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30)) for a, b in pairs
     )
 
 
-def warm_up(forms, device):
-    """Run every form twice. Returns {form: {"difference": ..., "megabytes": ...}} or {form: {"error": ...}}.
-
-    megabytes: the most memory that a call had allocated beyond what was there before it, its result included.
-    """
-    found, ours = {}, None
+def warm_up(forms: Mapping[str, Form], device: torch.device) -> dict[str, FormRecord]:
+    """Run every form twice; return {form: its difference from ours and its memory, or its error}."""
+    gpu = device.type == "cuda"
+    records: dict[str, FormRecord] = {}
+    ours = None
     for name, run in forms.items():
         try:
             run()  # compiles
-            if device.type == "cuda":
+            if gpu:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+            before = torch.cuda.memory_allocated() if gpu else 0
             result = run()
-            found[name] = {}
-            if device.type == "cuda":
-                found[name]["megabytes"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+            records[name] = {}
+            if gpu:
+                records[name]["megabytes"] = (torch.cuda.max_memory_allocated() - before) / 2**20
             ours = result if ours is None else ours
-            found[name]["difference"] = difference(result, ours)
+            records[name]["difference"] = difference(result, ours)
         except Exception as error:  # a baseline that this machine lacks must not end the benchmark
-            found[name] = failure(error)
-    return found
+            records[name] = failure(error)
+    return records
 
 
-def recorded(run, clock):
-    """A call as a CUDA graph, whose time is that of the call alone: milliseconds, as a function of no arguments.
+def graph_timer(run: Form, clock: Clock) -> Timer:
+    """Record a call as a CUDA graph and return a timer of the call alone.
 
-    Two graphs are timed, one that fills the cache with other data and one that does that and the call; what it takes to
+    Two graphs are timed, one that fills the cache with other data and one that does that and the call; the time to
     start a graph is in both. Raises RuntimeError where the host waits for the GPU in the middle of the call.
     """
 
-    def graph_of(*steps):
+    def graph_of(*steps: Callable[[], object]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for step in steps:
                 step()
         return graph.replay
 
-    alone, both = graph_of(clock.fill), graph_of(clock.fill, run)
-    return lambda: clock.time(both) - clock.time(alone)
+    fill_alone = graph_of(clock.fill)
+    fill_and_run = graph_of(clock.fill, run)
+    return lambda: clock.time(fill_and_run) - clock.time(fill_alone)
 
 
-def failure(error):
-    """What the record says of a form or a case that could not run; its memory is given back."""
+def failure(error: Exception) -> FormRecord:
+    """Return the record of a form or a case that could not run, and free its memory."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
 
 
-def turns_of(timed, rounds, seconds):
-    """{form: milliseconds of each turn}: `rounds` of them, fewer (but three) where they would take over `seconds`.
-
-    timed: {form: function that times one turn}.
-    """
-    turns, began = {name: [] for name in timed}, time.monotonic()
-    for done in range(rounds):
-        if done >= 3 and time.monotonic() - began > seconds:
+def time_turns(timers: Mapping[str, Timer], schedule: Schedule) -> dict[str, list[float]]:
+    """Return {form: milliseconds of each turn}, the forms taking turns."""
+    turns: dict[str, list[float]] = {name: [] for name in timers}
+    began = time.monotonic()
+    for finished in range(schedule.rounds):
+        if finished >= MIN_ROUNDS and time.monotonic() - began > schedule.seconds:
             break
-        for name, turn in timed.items():
-            turns[name].append(turn())
+        for name, timer in timers.items():
+            turns[name].append(timer())
     return turns
 
 
-def measure(case, limits, device, rounds, seconds):
-    """One record of a case: a dictionary for each of its forms."""
+def measure(
+    case: Case, limits: Mapping[str, float], device: torch.device, schedule: Schedule
+) -> CaseRecord:
+    """Measure one case; limits: the `ceilings` of this run."""
     try:
-        forms, clock = case.forms(), Clock(device)
+        forms = case.forms()
+        clock = Clock(device)
     except torch.OutOfMemoryError as error:
         return {"case": case.name, "forms": {"inputs": failure(error)}}
-    found = warm_up(forms, device)
-    timed = {
-        name: functools.partial(clock, run)
-        for name, run in forms.items()
-        if "error" not in found[name]
-    }
-    for name in timed if case.graph and device.type == "cuda" else ():
-        found[name]["recorded"] = True
-        try:
-            timed[name] = recorded(forms[name], clock)
-        except RuntimeError:
-            found[name]["recorded"] = False
-    turns = turns_of(timed, rounds, seconds)
-    floor = 1e3 * max(case.flops / limits[case.unit], case.bytes / limits["bytes"])
-    ours = statistics.median(turns[next(iter(forms))]) if next(iter(forms)) in turns else None
-    for name, spent in turns.items():
-        middle = statistics.median(spent)
-        low, _, high = statistics.quantiles(spent, n=4) if len(spent) > 1 else (middle,) * 3
-        found[name] |= {"milliseconds": middle, "quartiles": [low, high], "share": floor / middle}
-        found[name] |= {"tflops": case.flops / middle / 1e9, "tbytes": case.bytes / middle / 1e9}
-        found[name] |= {"times_ours": ours and middle / ours}
+    records = warm_up(forms, device)
+
+    # What times each form that runs: the clock, or a CUDA graph.
+    timers: dict[str, Timer] = {}
+    for name, run in forms.items():
+        record = records[name]
+        if "error" in record:
+            continue
+        timers[name] = functools.partial(clock, run)
+        if case.graph and device.type == "cuda":
+            try:
+                timers[name] = graph_timer(run, clock)
+                record["recorded"] = True
+            except RuntimeError:
+                record["recorded"] = False
+
+    turns = time_turns(timers, schedule)
+    floor_ms = 1e3 * max(case.flops / limits[case.unit], case.bytes / limits["bytes"])
+    our_name = next(iter(forms))
+    our_median = statistics.median(turns[our_name]) if our_name in turns else None
+    for name, milliseconds in turns.items():
+        median = statistics.median(milliseconds)
+        low, high = median, median
+        if len(milliseconds) > 1:
+            low, _, high = statistics.quantiles(milliseconds, n=4)
+        record = records[name]
+        record["milliseconds"] = median
+        record["quartiles"] = [low, high]
+        record["share"] = floor_ms / median
+        record["tflops"] = case.flops / median / 1e9
+        record["tbytes"] = case.bytes / median / 1e9
+        record["times_ours"] = median / our_median if our_median else None
     return {
         "case": case.name,
         "flops": case.flops,
         "bytes": case.bytes,
-        "floor_ms": floor,
-        "forms": found,
+        "floor_ms": floor_ms,
+        "forms": records,
     }
 
 
-def line(name, form):
-    """One line of the printed table."""
+def line(name: str, form: Mapping[str, Any]) -> str:
+    """Format one line of the printed table."""
     if "error" in form:
         return f"    {name:24} {form['error']}"
     against = f"{form['times_ours']:6.2f} x ours" if form["times_ours"] else ""
-    against += " not recorded" if not form.get("recorded", True) else ""
+    if not form.get("recorded", True):
+        against += " not recorded"
     return (
         f"    {name:24} {form['milliseconds']:10.4f} ms {form['tflops']:8.1f} TFLOP/s {form['tbytes']:7.3f} TB/s "
         f"{form['share']:6.1%} of the ceiling {against}  differs {form['difference']:.1e}"
     )
 
 
-def run(device, only=(), out=None, rounds=20, seconds=3.0, smoke=False):
-    """Measure the operations named (or all), print a table, write the record to `out` after every case.
+def cases_of(operation: str, device: torch.device, smoke: bool) -> Iterable[Case]:
+    """Return the cases of an operation, from its file in bench/cases."""
+    return importlib.import_module(f"minglm.bench.cases.{operation}").cases(device, smoke)
 
-    Returns the record. Raises ValueError for an operation that is not there.
+
+def run(
+    device: torch.device,
+    only: Iterable[str] = (),
+    out: str | Path | None = None,
+    schedule: Schedule = Schedule(),  # noqa: B008  a constant
+    smoke: bool = False,
+) -> dict[str, Any]:
+    """Measure the operations named (or all), print a table, and write the record to `out` after every case.
+
+    Returns the record. Raises ValueError for an unknown operation.
     """
-    unknown = set(only) - set(operations())
-    if unknown:
+    chosen = list(only) or operations()
+    if unknown := sorted(set(chosen) - set(operations())):
         raise ValueError(
-            f"--only {sorted(unknown)[0]}: no such operation; there are {', '.join(operations())}"
+            f"--only {unknown[0]}: no such operation; there are {', '.join(operations())}"
         )
-    record = {
+    limits = ceilings(device, smoke)
+    case_records: list[CaseRecord] = []
+    record: dict[str, Any] = {
         "bench": "kernels",
         "versions": versions() | gpu_versions(),
-        "rounds": rounds,
-        "cases": [],
+        "rounds": schedule.rounds,
+        "cases": case_records,
+        "ceilings": limits,
     }
-    limits = record["ceilings"] = ceilings(device, smoke)
     print(
         f"{record['versions']['device']}: {limits['bfloat16'] / 1e12:.1f} TFLOP/s bfloat16, "
         f"{limits['bytes'] / 1e12:.2f} TB/s copied",
         flush=True,
     )
-    for operation in only or operations():
-        for case in importlib.import_module(f"minglm.bench.cases.{operation}").cases(device, smoke):
+    for operation in chosen:
+        for case in cases_of(operation, device, smoke):
             print(case.name, flush=True)
-            measured = {"operation": operation} | measure(case, limits, device, rounds, seconds)
-            for name, form in measured["forms"].items():
+            measured: CaseRecord = {
+                "operation": operation,
+                **measure(case, limits, device, schedule),
+            }
+            for name, form in measured.get("forms", {}).items():
                 print(line(name, form), flush=True)
-            record["cases"].append(measured)
-            record["size"] = [9, 1.2 + 0.24 * len(record["cases"])]
+            case_records.append(measured)
+            record["size"] = [9, 1.2 + 0.24 * len(case_records)]  # inches of the figure
             if out:
                 write_json(out, record)  # a run that is cut short keeps what it has
             gc.collect()
     return record
 
 
-def draw_kernels(record, axis):
-    """Of each case what share of the ceiling each form reaches."""
-    cases, widest = record["cases"], 1.0
-    for row, case in enumerate(cases):
-        shares = {name: form["share"] for name, form in case["forms"].items() if "share" in form}
-        widest = max(widest, *shares.values(), 0)
-        for i, (name, share) in enumerate(shares.items()):
-            ours = name.startswith("minglm")
-            axis.plot(
-                [share],
-                [-row],
-                "|" if i else "o",
-                markersize=6,
-                color="#1f5fa8" if ours else "#c2571a",
-            )
-            if not ours and share == max(
-                value for other, value in shares.items() if not other.startswith("minglm")
-            ):
-                axis.annotate(
-                    name, (share, -row), (0, 3), textcoords="offset points", fontsize=4, ha="center"
-                )
-    axis.set_yticks(
-        [-row for row in range(len(cases))], [case["case"] for case in cases], fontsize=6
-    )
-    axis.set_xlim(0, 1.05 * widest)
-    axis.set_xlabel("share of the ceiling: minglm (dot), baselines (strokes; the best is named)")
-    axis.margins(y=0.01)
-    drawing.title(axis, f"{record['versions']['device']}, ceilings measured in the same run")
-
-
-def gpu_versions():
-    """Versions that matter to kernels: Triton, CUDA, cuDNN, the GPU's capability."""
-    from importlib import metadata
-
-    found = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-    for package in ("triton", "liger-kernel", "cut-cross-entropy", "transformers"):
+def gpu_versions() -> dict[str, Any]:
+    """Return the versions that matter to kernels: CUDA, cuDNN, PACKAGES (None: missing), the GPU's capability."""
+    found: dict[str, Any] = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -327,16 +378,9 @@ def gpu_versions():
     return found
 
 
-def command(args):
-    """Every form of each operation side by side, as a share of the ceilings measured in the same run."""
-    device = pick_device(args.device)
-    if device.type != "cuda" and not args.smoke:
+def require_gpu(device: torch.device, smoke: bool) -> None:
+    """Raise ValueError, one line, for a measurement on a CPU that is not a smoke test."""
+    if device.type != "cuda" and not smoke:
         raise ValueError(
             "bench kernels measures GPU kernels and found no GPU; --smoke shows on a CPU that it runs"
         )
-    from minglm.bench.plots import redraw
-
-    use(args.kernels)
-    backend(torch.empty(0, device=device))  # refuses Triton on a CPU outside its interpreter
-    run(device, args.only, args.out, args.rounds, args.seconds, args.smoke)
-    print(args.out, redraw(args.out))

@@ -1,17 +1,18 @@
-"""How fast a training step is beside transformers' model of the same weights (no counterpart in the paper).
+"""Measure a training step beside transformers' model of the same weights (no counterpart in the paper).
 
-    share of the floor = time that the matrix products of our step take alone / time of the step
+    share of the floor = time of the matrix products of our step alone / time of the step
 
 Both sides start from the same weights, take the same batches in turns, on one thread, and use the same optimizer, our
-Muon; that their first losses agree is checked. The MTP layer is off, because transformers ignores it. In bfloat16 both
-keep float32 weights: ours casts where it multiplies, transformers trains under autocast, and beside that once with all
-of its weights in bfloat16, which is faster and learns worse. On a CPU without bfloat16 products ours computes in
-float32, as a run does there (`minglm.common.device.pick_dtype`), and the record says so. Every step sees another batch, as in
-training: products in bfloat16 are compiled for their shapes, and the experts' loads are new each time.
+Muon; the benchmark checks that their first losses agree. The MTP layer is off, because transformers ignores it. In
+bfloat16 both keep float32 weights: ours casts where it multiplies, transformers trains under autocast, and beside that
+once with all of its weights in bfloat16, which is faster and learns worse. On a CPU without bfloat16 products ours
+computes in float32, as a run does there (`minglm.common.device.pick_dtype`), and the record says it. Every step sees
+another batch, as in training: products in bfloat16 are compiled for their shapes, and the experts' loads are new each
+time.
 
-Seconds are those of the processor, which a machine that does other work meanwhile spoils least; the best of the turns
-counts. The optimizer is timed apart, since transformers joins gate and up to one matrix, for which Muon has more to do.
-Memory is the growth of the process over two steps of a fresh one, activations, gradients and temporaries.
+Seconds are CPU-seconds of the process, which a machine that does other work at the same time distorts least; the best
+of the turns counts. The optimizer is timed apart, since transformers joins gate and up to one matrix, for which Muon has
+more to do. Memory is the growth of a fresh process over two steps: activations, gradients and temporaries.
 """
 
 import dataclasses
@@ -20,63 +21,153 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minglm.bench.options import BenchOptions
 from minglm.common.device import pick_dtype
 from minglm.common.threads import use_threads
+from minglm.config.run import RunConfig
 from minglm.data.packing import Batch
 from minglm.model.glm import GLM
 from minglm.optim.muon import Muon
-from minglm.report import drawing
 from minglm.train.loop import Phase, step
 
 LAYOUTS = {"rows of 128": (128, 0), "rows of 1024, documents of 85": (1024, 85)}
 """Positions of a row, and tokens of each packed document (0: one text)."""
-SIDES = (
-    ("minglm", "float32"),
-    ("transformers", "float32"),
-    ("minglm", "bfloat16"),
-    ("transformers", "bfloat16"),
-    ("transformers", "bfloat16 weights"),
-)
+LEARNING_RATE = 1e-3
+LOSS_TOLERANCE = {"float32": 1e-4}  # relative; of the other dtypes:
+LOW_PRECISION_TOLERANCE = 0.05
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 
 
-def drawn_batch(seed, vocabulary, tokens, length, document):
-    """`tokens` random tokens in rows of `length`; with documents, their bounds lie elsewhere in each row and seed."""
-    draw = torch.Generator().manual_seed(seed)
-    tokens_BS = torch.randint(vocabulary, (max(1, tokens // length), length), generator=draw)
+class Side(NamedTuple):
+    """One of the implementations that are compared."""
+
+    name: str
+    """"minglm" or "transformers"."""
+    dtype: str
+    """"float32", "bfloat16" (float32 weights), or "bfloat16 weights"."""
+
+
+SIDES = (
+    Side("minglm", "float32"),
+    Side("transformers", "float32"),
+    Side("minglm", "bfloat16"),
+    Side("transformers", "bfloat16"),
+    Side("transformers", "bfloat16 weights"),
+)
+
+
+class Trainee(NamedTuple):
+    """A model in training."""
+
+    optimizer: torch.optim.Optimizer
+    step: Callable[[Batch], float]
+    """Takes one training step on a batch and returns its loss."""
+
+
+class StepSeconds(NamedTuple):
+    """CPU-seconds of one training step."""
+
+    step: float
+    optimizer: float
+    """The part that the optimizer took."""
+
+
+class Row(TypedDict):
+    """One side in one layout, as the record holds it."""
+
+    layout: str
+    side: str
+    dtype: str
+    seconds: float
+    """Of a whole step, best of the turns."""
+    optimizer_seconds: float
+    """Of the optimizer alone, best of the turns."""
+    median_seconds: float
+    """Of a whole step, median of the turns."""
+    tokens_per_second: float
+    floor_seconds: NotRequired[float]
+    """Of the step's matrix products alone; of minglm only."""
+    share_of_floor: NotRequired[float]
+    """floor_seconds / seconds."""
+    memory_bytes: int
+    """Growth of a fresh process over two steps."""
+
+
+class Ratio(TypedDict):
+    """minglm against the faster form of transformers, in one layout and dtype; above 1 minglm is faster."""
+
+    step: float
+    median: float
+    forward_backward: float
+    """The step without the optimizer."""
+    memory: float
+    """Bytes of minglm / bytes of transformers: below 1 minglm needs less."""
+    against: str
+    """The dtype of the faster form of transformers."""
+
+
+def drawn_batch(seed: int, vocabulary: int, tokens: int, length: int, document: int) -> Batch:
+    """Draw a batch of `tokens` random tokens in rows of `length`.
+
+    document: tokens of each packed document, whose bounds differ for each row and seed; 0 means one text a row.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = max(1, tokens // length)
+    tokens_BS = torch.randint(vocabulary, (rows, length), generator=generator)
     mask_BS = torch.ones_like(tokens_BS, dtype=torch.bool)
     mask_BS[:, 0] = False
     if not document:
         return Batch(tokens_BS, mask_BS)
-    at_BS = torch.arange(length) + torch.randint(document, (len(tokens_BS), 1), generator=draw)
-    documents_BS, inside_BS = at_BS // document, at_BS % document
-    inside_BS = torch.where(documents_BS == documents_BS[:, :1], torch.arange(length), inside_BS)
-    return Batch(tokens_BS, mask_BS & (inside_BS > 0), documents_BS.int(), inside_BS)
+    # A row begins somewhere inside its first document.
+    offset_B1 = torch.randint(document, (rows, 1), generator=generator)
+    index_BS = torch.arange(length) + offset_B1
+    documents_BS = index_BS // document
+    positions_BS = index_BS % document
+    in_first_BS = documents_BS == documents_BS[:, :1]
+    positions_BS = torch.where(in_first_BS, torch.arange(length), positions_BS)
+    return Batch(tokens_BS, mask_BS & (positions_BS > 0), documents_BS.int(), positions_BS)
 
 
-def ours(model, config, dtype):
-    """(optimizer, function that takes one training step on a batch and returns its loss)."""
-    model.dtype, optimizer = pick_dtype(dtype, torch.device("cpu")), Muon(model, config.optimizer)
-    constant = {"learning_rate": 1e-3, "mtp_weight": 0.0, "bias_rate": 1e-3, "batch_tokens": 0}
-    schedules = {name: lambda seen, value=value: value for name, value in constant.items()}
+def ours(model: GLM, config: RunConfig, dtype: str) -> Trainee:
+    """Prepare minglm: the training step of `minglm.train.loop`."""
+    model.dtype = pick_dtype(dtype, torch.device("cpu"))
+    optimizer = Muon(model, config.optimizer)
     one_batch = dataclasses.replace(config.optimizer, microbatch_tokens=2**30)
-    phase = Phase("bench", 0, 0, 0, balance_weight=0.0, optimizer=one_batch, **schedules)
+    phase = Phase(
+        "bench",
+        tokens=0,
+        start=0,
+        sequence_length=0,
+        learning_rate=lambda tokens_seen: LEARNING_RATE,
+        batch_tokens=lambda tokens_seen: 0,
+        mtp_weight=lambda tokens_seen: 0.0,
+        bias_rate=lambda tokens_seen: 1e-3,
+        balance_weight=0.0,
+        optimizer=one_batch,
+    )
     phases = {
         length: dataclasses.replace(phase, sequence_length=length) for length, _ in LAYOUTS.values()
     }
-    return (
-        optimizer,
-        lambda batch: step(model, optimizer, batch, phases[batch.tokens_BS.shape[1]], 0).loss,
-    )
+
+    def train_step(batch: Batch) -> float:
+        length = batch.tokens_BS.shape[1]
+        return step(model, optimizer, batch, phases[length], 0).loss
+
+    return Trainee(optimizer, train_step)
 
 
-def theirs(model, config, dtype):
-    """The same of transformers, its model built from the weights of ours."""
+def theirs(model: GLM, config: RunConfig, dtype: str) -> Trainee:
+    """Prepare transformers: its model with the weights of ours, and the same optimizer and clipping.
+
+    Raises ValueError where transformers is not installed.
+    """
     try:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -88,11 +179,11 @@ def theirs(model, config, dtype):
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, "float32")
-        kept = torch.bfloat16 if dtype == "bfloat16 weights" else torch.float32
-        twin = AutoModelForCausalLM.from_pretrained(folder, dtype=kept).train()
+        weight_dtype = torch.bfloat16 if dtype == "bfloat16 weights" else torch.float32
+        twin = AutoModelForCausalLM.from_pretrained(folder, dtype=weight_dtype).train()
     optimizer = Muon(twin, config.optimizer)
 
-    def run(batch):
+    def train_step(batch: Batch) -> float:
         labels_BS = batch.tokens_BS.masked_fill(~batch.mask_BS, -100)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             out = twin(
@@ -101,178 +192,177 @@ def theirs(model, config, dtype):
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3
+            group["lr"] = LEARNING_RATE
         optimizer.step()
         optimizer.zero_grad()
         return out.loss.item()
 
-    return optimizer, run
+    return Trainee(optimizer, train_step)
 
 
-def build(side, config):
-    """(optimizer, step) of one of SIDES, from weights that are the same for all."""
-    name, dtype = side
+def build(side: Side, config: RunConfig) -> Trainee:
+    """Prepare one of SIDES; the initial weights are the same for all."""
     model = GLM(dataclasses.replace(config.model, num_nextn_predict_layers=0))
-    return (ours if name == "minglm" else theirs)(model, config, dtype)
+    prepare = ours if side.name == "minglm" else theirs
+    return prepare(model, config, side.dtype)
 
 
 class Products(TorchDispatchMode):
-    """Counts the matrix products that run inside it, by shapes, strides and dtype."""
+    """Count the matrix products that run inside it, by shapes, strides and dtypes of both factors."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.calls = Counter()
+        self.calls: Counter[tuple[Any, ...]] = Counter()
 
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        if function.overloadpacket.__name__ in PRODUCTS:
-            a, b = (
-                arguments[:2] if "add" not in function.overloadpacket.__name__ else arguments[1:3]
-            )
-            self.calls[tuple((tuple(x.shape), x.stride(), x.dtype) for x in (a, b))] += 1
-        return function(*arguments, **keywords or {})
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in PRODUCTS:
+            factors = args[1:3] if "add" in name else args[:2]
+            self.calls[tuple((tuple(x.shape), x.stride(), x.dtype) for x in factors)] += 1
+        return func(*args, **kwargs or {})
 
 
-def floor(run, batch, repeats):
-    """Seconds that the matrix products of a step take when nothing else is done."""
-    with Products() as found:
+def floor(run: Callable[[Batch], object], batch: Batch, repeats: int) -> float:
+    """Return the CPU-seconds of the matrix products of a step when nothing else is done."""
+    with Products() as products:
         run(batch)
     total = 0.0
-    for key, count in found.calls.items():
+    for factors, count in products.calls.items():
         a, b = (
             torch.empty_strided(shape, stride, dtype=dtype).normal_()
-            for shape, stride, dtype in key
+            for shape, stride, dtype in factors
         )
         seconds = []
         for _ in range(repeats + 2):
             began = time.process_time()
-            a @ b
+            torch.matmul(a, b)
             seconds.append(time.process_time() - began)
         total += count * min(seconds)
     return total
 
 
-def memory(side, config, batch):
-    """Bytes by which two steps make a fresh process grow, at their peak (Linux)."""
+def memory(side: Side, config: RunConfig, batch: Batch) -> int:
+    """Return the bytes by which two steps make a fresh process grow, at their peak (Linux)."""
     use_threads(1)
-    _, run = build(side, config)
+    trainee = build(side, config)
 
-    def status(name):
+    def status(name: str) -> int:
         return int(Path("/proc/self/status").read_text().split(name)[1].split()[1]) * 1024
 
     before = status("VmRSS")
-    run(batch), run(batch)
+    trainee.step(batch)
+    trainee.step(batch)
     return status("VmHWM") - before
 
 
-def turns(sides, batches):
-    """Seconds of each step and of the optimizer in it, sides taking turns: {side: [(step, optimizer)]}."""
-    seconds, inside = {side: [] for side in sides}, []
-    for optimizer, _ in sides.values():
-        optimizer.register_step_pre_hook(lambda *_: inside.append(-time.process_time()))
-        optimizer.register_step_post_hook(lambda *_: inside.append(time.process_time()))
+def time_turns(
+    sides: Mapping[Side, Trainee], batches: Sequence[Batch]
+) -> dict[Side, list[StepSeconds]]:
+    """Time one step of each side on each batch, sides taking turns."""
+    seconds: dict[Side, list[StepSeconds]] = {side: [] for side in sides}
+    optimizer_times: list[
+        float
+    ] = []  # minus the beginning, and the end, of each step of an optimizer
+    for trainee in sides.values():
+        trainee.optimizer.register_step_pre_hook(
+            lambda *_: optimizer_times.append(-time.process_time())
+        )
+        trainee.optimizer.register_step_post_hook(
+            lambda *_: optimizer_times.append(time.process_time())
+        )
     for batch in batches:
-        for side, (_, run) in sides.items():
-            inside.clear()
+        for side, trainee in sides.items():
+            optimizer_times.clear()
             began = time.process_time()
-            run(batch)
-            seconds[side].append((time.process_time() - began, sum(inside)))
+            trainee.step(batch)
+            whole = time.process_time() - began
+            seconds[side].append(StepSeconds(whole, sum(optimizer_times)))
     return seconds
 
 
-def train(config, options):
-    """Tokens a second of a training step of minglm and of transformers, in float32 and bfloat16, for each layout.
+def check_losses(layout: str, losses: Mapping[Side, float]) -> None:
+    """Raise ValueError where the first losses of the sides differ: their speeds would mean nothing."""
+    expected = losses[SIDES[0]]
+    for side, loss in losses.items():
+        tolerance = LOSS_TOLERANCE.get(side.dtype, LOW_PRECISION_TOLERANCE)
+        if abs(loss - expected) > tolerance * loss:
+            raise ValueError(
+                f"{layout}, {side.dtype}: the losses differ, so the speeds mean nothing: {losses}"
+            )
 
-    config: a RunConfig whose model fits in memory several times. options: `repeats`, turns of each side, and `tokens`, of a
-    batch. Returns the record. Raises ValueError without transformers, and where the two sides' losses differ.
+
+def train(config: RunConfig, options: BenchOptions) -> dict[str, Any]:
+    """Measure a training step of minglm and of transformers, in float32 and bfloat16, for each layout.
+
+    The model must fit in memory several times. Returns the record. Raises ValueError without transformers, and where
+    the losses of the two sides differ.
     """
     use_threads(1)
-    record = {"threads": 1, "tokens": options.train_tokens, "results": []}
-    record["bfloat16_products"] = pick_dtype("bfloat16", torch.device("cpu")) is torch.bfloat16
+    results: list[Row] = []
     for layout, (length, document) in LAYOUTS.items():
-        sizes = (config.model.vocab_size, options.train_tokens, length, document)
+
+        def batch_of(seed: int, length: int = length, document: int = document) -> Batch:
+            vocabulary = config.model.vocab_size
+            return drawn_batch(seed, vocabulary, options.train_tokens, length, document)
+
         sides = {side: build(side, config) for side in SIDES}
-        first = {
-            side: run(drawn_batch(0, *sizes)) for side, (_, run) in sides.items()
-        }  # also warms up
-        for (_, dtype), loss in first.items():
-            if abs(loss - first[SIDES[0]]) > (1e-4 if dtype == "float32" else 0.05) * loss:
-                raise ValueError(
-                    f"{layout}, {dtype}: the losses differ, so the speeds mean nothing: {first}"
-                )
-        found = turns(sides, [drawn_batch(seed, *sizes) for seed in range(1, 1 + options.repeats)])
-        for side, pairs in found.items():
-            whole, update = min(s for s, _ in pairs), min(u for _, u in pairs)
-            row = {
+        # The first step also warms up.
+        check_losses(layout, {side: trainee.step(batch_of(0)) for side, trainee in sides.items()})
+        turns = time_turns(sides, [batch_of(1 + turn) for turn in range(options.repeats)])
+        for side, seconds in turns.items():
+            best = min(turn.step for turn in seconds)
+            row: dict[str, Any] = {
                 "layout": layout,
-                "side": side[0],
-                "dtype": side[1],
-                "seconds": whole,
-                "optimizer_seconds": update,
+                "side": side.name,
+                "dtype": side.dtype,
+                "seconds": best,
+                "optimizer_seconds": min(turn.optimizer for turn in seconds),
+                "median_seconds": statistics.median(turn.step for turn in seconds),
+                "tokens_per_second": options.train_tokens / best,
             }
-            row["median_seconds"] = statistics.median(s for s, _ in pairs)
-            row["tokens_per_second"] = options.train_tokens / whole
-            if (
-                side[0] == "minglm"
-            ):  # transformers' attention and grouped products are whole operations, not products
-                row["floor_seconds"] = floor(
-                    sides[side][1], drawn_batch(1, *sizes), options.repeats
-                )
-                row["share_of_floor"] = row["floor_seconds"] / whole
+            # Attention and grouped products of transformers are whole operations, so its products cannot be counted.
+            if side.name == "minglm":
+                row["floor_seconds"] = floor(sides[side].step, batch_of(1), options.repeats)
+                row["share_of_floor"] = row["floor_seconds"] / best
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                row["memory_bytes"] = pool.apply(memory, (side, config, drawn_batch(0, *sizes)))
-            record["results"].append(row)
+                row["memory_bytes"] = pool.apply(memory, (side, config, batch_of(0)))
+            results.append(row)  # pyright: ignore[reportArgumentType]  filled in key by key
             print(
                 *(f"{k} {v:.4g}" if isinstance(v, float) else v for k, v in row.items()), flush=True
             )
-    record["ratios"] = ratios(record["results"])
+    record = {
+        "threads": 1,
+        "tokens": options.train_tokens,
+        "results": results,
+        "bfloat16_products": pick_dtype("bfloat16", torch.device("cpu")) is torch.bfloat16,
+        "ratios": ratios(results),
+    }
     print(record["ratios"])
     return record
 
 
-def ratios(results):
-    """Speed of ours over transformers' for each layout and dtype; in bfloat16 over its faster form."""
-    found = {}
+def ratios(results: Sequence[Row]) -> dict[str, Ratio]:
+    """Compare minglm with the faster form of transformers, {"layout, dtype": ratio}.
+
+    In bfloat16 transformers has two forms: autocast over float32 weights, and weights in bfloat16.
+    """
+    compared: dict[str, Ratio] = {}
     for layout in LAYOUTS:
         rows = [row for row in results if row["layout"] == layout]
-        for mine in (row for row in rows if row["side"] == "minglm"):
+        for mine in [row for row in rows if row["side"] == "minglm"]:
             others = [
-                r
-                for r in rows
-                if r["side"] == "transformers" and r["dtype"].startswith(mine["dtype"])
+                row
+                for row in rows
+                if row["side"] == "transformers" and row["dtype"].startswith(mine["dtype"])
             ]
-            other = min(others, key=lambda r: r["seconds"])
-            without = (row["seconds"] - row["optimizer_seconds"] for row in (other, mine))
-            found[f"{layout}, {mine['dtype']}"] = {
+            other = min(others, key=lambda row: row["seconds"])
+            their_passes = other["seconds"] - other["optimizer_seconds"]
+            our_passes = mine["seconds"] - mine["optimizer_seconds"]
+            compared[f"{layout}, {mine['dtype']}"] = {
                 "step": round(other["seconds"] / mine["seconds"], 3),
                 "median": round(other["median_seconds"] / mine["median_seconds"], 3),
-                "forward_backward": round(next(without) / next(without), 3),
+                "forward_backward": round(their_passes / our_passes, 3),
                 "memory": round(mine["memory_bytes"] / other["memory_bytes"], 3),
                 "against": other["dtype"],
             }
-    return found
-
-
-def draw_train(record, axis):
-    """Tokens a second of each side, with the speed of its matrix products alone as an outline."""
-    results = record["results"]
-    for at, row in enumerate(reversed(results)):
-        shade = "#1f5fa8" if row["side"] == "minglm" else "#c2571a"
-        axis.barh(at, row["tokens_per_second"], color=shade, alpha=0.85, height=0.6)
-        if "floor_seconds" in row:
-            axis.barh(
-                at,
-                record["tokens"] / row["floor_seconds"],
-                color="none",
-                edgecolor=drawing.PALE,
-                height=0.6,
-            )
-    names = [f"{row['side']}, {row['dtype']}\n{row['layout']}" for row in reversed(results)]
-    axis.set_yticks(range(len(results)), names, fontsize=7)
-    note = (
-        ""
-        if record["bfloat16_products"]
-        else "\nthis CPU has no bfloat16 products: ours computes in float32"
-    )
-    axis.set(xlabel="tokens a second, one thread; outline: our matrix products alone" + note)
-    axis.grid(axis="y", visible=False)
-    drawing.title(axis, "A training step, optimizer included")
+    return compared

@@ -6,9 +6,19 @@ bench compile                 registers, shared memory and instructions of GPU k
 """
 
 import argparse
-from collections.abc import Sequence
+from pathlib import Path
+
+from minglm.bench.options import BenchOptions
 
 WHAT = ("generate", "train", "kernels", "compile")
+
+
+SUMMARIES = {
+    "generate": "Tokens per second of generation beside transformers on the same weights.",
+    "train": "Tokens per second of training beside transformers on the same weights.",
+    "compile": "What the GPU kernels need of an H100, compiled without one.",
+    "kernels": "Every form of each operation, as a share of the ceilings measured in the same run.",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,29 +34,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(overrides=())
 
 
-SUMMARIES = {
-    "generate": "Tokens per second of generation beside transformers on the same weights.",
-    "train": "Tokens per second of training beside transformers on the same weights.",
-    "compile": "What the GPU kernels need of an H100, compiled without one.",
-    "kernels": "Every form of each operation, as a share of the ceilings measured in the same run.",
-}
-
-
 def _add_common(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `generate`, `train` and `compile`."""
+    default = BenchOptions()
     parser.add_argument("config", nargs="?", default="configs/toy.py", help="a config file")
     parser.add_argument(
-        "--batches", type=int, nargs="+", default=[1, 8, 64, 256], help="answers at once"
+        "--batches", type=int, nargs="+", default=default.batches, help="answers at once"
     )
-    parser.add_argument("--prompt", type=int, default=32, help="tokens of each prompt")
-    parser.add_argument("--tokens", type=int, default=48, help="tokens of each answer")
-    parser.add_argument("--train-tokens", type=int, default=2048, help="tokens of a training batch")
+    parser.add_argument("--prompt", type=int, default=default.prompt, help="tokens of each prompt")
+    parser.add_argument("--tokens", type=int, default=default.tokens, help="tokens of each answer")
     parser.add_argument(
-        "--repeats", type=int, default=3, help="turns of each side; the best counts"
+        "--train-tokens", type=int, default=default.train_tokens, help="tokens of a training batch"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=default.repeats, help="turns of each side; the best counts"
     )
     parser.add_argument("--out", default="figures", help="folder of the record and the figure")
 
 
 def _add_kernels(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `kernels`."""
     parser.add_argument("--only", nargs="+", default=[], metavar="OPERATION", help="default: all")
     parser.add_argument(
         "--rounds", type=int, default=20, help="turns of each form; the median counts"
@@ -71,28 +78,44 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Measure generation, training or kernels beside baselines; `compile` inspects GPU kernels for an H100."""
+    """Run one benchmark and print the paths of its record and its figure. Raises ValueError for options out of range."""
     if args.what == "kernels":
         _bench_kernels(args)
         return
-    sizes: Sequence[int] = (args.prompt, args.tokens, args.train_tokens, args.repeats)
-    if min(*sizes, *args.batches) < 1:
-        raise ValueError(
-            "--batches, --prompt, --tokens, --train-tokens and --repeats must be at least 1"
-        )
-    from minglm.bench import generate
+    options = BenchOptions(
+        batches=tuple(args.batches),
+        prompt=args.prompt,
+        tokens=args.tokens,
+        train_tokens=args.train_tokens,
+        repeats=args.repeats,
+    )
+    options.check()
+    from minglm.bench.plots import redraw
+    from minglm.bench.run import run
     from minglm.config import load_config
 
-    config = load_config(args.config, args.overrides)
-    for path in generate.run(args.what, config, args):
-        print(path)
+    path = run(args.what, load_config(args.config, args.overrides), options, args.out)
+    print(path)
+    print(redraw(path))
 
 
 def _bench_kernels(args: argparse.Namespace) -> None:
+    """Run `bench kernels`."""
     if args.overrides:
         raise ValueError(f"bench kernels: unknown words: {' '.join(args.overrides)}")
     if args.rounds < 1:
         raise ValueError("--rounds must be at least 1")
-    from minglm.bench import kernels
+    import torch
 
-    kernels.command(args)
+    from minglm.bench.kernels import Schedule, require_gpu, run
+    from minglm.bench.plots import redraw
+    from minglm.common.device import pick_device
+    from minglm.kernels.dispatch import backend, use
+
+    device = pick_device(args.device)
+    require_gpu(device, args.smoke)
+    use(args.kernels)
+    backend(torch.empty(0, device=device))  # refuses Triton on a CPU outside its interpreter
+    out = Path(args.out)
+    run(device, args.only, out, Schedule(args.rounds, args.seconds), args.smoke)
+    print(out, redraw(out))

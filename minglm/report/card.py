@@ -7,17 +7,13 @@ problems, with 95% intervals as `minglm.eval.text` logged them (paper section 4 
 Simplifies: a run is one seed. Intervals speak of problems and samples, and say nothing of another seed.
 """
 
-import json
 import math
-import runpy
 from dataclasses import dataclass
 from pathlib import Path
 
 from minglm.common.files import atomic_path, read_jsonl
-from minglm.config import load_config
-from minglm.report.curves import FIGURES, draw_rl_seeds
-from minglm.report.drawing import label, save, select, stages_of, thousands
-from minglm.report.stages_diagram import draw_stages
+from minglm.report.curves import FIGURES
+from minglm.report.drawing import label, select, stages_of, thousands
 
 GAIN, KEPT, VALID, FALL = 0.15, 0.90, 0.95, 5.0
 EXPERTS = ("reasoning", "agent", "chat")
@@ -418,37 +414,3 @@ def summary(records):
         f"{c.verdict:>12}  {c.name}" + (f"\n{'':14}{c.measured}" if c.measured else "")
         for c in claims
     )
-
-
-def redraw(paths):
-    """Redraw figures from what is stored, and return the paths of the PNGs. Raises ValueError for anything else.
-
-    A run folder: its figures, from its log. A lesson's log `figures/NN_name.json`: with `draw(log)` of
-    `lessons/NN_name.py`. A config `configs/NAME.py`: the picture of its stages, `figures/stages.png`. A folder of logs
-    `seedN.jsonl`, runs of one config: `rl.png`, its reinforcement curves over the seeds.
-    """
-    drawn = []
-    for path in map(Path, paths):
-        lesson = path.parent.parent / "lessons" / f"{path.stem}.py"
-        if logs := sorted(path.glob("seed*.jsonl")):
-            drawn.append(draw_rl_seeds([read_jsonl(log) for log in logs], path / "rl.png"))
-        elif path.is_dir():
-            drawn += [path / "figures" / f"{name}.png" for name in draw_all(path)]
-        elif path.suffix == ".json" and path.is_file() and lesson.is_file():
-            figure = runpy.run_path(str(lesson))["draw"](
-                json.loads(path.read_text(encoding="utf-8"))
-            )
-            drawn.append(save(figure, path.with_suffix(".png")))
-        elif path.name.startswith("bench_") and path.suffix == ".json" and path.is_file():
-            from minglm.bench.plots import redraw as redraw_benchmark
-
-            drawn.append(redraw_benchmark(path))
-        elif path.suffix == ".py" and path.is_file():
-            drawn.append(
-                draw_stages(load_config(path), path.parent.parent / "figures" / "stages.png")
-            )
-        else:
-            raise ValueError(
-                f"cannot redraw {path}: give a run folder, a folder of seedN.jsonl, figures/*.json or a config"
-            )
-    return drawn

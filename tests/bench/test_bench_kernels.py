@@ -7,9 +7,11 @@ import torch
 
 from minglm.__main__ import main
 from minglm.bench import kernels
+from minglm.bench.case import Case
+from minglm.bench.kernels import Schedule
+from minglm.cli.figures import redraw
 from minglm.kernels import dispatch
 from minglm.kernels.toolchain.interpreter import switch_on
-from minglm.report import card
 
 DEVICE = switch_on()
 
@@ -26,7 +28,7 @@ def test_smoke_run_writes_every_form(tmp_path, capsys):
     record = json.loads(path.read_text())
     drawn = path.with_suffix(".png").read_bytes()
     assert (
-        card.redraw([path]) == [path.with_suffix(".png")]
+        redraw([path]) == [path.with_suffix(".png")]
         and path.with_suffix(".png").read_bytes() == drawn
     )
     assert {case["operation"] for case in record["cases"]} == set(kernels.operations())
@@ -42,7 +44,9 @@ def test_triton_forms_are_called_as_they_are_written(monkeypatch):
     """What a GPU would run as ours runs in the interpreter, and gives the baselines' results."""
     monkeypatch.setattr(dispatch, "_chosen", "triton")
     operations = ("fp8", "grouped_product", "linear_cross_entropy", "norm", "router")
-    for case in kernels.run(torch.device(DEVICE), operations, rounds=1, smoke=True)["cases"]:
+    for case in kernels.run(torch.device(DEVICE), operations, schedule=Schedule(1), smoke=True)[
+        "cases"
+    ]:
         for name, form in case["forms"].items():
             assert "error" not in form and form["difference"] < 0.05, (
                 f"{case['case']}: {name}: {form}"
@@ -57,9 +61,9 @@ def test_a_failing_form_is_reported_and_the_others_are_measured():
 
     x = torch.ones(4)
     forms = {"ours": lambda: x, "absent": absent, "wrong": lambda: (2 * x,)}
-    case = kernels.Case("case", 8.0, 4.0, lambda: forms)
+    case = Case("case", 8.0, 4.0, lambda: forms)
     limits = {"bfloat16": 1e3, "bytes": 1e3}
-    found = kernels.measure(case, limits, torch.device("cpu"), 3, 1.0)["forms"]
+    found = kernels.measure(case, limits, torch.device("cpu"), Schedule(3, 1.0))["forms"]
     assert found["absent"] == {"error": "RuntimeError: no such kernel"}
     assert found["wrong"]["difference"] == 1 and found["ours"]["times_ours"] == 1
     share = found["ours"]["share"] * found["ours"]["milliseconds"]

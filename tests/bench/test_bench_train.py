@@ -8,6 +8,7 @@ import torch
 
 from minglm import load_config
 from minglm.bench import train
+from minglm.bench.options import BenchOptions
 from minglm.bench.train import Products, drawn_batch, floor, ratios
 
 
@@ -24,7 +25,7 @@ def test_record_of_a_small_run(monkeypatch):
         train.multiprocessing, "get_context", lambda _: SimpleNamespace(Pool=InProcess)
     )
     monkeypatch.setattr(train, "LAYOUTS", {"rows": (16, 0), "documents": (32, 5)})
-    record = train.train(small(), SimpleNamespace(repeats=1, train_tokens=64))
+    record = train.train(small(), BenchOptions(repeats=1, train_tokens=64))
     assert len(record["results"]) == 2 * len(train.SIDES)
     assert all(0 < row["optimizer_seconds"] < row["seconds"] for row in record["results"])
     assert (

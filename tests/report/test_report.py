@@ -11,8 +11,10 @@ from helpers.fake_log import fake_log
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minglm.cli.figures import redraw
 from minglm.config import ModelConfig, RunConfig, StagesConfig
 from minglm.report import card, curves, drawing
+from minglm.report.stages_diagram import draw_stages
 
 LOG = fake_log()
 
@@ -124,7 +126,7 @@ def test_whole_report_and_redrawing_to_the_byte(tmp_path):
     """A run's figures come from its log alone: drawn again elsewhere they are the same bytes."""
     first, second = (write_log(tmp_path / name, LOG) for name in ("first", "second"))
     assert "report.md" in card.write(first)
-    drawn = card.redraw([second])
+    drawn = redraw([second])
     assert len(drawn) == len(curves.FIGURES)
     for path in drawn:
         assert path.read_bytes() == (first / "figures" / path.name).read_bytes()
@@ -149,7 +151,7 @@ def test_reinforcement_over_seeds(tmp_path):
             scale = 1 - 0.2 * seed
             log = [r | {"reward": scale * r["reward"]} if r["kind"] == "rl" else r for r in LOG]
             (folder / f"seed{seed}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
-    drawn = card.redraw(folders)
+    drawn = redraw(folders)
     assert drawn == [folder / "rl.png" for folder in folders]
     assert len({path.read_bytes() for path in drawn}) == 3
 
@@ -221,12 +223,12 @@ def test_redraw_runs_a_lessons_own_draw_and_refuses_the_rest(tmp_path):
     (tmp_path / "lessons" / "01_x.py").write_text(lesson)
     log = tmp_path / "figures" / "01_x.json"
     log.write_text('{"rows": 2}')
-    assert card.redraw([log]) == [log.with_suffix(".png")]
+    assert redraw([log]) == [log.with_suffix(".png")]
     assert log.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"other\.json"):
-        card.redraw([tmp_path / "figures" / "other.json"])
+        redraw([tmp_path / "figures" / "other.json"])
     with pytest.raises(ValueError, match=r"no log\.jsonl"):
-        card.redraw([tmp_path])
+        redraw([tmp_path])
 
 
 def test_the_stages_are_drawn_from_the_config(tmp_path):
@@ -235,7 +237,7 @@ def test_the_stages_are_drawn_from_the_config(tmp_path):
     for tokens in (1_000_000, 2_000_000):
         general = dataclasses.replace(StagesConfig().general, tokens=tokens)
         run = RunConfig("x", ModelConfig(), dataclasses.replace(StagesConfig(), general=general))
-        pictures.append(card.draw_stages(run, tmp_path / f"{tokens}.png").read_bytes())
+        pictures.append(draw_stages(run, tmp_path / f"{tokens}.png").read_bytes())
     assert pictures[0] != pictures[1]
 
 

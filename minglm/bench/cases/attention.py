@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minglm.bench.kernels import Case
+from minglm.bench.case import Case
 from minglm.inference.pages import LayerPages
 from minglm.kernels.attention.eager import flash_attention
 

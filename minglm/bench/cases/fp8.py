@@ -8,9 +8,9 @@ quantisation, about 3%, and no error.
 import torch
 import torch.nn.functional as F
 
+from minglm.bench.case import Case, Unit
 from minglm.bench.cases import normal, without_gradients
 from minglm.bench.cases.grouped_product import LOADS, SHAPES, drawn
-from minglm.bench.kernels import Case
 from minglm.kernels.fp8 import eager
 from minglm.kernels.fp8.eager import ACTIVATION_BLOCK, WEIGHT_BLOCK, quantize, scaled_product
 
@@ -56,5 +56,5 @@ def cases(device, smoke):
             name = f"float8 grouped product, {E} experts, {rows} rows each, {outputs} x {inputs}"
             moved = T * (inputs + 2 * outputs) + E * inputs * outputs
             yield Case(
-                name, 2 * T * outputs * inputs, moved, lambda made=made: product(*made), "float8"
+                name, 2 * T * outputs * inputs, moved, lambda made=made: product(*made), Unit.FLOAT8
             )

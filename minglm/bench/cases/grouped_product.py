@@ -8,8 +8,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
+from minglm.bench.case import Case
 from minglm.bench.cases import normal
-from minglm.bench.kernels import Case
 from minglm.kernels.dispatch import backend
 from minglm.kernels.experts.eager import grouped_mm, grouped_outer
 

@@ -9,8 +9,8 @@ import functools
 
 import torch
 
+from minglm.bench.case import Case
 from minglm.bench.cases import have, normal, with_gradients, without_gradients
-from minglm.bench.kernels import Case
 from minglm.kernels.experts import eager
 
 D, F, K = 5120, 1536, 8

@@ -7,8 +7,8 @@ a single matrix also the code of torch.optim.Muon.
 
 import torch
 
+from minglm.bench.case import Case
 from minglm.bench.cases import normal, without_gradients
-from minglm.bench.kernels import Case
 from minglm.kernels.newton_schulz.eager import COEFFICIENTS, RESTART, orthogonalize
 
 STEPS = 5

@@ -5,8 +5,8 @@ Baselines: the plain form, as written and compiled by torch, and Liger's fused k
 
 import torch
 
+from minglm.bench.case import Case
 from minglm.bench.cases import compiled, have, normal, with_gradients, without_gradients
-from minglm.bench.kernels import Case
 from minglm.kernels.norm.eager import add_norm, norm
 
 EPS = 1e-5

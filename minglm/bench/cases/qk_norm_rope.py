@@ -5,8 +5,8 @@ Baselines: the plain form, as written and compiled by torch.
 
 import torch
 
+from minglm.bench.case import Case
 from minglm.bench.cases import compiled, normal, without_gradients
-from minglm.bench.kernels import Case
 from minglm.kernels.dispatch import backend
 from minglm.kernels.qk_norm_rope.eager import qk_norm_rope
 

@@ -5,8 +5,8 @@ Baselines: the plain form, as written and compiled by torch. What the router's o
 
 import torch
 
+from minglm.bench.case import Case
 from minglm.bench.cases import compiled, normal, with_gradients, without_gradients
-from minglm.bench.kernels import Case
 from minglm.kernels.dispatch import backend
 from minglm.kernels.router.eager import group_by_expert, router_topk, sort_by_expert
 
