@@ -1,115 +1,121 @@
-"""Where two implementations part: the output of every module, in the order of the computation (paper 2.1).
+"""Compare two implementations module by module, to find where they first differ (paper 2.1).
 
     python -m minglm.model.parity FOLDER     a released checkpoint: minglm beside transformers
 
     error of a module = largest difference of its outputs / largest output of the reference
 
-A wrong logit says that something is wrong; this says what. Both models compute the same tokens, whatever modules have
-the same name in both are listened to, and the first whose error is above the tolerance is the culprit, or uses
-something that is no module (the rotation shows in `o_proj`, the experts in `mlp`). A router's output is compared as a
-table of weights, tokens by experts, so that the order of the chosen ones does not matter.
+A wrong logit says that something is wrong; this says what. Both models compute the same tokens, and every module that has
+the same name in both is compared. The first one whose error is above the tolerance is at fault, or it uses something that
+is not a module (a wrong rotation shows in `o_proj`, wrong experts in `mlp`). A router's output is compared as a table of
+weights, tokens by experts, so that the order of the chosen experts does not matter.
 """
 
 import argparse
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-FLOAT32 = 1e-4  # tolerance: float32 rounds at 6e-8, and a hundred layers add to it
+from minglm.model.glm import GLM
+
+FLOAT32 = 1e-4  # tolerance: float32 rounds at 6e-8, and the errors of a hundred layers add up
 
 
 @dataclass(frozen=True)
-class Row:
-    """A module's name and its relative error."""
+class ModuleError:
+    """The relative error of one module."""
 
     name: str
     error: float
 
 
-def _plain(output):
-    """The tensor that a module's output is compared by, flat and float64."""
-    parts = output if isinstance(output, tuple) else (output,)
-    whole = [part for part in parts if isinstance(part, torch.Tensor)]
-    chosen = next((part for part in whole if part.dtype == torch.int64), None)
-    if (
-        chosen is not None
-    ):  # a router: chosen experts (T, K), their weights (T, K), and scores of all (T, E)
-        weights = next(part for part in whole if part is not chosen and part.shape == chosen.shape)
-        experts = max(part.shape[-1] for part in whole)
-        whole = [weights.new_zeros(len(chosen), experts).scatter_add(1, chosen, weights)]
-    return whole[0].detach().double().flatten()
+def _comparable(output: Any) -> Tensor:
+    """Return the tensor that a module's output is compared by, flat and float64."""
+    values = output if isinstance(output, tuple) else (output,)
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    chosen_TK = next((tensor for tensor in tensors if tensor.dtype == torch.int64), None)
+    if chosen_TK is None:
+        return tensors[0].detach().double().flatten()
+    # A router: chosen experts (T, K), their weights (T, K), and the scores of all experts (T, E).
+    weights_TK = next(
+        tensor for tensor in tensors if tensor is not chosen_TK and tensor.shape == chosen_TK.shape
+    )
+    experts = max(tensor.shape[-1] for tensor in tensors)
+    table_TE = weights_TK.new_zeros(len(chosen_TK), experts).scatter_add(1, chosen_TK, weights_TK)
+    return table_TE.detach().double().flatten()
 
 
 @torch.no_grad()
-def outputs(model, tokens_BS):
-    """{name: flat output} of every module that is called in one pass, in that order; and of embedding and logits."""
-    found, handles = {}, []
+def outputs(model: nn.Module, tokens_BS: Tensor) -> dict[str, Tensor]:
+    """Return {name: flat output} of every module that is called in one pass, in the order of the calls."""
+    recorded: dict[str, Tensor] = {}
 
-    def listen(name):
-        def hook(
-            module, given, output
-        ):  # returns None: anything else would take the output's place
-            found.setdefault(name, _plain(output))
+    def record(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            # A hook that returns something would replace the output. A module that is called twice keeps the first.
+            recorded.setdefault(name, _comparable(output))
 
         return hook
 
-    def embedded(module, given, named):
-        found.setdefault(
-            "model.embed_tokens", _plain(given[0] if given else named["hidden_states"])
-        )
-
+    handles = []
     for name, module in model.named_modules():
-        if name == "model.layers.0":
-            handles.append(module.register_forward_pre_hook(embedded, with_kwargs=True))
-        if name not in ("", "model", "model.embed_tokens", "lm_head"):
-            handles.append(module.register_forward_hook(listen(name)))
+        if name not in ("", "model"):
+            handles.append(module.register_forward_hook(record(name)))
     try:
-        logits = model(tokens_BS)
+        model(tokens_BS)
     finally:
         for handle in handles:
             handle.remove()
-    found["lm_head"] = _plain(getattr(logits, "logits", logits))
-    return found
+    return recorded
 
 
-def compare(model, reference, tokens_BS):
-    """One `Row` for each module that both have, in the order in which `model` computes.
+def compare(model: nn.Module, reference: nn.Module, tokens_BS: Tensor) -> list[ModuleError]:
+    """Return the error of each module that both models have, in the order in which `model` computes.
 
     model, reference: a GLM and Hugging Face's model, or any two with modules of the same names. tokens int64 (B, S).
     """
-    ours, theirs = outputs(model, tokens_BS), outputs(reference, tokens_BS)
-    rows = []
-    for name, tensor in ours.items():
-        if name in theirs and theirs[name].numel() == tensor.numel():
-            size = theirs[name].abs().max().clamp(min=1e-30)
-            rows.append(Row(name, ((tensor - theirs[name]).abs().max() / size).item()))
-    return rows
+    ours = outputs(model, tokens_BS)
+    theirs = outputs(reference, tokens_BS)
+    errors = []
+    for name, output in ours.items():
+        expected = theirs.get(name)
+        if expected is None or expected.numel() != output.numel():
+            continue
+        largest = expected.abs().max().clamp(min=1e-30)
+        difference = (output - expected).abs().max()
+        errors.append(ModuleError(name, (difference / largest).item()))
+    return errors
 
 
-def first_difference(rows, tolerance=FLOAT32):
-    """The name of the first module with an error above the tolerance; None when there is none. NaN is above."""
-    return next((row.name for row in rows if not row.error <= tolerance), None)
+def first_difference(errors: Sequence[ModuleError], tolerance: float = FLOAT32) -> str | None:
+    """Return the name of the first module whose error is NaN or above the tolerance; None if there is none."""
+    for row in errors:
+        if not row.error <= tolerance:
+            return row.name
+    return None
 
 
-def load_pair(folder):
-    """(GLM, Hugging Face's model) of a released checkpoint, both in float32. Needs `pip install minglm[hf]`."""
-    from minglm.model.glm import GLM
-
+def load_pair(folder: str | Path) -> tuple[GLM, nn.Module]:
+    """Load a released checkpoint in minglm and in transformers, both in float32. Needs `pip install minglm[hf]`."""
     try:
         import transformers
     except ImportError:
         raise ValueError("this compares with transformers: pip install 'minglm[hf]'") from None
     model = GLM.from_pretrained(folder, torch.float32)
-    options = {
-        "dtype": torch.float32,
-        "attn_implementation": "eager",
-        "experts_implementation": "eager",
-    }
-    return model.eval(), transformers.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+    )
+    return model.eval(), reference.eval()
 
 
-def main(argv=None):
-    """Compare a folder on random tokens; prints a line for each module, then the first that differs."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compare a folder on random tokens; print a line for each module, then the first that differs."""
     parser = argparse.ArgumentParser(prog="python -m minglm.model.parity", description=main.__doc__)
     parser.add_argument(
         "folder", help="folder of a released checkpoint that fits into memory twice"
@@ -118,14 +124,15 @@ def main(argv=None):
         "--positions", type=int, default=16, help="length of the two rows of tokens"
     )
     parser.add_argument("--tolerance", type=float, default=FLOAT32)
-    words = parser.parse_args(argv)
-    model, reference = load_pair(words.folder)
-    numbers = torch.Generator().manual_seed(0)
-    tokens_BS = torch.randint(model.config.vocab_size, (2, words.positions), generator=numbers)
-    rows = compare(model, reference, tokens_BS)
-    for row in rows:
+    options = parser.parse_args(argv)
+    model, reference = load_pair(options.folder)
+    generator = torch.Generator().manual_seed(0)
+    tokens_BS = torch.randint(model.config.vocab_size, (2, options.positions), generator=generator)
+    errors = compare(model, reference, tokens_BS)
+    for row in errors:
         print(f"{row.error:8.1e}  {row.name}")
-    print(f"first difference above {words.tolerance:g}: {first_difference(rows, words.tolerance)}")
+    first = first_difference(errors, options.tolerance)
+    print(f"first difference above {options.tolerance:g}: {first}")
 
 
 if __name__ == "__main__":

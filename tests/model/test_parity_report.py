@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.released import build, drawn_tokens, mtp_model, ours
 
-from minglm.model.parity import Row, compare, first_difference, main
+from minglm.model.parity import ModuleError, compare, first_difference, main
 from minglm.model.rope import rotate_pairs
 from minglm.testing.model import normal
 
@@ -109,4 +109,9 @@ def test_wrong_code_is_found(pair):
 
 def test_not_a_number_is_a_difference():
     """NaN is above every tolerance."""
-    assert first_difference([Row("a", 0.0), Row("b", float("nan")), Row("c", 1.0)]) == "b"
+    assert (
+        first_difference(
+            [ModuleError("a", 0.0), ModuleError("b", float("nan")), ModuleError("c", 1.0)]
+        )
+        == "b"
+    )
