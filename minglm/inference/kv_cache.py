@@ -1,169 +1,210 @@
-"""Whose block is whose: the bookkeeping of a paged key/value cache, plain Python (no section in the paper).
+"""Count the blocks of a paged key/value cache and share equal prefixes, in plain Python (no section in the paper).
 
-The cache is cut into blocks of `size` positions, and a sequence holds a table of blocks, so memory follows what is
-written and not what might be. Blocks are counted: sequences that begin alike hold the same blocks.
+The cache is cut into blocks of `block_size` positions, and a sequence holds a table of blocks, so memory follows what is
+written and not what might be. Blocks are reference-counted: sequences with a common prefix hold the same blocks.
 
-    known[(serial of the text before, tokens of the block)] = block, serial of the text with it
+    hash_to_block[(id of the text before the block, tokens of the block)] = block, id of the text with it
 
-A full block is known by what stands in it and before it; serials name texts and are never used twice, so a block that
-was taken for something else cannot be found under its old name. Blocks that nobody holds keep their content until they
-are needed, the least recently used first: the next turn of a conversation finds its beginning there. A block that
-several hold is copied before one of them writes to it.
+A full block is found by its tokens and by the text before it. Ids name texts and are never reused, so a block that was
+reused for other tokens cannot be found under its old key. (The key is exact; only Python's dict hashes it.) Blocks that no
+table holds keep their content until they are needed, the least recently used first: the next turn of a conversation finds
+its prefix there. A block that several tables hold is copied before one of them writes to it.
 """
 
 import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+ROOT_PREFIX = 0  # the id of the empty text
+
+BlockKey = tuple[int, tuple[int, ...]]
+"""(id of the text before the block, tokens of the block)."""
 
 
-class NoRoom(Exception):
-    """All blocks are in use; somebody has to give some back."""
+class NoFreeBlocks(Exception):
+    """All blocks are in use; a sequence has to return some."""
 
 
-class Table:
-    """The blocks of one sequence, in order; `length` positions of them are written or about to be."""
+class BlockCopy(NamedTuple):
+    """A block to copy before the next forward pass."""
 
-    def __init__(self):
-        self.blocks, self.length = [], 0
-        self.serial, self.named = (
-            0,
-            0,
-        )  # of the longest beginning that is known, and how many blocks it has
+    source: int
+    target: int
 
 
-class Blocks:
-    """Counts who holds which block. `limit`: most blocks there may be (None: as many as are asked for)."""
+class CachedBlock(NamedTuple):
+    """A full block in the prefix cache."""
 
-    def __init__(self, size=16, limit=None):
-        self.size, self.limit = size, limit
-        self.holders = []  # how many tables hold each block
-        self.free, self.kept = (
-            [],
-            {},
-        )  # without content; with content that nobody holds, least recently used first
-        self.known, self.names = {}, {}
-        self.serials = itertools.count(1)
+    block: int
+    prefix: int
+    """The id of the text that ends with this block."""
+
+
+class BlockTable:
+    """The blocks of one sequence, in order. `length` positions of them are written, or will be by the next pass."""
+
+    def __init__(self) -> None:
+        self.blocks: list[int] = []
+        self.length = 0
+        self.num_hashed_blocks = 0  # how many of the first blocks are in the prefix cache
+        self.prefix = ROOT_PREFIX  # the id of the text in those blocks
+
+
+class BlockManager:
+    """Counts the tables that hold each block. max_blocks: how many may exist; None: as many as are asked for."""
+
+    def __init__(self, block_size: int = 16, max_blocks: int | None = None) -> None:
+        self.block_size = block_size
+        self.max_blocks = max_blocks
+        self.ref_count: list[int] = []  # for each block, how many tables hold it
+        self.free_blocks: list[int] = []  # without content
+        self.evictable: dict[int, None] = {}  # cached, held by no table; least recently used first
+        self.hash_to_block: dict[BlockKey, CachedBlock] = {}
+        self.block_to_hash: dict[int, BlockKey] = {}
+        self._prefix_ids = itertools.count(ROOT_PREFIX + 1)
 
     @property
-    def used(self):
-        """How many blocks some table holds."""
-        return len(self.holders) - len(self.free) - len(self.kept)
+    def num_blocks(self) -> int:
+        """Return how many blocks exist."""
+        return len(self.ref_count)
 
-    def _take(self):
-        if self.free:
-            block = self.free.pop()
-        elif self.kept:
-            block = next(iter(self.kept))
-            del self.kept[block], self.known[self.names.pop(block)]
-        elif self.limit is None or len(self.holders) < self.limit:
-            block = len(self.holders)
-            self.holders.append(0)
-        else:
-            raise NoRoom
-        self.holders[block] = 1
-        return block
+    @property
+    def num_used_blocks(self) -> int:
+        """Return how many blocks some table holds."""
+        return self.num_blocks - len(self.free_blocks) - len(self.evictable)
 
-    def _give(self, block):
-        self.holders[block] -= 1
-        if not self.holders[block]:
-            if block in self.names:
-                self.kept[block] = None
-            else:
-                self.free.append(block)
+    @property
+    def max_tokens(self) -> int | None:
+        """Return how many positions the blocks can hold, None without a bound."""
+        return None if self.max_blocks is None else self.max_blocks * self.block_size
 
-    def match(self, table, tokens):
-        """Let a table hold the known blocks that `tokens` (its sequence) goes on with, where it ends with a block.
+    def match_prefix(self, table: BlockTable, tokens: Sequence[int]) -> None:
+        """Add the cached blocks that continue a table along `tokens`, its sequence, if it ends at a block boundary.
 
-        The block of the last token is never taken, so that something is left to compute.
+        The block of the last token is never taken, so that at least one token is left to compute.
         """
-        size = self.size
-        if table.length % size or table.named * size != table.length:
+        size = self.block_size
+        if table.length % size or table.num_hashed_blocks * size != table.length:
             return
         while table.length + size < len(tokens):
-            found = self.known.get(
-                (table.serial, tuple(tokens[table.length : table.length + size]))
-            )
-            if found is None:
+            key = (table.prefix, tuple(tokens[table.length : table.length + size]))
+            cached = self.hash_to_block.get(key)
+            if cached is None:
                 return
-            block, table.serial = found
-            self.holders[block] += 1
-            self.kept.pop(block, None)
-            table.blocks.append(block)
-            table.named += 1
+            self.ref_count[cached.block] += 1
+            self.evictable.pop(cached.block, None)
+            table.blocks.append(cached.block)
+            table.prefix = cached.prefix
+            table.num_hashed_blocks += 1
             table.length += size
 
-    def extend(self, table, length):
-        """Give a table room to write positions up to `length`.
+    def extend(self, table: BlockTable, length: int) -> BlockCopy | None:
+        """Make room in a table to write positions up to `length`.
 
-        Returns the copy that has to be made first, (from, to), or None. Raises NoRoom; the table is then as before.
+        Returns the copy that has to be made first, or None. Raises NoFreeBlocks, and leaves the table as it was.
         """
-        first, copy = table.length // self.size, None
-        if (
-            length <= len(table.blocks) * self.size
-            and self.holders[table.blocks[min(first, len(table.blocks) - 1)]] == 1
-        ):
-            table.length = max(length, table.length)  # most often
-            return None
-        before = list(table.blocks)
+        first = table.length // self.block_size  # the block that the next position is in
+        capacity = len(table.blocks) * self.block_size
+        if length <= capacity:
+            last_written = table.blocks[min(first, len(table.blocks) - 1)]
+            if self.ref_count[last_written] == 1:  # the usual case: room in a block that no one else holds
+                table.length = max(length, table.length)
+                return None
+
+        shared = (
+            length > table.length
+            and first < len(table.blocks)
+            and self.ref_count[table.blocks[first]] > 1
+        )
+        missing = max(0, length - capacity)
+        needed = -(-missing // self.block_size)  # rounded up
+        if shared:
+            needed += 1  # the copy to write to
+        allocated: list[int] = []
         try:
-            if (
-                length > table.length
-                and first < len(table.blocks)
-                and self.holders[table.blocks[first]] > 1
-            ):
-                copy = (table.blocks[first], self._take())
-            while len(table.blocks) * self.size < length:
-                table.blocks.append(self._take())
-        except NoRoom:
-            for block in table.blocks[len(before) :] + ([copy[1]] if copy else []):
-                self._give(block)
-            table.blocks = before
+            for _ in range(needed):
+                allocated.append(self._allocate())
+        except NoFreeBlocks:
+            for block in allocated:
+                self._release(block)
             raise
-        if copy:
-            table.blocks[first] = copy[1]
-            self._give(copy[0])
+
+        copy = None
+        if shared:
+            copy = BlockCopy(table.blocks[first], allocated.pop(0))
+            table.blocks[first] = copy.target
+            self._release(copy.source)
+        table.blocks += allocated
         table.length = max(length, table.length)
         return copy
 
-    def shorten(self, table, length):
-        """Take back the last positions of a table; blocks that are no longer needed are returned."""
-        while (len(table.blocks) - 1) * self.size >= length:
-            self._give(table.blocks.pop())
+    def truncate(self, table: BlockTable, length: int) -> None:
+        """Drop the positions of a table from `length` on, and return the blocks that are no longer needed."""
+        while (len(table.blocks) - 1) * self.block_size >= length:
+            self._release(table.blocks.pop())
         table.length = length
 
-    def publish(self, table, tokens):
-        """Make the full blocks of a table known, as far as they hold `tokens`."""
-        while (end := (table.named + 1) * self.size) <= min(table.length, len(tokens)):
-            key, block = (
-                (table.serial, tuple(tokens[end - self.size : end])),
-                table.blocks[table.named],
-            )
-            if (
-                key not in self.known
-            ):  # two sequences may have computed the same block; one of them is known
-                self.known[key] = block, next(self.serials)
-                self.names[block] = key
-            table.serial = self.known[key][1]
-            table.named += 1
+    def cache_full_blocks(self, table: BlockTable, tokens: Sequence[int]) -> None:
+        """Add a table's full blocks to the prefix cache, as far as they hold `tokens`."""
+        size = self.block_size
+        end = (table.num_hashed_blocks + 1) * size
+        while end <= min(table.length, len(tokens)):
+            key = (table.prefix, tuple(tokens[end - size : end]))
+            if key not in self.hash_to_block:
+                # Two sequences may have computed the same block: only the first is cached.
+                block = table.blocks[table.num_hashed_blocks]
+                self.hash_to_block[key] = CachedBlock(block, next(self._prefix_ids))
+                self.block_to_hash[block] = key
+            table.prefix = self.hash_to_block[key].prefix
+            table.num_hashed_blocks += 1
+            end += size
 
-    def fork(self, table):
-        """A second table with the same blocks."""
-        twin = Table()
-        twin.blocks, twin.length, twin.serial, twin.named = (
-            list(table.blocks),
-            table.length,
-            table.serial,
-            table.named,
-        )
+    def fork(self, table: BlockTable) -> BlockTable:
+        """Return a second table that shares all blocks with the first."""
+        twin = BlockTable()
+        twin.blocks = list(table.blocks)
+        twin.length = table.length
+        twin.prefix = table.prefix
+        twin.num_hashed_blocks = table.num_hashed_blocks
         for block in twin.blocks:
-            self.holders[block] += 1
+            self.ref_count[block] += 1
         return twin
 
-    def close(self, table):
-        """Return all blocks of a table, the last first, so that beginnings are kept longest."""
-        self.shorten(table, 0)
-        table.serial = table.named = 0
+    def free(self, table: BlockTable) -> None:
+        """Return all blocks of a table, the last first, so that prefixes stay cached longest."""
+        self.truncate(table, 0)
+        table.prefix = ROOT_PREFIX
+        table.num_hashed_blocks = 0
 
-    def forget(self):
-        """Make nothing known, because the weights have changed. No table may hold a block."""
-        assert not self.used, "a table that goes on would publish what it holds"
-        self.free += self.kept
-        self.kept, self.known, self.names = {}, {}, {}
+    def reset_prefix_cache(self) -> None:
+        """Clear the prefix cache after a weight update. No table may hold a block."""
+        assert not self.num_used_blocks, "a table would put blocks of the old weights in the cache"
+        self.free_blocks += self.evictable
+        self.evictable = {}
+        self.hash_to_block = {}
+        self.block_to_hash = {}
+
+    def _allocate(self) -> int:
+        """Take a block: a free one, or else the least recently used cached one, or else a new one."""
+        if self.free_blocks:
+            block = self.free_blocks.pop()
+        elif self.evictable:
+            block = next(iter(self.evictable))
+            del self.evictable[block]
+            del self.hash_to_block[self.block_to_hash.pop(block)]
+        elif self.max_blocks is None or self.num_blocks < self.max_blocks:
+            block = self.num_blocks
+            self.ref_count.append(0)
+        else:
+            raise NoFreeBlocks
+        self.ref_count[block] = 1
+        return block
+
+    def _release(self, block: int) -> None:
+        self.ref_count[block] -= 1
+        if self.ref_count[block]:
+            return
+        if block in self.block_to_hash:
+            self.evictable[block] = None  # its content may be used again
+        else:
+            self.free_blocks.append(block)

@@ -1,204 +1,270 @@
-"""Who is computed in the next pass: continuous batching in plain Python (no section in the paper).
+"""Choose what the next forward pass computes: continuous batching in plain Python (no section in the paper).
 
-Each pass takes the next token of every answer under way, and what is left of `prefill_tokens` in prompts. Requests with
-the same text are computed once. When blocks run out the youngest gives its own back and waits; its text so far is its
-new prompt, so it goes on as if nothing had happened.
+Each pass takes the next token of every running sequence, and up to `prefill_tokens` tokens of prompts. Requests with the
+same prompt are computed once. When blocks run out, the youngest sequence returns its blocks and waits; its text so far is
+then its prompt, so it continues as if it had not been interrupted.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from minglm.inference.kv_cache import NoRoom, Table
-from minglm.inference.request import Completion
+from minglm.inference.kv_cache import BlockCopy, BlockManager, BlockTable, NoFreeBlocks
+from minglm.inference.request import Completion, Event, Request
 
 
 class Sequence:
-    """A request under way: its text so far, and the table of its keys and values once they are computed."""
+    """A request that is being answered: its text so far, and the table of its keys and values once they are computed.
 
-    def __init__(self, number, request, stops, limit, on_event=None):
-        self.number, self.request, self.stops, self.on_event = number, request, stops, on_event
+    number: as `Engine.submit` returned it. stop_ids: the tokens that end it. limit: the model's positions.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        request: Request,
+        stop_ids: set[int],
+        limit: int,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> None:
+        self.number = number
+        self.request = request
+        self.stop_ids = stop_ids
+        self.on_event = on_event
         self.ids = list(request.prompt)
-        self.most = min(request.max_new_tokens, limit - len(request.prompt))
-        self.completion, self.table = Completion([], []), Table()
-        self.read = 0  # how far the drafter has read
+        self.max_tokens = min(request.max_new_tokens, limit - len(request.prompt))
+        self.completion = Completion([], [])
+        self.table = BlockTable()
+        self.drafter_length = 0  # how many tokens the drafter has read
 
     @property
-    def left(self):
-        """How many more tokens it may get."""
-        return self.most - len(self.completion.tokens)
+    def tokens_left(self) -> int:
+        """Return how many more tokens it may get."""
+        return self.max_tokens - len(self.completion.tokens)
 
 
 @dataclass(slots=True)
 class Row:
-    """What one text contributes to a pass: its tokens from `start` to `end`, and the drafts after them."""
+    """What one text contributes to a forward pass: its tokens from `start` to `end`, and the drafts after them."""
 
     ids: list[int]
-    table: Table
+    """The whole text."""
+    table: BlockTable
     start: int
     end: int
-    draws: list[Sequence]
-    """The sequences that get a token after it; none while a prompt is not complete."""
-    prompt: bool = True
-    room: int = 0
+    sequences: list[Sequence]
+    """The sequences that sample a token after it; none while a prompt is not complete."""
+    is_prompt: bool = True
+    max_drafts: int = 0
     """How many drafts there is room for; 0 for prompts."""
     drafts: list[int] = field(default_factory=list)
-    draft: int = 0
-    """Which row of the drafts' distributions is its own."""
+    draft_row: int = 0
+    """The row of the drafts' distributions that belongs to this text."""
 
     @property
-    def stop(self):
-        """Where the row ends, drafts included."""
+    def stop(self) -> int:
+        """Return the end of the row, drafts included."""
         return self.end + len(self.drafts)
 
 
 class Prefill:
     """A text that is not computed yet, and the sequences that begin with it.
 
-    An answer that comes back leaves its last token out: the pass after this one takes it as any other, drafts included.
+    A sequence that was preempted leaves its last token out: the pass after this one takes it, as it takes the last token
+    of any running sequence, with drafts.
     """
 
-    def __init__(self, sequence):
+    def __init__(self, sequence: Sequence) -> None:
         self.resumed = bool(sequence.completion.tokens)
-        self.ids = sequence.ids[: -1 if self.resumed else None]
-        self.members, self.table = [sequence], Table()
+        self.ids = sequence.ids[:-1] if self.resumed else list(sequence.ids)
+        self.sequences = [sequence]
+        self.table = BlockTable()
 
     @property
-    def key(self):
-        """What sequences that are computed together have in common."""
+    def key(self) -> tuple[bool, tuple[int, ...]]:
+        """Return what sequences that are computed together have in common."""
         return self.resumed, tuple(self.ids)
 
 
+class Schedule(NamedTuple):
+    """The next forward pass."""
+
+    rows: list[Row]
+    """Running sequences before prompts."""
+    copies: list[BlockCopy]
+    """Blocks to copy before the pass."""
+
+
 class Scheduler:
-    """Sequences that wait, whose text is being computed (`prefills`), and that are answered (`live`)."""
+    """The sequences that wait, those whose text is being computed (`prefills`), and those that are `running`."""
 
-    def __init__(self, blocks, max_batch=256, prefill_tokens=2048):
-        self.blocks, self.max_batch, self.prefill_tokens = blocks, max_batch, prefill_tokens
-        self.waiting, self.prefills, self.live = deque(), [], []
-        self.copies = []
+    def __init__(
+        self, blocks: BlockManager, max_batch: int = 256, prefill_tokens: int = 2048
+    ) -> None:
+        self.blocks = blocks
+        self.max_batch = max_batch
+        self.prefill_tokens = prefill_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.prefills: list[Prefill] = []
+        self.running: list[Sequence] = []
+        self._copies: list[BlockCopy] = []  # of the pass that is being planned
 
-    def add(self, sequence):
-        """Let a sequence wait its turn."""
+    def add(self, sequence: Sequence) -> None:
+        """Append a sequence to those that wait."""
         self.waiting.append(sequence)
 
-    def remove(self, sequence):
-        """Take a sequence out, wherever it is, and return its blocks."""
-        if sequence in self.live:
-            self.live.remove(sequence)
+    def remove(self, sequence: Sequence) -> None:
+        """Remove a sequence, wherever it is, and return its blocks."""
+        if sequence in self.running:
+            self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-        for job in self.prefills:
-            if sequence in job.members:
-                job.members.remove(sequence)
-        for job in [job for job in self.prefills if not job.members]:
-            self._stop(job)
-        self.blocks.close(sequence.table)
+        for prefill in list(self.prefills):
+            if sequence in prefill.sequences:
+                prefill.sequences.remove(sequence)
+            if not prefill.sequences:
+                self._stop(prefill)
+        self.blocks.free(sequence.table)
 
-    def restart(self):
-        """Compute everything under way again, and know no block."""
-        for job in list(self.prefills):
-            self._stop(job)
-        while self.live:
+    def restart(self) -> None:
+        """Compute everything again, and forget all blocks: the weights have changed."""
+        for prefill in list(self.prefills):
+            self._stop(prefill)
+        while self.running:
             self._preempt()
-        self.blocks.forget()
+        self.blocks.reset_prefix_cache()
 
-    def plan(self, drafts=0):
-        """The rows of the next pass, answers before prompts, and the blocks to copy before it, (from, to) pairs.
+    def plan(self, drafts: int = 0) -> Schedule:
+        """Return the next pass.
 
-        drafts: how many positions to reserve after the last token of each answer, if it may still become that long.
+        drafts: how many positions to reserve after the last token of each running sequence, if it may still become that
+        long.
         """
-        self.copies, rows, at = [], [], 0
-        while at < len(self.live):
-            sequence = self.live[at]
-            if self._extend(
-                sequence.table, len(sequence.ids) + (drafts and min(drafts, sequence.left - 1))
-            ):
-                at += 1
-            else:
-                self._preempt()
-        for sequence in self.live:
-            ids, table = sequence.ids, sequence.table
-            if (end := len(ids)) >= (table.named + 1) * self.blocks.size:
-                self.blocks.publish(table, ids)
-            room = drafts and min(drafts, sequence.left - 1)
-            rows.append(Row(ids, table, end - 1, end, [sequence], prompt=False, room=room))
+        self._copies = []
+        self._reserve(drafts)
+        rows = [self._decode(sequence, drafts) for sequence in self.running]
         if self.waiting:
             self._admit()
-        for job in self.prefills:
-            self.blocks.match(
-                job.table, job.ids
-            )  # all of them first, before any takes a block that another knows
-        left, at = self.prefill_tokens, 0
-        while at < len(self.prefills) and left > 0:
-            job = self.prefills[at]
-            row = self._prefill(job, left)
+        # All prompts look up their prefix first, before any takes a block that another would find.
+        for prefill in self.prefills:
+            self.blocks.match_prefix(prefill.table, prefill.ids)
+        rows += self._prefill_rows()
+        return Schedule(rows, self._copies)
+
+    def _reserve(self, drafts: int) -> None:
+        """Give every running sequence room for its last token and its drafts; preempt the youngest if there is none."""
+        index = 0
+        while index < len(self.running):
+            sequence = self.running[index]
+            length = len(sequence.ids)
+            if drafts:
+                length += _max_drafts(sequence, drafts)
+            if self._extend(sequence.table, length):
+                index += 1
+            else:
+                self._preempt()
+
+    def _decode(self, sequence: Sequence, drafts: int) -> Row:
+        """Return the row of a running sequence: its last token."""
+        ids = sequence.ids
+        table = sequence.table
+        end = len(ids)
+        if end >= (table.num_hashed_blocks + 1) * self.blocks.block_size:
+            self.blocks.cache_full_blocks(table, ids)
+        room = _max_drafts(sequence, drafts) if drafts else 0
+        return Row(ids, table, end - 1, end, [sequence], is_prompt=False, max_drafts=room)
+
+    def _admit(self) -> None:
+        """Move waiting sequences to the prefills; those with the same text are computed together."""
+        by_key = {prefill.key: prefill for prefill in self.prefills}
+        prefilling = sum(len(prefill.sequences) for prefill in self.prefills)
+        room = self.max_batch - len(self.running) - prefilling
+        while self.waiting and room > 0:
+            new = Prefill(self.waiting.popleft())
+            room -= 1
+            same = by_key.get(new.key)
+            if same is None:
+                by_key[new.key] = new
+                self.prefills.append(new)
+            else:
+                same.sequences += new.sequences
+
+    def _prefill_rows(self) -> list[Row]:
+        """Return rows of the prefills in order, of `prefill_tokens` tokens together at most."""
+        rows: list[Row] = []
+        tokens_left = self.prefill_tokens
+        index = 0
+        while index < len(self.prefills) and tokens_left > 0:
+            row = self._prefill(self.prefills[index], tokens_left)
             if row is None:
                 break
             rows.append(row)
-            left -= row.end - row.start
-            at += row.end < len(row.ids)  # a complete one has left the list
-        return rows, self.copies
+            tokens_left -= row.end - row.start
+            if row.end < len(row.ids):
+                index += 1  # a complete prefill has left the list instead
+        return rows
 
-    def _admit(self):
-        """Waiting sequences begin; those with the same text begin together."""
-        jobs = {job.key: job for job in self.prefills}
-        room = self.max_batch - len(self.live) - sum(len(job.members) for job in self.prefills)
-        while self.waiting and room > 0:
-            new, room = Prefill(self.waiting.popleft()), room - 1
-            job = jobs.setdefault(new.key, new)
-            if job is new:
-                self.prefills.append(job)
-            else:
-                job.members += new.members
-
-    def _prefill(self, job, most):
-        """The next row of a text, of at most so many tokens; None when there is no room for it yet."""
-        self.blocks.match(
-            job.table, job.ids
-        )  # what rows of this very pass compute is known already
-        start = job.table.length
-        end = min(len(job.ids), start + most)
-        while not self._extend(job.table, end):
-            if self.prefills[-1] is job:
-                assert self.live or self.prefills[0] is not job, "submit refuses what never fits"
+    def _prefill(self, prefill: Prefill, max_tokens: int) -> Row | None:
+        """Return the next row of a text, of at most `max_tokens`; None if there is no room for it yet."""
+        # Blocks that earlier rows of this pass fill count as computed.
+        self.blocks.match_prefix(prefill.table, prefill.ids)
+        start = prefill.table.length
+        end = min(len(prefill.ids), start + max_tokens)
+        while not self._extend(prefill.table, end):
+            if self.prefills[-1] is prefill:
+                only = not self.running and self.prefills[0] is prefill
+                assert not only, "submit refuses what never fits"
                 return None
             self._preempt()
-        self.blocks.publish(job.table, job.ids)
-        if end < len(job.ids):
-            return Row(job.ids, job.table, start, end, [])
-        self.prefills.remove(job)
-        first, *others = job.members
-        first.table = job.table
-        for sequence in others:
-            sequence.table = self.blocks.fork(job.table)
-        for sequence in job.members:
-            sequence.read = end
-        self.live += job.members
-        return Row(job.ids, job.table, start, end, [] if job.resumed else list(job.members))
+        self.blocks.cache_full_blocks(prefill.table, prefill.ids)
+        if end < len(prefill.ids):
+            return Row(prefill.ids, prefill.table, start, end, [])
+        return self._run(prefill, start, end)
 
-    def _extend(self, table, length):
+    def _run(self, prefill: Prefill, start: int, end: int) -> Row:
+        """Return the last row of a text; its sequences are running from now on."""
+        self.prefills.remove(prefill)
+        first, *others = prefill.sequences
+        first.table = prefill.table
+        for sequence in others:
+            sequence.table = self.blocks.fork(prefill.table)
+        for sequence in prefill.sequences:
+            sequence.drafter_length = end
+        self.running += prefill.sequences
+        # A resumed sequence has sampled its next token already.
+        sequences = [] if prefill.resumed else list(prefill.sequences)
+        return Row(prefill.ids, prefill.table, start, end, sequences)
+
+    def _extend(self, table: BlockTable, length: int) -> bool:
+        """Make room in a table; return whether there was any."""
         try:
             copy = self.blocks.extend(table, length)
-        except NoRoom:
+        except NoFreeBlocks:
             return False
-        if copy:
-            self.copies.append(copy)
+        if copy is not None:
+            self._copies.append(copy)
         return True
 
-    def _stop(self, job):
-        """A text goes back to wait."""
-        self.prefills.remove(job)
-        self.blocks.close(job.table)
-        self.waiting.extendleft(reversed(job.members))
+    def _stop(self, prefill: Prefill) -> None:
+        """Return the blocks of a text; its sequences wait again."""
+        self.prefills.remove(prefill)
+        self.blocks.free(prefill.table)
+        self.waiting.extendleft(reversed(prefill.sequences))
 
-    def _preempt(self):
-        """The youngest gives its blocks back and waits."""
+    def _preempt(self) -> None:
+        """Return the blocks of the youngest text or sequence; it waits again."""
         if self.prefills:
             self._stop(self.prefills[-1])
             return
-        sequence = self.live.pop()
-        given = set(sequence.table.blocks)
-        self.copies = [
-            copy for copy in self.copies if copy[1] not in given
-        ]  # somebody else may take that block now
-        self.blocks.close(sequence.table)
+        sequence = self.running.pop()
+        # Its blocks may now be given to another sequence: copies into them are void.
+        freed = set(sequence.table.blocks)
+        self._copies = [copy for copy in self._copies if copy.target not in freed]
+        self.blocks.free(sequence.table)
         self.waiting.appendleft(sequence)
+
+
+def _max_drafts(sequence: Sequence, drafts: int) -> int:
+    """Return how many drafts a sequence has room for: the token after them must still fit."""
+    return min(drafts, sequence.tokens_left - 1)

@@ -1,25 +1,28 @@
-"""Drafts from the MTP layer, and the test that makes them cost nothing in quality (paper 2.1; arXiv 2211.17192).
+"""Draft tokens with the MTP layer and verify them without changing the distribution (paper 2.1; arXiv 2211.17192).
 
-    draft x_i ~ q_i;   accept while u_i < min(1, p_i(x_i) / q_i(x_i));   at the first rejection draw from
-    max(0, p_i - q_i), normalised;   after n accepted drafts draw one more, the bonus, from p_{n+1}
+    draft x_i ~ q_i;   accept while u_i < min(1, p_i(x_i) / q_i(x_i));   at the first rejection sample from
+    max(0, p_i - q_i), normalised;   after n accepted drafts sample one more, the bonus token, from p_{n+1}
 
-p is what the trunk would have drawn from, after temperature and cuts; q the same of the MTP layer. A draft x is kept
-with probability min(p, q), and what is missing up to p comes from the rejections, so the tokens follow p exactly,
-whatever q is: a bad draft costs time and nothing else.
+p is what the trunk would have sampled from, after temperature and cuts; q is the same for the MTP layer. A draft x is
+kept with probability min(p, q), and the rejections supply what is missing up to p, so the tokens follow p exactly, whatever
+q is: a bad draft costs time and nothing else.
 
 GLM-4.5 has one MTP layer and applies it repeatedly: its own state takes the place of the trunk's for the next draft.
 Released engines differ in whether that is the state before or after `shared_head.norm`; here it is after, like the
-trunk's. The layer's key for token s (and the state before it) is kept in slot s, so a slot depends on the text up to
-its token and on nothing later, and blocks can be shared; slot 0 has no state before it and is never read.
+trunk's. The layer's key for token s (and the state before it) is kept in slot s, so a slot depends only on the text up to
+its token, and blocks can be shared; slot 0 has no state before it and is never read.
 """
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from minglm.inference.kv_cache import Table
+from minglm.inference.kv_cache import BlockTable
+from minglm.inference.pages import Pages
 from minglm.inference.sampling import (
     ACCEPT,
     DRAFT,
@@ -29,136 +32,197 @@ from minglm.inference.sampling import (
     draw,
     uniforms,
 )
+from minglm.inference.scheduler import Row, Sequence
+from minglm.model.glm import GLM
 
 
-def verify(p_BSV, q_BSV, drafts_BS, lengths_B, accept_BS, last_B):
-    """How many drafts of each row stand, and the token after them.
+def verify(
+    p_BSV: Tensor,
+    q_BSV: Tensor,
+    drafts_BS: Tensor,
+    lengths_B: Tensor,
+    accept_BS: Tensor,
+    last_B: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return how many drafts of each row are accepted, int64 (B,), and the token after them, int64 (B,).
 
-    p (B, S + 1, V): what to follow, at each draft and after the last; q (B, S, V): what the drafts int64 (B, S) were
-    drawn from; neither has to be normalised. lengths int64 (B,): how many drafts a row has. accept (B, S), last (B,):
-    uniform numbers. Returns accepted int64 (B,) and tokens int64 (B,).
+    p (B, S + 1, V): the target at each draft and after the last; q (B, S, V): what the drafts int64 (B, S) were sampled
+    from; neither has to be normalised. lengths int64 (B,): how many drafts a row has. accept (B, S), last (B,): uniform
+    numbers.
     """
     B, S, V = q_BSV.shape
     p_BSV = p_BSV.double() / p_BSV.double().sum(-1, keepdim=True)
     q_BSV = q_BSV.double() / q_BSV.double().sum(-1, keepdim=True)
-    p_BS, q_BS = (x.gather(2, drafts_BS[..., None])[..., 0] for x in (p_BSV[:, :S], q_BSV))
+
+    # Accept draft x while u < p(x) / q(x), without a division.
+    index_BS1 = drafts_BS[..., None]
+    p_BS = p_BSV[:, :S].gather(2, index_BS1)[..., 0]
+    q_BS = q_BSV.gather(2, index_BS1)[..., 0]
     index_S = torch.arange(S, device=p_BSV.device)
-    stands_BS = (accept_BS * q_BS < p_BS) & (index_S < lengths_B[:, None])
-    accepted_B = stands_BS.long().cumprod(1).sum(1)
+    accepted_BS = (accept_BS * q_BS < p_BS) & (index_S < lengths_B[:, None])
+    accepted_B = accepted_BS.long().cumprod(1).sum(1)  # up to the first rejection
+
+    # The token after the accepted drafts: from p after all drafts of the row, else from max(0, p - q).
     rows = torch.arange(B, device=p_BSV.device)
     target_BV = p_BSV[rows, accepted_B]
-    rejected_B = accepted_B < lengths_B
     if S:
-        rest_BV = (target_BV - q_BSV[rows, accepted_B.clamp(max=S - 1)]).clamp(min=0)
-        rest_BV = torch.where(
-            rest_BV.sum(1, keepdim=True) > 0, rest_BV, target_BV
-        )  # p = q: never rejected but by rounding
-        target_BV = torch.where(rejected_B[:, None], rest_BV, target_BV)
+        rejected_B = accepted_B < lengths_B
+        residual_BV = (target_BV - q_BSV[rows, accepted_B.clamp(max=S - 1)]).clamp(min=0)
+        # If p = q everywhere only rounding can reject; sample from p then.
+        has_mass_B1 = residual_BV.sum(1, keepdim=True) > 0
+        residual_BV = torch.where(has_mass_B1, residual_BV, target_BV)
+        target_BV = torch.where(rejected_B[:, None], residual_BV, target_BV)
     return accepted_B, draw(target_BV, last_B)
 
 
-def check(entries, logits_TV, q_BSV, settings):
-    """Verify the drafts of a pass.
+class Candidate(NamedTuple):
+    """A sequence that gets tokens from a verification pass."""
 
-    entries: (sequence, row, place of its first logits); logits (T, V); q of `Drafter.draft`, None without drafts.
-    Returns how many drafts stand (list), tokens int64 (B, S + 1), of which that many and one more count, and the
-    probabilities before the cuts (B, S + 1, V).
-    """
-    device, B = logits_TV.device, len(entries)
+    sequence: Sequence
+    row: Row
+    first: int
+    """The place of the row's first logits."""
+
+
+class Verified(NamedTuple):
+    """The result of a verification pass."""
+
+    accepted: list[int]
+    """For each sequence, how many drafts are accepted."""
+    tokens_BS: Tensor
+    """int64 (B, S + 1): the accepted drafts and one token more count, the rest is filling."""
+    p_BSV: Tensor
+    """The probabilities before the cuts, (B, S + 1, V)."""
+
+
+def check(
+    candidates: list[Candidate], logits_TV: Tensor, q_BSV: Tensor | None, settings: Settings
+) -> Verified:
+    """Verify the drafts of a pass, from logits (T, V) and the q of `Drafter.draft`, None without drafts."""
+    device = logits_TV.device
+    B = len(candidates)
     S = 0 if q_BSV is None else q_BSV.shape[1]
-    lengths_B = torch.tensor([len(row.drafts) for _, row, _ in entries], device=device)
-    places = torch.tensor(
-        [at + min(i, len(row.drafts)) for _, row, at in entries for i in range(S + 1)],
-        device=device,
-    )
-    drafts_BS = torch.tensor(
-        [row.drafts + [0] * (S - len(row.drafts)) for _, row, _ in entries], device=device
-    )
-    drafts_BS = drafts_BS.view(B, S).long()
+
+    # Pad the drafts to (B, S). A shorter row repeats the logits after its last draft.
+    lengths: list[int] = []
+    places: list[int] = []
+    padded: list[list[int]] = []
+    for _, row, first in candidates:
+        length = len(row.drafts)
+        lengths.append(length)
+        places += [first + min(i, length) for i in range(S + 1)]
+        padded.append(row.drafts + [0] * (S - length))
+    lengths_B = torch.tensor(lengths, device=device)
+    drafts_BS = torch.tensor(padded, device=device).view(B, S).long()
+
+    # p and its cut form, with the sampler settings of each row.
     columns = (settings.temperature_B, settings.top_p_B, settings.top_k_B, settings.min_p_B)
-    columns = [None if x is None else x.repeat_interleave(S + 1) for x in columns]
-    p_BSV, cut_BSV = (x.view(B, S + 1, -1) for x in distribution(logits_TV[places], *columns))
-    if S:
-        ones = torch.ones_like(q_BSV[:1])
-        own = [row.draft if row.drafts else len(q_BSV) for _, row, _ in entries]
-        q_BSV = torch.cat((q_BSV, ones))[own]
-    else:
+    repeated = [None if x is None else x.repeat_interleave(S + 1) for x in columns]
+    p_TV, cut_TV = distribution(logits_TV[torch.tensor(places, device=device)], *repeated)
+    p_BSV = p_TV.view(B, S + 1, -1)
+    cut_BSV = cut_TV.view(B, S + 1, -1)
+
+    # q of each row; one without drafts gets ones, which are never looked at.
+    if q_BSV is None:
         q_BSV = cut_BSV[:, :0]
-    index_B = settings.index([sequence for sequence, _, _ in entries])
+    elif S:
+        ones = torch.ones_like(q_BSV[:1])
+        own = [row.draft_row if row.drafts else len(q_BSV) for _, row, _ in candidates]
+        q_BSV = torch.cat((q_BSV, ones))[own]
+
+    index_B = settings.index([candidate.sequence for candidate in candidates])
     step_S = torch.arange(S, device=device)
     accept_BS = uniforms(settings.seeds_B[:, None], index_B[:, None] + step_S, ACCEPT)
     last_B = uniforms(settings.seeds_B, index_B, RESIDUAL)
     accepted_B, tokens_B = verify(cut_BSV, q_BSV, drafts_BS, lengths_B, accept_BS, last_B)
     tokens_BS = F.pad(drafts_BS, (0, 1)).scatter_(1, accepted_B[:, None], tokens_B[:, None])
-    return accepted_B.tolist(), tokens_BS, p_BSV
+    return Verified(accepted_B.tolist(), tokens_BS, p_BSV)
 
 
 @dataclass
 class Span:
     """Slots `start` to `stop` of a table, in a pass of the MTP layer."""
 
-    table: Table
+    table: BlockTable
     start: int
     stop: int
 
 
 class Drafter:
-    """Drafts with a model's MTP layer for the engine, over the last of its pages.
+    """Drafts with a model's MTP layer for the engine, over the last layer of its pages.
 
-    The state after each token is kept in `pages.states`, so that the layer can begin wherever a text goes on: after a
-    block of another request, after a part of a prompt, after the drafts that were accepted.
+    The state after each token is kept in `pages.states`, so the layer can continue anywhere: after a block of another
+    request, after a part of a prompt, after the accepted drafts. `drafted` and `accepted` count tokens.
     """
 
-    def __init__(self, model, most):
+    def __init__(self, model: GLM, max_drafts: int) -> None:
         if model.mtp is None:
             raise ValueError(
                 "draft_tokens needs an MTP layer; this model has num_nextn_predict_layers = 0"
             )
-        self.model, self.most = model, most
-        self.drafted = self.accepted = 0
+        self.model = model
+        self.max_drafts = max_drafts
+        self.drafted = 0
+        self.accepted = 0
 
-    def read(self, pages, rows):
+    def read(self, pages: Pages, rows: list[Row]) -> None:
         """Let the layer read prompts that the trunk has just computed, and keep their keys."""
-        spans = [Span(row.table, max(row.start, 1), row.end) for row in rows if row.end > 1]
+        spans: list[Span] = []
+        tokens: list[int] = []
+        for row in rows:
+            start = max(row.start, 1)  # slot 0 has no state before it
+            if row.end > start:
+                spans.append(Span(row.table, start, row.end))
+                tokens += row.ids[start : row.end]
         if spans:
-            tokens = [t for row in rows for t in row.ids[max(row.start, 1) : row.end]]
-            self._pass(pages, spans, tokens, None)
+            pages.mtp(spans, tokens, pages.states_before(spans))
 
-    def draft(self, pages, rows):
-        """Draft for rows that decode: sets `row.drafts` and `row.draft`, the place in what is returned, q (B, S, V).
+    def draft(self, pages: Pages, rows: list[Row]) -> Tensor:
+        """Draft for rows that decode: set each row's `drafts`, and its `draft_row` in the q (B, S, V) that is returned."""
+        # Most drafts first, so that the rows that continue are always the first ones.
+        rows = sorted(rows, key=lambda row: (-row.max_drafts, row.end - _drafter_length(row)))
 
-        First the layer reads the tokens that came since the last time, with the trunk's states; then its own.
-        """
-        rows = sorted(rows, key=lambda row: (-row.room, row.end - row.draws[0].read))
-        spans = [Span(row.table, row.draws[0].read, row.end) for row in rows]
-        states_TD = self._pass(
-            pages, spans, [t for row in rows for t in row.ids[row.draws[0].read : row.end]], None
-        )
-        ends = list(accumulate(span.stop - span.start for span in spans))
-        states_BD, found = states_TD[[end - 1 for end in ends]], []
-        for step in range(rows[0].room):
-            active = [row for row in rows if row.room > step]
+        # The layer reads the tokens that came since the last time, with the trunk's states.
+        spans = [Span(row.table, _drafter_length(row), row.end) for row in rows]
+        tokens = [token for row in rows for token in row.ids[_drafter_length(row) : row.end]]
+        states_TD = pages.mtp(spans, tokens, pages.states_before(spans))
+        ends = accumulate(span.stop - span.start for span in spans)
+        states_BD = states_TD[[end - 1 for end in ends]]  # after the last token of each row
+
+        distributions: list[Tensor] = []
+        for step in range(rows[0].max_drafts):
+            active = [row for row in rows if row.max_drafts > step]
             if step:
+                # Then it reads its own drafts, with its own states.
                 spans = [Span(row.table, row.end + step - 1, row.end + step) for row in active]
-                states_BD = self._pass(
-                    pages, spans, [row.drafts[-1] for row in active], states_BD[: len(active)]
-                )
-            sequences = [row.draws[0] for row in active]
-            s = Settings(sequences, states_BD.device)
-            q_BV = distribution(
-                self.model.lm_head(states_BD), s.temperature_B, s.top_p_B, s.top_k_B, s.min_p_B
-            )[1]
-            tokens_B = draw(q_BV, uniforms(s.seeds_B, s.index(sequences) + step, DRAFT))
-            for row, token in zip(active, tokens_B.tolist(), strict=True):
-                row.drafts.append(token)
-            found.append(F.pad(q_BV, (0, 0, 0, len(rows) - len(active)), value=1.0))
-        for place, row in enumerate(rows):
-            row.draft = place
-        self.drafted += sum(row.room for row in rows)
-        return torch.stack(found, 1)
+                last_drafts = [row.drafts[-1] for row in active]
+                states_BD = pages.mtp(spans, last_drafts, states_BD[: len(active)])
+            q_BV = self._draft_one(active, states_BD, step)
+            idle = len(rows) - len(active)
+            distributions.append(F.pad(q_BV, (0, 0, 0, idle), value=1.0))
+        for index, row in enumerate(rows):
+            row.draft_row = index
+        self.drafted += sum(row.max_drafts for row in rows)
+        return torch.stack(distributions, 1)
 
-    def _pass(self, pages, spans, tokens, states_TD):
-        """One pass of the layer over these tokens and the states before them; by default the trunk's. States (T, D)."""
-        return pages.mtp(
-            spans, tokens, pages.states_before(spans) if states_TD is None else states_TD
+    def _draft_one(self, rows: list[Row], states_BD: Tensor, step: int) -> Tensor:
+        """Sample the next draft of each row from states (B, D), and return what it was sampled from, (B, V)."""
+        sequences = [row.sequences[0] for row in rows]
+        settings = Settings(sequences, states_BD.device)
+        logits_BV = self.model.lm_head(states_BD)
+        _, q_BV = distribution(
+            logits_BV,
+            settings.temperature_B,
+            settings.top_p_B,
+            settings.top_k_B,
+            settings.min_p_B,
         )
+        uniform_B = uniforms(settings.seeds_B, settings.index(sequences) + step, DRAFT)
+        for row, token in zip(rows, draw(q_BV, uniform_B).tolist(), strict=True):
+            row.drafts.append(token)
+        return q_BV
+
+
+def _drafter_length(row: Row) -> int:
+    """Return how many tokens of a decoding row the drafter has read."""
+    return row.sequences[0].drafter_length
