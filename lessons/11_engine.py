@@ -26,7 +26,7 @@ import torch
 from minglm import lesson
 from minglm.config import ModelConfig
 from minglm.inference import Engine, Request
-from minglm.inference.kv_cache import Blocks
+from minglm.inference.kv_cache import BlockManager
 from minglm.inference.speculative import Drafter, verify
 from minglm.model.glm import GLM
 from minglm.report import drawing
@@ -54,7 +54,7 @@ SHADES = ["#8a8a92", "#9fc3e6", "#5f93c8", "#1f5fa8", "#123a68"]
 
 # %% [markdown]
 # ## The lines that matter
-# `main` prints them from minglm itself: which blocks a prompt finds already computed (`match`), when one is copied
+# `main` prints them from minglm itself: which blocks a prompt finds already computed (`match_prefix`), when one is copied
 # (`extend`), the test of the drafts (`verify`), and where drafts come from (`draft`).
 #
 # ## Experiment
@@ -77,9 +77,9 @@ def speed(model, prompts, sizes):
             engine.submit(Request(prompt, sizes["answer"], seed=i, stop_ids=()))
         while engine.busy:
             engine.step()
-            most = max(most, engine.blocks.used)
+            most = max(most, engine.blocks.num_used_blocks)
         rate = batch * sizes["answer"] / (time.process_time() - began)
-        cache = most * engine.blocks.size * int(per_token)
+        cache = most * engine.blocks.block_size * int(per_token)
         rows.append({"batch": batch, "samples": samples, "speed": rate, "cache": cache})
     return rows
 
@@ -267,7 +267,7 @@ def verdicts(log):
 
 def main(argv=None):
     """Run the experiment, or only redraw it, and print what it shows."""
-    shown = [Blocks.match, Blocks.extend, verify, Drafter.draft]
+    shown = [BlockManager.match_prefix, BlockManager.extend, verify, Drafter.draft]
     lesson.run("11_engine", experiment, draw, verdicts, shown, SIZES, SMOKE, NANO, argv=argv)
 
 

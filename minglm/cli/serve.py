@@ -69,10 +69,10 @@ def main(args: argparse.Namespace) -> None:
     # A bounded cache also bounds the length of one conversation.
     limit = engine.limit
     if args.cache_tokens is not None:
-        limit = min(limit, (engine.blocks.limit or 0) * engine.blocks.size)
+        limit = min(limit, engine.blocks.max_tokens or 0)
         if limit < 2:
             raise ValueError(
-                f"--cache-tokens {args.cache_tokens}: at least {engine.blocks.size}, one block"
+                f"--cache-tokens {args.cache_tokens}: at least {engine.blocks.block_size}, one block"
             )
     name = args.name or Path(args.model).resolve().name
     dialect = args.dialect or loaded.dialect

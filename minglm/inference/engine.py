@@ -21,12 +21,12 @@ import torch
 
 from minglm.inference.cpu_decoder import PagesInC
 from minglm.inference.fp8_experts import PagesInFloat8
-from minglm.inference.kv_cache import Blocks
+from minglm.inference.kv_cache import BlockManager
 from minglm.inference.pages import Pages
 from minglm.inference.request import Completion, Event, Request
 from minglm.inference.sampling import DRAW, Settings, distribution, draw, likeliest, uniforms
 from minglm.inference.scheduler import Scheduler, Sequence
-from minglm.inference.speculative import Drafter, check
+from minglm.inference.speculative import Candidate, Drafter, check
 from minglm.kernels.cpu.build import sample_cpu
 from minglm.kernels.dispatch import backend
 
@@ -59,7 +59,7 @@ class Engine:
         self.float8 = experts == "float8"
         self.model, self.tokenizer = model, tokenizer
         self.limit = model.config.max_position_embeddings  # of prompt and answer together
-        self.blocks = Blocks(block, None if cache_tokens is None else cache_tokens // block)
+        self.blocks = BlockManager(block, None if cache_tokens is None else cache_tokens // block)
         self.scheduler = Scheduler(self.blocks, max_batch, prefill_tokens)
         self.drafter = Drafter(model, draft_tokens) if draft_tokens else None
         self.pages = self.parameters = self.weights = None
@@ -80,11 +80,11 @@ class Engine:
         request.check(self.limit)
         most, room = (
             min(len(request.prompt) + request.max_new_tokens, self.limit),
-            self.blocks.limit,
+            self.blocks.max_blocks,
         )
-        if room is not None and most > room * self.blocks.size:
+        if room is not None and most > room * self.blocks.block_size:
             raise ValueError(
-                f"{most} tokens of prompt and answer; cache_tokens allows {room * self.blocks.size}"
+                f"{most} tokens of prompt and answer; cache_tokens allows {room * self.blocks.block_size}"
             )
         stops = request.stop_ids
         if stops is None:
@@ -171,8 +171,8 @@ class Engine:
                 if not self.open:
                     return events
                 self._look_at_weights()
-                rows, copies = self.scheduler.plan(self.drafter.most if self.drafter else 0)
-                self.pages.begin(copies, len(self.blocks.holders))
+                rows, copies = self.scheduler.plan(self.drafter.max_drafts if self.drafter else 0)
+                self.pages.begin(copies, self.blocks.num_blocks)
                 events += (
                     self._draw_ahead(rows)
                     if self.drafter
@@ -191,7 +191,7 @@ class Engine:
         events = []
         for sequence in inbox:
             self.scheduler.add(sequence)
-            if not sequence.left:
+            if not sequence.tokens_left:
                 events.append(self._emit(sequence, None, end="length"))
         for sequence in cancelled:
             if sequence.number in self.open:
@@ -221,7 +221,7 @@ class Engine:
         for sequence in lost:
             with contextlib.suppress(Exception):  # the failure may be the listener's own
                 self._emit(sequence, None, end="error")
-        self.blocks.forget()
+        self.blocks.reset_prefix_cache()
 
     def _look_at_weights(self):
         """Compute everything again if the weights are not those of the last step, and find them where they now are."""
@@ -233,7 +233,7 @@ class Engine:
                 PagesInFloat8 if self.float8 else PagesInC if PagesInC.serves(self.model) else Pages
             )
             if type(self.pages) is not form or not self.pages.fit(self.model):
-                self.pages = form(self.model, self.blocks.size, self.drafter is not None)
+                self.pages = form(self.model, self.blocks.block_size, self.drafter is not None)
             self.pages.read_weights()
 
     def _forward(self, rows):
@@ -242,7 +242,7 @@ class Engine:
         tokens, wanted = [], []
         for row in rows:
             tokens += row.ids[row.start : row.end] + row.drafts
-            if row.draws:
+            if row.sequences:
                 wanted += range(len(tokens) - len(row.drafts) - 1, len(tokens))
         hidden_TD, logits_BV = self.pages.trunk(rows, tokens, wanted)
         self.passes += 1
@@ -252,12 +252,12 @@ class Engine:
 
     def _draw(self, rows, logits_BV):
         """Draw a token for each sequence that gets one, and take it into its text."""
-        rows = [row for row in rows if row.draws]
-        sequences = [sequence for row in rows for sequence in row.draws]
+        rows = [row for row in rows if row.sequences]
+        sequences = [sequence for row in rows for sequence in row.sequences]
         if not sequences:
             return []
         if len(sequences) > len(rows):  # samples of one prompt draw from the same logits
-            logits_BV = logits_BV[[b for b, row in enumerate(rows) for _ in row.draws]]
+            logits_BV = logits_BV[[b for b, row in enumerate(rows) for _ in row.sequences]]
         s = self._settings(sequences, logits_BV.device)
         if s.plain and backend(logits_BV) == "c":
             drawn = sample_cpu(
@@ -277,14 +277,14 @@ class Engine:
 
     def _draw_ahead(self, rows):
         """Draft, let the trunk check all drafts in one pass, and take what stands and the token after it."""
-        decoding = [row for row in rows if row.room]
+        decoding = [row for row in rows if row.max_drafts]
         q_BSV = self.drafter.draft(self.pages, decoding) if decoding else None
         logits_TV = self._forward(rows)
-        self.drafter.read(self.pages, [row for row in rows if row.prompt])
+        self.drafter.read(self.pages, [row for row in rows if row.is_prompt])
         at, entries = 0, []
         for row in rows:
-            entries += [(sequence, row, at) for sequence in row.draws]
-            at += len(row.drafts) + 1 if row.draws else 0
+            entries += [Candidate(sequence, row, at) for sequence in row.sequences]
+            at += len(row.drafts) + 1 if row.sequences else 0
         events = []
         if entries:
             s = self._settings([sequence for sequence, _, _ in entries], logits_TV.device)
@@ -294,7 +294,7 @@ class Engine:
             best = [likeliest(p_BV, s.tops) for p_BV in p_BSV.unbind(1)] if s.top else None
             tokens = tokens_BS.tolist()
         for b, (sequence, row, _) in enumerate(entries):
-            sequence.read = row.end
+            sequence.drafter_length = row.end
             for i in range(accepted[b] + 1):
                 events.append(
                     self._take(sequence, tokens[b][i], logprobs[b][i], best[i][b] if best else ())
@@ -302,7 +302,7 @@ class Engine:
                 if events[-1].finish_reason:
                     break
             else:
-                self.blocks.shorten(sequence.table, len(sequence.ids) - 1)
+                self.blocks.truncate(sequence.table, len(sequence.ids) - 1)
         return events
 
     def _take(self, sequence, token, logprob, top=()):
@@ -313,5 +313,5 @@ class Engine:
         done.logprobs.append(logprob)
         if sequence.request.top_logprobs:
             done.top_logprobs.append(top)
-        end = "stop" if token in sequence.stops else None if sequence.left else "length"
+        end = "stop" if token in sequence.stop_ids else None if sequence.tokens_left else "length"
         return self._emit(sequence, token, logprob, top, end)

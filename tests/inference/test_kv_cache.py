@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from minglm.inference import Engine, Request
-from minglm.inference.kv_cache import Blocks, NoRoom, Table
+from minglm.inference.kv_cache import BlockManager, BlockTable, NoFreeBlocks
 from minglm.testing.model import tiny_model
 from minglm.testing.strategies import numbers, seeds
 
@@ -19,34 +19,36 @@ class Cache(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.blocks, self.store, self.texts = Blocks(SIZE, LIMIT), {}, []
+        self.blocks, self.store, self.texts = BlockManager(SIZE, LIMIT), {}, []
 
     def write(self, table, text):
         """What a pass does: make room, copy, write the new slots."""
         start = table.length
         try:
             copy = self.blocks.extend(table, len(text))
-        except NoRoom:
-            assert self.blocks.used + (len(text) + SIZE - 1) // SIZE > LIMIT - len(self.blocks.kept)
+        except NoFreeBlocks:
+            assert self.blocks.num_used_blocks + (len(text) + SIZE - 1) // SIZE > LIMIT - len(
+                self.blocks.evictable
+            )
             return False
         if copy:
             for slot in range(SIZE):
                 self.store[copy[1], slot] = self.store.get((copy[0], slot))
         for at in range(start, len(text)):
             self.store[table.blocks[at // SIZE], at % SIZE] = tuple(text[: at + 1])
-        self.blocks.publish(table, text)
+        self.blocks.cache_full_blocks(table, text)
         return True
 
     @rule(text=st.lists(st.integers(0, 1), min_size=1, max_size=7))
     def join(self, text):
         """A prompt begins with what is known of it."""
-        table = Table()
-        self.blocks.match(table, text)
+        table = BlockTable()
+        self.blocks.match_prefix(table, text)
         assert table.length < len(text), "nothing left to compute"
         if self.write(table, text):
             self.texts.append((table, text))
         else:
-            self.blocks.close(table)
+            self.blocks.free(table)
 
     @precondition(lambda self: self.texts)
     @rule(data=st.data(), more=st.lists(st.integers(0, 1), min_size=1, max_size=3))
@@ -68,16 +70,16 @@ class Cache(RuleBasedStateMachine):
     def leave(self, data):
         """An answer ends, is cancelled or preempted."""
         table, _ = self.texts.pop(data.draw(st.integers(0, len(self.texts) - 1)))
-        self.blocks.close(table)
+        self.blocks.free(table)
         assert not table.blocks
 
     @precondition(lambda self: not self.texts)
     @rule()
     def new_weights(self):
         """Nothing is known any more."""
-        self.blocks.forget()
-        table = Table()
-        self.blocks.match(table, [0] * 7)
+        self.blocks.reset_prefix_cache()
+        table = BlockTable()
+        self.blocks.match_prefix(table, [0] * 7)
         assert not table.blocks
 
     @invariant()
@@ -91,14 +93,14 @@ class Cache(RuleBasedStateMachine):
     def blocks_are_counted(self):
         """A block is held as often as tables name it, or is free, or is kept; never two of these."""
         held = [block for table, _ in self.texts for block in table.blocks]
-        assert self.blocks.holders == [
-            held.count(block) for block in range(len(self.blocks.holders))
+        assert self.blocks.ref_count == [
+            held.count(block) for block in range(len(self.blocks.ref_count))
         ]
-        idle = [*self.blocks.free, *self.blocks.kept]
+        idle = [*self.blocks.free_blocks, *self.blocks.evictable]
         assert len(set(idle)) == len(idle) and not set(idle) & set(held)
-        assert self.blocks.used == len(set(held)) <= LIMIT and len(idle) + len(set(held)) == len(
-            self.blocks.holders
-        )
+        assert self.blocks.num_used_blocks == len(set(held)) <= LIMIT and len(idle) + len(
+            set(held)
+        ) == len(self.blocks.ref_count)
 
 
 TestCache = Cache.TestCase
@@ -114,7 +116,7 @@ def test_preempted_answers_go_on_as_if_nothing_had_happened(seed, room, drafts):
     expected = Engine(model, draft_tokens=drafts).generate(requests)
     engine = Engine(model, draft_tokens=drafts, cache_tokens=2 * room, block=2, prefill_tokens=4)
     assert [done.tokens for done in engine.generate(requests)] == [done.tokens for done in expected]
-    assert engine.blocks.used == 0 and len(engine.blocks.holders) <= room
+    assert engine.blocks.num_used_blocks == 0 and len(engine.blocks.ref_count) <= room
 
 
 @settings(max_examples=10)
@@ -129,7 +131,7 @@ def test_chunked_cached_and_batched_logits_are_those_of_the_plain_pass(seed, chu
     def watch(rows):
         logits_BV, at = forward(rows), 0
         for row in rows:
-            if row.draws:
+            if row.sequences:
                 seen[tuple(row.ids[: row.end])] = logits_BV[at]
                 at += 1
         return logits_BV
@@ -166,7 +168,10 @@ def test_cancelled_and_failed_requests_return_their_blocks(drafts):
     with pytest.raises(TypeError):
         engine.step()
     assert (
-        engine.busy == 0 and engine.blocks.used == 0 and not engine.blocks.known and third > second
+        engine.busy == 0
+        and engine.blocks.num_used_blocks == 0
+        and not engine.blocks.hash_to_block
+        and third > second
     )
     assert [event.finish_reason for event in ends] == ["error"]
     engine._forward = forward

@@ -95,7 +95,9 @@ def test_answers_follow_the_model_exactly(drafts, temperature):
     statistic += (counts[~often].sum() - rest) ** 2 / rest.clamp(min=1)
     # at most 63 degrees of freedom, mean 63 and standard deviation 11; a value above 120 has a chance of 2e-5
     assert statistic < 120, f"chi-square {statistic:.0f}"
-    assert 0 < engine.drafter.accepted < engine.drafter.drafted and engine.blocks.used == 0
+    assert (
+        0 < engine.drafter.accepted < engine.drafter.drafted and engine.blocks.num_used_blocks == 0
+    )
 
 
 @settings(max_examples=8)
@@ -121,7 +123,7 @@ def test_greedy_answers_are_the_same_with_drafts(seed, drafts, block, batch):
         )  # float32, other batches
         tops = [[[i for i, _ in top] for top in done.top_logprobs] for done in (found, expected)]
         assert tops[0] == tops[1]
-    assert engine.blocks.used == 0
+    assert engine.blocks.num_used_blocks == 0
 
 
 @settings(max_examples=8)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from minglm.common import threads as threads_module
 from minglm.inference import Engine, Request, cpu_decoder
 from minglm.inference.cpu_decoder import PagesInC
-from minglm.inference.kv_cache import Table
+from minglm.inference.kv_cache import BlockTable
 from minglm.inference.pages import Pages
 from minglm.inference.sampling import DRAW, cut, sample, uniforms
 from minglm.inference.speculative import Span
@@ -65,7 +65,7 @@ def passes(seed, texts, size, largest):
     lengths = [draw.randint(1, 3 * largest) for _ in range(texts)]
     room = [-(-length // size) for length in lengths]
     blocks = draw.sample(range(sum(room)), sum(room))
-    tables = [Table() for _ in lengths]
+    tables = [BlockTable() for _ in lengths]
     for table, count in zip(tables, room):
         table.blocks, blocks = blocks[:count], blocks[count:]
     at = [0] * texts

@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from minglm.inference.kv_cache import Blocks
+from minglm.inference.kv_cache import BlockManager
 from minglm.inference.pages import Pages, Plan
 from minglm.kernels import dispatch
 from minglm.kernels.attention.eager import flash_attention
@@ -258,7 +258,7 @@ def test_a_step_equals_the_row_of_a_whole_pass(monkeypatch):
     """Keys and values written and read page by page, by the engine's own plan, give what attention over the row gives:
     for a prompt, its continuation, and a batch of both."""
     monkeypatch.setattr(dispatch, "_chosen", "triton")
-    model, blocks = tiny_model(0).to(DEVICE), Blocks(4)
+    model, blocks = tiny_model(0).to(DEVICE), BlockManager(4)
     pages, S = Pages(model, size=4, blocks=16), 11
     heads = model.config.num_attention_heads, model.config.num_key_value_heads
     q, k, v, _ = drawn(0, 2, S, heads, model.config.head_dim)
@@ -280,9 +280,9 @@ def test_a_step_equals_the_row_of_a_whole_pass(monkeypatch):
 
 
 def _tables(blocks, count, length):
-    from minglm.inference.kv_cache import Table
+    from minglm.inference.kv_cache import BlockTable
 
-    tables = [Table() for _ in range(count)]
+    tables = [BlockTable() for _ in range(count)]
     for table in tables:
         blocks.extend(table, length)
     return tables
