@@ -1,17 +1,33 @@
-"""The stages of a run as one picture: what the paper trains on, what this run trains on, and how the model is finished.
+"""Draw the stages of a run as one picture, beside the paper's (paper Figure 3, section 3.1).
 
-Paper Figure 3 (pre- and mid-training: 15 : 7 : 0.5 : 0.5 : 0.1 trillion tokens) and section 3.1 (three experts, one
-unified model). Drawn from the config, so that it cannot disagree with what is run.
+Figure 3 has pre- and mid-training (15 : 7 : 0.5 : 0.5 : 0.1 trillion tokens), section 3.1 the three experts and the
+unified model. Drawn from the config, so that it cannot disagree with what is run.
 
-Simplifies: a stage's width follows the paper's tokens, and the small ones are widened until their text fits.
+Simplified: a stage's width follows the paper's tokens, and the small ones are widened until their text fits.
 """
 
-from minglm.config import StagesConfig
+from pathlib import Path
+from typing import Any
+
+from minglm.config import RunConfig, StagesConfig
 from minglm.report.drawing import INK, PALE, canvas, colour, dark, label, save, thousands
 
+Axis = Any  # matplotlib's Axes, which has no usable types
 
-def box(axis, left, bottom, width, height, stage, text, size=8.5, **options):
-    """A rounded box in the stage's colour with text in its middle."""
+
+def box(
+    axis: Axis,
+    left: float,
+    bottom: float,
+    width: float,
+    height: float,
+    stage: str,
+    text: str,
+    size: float = 8.5,
+    **options: Any,
+) -> None:
+    """Draw a rounded box in the stage's colour with text in its middle. options: those of the text."""
+    from matplotlib.colors import to_rgb
     from matplotlib.patches import FancyBboxPatch
 
     shape = FancyBboxPatch(
@@ -20,7 +36,7 @@ def box(axis, left, bottom, width, height, stage, text, size=8.5, **options):
         height,
         boxstyle="round,pad=0,rounding_size=0.8",
         linewidth=1.1,
-        facecolor=(*_rgb(stage), 0.16),
+        facecolor=(*to_rgb(colour(stage)), 0.16),
         edgecolor=colour(stage),
     )
     axis.add_patch(shape)
@@ -28,14 +44,8 @@ def box(axis, left, bottom, width, height, stage, text, size=8.5, **options):
     axis.text(left + width / 2, bottom + height / 2, text, fontsize=size, **options)
 
 
-def _rgb(stage):
-    from matplotlib.colors import to_rgb
-
-    return to_rgb(colour(stage))
-
-
-def arrow(axis, start, end):
-    """A thin arrow between two points."""
+def arrow(axis: Axis, start: tuple[float, float], end: tuple[float, float]) -> None:
+    """Draw a thin arrow between two points."""
     axis.annotate(
         "",
         end,
@@ -44,15 +54,17 @@ def arrow(axis, start, end):
     )
 
 
-def draw_training(axis, run, least=0.21):
-    """Five columns, one a stage: heading, the paper's tokens and length, and this run's."""
+def draw_training(axis: Axis, run: RunConfig, least: float = 0.21) -> None:
+    """Draw five columns, one a stage: heading, the paper's tokens and length, and this run's."""
     paper = dict(StagesConfig().items())
-    shares = {
-        name: max(least, stage.tokens / StagesConfig().total_tokens)
-        for name, stage in paper.items()
-    }
-    left, gap, scale = 10.0, 0.8, 90 / sum(shares.values())
-    edges = []
+    shares = {}
+    for name, stage in paper.items():
+        shares[name] = max(least, stage.tokens / StagesConfig().total_tokens)
+
+    left = 10.0
+    gap = 0.8
+    scale = 90 / sum(shares.values())
+    edges = []  # (left, right) of each column
     for name, share in shares.items():
         width = share * scale - gap
         axis.text(
@@ -71,47 +83,38 @@ def draw_training(axis, run, least=0.21):
             box(axis, left, bottom, width, 6.6, name, text, 8)
         edges.append((left, left + width))
         left += width + gap
-    axis.text(
-        99.2,
-        29.4,
-        "widths: the paper's tokens, small stages widened",
-        ha="right",
-        fontsize=7.5,
-        color=PALE,
-    )
-    axis.text(9, 42, "paper", ha="right", va="center", fontsize=9.5, color=INK)
-    axis.text(
-        9, 34.3, f"{run.name}", ha="right", va="center", fontsize=9.5, color=INK, weight="bold"
-    )
-    for first, last, text in (
-        (0, 1, "pre-training: documents cut at random"),
-        (2, 4, "mid-training: whole documents, longer sequences"),
-    ):
-        axis.plot([edges[first][0], edges[last][1]], [51.4, 51.4], color=PALE, linewidth=1)
-        axis.text(
-            (edges[first][0] + edges[last][1]) / 2,
-            52,
-            text,
-            ha="center",
-            va="bottom",
-            fontsize=9,
-            color=INK,
-        )
+
+    note = "widths: the paper's tokens, small stages widened"
+    axis.text(99.2, 29.4, note, ha="right", fontsize=7.5, color=PALE)
+    row_name = {"ha": "right", "va": "center", "fontsize": 9.5, "color": INK}
+    axis.text(9, 42, "paper", **row_name)
+    axis.text(9, 34.3, run.name, weight="bold", **row_name)
+    draw_bracket(axis, edges[0][0], edges[1][1], "pre-training: documents cut at random")
+    draw_bracket(axis, edges[2][0], edges[4][1], "mid-training: whole documents, longer sequences")
 
 
-def draw_finishing(axis, run):
-    """From the base: three experts (cold start, then RL), one unified model, general RL, pathology RL."""
+def draw_bracket(axis: Axis, left: float, right: float, text: str) -> None:
+    """Draw a line over some columns, with text above it."""
+    axis.plot([left, right], [51.4, 51.4], color=PALE, linewidth=1)
+    axis.text((left + right) / 2, 52, text, ha="center", va="bottom", fontsize=9, color=INK)
+
+
+def draw_finishing(axis: Axis, run: RunConfig) -> None:
+    """Draw what follows the base: three experts (cold start, then RL), unified model, general RL, pathology RL."""
     heights = {"reasoning": 17.6, "agent": 9.8, "chat": 2.0}
     box(axis, 0, 9.8, 7.5, 5.8, "general", "base", 9.5)
     arrow(axis, (4, 30), (4, 15.8))
     for name, expert in run.posttraining.experts():
-        y, middle = heights[name], heights[name] + 2.9
+        y = heights[name]
+        middle = y + 2.9
         arrow(axis, (7.6, 12.7), (10.9, middle))
         box(axis, 11, y, 15, 5.8, f"{name}.sft", f"{name} expert\ncold-start SFT")
         arrow(axis, (26.1, middle), (29.4, middle))
         box(axis, 29.5, y, 15, 5.8, f"{name}.rl", "RL\n" + ", ".join(expert.rl.environments[:2]))
         arrow(axis, (44.6, middle), (48.4, 12.7 + (middle - 12.7) / 3))
-    left, width = 48.5, 15.2
+
+    left = 48.5
+    width = 15.2
     direct = f"{1 - run.posttraining.thinking_share:.0%}"
     finish = {
         "unified": f"the experts' best\nanswers, {direct}\nwithout thinking",
@@ -154,8 +157,8 @@ def draw_finishing(axis, run):
     )
 
 
-def draw_stages(run, path):
-    """Draw the stages of `run` (a `config.RunConfig`) beside the paper's, as a PNG at `path`. Returns the path."""
+def draw_stages(run: RunConfig, path: str | Path) -> Path:
+    """Draw the stages of a run beside the paper's, as a PNG at `path`. Return the path."""
     figure, axes = canvas(1, 1, (10, 5.2))
     figure.set_layout_engine("none")
     axis = axes[0][0]
