@@ -41,18 +41,18 @@ def redraw(paths: Iterable[str | Path]) -> list[Path]:
 
 def _redraw(path: Path) -> list[Path]:
     """Redraw the figures of one path."""
-    from minglm.common.files import read_jsonl
     from minglm.config import load_config
     from minglm.report.card import draw_all
     from minglm.report.curves import draw_rl_seeds
     from minglm.report.drawing import save
+    from minglm.report.records import read_records
     from minglm.report.stages_diagram import draw_stages
 
     lesson = path.parent.parent / "lessons" / f"{path.stem}.py"
     seed_logs = sorted(path.glob("seed*.jsonl"))
     if seed_logs:
         curves = path / "rl.png"
-        draw_rl_seeds([read_jsonl(log) for log in seed_logs], curves)
+        draw_rl_seeds([read_records(log) for log in seed_logs], curves)
         return [curves]
     if path.is_dir():
         return [path / "figures" / f"{name}.png" for name in draw_all(path)]

@@ -1,7 +1,25 @@
-"""A run's log, made up: every kind of record the pipeline writes, with plausible curves. For the report's tests."""
+"""Make up the log of a run, with plausible curves: every kind of record that the report reads."""
 
+import dataclasses
 import math
 import random
+
+from minglm.report.records import (
+    BitsPerByteRecord,
+    DataRecord,
+    EndRecord,
+    EvaluationRecord,
+    Moment,
+    MTPAcceptanceRecord,
+    PathologyRecord,
+    RejectionRecord,
+    RLRecord,
+    SampleRecord,
+    StageBeginRecord,
+    StageEndRecord,
+    StartRecord,
+    StepRecord,
+)
 
 PRETRAINING = [
     ("general", "general text", 900_000, 64),
@@ -19,37 +37,33 @@ PATHOLOGIES = ("language_mixing", "repetition", "format")
 
 
 def interval(share, n):
-    """A normal interval of a share, good enough for a made-up log."""
+    """Return a normal interval of a share, good enough for a made-up log."""
     half = 1.96 * math.sqrt(max(share * (1 - share), 1e-4) / n)
     return max(0.0, share - half), min(1.0, share + half)
 
 
 def evaluation(stage, env, group, thinking, score, n=200, valid_calls=None):
-    """One record of a score, with avg@4 and pass@4."""
+    """Return the record of a score, with avg@4 and pass@4."""
     low, high = interval(score, n)
-    values = {
-        "avg": score,
-        "low": low,
-        "high": high,
-        "pass_k": min(1, 1.3 * score),
-        "k": 4,
-        "n": n,
-        "switch_ok": 1.0,
-    }
-    return {
-        "kind": "evaluation",
-        "stage": stage,
-        "env": env,
-        "group": group,
-        "thinking": thinking,
-        "length": 30.0 + 25 * thinking,
-        "valid_calls": valid_calls,
-        **values,
-    }
+    return EvaluationRecord(
+        stage=stage,
+        env=env,
+        group=group,
+        thinking=thinking,
+        avg=score,
+        low=low,
+        high=high,
+        pass_k=min(1, 1.3 * score),
+        k=4,
+        n=n,
+        valid_calls=valid_calls,
+        switch_ok=1.0,
+        length=30.0 + 25 * thinking,
+    )
 
 
 def training(rng, stage, tokens, steps, seen, high, low, layers=3, late=False):
-    """Steps of one stage, with a loss that falls from high to low."""
+    """Yield the steps of one stage, with a loss that falls from high to low."""
     for i in range(steps):
         t = i / max(1, steps - 1)
         loss = low + (high - low) * math.exp(-5 * t) + rng.gauss(0, 0.05)
@@ -57,158 +71,132 @@ def training(rng, stage, tokens, steps, seen, high, low, layers=3, late=False):
             1.1 + 0.25 * k + (0.2 if late else 1.5 * math.exp(-6 * t)) + abs(rng.gauss(0, 0.05))
             for k in range(layers)
         ]
-        yield {
-            "kind": "step",
-            "stage": stage,
-            "step": i,
-            "tokens": int(seen + tokens * (i + 1) / steps),
-            "loss": loss,
-            "mtp_loss": loss + 0.6,
-            "balance_loss": 1.01,
-            "learning_rate": 1e-3,
-            "grad_norm": 0.5 + 0.1 * rng.random(),
-            "tokens_per_second": 9000 + rng.gauss(0, 200),
-            "load_max_over_mean": worst,
-            "load_entropy": [0.98] * layers,
-            "dead_experts": 0,
-            "batch_tokens": tokens // steps,
-            "bias_rate": 0.0 if late else 0.001,
-            "mtp_weight": 0.1 if late else 0.3,
-        }
+        yield StepRecord(
+            stage=stage,
+            step=i,
+            tokens=int(seen + tokens * (i + 1) / steps),
+            batch_tokens=tokens // steps,
+            tokens_per_second=round(9000 + rng.gauss(0, 200)),
+            loss=loss,
+            mtp_loss=loss + 0.6,
+            balance_loss=1.01,
+            learning_rate=1e-3,
+            grad_norm=0.5 + 0.1 * rng.random(),
+            mtp_weight=0.1 if late else 0.3,
+            load_max_over_mean=worst,
+            load_entropy=[0.98] * layers,
+            dead_experts=0,
+            bias_rate=0.0 if late else 0.001,
+        )
 
 
 def reinforcement(rng, stage, rewards, steps=60):
-    """Steps of one reinforcement phase, with rewards that rise along a sigmoid."""
+    """Yield the steps of one RL stage, with rewards that rise along a sigmoid."""
     for i in range(steps):
         t = 1 / (1 + math.exp(-8 * (i / steps - 0.45)))
         by_env = {
             env: min(1.0, max(0.0, a + (b - a) * t + rng.gauss(0, 0.04)))
             for env, (a, b) in rewards.items()
         }
-        record = {
-            "kind": "rl",
-            "stage": stage,
-            "step": i,
-            "reward": sum(by_env.values()) / len(by_env),
-            "reward_by_env": by_env,
-            "length": 28 + 12 * t + rng.gauss(0, 1),
-            "entropy": 0.6 - 0.3 * t,
-            "grad_norm": 0.4,
-            "ratio_max": 1.3,
-            "clip_share": 0.02,
-            "live_groups": max(0.1, 0.8 - 0.4 * t + rng.gauss(0, 0.05)),
-            "truncated": 0.01,
-            "skipped": False,
-            "valid_calls": 0.97,
-        }
-        if i % 9 == 8:  # a step without two live groups has no update to tell of
-            record = {
-                k: v
-                for k, v in record.items()
-                if k not in ("entropy", "grad_norm", "ratio_max", "clip_share")
-            }
-            record["skipped"] = True
+        incidence = {}
         if stage == "pathology_rl":
-            record["incidence"] = {name: 0.2 * (1 - t) + 0.01 for name in PATHOLOGIES}
+            incidence = {name: 0.2 * (1 - t) + 0.01 for name in PATHOLOGIES}
+        record = RLRecord(
+            stage=stage,
+            step=i,
+            seconds=1.0,
+            reward=sum(by_env.values()) / len(by_env),
+            reward_by_env=by_env,
+            length=28 + 12 * t + rng.gauss(0, 1),
+            truncated=0.01,
+            switch_ok=1.0,
+            valid_calls=0.97,
+            incidence=incidence,
+            live_groups=max(0.1, 0.8 - 0.4 * t + rng.gauss(0, 0.05)),
+            skipped=i % 9 == 8,
+        )
+        if not record.skipped:  # a step without two live groups has no update to tell of
+            record = dataclasses.replace(
+                record, ratio_max=1.3, clip_share=0.02, entropy=0.6 - 0.3 * t, grad_norm=0.4
+            )
         yield record
 
 
+def stage_end(stage, seconds, tokens, evaluation_seconds=0.0):
+    """Return the record of the end of a stage."""
+    return StageEndRecord(
+        stage=stage, tokens=tokens, seconds=seconds, evaluation_seconds=evaluation_seconds
+    )
+
+
 def pretraining_records(rng):
-    """The five stages of pre- and mid-training, then scores of the base model."""
+    """Yield the five stages of pre- and mid-training, then scores of the base model."""
     seen, high = 0, 6.2
     for number, (stage, teaches, tokens, length) in enumerate(PRETRAINING):
-        yield {
-            "kind": "stage_begin",
-            "stage": stage,
-            "teaches": teaches,
-            "tokens": tokens,
-            "sequence_length": length,
-            "learning_rate": 1e-3,
-        }
-        yield from training(
-            rng,
-            stage,
-            tokens,
-            tokens // 10_000,
-            seen,
-            high,
-            high - 1.6 / (number + 1),
-            late=number > 0,
+        yield StageBeginRecord(
+            stage=stage, teaches=teaches, tokens=tokens, sequence_length=length, learning_rate=1e-3
         )
+        low = high - 1.6 / (number + 1)
+        yield from training(rng, stage, tokens, tokens // 10_000, seen, high, low, late=number > 0)
         seen, high = seen + tokens, high - 1.4 / (number + 1)
-        yield {"kind": "stage_end", "stage": stage, "seconds": tokens / 9000, "tokens": tokens}
+        yield stage_end(stage, tokens / 9000, tokens)
     for source in ("prose", "code"):
-        yield {
-            "kind": "bits_per_byte",
-            "stage": "long_agent",
-            "source": source,
-            "value": 1.6 + rng.random() / 5,
-        }
-    yield {"kind": "mtp_acceptance", "stage": "long_agent", "value": 0.58}
+        yield BitsPerByteRecord(stage="long_agent", source=source, value=1.6 + rng.random() / 5)
+    yield MTPAcceptanceRecord(stage="long_agent", value=0.58)
 
 
 def posttraining_records(rng):
-    """Experts, unified model, general and pathology RL, with scores after each."""
+    """Yield experts, unified model, general and pathology RL, with scores after each."""
     for expert, (group, envs) in EXPERTS.items():
         calls = 0.97 if group == "agentic" else None
-        yield {
-            "kind": "stage_begin",
-            "stage": f"{expert}.sft",
-            "teaches": "cold start",
-            "tokens": 200_000,
-            "sequence_length": 256,
-            "learning_rate": 5e-4,
-        }
+        yield StageBeginRecord(
+            stage=f"{expert}.sft",
+            teaches="cold start",
+            tokens=200_000,
+            sequence_length=256,
+            learning_rate=5e-4,
+        )
         yield from training(rng, f"{expert}.sft", 200_000, 40, 0, 2.4, 0.9, late=True)
-        yield {"kind": "stage_end", "stage": f"{expert}.sft", "seconds": 25.0, "tokens": 200_000}
+        yield stage_end(f"{expert}.sft", 25.0, 200_000)
         for env, (before, _) in envs.items():
             yield evaluation(f"{expert}.sft", env, group, True, before, valid_calls=calls)
         yield from reinforcement(rng, f"{expert}.rl", dict(list(envs.items())[:1]))
-        yield {
-            "kind": "stage_end",
-            "stage": f"{expert}.rl",
-            "seconds": 70.0,
-            "tokens": 0,
-            "evaluation_seconds": 9.0,
-        }
+        yield stage_end(f"{expert}.rl", 70.0, 0, 9.0)
         for env, (_, after) in envs.items():
             yield evaluation(f"{expert}.rl", env, group, True, after, valid_calls=calls)
-    yield {
-        "kind": "rejection",
-        "counts": {"drawn": 4000, "wrong": 1300, "format": 60, "repetition": 12, "kept": 2628},
-    }
+    yield RejectionRecord(
+        counts={"drawn": 4000, "wrong": 1300, "format": 60, "repetition": 12, "kept": 2628}
+    )
     yield from training(rng, "unified", 400_000, 60, 0, 2.2, 0.8, late=True)
-    yield {"kind": "stage_end", "stage": "unified", "seconds": 60.0, "tokens": 400_000}
+    yield stage_end("unified", 60.0, 400_000)
     yield from everywhere("unified", 0.95)
     yield from reinforcement(
         rng, "general_rl", {env: v for _, envs in EXPERTS.values() for env, v in envs.items()}
     )
-    yield {"kind": "stage_end", "stage": "general_rl", "seconds": 80.0, "tokens": 300_000}
-    yield {
-        "kind": "pathology",
-        "stage": "pathology_rl",
-        "when": "before",
-        "n": 300,
-        "low": 0.36,
-        "high": 0.48,
-        "incidence": {"language_mixing": 0.15, "repetition": 0.17, "format": 0.12, "any": 0.42},
-    }
+    yield stage_end("general_rl", 80.0, 300_000)
+    yield PathologyRecord(
+        stage="pathology_rl",
+        when=Moment.BEFORE,
+        n=300,
+        low=0.36,
+        high=0.48,
+        incidence={"language_mixing": 0.15, "repetition": 0.17, "format": 0.12, "any": 0.42},
+    )
     yield from reinforcement(rng, "pathology_rl", {"instructions": (0.5, 0.93)})
-    yield {"kind": "stage_end", "stage": "pathology_rl", "seconds": 30.0, "tokens": 90_000}
-    yield {
-        "kind": "pathology",
-        "stage": "pathology_rl",
-        "when": "after",
-        "n": 300,
-        "low": 0.017,
-        "high": 0.06,
-        "incidence": {"language_mixing": 0.0, "repetition": 0.02, "format": 0.013, "any": 0.033},
-    }
+    yield stage_end("pathology_rl", 30.0, 90_000)
+    yield PathologyRecord(
+        stage="pathology_rl",
+        when=Moment.AFTER,
+        n=300,
+        low=0.017,
+        high=0.06,
+        incidence={"language_mixing": 0.0, "repetition": 0.02, "format": 0.013, "any": 0.033},
+    )
     yield from everywhere("pathology_rl", 0.98)
 
 
 def everywhere(stage, share):
-    """Scores on every task, as a share of the expert's, with thinking and (lower) without."""
+    """Yield scores on every task, as a share of the expert's, with thinking and (lower) without."""
     for group, envs in EXPERTS.values():
         for env, (_, best) in envs.items():
             calls = 0.985 if group == "agentic" else None
@@ -217,7 +205,7 @@ def everywhere(stage, share):
 
 
 def fake_log(seed=0):
-    """All records of a made-up run, in the order the pipeline writes them."""
+    """Return all records of a made-up run, in the order the pipeline writes them."""
     rng = random.Random(seed)
     versions = {
         "python": "3.11.7",
@@ -226,41 +214,27 @@ def fake_log(seed=0):
         "threads": 2,
         "commit": "0123456789ab",
     }
-    records = [
-        {
-            "kind": "start",
-            "config_hash": "abcdef012345",
-            "name": "toy",
-            "seed": seed,
-            "versions": versions,
-        }
-    ]
-    cleaning = {"exact_copies": 3, "decontamination": {"n": 13, "removed": {"prose": 2, "qa": 16}}}
-    cleaning |= {
+    cleaning = {
+        "exact_copies": 3,
+        "decontamination": {"n": 13, "removed": {"prose": 2, "qa": 16}},
         "near_duplicates": {"code": 5},
         "lowest_quality": {"prose": 7},
         "repeated": {"prose": 8},
     }
-    data = {
-        "tokens": {"prose": 1_200_000, "code": 2_300_000},
-        "documents": 9000,
-        "cleaning": cleaning,
-        "seconds": 20,
-    }
-    records.append(
-        {"kind": "data", **data, "skipped": 11, "skipped_log": "data/documents/skipped.log"}
-    )
-    records += pretraining_records(rng)
-    records += posttraining_records(rng)
     text = "<|user|>\n3 + 4 * 2 = ?<|assistant|>\n<think>4 * 2 = 8; 3 + 8 = 11</think>\n11<|user|>"
-    records.append({"kind": "sample", "stage": "pathology_rl", "title": "thinking", "text": text})
-    records.append(
-        {
-            "kind": "sample",
-            "stage": "pathology_rl",
-            "title": "fences inside",
-            "text": "```py\n1\n```",
-        }
-    )
-    records.append({"kind": "end", "seconds": 812.0})
-    return records
+    return [
+        StartRecord(config_hash="abcdef012345", name="toy", seed=seed, versions=versions),
+        DataRecord(
+            tokens={"prose": 1_200_000, "code": 2_300_000},
+            documents=9000,
+            cleaning=cleaning,
+            seconds=20,
+            skipped=11,
+            skipped_log="data/documents/skipped.log",
+        ),
+        *pretraining_records(rng),
+        *posttraining_records(rng),
+        SampleRecord(stage="pathology_rl", title="thinking", text=text),
+        SampleRecord(stage="pathology_rl", title="fences inside", text="```py\n1\n```"),
+        EndRecord(seconds=812.0),
+    ]

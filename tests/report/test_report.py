@@ -7,34 +7,57 @@ import re
 from itertools import pairwise
 
 import pytest
-from helpers.fake_log import fake_log
+from helpers.fake_log import fake_log, stage_end
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minglm.cli.figures import redraw
 from minglm.config import ModelConfig, RunConfig, StagesConfig
-from minglm.report import card, curves, drawing
+from minglm.report import card, claims, curves, drawing
+from minglm.report.records import (
+    RECORDS,
+    EvaluationRecord,
+    PathologyRecord,
+    RejectionRecord,
+    RLRecord,
+    SampleRecord,
+    StepRecord,
+    field_docs,
+    parse,
+    read_records,
+    select,
+    stages_of,
+)
 from minglm.report.stages_diagram import draw_stages
 
 LOG = fake_log()
+STEP = select(LOG, StepRecord)[0]
 
 
 def verdicts(records):
-    """{claim function's name: verdict}"""
-    return {claim.__name__: claim(records).verdict for claim in card.CLAIMS}
+    """Return {claim function's name: verdict}."""
+    return {claim.__name__: claim(records).verdict for claim in claims.CLAIMS}
 
 
-def changed(keep=lambda r: True, **values):
-    """The made-up log with `values` set in the evaluation or pathology records that `keep` chooses."""
+def changed(kind, keep=lambda record: True, **values):
+    """Return the made-up log with `values` set in the records of one kind that `keep` chooses."""
     return [
-        {**r, **values} if r["kind"] in ("evaluation", "pathology") and keep(r) else r for r in LOG
+        dataclasses.replace(record, **values)
+        if isinstance(record, kind) and keep(record)
+        else record
+        for record in LOG
     ]
+
+
+def lines(records):
+    """Return the records as the lines of a log."""
+    return "".join(json.dumps({"kind": r.kind, **r.values()}) + "\n" for r in records)
 
 
 def write_log(folder, records):
     """Store records as a run's log."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (folder / "log.jsonl").write_text(lines(records))
     return folder
 
 
@@ -44,14 +67,24 @@ def test_claims_of_the_made_up_log_are_met():
 
 
 BROKEN = {
-    "claim_gain": changed(lambda r: r["stage"] == "reasoning.rl", avg=0.5, low=0.49, high=0.51),
-    "claim_kept": changed(lambda r: r["stage"] == "unified" and r["env"] == "retail", avg=0.6),
-    "claim_calls": changed(
-        lambda r: r["stage"] == "pathology_rl" and r.get("env") == "retail", valid_calls=0.949
+    "claim_gain": changed(
+        EvaluationRecord, lambda r: r.stage == "reasoning.rl", avg=0.5, low=0.49, high=0.51
     ),
-    "claim_pathology": changed(lambda r: r.get("when") == "after", incidence={"any": 0.0841}),
+    "claim_kept": changed(
+        EvaluationRecord, lambda r: (r.stage, r.env) == ("unified", "retail"), avg=0.6
+    ),
+    "claim_calls": changed(
+        EvaluationRecord,
+        lambda r: (r.stage, r.env) == ("pathology_rl", "retail"),
+        valid_calls=0.949,
+    ),
+    "claim_pathology": changed(
+        PathologyRecord, lambda r: r.when == "after", incidence={"any": 0.0841}
+    ),
     "claim_switch": changed(
-        lambda r: r["stage"] == "pathology_rl" and not r.get("thinking"), switch_ok=0.999
+        EvaluationRecord,
+        lambda r: r.stage == "pathology_rl" and not r.thinking,
+        switch_ok=0.999,
     ),
 }
 
@@ -65,29 +98,28 @@ def test_a_claim_fails_alone(name):
 def test_gain_needs_intervals_apart():
     """A gain of 29 points with overlapping intervals is not a gain that was shown."""
     wide = changed(
-        lambda r: r["stage"] == "reasoning.rl" and r["env"] == "arithmetic", low=0.40, high=0.99
+        EvaluationRecord,
+        lambda r: (r.stage, r.env) == ("reasoning.rl", "arithmetic"),
+        low=0.40,
+        high=0.99,
     )
     assert verdicts(wide)["claim_gain"] == "not met"
 
 
 def test_an_expert_that_knows_nothing_has_nothing_to_keep():
     """Nothing kept of nothing is no success."""
-    nothing = changed(lambda r: r.get("env") == "retail", avg=0.0, low=0.0, high=0.1)
+    nothing = changed(EvaluationRecord, lambda r: r.env == "retail", avg=0.0, low=0.0, high=0.1)
     assert verdicts(nothing)["claim_kept"] == "not met"
-    assert "nothing to keep" in card.claim_kept(nothing).measured
+    assert "nothing to keep" in claims.claim_kept(nothing).measured
 
 
 def test_no_pathology_left_is_a_fall_and_none_before_is_not():
     """Division by zero is neither infinite praise nor a crash: from some to none is met, from none to none is not."""
     none = {"language_mixing": 0.0, "repetition": 0.0, "format": 0.0, "any": 0.0}
-    assert (
-        verdicts(changed(lambda r: r.get("when") == "after", incidence=none))["claim_pathology"]
-        == "met"
-    )
-    assert (
-        verdicts(changed(lambda r: r["kind"] == "pathology", incidence=none))["claim_pathology"]
-        == "not met"
-    )
+    after = changed(PathologyRecord, lambda r: r.when == "after", incidence=none)
+    both = changed(PathologyRecord, incidence=none)
+    assert verdicts(after)["claim_pathology"] == "met"
+    assert verdicts(both)["claim_pathology"] == "not met"
 
 
 def test_an_empty_log_claims_nothing():
@@ -98,7 +130,7 @@ def test_an_empty_log_claims_nothing():
 
 def test_the_finished_model_is_not_an_expert():
     """Before the experts are unified nothing is said of the finished model."""
-    early = LOG[: next(i for i, r in enumerate(LOG) if r["kind"] == "rejection")]
+    early = LOG[: next(i for i, r in enumerate(LOG) if isinstance(r, RejectionRecord))]
     names = {"claim_kept", "claim_calls", "claim_pathology", "claim_switch"}
     assert {name: v for name, v in verdicts(early).items() if v == "not measured"}.keys() == names
 
@@ -149,8 +181,11 @@ def test_reinforcement_over_seeds(tmp_path):
         folder.mkdir()
         for seed in range(count):
             scale = 1 - 0.2 * seed
-            log = [r | {"reward": scale * r["reward"]} if r["kind"] == "rl" else r for r in LOG]
-            (folder / f"seed{seed}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
+            log = [
+                dataclasses.replace(r, reward=scale * r.reward) if isinstance(r, RLRecord) else r
+                for r in LOG
+            ]
+            (folder / f"seed{seed}.jsonl").write_text(lines(log))
     drawn = redraw(folders)
     assert drawn == [folder / "rl.png" for folder in folders]
     assert len({path.read_bytes() for path in drawn}) == 3
@@ -159,7 +194,7 @@ def test_reinforcement_over_seeds(tmp_path):
 @given(st.text("`~ab\n|", max_size=60))
 def test_samples_stay_inside_their_fence(text):
     """No dialogue, whatever fences it writes, ends the block it is shown in."""
-    shown = card.sample_text([{"kind": "sample", "stage": "unified", "title": "t", "text": text}])
+    shown = card.sample_text([SampleRecord(stage="unified", title="t", text=text)])
     lines = shown.split("\n")
     fence = lines[2]
     assert set(fence) == {"`"}
@@ -183,9 +218,10 @@ def test_bands_tile_the_axis(counts, least):
     """Stages lie side by side in order, none narrower than the least width, and every step inside its own."""
     records = []
     for number, count in enumerate(counts):
-        records += [{"kind": "step", "stage": f"s{number}", "tokens": count * i} for i in (1, 2, 5)]
-        records.append({"kind": "stage_end", "stage": f"s{number}", "tokens": count, "seconds": 1})
-    placed = curves.bands(records, drawing.stages_of(records, "step"), least)
+        stage = f"s{number}"
+        records += [dataclasses.replace(STEP, stage=stage, tokens=count * i) for i in (1, 2, 5)]
+        records.append(stage_end(stage, seconds=1, tokens=count))
+    placed = curves.bands(records, stages_of(records, StepRecord), least)
     edge = 0.0
     for stage, (left, right, _) in placed.items():
         assert left == edge
@@ -269,3 +305,31 @@ def test_the_report_says_what_became_of_the_documents():
 def test_tables_escape_bars():
     """A bar inside a cell is text and not the end of the cell."""
     assert card.table(("a",), [("x|y",)]).splitlines()[-1] == "| x\\|y |"
+
+
+def test_a_log_reads_back_as_it_was_written(tmp_path):
+    """Every record of a log is read as the dataclass it was written from."""
+    assert read_records(write_log(tmp_path, LOG) / "log.jsonl") == LOG
+    assert {type(record) for record in LOG} <= set(RECORDS.values())
+
+
+def test_every_field_of_a_record_is_explained():
+    """The schema is the documentation: no field is without its docstring."""
+    for kind in RECORDS.values():
+        fields = {field.name for field in dataclasses.fields(kind)}
+        assert field_docs(kind).keys() == fields, kind
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"kind": "weather"}, "unknown kind 'weather'"),
+        ({"kind": "end"}, "missing 1 required keyword-only argument: 'seconds'"),
+        ({"kind": "end", "seconds": 1, "hours": 2}, "unexpected keyword argument 'hours'"),
+    ],
+)
+def test_records_of_another_version_are_refused_in_one_line(record, reason):
+    """A record that is not declared is refused by its name, and no field is dropped in silence."""
+    with pytest.raises(ValueError, match=reason) as error:
+        parse(record)
+    assert "written by another version" in str(error.value) and "\n" not in str(error.value)
