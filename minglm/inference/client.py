@@ -25,7 +25,7 @@ from typing import Protocol
 from torch import Tensor
 
 from minglm.inference.engine import Engine
-from minglm.inference.request import Completion, Event, Request
+from minglm.inference.request import Completion, Event, FinishReason, Request
 
 
 class Generator(Protocol):
@@ -81,7 +81,7 @@ class EngineGenerator:
             if event.finish_reason is not None:
                 completion.finish_reason = event.finish_reason
                 # After a failure `_step` sets the exception instead: it knows the cause.
-                if event.finish_reason != "error" and not finished.done():
+                if event.finish_reason != FinishReason.ERROR and not finished.done():
                     finished.set_result(None)
 
         number = self.engine.submit(request, on_event)

@@ -60,8 +60,9 @@ from minglm.report.records import (
 )
 from minglm.rl import distill
 from minglm.rl.episode import Player, SamplingSettings
-from minglm.rl.loop import reinforce
+from minglm.rl.loop import TaskSchedule, reinforce
 from minglm.rl.rollout import rollout
+from minglm.rl.trainer import PolicyTrainer
 from minglm.train import sft
 from minglm.train.checkpoint import CheckpointStore
 from minglm.train.loop import LoopOptions, Trainer
@@ -360,23 +361,24 @@ class RecipeRunner:
             "general_rl": 3,
             "pathology_rl": 4,
         }
-        reinforce(
-            model,
-            Muon(model, self.run.optimizer),
-            self.sampler(model),
-            self.tokenizer,
-            ENVIRONMENTS,
-            config,
-            name,
-            checkpoints,
-            self.log,
-            (self.run.seed * 100 + RL_SEED) * 10 + order[name],
-            1.0 if is_expert else post.thinking_share,
-            self.quiet,
-            self.threads,
+        optimizer = Muon(model, self.run.optimizer)
+        trainer = PolicyTrainer(
+            model, optimizer, config, self.run.optimizer, self.tokenizer.pad, self.threads
         )
+        settings = SamplingSettings(
+            config.max_new_tokens, config.temperature, max_turns=config.max_turns
+        )
+        player = Player(self.sampler(model), self.tokenizer, settings)
+        schedule = TaskSchedule(
+            ENVIRONMENTS,
+            config.environments,
+            config.prompts,
+            seed=(self.run.seed * 100 + RL_SEED) * 10 + order[name],
+            thinking_share=1.0 if is_expert else post.thinking_share,
+        )
+        reinforce(trainer, player, schedule, checkpoints, self.log, name, self.quiet)
         records = select(read_records(self.log.path), RLRecord, stage=name)
-        return {"tokens": sum(record.trained_tokens or 0 for record in records)}
+        return {"tokens": sum(record.segment_tokens or 0 for record in records)}
 
     # Evaluation
 

@@ -1,8 +1,9 @@
-"""Faults of form: wrong language, endless repetition, broken format (paper 3.4, pathology RL).
+"""Detect faults of form: wrong language, endless repetition, broken format (paper 3.4, pathology RL).
 
 These appear in less than 1% of outputs, so general RL hardly ever meets them. The paper's remedy is a last phase on
 prompts chosen because they provoke them, with penalties that are cheap to compute. The paper names the three faults;
-how to find them is ours, and each detector reads only the raw text of one assistant turn, special tokens spelled out:
+how to find them is our choice, and each detector reads only the raw text of one assistant turn, with special tokens
+spelled out:
 
     language mixing   share of words outside the script of the expected language        > 1% (en), > 30% (zh)
     repetition        share of the text inside its longest run of copies of one piece   > 20%, and over 40 characters
@@ -14,7 +15,7 @@ Choices
   names, so its bound is wide and single letters (a variable, choice B) do not count; in English a few Han characters
   are a fault. One foreign word is a quotation, two begin to be mixing. Code, tool calls, formulas, links, lone Greek
   letters and digits belong to no language.
-- A run is three or more copies in a row; rulers, dots and indentation are first shrunk to one space, so that a ruled
+- A run is three or more copies in a row; rulers, dots and indentation are first reduced to one space, so that a ruled
   line is no loop. Sentences that return without being adjacent are left to the 4-grams.
 - Format is a grammar over the tags alone: at most one block of reasoning, which comes first, then text and calls.
 
@@ -24,10 +25,18 @@ is quoted in prose on purpose counts as stray.
 
 import re
 import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
 FAULTS = ("language_mixing", "repetition", "format")
+
+MAX_PIECE = 256  # characters of a piece whose copies count as a run
+MIN_RUN = 40  # characters of a run from which on it may be a fault
+MAX_RUN_SHARE = 0.2
+MIN_GRAMS = 64  # 4-grams from which on their variety is judged
+MIN_DISTINCT_SHARE = 0.2
 
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 _CALL = re.compile(r"<tool_call>.*?(?:</tool_call>|\Z)", re.DOTALL)
@@ -39,152 +48,194 @@ _TAG = re.compile(
 )
 _BOXES = ("<|begin_of_box|>", "<|end_of_box|>")
 _STOP = re.compile(r"<\|(?:user|observation|endoftext)\|>\s*\Z")
+_RULER = re.compile(r"[-\s=_*~#|+:.]+")
 _SCRIPTS = {"en": "LATIN", "zh": "CJK"}
-_WORD_CHARACTERS = (
-    "CJK",
-    "HIRAGANA",
-    "KATAKANA",
-    "HANGUL",
-)  # one of these alone is a word, a lone pi is a symbol
-_MIXING = {"en": 0.01, "zh": 0.3}
+# A single character of these scripts is a word; a lone pi is a symbol.
+_WORD_CHARACTERS = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL")
+_MAX_FOREIGN_SHARE = {"en": 0.01, "zh": 0.3}
 
-# One letter for each tag that has a place in a turn, and the order they may stand in.
-_LETTERS = {
+# One character for each tag that has a place in a turn, and the order in which they may occur.
+_TAG_CODES = {
     "<think>": "T",
     "</think>": "t",
     "<tool_call>": "C",
     "</tool_call>": "c",
     "<|begin_of_box|>": "B",
-}
-_LETTERS |= {
+    "<|end_of_box|>": "b",
     "<arg_key>": "K",
     "</arg_key>": "k",
     "<arg_value>": "V",
     "</arg_value>": "v",
-    "<|end_of_box|>": "b",
 }
 _ORDER = re.compile(r"(Tt)?(Bb)*(C(KkVv)*c)*")
 
 
-def _words(text):
-    """(word, script) of every word: runs of letters of one script, each Han character alone."""
+class WordCounts(NamedTuple):
+    """Words of a text by script."""
+
+    foreign: int
+    """Outside the script of the language."""
+    own: int
+    """Inside it."""
+
+
+class LongestRun(NamedTuple):
+    """The longest run of three or more adjacent copies of one piece."""
+
+    characters: int
+    """Characters of the run; 0 if there is none."""
+    text_characters: int
+    """Characters of the text, after rulers were reduced to spaces."""
+
+    @property
+    def share(self) -> float:
+        """Return the share of the text inside the run."""
+        return self.characters / max(1, self.text_characters)
+
+
+class Distinctness(NamedTuple):
+    """The variety of a text's n-grams of words."""
+
+    share: float
+    """Share of distinct n-grams; 1 if there are none."""
+    grams: int
+    """Number of n-grams."""
+
+
+def _words(text: str) -> Iterator[tuple[str, str]]:
+    """Yield (word, script) of every word: runs of letters of one script, each Han character alone."""
     for run in re.findall(r"[^\W\d_]+", text):
-        word, script = "", ""
-        for letter in filter(
-            str.isalpha, run
-        ):  # a superscript two passes the pattern and is no letter
-            kind = unicodedata.name(letter, "UNKNOWN").split()[0]
-            if word and (kind != script or script == "CJK"):
+        word = ""
+        script = ""
+        for letter in run:
+            if not letter.isalpha():  # a superscript two passes the pattern and is no letter
+                continue
+            letter_script = unicodedata.name(letter, "UNKNOWN").split()[0]
+            if word and (letter_script != script or script == "CJK"):
                 yield word, script
                 word = ""
-            word, script = word + letter, kind
+            word += letter
+            script = letter_script
         if word:
             yield word, script
 
 
-def _foreign(text, language):
-    """(words outside the script of the language, words inside it)."""
+def count_words(text: str, language: str) -> WordCounts:
+    """Count the words outside and inside the script of `language` ("en" or "zh").
+
+    Raises ValueError for another language.
+    """
     if language not in _SCRIPTS:
         raise ValueError(f"language = {language!r}: must be one of {', '.join(_SCRIPTS)}")
     for pattern in (_CALL, _CODE, _FORMULA, _TAG):
         text = pattern.sub(" ", text)
-    own, foreign = 0, 0
+    own = 0
+    foreign = 0
     for word, script in _words(text):
         if script == _SCRIPTS[language]:
             own += 1
         elif len(word) > 1 or script in _WORD_CHARACTERS:
             foreign += 1
-    return foreign, own
+    return WordCounts(foreign, own)
 
 
-def language_mixing(text, language):
-    """Share of words outside the script of `language` ("en" or "zh"), 0 for a text without words."""
-    foreign, own = _foreign(text, language)
-    return foreign / max(1, foreign + own)
-
-
-def _longest_run(text, longest_piece=256):
-    """Characters in the longest run of three or more adjacent copies of a piece, and characters of the shrunk text."""
-    text = (
-        re.sub(r"[-\s=_*~#|+:.]+", " ", _TAG.sub(" ", text)).strip() + " "
-    )  # so the last copy ends as the others do
+def longest_run(text: str) -> LongestRun:
+    """Find the longest run of three or more adjacent copies of one piece of up to MAX_PIECE characters."""
+    text = _RULER.sub(" ", _TAG.sub(" ", text)).strip()
+    text += " "  # so that the last copy ends as the others do
     codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    best = 0
-    for piece in range(1, min(longest_piece, len(codes) // 3) + 1):
+    longest = 0
+    for piece in range(1, min(MAX_PIECE, len(codes) // 3) + 1):
+        # The longest stretch of characters that equal the one `piece` before them is a run, less its first copy.
         differs = np.flatnonzero(codes[piece:] != codes[:-piece])
         edges = np.concatenate(([-1], differs, [len(codes) - piece]))
-        equal = (
-            int(np.diff(edges).max()) - 1
-        )  # characters in a row that equal the one `piece` before them
+        equal = int(np.diff(edges).max()) - 1
         if equal >= 2 * piece:
-            best = max(best, equal + piece)
-    return best, len(codes)
+            longest = max(longest, equal + piece)
+    return LongestRun(longest, len(codes))
 
 
-def repetition(text):
-    """Share of the text inside its longest run of three or more adjacent copies of one piece (up to 256 characters)."""
-    run, total = _longest_run(text)
-    return run / max(1, total)
-
-
-def distinctness(text, n=4):
-    """(share of distinct n-grams among the n-grams of words, number of n-grams); (1.0, 0) for a shorter text."""
+def distinctness(text: str, n: int = 4) -> Distinctness:
+    """Measure the variety of the n-grams of words of a text; a Han character is a word."""
     words = re.findall(r"[\u4e00-\u9fff]|[^\W\u4e00-\u9fff]+", text)
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    return len(set(grams)) / max(1, len(grams)) if grams else 1.0, len(grams)
+    if not grams:
+        return Distinctness(1.0, 0)
+    return Distinctness(len(set(grams)) / len(grams), len(grams))
 
 
-def broken_format(turn):
-    """Whether an assistant turn breaks the template.
+def broken_format(turn: str | Mapping[str, Any]) -> bool:
+    """Return whether an assistant turn breaks the template.
 
     turn: the raw text after `<|assistant|>`, with or without the role token that ends it; or a parsed message, which is
     broken when it carries an error, says nothing, or still holds template tags in its text.
     """
-    if isinstance(turn, dict):
-        said = (turn.get("content") or "", turn.get("reasoning_content") or "")
-        silent = not said[0].strip() and not turn.get("tool_calls")
-        stray = set(_TAG.findall(" ".join(said))) - set(_BOXES)
-        return bool(turn.get("error")) or silent or bool(stray)
+    if isinstance(turn, Mapping):
+        return _broken_message(turn)
     text = _STOP.sub("", turn)
-    tags, between = _TAG.findall(text), _TAG.split(text)  # between[i] stands before tags[i]
-    if not _ORDER.fullmatch("".join(_LETTERS.get(tag, "?") for tag in tags)):
+    tags = _TAG.findall(text)
+    between = _TAG.split(text)  # between[i] comes before tags[i]
+    if not _ORDER.fullmatch("".join(_TAG_CODES.get(tag, "?") for tag in tags)):
         return True
     thinks = tags[:1] == ["<think>"]
     if thinks and between[0].strip():
-        return True
+        return True  # text before the reasoning
     for tag, after in zip(tags, between[1:], strict=True):
         if tag == "<tool_call>" and not re.fullmatch(r"\s*[\w.:-]+\s*", after):
             return True  # a call begins with its name
         if tag in ("</arg_key>", "</arg_value>", "</tool_call>") and after.strip():
-            return True  # nothing stands between key and value, two arguments, or after a call
-    return "<tool_call>" not in tags and not "".join(between[2 if thinks else 0 :]).strip()
+            return True  # text between key and value, between two arguments, or after a call
+    answer = "".join(between[2 if thinks else 0 :])
+    return "<tool_call>" not in tags and not answer.strip()
 
 
-def detect(text, language=None, message=None):
-    """The three faults of one assistant turn as {"language_mixing", "repetition", "format"}: bool.
+def _broken_message(message: Mapping[str, Any]) -> bool:
+    """Return whether a parsed message carries an error, says nothing, or holds template tags."""
+    content = message.get("content") or ""
+    reasoning = message.get("reasoning_content") or ""
+    says_nothing = not content.strip() and not message.get("tool_calls")
+    stray_tags = set(_TAG.findall(f"{content} {reasoning}")) - set(_BOXES)
+    return bool(message.get("error")) or says_nothing or bool(stray_tags)
 
-    text: raw text, special tokens spelled out. language: "en", "zh" or None, for an unknown language, which is never
-    mixed. message: the parsed message, if there is one; its error counts as broken format.
+
+def detect(
+    text: str, language: str | None = None, message: Mapping[str, Any] | None = None
+) -> dict[str, bool]:
+    """Detect the three faults of one assistant turn: {"language_mixing", "repetition", "format"}.
+
+    Args:
+        text: raw text, special tokens spelled out.
+        language: "en", "zh" or None, for an unknown language, which is never mixed.
+        message: the parsed message, if there is one; its error counts as broken format.
+
     The bounds are those of the module's docstring.
     """
-    mixed = False
+    mixes = False
     if language is not None:
-        foreign, own = _foreign(text, language)
-        mixed = foreign >= 2 and foreign > _MIXING[language] * (foreign + own)
-    run, total = _longest_run(text)
-    distinct, grams = distinctness(text)
-    repeats = (run > 40 and run > 0.2 * total) or (grams >= 64 and distinct < 0.2)
+        words = count_words(text, language)
+        allowed = _MAX_FOREIGN_SHARE[language] * (words.foreign + words.own)
+        mixes = words.foreign >= 2 and words.foreign > allowed
+
+    run = longest_run(text)
+    is_loop = run.characters > MIN_RUN and run.characters > MAX_RUN_SHARE * run.text_characters
+    variety = distinctness(text)
+    is_monotonous = variety.grams >= MIN_GRAMS and variety.share < MIN_DISTINCT_SHARE
+
     broken = broken_format(text) or (message is not None and broken_format(message))
-    return {"language_mixing": mixed, "repetition": repeats, "format": broken}
+    return {
+        "language_mixing": mixes,
+        "repetition": is_loop or is_monotonous,
+        "format": broken,
+    }
 
 
-def penalty(flags):
-    """What a turn's faults cost: half of the full reward for each, at most all of it. The paper gives no numbers."""
-    return min(1.0, 0.5 * sum(flags.values()))
+def incidence(turns: Iterable[Mapping[str, bool]]) -> dict[str, float]:
+    """Return the share of turns with each fault, and with any: {"language_mixing", "repetition", "format", "any"}.
 
-
-def incidence(flags_list):
-    """Share of turns with each fault, and with any: {"language_mixing", "repetition", "format", "any"}; 0 of none."""
-    turns = list(flags_list)
-    share = {fault: sum(flags[fault] for flags in turns) / max(1, len(turns)) for fault in FAULTS}
-    return share | {"any": sum(any(flags.values()) for flags in turns) / max(1, len(turns))}
+    turns: the flags of each turn, as `detect` returns them. Without turns every share is 0.
+    """
+    turns = list(turns)
+    total = max(1, len(turns))
+    shares = {fault: sum(flags[fault] for flags in turns) / total for fault in FAULTS}
+    shares["any"] = sum(any(flags.values()) for flags in turns) / total
+    return shares

@@ -1,64 +1,83 @@
-"""One number from a loss per token: the mean whose denominator is named (paper 3.2, code RL).
+"""Reduce a loss per token to one number, by a mean whose denominator is named (paper 3.2, code RL).
 
     token      sum over all tokens / number of tokens          long answers weigh more: GLM-4.5's choice for code RL
     sequence   mean over samples of the mean over its tokens   every answer weighs the same: GRPO as first published
     constant   sum over all tokens / (samples * length)        no answer's length matters (Dr. GRPO, arXiv 2503.20783)
 
-The three differ in what a token of a long answer is worth. With `sequence` a wrong answer dilutes its penalty by being
-long, a right one gains by being short; the paper finds `token` faster and less biased towards trivially short samples.
+The three differ in the weight of a token of a long answer. With `sequence` a wrong answer dilutes its penalty by being
+long, and a right one gains by being short; the paper finds `token` faster and less biased towards trivially short
+samples.
 
-The choice that matters is *whose* tokens are counted. A batch is cut into micro-batches and over ranks, and a mean per
-piece weighs pieces, not tokens. Here `denominator` counts once over the whole batch (sum it over ranks) and every piece
-divides by it, so the pieces add up to the whole batch. Rows without any target (padding, infrastructure failures) count
-nowhere, and a batch without targets gives exactly zero with zero gradient, never NaN.
+What matters is *whose* tokens are counted. A batch is cut into micro-batches and over ranks, and a mean per micro-batch
+weighs micro-batches, not tokens. Here `denominator` counts once over the whole batch (sum it over ranks) and every
+micro-batch divides by it, so the micro-batches add up to the whole batch. Rows without any target (padding,
+infrastructure failures) are not counted, and a batch without targets gives exactly zero with zero gradient, never NaN.
 
-Simplified: a row holds one sample, so a piece never cuts through a sample.
+Simplified: a row holds one sample, so a micro-batch never cuts through a sample.
 """
 
 import torch
+from torch import Tensor
 
-MODES = ("token", "sequence", "constant")
+from minglm.config.posttraining import Aggregation
 
 
-def denominator(mask_BS, mode, length=None):
-    """What `aggregate` divides by: a scalar int64 tensor counted over the whole batch.
+def aggregation_mode(mode: str) -> Aggregation:
+    """Return the member of `Aggregation` with this name. Raises ValueError for an unknown one."""
+    try:
+        return Aggregation(mode)
+    except ValueError:
+        names = ", ".join(Aggregation)
+        raise ValueError(f"aggregation = {mode!r}: must be one of {names}") from None
 
-    mask_BS: bool, True on the tokens the model produced. mode: one of MODES.
-    length: only for `constant`: the bound on produced tokens of a sample, the same at every step.
-    Counts of two sets of rows add up to the count of their union, so ranks all-reduce it with a sum.
+
+def denominator(mask_BS: Tensor, mode: str, length: int | None = None) -> Tensor:
+    """Return what `aggregate` divides by: a scalar int64 tensor, counted over the whole batch.
+
+    Args:
+        mask_BS: bool, True on the tokens that the model produced.
+        mode: one of `Aggregation`.
+        length: only for `constant`: the bound on the tokens of one sample, equal at every step.
+
+    The counts of two sets of rows add up to the count of their union, so ranks all-reduce it with a sum.
     Raises ValueError for an unknown mode or for `constant` without a length.
     """
-    if mode == "token":
-        return mask_BS.sum()
-    if mode == "sequence":
-        return mask_BS.any(1).sum()
-    if mode == "constant":
-        if not length:
-            raise ValueError(
-                "aggregation = 'constant' needs a length: the bound on the tokens of one sample"
-            )
-        return mask_BS.any(1).sum() * length
-    raise ValueError(f"aggregation = {mode!r}: must be one of {', '.join(MODES)}")
+    match aggregation_mode(mode):
+        case Aggregation.TOKEN:
+            return mask_BS.sum()
+        case Aggregation.SEQUENCE:
+            return mask_BS.any(1).sum()
+        case Aggregation.CONSTANT:
+            if not length:
+                raise ValueError(
+                    "aggregation = 'constant' needs a length: the bound on the tokens of one sample"
+                )
+            return mask_BS.any(1).sum() * length
 
 
 _count = denominator  # the argument of `aggregate` hides the name
 
 
-def aggregate(loss_BS, mask_BS, mode, denominator=None):
-    """Sum of the masked losses of these rows, divided by the denominator of the whole batch.
+def aggregate(
+    loss_BS: Tensor, mask_BS: Tensor, mode: str, denominator: Tensor | int | None = None
+) -> Tensor:
+    """Return the sum of the masked losses of these rows, divided by the denominator of the whole batch.
 
-    loss_BS: float; values where the mask is False are never read, not even NaN. mask_BS: bool.
-    denominator: number or scalar tensor from `denominator` of the whole batch; None: these rows are the whole batch.
-    Returns a scalar float32 tensor; over any split of the rows the results add up to the unsplit result.
+    Args:
+        loss_BS: float; values where the mask is False are never read, not even NaN.
+        mask_BS: bool, True on the tokens that the model produced.
+        mode: one of `Aggregation`.
+        denominator: what the function `denominator` returned for the whole batch; None: these rows are the whole batch.
+
+    Returns a scalar float32 tensor. Over any split of the rows the results add up to the result without a split.
     Raises ValueError for an unknown mode, and for `constant` without a denominator.
     """
     if denominator is None:
         denominator = _count(mask_BS, mode)
     loss_BS = torch.where(mask_BS, loss_BS.float(), 0.0)  # not a product: NaN * 0 is NaN
-    if mode == "sequence":
-        total = (loss_BS.sum(1) / mask_BS.sum(1).clamp(min=1)).sum()
-    elif mode in MODES:
-        total = loss_BS.sum()
+    if aggregation_mode(mode) == Aggregation.SEQUENCE:
+        tokens_B = mask_BS.sum(1).clamp(min=1)
+        total = (loss_BS.sum(1) / tokens_B).sum()
     else:
-        raise ValueError(f"aggregation = {mode!r}: must be one of {', '.join(MODES)}")
+        total = loss_BS.sum()
     return total / torch.as_tensor(denominator, device=total.device).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Which problems to ask, by measured difficulty, and how sure a measured rate is (paper 3.2; protocol of section 4).
+"""Choose problems by measured difficulty, in two tiers (paper 3.2, difficulty-based curriculum).
 
 A group whose answers are all right or all wrong teaches nothing, so the problems must follow the model:
 
@@ -6,31 +6,27 @@ A group whose answers are all right or all wrong teaches nothing, so the problem
     stage two   extremely hard ones: none of 8 answers is right, but of 512 at least one is, so that the answer is
                 known to be within reach; only problems with a verified answer
 
-    pass@k = 1 - C(n - c, k) / C(n, k)      for c right answers among n >= k: the chance that k drawn without
-                                            replacement hold a right one; unbiased, unlike 1 - (1 - c/n)^k
-    avg@k  = mean over problems of the mean over their k answers
-
 Choices
 - Problems never solved give no gradient and may have a wrong label; problems always solved give none either. Neither
   is ever admitted.
 - At toy scale the paper's second stage destroys the policy: with about 1% of right answers the gradients are rare and
-  tiny, and Adam makes full steps of them. The default band is a pass rate of 5% to 20%; `extreme=None` is the paper's
-  rule. Either way watch a held-out set of moderate problems and go back when it drops.
-- The interval counts problems, not answers: answers to one problem resemble each other, and k of them are worth less
-  than k problems. It is Wilson's, which stays inside [0, 1] and has a width even at 0 and 1, with the number of answers
-  replaced by the number of independent ones that would vary as much as the problem means do:
+  tiny, and Adam makes full steps of them. The default range is a pass rate of 5% to 20%; `extreme=None` is the paper's
+  rule. In both cases watch a held-out set of moderate problems and roll back when its score drops.
 
-    n_eff = p (1 - p) / (s^2 / problems)    s: standard deviation of the problem means; problems <= n_eff <= answers
-
-Simplified: difficulty is measured once before a stage, not followed while it lasts.
+Simplified: difficulty is measured once before a stage, not followed during it.
 """
 
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
 class PassRate:
-    """What was seen of one problem."""
+    """The answers to one problem.
+
+    Not wired yet: no stage uses it.
+    """
 
     attempts: int
     """Answers drawn in all."""
@@ -40,40 +36,78 @@ class PassRate:
     """Right ones among the first draw (eight in the paper)."""
 
 
-def measure(attempt, first=8, limit=512):
-    """Measure one problem as the paper's tiers need it: `first` answers, and only if all fail, up to `limit`.
+class Tiers(NamedTuple):
+    """Ids of problems by how hard they are; only the first two are trained on."""
 
-    attempt: callable, number of answers to draw -> number of right ones. Returns a PassRate. The second draw is not
-    stopped at its first success, which would bias the rate.
+    moderate: list[Hashable]
+    """Stage one."""
+    extreme: list[Hashable]
+    """Stage two."""
+    solved: list[Hashable]
+    """Every answer is right."""
+    unsolved: list[Hashable]
+    """No answer is right."""
+    between: list[Hashable]
+    """In neither stage's range."""
+
+
+class RateRange(NamedTuple):
+    """A range of pass rates."""
+
+    lowest: float
+    highest: float
+
+
+MODERATE = RateRange(0.2, 0.8)
+EXTREME = RateRange(0.05, 0.2)
+
+
+def measure(attempt: Callable[[int], int], first: int = 8, limit: int = 512) -> PassRate:
+    """Measure one problem as the paper's tiers need it: `first` answers and, only if all are wrong, up to `limit`.
+
+    Not wired yet: no stage uses it.
+
+    Args:
+        attempt: number of answers to draw -> number of right ones.
+        first: answers of the first draw.
+        limit: answers in all. The second draw is not stopped at its first success, which would bias the rate.
     """
-    early = attempt(first)
-    if early or limit <= first:
-        return PassRate(first, early, early)
+    first_successes = attempt(first)
+    if first_successes or limit <= first:
+        return PassRate(first, first_successes, first_successes)
     return PassRate(limit, attempt(limit - first), 0)
 
 
-def tiers_from_pass_rates(rates, moderate=(0.2, 0.8), extreme=(0.05, 0.2)):
-    """Sort problems into the two stages.
+def tiers_from_pass_rates(
+    rates: Mapping[Hashable, PassRate],
+    moderate: RateRange = MODERATE,
+    extreme: RateRange | None = EXTREME,
+) -> Tiers:
+    """Sort problems into the two stages, in the given order.
 
-    rates: dict from a problem's id to its PassRate. moderate: (lowest, highest) pass rate of stage one.
-    extreme: (lowest, below) pass rate of stage two; None: the paper's rule, no success in the first draw and one later.
-    Returns lists of ids in the given order: `moderate`, `extreme`, and, admitted to neither stage, `solved` (always),
-    `unsolved` (never) and `between`.
+    Not wired yet: no stage uses it.
+
+    Args:
+        rates: {id of a problem: its PassRate}.
+        moderate: pass rates of stage one, both ends included.
+        extreme: pass rates of stage two, the upper end excluded; None: the paper's rule, no success in the first draw
+            and one later.
     """
-    tiers = {name: [] for name in ("moderate", "extreme", "solved", "unsolved", "between")}
+    tiers = Tiers([], [], [], [], [])
     for problem, seen in rates.items():
         rate = seen.successes / seen.attempts
         if extreme is None:
-            hard = seen.first_successes == 0
+            is_extreme = seen.first_successes == 0
         else:
-            hard = extreme[0] <= rate < extreme[1]
+            is_extreme = extreme.lowest <= rate < extreme.highest
         if seen.successes == 0:
-            tier = "unsolved"
+            tiers.unsolved.append(problem)
         elif seen.successes == seen.attempts:
-            tier = "solved"
-        elif hard:
-            tier = "extreme"
+            tiers.solved.append(problem)
+        elif is_extreme:
+            tiers.extreme.append(problem)
+        elif moderate.lowest <= rate <= moderate.highest:
+            tiers.moderate.append(problem)
         else:
-            tier = "moderate" if moderate[0] <= rate <= moderate[1] else "between"
-        tiers[tier].append(problem)
+            tiers.between.append(problem)
     return tiers

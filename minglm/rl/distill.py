@@ -1,27 +1,31 @@
-"""Good answers become training data: rejection sampling and prompt selection (paper 3.1), self-distillation (3.3).
+"""Turn good answers into training data: rejection sampling, prompt selection, self-distillation (paper 3.1, 3.3).
 
-The experts answer each prompt several times, the unified model learns from the answers that pass four filters:
+The experts answer each prompt several times. The unified model learns from the answers that pass four filters:
 
     form      not repetitive, not too short, not truncated, well-formed reasoning and calls
     correct   right, where an objective answer exists
     reward    liked by the reward model, where none exists
     protocol  tools used as agreed, and the expected end state reached
 
-The same function closes the loop of the agentic section: train by reinforcement until a plateau, replace the cold-start
-data by the policy's own accepted answers, fine-tune a fresh model on them, and go on with harder tasks.
+`reject` also closes the loop of the agentic section: train by RL until a plateau, replace the cold-start data by the
+policy's own accepted answers, fine-tune a fresh model on them, and continue with harder tasks.
 
 Prompts are selected by the length of their answers: short answers mark easy prompts, and dropping the shorter half
 raised the paper's mathematics and science scores by 2 to 4% with half of the data.
 
 Choices: a filter is a predicate of one sample, so filters commute, and what is kept passes all of them when asked
 again. The report counts every filter on every sample; a sample with two faults counts twice, whatever the order.
-Simplified: duplicates are the business of `data.dedup`. The paper gives no thresholds.
+Simplified: `data.cleaning.minhash` removes duplicates. The paper gives no thresholds.
 """
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import NamedTuple
 
+from minglm.envs.base import Message, ScoreStatus, Task
 from minglm.rewards.pathology import detect
+from minglm.rl.episode import Trajectory
 
 
 @dataclass(frozen=True)
@@ -32,122 +36,158 @@ class Sample:
     """Id of the prompt; several answers share it."""
     text: str
     """The final assistant turn, raw, with special tokens spelled out."""
-    messages: tuple = ()
+    messages: tuple[Message, ...] = ()
     """The whole conversation."""
     score: float | None = None
-    """What the environment gave, 0 to 1; None where no objective answer exists."""
-    status: str = "ok"
-    """Status of the score: ok, wrong, format or infrastructure."""
+    """The environment's score, 0 to 1; None where no objective answer exists."""
+    status: str = ScoreStatus.OK
+    """Status of the score."""
     truncated: bool = False
     """Whether the bound on new tokens cut it off."""
     n_tokens: int = 0
-    """Tokens the teacher produced."""
+    """Tokens that the teacher produced."""
 
 
-def well_formed(min_tokens=1, language=None):
-    """Filter one. Returns a predicate: long enough, not cut off, and none of the faults of `pathology.detect`."""
+Filter = Callable[[Sample], bool]
+"""Whether to keep a sample."""
 
-    def keep(sample):
-        return (
-            not sample.truncated
-            and sample.n_tokens >= min_tokens
-            and not any(detect(sample.text, language).values())
-        )
+
+class RejectionReport(NamedTuple):
+    """How many samples each filter rejected."""
+
+    samples: int
+    kept: int
+    rejected: dict[str, int]
+    """By name of the filter; a sample that fails two filters counts twice."""
+
+
+class Rejection(NamedTuple):
+    """The outcome of rejection sampling."""
+
+    kept: list[Sample]
+    report: RejectionReport
+
+
+class Accepted(NamedTuple):
+    """The accepted answers of a rollout."""
+
+    conversations: list[tuple[Task, list[Message]]]
+    """Each different accepted answer once."""
+    counts: dict[str, int]
+    """answers, kept, and rejected by each filter."""
+
+
+def well_formed(min_tokens: int = 1, language: str | None = None) -> Filter:
+    """Return filter one: long enough, not cut off, and none of the faults of `pathology.detect`."""
+
+    def keep(sample: Sample) -> bool:
+        if sample.truncated or sample.n_tokens < min_tokens:
+            return False
+        return not any(detect(sample.text, language).values())
 
     return keep
 
 
-def correct(least=1.0):
-    """Filter two. Returns a predicate: the objective score, where there is one, reaches `least`."""
+def correct(least: float = 1.0) -> Filter:
+    """Return filter two: the objective score, where there is one, reaches `least`."""
     return lambda sample: sample.score is None or sample.score >= least
 
 
-def rewarded(reward, least):
-    """Filter three. Returns a predicate: where no objective score exists, `reward(sample)` reaches `least`."""
+def rewarded(reward: Callable[[Sample], float], least: float) -> Filter:
+    """Return filter three: where no objective score exists, `reward(sample)` reaches `least`.
+
+    Not wired yet: no stage uses it, because every environment has an objective score.
+    """
     return lambda sample: sample.score is not None or reward(sample) >= least
 
 
-def obeys_protocol(reached=lambda sample: sample.status == "ok"):
-    """Filter four. Returns a predicate: no malformed turn, and with tool calls: each answered in place, end reached.
+def reached_by_score(sample: Sample) -> bool:
+    """Return whether the environment says that the expected end state was reached."""
+    return sample.status == ScoreStatus.OK
 
-    reached: callable, sample -> whether the expected end state was reached; by default the environment says so.
-    A call in the last message needs no answer: it may be the act that ends the episode.
+
+def obeys_protocol(reached: Filter = reached_by_score) -> Filter:
+    """Return filter four: no malformed turn and, with tool calls, each call answered in place and the end reached.
+
+    reached: whether the expected end state was reached. A call in the last message needs no answer: it may be the act
+    that ends the episode.
     """
 
-    def keep(sample):
-        open_calls, used = 0, False
+    def keep(sample: Sample) -> bool:
+        if sample.status in (ScoreStatus.FORMAT, ScoreStatus.INFRASTRUCTURE):
+            return False
+        open_calls = 0
+        used_tools = False
         for message in sample.messages:
             if message["role"] == "tool":
                 open_calls -= 1
             elif open_calls:
-                return False
+                return False  # somebody speaks before every call is answered
             else:
                 open_calls = len(message.get("tool_calls") or ())
             if open_calls < 0:
-                return False
-            used |= open_calls > 0
-        return sample.status not in ("format", "infrastructure") and (
-            not used or bool(reached(sample))
-        )
+                return False  # a result without a call
+            used_tools |= open_calls > 0
+        return not used_tools or bool(reached(sample))
 
     return keep
 
 
-def reject(samples, filters):
-    """Keep the samples that pass every filter.
-
-    filters: dict from a name to a predicate, Sample -> bool.
-    Returns (kept, report): kept in the given order; report = {"samples", "kept", "rejected": {name: count}}.
-    """
-    kept, rejected = [], dict.fromkeys(filters, 0)
+def reject(samples: Iterable[Sample], filters: Mapping[str, Filter]) -> Rejection:
+    """Keep the samples that pass every filter, in the given order. filters: {name: filter}."""
+    kept = []
+    rejected = dict.fromkeys(filters, 0)
+    total = 0
     for sample in samples:
+        total += 1
         failed = [name for name, keep in filters.items() if not keep(sample)]
         for name in failed:
             rejected[name] += 1
         if not failed:
             kept.append(sample)
-    return kept, {"samples": len(samples), "kept": len(kept), "rejected": rejected}
+    return Rejection(kept, RejectionReport(total, len(kept), rejected))
 
 
-def accept(trajectories):
-    """The trajectories that pass the three filters which need no reward model, equal answers to a prompt once.
-
-    trajectories: of `minglm.rl.rollout`, scored. Returns ([(task, messages)], counts of answers, kept and rejected).
-    """
-    samples = [
-        Sample(
-            t.task.id,
-            t.texts[-1],
-            tuple(t.messages),
-            t.score.value,
-            t.score.status,
-            t.truncated,
-            t.length,
+def accept(trajectories: Sequence[Trajectory]) -> Accepted:
+    """Accept the scored trajectories that pass the three filters that need no reward model."""
+    samples = []
+    for trajectory in trajectories:
+        sample = Sample(
+            prompt=trajectory.task.id,
+            text=trajectory.texts[-1] if trajectory.texts else "",
+            messages=tuple(trajectory.messages),
+            score=trajectory.score.value,
+            status=trajectory.score.status,
+            truncated=trajectory.truncated,
+            n_tokens=trajectory.length,
         )
-        for t in trajectories
-    ]
+        samples.append(sample)
     filters = {"form": well_formed(), "correct": correct(), "protocol": obeys_protocol()}
     kept, report = reject(samples, filters)
-    tasks = {t.task.id: t.task for t in trajectories}
-    distinct = {(s.prompt, s.text): s for s in kept}.values()
-    counts = {"answers": report["samples"], "kept": report["kept"], **report["rejected"]}
-    return [(tasks[s.prompt], list(s.messages)) for s in distinct], counts
+
+    # Equal answers to a prompt count once: the last of them, at the place of the first.
+    distinct = {(sample.prompt, sample.text): sample for sample in kept}
+    tasks = {trajectory.task.id: trajectory.task for trajectory in trajectories}
+    conversations = [(tasks[sample.prompt], list(sample.messages)) for sample in distinct.values()]
+    counts = {"answers": report.samples, "kept": report.kept, **report.rejected}
+    return Accepted(conversations, counts)
 
 
-def drop_shortest(samples, share=0.5):
+def drop_shortest(samples: Sequence[Sample], share: float = 0.5) -> list[Sample]:
     """Leave out the prompts with the shortest answers, with all their samples.
+
+    Not wired yet: no stage uses it.
 
     A prompt's length is the mean n_tokens of its samples. Exactly floor(share * prompts) prompts are dropped; of
     equally long ones, those that came later. Raises ValueError for a share outside [0, 1].
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share = {share}: must lie between 0 and 1")
-    lengths = {}
+    lengths: dict[str, list[int]] = {}
     for sample in samples:
         lengths.setdefault(sample.prompt, []).append(sample.n_tokens)
-    longest_first = sorted(
-        lengths, key=lambda prompt: -fmean(lengths[prompt])
-    )  # stable: ties keep their order
+    # The sort is stable: ties keep their order.
+    longest_first = sorted(lengths, key=lambda prompt: -fmean(lengths[prompt]))
     dropped = int(share * len(lengths) + 1e-9)  # 0.29 * 100 is a little less than 29
     kept = set(longest_first[: len(lengths) - dropped])
     return [sample for sample in samples if sample.prompt in kept]

@@ -19,12 +19,14 @@ Choices
 
 import contextlib
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeVar
 
-from minglm.chat import continuation, parse, render
+from minglm.chat import continuation, render
+from minglm.chat.messages import Tool
+from minglm.chat.stream import decode_turn
 from minglm.data.tokenizer import Tokenizer
 from minglm.envs.base import (
     Environment,
@@ -37,7 +39,7 @@ from minglm.envs.base import (
     infrastructure_failure,
 )
 from minglm.inference.client import Generator
-from minglm.inference.request import Completion, Request
+from minglm.inference.request import Completion, FinishReason, Request
 from minglm.rewards.pathology import FAULTS, detect
 
 Result = TypeVar("Result")
@@ -232,7 +234,7 @@ async def _take_turn(
     message, text = read_turn(player.tokenizer, completion, tools, trajectory.thinking)
     trajectory.segments[-1].add_sampled(completion.tokens, completion.logprobs)
     trajectory.texts.append(text)
-    if completion.finish_reason != "stop":
+    if completion.finish_reason != FinishReason.STOP:
         trajectory.truncated = True
     if bool(message.get("reasoning_content")) != trajectory.thinking:
         trajectory.switch_obeyed = False
@@ -264,13 +266,13 @@ def _prompt(player: Player, trajectory: Trajectory) -> list[int]:
 
 
 def read_turn(
-    tokenizer: Tokenizer, completion: Completion, tools: tuple, thinking: bool
+    tokenizer: Tokenizer, completion: Completion, tools: Sequence[Tool], thinking: bool
 ) -> tuple[Message, str]:
     """Return one sampled turn as a message, with `error` set where it is malformed, and its raw text."""
     text = tokenizer.decode(completion.tokens)
-    message = parse(text, tools)
+    message: Message = {**decode_turn(tokenizer, completion.tokens, tools)}
     expected = tokenizer.special["<|observation|>" if message["tool_calls"] else "<|user|>"]
-    if completion.finish_reason != "stop":
+    if completion.finish_reason != FinishReason.STOP:
         fault = TurnFault.TRUNCATED
     elif completion.tokens[-1] != expected:
         fault = TurnFault.WRONG_STOP

@@ -1,100 +1,188 @@
-"""The synchronous loop: draw tasks, roll out, train, log, checkpoint (paper 3.2, 3.5)."""
+"""Run RL synchronously: roll out, reward, update, log, checkpoint, with one set of weights (paper 3.2, 3.5).
+
+    for each step:  tasks -> P x G episodes -> rewarded groups -> trainer -> new weights for the generator
+
+Every draw follows from the seed and the number of the step, so a resumed run repeats nothing and needs no random state.
+The loop saves and restores what pre-training does, the guard included; after too many skipped updates in a row it rolls
+back to the last checkpoint.
+"""
 
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from minglm.parallel.replicas import Replicas
-from minglm.report.records import RLRecord
+from minglm.common.log import Log
+from minglm.envs.base import Environment, Task
+from minglm.report.records import RLRecord, RollbackRecord
 from minglm.rewards.pathology import incidence
-from minglm.rl.episode import Player, SamplingSettings
+from minglm.rl.episode import Player, Trajectory
 from minglm.rl.rollout import rollout
-from minglm.rl.trainer import learn
-from minglm.train.checkpoint import Interrupted, stop_between_steps
+from minglm.rl.trainer import PolicyTrainer
+from minglm.train.checkpoint import Interrupted, StageCheckpoints, stop_between_steps
+
+SEEDS_PER_STAGE = 7919  # a prime, so that the rollout seeds of two stages do not meet early
 
 
-def summarize(groups):
-    """Numbers of one rollout for the log: reward, by environment too, length, truncation, calls, faults."""
-    everything = [t for group in groups for t in group]
-    by_env = {}
-    for t in everything:
-        by_env.setdefault(t.task.environment, []).append(t.score.value)
-    with_tools = [t.score.parts for t in everything if t.task.tools]
-    calls, valid = (sum(parts[key] for parts in with_tools) for key in ("calls", "valid_calls"))
-    flags = [trajectory.faults() for trajectory in everything]
+class StepTasks(NamedTuple):
+    """The prompts of one step."""
+
+    tasks: list[Task]
+    thinking: list[bool]
+    """The thinking switch of each task."""
+
+
+@dataclass(frozen=True)
+class TaskSchedule:
+    """Deals the tasks of each step round-robin from environments, with thinking on for a share of each."""
+
+    environments: Mapping[str, Environment]
+    """All environments by name."""
+    names: Sequence[str]
+    """Those that the tasks come from, in turn; a name may be repeated to weight it."""
+    prompts: int
+    """Tasks of a step."""
+    seed: int
+    thinking_share: float = 1.0
+    """Share of the tasks of each environment with thinking on."""
+
+    def draw(self, step: int) -> StepTasks:
+        """Return the tasks of a step, numbered from 0."""
+        tasks = []
+        thinking = []
+        for number in range(step * self.prompts, (step + 1) * self.prompts):
+            environment = self.environments[self.names[number % len(self.names)]]
+            tasks.append(environment.task(number, self.seed, "train"))
+            # Thinking changes by whole rounds, so that each environment gets both.
+            thinking.append(evenly_spread(number // len(self.names), self.thinking_share))
+        return StepTasks(tasks, thinking)
+
+    def rollout_seed(self, step: int) -> int:
+        """Return the seed that decides every draw of a step's rollout."""
+        return self.seed * SEEDS_PER_STAGE + step
+
+
+def evenly_spread(number: int, share: float) -> bool:
+    """Return True for a `share` of the numbers 0, 1, 2, ..., evenly spread."""
+    return int((number + 1) * share) > int(number * share)
+
+
+def summarize(groups: Sequence[Sequence[Trajectory]]) -> dict[str, Any]:
+    """Return numbers of one rollout for the log: reward, length, truncation, calls, faults.
+
+    Samples whose environment failed are left out. The numbers are fields of `RLRecord`.
+    """
+    trajectories = [t for group in groups for t in group if t.valid]
+    by_environment: dict[str, list[float]] = {}
+    calls = 0.0
+    valid_calls = 0.0
+    for t in trajectories:
+        by_environment.setdefault(t.task.environment, []).append(t.score.value)
+        if t.task.tools:
+            calls += t.score.parts["calls"]
+            valid_calls += t.score.parts["valid_calls"]
+    faults = incidence([t.faults() for t in trajectories])
     return {
-        "reward": round(fmean(t.score.value for t in everything), 4),
-        "reward_by_env": {name: round(fmean(values), 4) for name, values in by_env.items()},
-        "length": round(fmean(t.length for t in everything), 2),
-        "truncated": round(fmean(t.truncated for t in everything), 4),
-        "switch_ok": round(fmean(t.switch_obeyed for t in everything), 4),
-        "valid_calls": round(valid / calls, 4) if calls else None,
-        "incidence": {key: round(value, 4) for key, value in incidence(flags).items()},
+        "reward": round(mean([t.score.value for t in trajectories]), 4),
+        "reward_by_env": {name: round(fmean(v), 4) for name, v in by_environment.items()},
+        "length": round(mean([t.length for t in trajectories]), 2),
+        "truncated": round(mean([t.truncated for t in trajectories]), 4),
+        "switch_ok": round(mean([t.switch_obeyed for t in trajectories]), 4),
+        "valid_calls": round(valid_calls / calls, 4) if calls else None,
+        "incidence": {name: round(value, 4) for name, value in faults.items()},
     }
 
 
-def draw_tasks(environments, names, count, seed, step, thinking_share=1.0):
-    """Training tasks for a step, the environments in `names` taking turns (a name may stand there twice), and thinking
-    on or off for each, by whole turns: each environment gets both.
+def mean(values: Sequence[float]) -> float:
+    """Return the mean of the values, 0 when every environment failed and there are none."""
+    return fmean(values) if values else 0.0
+
+
+def reinforce(
+    trainer: PolicyTrainer,
+    player: Player,
+    schedule: TaskSchedule,
+    checkpoints: StageCheckpoints,
+    log: Log,
+    stage: str,
+    quiet: bool = False,
+) -> None:
+    """Train for `trainer.config.steps` steps, resuming from `checkpoints`. Ctrl-C saves and raises Interrupted.
+
+    Args:
+        trainer: makes the updates.
+        player: the model's side of the episodes; its generator gets the new weights after each update.
+        schedule: deals the tasks.
+        checkpoints: where the state is saved.
+        log: gets one `RLRecord` per step.
+        stage: name of the stage in the log.
+        quiet: whether to hide the progress bar.
     """
-    numbers = range(step * count, (step + 1) * count)
-    tasks = [environments[names[n % len(names)]].task(n, seed, "train") for n in numbers]
-    turns = [n // len(names) for n in numbers]
-    return tasks, [int((turn + 1) * thinking_share) > int(turn * thinking_share) for turn in turns]
-
-
-def reinforce(model, optimizer, generator, tokenizer, environments, config, name, checkpoints, log, seed=0,
-              thinking_share=1.0, quiet=False, threads=1):  # fmt: skip
-    """Run `config.steps` steps of GRPO without KL, resuming from `checkpoints`. Ctrl-C saves and raises Interrupted.
-
-    environments: {name: Environment}, of which `config.environments` take turns. thinking_share: share of prompts with
-    thinking on. threads: how many share the samples of each update (`minglm.parallel.replicas`).
-    """
-    first, replicas = 0, Replicas(model, threads)
-    settings = SamplingSettings(
-        config.max_new_tokens, config.temperature, max_turns=config.max_turns
-    )
-    player = Player(generator, tokenizer, settings)
-    if (state := checkpoints.load()) is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    steps = range(first, config.steps)
-    bar = tqdm(
-        steps, initial=first, total=config.steps, desc=name, unit="step", disable=quiet or None
-    )
-    with stop_between_steps() as stop:
-        for step in bar:
-            began = time.perf_counter()
-            tasks, thinking = draw_tasks(
-                environments, config.environments, config.prompts, seed, step, thinking_share
-            )
-            groups = rollout(
-                player,
-                environments,
-                tasks,
-                config.samples,
-                thinking,
-                seed * 7919 + step,
-            )
-            metrics = summarize(groups) | learn(
-                model, optimizer, groups, config, tokenizer.pad, step, replicas
-            )
-            seconds = round(time.perf_counter() - began, 3)
-            log.write(RLRecord(stage=name, step=step + 1, seconds=seconds, **metrics))
+    state = trainer.state
+    steps = trainer.config.steps
+    resumed = state.restore(checkpoints)
+    if trainer.guard.rollback_after and not resumed:
+        state.save(checkpoints)  # something to roll back to
+    bar = tqdm(initial=state.step, total=steps, desc=stage, unit="step", disable=quiet or None)
+    with stop_between_steps() as stop, bar:
+        while state.step < steps:
+            record = reinforce_step(trainer, player, schedule, stage)
+            log.write(record)
+            if trainer.guard.gives_up:
+                log.write(roll_back(trainer, player, checkpoints, stage))
             bar.set_postfix_str(
-                f"reward {metrics['reward']:.3f}, live {metrics['live_groups']:.0%}", refresh=False
+                f"reward {record.reward:.3f}, live {record.live_groups:.0%}", refresh=False
             )
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step + 1,
-            }
+            bar.update()
             try:
                 stop()
             except Interrupted:
-                checkpoints.save(state)
+                state.save(checkpoints)
                 raise
-            if checkpoints.due():
-                checkpoints.save(state)
+            if checkpoints.due() and not trainer.guard.in_a_row:
+                state.save(checkpoints)
+
+
+def reinforce_step(
+    trainer: PolicyTrainer, player: Player, schedule: TaskSchedule, stage: str
+) -> RLRecord:
+    """Roll out the next step's tasks, learn from them, and hand the new weights to the generator."""
+    began = time.perf_counter()
+    step = trainer.state.step
+    tasks, thinking = schedule.draw(step)
+    groups = rollout(
+        player,
+        schedule.environments,
+        tasks,
+        trainer.config.samples,
+        thinking,
+        schedule.rollout_seed(step),
+    )
+    metrics = trainer.learn(groups, step)
+    if not metrics["skipped"]:
+        player.generator.update_weights(trainer.model.state_dict())
+    trainer.state.step += 1
+    return RLRecord(
+        stage=stage,
+        step=trainer.state.step,
+        seconds=round(time.perf_counter() - began, 3),
+        **summarize(groups),
+        **metrics,
+    )
+
+
+def roll_back(
+    trainer: PolicyTrainer, player: Player, checkpoints: StageCheckpoints, stage: str
+) -> RollbackRecord:
+    """Restore weights and optimizer from the last checkpoint, while the tasks continue. Return the record of it."""
+    to_step = trainer.state.roll_back(checkpoints)
+    player.generator.update_weights(trainer.model.state_dict())
+    return RollbackRecord(
+        stage=stage,
+        step=trainer.state.step,
+        to_step=to_step,
+        left_out=trainer.guard.left_out,
+    )

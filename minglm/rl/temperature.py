@@ -1,6 +1,6 @@
-"""How freely to sample, decided while training (paper 3.2, dynamic sampling temperature).
+"""Choose the sampling temperature during training (paper 3.2, dynamic sampling temperature).
 
-A policy that improves becomes sure of itself, its answers alike, and reinforcement has less to compare. GLM-4.5 raises
+As a policy improves it becomes sure of itself and its answers become alike, so RL has less to compare. GLM-4.5 raises
 the sampling temperature when that happens, as far as accuracy allows:
 
     plateau    |mean reward of the last window - mean reward of the window before| <= gain
@@ -13,78 +13,118 @@ Choices
 - The rule may also lower the temperature, when the present one costs more than the drop.
 - After a probe both windows are filled anew, because rewards at another temperature cannot be compared.
 
-The rollout and the loss must use the same temperature: the loss divides its logits by the one the rollout sampled with.
+The rollout and the loss must use one temperature: the loss divides its logits by the one that the rollout sampled with.
 
-Simplified: the probe is a callable that the training loop provides; its noise is the caller's, who should give it
+Simplified: the probe is a callable that the training loop provides. The caller handles its noise, and should give it
 enough problems that 1% means something (with 1000 answers the standard error is already about 1.5%).
 """
 
 import math
+from collections.abc import Callable, Sequence
 from statistics import fmean
+from typing import Any
+
+GRID = (0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4)
+
+Evaluate = Callable[[float], float]
+"""Temperature -> score on held-out problems, higher is better."""
 
 
 class TemperatureController:
-    """Watches the mean reward of each step and chooses the temperature of the next.
+    """Watch the mean reward of each step and choose the temperature of the next.
 
-    temperature: the first one. grid: temperatures a probe tries besides the present one. window: steps compared with as
-    many before them. gain: change of the mean reward that still counts as standing still. drop: score that exploration
-    may cost. relative: whether drop is a share of the best score, or in its units.
+    Not wired yet: no stage uses it.
+
+    Args:
+        temperature: the first one.
+        grid: temperatures that a probe tries besides the present one.
+        window: steps that are compared with as many before them.
+        gain: change of the mean reward that still counts as a plateau.
+        drop: score that exploration may cost.
+        relative: whether drop is a share of the best score, or in its units.
+
     `log` lists the decisions as dicts: step, the two means, every probed score, the bound, old and new temperature.
     """
 
     def __init__(
         self,
-        temperature=1.0,
-        grid=(0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4),
-        window=20,
-        gain=0.01,
-        drop=0.01,
-        relative=True,
-    ):
+        temperature: float = 1.0,
+        grid: Sequence[float] = GRID,
+        window: int = 20,
+        gain: float = 0.01,
+        drop: float = 0.01,
+        relative: bool = True,
+    ) -> None:
         if temperature <= 0 or min(grid, default=1) <= 0:
             raise ValueError(
                 f"temperatures must be positive: temperature = {temperature}, grid = {tuple(grid)}"
             )
         if window < 1 or drop < 0:
             raise ValueError(f"window = {window} must be at least 1 and drop = {drop} not negative")
-        self.temperature, self.grid, self.window = temperature, tuple(grid), window
-        self.gain, self.drop, self.relative = gain, drop, relative
-        self.rewards, self.steps, self.log = [], 0, []
+        self.temperature = temperature
+        self.grid = tuple(grid)
+        self.window = window
+        self.gain = gain
+        self.drop = drop
+        self.relative = relative
+        self.steps = 0
+        self.rewards: list[float] = []
+        """The last two windows."""
+        self.log: list[dict[str, Any]] = []
 
-    def observe(self, reward, evaluate):
+    def observe(self, reward: float, evaluate: Evaluate) -> float:
         """Take one step's mean reward; return the temperature to sample the next step with.
 
-        evaluate: callable, temperature -> score on held-out problems, higher is better. Called only on a plateau.
+        `evaluate` is called only on a plateau.
         """
         self.steps += 1
-        self.rewards = (self.rewards + [float(reward)])[-2 * self.window :]
+        self.rewards.append(float(reward))
+        self.rewards = self.rewards[-2 * self.window :]
         if len(self.rewards) == 2 * self.window:
-            before, now = fmean(self.rewards[: self.window]), fmean(self.rewards[self.window :])
-            if abs(now - before) <= self.gain:
-                self._probe(evaluate, before, now)
+            mean_before = fmean(self.rewards[: self.window])
+            mean_now = fmean(self.rewards[self.window :])
+            if abs(mean_now - mean_before) <= self.gain:
+                self._probe(evaluate, mean_before, mean_now)
         return self.temperature
 
-    def _probe(self, evaluate, before, now):
-        scores = {t: float(evaluate(t)) for t in sorted({*self.grid, self.temperature})}
-        scores = {t: score for t, score in scores.items() if math.isfinite(score)}
+    def _probe(self, evaluate: Evaluate, mean_before: float, mean_now: float) -> None:
+        """Score every temperature, and move to the highest one within the drop."""
+        scores = {}
+        for temperature in sorted({*self.grid, self.temperature}):
+            score = float(evaluate(temperature))
+            if math.isfinite(score):  # a failed probe is ignored
+                scores[temperature] = score
         best = max(scores.values(), default=0.0)
-        bound = best - self.drop * (abs(best) if self.relative else 1.0)
-        chosen = max((t for t, score in scores.items() if score >= bound), default=self.temperature)
-        decision = {
-            "step": self.steps,
-            "before": before,
-            "now": now,
-            "scores": list(scores.items()),
-            "bound": bound,
+        allowed_drop = self.drop * abs(best) if self.relative else self.drop
+        bound = best - allowed_drop
+        admissible = [temperature for temperature, score in scores.items() if score >= bound]
+        chosen = max(admissible, default=self.temperature)
+        self.log.append(
+            {
+                "step": self.steps,
+                "before": mean_before,
+                "now": mean_now,
+                "scores": list(scores.items()),
+                "bound": bound,
+                "from": self.temperature,
+                "to": chosen,
+            }
+        )
+        self.temperature = chosen
+        self.rewards = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, ready for JSON."""
+        return {
+            "temperature": self.temperature,
+            "rewards": self.rewards,
+            "steps": self.steps,
+            "log": self.log,
         }
-        self.log.append(decision | {"from": self.temperature, "to": chosen})
-        self.temperature, self.rewards = chosen, []
 
-    def state_dict(self):
-        """What a resumed run needs, ready for JSON."""
-        return {name: getattr(self, name) for name in ("temperature", "rewards", "steps", "log")}
-
-    def load_state_dict(self, state):
-        """Continue from a `state_dict`."""
-        self.temperature, self.steps = state["temperature"], state["steps"]
-        self.rewards, self.log = list(state["rewards"]), list(state["log"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state returned by `state_dict`."""
+        self.temperature = state["temperature"]
+        self.steps = state["steps"]
+        self.rewards = list(state["rewards"])
+        self.log = list(state["log"])

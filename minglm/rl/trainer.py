@@ -1,151 +1,262 @@
-"""The synchronous, co-located loop: roll out, reward, update, with one set of weights (paper 3.2, 3.5).
+"""Train on rewarded groups: advantages, clipped policy gradient, optimizer step, with no KL term (paper 3.2, 3.3).
 
-    for each step:  tasks -> P x G episodes -> advantages within each group -> clipped policy gradient, no KL
+    groups -> rewards -> advantages within each group -> loss per token -> one number -> gradient -> step
 
-Groups whose samples all got the same reward carry no signal and are left out before any gradient is computed; with
-fewer than two live groups the step is skipped, because an optimizer that normalises would turn noise into a full-size
-step. The gradient is computed in micro-batches of similar length with one denominator counted over the whole batch.
-The MTP layer and the router's selection bias stay as they are. Every draw follows from the seed and the step, so a
-resumed run repeats nothing and needs no random state.
+Groups whose samples all got the same reward carry no signal and are left out before any gradient is computed. With
+fewer than two informative groups the step is skipped, because an optimizer that normalises would turn noise into a
+full-size step. The gradient is computed in micro-batches of similar length, with one denominator counted over the
+whole batch. The MTP layer and the router's selection bias stay as they are. A gradient that is not finite, or that is a
+spike (`train.guard`), is not used, and the log says so.
 """
 
-import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from minglm.parallel.replicas import Replicas
+from minglm.config import OptimizerConfig, RLConfig
+from minglm.model.glm import GLM
+from minglm.parallel import parallelize
 from minglm.rewards.shaping import shaped_reward
 from minglm.rl.aggregation import aggregate, denominator
-from minglm.rl.grpo import advantages, live_groups, policy_loss
+from minglm.rl.episode import Segment, Trajectory
+from minglm.rl.grpo import advantages, informative_groups, policy_loss
+from minglm.train.guard import Guard, guarded_step
+from minglm.train.state import TrainingState
 
 MICROBATCH_TOKENS = 8192
 WARMUP_STEPS = 5
+MIN_INFORMATIVE_GROUPS = 2
+
+Sample = tuple[Segment, float]
+"""A segment of a trajectory, and its advantage."""
 
 
-def collate(segments, pad):
-    """Segments to tensors, right-padded: tokens int64, mask bool, logprobs float32, documents int32 (-1 on padding)."""
-    S = max(len(segment.tokens) for segment in segments)
+class SegmentBatch(NamedTuple):
+    """Segments as tensors, padded on the right."""
 
-    def rows(values, fill, dtype):
-        return torch.tensor([[*v, *[fill] * (S - len(v))] for v in values], dtype=dtype)
+    tokens_BS: Tensor
+    """int64."""
+    mask_BS: Tensor
+    """bool, True on the tokens that the model sampled."""
+    sampling_logprobs_BS: Tensor
+    """float32, as the rollout engine recorded them; 0 elsewhere."""
+    documents_BS: Tensor
+    """int32, 0 in the segment and -1 on padding."""
 
-    tokens_BS = rows([s.tokens for s in segments], pad, torch.int64)
-    mask_BS = rows([s.mask for s in segments], False, torch.bool)
-    logprobs_BS = rows([s.logprobs for s in segments], 0.0, torch.float32)
-    documents_BS = rows([[0] * len(s.tokens) for s in segments], -1, torch.int32)
-    return tokens_BS, mask_BS, logprobs_BS, documents_BS
+
+class SampledLogProbabilities(NamedTuple):
+    """What the model says of the tokens that were sampled."""
+
+    logprobs_BS: Tensor
+    """float32, at each sampled token its log-probability; 0 elsewhere."""
+    entropy_sum: Tensor
+    """Scalar float32: sum over the sampled tokens of the entropy that they were sampled from, nats."""
 
 
-def sampled_log_probabilities(model, tokens_BS, mask_BS, documents_BS, temperature):
-    """Log-probability (B, S) float32 of each sampled token under the model, 0 elsewhere, and the mean entropy."""
-    hidden_BSD = model.hidden(tokens_BS, documents_BS=documents_BS).hidden_BSD
-    before_BS = mask_BS[:, 1:]  # position s - 1 predicts token s
-    hidden_TD = hidden_BSD[:, :-1][before_BS]
-    logprobs_T, entropy_T = model.lm_head.token_log_probabilities(
-        hidden_TD, tokens_BS[:, 1:][before_BS], temperature
+class GradientSums(NamedTuple):
+    """Metrics of the micro-batches of one replica, already divided by the tokens of the whole batch."""
+
+    ratio_max: float
+    clip_share: float
+    kl: float
+    entropy: float
+
+
+def collate(segments: Sequence[Segment], pad: int) -> SegmentBatch:
+    """Return segments as tensors, padded on the right with the id `pad`."""
+    length = max(len(segment.tokens) for segment in segments)
+
+    def padded(rows: list[Any], fill: Any, dtype: torch.dtype) -> Tensor:
+        filled = [[*row, *[fill] * (length - len(row))] for row in rows]
+        return torch.tensor(filled, dtype=dtype)
+
+    documents = [[0] * len(segment.tokens) for segment in segments]
+    return SegmentBatch(
+        tokens_BS=padded([s.tokens for s in segments], pad, torch.int64),
+        mask_BS=padded([s.mask for s in segments], False, torch.bool),
+        sampling_logprobs_BS=padded([s.logprobs for s in segments], 0.0, torch.float32),
+        documents_BS=padded(documents, -1, torch.int32),
     )
-    where = torch.zeros_like(mask_BS)
-    where[:, 1:] = before_BS
-    logprobs_BS = torch.zeros(mask_BS.shape, dtype=torch.float32, device=mask_BS.device)
-    return logprobs_BS.masked_scatter(where, logprobs_T), entropy_T.sum()
 
 
-def microbatches(pairs):
-    """(segment, advantage) pairs, shortest first, cut so that no padded piece exceeds MICROBATCH_TOKENS."""
-    piece = []
-    for pair in pairs:
-        if piece and len(pair[0].tokens) * (len(piece) + 1) > MICROBATCH_TOKENS:
-            yield piece
-            piece = []
-        piece.append(pair)
-    if piece:
-        yield piece
+def sampled_log_probabilities(
+    model: GLM, tokens_BS: Tensor, mask_BS: Tensor, documents_BS: Tensor, temperature: float
+) -> SampledLogProbabilities:
+    """Return log-probabilities and entropies of the sampled tokens under the model.
 
-
-def update(model, optimizer, pairs, config, pad, clip_norm=1.0, replicas=None):
-    """One optimizer step on (segment, advantage) pairs. Returns metrics for the log.
-
-    replicas: `Replicas` of the model that share the pairs among threads; by default there is only the model.
+    Args:
+        model: the policy.
+        tokens_BS: int64.
+        mask_BS: bool, True on the sampled tokens; never on the first one of a row.
+        documents_BS: int32 document ids, -1 on padding.
+        temperature: the logits are divided by it, as in the rollout.
     """
-    replicas, device = replicas or Replicas(model), model.device
-    pairs = sorted(pairs, key=lambda pair: len(pair[0].tokens))
-    longest = len(pairs[-1][0].tokens)
-    everything = torch.tensor([[*s.mask, *[False] * (longest - len(s.mask))] for s, _ in pairs])
-    total = denominator(everything, config.aggregation, config.max_new_tokens * config.max_turns)
-    tokens = int(everything.sum())
-
-    def work(model, share):
-        metrics = {"ratio_max": 0.0, "clip_share": 0.0, "kl": 0.0, "entropy": 0.0}
-        for piece in microbatches(share):
-            tensors = [t.to(device) for t in collate([segment for segment, _ in piece], pad)]
-            tokens_BS, mask_BS, behaviour_BS, documents_BS = tensors
-            advantages_B = torch.tensor([advantage for _, advantage in piece], device=device)
-            logprobs_BS, entropy = sampled_log_probabilities(
-                model, tokens_BS, mask_BS, documents_BS, config.temperature
-            )
-            loss_BS, found = policy_loss(
-                logprobs_BS, behaviour_BS, advantages_B, config.clip_low, config.clip_high, mask_BS
-            )
-            aggregate(loss_BS, mask_BS, config.aggregation, total).backward()
-            metrics["ratio_max"] = max(metrics["ratio_max"], float(found["ratio_max"]))
-            metrics["entropy"] += float(entropy) / tokens
-            for key in ("clip_share", "kl"):
-                metrics[key] += float(found[key] * found["tokens"]) / tokens
-        return metrics
-
-    count = min(len(replicas), len(pairs))
-    found = replicas.run(
-        work, [pairs[i::count] for i in range(count)]
-    )  # each gets short and long ones
-    metrics = {
-        key: (max if key == "ratio_max" else sum)(part[key] for part in found) for key in found[0]
-    }
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    if math.isfinite(norm):
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
-        optimizer.step()
-    optimizer.zero_grad()
-    return metrics | {"grad_norm": float(norm)}
+    hidden_BSD = model.hidden(tokens_BS, documents_BS=documents_BS).hidden_BSD
+    predicts_BS = mask_BS[:, 1:]  # position s - 1 predicts token s
+    hidden_TD = hidden_BSD[:, :-1][predicts_BS]
+    targets_T = tokens_BS[:, 1:][predicts_BS]
+    logprobs_T, entropy_T = model.lm_head.token_log_probabilities(hidden_TD, targets_T, temperature)
+    sampled_BS = torch.zeros_like(mask_BS)
+    sampled_BS[:, 1:] = predicts_BS
+    logprobs_BS = torch.zeros(mask_BS.shape, dtype=torch.float32, device=mask_BS.device)
+    return SampledLogProbabilities(
+        logprobs_BS.masked_scatter(sampled_BS, logprobs_T), entropy_T.sum()
+    )
 
 
-def reward(trajectory, fault_penalty):
-    """Return the score of a trajectory, less the penalty if it has a fault."""
+def microbatches(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+    """Yield the samples, shortest first, cut so that no padded micro-batch exceeds MICROBATCH_TOKENS."""
+    microbatch: list[Sample] = []
+    for sample in samples:
+        longest = len(sample[0].tokens)
+        if microbatch and longest * (len(microbatch) + 1) > MICROBATCH_TOKENS:
+            yield microbatch
+            microbatch = []
+        microbatch.append(sample)
+    if microbatch:
+        yield microbatch
+
+
+def reward(trajectory: Trajectory, fault_penalty: float) -> float:
+    """Return the score of a trajectory, less the penalty if its last turn has a fault or it disobeys the switch."""
     flags = trajectory.faults() if fault_penalty else {}
     return shaped_reward(trajectory.score.value, flags, trajectory.switch_obeyed, fault_penalty)
 
 
-def learn(model, optimizer, groups, config, pad, step, replicas=None):
-    """Turn rewarded groups into optimizer steps, one per share of the rollout. Returns metrics for the log."""
-    rewards_PG = torch.tensor(
-        [[reward(t, config.fault_penalty) for t in group] for group in groups], dtype=torch.float32
-    )
-    valid_PG = torch.tensor([[t.valid for t in group] for group in groups])
-    advantage_PG = advantages(rewards_PG, config.normalize_std, valid_PG)
-    live_P = live_groups(rewards_PG, valid_PG)
-    metrics = {
-        "live_groups": round(float(live_P.float().mean()), 4),
-        "skipped": int(live_P.sum()) < 2,
-    }
-    if metrics["skipped"]:
-        return metrics
-    pairs = [
-        (segment, float(advantage_PG[p, g]))
-        for p, group in enumerate(groups)
-        if live_P[p]
-        for g, trajectory in enumerate(group)
-        if valid_PG[p, g]
-        for segment in trajectory.segments
-    ]
-    for group in optimizer.param_groups:
-        group["lr"] = config.peak_lr * min(1.0, (step + 1) / WARMUP_STEPS)
-    metrics["trained_tokens"] = sum(len(segment.tokens) for segment, _ in pairs)
-    for part in range(min(config.updates_per_rollout, len(pairs))):
-        metrics |= update(
-            model,
-            optimizer,
-            pairs[part :: config.updates_per_rollout],
-            config,
-            pad,
-            replicas=replicas,
+class PolicyTrainer:
+    """The policy, its optimizer and its guard: makes updates of rewarded groups.
+
+    Args:
+        model: the policy.
+        optimizer: its optimizer.
+        config: settings of the RL stage.
+        optimizer_config: bound on the gradient norm, and which steps are skipped; the learning rate is the stage's.
+        pad: id of the padding token.
+        threads: how many threads share the samples of an update; results are bit-equal for equal counts.
+    """
+
+    def __init__(
+        self,
+        model: GLM,
+        optimizer: torch.optim.Optimizer,
+        config: RLConfig,
+        optimizer_config: OptimizerConfig,
+        pad: int,
+        threads: int = 1,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.config = config
+        self.clip_norm = optimizer_config.clip_norm
+        self.pad = pad
+        self.replicas = parallelize(model, threads)
+        self.guard = Guard(optimizer_config.spike_factor, optimizer_config.rollback_after)
+        self.state = TrainingState(model, optimizer, self.guard)
+
+    def learn(self, groups: Sequence[Sequence[Trajectory]], step: int) -> dict[str, Any]:
+        """Turn rewarded groups into optimizer steps, `updates_per_rollout` of them. Return metrics for the log.
+
+        step: number of the step from 0, for the warm-up. The metrics are fields of `RLRecord`.
+        """
+        penalty = self.config.fault_penalty
+        rewards_PG = torch.tensor(
+            [[reward(t, penalty) for t in group] for group in groups], dtype=torch.float32
         )
-    return metrics
+        valid_PG = torch.tensor([[t.valid for t in group] for group in groups])
+        advantage_PG = advantages(rewards_PG, self.config.normalize_std, valid_PG)
+        informative_P = informative_groups(rewards_PG, valid_PG)
+
+        metrics: dict[str, Any] = {
+            "live_groups": round(float(informative_P.float().mean()), 4),
+            "skipped": int(informative_P.sum()) < MIN_INFORMATIVE_GROUPS,
+        }
+        if metrics["skipped"]:
+            return metrics
+
+        samples = []
+        for p, group in enumerate(groups):
+            for g, trajectory in enumerate(group):
+                if informative_P[p] and valid_PG[p, g]:
+                    advantage = float(advantage_PG[p, g])
+                    samples += [(segment, advantage) for segment in trajectory.segments]
+        metrics["segment_tokens"] = sum(len(segment.tokens) for segment, _ in samples)
+        metrics["trained_tokens"] = sum(sum(segment.mask) for segment, _ in samples)
+
+        # Each update gets every k-th segment of the rollout; the log shows the last one.
+        updates = min(self.config.updates_per_rollout, len(samples))
+        for first in range(updates):
+            share = samples[first :: self.config.updates_per_rollout]
+            metrics |= self.update(share, self.learning_rate(step))
+        return metrics
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step: linear warm-up, then constant."""
+        return self.config.peak_lr * min(1.0, (step + 1) / WARMUP_STEPS)
+
+    def update(self, samples: Sequence[Sample], learning_rate: float) -> dict[str, Any]:
+        """Take one optimizer step on (segment, advantage) pairs. Return metrics for the log."""
+        samples = sorted(samples, key=lambda sample: len(sample[0].tokens))
+
+        # One denominator for the whole batch, before it is cut.
+        mask_BS = collate([segment for segment, _ in samples], self.pad).mask_BS
+        max_tokens = self.config.max_new_tokens * self.config.max_turns
+        total = denominator(mask_BS, self.config.aggregation, max_tokens)
+        tokens = int(mask_BS.sum())
+
+        def work(model: GLM, share: Sequence[Sample]) -> GradientSums:
+            return self.accumulate(model, share, total, tokens)
+
+        # Every k-th sample for each replica, so that each gets short and long ones.
+        count = min(len(self.replicas), len(samples))
+        sums = self.replicas.run(work, [samples[i::count] for i in range(count)])
+        result = guarded_step(self.model, self.optimizer, learning_rate, self.clip_norm, self.guard)
+        metrics = {
+            "ratio_max": max(part.ratio_max for part in sums),
+            "clip_share": sum(part.clip_share for part in sums),
+            "kl": sum(part.kl for part in sums),
+            "entropy": sum(part.entropy for part in sums),
+            "grad_norm": result.grad_norm,
+            "left_out": result.left_out,
+        }
+        return metrics
+
+    def accumulate(
+        self, model: GLM, samples: Sequence[Sample], total: Tensor, tokens: int
+    ) -> GradientSums:
+        """Add the gradients of one replica's share of a batch, micro-batch by micro-batch.
+
+        Args:
+            model: the replica.
+            samples: its share, sorted by length.
+            total: the denominator of the whole batch.
+            tokens: sampled tokens of the whole batch.
+        """
+        device = self.model.device
+        ratio_max = 0.0
+        clip_share = 0.0
+        kl = 0.0
+        entropy = 0.0
+        for microbatch in microbatches(samples):
+            batch = collate([segment for segment, _ in microbatch], self.pad)
+            batch = SegmentBatch(*(tensor.to(device) for tensor in batch))
+            advantages_B = torch.tensor([advantage for _, advantage in microbatch], device=device)
+            logprobs_BS, entropy_sum = sampled_log_probabilities(
+                model, batch.tokens_BS, batch.mask_BS, batch.documents_BS, self.config.temperature
+            )
+            loss_BS, metrics = policy_loss(
+                logprobs_BS,
+                batch.sampling_logprobs_BS,
+                advantages_B,
+                self.config.clip_low,
+                self.config.clip_high,
+                batch.mask_BS,
+            )
+            aggregate(loss_BS, batch.mask_BS, self.config.aggregation, total).backward()
+
+            ratio_max = max(ratio_max, float(metrics.ratio_max))
+            clip_share += float(metrics.clip_share * metrics.tokens) / tokens
+            kl += float(metrics.kl * metrics.tokens) / tokens
+            entropy += float(entropy_sum) / tokens
+        return GradientSums(ratio_max, clip_share, kl, entropy)

@@ -116,7 +116,7 @@ def check_advantages(advantages):
 
 
 def check_policy_loss(policy_loss):
-    """`policy_loss(logprobs_BS, behaviour_BS, advantages_B, clip_low, clip_high, mask_BS)` like `minglm.rl.grpo`'s.
+    """`policy_loss(logprobs_BS, sampling_BS, advantages_B, clip_low, clip_high, mask_BS)` like `minglm.rl.grpo`'s.
 
     On policy its gradient is REINFORCE's, the ratio is exactly 1 and the divergence 0; the clip removes the gradient
     exactly where the policy has already gone too far in the direction of the advantage; masked tokens never matter.
@@ -137,9 +137,9 @@ def check_policy_loss(policy_loss):
         (true_V,) = torch.autograd.grad(-(rewards_V * logprobs_V.exp()).sum(), scores_V)
         torch.testing.assert_close(found_V, true_V, atol=1e-6, rtol=1e-5)  # the loss is float32
         assert (
-            float(metrics["ratio_max"]) == 1
-            and float(metrics["kl"]) == 0
-            and float(metrics["clip_share"]) == 0
+            float(metrics.ratio_max) == 1
+            and float(metrics.kl) == 0
+            and float(metrics.clip_share) == 0
         )
 
     @holds(
@@ -163,7 +163,7 @@ def check_policy_loss(policy_loss):
         assert math.isclose(float(gradient_BS), expected, abs_tol=1e-5), (
             f"ratio {ratio}, advantage {advantage}"
         )
-        assert float(metrics["clip_share"]) == stopped
+        assert float(metrics.clip_share) == stopped
 
     @holds(
         seed=seeds, shape=shapes, junk=st.sampled_from([math.nan, math.inf, -math.inf, 0.0, -1e30])
@@ -172,7 +172,7 @@ def check_policy_loss(policy_loss):
         """Whatever stands at masked positions: same loss, gradient and metrics, and no gradient there."""
         generator = numbers(seed)
         logprobs_BS = -torch.rand(shape, generator=generator)
-        behaviour_BS = -torch.rand(shape, generator=generator)
+        sampling_BS = -torch.rand(shape, generator=generator)
         advantages_B = torch.randn(shape[0], generator=generator)
         mask_BS = torch.rand(shape, generator=generator) < 0.5
         results = []
@@ -180,7 +180,7 @@ def check_policy_loss(policy_loss):
             clone_BS = logprobs_BS.masked_fill(~mask_BS, value).requires_grad_()
             loss_BS, metrics = policy_loss(
                 clone_BS,
-                behaviour_BS.masked_fill(~mask_BS, value),
+                sampling_BS.masked_fill(~mask_BS, value),
                 advantages_B,
                 0.2,
                 0.28,
@@ -194,7 +194,10 @@ def check_policy_loss(policy_loss):
                 (
                     loss_BS[mask_BS],
                     gradient_BS,
-                    *(float(metrics[k]) for k in ("ratio_max", "clip_share", "kl")),
+                    *(
+                        float(value)
+                        for value in (metrics.ratio_max, metrics.clip_share, metrics.kl)
+                    ),
                 )
             )
         torch.testing.assert_close(results[1], results[0], atol=0, rtol=0)

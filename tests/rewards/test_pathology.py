@@ -11,12 +11,11 @@ from minglm.envs import ENVIRONMENTS
 from minglm.rewards.pathology import (
     FAULTS,
     broken_format,
+    count_words,
     detect,
     distinctness,
     incidence,
-    language_mixing,
-    penalty,
-    repetition,
+    longest_run,
 )
 from minglm.testing.rl import check_detectors
 
@@ -38,7 +37,7 @@ def counts_tags_only(text, language=None):
 
 def whole_text_only(text, language=None):
     """Finds a loop only where it is the whole text."""
-    return detect(text, language) | {"repetition": repetition(text) > 0.99}
+    return detect(text, language) | {"repetition": longest_run(text).share > 0.99}
 
 
 @pytest.mark.parametrize("broken", [counts_letters, counts_tags_only, whole_text_only])
@@ -107,8 +106,8 @@ def test_any_text_is_judged(piece, copies, language):
     """No text whatever makes a detector fail, and shares are shares."""
     for text in (piece, piece * copies):
         assert set(detect(text, language)) == set(FAULTS)
-        assert 0 <= repetition(text) <= 1 and 0 <= distinctness(text)[0] <= 1
-        assert 0 <= language_mixing(text, "en") <= 1
+        assert 0 <= longest_run(text).share <= 1 and 0 <= distinctness(text)[0] <= 1
+        assert min(count_words(text, "en")) >= 0
 
 
 @given(
@@ -117,13 +116,13 @@ def test_any_text_is_judged(piece, copies, language):
 )
 def test_a_loop_covers_its_text(words, copies):
     """A text that is nothing but a loop is all repetition, whatever the piece."""
-    assert repetition(" ".join(words * copies)) > 0.99
+    assert longest_run(" ".join(words * copies)).share > 0.99
 
 
 @given(order=st.permutations([f"word{i}" for i in range(60)]))
 def test_distinct_words_do_not_repeat(order):
     """Different words are no loop."""
-    assert repetition(" ".join(order)) < 0.2 and distinctness(" ".join(order)) == (1.0, 57)
+    assert longest_run(" ".join(order)).share < 0.2 and distinctness(" ".join(order)) == (1.0, 57)
 
 
 def test_sentences_that_return_without_touching_are_found():
@@ -156,19 +155,17 @@ def test_message_with_an_error_is_broken():
 
 
 @given(st.lists(st.fixed_dictionaries({fault: st.booleans() for fault in FAULTS}), max_size=20))
-def test_incidence_and_penalty(flags_list):
-    """Shares lie between their largest part and their sum; only a clean turn costs nothing."""
+def test_incidence(flags_list):
+    """The share of turns with any fault lies between the largest share of a fault and the sum of all."""
     shares = incidence(flags_list)
     parts = [shares[fault] for fault in FAULTS]
     assert max(parts) <= shares["any"] <= sum(parts) + 1e-9
-    for flags in flags_list:
-        assert 0 <= penalty(flags) <= 1 and (penalty(flags) > 0) == any(flags.values())
 
 
 def test_unknown_language_is_one_line():
     """Two languages are known."""
     with pytest.raises(ValueError, match="must be one of en, zh"):
-        language_mixing("bonjour", "fr")
+        count_words("bonjour", "fr")
 
 
 @given(
@@ -188,8 +185,8 @@ def test_demonstrations_in_the_template_are_clean(name, index, thinking):
         if "<|assistant|>" in turn
     ]
     assert len(turns) == sum(message["role"] == "assistant" for message in messages)
-    # provocations name the language of the reply; instructions may ask in one language for words of the other
-    language = {"provocation": task.label, "instructions": None}.get(name, "en")
+    # instructions may ask in one language for words of the other
+    language = None if name == "instructions" else task.expected_language or "en"
     for turn in turns:
         flags = detect(turn.split("<|assistant|>")[1], language)
         assert not any(flags.values()), (turn, flags)

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.rl.aggregation import MODES, aggregate, denominator
+from minglm.config.posttraining import Aggregation
+from minglm.rl.aggregation import aggregate, denominator
 from minglm.testing.rl import check_aggregation
 from minglm.testing.strategies import numbers, seeds, shapes
 
@@ -44,7 +45,7 @@ def test_contract_finds_the_broken_twin(broken):
         check_aggregation(broken)
 
 
-@given(seed=seeds, shape=shapes, mode=st.sampled_from(MODES), cut=st.integers(0, 6))
+@given(seed=seeds, shape=shapes, mode=st.sampled_from(list(Aggregation)), cut=st.integers(0, 6))
 def test_denominators_of_pieces_add_up(seed, shape, mode, cut):
     """Ranks that count their own rows and sum the counts know the denominator of the whole batch."""
     mask_BS = torch.rand(shape, generator=numbers(seed)) < 0.3
@@ -58,14 +59,15 @@ def test_modes_agree_on_equal_lengths(seed, shape):
     loss_BS = torch.randn(shape, generator=numbers(seed))
     mask_BS = torch.ones(shape, dtype=torch.bool)
     values = [
-        aggregate(loss_BS, mask_BS, mode, denominator(mask_BS, mode, shape[1])) for mode in MODES
+        aggregate(loss_BS, mask_BS, mode, denominator(mask_BS, mode, shape[1]))
+        for mode in list(Aggregation)
     ]
     torch.testing.assert_close(
         values[1:], values[:1] * 2, atol=1e-5, rtol=0
     )  # float32, another order of summation
 
 
-@given(seed=seeds, shape=shapes, mode=st.sampled_from(MODES), rows=st.integers(1, 3))
+@given(seed=seeds, shape=shapes, mode=st.sampled_from(list(Aggregation)), rows=st.integers(1, 3))
 def test_padding_rows_do_not_count(seed, shape, mode, rows):
     """Rows without any target, as padding and failed episodes are, change nothing."""
     loss_BS = torch.randn(shape, generator=numbers(seed))

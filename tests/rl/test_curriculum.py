@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.common.statistics import avg_at_k, interval, pass_at_k
-from minglm.rl.curriculum import PassRate, measure, tiers_from_pass_rates
+from minglm.rl.curriculum import EXTREME, PassRate, measure, tiers_from_pass_rates
 from minglm.testing.rl import check_pass_at_k
 
 
@@ -62,15 +62,15 @@ counts = st.integers(1, 512).flatmap(
 def test_tiers_never_admit_the_impossible_or_the_solved(seen, literal):
     """Every problem lands in one tier; those in a stage have a right and a wrong answer, and its pass rate."""
     rates = {i: PassRate(n, c, min(c, i % 2)) for i, (n, c) in enumerate(seen)}
-    tiers = tiers_from_pass_rates(rates, extreme=None if literal else (0.05, 0.2))
-    assert sorted(problem for tier in tiers.values() for problem in tier) == sorted(rates)
-    for problem in tiers["moderate"] + tiers["extreme"]:
+    tiers = tiers_from_pass_rates(rates, extreme=None if literal else EXTREME)
+    assert sorted(problem for tier in tiers for problem in tier) == sorted(rates)
+    for problem in tiers.moderate + tiers.extreme:
         assert 0 < rates[problem].successes < rates[problem].attempts
-    assert all(0.2 <= rates[p].successes / rates[p].attempts <= 0.8 for p in tiers["moderate"])
+    assert all(0.2 <= rates[p].successes / rates[p].attempts <= 0.8 for p in tiers.moderate)
     if literal:
-        assert all(rates[problem].first_successes == 0 for problem in tiers["extreme"])
+        assert all(rates[problem].first_successes == 0 for problem in tiers.extreme)
     else:
-        assert all(0.05 <= rates[p].successes / rates[p].attempts < 0.2 for p in tiers["extreme"])
+        assert all(0.05 <= rates[p].successes / rates[p].attempts < 0.2 for p in tiers.extreme)
 
 
 @given(rate=st.sampled_from([0.0, 0.004, 0.3, 1.0]), seed=st.integers(0, 2**32 - 1))
@@ -86,9 +86,9 @@ def test_measure_spends_512_answers_only_on_failures(rate, seed):
     seen = measure(attempt)
     assert [k for k, _ in spent] == ([8] if spent[0][1] else [8, 504])
     assert seen == PassRate(sum(k for k, _ in spent), sum(right for _, right in spent), spent[0][1])
-    tier = next(name for name, ids in tiers_from_pass_rates({0: seen}, extreme=None).items() if ids)
+    tiers = tiers_from_pass_rates({0: seen}, extreme=None)
     if not spent[0][1]:
-        assert tier == ("extreme" if seen.successes else "unsolved")
+        assert (tiers.extreme if seen.successes else tiers.unsolved) == [0]
 
 
 @given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=8), min_size=1, max_size=20))

@@ -60,8 +60,8 @@ def test_filters_commute_and_recheck(drawn):
             rest, _ = reject(rest, {name: FILTERS[name]})
         assert rest == kept
     assert reject(kept, FILTERS)[0] == kept
-    assert report["samples"] == len(drawn) and report["kept"] == len(kept)
-    assert report["rejected"] == {
+    assert report.samples == len(drawn) and report.kept == len(kept)
+    assert report.rejected == {
         name: sum(not keep(s) for s in drawn) for name, keep in FILTERS.items()
     }
 

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.rl.aggregation import aggregate
-from minglm.rl.grpo import advantages, live_groups, policy_loss
+from minglm.rl.grpo import (
+    PolicyLoss,
+    TruncatedImportanceSampling,
+    advantages,
+    informative_groups,
+    policy_loss,
+)
 from minglm.testing.rl import check_advantages, check_policy_loss
 from minglm.testing.strategies import numbers, seeds, shapes
 
@@ -51,30 +57,30 @@ def test_contract_finds_broken_advantages(broken):
         check_advantages(broken)
 
 
-def wrong_side(logprobs_BS, behaviour_BS, advantages_B, low, high, mask_BS):
-    """Takes the larger of the two objectives: the clip holds the policy where it should let it return."""
-    return policy_loss(logprobs_BS, behaviour_BS, -advantages_B, low, high, mask_BS)[
-        0
-    ] * -1, policy_loss(logprobs_BS, behaviour_BS, advantages_B, low, high, mask_BS)[1]
+def wrong_side(logprobs_BS, sampling_BS, advantages_B, low, high, mask_BS):
+    """Take the larger of the two objectives: the clip holds the policy where it should let it return."""
+    negative = policy_loss(logprobs_BS, sampling_BS, -advantages_B, low, high, mask_BS)
+    right = policy_loss(logprobs_BS, sampling_BS, advantages_B, low, high, mask_BS)
+    return PolicyLoss(-negative.loss_BS, right.metrics)
 
 
-def no_clip(logprobs_BS, behaviour_BS, advantages_B, low, high, mask_BS):
+def no_clip(logprobs_BS, sampling_BS, advantages_B, low, high, mask_BS):
     """Never stops."""
-    return policy_loss(logprobs_BS, behaviour_BS, advantages_B, 1.0, 1e9, mask_BS)
+    return policy_loss(logprobs_BS, sampling_BS, advantages_B, 1.0, 1e9, mask_BS)
 
 
-def swapped_bounds(logprobs_BS, behaviour_BS, advantages_B, low, high, mask_BS):
+def swapped_bounds(logprobs_BS, sampling_BS, advantages_B, low, high, mask_BS):
     """Uses the upper range below and the lower one above."""
-    return policy_loss(logprobs_BS, behaviour_BS, advantages_B, high, low, mask_BS)
+    return policy_loss(logprobs_BS, sampling_BS, advantages_B, high, low, mask_BS)
 
 
-def reads_masked(logprobs_BS, behaviour_BS, advantages_B, low, high, mask_BS):
+def reads_masked(logprobs_BS, sampling_BS, advantages_B, low, high, mask_BS):
     """Masks after the exponential: an infinite ratio times zero."""
-    loss_BS, metrics = policy_loss(logprobs_BS, behaviour_BS, advantages_B, low, high)
-    return loss_BS * (1.0 if mask_BS is None else mask_BS), metrics
+    loss_BS, metrics = policy_loss(logprobs_BS, sampling_BS, advantages_B, low, high)
+    return PolicyLoss(loss_BS * (1.0 if mask_BS is None else mask_BS), metrics)
 
 
-def recomputed(logprobs_BS, behaviour_BS, advantages_B, low, high, mask_BS):
+def recomputed(logprobs_BS, sampling_BS, advantages_B, low, high, mask_BS):
     """Takes the ratio against itself: always 1, so stale samples are never corrected or clipped."""
     return policy_loss(logprobs_BS, logprobs_BS.detach(), advantages_B, low, high, mask_BS)
 
@@ -91,14 +97,16 @@ def test_contract_finds_broken_policy_loss(broken):
     shape=st.tuples(st.integers(1, 5), st.integers(1, 6)),
     level=st.floats(0, 1, width=32),
 )
-def test_live_groups_are_those_with_an_advantage(seed, shape, level):
-    """A group is live exactly when it has a non-zero advantage; NaN rewards of failed samples are not looked at."""
+def test_informative_groups_are_those_with_an_advantage(seed, shape, level):
+    """A group is informative exactly when it has a non-zero advantage; NaN rewards of failed samples are not looked at."""
     rewards_PG = torch.where(torch.rand(shape, generator=numbers(seed)) < 0.3, 1.0, level)
     valid_PG = torch.rand(shape, generator=numbers(seed + 1)) < 0.7
     rewards_PG[~valid_PG] = torch.nan
-    live_P = live_groups(rewards_PG, valid_PG)
+    informative_P = informative_groups(rewards_PG, valid_PG)
     for normalize in (True, False):
-        assert torch.equal(live_P, advantages(rewards_PG, normalize, valid_PG).abs().amax(1) > 0)
+        assert torch.equal(
+            informative_P, advantages(rewards_PG, normalize, valid_PG).abs().amax(1) > 0
+        )
 
 
 @given(seed=seeds, arms=st.integers(2, 4), samples=st.integers(2, 4))
@@ -127,7 +135,7 @@ def test_expected_group_gradient_is_the_policy_gradient(seed, arms, samples):
 
 
 @given(seed=seeds, shape=shapes)
-def test_mute_batch_leaves_no_gradient(seed, shape):
+def test_uninformative_batch_leaves_no_gradient(seed, shape):
     """When every group has equal rewards, the gradient is exactly zero, so the step can be skipped."""
     rewards_PG = torch.full((shape[0], 4), 0.1)
     logprobs_BS = -torch.rand(shape[0] * 4, shape[1], generator=numbers(seed))
@@ -136,18 +144,25 @@ def test_mute_batch_leaves_no_gradient(seed, shape):
         logprobs_BS, logprobs_BS.detach() - 0.1, advantages(rewards_PG).flatten(), 0.2, 0.2
     )
     aggregate(loss_BS, torch.ones_like(loss_BS).bool(), "sequence").backward()
-    assert not live_groups(rewards_PG).any() and not logprobs_BS.grad.any()
+    assert not informative_groups(rewards_PG).any() and not logprobs_BS.grad.any()
 
 
 @given(seed=seeds, shape=shapes, cap=st.floats(0.5, 3))
 def test_truncated_importance_sampling_bounds_the_weight(seed, shape, cap):
     """With a cap the first gradient is -min(pi / mu, cap) * advantage: corrected, and never above the cap."""
     logprobs_BS = -torch.rand(shape, generator=numbers(seed)).requires_grad_()
-    behaviour_BS = -2 * torch.rand(shape, generator=numbers(seed + 1))
+    sampling_BS = -2 * torch.rand(shape, generator=numbers(seed + 1))
     advantages_B = torch.randn(shape[0], generator=numbers(seed + 2))
-    loss_BS, _ = policy_loss(logprobs_BS, behaviour_BS, advantages_B, 0.2, 0.2, tis_cap=cap)
+    loss_BS, _ = policy_loss(
+        logprobs_BS,
+        sampling_BS,
+        advantages_B,
+        0.2,
+        0.2,
+        importance=TruncatedImportanceSampling(cap),
+    )
     (gradient_BS,) = torch.autograd.grad(loss_BS.sum(), logprobs_BS)
-    weight_BS = (logprobs_BS.detach() - behaviour_BS).exp().clamp(max=cap)
+    weight_BS = (logprobs_BS.detach() - sampling_BS).exp().clamp(max=cap)
     torch.testing.assert_close(gradient_BS, -weight_BS * advantages_B[:, None])
 
 
@@ -155,18 +170,17 @@ def test_truncated_importance_sampling_bounds_the_weight(seed, shape, cap):
 def test_later_updates_clip_against_the_trainer(seed, shape):
     """With a cap and the proximal log-probabilities the clip counts from them, not from the rollout's."""
     proximal_BS = -torch.rand(shape, generator=numbers(seed))
-    behaviour_BS = (
+    sampling_BS = (
         proximal_BS - 1.0
     )  # the rollout thought these tokens far less likely: weight e, cut to 2
     logprobs_BS = (proximal_BS + 0.1).requires_grad_()
     loss_BS, _ = policy_loss(
         logprobs_BS,
-        behaviour_BS,
+        sampling_BS,
         torch.ones(shape[0]),
         0.2,
         0.2,
-        tis_cap=2.0,
-        proximal_BS=proximal_BS,
+        importance=TruncatedImportanceSampling(2.0, proximal_BS),
     )
     torch.testing.assert_close(
         loss_BS, torch.full(shape, -2 * 1.1051709), atol=1e-5, rtol=0

@@ -22,12 +22,11 @@ from minglm.inference.client import EngineGenerator
 from minglm.model.embedding import LMHead
 from minglm.model.glm import GLM, Output
 from minglm.optim.muon import Muon
-from minglm.parallel.replicas import Replicas
 from minglm.rl import trainer
 from minglm.rl.episode import Player, SamplingSettings, Segment, Trajectory
-from minglm.rl.loop import draw_tasks, reinforce, summarize
+from minglm.rl.loop import TaskSchedule, reinforce, summarize
 from minglm.rl.rollout import rollout
-from minglm.rl.trainer import collate, learn, sampled_log_probabilities, update
+from minglm.rl.trainer import PolicyTrainer, collate, sampled_log_probabilities
 from minglm.testing.model import tiny_model
 from minglm.testing.strategies import numbers, seeds
 from minglm.train.checkpoint import CheckpointStore, Interrupted
@@ -92,7 +91,8 @@ class Looks(torch.optim.SGD):
 def gradients(model, pairs, config=CONFIG, clip_norm=1e9, threads=1):
     """({name: gradient}, metrics) of one update."""
     optimizer = Looks(model)
-    metrics = update(model, optimizer, pairs, config, 0, clip_norm, Replicas(model, threads))
+    options = OptimizerConfig(clip_norm=clip_norm)
+    metrics = PolicyTrainer(model, optimizer, config, options, 0, threads).update(pairs, 0.0)
     (seen,) = optimizer.seen
     return seen, metrics
 
@@ -250,17 +250,27 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights():
     handle = model.model.norm.register_forward_hook(
         lambda module, inputs, output: output * float("inf")
     )
-    metrics = update(
-        model, muon(model), [(drawn_segment(1), 1.0), (drawn_segment(2), -1.0)], CONFIG, 0
-    )
+    trainer = trainer_of(model)
+    metrics = trainer.update([(drawn_segment(1), 1.0), (drawn_segment(2), -1.0)], 1e-3)
     handle.remove()
     assert not math.isfinite(metrics["grad_norm"]) and same(before, weights(model))
+    assert metrics["left_out"] == "not finite" and trainer.guard.left_out == 1
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
 
 
 def muon(model):
-    """The optimizer of a run."""
+    """Return the optimizer of a run."""
     return Muon(model, OptimizerConfig())
+
+
+def trainer_of(model, config=CONFIG, **options):
+    """Return a trainer of this model with a fresh optimizer."""
+    return PolicyTrainer(model, muon(model), config, OptimizerConfig(**options), pad=0)
+
+
+def learn(model, groups, config=CONFIG, step=9):
+    """Learn from groups with a fresh trainer; return the metrics."""
+    return trainer_of(model, config).learn(groups, step)
 
 
 REWARDS = {
@@ -279,11 +289,14 @@ def test_groups_without_variance_teach_nothing(name):
     """With fewer than two groups whose rewards differ no weight moves by a bit; otherwise they do."""
     rewards, skipped = REWARDS[name]
     model = tiny_model(1)
-    before, optimizer = weights(model), muon(model)
-    metrics = learn(model, optimizer, drawn_groups(1, rewards), CONFIG, 0, step=9)
+    before = weights(model)
+    trainer = trainer_of(model)
+    metrics = trainer.learn(drawn_groups(1, rewards), step=9)
     assert metrics["skipped"] == skipped and same(before, weights(model)) == skipped
     memory = [
-        value for state in optimizer.state_dict()["state"].values() for value in state.values()
+        value
+        for state in trainer.optimizer.state_dict()["state"].values()
+        for value in state.values()
     ]
     assert any(torch.as_tensor(value).any() for value in memory) != skipped, (
         "nor does the optimizer's memory"
@@ -294,19 +307,19 @@ def test_groups_without_variance_teach_nothing(name):
 
 @settings(max_examples=8)
 @given(seed=seeds, normalize=st.booleans())
-def test_mute_groups_are_as_if_they_had_not_been(seed, normalize):
+def test_uninformative_groups_are_as_if_they_had_not_been(seed, normalize):
     """A step with a group of equal rewards is the step without that group, bit for bit."""
     config, found = dataclasses.replace(CONFIG, normalize_std=normalize), []
     rewards = [[0, 1, 1], [1, 1, 1], [0.5, 0, 1]]
     groups = drawn_groups(seed, rewards)
     for chosen in (groups, [groups[0], groups[2]]):
         model = tiny_model(seed)
-        metrics = learn(model, muon(model), chosen, config, 0, step=9)
+        metrics = learn(model, chosen, config)
         found.append(weights(model))
     assert same(*found)
-    assert metrics["trained_tokens"] == sum(
-        len(s.tokens) for group in chosen for t in group for s in t.segments
-    )
+    segments = [s for group in chosen for t in group for s in t.segments]
+    assert metrics["segment_tokens"] == sum(len(s.tokens) for s in segments)
+    assert metrics["trained_tokens"] == sum(sum(s.mask) for s in segments)
 
 
 @settings(max_examples=8)
@@ -318,7 +331,7 @@ def test_failures_of_the_machine_leave_the_statistics(seed, normalize, mode):
     without = [[t for t in group if t.score.status != "infrastructure"] for group in groups]
     for chosen in (groups, without):
         model = tiny_model(seed)
-        learn(model, muon(model), chosen, config, 0, step=9)
+        learn(model, chosen, config)
         found.append(weights(model))
     assert same(*found)
 
@@ -327,11 +340,10 @@ def test_the_learning_rate_warms_up_over_five_steps():
     """A fifth of the peak in the first step, all of it from the fifth on."""
     for step, share in ((0, 0.2), (1, 0.4), (4, 1.0), (100, 1.0)):
         model = tiny_model(1)
-        optimizer = muon(model)
-        learn(model, optimizer, drawn_groups(1, [[0, 1], [1, 0]]), CONFIG, 0, step)
-        assert all(
-            group["lr"] == pytest.approx(share * CONFIG.peak_lr) for group in optimizer.param_groups
-        )
+        trainer = trainer_of(model)
+        trainer.learn(drawn_groups(1, [[0, 1], [1, 0]]), step)
+        rates = [group["lr"] for group in trainer.optimizer.param_groups]
+        assert rates == pytest.approx([share * CONFIG.peak_lr] * len(rates))
 
 
 @pytest.mark.parametrize("updates", [1, 2, 3, 99])
@@ -339,16 +351,11 @@ def test_a_rollout_can_serve_several_updates(updates):
     """Each share is one optimizer step, and there are never more shares than segments."""
     model, groups, calls = tiny_model(1), drawn_groups(1, [[0, 1], [1, 0]]), []
     segments = sum(len(t.segments) for group in groups for t in group)
+    config = dataclasses.replace(CONFIG, updates_per_rollout=updates)
+    subject = trainer_of(model, config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "update", lambda *a, replicas: calls.append(a[2]) or {})
-        learn(
-            model,
-            muon(model),
-            groups,
-            dataclasses.replace(CONFIG, updates_per_rollout=updates),
-            0,
-            9,
-        )
+        patch.setattr(subject, "update", lambda samples, rate: calls.append(samples) or {})
+        subject.learn(groups, 9)
     assert len(calls) == min(updates, segments) and all(calls)
     assert Counter(id(s) for pairs in calls for s, _ in pairs) == Counter(
         id(s) for group in groups for t in group for s in t.segments
@@ -366,10 +373,9 @@ def test_a_rollout_can_serve_several_updates(updates):
 def test_every_environment_is_asked_with_and_without_thinking(seed, names, count, share):
     """Tasks follow from seed and step, none comes twice, and each place in the turn has its share of thinking."""
     steps = 4 * len(names)
-    drawn = [draw_tasks(ENVIRONMENTS, names, count, seed, step, share) for step in range(steps)]
-    assert drawn == [
-        draw_tasks(ENVIRONMENTS, names, count, seed, step, share) for step in range(steps)
-    ]
+    schedule = TaskSchedule(ENVIRONMENTS, names, count, seed, share)
+    drawn = [schedule.draw(step) for step in range(steps)]
+    assert drawn == [schedule.draw(step) for step in range(steps)]
     tasks, thinking = ([x for step in drawn for x in step[part]] for part in (0, 1))
     assert [t.environment for t in tasks] == [names[n % len(names)] for n in range(steps * count)]
     for place in range(len(names)):  # 4 * count turns, so that every share is a whole number
@@ -459,7 +465,8 @@ LETTERS = RLConfig(("letters",), steps=6, prompts=4, samples=8, max_new_tokens=1
 class Run:
     """One process of a reinforcement run: everything is built anew, and the folder is all that it knows of the past."""
 
-    def __init__(self, folder, config=LETTERS, seconds=1e9, stop_after=None):
+    def __init__(self, folder, config=LETTERS, seconds=1e9, stop_after=None, **options):
+        self.options = OptimizerConfig(**options)
         self.model = GLM(tiny_model(1, vocab_size=292).config, seed=3)
         self.optimizer, self.config = muon(self.model), config
         self.log = Log(folder / "log.jsonl")
@@ -476,20 +483,14 @@ class Run:
     def go(self):
         """Train to the end, or until stopped."""
         tokenizer = byte_tokenizer()
-        reinforce(
-            self.model,
-            self.optimizer,
-            EngineGenerator(Engine(self.model, tokenizer)),
-            tokenizer,
-            {"letters": Letters()},
-            self.config,
-            "letters.rl",
-            self.checkpoints,
-            self,
-            seed=5,
-            thinking_share=0.5,
-            quiet=True,
+        trainer = PolicyTrainer(
+            self.model, self.optimizer, self.config, self.options, tokenizer.pad
         )
+        generator = EngineGenerator(Engine(self.model, tokenizer))
+        player = Player(generator, tokenizer, SamplingSettings(self.config.max_new_tokens))
+        names = self.config.environments
+        schedule = TaskSchedule({"letters": Letters()}, names, self.config.prompts, 5, 0.5)
+        reinforce(trainer, player, schedule, self.checkpoints, self, "letters.rl", quiet=True)
         return self
 
 
@@ -581,7 +582,8 @@ def test_a_model_that_is_always_right_is_not_touched(tmp_path):
     """All rewards equal: every step is skipped and logged as such, and the weights stay, bit for bit."""
     model, tokenizer = tiny_model(1, vocab_size=292), byte_tokenizer()
     before, log = weights(model), Log(tmp_path / "log.jsonl")
-    tasks, _ = draw_tasks(ENVIRONMENTS, ("arithmetic",), 6, 5, 0)
+    schedule = TaskSchedule(ENVIRONMENTS, ("arithmetic",), CONFIG.prompts, 5)
+    tasks = [task for step in range(3) for task in schedule.draw(step).tasks]
     answers = {
         task.messages[-1]["content"]: said(tokenizer, assistant(task.label, "so")) for task in tasks
     }
@@ -590,19 +592,10 @@ def test_a_model_that_is_always_right_is_not_touched(tmp_path):
     )
     config = dataclasses.replace(CONFIG, environments=("arithmetic",), steps=3)
     checkpoints = CheckpointStore(tmp_path, log).stage("rl")
-    reinforce(
-        model,
-        muon(model),
-        engine,
-        tokenizer,
-        ENVIRONMENTS,
-        config,
-        "rl",
-        checkpoints,
-        log,
-        5,
-        quiet=True,
-    )
+    trainer = PolicyTrainer(model, muon(model), config, OptimizerConfig(), tokenizer.pad)
+    player = Player(engine, tokenizer, SamplingSettings(8))
+    reinforce(trainer, player, schedule, checkpoints, log, "rl", quiet=True)
+    assert engine.updates == 0
     assert same(before, weights(model))
     assert [(r["reward"], r["skipped"], r["live_groups"]) for r in logged(tmp_path)] == [
         (1.0, True, 0.0)
