@@ -26,7 +26,7 @@ from minglm.config import BalanceConfig, ModelConfig, OptimizerConfig
 from minglm.data import mixture
 from minglm.data.sources import corpus
 from minglm.data.tokenizer import Tokenizer
-from minglm.kernels.newton_schulz import eager
+from minglm.kernels.newton_schulz import COEFFICIENTS, eager
 from minglm.model.glm import GLM
 from minglm.optim.muon import POLYNOMIALS, Muon, assign, update_scale
 from minglm.optim.schedule import learning_rate
@@ -61,7 +61,7 @@ SMOKE = {"megabytes": 0.03, "tokens": 512, "batches": [128, 256], "rates": [0.01
 # %% [markdown]
 # ## The lines that matter
 # `main` prints them from minglm itself. Products are with the Gram matrix of the *short* side, and nothing in
-# `_iterate` knows how many matrices are in the stack.
+# `iterate_standard` knows how many matrices are in the stack.
 #
 # ## Experiment
 # A nano model (0.2 M parameters, eight experts) reads Python's standard library, no token twice. Three optimizers,
@@ -154,8 +154,10 @@ def polynomials():
     """What Newton-Schulz makes of singular values: of each after five steps, the worst distance from one by steps."""
     values, found = torch.logspace(-3, 0, 101, dtype=torch.float64), {}
     for name, of_steps in POLYNOMIALS.items():
-        tables = [of_steps(steps) or [eager.COEFFICIENTS] * steps for steps in range(1, 9)]
-        ends = [eager._iterate(values.diag()[None], table)[0].diagonal() for table in tables]
+        tables = [of_steps(steps) or [COEFFICIENTS] * steps for steps in range(1, 9)]
+        ends = [
+            eager.iterate_standard(values.diag()[None], table)[0].diagonal() for table in tables
+        ]
         found[name] = {
             "five": ends[4].tolist(),
             "worst": [(end - 1).abs().max().item() for end in ends],
@@ -278,7 +280,7 @@ def draw(log):
 # ## Exercise
 # Write `mine(stack, steps)`, Newton-Schulz on a stack of experts with `torch.einsum` only, and hold it to the contract:
 # `check_optimizer(lambda named, config: Muon(named, config, mine))` from `minglm.testing.optim`. Put it in the place of
-# `minglm.kernels.newton_schulz.eager.orthogonalize`. Check: `pytest tests/test_muon.py -k "stack or contract"`.
+# `minglm.kernels.newton_schulz.orthogonalize`. Check: `pytest tests/test_muon.py -k "stack or contract"`.
 
 
 # %%
@@ -305,7 +307,7 @@ def verdicts(log):
 
 def main(argv=None):
     """Run the experiment, or only redraw it, and print what it shows."""
-    shown = [eager._iterate, Muon._muon, update_scale]
+    shown = [eager.iterate_standard, Muon._muon, update_scale]
     lesson.run("04_muon", experiment, draw, verdicts, shown, SIZES, SMOKE, NANO, argv=argv)
 
 

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 
 from minglm import lesson
 from minglm.config import ModelConfig, load_config
-from minglm.model import attention, rope
+from minglm.kernels.qk_norm_rope import eager as qk_norm_rope_eager
+from minglm.model import rope
 from minglm.model.attention import Attention
 from minglm.model.glm import GLM
 from minglm.model.layers import RMSNorm
@@ -96,7 +97,7 @@ def other_epsilon(self, x, change=None):
 
 RIGHT_ROUTER = Router.forward
 MISTAKES = {
-    "neighbours rotate": (attention, "rotate", neighbours),
+    "neighbours rotate": (qk_norm_rope_eager, "rotate", neighbours),
     "all of a head rotates": (ModelConfig, "rotary_dim", property(lambda config: config.head_dim)),
     "QK-norm after rotation": (Attention, "queries_keys", norm_last),
     "bias in the weights": (Router, "forward", biased_weights),
@@ -238,7 +239,7 @@ def draw(log):
 #
 # ## Exercise
 # Write `mine(x_BSNA, cos, sin)`, the half-split rotation, from the equation in `minglm/model/rope.py` alone, and add it
-# to MISTAKES as `(attention, "rotate", mine)`. It is right when `first` is None. Check: `pytest tests/test_compare.py`.
+# to MISTAKES as `(qk_norm_rope_eager, "rotate", mine)`. It is right when `first` is None. Check: `pytest tests/test_compare.py`.
 
 
 # %%

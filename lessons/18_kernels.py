@@ -33,7 +33,8 @@ from tqdm import tqdm
 from minglm import lesson
 from minglm.common.device import peak_bytes
 from minglm.config import ModelConfig
-from minglm.kernels.cross_entropy.eager import cross_entropy, linear_cross_entropy
+from minglm.kernels.cross_entropy import linear_cross_entropy
+from minglm.kernels.cross_entropy.eager import cross_entropy
 from minglm.kernels.dispatch import installed
 from minglm.kernels.toolchain import compile_check, interpreter
 from minglm.kernels.toolchain.tiles import Tiles

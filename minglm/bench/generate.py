@@ -190,7 +190,7 @@ def generate(config: RunConfig, options: BenchOptions) -> dict[str, Any]:
     Prompts are all different, or, as in a rollout, eight answers share one. Then count the passes of the engine with
     0 to 4 drafted tokens, if the model has an MTP layer.
     """
-    from minglm.kernels.cpu import build
+    from minglm.kernels.dispatch import has_c_library
 
     model = GLM(config.model).eval()
     engine = Engine(model)
@@ -217,6 +217,6 @@ def generate(config: RunConfig, options: BenchOptions) -> dict[str, Any]:
         "tokens": options.tokens,
         "curve": curve,
         "drafts": drafts,
-        "c": build.library() is not None,
+        "c": has_c_library(),
         "baseline": BASELINE,
     }

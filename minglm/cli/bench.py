@@ -110,12 +110,14 @@ def _bench_kernels(args: argparse.Namespace) -> None:
     from minglm.bench.kernels import Schedule, require_gpu, run
     from minglm.bench.plots import redraw
     from minglm.common.device import pick_device
-    from minglm.kernels.dispatch import backend, use
+    from minglm.kernels.dispatch import call_of, triton, use
 
     device = pick_device(args.device)
     require_gpu(device, args.smoke)
     use(args.kernels)
-    backend(torch.empty(0, device=device))  # refuses Triton on a CPU outside its interpreter
+    triton(
+        call_of(torch.empty(0, device=device))
+    )  # refuses Triton on a CPU outside its interpreter
     out = Path(args.out)
     run(device, args.only, out, Schedule(args.rounds, args.seconds), args.smoke)
     print(out, redraw(out))

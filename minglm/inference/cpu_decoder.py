@@ -1,247 +1,248 @@
-"""The paged cache of a model that generates on a CPU in float32: a pass is one call of C (no section in the paper).
+"""Decoder passes in C over the paged cache, for float32 models that generate on a CPU (no section in the paper).
 
-    Pages       PyTorch or Triton: a pass is the model's own forward, each layer with its pages as the cache
-    PagesInC    `minglm/kernels/cpu/decoder.c`: the same numbers, up to rounding, from the same weights, packed anew
+    PagedCache    PyTorch or Triton: a pass is the model's own forward, each layer with its pages as the cache
+    CpuDecoder    `minglm/kernels/cpu/decoder.c`: a pass is one call; the same numbers, up to rounding
 
-A packed matrix (outputs, inputs) is (outputs / lanes, inputs, lanes): a vector holds as many outputs as the processor
-takes at once, so each number of a token is multiplied with one vector after the other. Keys lie in their block as
-(A, slots), so that a vector holds one number of each of the slots, and values as (slots, A). The packed weights are a
-copy, made again whenever the model's own have changed: float32 models that generate on a CPU are small.
+The weights are packed: a matrix (outputs, inputs) becomes (outputs / lanes, inputs, lanes). A vector holds as many
+outputs as the processor takes at once, so each number of a token is multiplied by one vector after the other. Keys are
+in their block as (A, slots), so that a vector holds one number of each of the slots, and values as (slots, A). The
+packed weights are a copy, made again whenever the model's own have changed: float32 models that generate on a CPU are
+small.
 
 In C, every number of a token depends on its own text and on nothing else in the pass, so an answer has the same bits
 alone, in any batch, with any number of threads, and however its prompt was cut.
 """
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from minglm.common.threads import threads_in_use
-from minglm.inference.pages import Pages, integers
-from minglm.kernels.attention.eager import flash_attention
-from minglm.kernels.cpu import build
-from minglm.kernels.dispatch import backend
-from minglm.kernels.experts.eager import grouped_experts
-from minglm.model.moe import LocalDispatcher, MoE
+from minglm.inference.pages import LayerPages, PagedCache, Span, integers
+from minglm.kernels.cpu.build import address, lanes, loaded_library
+from minglm.model.moe import MoE
 
-CHUNK = 64  # rows of a product at once, as in the source
-FEW = 8  # tokens, below which a thread of their own does not pay
+CHUNK = 64
+"""Rows of a product together, as in decoder.c."""
+
+MIN_TOKENS_PER_THREAD = 8
+"""Tokens below which a thread of their own does not pay."""
 
 
-def fields(kind, names):
-    """Members of a structure, all of one kind."""
-    return [(name, kind) for name in names.split()]
+def fields(c_type: type, names: str) -> list[tuple[str, type]]:
+    """Return members of a structure, all of one type."""
+    return [(name, c_type) for name in names.split()]
 
 
 class Layer(ctypes.Structure):
-    """A decoder layer, as in the source: pointers, null where the model has none, and the width without experts."""
+    """A decoder layer, as in decoder.c: pointers, null where the model has none, and the width of the dense MLP."""
 
     _fields_ = [
-        *fields(
-            ctypes.c_void_p,
-            "input_norm qkv qkv_bias q_norm k_norm o post_norm router router_bias gate_up down",
-        ),
+        *fields(ctypes.c_void_p, "input_norm qkv qkv_bias q_norm k_norm o post_norm"),
+        *fields(ctypes.c_void_p, "router router_bias gate_up down"),
         *fields(ctypes.c_void_p, "dense_gate_up dense_down store"),
         *fields(ctypes.c_long, "dense"),
     ]
 
 
 class Pass(ctypes.Structure):
-    """What one call computes, as in the source."""
+    """What one call computes, as in decoder.c."""
 
     _fields_ = [
-        *fields(
-            ctypes.c_void_p,
-            "layers x cosine sine positions rows tables norm head wanted logits scratch",
-        ),
-        *fields(
-            ctypes.c_long,
-            "layer_count T D N M A half blocks size first E K F normalize logit_rows V",
-        ),
+        *fields(ctypes.c_void_p, "layers x cosine sine positions rows tables norm head"),
+        *fields(ctypes.c_void_p, "wanted logits scratch"),
+        *fields(ctypes.c_long, "layer_count T D N M A half blocks size first"),
+        *fields(ctypes.c_long, "E K F normalize logit_rows V"),
         *fields(ctypes.c_long, "threads per_token per_thread"),
         *fields(ctypes.c_float, "eps scale"),
         *fields(ctypes.c_long, "ready arrived"),
     ]
 
 
-def whole(count):
-    """So many numbers filled up to whole vectors."""
-    return -(-count // build.lanes()) * build.lanes()
+def whole(count: int) -> int:
+    """Round a number of floats up to whole vectors."""
+    return -(-count // lanes()) * lanes()
 
 
-def pack(matrix):
-    """(..., outputs, inputs) to (..., outputs / lanes, inputs, lanes), with zeros after the last output."""
-    matrix = F.pad(matrix.float(), (0, 0, 0, whole(matrix.shape[-2]) - matrix.shape[-2]))
-    return matrix.unflatten(-2, (-1, build.lanes())).transpose(-1, -2).contiguous()
+def pack(matrix: torch.Tensor) -> torch.Tensor:
+    """Pack (..., outputs, inputs) to (..., outputs / lanes, inputs, lanes) float32, with zeros after the last output."""
+    outputs = matrix.shape[-2]
+    matrix = F.pad(matrix.float(), (0, 0, 0, whole(outputs) - outputs))
+    return matrix.unflatten(-2, (-1, lanes())).transpose(-1, -2).contiguous()
 
 
-def pack_both(gate, up):
-    """Two matrices as one, the second beginning with a vector of its own."""
-    filled = (0, 0, 0, whole(gate.shape[-2]) - gate.shape[-2])
-    return pack(torch.cat((F.pad(gate, filled), F.pad(up, filled)), -2))
+def pack_both(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Pack two matrices (..., outputs, inputs) as one, the second beginning with a vector of its own."""
+    outputs = gate.shape[-2]
+    padding = (0, 0, 0, whole(outputs) - outputs)
+    return pack(torch.cat((F.pad(gate, padding), F.pad(up, padding)), -2))
 
 
 class Packed:
     """Decoder layers as C reads them, with the norm after them and, if there is one, the output head."""
 
-    def __init__(self, layers, norm, head=None):
+    def __init__(
+        self, layers: Sequence[nn.Module], norm: nn.Module, head: torch.Tensor | None = None
+    ) -> None:
         self.tensors = [self._tensors(layer) for layer in layers]
-        self.norm, self.head = norm.weight.float(), None if head is None else pack(head)
+        self.norm: torch.Tensor = norm.weight.float()
+        self.head = None if head is None else pack(head)
         self.layers = (Layer * len(layers))()
-        for place, tensors in zip(self.layers, self.tensors):
+        for struct, tensors in zip(self.layers, self.tensors, strict=True):
             for name, tensor in tensors.items():
-                setattr(place, name, build.at(tensor))
+                setattr(struct, name, address(tensor))
             if "dense_down" in tensors:
-                place.dense = tensors["dense_down"].shape[-2]
-        self.widest = max([place.dense for place in self.layers], default=0)
+                struct.dense = tensors["dense_down"].shape[-2]
+        self.widest: int = max([struct.dense for struct in self.layers], default=0)
 
     @staticmethod
-    def _tensors(layer):
-        a, mlp = layer.self_attn, layer.mlp
-        parts = a.q_proj, a.k_proj, a.v_proj
-        found = {
+    def _tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
+        """Return the packed weights of a layer by their names in `Layer`."""
+        attention = layer.self_attn
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        tensors = {
             "input_norm": layer.input_layernorm.weight,
-            "qkv": pack(torch.cat([part.weight for part in parts])),
-            "o": pack(a.o_proj.weight),
+            "qkv": pack(torch.cat([projection.weight for projection in projections])),
+            "o": pack(attention.o_proj.weight),
             "post_norm": layer.post_attention_layernorm.weight,
         }
-        if a.q_proj.bias is not None:
-            found["qkv_bias"] = torch.cat([part.bias for part in parts])
-        if a.q_norm is not None:
-            found |= {"q_norm": a.q_norm.weight, "k_norm": a.k_norm.weight}
+        if attention.q_proj.bias is not None:
+            tensors["qkv_bias"] = torch.cat([projection.bias for projection in projections])
+        if attention.q_norm is not None:
+            tensors["q_norm"] = attention.q_norm.weight
+            tensors["k_norm"] = attention.k_norm.weight
+        mlp = layer.mlp
         if isinstance(mlp, MoE):
-            e = mlp.experts
-            found |= {
-                "router": pack(mlp.gate.weight),
-                "router_bias": mlp.gate.e_score_correction_bias,
-            }
-            found |= {"gate_up": pack_both(e.gate_EFD, e.up_EFD), "down": pack(e.down_EDF)}
+            experts = mlp.experts
+            tensors["router"] = pack(mlp.gate.weight)
+            tensors["router_bias"] = mlp.gate.e_score_correction_bias
+            tensors["gate_up"] = pack_both(experts.gate_EFD, experts.up_EFD)
+            tensors["down"] = pack(experts.down_EDF)
             mlp = mlp.shared_experts
         if mlp is not None:
-            found["dense_gate_up"] = pack_both(mlp.gate_proj.weight, mlp.up_proj.weight)
-            found["dense_down"] = pack(mlp.down_proj.weight)
-        return {name: tensor.contiguous() for name, tensor in found.items()}
+            tensors["dense_gate_up"] = pack_both(mlp.gate_proj.weight, mlp.up_proj.weight)
+            tensors["dense_down"] = pack(mlp.down_proj.weight)
+        return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-class PagesInC(Pages):
-    """`Pages` for a model that `serves` says yes to."""
+class CpuDecoder(PagedCache):
+    """A `PagedCache` whose passes run in C, for a model that `minglm.inference.pages.is_plain` accepts."""
 
-    @staticmethod
-    def serves(model):
-        """Whether C can run this model here, and as it is: grouped-query attention, one group of experts, no hooks."""
-        c, layers = model.config, model.model.layers
-        plain = not c.kv_lora_rank and c.n_group == 1 and model.dtype == torch.float32
-        return (
-            plain
-            and backend(model.lm_head.weight) == "c"
-            and all(layer.self_attn.attend is flash_attention for layer in layers)
-            and all(
-                type(layer.mlp.dispatcher) is LocalDispatcher
-                and layer.mlp.experts.operation is grouped_experts
-                for layer in layers
-                if isinstance(layer.mlp, MoE)
-            )
-        )
-
-    def store(self):
-        """Of one layer: (blocks, M, values (size, A) and then keys (A, whole size))."""
+    def store(self) -> torch.Tensor:
+        """Allocate the blocks of one layer: (blocks, M, values (size, A) and then keys (A, whole size))."""
         _, M, size, A = self.shape
         return self._zeros(M, A * (size + whole(size)))
 
-    def read_weights(self):
+    def read_weights(self) -> None:
         """Pack the weights as they are now."""
-        model, c = self.model, self.model.config
-        self.packed = Packed(
-            model.model.layers[: c.num_hidden_layers], model.model.norm, model.lm_head.weight
-        )
-        self.packed_mtp = None
+        model = self.model
+        layers = list(model.model.layers)[: model.config.num_hidden_layers]
+        self.packed = Packed(layers, model.model.norm, model.lm_head.weight)
+        self.packed_mtp: Packed | None = None
         if self.states is not None:
             self.packed_mtp = Packed([model.mtp], model.mtp.shared_head["norm"])
 
-    def trunk(self, rows, tokens, wanted):
-        """As in `Pages`."""
+    def trunk(
+        self, rows: Sequence[Span], tokens: Sequence[int], wanted: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the decoder layers; arguments and results as those of `PagedCache.trunk`, all float32."""
         tokens_T = integers(tokens, self.device)
-        return self._run(
-            self.packed,
-            self[: len(self.packed.layers)],
-            rows,
-            tokens_T,
-            self.model.embed(tokens_T),
-            wanted,
-        )
+        x_TD = self.model.embed(tokens_T)
+        return self._run(self.packed, self.layers, rows, tokens_T, x_TD, wanted)
 
-    def mtp(self, rows, tokens, states_TD):
-        """As in `Pages`."""
+    def mtp(
+        self, rows: Sequence[Span], tokens: Sequence[int], states_TD: torch.Tensor
+    ) -> torch.Tensor:
+        """Run the MTP layer; arguments and result as those of `PagedCache.mtp`, all float32."""
+        assert self.packed_mtp is not None and self.mtp_layer is not None
         tokens_T = integers(tokens, self.device)
         x_TD = self.model.mtp.join(states_TD, self.model.embed(tokens_T))
-        return self._run(self.packed_mtp, self[-1:], rows, tokens_T, x_TD, [], first=1)[0]
+        states_TD, _ = self._run(self.packed_mtp, [self.mtp_layer], rows, tokens_T, x_TD, [])
+        return states_TD
 
-    def _run(self, packed, pages, rows, tokens_T, x_TD, wanted, first=0):
-        c, (T, D), (_, M, size, A) = self.model.config, x_TD.shape, self.shape
-        N, E, K, F_ = (
-            c.num_attention_heads,
-            c.n_routed_experts,
-            c.num_experts_per_tok,
-            c.moe_intermediate_size,
+    def _run(
+        self,
+        packed: Packed,
+        pages: Sequence[LayerPages],
+        rows: Sequence[Span],
+        tokens_T: torch.Tensor,
+        x_TD: torch.Tensor,
+        wanted: Sequence[int],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Call C once; x (T, D) is overwritten by the states."""
+        c = self.model.config
+        T, D = x_TD.shape
+        _, M, size, A = self.shape
+        N = c.num_attention_heads
+        E = c.n_routed_experts
+        K = c.num_experts_per_tok
+
+        # The position and the row of the tables for each token, and the blocks of each row, padded with block 0.
+        positions: list[int] = []
+        table_rows: list[int] = []
+        tables: list[int] = []
+        blocks = (max(row.stop for row in rows) - 1) // size + 1
+        for index, row in enumerate(rows):
+            positions += range(row.start, row.stop)
+            table_rows += [index] * (row.stop - row.start)
+            used = row.table.blocks[:blocks]
+            tables += used + [0] * (blocks - len(used))
+        # One tensor for all four: a small tensor costs as much as a large one.
+        numbers = integers([*positions, *table_rows, *wanted, *tables], self.device)
+        positions_T, table_rows_T, wanted_R, tables_RB = numbers.split(
+            (T, T, len(wanted), len(tables))
         )
-        positions, places, tables = [], [], []
-        widest = (max(row.stop for row in rows) - 1) // size + 1
-        for place, row in enumerate(rows):
-            start, stop = row.start, row.stop
-            positions += range(start, stop)
-            places += [place] * (stop - start)
-            blocks = row.table.blocks[:widest]
-            tables += blocks + [0] * (widest - len(blocks))
-        numbers = integers(positions + places + wanted + tables, self.device)
-        positions_T, places_T, wanted, tables = numbers.split((T, T, len(wanted), len(tables)))
         cosine, sine = self.model.rotation(tokens_T[None], positions_T[None])
-        logits = x_TD.new_empty(len(wanted), c.vocab_size)
-        threads = max(1, min(threads_in_use(), T // FEW))
+        logits_RV = x_TD.new_empty(len(wanted), c.vocab_size)
+
+        # Scratch memory: for each token the parts of its layer, for each thread its scores or its hidden rows, and a
+        # vector for each part to begin with.
+        threads = max(1, min(threads_in_use(), T // MIN_TOKENS_PER_THREAD))
         per_token = whole(D + (2 * N + 2 * M) * A + whole(E) + 5 * K)
-        scores, hidden = (
-            4 * (widest * whole(size) + whole(1)),
-            2 * CHUNK * whole(max(F_, packed.widest)),
-        )
-        per_thread = max(scores, hidden) + 8 * whole(1)  # each part begins with a vector of its own
+        scores = 4 * (blocks * whole(size) + whole(1))
+        hidden = 2 * CHUNK * whole(max(c.moe_intermediate_size, packed.widest))
+        per_thread = max(scores, hidden) + 8 * whole(1)
         scratch = x_TD.new_empty(T * per_token + threads * per_thread)
-        for layer, of_layer in zip(packed.layers, pages):
-            layer.store = build.at(of_layer.store)
+
+        for struct, layer_pages in zip(packed.layers, pages, strict=True):
+            struct.store = address(layer_pages.store)
         call = Pass(
-            ctypes.addressof(packed.layers),
-            *map(
-                build.at,
-                (
-                    x_TD,
-                    cosine,
-                    sine,
-                    positions_T,
-                    places_T,
-                    tables,
-                    packed.norm,
-                    packed.head,
-                    wanted,
-                    logits,
-                ),
-            ),
-            *(
-                build.at(scratch),
-                len(packed.layers),
-                T,
-                D,
-                N,
-                M,
-                A,
-                cosine.shape[-1],
-                widest,
-                size,
-                first,
-                E,
-                K,
-                F_,
-            ),
-            *(c.norm_topk_prob, len(wanted), c.vocab_size, threads, per_token, per_thread),
-            *(c.rms_norm_eps, c.routed_scaling_factor),
+            layers=ctypes.addressof(packed.layers),
+            x=address(x_TD),
+            cosine=address(cosine),
+            sine=address(sine),
+            positions=address(positions_T),
+            rows=address(table_rows_T),
+            tables=address(tables_RB),
+            norm=address(packed.norm),
+            head=address(packed.head),
+            wanted=address(wanted_R),
+            logits=address(logits_RV),
+            scratch=address(scratch),
+            layer_count=len(packed.layers),
+            T=T,
+            D=D,
+            N=N,
+            M=M,
+            A=A,
+            half=cosine.shape[-1],
+            blocks=blocks,
+            size=size,
+            first=pages[0].first,
+            E=E,
+            K=K,
+            F=c.moe_intermediate_size,
+            normalize=c.norm_topk_prob,
+            logit_rows=len(wanted),
+            V=c.vocab_size,
+            threads=threads,
+            per_token=per_token,
+            per_thread=per_thread,
+            eps=c.rms_norm_eps,
+            scale=c.routed_scaling_factor,
         )
-        build.library().decode(ctypes.byref(call))
-        return x_TD, logits
+        loaded_library().decode(ctypes.byref(call))
+        return x_TD, logits_RV

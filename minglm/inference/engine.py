@@ -15,20 +15,16 @@ text before it.
 
 import contextlib
 import threading
-from itertools import count, repeat
+from itertools import count
 
 import torch
 
-from minglm.inference.cpu_decoder import PagesInC
-from minglm.inference.fp8_experts import PagesInFloat8
 from minglm.inference.kv_cache import BlockManager
-from minglm.inference.pages import Pages
+from minglm.inference.pages import decoder_for
 from minglm.inference.request import Completion, Event, Request
-from minglm.inference.sampling import DRAW, Settings, distribution, draw, likeliest, uniforms
+from minglm.inference.sampling import Settings, likeliest, sample_next
 from minglm.inference.scheduler import Scheduler, Sequence
 from minglm.inference.speculative import Candidate, Drafter, check
-from minglm.kernels.cpu.build import sample_cpu
-from minglm.kernels.dispatch import backend
 
 __all__ = ["Completion", "Engine", "Event", "Request"]
 
@@ -40,7 +36,7 @@ class Engine:
     draft_tokens: how many tokens the MTP layer drafts for each pass of the trunk (`speculative.py`); answers follow the
     same distribution with and without. prefill_tokens: most prompt tokens in one pass. cache_tokens: bound on the
     positions held in the cache (None: it grows as needed), in blocks of `block`. experts: the model's own ("model"), or
-    quantised to "float8" (`pages_float8.py`).
+    quantised to "float8" (`fp8_experts.py`).
     """
 
     def __init__(
@@ -229,10 +225,8 @@ class Engine:
             self.parameters = list(self.model.parameters())
             self.weights = [p._version for p in self.parameters]
             self.scheduler.restart()
-            form = (
-                PagesInFloat8 if self.float8 else PagesInC if PagesInC.serves(self.model) else Pages
-            )
-            if type(self.pages) is not form or not self.pages.fit(self.model):
+            form = decoder_for(self.model, self.float8)
+            if type(self.pages) is not form or not self.pages.fits(self.model):
                 self.pages = form(self.model, self.blocks.block_size, self.drafter is not None)
             self.pages.read_weights()
 
@@ -259,16 +253,8 @@ class Engine:
         if len(sequences) > len(rows):  # samples of one prompt draw from the same logits
             logits_BV = logits_BV[[b for b, row in enumerate(rows) for _ in row.sequences]]
         s = self._settings(sequences, logits_BV.device)
-        if s.plain and backend(logits_BV) == "c":
-            drawn = sample_cpu(
-                logits_BV, s.temperature_B, s.top_p_B, s.seeds_B, s.index(sequences), DRAW
-            )
-            return list(map(self._take, sequences, *(values.tolist() for values in drawn)))
-        p_BV, q_BV = distribution(logits_BV, s.temperature_B, s.top_p_B, s.top_k_B, s.min_p_B)
-        tokens_B = draw(q_BV, uniforms(s.seeds_B, s.index(sequences)))
-        logprobs = p_BV.gather(1, tokens_B[:, None]).squeeze(1).log().tolist()
-        best = likeliest(p_BV, s.tops) if s.top else repeat(())
-        return [self._take(*one) for one in zip(sequences, tokens_B.tolist(), logprobs, best)]
+        sampled = sample_next(logits_BV, s, s.index(sequences))
+        return list(map(self._take, sequences, *sampled))
 
     def _settings(self, sequences, device):
         if self.settings is None or self.settings.sequences != sequences:

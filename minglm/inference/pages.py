@@ -7,186 +7,254 @@ another one fills in the same pass.
 """
 
 from array import array
+from collections.abc import Callable, Sequence
 from itertools import groupby
+from typing import Protocol
 
 import torch
 
-from minglm.kernels.attention.eager import WIDEST
-from minglm.kernels.attention.paged import paged_attention, slot_mask
-from minglm.kernels.dispatch import backend
+from minglm.inference.kv_cache import BlockTable
+from minglm.kernels.attention import PagedRows, flash_attention, paged_attention
+from minglm.kernels.dispatch import Operation, select
+from minglm.kernels.experts import grouped_experts
+from minglm.model.glm import GLM
+from minglm.model.moe import LocalDispatcher, MoE
+
+
+class Span(Protocol):
+    """Positions `start` to `stop` of a sequence whose blocks are in `table`."""
+
+    @property
+    def table(self) -> BlockTable:
+        """The blocks of the sequence."""
+        ...
+
+    @property
+    def start(self) -> int:
+        """The first position of the pass."""
+        ...
+
+    @property
+    def stop(self) -> int:
+        """The position after the last one of the pass."""
+        ...
 
 
 class LayerPages:
     """Keys and values of one layer: (blocks, 2, M, size, A), keys first. `plan` is the pass in progress.
 
-    With latent attention there are no values: (blocks, 1, 1, size, L + R), see `minglm.model.mla`.
+    With latent attention there are no values: (blocks, 1, 1, size, L + R), see `minglm.model.mla`. Slots before `first`
+    are hidden.
     """
 
-    def __init__(self, store, size, first=0):
-        self.store, self.size, self.first, self.plan = store, size, first, None
+    def __init__(self, store: torch.Tensor, size: int, first: int = 0) -> None:
+        self.store = store
+        self.size = size
+        self.first = first
+        self.plan: Plan | None = None
 
-    def attend(self, q_BSNA, k_BSMA, v_BSMA):
+    def attend(
+        self, q_BSNA: torch.Tensor, k_BSMA: torch.Tensor, v_BSMA: torch.Tensor | None
+    ) -> torch.Tensor:
         """Write k, v (1, T, M, A) to their slots, then attend q (1, T, N, A) over all slots of each sequence.
 
         v may be None: then keys serve as values.
         """
-        A, plan = q_BSNA.shape[3], self.plan
+        assert self.plan is not None, "no pass has begun"
+        A = q_BSNA.shape[3]
         new = k_BSMA[0] if v_BSMA is None else torch.cat((k_BSMA[0], v_BSMA[0]), 1)
-        self.store.view(-1, A).index_copy_(0, plan.written, new.reshape(-1, A))
-        if len(plan.groups) == 1:
-            q = q_BSNA.view(*plan.groups[0][1].shape, *q_BSNA.shape[2:])
-            return self.read(0, q).reshape(q_BSNA.shape)
-        out, sizes = [], [positions_BS.numel() for _, positions_BS in plan.groups]
-        for i, q in enumerate(q_BSNA[0].split(sizes)):
-            out.append(self.read(i, q.unflatten(0, plan.groups[i][1].shape)).flatten(0, 1))
-        return torch.cat(out)[None]
+        self.store.view(-1, A).index_copy_(0, self.plan.written, new.reshape(-1, A))
 
-    def read(self, group, q_BSNA):
-        """Attend q over what is stored for a group of rows, in the form that `minglm.kernels.dispatch` chooses."""
-        rows, positions_BS = self.plan.groups[group]
-        if q_BSNA.shape[3] <= WIDEST and backend(q_BSNA) == "triton":
-            from minglm.kernels.attention.triton_paged import paged_attention_triton
-
-            return paged_attention_triton(q_BSNA, self.store, rows, positions_BS, self.first)
-        return paged_attention(q_BSNA, self.store, rows, self.mask(group, q_BSNA))
-
-    def mask(self, group, q_BSNA):
-        """The mask of a group of rows, made once for all layers."""
-        key, (rows, positions_BS) = (group, self.first), self.plan.groups[group]
-        if key not in self.plan.masks:
-            parts, M, size = self.store.shape[1:4]
-            slots = rows.numel() // (parts * M * len(positions_BS)) * size
-            self.plan.masks[key] = slot_mask(
-                positions_BS, slots, q_BSNA.shape[2] // M, q_BSNA.dtype, self.first
-            )
-        return self.plan.masks[key]
+        groups = self.plan.groups
+        if len(groups) == 1:
+            q = q_BSNA.view(*groups[0].positions_BS.shape, *q_BSNA.shape[2:])
+            return paged_attention(q, self.store, groups[0], self.first).reshape(q_BSNA.shape)
+        tokens = [group.positions_BS.numel() for group in groups]
+        outputs = []
+        for group, q_TNA in zip(groups, q_BSNA[0].split(tokens), strict=True):
+            q = q_TNA.unflatten(0, group.positions_BS.shape)
+            outputs.append(paged_attention(q, self.store, group, self.first).flatten(0, 1))
+        return torch.cat(outputs)[None]
 
 
-def integers(values, device):
-    """A list as an int64 tensor; from an array, because a list takes PyTorch as long as a layer."""
+def integers(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Return a list as an int64 tensor; from an array, because a list takes PyTorch as long as a layer."""
     return torch.frombuffer(array("q", values), dtype=torch.int64).to(device)
 
 
 class Plan:
-    """One pass: which rows of the stores it writes and reads. Texts of equal length, next to each other, are a group.
+    """One pass: which rows of the stores it writes and reads.
 
     written: for each token, part (keys, values) and head, the row of the store seen as (blocks * parts * M * size, A).
-    groups: (rows of the store seen as (blocks * parts * M, size * A), in order of (parts, B, M, blocks of a text);
-    positions (B, S)).
+    groups: the sequences that are read together, those of equal length next to each other; their rows are those of the
+    store seen as (blocks * parts * M, size * A). positions_T: the position of each token.
     """
 
-    def __init__(self, rows, shape, device):
+    def __init__(
+        self, spans: Sequence[Span], shape: tuple[int, int, int, int], device: torch.device
+    ) -> None:
         parts, heads, size, _ = shape
-        slots, positions, self.groups, self.masks = [], [], [], {}
-        spans = [(row.table.blocks, row.start, row.stop) for row in rows]
-        for blocks, start, stop in spans:
-            positions += range(start, stop)
-            slots += [
-                blocks[p // size] * (parts * heads * size) + p % size for p in range(start, stop)
-            ]
+        positions: list[int] = []
+        slots: list[int] = []  # of each token in part 0 and head 0
+        for span in spans:
+            blocks = span.table.blocks
+            for position in range(span.start, span.stop):
+                positions.append(position)
+                slots.append(blocks[position // size] * (parts * heads * size) + position % size)
         slots_T, self.positions_T = integers(slots + positions, device).view(2, -1)
         head = torch.arange(parts * heads, device=device)
         self.written = (slots_T[:, None] + head * size).flatten()
-        at = 0
-        for count, group in groupby(spans, key=lambda span: span[2] - span[1]):
-            group = [(blocks, (stop - 1) // size + 1) for blocks, _, stop in group]
-            widest = max(used for _, used in group)
-            tables = []
-            for blocks, used in group:
-                tables += blocks[:used]
-                tables += [0] * (widest - used)
-            tables = integers(tables, device).view(-1, 1, widest) * (parts * heads)
+
+        self.groups: list[PagedRows] = []
+        start = 0
+        for length, same_length in groupby(spans, key=lambda span: span.stop - span.start):
+            group = list(same_length)
+            used = [(span.stop - 1) // size + 1 for span in group]  # blocks of each sequence
+            widest = max(used)
+            padded: list[int] = []
+            for span, count in zip(group, used, strict=True):
+                padded += span.table.blocks[:count]
+                padded += [0] * (widest - count)
+            tables = integers(padded, device).view(-1, 1, widest) * (parts * heads)
             read = tables + head.view(parts, 1, heads, 1)
-            end = at + count * len(group)
-            self.groups.append((read.flatten(), self.positions_T[at:end].view(-1, count)))
-            at = end
+            end = start + length * len(group)
+            positions_BS = self.positions_T[start:end].view(-1, length)
+            self.groups.append(PagedRows(read.flatten(), positions_BS))
+            start = end
 
 
-class Pages(list):
-    """One `LayerPages` for each decoder layer; with drafts one for the MTP layer, and the state after each token."""
+class PagedCache:
+    """Keys and values of all layers, and passes of the model's own forward over them.
 
-    def __init__(self, model, size=16, drafts=False, blocks=64):
+    `layers` has one `LayerPages` for each decoder layer. With drafts `mtp_layer` is that of the MTP layer, and `states`
+    has the state after each token.
+    """
+
+    def __init__(self, model: GLM, size: int = 16, drafts: bool = False, blocks: int = 64) -> None:
         c = model.config
-        self.model, self.dtype, self.device = model, model.dtype, model.device
+        self.model = model
+        self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
         parts, heads, width = c.cache_shape
-        self.shape, self.blocks, self.size = (parts, heads, size, width), blocks, size
-        super().__init__(LayerPages(self.store(), size) for _ in range(c.num_hidden_layers))
-        self.states = None
+        self.shape = (parts, heads, size, width)
+        self.blocks = blocks
+        self.size = size
+        self.layers = [LayerPages(self.store(), size) for _ in range(c.num_hidden_layers)]
+        self.mtp_layer: LayerPages | None = None
+        self.states: torch.Tensor | None = None
         if drafts:
-            self.append(LayerPages(self.store(), size, first=1))
+            self.mtp_layer = LayerPages(self.store(), size, first=1)
             self.states = self._zeros(size, c.hidden_size)
 
-    def store(self):
-        """Of one layer."""
+    def store(self) -> torch.Tensor:
+        """Allocate the key/value blocks of one layer."""
         return self._zeros(*self.shape)
 
-    def _zeros(self, *shape):
-        """Not uninitialised memory, because what is hidden is still multiplied by zero."""
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        """Allocate zeros: what is hidden is still multiplied by zero, so uninitialised memory would not do."""
         return torch.zeros(self.blocks, *shape, dtype=self.dtype, device=self.device)
 
-    def fit(self, model):
-        """Whether these pages are of the model's type and on its device."""
+    def fits(self, model: GLM) -> bool:
+        """Return whether these pages have the model's dtype and device."""
         return (self.dtype, self.device) == (model.dtype, model.device)
 
-    def read_weights(self):
-        """To be called when the model's weights have changed. Nothing to do: its layers read their own."""
+    def read_weights(self) -> None:
+        """Take in new weights of the model. Nothing to do here: the model's layers read their own."""
 
-    def begin(self, copies, blocks):
-        """Before a step: make sure that so many blocks exist, and copy those that have to be, (from, to) pairs."""
+    def _all_layers(self) -> list[LayerPages]:
+        return self.layers if self.mtp_layer is None else [*self.layers, self.mtp_layer]
+
+    def begin(self, copies: Sequence[tuple[int, int]], blocks: int) -> None:
+        """Prepare a step: make sure that `blocks` blocks exist, and copy those in `copies`, (from, to) pairs."""
         if blocks > self.blocks:
-            old, self.blocks = self.blocks, 2 * blocks
+            old = self.blocks
+            self.blocks = 2 * blocks
             self._change(lambda x: torch.cat([x, self._zeros(*x.shape[1:])[old:]]))
         if copies:
-            source, target = (
-                torch.tensor(side, device=self.device) for side in zip(*copies, strict=True)
-            )
+            source = torch.tensor([pair[0] for pair in copies], device=self.device)
+            target = torch.tensor([pair[1] for pair in copies], device=self.device)
             self._change(lambda x: x.index_copy_(0, target, x[source]))
 
-    def _change(self, change):
-        for layer in self:
+    def _change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for layer in self._all_layers():
             layer.store = change(layer.store)
         if self.states is not None:
             self.states = change(self.states)
 
-    def trunk(self, rows, tokens, wanted):
-        """One pass over these rows, each with `table`, `start` and `stop`, and their tokens, a list, row after row.
+    def trunk(
+        self, rows: Sequence[Span], tokens: Sequence[int], wanted: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the decoder layers over these rows and their tokens, row after row.
 
-        Returns the states (T, D), and the logits (wanted, V) after those tokens whose places `wanted` lists.
+        Returns the states (T, D), and the logits (wanted, V) after the tokens at the indices `wanted`.
         """
         plan = Plan(rows, self.shape, self.device)
-        for layer in self[: self.model.config.num_hidden_layers]:
+        for layer in self.layers:
             layer.plan = plan
         tokens_BS = torch.tensor([tokens], device=self.device)
-        hidden_TD = self.model.hidden(tokens_BS, plan.positions_T[None], cache=self).hidden_BSD[0]
-        return hidden_TD, self.model.lm_head(
-            hidden_TD if len(wanted) == len(tokens) else hidden_TD[wanted]
-        )
+        out = self.model.hidden(tokens_BS, plan.positions_T[None], cache=self.layers)
+        hidden_TD = out.hidden_BSD[0]
+        wanted_TD = hidden_TD if len(wanted) == len(tokens) else hidden_TD[wanted]
+        return hidden_TD, self.model.lm_head(wanted_TD)
 
-    def mtp(self, rows, tokens, states_TD):
-        """One pass of the MTP layer over rows, their tokens and the states before those. Returns states (T, D)."""
-        plan = self[-1].plan = Plan(rows, self.shape, self.device)
+    def mtp(
+        self, rows: Sequence[Span], tokens: Sequence[int], states_TD: torch.Tensor
+    ) -> torch.Tensor:
+        """Run the MTP layer over rows, their tokens and the states before those; return its states (T, D)."""
+        assert self.mtp_layer is not None, "the cache was made without drafts"
+        plan = Plan(rows, self.shape, self.device)
+        self.mtp_layer.plan = plan
         tokens_BS = torch.tensor([tokens], device=self.device)
         rotation = self.model.rotation(tokens_BS, plan.positions_T[None])  # only distances matter
-        return self.model.mtp(
-            states_TD[None], self.model.embed(tokens_BS), rotation, None, self[-1]
-        )[0][0]
+        embedded = self.model.embed(tokens_BS)
+        return self.model.mtp(states_TD[None], embedded, rotation, None, self.mtp_layer)[0][0]
 
-    def _slots(self, rows, back=0):
-        at = [(row.table.blocks, p - back) for row in rows for p in range(row.start, row.stop)]
-        return torch.tensor(
-            [blocks[p // self.size] * self.size + p % self.size for blocks, p in at],
-            device=self.device,
-        )
+    def _state_slots(self, rows: Sequence[Span], back: int = 0) -> torch.Tensor:
+        """Return where the state `back` tokens before each token of these rows is kept."""
+        slots = []
+        for row in rows:
+            for position in range(row.start - back, row.stop - back):
+                block = row.table.blocks[position // self.size]
+                slots.append(block * self.size + position % self.size)
+        return torch.tensor(slots, device=self.device)
 
-    def keep_states(self, rows, states_TD):
+    def keep_states(self, rows: Sequence[Span], states_TD: torch.Tensor) -> None:
         """Keep the state after each token of these rows."""
-        self.states.flatten(0, 1).index_copy_(0, self._slots(rows), states_TD)
+        assert self.states is not None, "the cache was made without drafts"
+        self.states.flatten(0, 1).index_copy_(0, self._state_slots(rows), states_TD)
 
-    def states_before(self, rows):
-        """The state before each token of these rows: (T, D)."""
-        return self.states.flatten(0, 1)[self._slots(rows, back=1)]
+    def states_before(self, rows: Sequence[Span]) -> torch.Tensor:
+        """Return the state before each token of these rows: (T, D)."""
+        assert self.states is not None, "the cache was made without drafts"
+        return self.states.flatten(0, 1)[self._state_slots(rows, back=1)]
 
     @property
-    def bytes(self):
+    def bytes(self) -> int:
         """Memory of the keys and values."""
-        return sum(layer.store.nbytes for layer in self)
+        return sum(layer.store.nbytes for layer in self._all_layers())
+
+
+def is_plain(model: GLM) -> bool:
+    """Return whether the C decoder knows all parts of a model: grouped-query attention, one group of experts, no hooks."""
+    c = model.config
+    if c.kv_lora_rank or c.n_group != 1 or model.dtype != torch.float32:
+        return False
+    for layer in model.model.layers:
+        if layer.self_attn.attend is not flash_attention:
+            return False
+        if isinstance(layer.mlp, MoE):
+            if type(layer.mlp.dispatcher) is not LocalDispatcher:
+                return False
+            if layer.mlp.experts.operation is not grouped_experts:
+                return False
+    return True
+
+
+def decoder_for(model: GLM, fp8_experts: bool = False) -> type[PagedCache]:
+    """Return the class that generates with this model here: the model's own forward, C, or experts in float8."""
+    return select(  # pyright: ignore[reportReturnType] -- the forms of this operation are classes
+        Operation.DECODER,
+        model.lm_head.weight,
+        plain_model=is_plain(model),
+        fp8_experts=fp8_experts,
+    )

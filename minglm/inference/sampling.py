@@ -8,8 +8,12 @@ in any case. Since u is not drawn from a shared generator, a request gives the s
 order, and a run that resumes needs no random state.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
+
+from minglm.kernels.dispatch import Operation, select
 
 _MIX = (
     -4658895280553007687,
@@ -150,3 +154,40 @@ def likeliest(p_BV, counts):
     top = p_BV.topk(min(max(counts), p_BV.shape[1]))
     rows = zip(counts, top.indices.tolist(), top.values.log().tolist(), strict=True)
     return [tuple(zip(ids[:count], logprobs[:count], strict=True)) for count, ids, logprobs in rows]
+
+
+class Sampled(NamedTuple):
+    """The next token of each sequence of a batch."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    """Log-probability of each token at its temperature, before the cuts."""
+    likeliest: list[tuple[tuple[int, float], ...]]
+    """For each sequence the likeliest tokens that its request asked for."""
+
+
+def sample_next(logits_BV: torch.Tensor, settings: Settings, index_B: torch.Tensor) -> Sampled:
+    """Draw the next token of each sequence from logits (B, V); index int64 (B,) numbers the tokens of each."""
+    compute = select(Operation.SAMPLING, logits_BV, plain_sampling=settings.plain)
+    return compute(logits_BV, settings, index_B)
+
+
+def sample_with_torch(
+    logits_BV: torch.Tensor, settings: Settings, index_B: torch.Tensor
+) -> Sampled:
+    """Compute `sample_next` for any settings: logits float (B, V), index int64 (B,)."""
+    s = settings
+    p_BV, q_BV = distribution(logits_BV, s.temperature_B, s.top_p_B, s.top_k_B, s.min_p_B)
+    tokens_B = draw(q_BV, uniforms(s.seeds_B, index_B))
+    logprobs_B = p_BV.gather(1, tokens_B[:, None]).squeeze(1).log()
+    best = likeliest(p_BV, s.tops) if s.top else [()] * len(p_BV)
+    return Sampled(tokens_B.tolist(), logprobs_B.tolist(), best)
+
+
+def sample_with_c(logits_BV: torch.Tensor, settings: Settings, index_B: torch.Tensor) -> Sampled:
+    """Compute `sample_next` in C, for plain settings: logits float32 (B, V) on a CPU, index int64 (B,)."""
+    from minglm.kernels.cpu.sampling import sample_c
+
+    s = settings
+    tokens_B, logprobs_B = sample_c(logits_BV, s.temperature_B, s.top_p_B, s.seeds_B, index_B, DRAW)
+    return Sampled(tokens_B.tolist(), logprobs_B.tolist(), [()] * len(logits_BV))

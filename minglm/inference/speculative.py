@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minglm.inference.kv_cache import BlockTable
-from minglm.inference.pages import Pages
+from minglm.inference.pages import PagedCache
 from minglm.inference.sampling import (
     ACCEPT,
     DRAFT,
@@ -165,7 +165,7 @@ class Drafter:
         self.drafted = 0
         self.accepted = 0
 
-    def read(self, pages: Pages, rows: list[Row]) -> None:
+    def read(self, pages: PagedCache, rows: list[Row]) -> None:
         """Let the layer read prompts that the trunk has just computed, and keep their keys."""
         spans: list[Span] = []
         tokens: list[int] = []
@@ -177,7 +177,7 @@ class Drafter:
         if spans:
             pages.mtp(spans, tokens, pages.states_before(spans))
 
-    def draft(self, pages: Pages, rows: list[Row]) -> Tensor:
+    def draft(self, pages: PagedCache, rows: list[Row]) -> Tensor:
         """Draft for rows that decode: set each row's `drafts`, and its `draft_row` in the q (B, S, V) that is returned."""
         # Most drafts first, so that the rows that continue are always the first ones.
         rows = sorted(rows, key=lambda row: (-row.max_drafts, row.end - _drafter_length(row)))

@@ -11,15 +11,13 @@ context parallelism say, is put there from outside and the file knows nothing of
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from minglm.config import ModelConfig
-from minglm.kernels.attention.eager import flash_attention
-from minglm.kernels.dispatch import backend
-from minglm.kernels.qk_norm_rope.eager import norm_rope_by_hand
+from minglm.kernels.attention import flash_attention
+from minglm.kernels.qk_norm_rope import qk_norm_rope
 from minglm.model.layers import Linear, RMSNorm
-from minglm.model.rope import Rotation, rotate
+from minglm.model.rope import Rotation
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """Causal attention like `flash_attention`: q (B, S, N, A), k and v (B, S, M, A), documents (B, S) or None, to q's shape."""
@@ -62,17 +60,7 @@ class Attention(nn.Module):
         q = self.q_proj(x_BSD).unflatten(-1, (self.heads, self.head_dim))
         k = self.k_proj(x_BSD).unflatten(-1, (self.kv_heads, self.head_dim))
         weights = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
-        if backend(q) == "triton":
-            from minglm.kernels.qk_norm_rope.triton_kernel import qk_norm_rope_triton
-
-            return qk_norm_rope_triton(q, k, *weights, *rotation, self.eps)
-        if self.q_norm is not None:
-            if not q.is_cuda and torch.is_grad_enabled():
-                return norm_rope_by_hand(
-                    q, k, self.q_norm.weight, self.k_norm.weight, *rotation, self.eps
-                )
-            q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(torch.cat((q, k), 2), *rotation).split((self.heads, self.kv_heads), 2)
+        return qk_norm_rope(q, k, *weights, *rotation, self.eps)
 
     def forward(
         self,

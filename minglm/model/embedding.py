@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minglm.kernels.cross_entropy.eager import linear_cross_entropy, token_log_probabilities
+from minglm.kernels.cross_entropy import linear_cross_entropy, token_log_probabilities
 
 
 class Embedding(nn.Module):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minglm.kernels.norm.eager import add_norm
+from minglm.kernels.norm import add_norm
 
 
 class Linear(nn.Module):

@@ -23,7 +23,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from minglm.config import ModelConfig
-from minglm.kernels.attention.eager import flash_attention
+from minglm.kernels.attention import flash_attention
 from minglm.model.attention import Attend, LayerCache
 from minglm.model.layers import Linear, RMSNorm
 from minglm.model.rope import Rotation, rotate_pairs

@@ -26,7 +26,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minglm.config import ModelConfig
-from minglm.kernels.experts.eager import grouped_experts
+from minglm.kernels.experts import grouped_experts
 from minglm.model.balance import sequence_loss, tokens_per_expert
 from minglm.model.layers import MLP
 from minglm.model.router import Router

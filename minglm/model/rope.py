@@ -15,6 +15,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from minglm.kernels.qk_norm_rope.eager import rotate
+
+__all__ = ["Rotation", "angles", "rotate", "rotate_pairs"]
+
 
 class Rotation(NamedTuple):
     """Cosine and sine of the angle of each position and rotating pair, each (B or 1, S, 1, R/2) float32."""
@@ -30,19 +34,6 @@ def angles(positions_BS: Tensor, rotary_dim: int, theta: float) -> Rotation:
     frequencies = theta ** -(dimensions / rotary_dim)
     phase = rearrange(positions_BS, "b s -> b s 1 1").float() * frequencies
     return Rotation(phase.cos(), phase.sin())
-
-
-def rotate(x_BSNA: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first R dimensions of every head, half-split: x (B, S, N, A), cos and sin (B, S, 1, R/2).
-
-    Returns the shape and dtype of x.
-    """
-    half = cos.shape[-1]
-    passing = x_BSNA.shape[-1] - 2 * half
-    a, b, rest = x_BSNA.split([half, half, passing], -1)
-    cos = cos.to(x_BSNA.dtype)
-    sin = sin.to(x_BSNA.dtype)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
 
 def rotate_pairs(x_BSNR: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

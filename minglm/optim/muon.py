@@ -38,8 +38,8 @@ from einops import rearrange
 from torch import Tensor
 
 from minglm.config import OptimizerConfig, Polynomial
-from minglm.kernels.newton_schulz.eager import orthogonalize as newton_schulz
-from minglm.kernels.newton_schulz.eager import polar_express
+from minglm.kernels.newton_schulz import orthogonalize as newton_schulz
+from minglm.kernels.newton_schulz import polar_express
 from minglm.model.parameters import (
     TREATMENT,
     OptimizerKind,

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from minglm.__main__ import main
 from minglm.config import load_config
 from minglm.inference import Engine, Request
-from minglm.inference.fp8_experts import Float8Experts
-from minglm.kernels.experts.eager import grouped_experts
+from minglm.inference.fp8_experts import Fp8Experts
+from minglm.kernels.experts import grouped_experts
 from minglm.model.moe import Experts, MoE
 from minglm.testing.model import normal, tiny_model
 from minglm.testing.strategies import numbers, seeds
@@ -43,7 +43,7 @@ def test_off_by_the_rounding_of_three_bits(seed, T, E, K):
     experts_TK = torch.rand(T, E, generator=numbers(seed + 7)).topk(min(K, E)).indices
     with torch.no_grad():
         exact = grouped_experts(x_TD, experts_TK, weights_TK, *experts.parameters())
-        found = Float8Experts(experts)(x_TD, experts_TK, weights_TK)
+        found = Fp8Experts(experts)(x_TD, experts_TK, weights_TK)
     assert 0.03 < (found - exact).norm() / exact.norm() < 0.1
 
 
@@ -64,7 +64,7 @@ def test_the_record_is_of_what_was_sampled(drafts):
         with torch.no_grad():
             own = model(text).log_softmax(-1)
             for layer in layers(model):
-                layer.experts.operation = Float8Experts(layer.experts)
+                layer.experts.operation = Fp8Experts(layer.experts)
             quantised = model(text).log_softmax(-1)
             for layer in layers(model):
                 layer.experts.operation = grouped_experts

@@ -10,14 +10,18 @@ from hypothesis import strategies as st
 
 from minglm.common import threads as threads_module
 from minglm.inference import Engine, Request, cpu_decoder
-from minglm.inference.cpu_decoder import PagesInC
+from minglm.inference.cpu_decoder import CpuDecoder
+from minglm.inference.fp8_experts import Fp8Decoder
 from minglm.inference.kv_cache import BlockTable
-from minglm.inference.pages import Pages
+from minglm.inference.pages import PagedCache, decoder_for
 from minglm.inference.sampling import DRAW, cut, sample, uniforms
 from minglm.inference.speculative import Span
 from minglm.kernels import dispatch
 from minglm.kernels.cpu import build
-from minglm.kernels.newton_schulz.eager import COEFFICIENTS, orthogonalize, polar_express
+from minglm.kernels.cpu import newton_schulz as c_newton_schulz
+from minglm.kernels.cpu.newton_schulz import newton_schulz_c
+from minglm.kernels.cpu.sampling import sample_c
+from minglm.kernels.newton_schulz import COEFFICIENTS, orthogonalize, polar_express
 from minglm.testing.model import tiny_model
 from minglm.testing.strategies import numbers, seeds
 
@@ -90,12 +94,12 @@ def passes(seed, texts, size, largest):
 @torch.inference_mode()
 def test_a_pass_is_that_of_the_model(model, seed, texts, size, threads):
     """States and logits of every pass, of prompts in pieces and single tokens, and the MTP layer's, are PyTorch's."""
-    plain, found = (form(model, size, drafts=True) for form in (Pages, PagesInC))
+    plain, found = (form(model, size, drafts=True) for form in (PagedCache, CpuDecoder))
     found.read_weights()
     draw, c = random.Random(seed), model.config
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threads_module, "_threads", threads)
-        patch.setattr(cpu_decoder, "FEW", 1)
+        patch.setattr(cpu_decoder, "MIN_TOKENS_PER_THREAD", 1)
         for rows in passes(seed, texts, size, draw.choice([1, 9, 80])):
             T = sum(row.stop - row.start for row in rows)
             tokens, wanted = (
@@ -137,7 +141,7 @@ def test_an_answer_has_the_same_bits_in_any_batch(model, seed, texts, cut, block
         patch.setattr(threads_module, "_threads", 1)
         alone = [Engine(model, block=block).generate([request])[0] for request in requests[:3]]
         patch.setattr(threads_module, "_threads", threads)
-        patch.setattr(cpu_decoder, "FEW", 1)
+        patch.setattr(cpu_decoder, "MIN_TOKENS_PER_THREAD", 1)
         together = Engine(model, prefill_tokens=cut, block=block).generate(requests)
     assert together[:3] == alone
 
@@ -145,17 +149,21 @@ def test_an_answer_has_the_same_bits_in_any_batch(model, seed, texts, cut, block
 def test_who_is_served():
     """Groups of experts, other dtypes, and layers to which another's attention or dispatch was given go to PyTorch."""
     with torch.inference_mode():
-        assert PagesInC.serves(tiny_model(1))
-        assert not PagesInC.serves(tiny_model(1, n_routed_experts=4, n_group=2, topk_group=1))
-        assert not PagesInC.serves(tiny_model(1).double())
+        assert decoder_for(tiny_model(1)) is CpuDecoder
+        grouped = tiny_model(1, n_routed_experts=4, n_group=2, topk_group=1)
+        assert decoder_for(grouped) is PagedCache
+        assert decoder_for(tiny_model(1).double()) is PagedCache
         for change in (
             lambda model: setattr(model, "dtype", torch.bfloat16),
             lambda model: setattr(model.model.layers[0].self_attn, "attend", print),
-            lambda model: setattr(model.model.layers[1].mlp, "dispatch", print),
+            lambda model: setattr(model.model.layers[1].mlp, "dispatcher", print),
+            lambda model: setattr(model.model.layers[1].mlp.experts, "operation", print),
         ):
             model = tiny_model(1)
             change(model)
-            assert not PagesInC.serves(model)
+            assert decoder_for(model) is PagedCache
+        assert decoder_for(tiny_model(1), fp8_experts=True) is Fp8Decoder
+    assert decoder_for(tiny_model(1)) is PagedCache  # outside inference mode
 
 
 @given(
@@ -172,7 +180,7 @@ def test_drawing(seed, B, V, top_p):
         None if top_p is None else torch.full((B,), top_p),
     )
     request, index = torch.arange(B) + seed * 7919, torch.arange(B) * 3
-    tokens, logprobs = build.sample_cpu(logits, temperature, cuts, request, index, DRAW)
+    tokens, logprobs = sample_c(logits, temperature, cuts, request, index, DRAW)
     uniform = uniforms(request, index)
     expected, expected_logprobs = sample(logits, temperature, cuts, uniform)
     for b in range(B):
@@ -196,9 +204,7 @@ def test_top_p_keeps_the_smallest_set(seed, V, top_p):
     assume((p.sort(descending=True).values.cumsum(0) - top_p).abs().min() > 1e-6)
     q = cut(p[None], torch.tensor([top_p]).double())[0]
     rows = logits.expand(count, V), torch.ones(count), torch.full((count,), top_p)
-    tokens, _ = build.sample_cpu(
-        *rows, torch.arange(count), torch.zeros(count, dtype=torch.int64), DRAW
-    )
+    tokens, _ = sample_c(*rows, torch.arange(count), torch.zeros(count, dtype=torch.int64), DRAW)
     shares = torch.bincount(tokens, minlength=V) / count
     assert not shares[q == 0].any()
     assert (
@@ -211,11 +217,7 @@ def test_no_token_of_probability_zero_is_drawn():
     logits = torch.full((1, 200), -torch.inf)
     logits[0, 70] = logits[0, 130] = 0.0
     drawn_tokens = [
-        int(
-            build.sample_cpu(
-                logits, torch.ones(1), None, torch.tensor([s]), torch.tensor([0]), DRAW
-            )[0]
-        )
+        int(sample_c(logits, torch.ones(1), None, torch.tensor([s]), torch.tensor([0]), DRAW)[0])
         for s in range(300)
     ]
     assert set(drawn_tokens) == {70, 130} and 100 < drawn_tokens.count(70) < 200
@@ -230,22 +232,20 @@ def test_newton_schulz(count, rows, columns, seed, express):
         polar_express(5) if express else [COEFFICIENTS] * 5,
     )
     exact = orthogonalize(stack, 5, torch.float64, coefficients)
-    found = build.newton_schulz_cpu(stack, coefficients)
+    found = newton_schulz_c(stack, coefficients)
     # float32, and the slope 485 magnifies the rounding of small values; tests/test_muon.py
     torch.testing.assert_close(found, exact.float(), atol=1e-4, rtol=0)
-    assert torch.equal(build.newton_schulz_cpu(stack[-1:], coefficients)[0], found[-1])
+    assert torch.equal(newton_schulz_c(stack[-1:], coefficients)[0], found[-1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "FEW", 0)
+        patch.setattr(c_newton_schulz, "ONE_THREAD_FLOPS", 0)
         patch.setattr(threads_module, "_threads", 3)
-        assert torch.equal(build.newton_schulz_cpu(stack, coefficients), found)
+        assert torch.equal(newton_schulz_c(stack, coefficients), found)
 
 
 def test_where_newton_schulz_is_in_c(monkeypatch):
     """Float32 on a CPU; not in float64, for large matrices, or where PyTorch was asked for."""
     calls = []
-    monkeypatch.setattr(
-        "minglm.kernels.newton_schulz.eager.newton_schulz_cpu", lambda s, c: calls.append(s) or s
-    )
+    monkeypatch.setattr(c_newton_schulz, "newton_schulz_c", lambda s, *_: calls.append(s) or s)
     orthogonalize(drawn(0, 2, 4, 6)), orthogonalize(drawn(0, 3, 4))
     assert len(calls) == 2
     (
@@ -280,17 +280,17 @@ def test_the_engine_draws_the_same_with_and_without(seed):
     finally:
         dispatch.use("auto")
     assert [a.tokens for a in found] == [a.tokens for a in plain]
-    x = torch.zeros(1)
-    assert dispatch.backend(x) == "torch"
+    logits = torch.zeros(1, 5)
+    assert dispatch.selected_name(dispatch.Operation.SAMPLING, logits) == "torch"
     with torch.inference_mode():
-        assert [dispatch.backend(y) for y in (x, x.double(), x.bfloat16())] == [
-            "c",
-            "torch",
-            "torch",
+        names = [
+            dispatch.selected_name(dispatch.Operation.SAMPLING, x)
+            for x in (logits, logits.double(), logits.bfloat16())
         ]
+    assert names == ["c", "torch", "torch"]
 
 
-def test_without_a_compiler_pytorch_goes_on(monkeypatch, capsys, tmp_path):
+def test_without_a_compiler_pytorch_is_used(monkeypatch, capsys, tmp_path):
     """No compiler, or one that fails: said in one line, and answers as before. A second process finds the library."""
     request = Request([1, 2, 3], 4, temperature=0.0)
     expected = Engine(tiny_model(1)).generate([request])[0].tokens
@@ -298,6 +298,7 @@ def test_without_a_compiler_pytorch_goes_on(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("CC", "false")
     assert build.library() is None and capsys.readouterr().err.count("\n") == 1
     monkeypatch.setattr(build, "library", lambda: None)
+    monkeypatch.setattr(dispatch, "_selected", {})
     assert Engine(tiny_model(1)).generate([request])[0].tokens == expected
     monkeypatch.undo()
     compiler = build.compiler()

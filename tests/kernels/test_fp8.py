@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.kernels.fp8.eager import ACTIVATION_BLOCK, WEIGHT_BLOCK, dequantize, quantize
+from minglm.kernels.fp8 import ACTIVATION_BLOCK, WEIGHT_BLOCK, dequantize, quantize
 from minglm.testing.model import normal
 from minglm.testing.strategies import seeds
 

@@ -9,16 +9,16 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.kernels.attention import eager as attention_kernel
-from minglm.kernels.cross_entropy import eager as kernel
-from minglm.kernels.cross_entropy.eager import (
-    cross_entropy,
-    linear_cross_entropy,
-    token_log_probabilities,
-)
-from minglm.kernels.experts.eager import grouped_mm, grouped_outer
-from minglm.kernels.norm.eager import add_norm, norm
-from minglm.kernels.qk_norm_rope.eager import norm_rope_by_hand, qk_norm_rope
+from minglm.kernels.attention import chunked as chunked_attention
+from minglm.kernels.attention import flash_attention
+from minglm.kernels.cross_entropy import chunked as chunked_loss
+from minglm.kernels.cross_entropy import linear_cross_entropy, token_log_probabilities
+from minglm.kernels.cross_entropy.eager import cross_entropy
+from minglm.kernels.experts import grouped_mm, grouped_outer
+from minglm.kernels.norm.eager import norm
+from minglm.kernels.norm.fused import add_norm_fused
+from minglm.kernels.qk_norm_rope.eager import qk_norm_rope
+from minglm.kernels.qk_norm_rope.fused import qk_norm_rope_fused
 from minglm.model.rope import angles
 from minglm.testing.model import normal
 from minglm.testing.strategies import numbers, seeds
@@ -53,7 +53,7 @@ def test_linear_cross_entropy_equals_the_plain_form(seed, shape, chunk, factor):
     """Loss and gradients are those of PyTorch's cross_entropy, however the tokens are cut into chunks."""
     values = problem(seed, shape)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel, "CHUNK", chunk)
+        patch.setattr(chunked_loss, "CHUNK", chunk)
         found = with_gradients(linear_cross_entropy, *values, factor=factor)
     hidden_TD, head_VD, targets_T, weights_T = values
     exact = with_gradients(
@@ -221,7 +221,7 @@ def test_norm_by_hand_is_that_of_autograd(seed, rows, width, added, dtype):
         return lambda x, *rest: f(x, rest[-1], 1e-5, *rest[:-1])
 
     error = error_by_hand(
-        form(add_norm), form(norm), inputs, [normal(seed + 1, width)], upstreams, dtype
+        form(add_norm_fused), form(norm), inputs, [normal(seed + 1, width)], upstreams, dtype
     )
     assert error < NEAR[dtype]
 
@@ -243,7 +243,7 @@ def test_norm_and_rotation_by_hand_are_those_of_autograd(
     inputs = [normal(seed, 2, length, heads, A), normal(seed + 1, 2, length, kv_heads, A)]
     cos_sin = angles(torch.arange(length)[None], 2 * half, 1e4)
     forms = [
-        lambda *leaves, f=f: f(*leaves, *cos_sin, 1e-5) for f in (norm_rope_by_hand, qk_norm_rope)
+        lambda *leaves, f=f: f(*leaves, *cos_sin, 1e-5) for f in (qk_norm_rope_fused, qk_norm_rope)
     ]
     weights, upstreams = (
         [normal(seed + 2, A), normal(seed + 3, A)],
@@ -262,8 +262,8 @@ def test_attention_that_keeps_its_weights_is_the_same(seed, length, packed):
 
         def form(*inputs, keep=keep):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(attention_kernel, "KEEP", keep)
-                return [attention_kernel.flash_attention(*inputs, documents_BS)]
+                patch.setattr(chunked_attention, "SAVE_SCORES_BYTES", keep)
+                return [flash_attention(*inputs, documents_BS)]
 
         forms.append(form)
     assert identical(*forms, [q, k, v], [normal(seed + 3, 2, length, 4, 6)])

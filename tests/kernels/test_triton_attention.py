@@ -8,10 +8,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minglm.inference.kv_cache import BlockManager
-from minglm.inference.pages import Pages, Plan
+from minglm.inference.pages import PagedCache, Plan
 from minglm.kernels import dispatch
-from minglm.kernels.attention.eager import flash_attention
-from minglm.kernels.attention.paged import attend_slots
+from minglm.kernels.attention import flash_attention
+from minglm.kernels.attention.eager import attend_slots
 from minglm.kernels.toolchain.interpreter import in_new_process, switch_on
 from minglm.testing.model import drawn_documents, normal, tiny_model, torch_attention
 from minglm.testing.strategies import numbers, seeds
@@ -259,7 +259,7 @@ def test_a_step_equals_the_row_of_a_whole_pass(monkeypatch):
     for a prompt, its continuation, and a batch of both."""
     monkeypatch.setattr(dispatch, "_chosen", "triton")
     model, blocks = tiny_model(0).to(DEVICE), BlockManager(4)
-    pages, S = Pages(model, size=4, blocks=16), 11
+    pages, S = PagedCache(model, size=4, blocks=16), 11
     heads = model.config.num_attention_heads, model.config.num_key_value_heads
     q, k, v, _ = drawn(0, 2, S, heads, model.config.head_dim)
     whole = flash_attention(q, k, v)
@@ -271,11 +271,11 @@ def test_a_step_equals_the_row_of_a_whole_pass(monkeypatch):
         for row, stop in zip(rows, stops):
             row.start, row.stop = row.stop, stop
         going = [(b, row) for b, row in enumerate(rows) if row.start < row.stop]
-        pages[0].plan = Plan([row for _, row in going], pages.shape, pages.device)
+        pages.layers[0].plan = Plan([row for _, row in going], pages.shape, pages.device)
         new = [torch.cat([x[b, row.start : row.stop] for b, row in going])[None] for x in (q, k, v)]
         expected = torch.cat([whole[b, row.start : row.stop] for b, row in going])[None]
         torch.testing.assert_close(
-            pages[0].attend(*new), expected, atol=1e-5, rtol=0
+            pages.layers[0].attend(*new), expected, atol=1e-5, rtol=0
         )  # float32, another order
 
 
@@ -377,7 +377,9 @@ def test_both_forms_on_hopper(monkeypatch, S, packed):
     values = drawn(S, 2, S, (24, 2), 128, torch.bfloat16)
     documents_BS = drawn_documents(S, 2, S).to(DEVICE) if packed else None
     compare(layer.flash_attention_triton, values, documents_BS, 0.01)
-    monkeypatch.setattr(layer, "gluon_serves", lambda q: False)
+    forward = dispatch.Operation.ATTENTION_FORWARD
+    monkeypatch.setitem(dispatch.FORMS, forward, dispatch.FORMS[forward][1:])
+    monkeypatch.setattr(dispatch, "_selected", {})
     compare(layer.flash_attention_triton, values, documents_BS, 0.01)
 
 

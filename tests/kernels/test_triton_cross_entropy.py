@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 from minglm.common.device import peak_bytes
 from minglm.kernels import dispatch
-from minglm.kernels.cross_entropy import eager as plain_form
-from minglm.kernels.cross_entropy.eager import (
-    cross_entropy,
+from minglm.kernels.cross_entropy import (
+    chunked,
     linear_cross_entropy,
     token_log_probabilities,
 )
+from minglm.kernels.cross_entropy.eager import cross_entropy
 from minglm.kernels.toolchain.interpreter import in_new_process, switch_on
 from minglm.testing.strategies import numbers, seeds
 
@@ -160,7 +160,7 @@ def check_loss(seed, T, D, V, most, dtype, factor=1.0, tolerance=1e-5):
     values = [x.requires_grad_() for x in (hidden_TD, head_VD)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "_chosen", "triton")
-        patch.setattr(plain_form, "GPU_CHUNK_BYTES", most * V * dtype.itemsize)
+        patch.setattr(chunked, "GPU_CHUNK_BYTES", most * V * dtype.itemsize)
         loss, again = (linear_cross_entropy(*values, targets_T, weights_T) for _ in range(2))
         alone = linear_cross_entropy(*(x.detach() for x in values), targets_T, weights_T)
     ours = loss, *torch.autograd.grad(factor * loss, values)

@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minglm.kernels import dispatch
-from minglm.kernels.experts.eager import grouped_experts
+from minglm.kernels.experts import grouped_experts
 from minglm.kernels.router.eager import group_by_expert
 from minglm.kernels.toolchain.interpreter import in_new_process, switch_on, watched
 from minglm.testing.model import normal

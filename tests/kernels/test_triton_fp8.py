@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minglm.kernels import dispatch
-from minglm.kernels.fp8.eager import (
+from minglm.kernels.fp8 import (
     ACTIVATION_BLOCK,
     WEIGHT_BLOCK,
     dequantize,

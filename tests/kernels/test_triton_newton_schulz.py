@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minglm.kernels import dispatch
-from minglm.kernels.newton_schulz.eager import orthogonalize, polar_express
+from minglm.kernels.newton_schulz import orthogonalize, polar_express
 from minglm.kernels.toolchain.interpreter import in_new_process, switch_on, watched
 from minglm.testing.model import normal
 from minglm.testing.strategies import seeds

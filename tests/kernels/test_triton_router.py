@@ -5,7 +5,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from minglm.kernels.router.eager import group_by_expert, router_topk
+from minglm.kernels.router.eager import group_by_expert, route
 from minglm.kernels.toolchain.interpreter import in_new_process, switch_on
 from minglm.testing.model import normal
 from minglm.testing.strategies import numbers, seeds
@@ -34,10 +34,8 @@ def compare(T, E, K, normalize, coarse, seed):
     assert all(
         map(torch.equal, (chosen, *ours), run(route_triton, torch.float32))
     )  # the same bits each time
-    assert torch.equal(
-        chosen, router_topk(logits.to(DEVICE), bias.to(DEVICE), K, normalize, 2.5)[0]
-    )
-    for found, exact in zip(ours, run(router_topk, torch.float64)[1:]):
+    assert torch.equal(chosen, route(logits.to(DEVICE), bias.to(DEVICE), K, normalize, 2.5)[0])
+    for found, exact in zip(ours, run(route, torch.float64)[1:]):
         torch.testing.assert_close(
             found.double(), exact, atol=1e-5, rtol=1e-5
         )  # float32 sums of up to K terms

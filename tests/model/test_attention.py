@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.config import ModelConfig
-from minglm.kernels.attention.eager import attention, flash_attention
-from minglm.kernels.attention.paged import attend_slots
+from minglm.kernels.attention import flash_attention
+from minglm.kernels.attention.eager import attend_slots, attention
 from minglm.model.attention import Attention
 from minglm.model.rope import angles
 from minglm.testing.model import check_attention, normal, torch_attention

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from minglm.config import ModelConfig
 from minglm.inference.engine import Engine, Request
-from minglm.kernels.attention.eager import attention
-from minglm.kernels.attention.paged import attend_slots
+from minglm.kernels.attention.eager import attend_slots, attention
 from minglm.model.mla import attend_any_width
 from minglm.model.rope import angles, rotate, rotate_pairs
 from minglm.testing.model import drawn_documents, normal, tiny_model

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.config import ModelConfig
-from minglm.kernels.experts.eager import experts_loop, grouped_experts
+from minglm.kernels.experts import grouped_experts
+from minglm.kernels.experts.eager import experts_loop
 from minglm.model.balance import sequence_loss, tokens_per_expert
 from minglm.model.moe import LocalDispatcher, MoE
 from minglm.testing.model import (

@@ -94,7 +94,7 @@ def test_wrong_code_is_found(pair):
         turned, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], -1)
         return torch.cat([rotate_pairs(turned, cos, sin), rest], -1)
 
-    with mock.patch("minglm.model.attention.rotate", neighbours):
+    with mock.patch("minglm.kernels.qk_norm_rope.eager.rotate", neighbours):
         assert (
             first_difference(compare(model, reference, tokens_BS))
             == "model.layers.0.self_attn.o_proj"

@@ -8,13 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.config import OptimizerConfig
-from minglm.kernels.newton_schulz.eager import (
-    BAND,
-    COEFFICIENTS,
-    SMALLEST,
-    orthogonalize,
-    polar_express,
-)
+from minglm.kernels.newton_schulz import COEFFICIENTS, orthogonalize, polar_express
+from minglm.kernels.newton_schulz.polynomials import BAND, SMALLEST
 from minglm.optim.muon import Muon, assign
 from minglm.testing.optim import check_optimizer
 from minglm.testing.strategies import seeds

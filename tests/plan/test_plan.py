@@ -19,7 +19,7 @@ from minglm.config import (
     StagesConfig,
     load_config,
 )
-from minglm.kernels.attention import eager
+from minglm.kernels.attention import chunked
 from minglm.optim.muon import Muon
 from minglm.plan.counts import (
     count_parameters,
@@ -187,7 +187,9 @@ def kept_bytes(config, dtype, rows, length):
 @pytest.mark.parametrize("dense", [True, False])
 def test_activations_equal_what_the_layers_keep(dtype, attention, dense, monkeypatch):
     """One layer more keeps what is planned for a layer of its kind, but for a few statistics and indices per token."""
-    monkeypatch.setattr(eager, "KEEP", 0)  # rows longer than those whose weights are kept
+    monkeypatch.setattr(
+        chunked, "SAVE_SCORES_BYTES", 0
+    )  # rows longer than those whose weights are kept
     config = ModelConfig(
         vocab_size=32,
         hidden_size=96,

@@ -7,15 +7,13 @@ reads them block by block.
 """
 
 import inspect
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minglm.bench.case import Case
-from minglm.inference.pages import LayerPages
-from minglm.kernels.attention.eager import flash_attention
+from minglm.kernels.attention import PagedRows, flash_attention, paged_attention
 
 N, M, A = 96, 8, 128
 ROWS = ((8, 512), (1, 4096), (4, 4096), (1, 32768), (1, 131072))
@@ -161,16 +159,13 @@ def decode(device, texts, slots, heads):
         store.view(-1, BLOCK * A)[part].view(texts, M, slots, A).transpose(1, 2)
         for part in rows.chunk(2)
     )
-    layer = LayerPages(store, BLOCK)
-    layer.plan = SimpleNamespace(
-        groups=[(rows, torch.full((texts, 1), slots - 1, device=device))], masks={}
-    )
+    sequences = PagedRows(rows, torch.full((texts, 1), slots - 1, device=device))
     if device.type == "cuda":
         others = {"SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION, False)}
         others |= {"SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION, False)}
     else:
         others = {"SDPA": sdpa(SDPBackend.MATH, False)}
-    forms = {"minglm": lambda: layer.read(0, q)}
+    forms = {"minglm": lambda: paged_attention(q, store, sequences)}
     return forms | {name: lambda attend=attend: attend(q, k, v) for name, attend in others.items()}
 
 

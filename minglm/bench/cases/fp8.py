@@ -11,15 +11,14 @@ import torch.nn.functional as F
 from minglm.bench.case import Case, Unit
 from minglm.bench.cases import normal, without_gradients
 from minglm.bench.cases.grouped_product import LOADS, SHAPES, drawn
-from minglm.kernels.fp8 import eager
-from minglm.kernels.fp8.eager import ACTIVATION_BLOCK, WEIGHT_BLOCK, quantize, scaled_product
+from minglm.kernels.fp8 import ACTIVATION_BLOCK, WEIGHT_BLOCK, eager, quantize, scaled_product
 
 
 def quantizing(device, shape, block):
     """{form: numbers and scales}."""
     x = normal(device, *shape)
     forms = {"minglm": without_gradients(quantize, x, block)}
-    return forms | {"torch": without_gradients(eager.quantize_plain, x, block)}
+    return forms | {"torch": without_gradients(eager.quantize, x, block)}
 
 
 def product(device, *sizes):

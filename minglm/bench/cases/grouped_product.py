@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from minglm.bench.case import Case
 from minglm.bench.cases import normal
-from minglm.kernels.dispatch import backend
-from minglm.kernels.experts.eager import grouped_mm, grouped_outer
+from minglm.kernels.dispatch import Operation, selected_name
+from minglm.kernels.experts import grouped_mm, grouped_outer
 
 SHAPES = ((3072, 5120), (5120, 1536))  # outputs, inputs
 LOADS = [(E, rows) for E in (20, 160) for rows in (205, 819, 3277)]
@@ -35,7 +35,7 @@ def forward(device, *sizes):
     order = torch.arange(len(x), device=device)
 
     def ours():
-        if backend(x) != "triton":
+        if selected_name(Operation.EXPERTS, x) != "triton":
             return grouped_mm(x, w.mT, ends_E)
         from minglm.kernels.experts.triton_layer import product
 
@@ -58,7 +58,7 @@ def gradient(device, *sizes):
     order = torch.arange(len(x), device=device)
 
     def ours():
-        if backend(x) != "triton":
+        if selected_name(Operation.EXPERTS, x) != "triton":
             return grouped_outer(dy, x, ends_E)
         from minglm.kernels.experts.triton_layer import outer
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minglm.bench.case import Case
 from minglm.bench.cases import compiled, have, normal, with_gradients, without_gradients
-from minglm.kernels.cross_entropy.eager import linear_cross_entropy
+from minglm.kernels.cross_entropy import linear_cross_entropy
 
 D, V, CHUNK = 5120, 151_552, 2048
 

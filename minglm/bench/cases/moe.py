@@ -11,7 +11,9 @@ import torch
 
 from minglm.bench.case import Case
 from minglm.bench.cases import have, normal, with_gradients, without_gradients
-from minglm.kernels.experts import eager
+from minglm.kernels.experts import grouped_experts
+from minglm.kernels.experts.eager import experts_loop
+from minglm.kernels.experts.grouped import experts_grouped
 
 D, F, K = 5120, 1536, 8
 TRAIN = [(E, T, "even") for E in (20, 160) for T in (4096, 16384, 65536)]
@@ -97,13 +99,13 @@ def layer_forms(device, T, E, loads, widths, gradients, loops):
     down_EDF = normal(device, E, D, F, seed=3, scale=F**-0.5)
     apart = [both_EFD[:, :F].contiguous(), both_EFD[:, F:].contiguous(), down_EDF]
     functions = {
-        "minglm": (eager.grouped_experts, apart),
-        "torch grouped_mm": (eager._Experts.apply, apart),
+        "minglm": (grouped_experts, apart),
+        "torch grouped_mm": (experts_grouped, apart),
     }
     joined = [both_EFD[:, :F], both_EFD[:, F:], down_EDF]
     kinds = ["grouped_mm"]
     if loops:
-        functions["loop over experts"] = (eager.experts_loop, apart)
+        functions["loop over experts"] = (experts_loop, apart)
         kinds.append("eager")
     for kind in kinds:
         functions[f"transformers {kind}"] = (halves(transformers_experts(kind, E, widths)), joined)

@@ -9,7 +9,8 @@ import torch
 
 from minglm.bench.case import Case
 from minglm.bench.cases import normal, without_gradients
-from minglm.kernels.newton_schulz.eager import COEFFICIENTS, RESTART, orthogonalize
+from minglm.kernels.newton_schulz import COEFFICIENTS, orthogonalize
+from minglm.kernels.newton_schulz.eager import RESTART
 
 STEPS = 5
 SHAPES = ((60, 1536, 5120), (480, 1536, 5120), (1, 5120, 5120), (1, 5120, 12288))

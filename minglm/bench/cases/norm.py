@@ -7,7 +7,8 @@ import torch
 
 from minglm.bench.case import Case
 from minglm.bench.cases import compiled, have, normal, with_gradients, without_gradients
-from minglm.kernels.norm.eager import add_norm, norm
+from minglm.kernels.norm import add_norm
+from minglm.kernels.norm.eager import norm
 
 EPS = 1e-5
 

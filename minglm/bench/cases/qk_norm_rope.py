@@ -7,19 +7,9 @@ import torch
 
 from minglm.bench.case import Case
 from minglm.bench.cases import compiled, normal, without_gradients
-from minglm.kernels.dispatch import backend
-from minglm.kernels.qk_norm_rope.eager import qk_norm_rope
+from minglm.kernels.qk_norm_rope import eager, qk_norm_rope
 
 EPS = 1e-5
-
-
-def ours(q, *rest):
-    """The form that this machine runs."""
-    if backend(q) != "triton":
-        return qk_norm_rope(q, *rest)
-    from minglm.kernels.qk_norm_rope.triton_kernel import qk_norm_rope_triton
-
-    return qk_norm_rope_triton(q, *rest)
 
 
 def forms(device, S, heads, gradients):
@@ -31,8 +21,8 @@ def forms(device, S, heads, gradients):
         0, 1, A // 4, device=device
     )
     inputs = [q, k, *weights, turn.cos()[None, :, None], turn.sin()[None, :, None], EPS]
-    functions = {"minglm": ours, "torch": qk_norm_rope}
-    functions |= {} if gradients else compiled(qk_norm_rope, device, S)
+    functions = {"minglm": qk_norm_rope, "torch": eager.qk_norm_rope}
+    functions |= {} if gradients else compiled(eager.qk_norm_rope, device, S)
     if not gradients:
         return {name: without_gradients(function, *inputs) for name, function in functions.items()}
     needed = [x.requires_grad_() for x in inputs[:4]]

@@ -7,24 +7,19 @@ import torch
 
 from minglm.bench.case import Case
 from minglm.bench.cases import compiled, normal, with_gradients, without_gradients
-from minglm.kernels.dispatch import backend
-from minglm.kernels.router.eager import group_by_expert, router_topk, sort_by_expert
+from minglm.kernels.router import eager, route, sort_by_expert
 
 E, K = 160, 8
 
 
 def ours(logits_TE, bias_E):
     """The form that this machine runs."""
-    if backend(logits_TE) != "triton":
-        return router_topk(logits_TE, bias_E, K, True, 2.5)
-    from minglm.kernels.router.triton_kernel import route_triton
-
-    return route_triton(logits_TE, bias_E, K, True, 2.5)
+    return route(logits_TE, bias_E, K, True, 2.5)
 
 
 def plain(logits_TE, bias_E):
     """The plain form."""
-    return router_topk(logits_TE, bias_E, K, True, 2.5)
+    return eager.route(logits_TE, bias_E, K, True, 2.5)
 
 
 def weights_of(function):
@@ -58,7 +53,7 @@ def sorting(device, T):
     experts_TK = normal(device, T, E, dtype=torch.float32).topk(K).indices
     return {
         "minglm": lambda: sort_by_expert(experts_TK, E),
-        "torch": lambda: group_by_expert(experts_TK, E),
+        "torch": lambda: eager.group_by_expert(experts_TK, E),
     }
 
 

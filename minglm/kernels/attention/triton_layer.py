@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minglm.kernels.attention.triton_backward import backward_triton
 from minglm.kernels.attention.triton_common import empty_row_values
-from minglm.kernels.attention.triton_forward import forward_triton
+from minglm.kernels.dispatch import Operation, select
 from minglm.kernels.toolchain.tiles import bind
 
 
@@ -41,12 +41,6 @@ def document_bounds(documents_BS: Tensor) -> Bounds:
     return Bounds(begin_BS, end_BS)
 
 
-def gluon_serves(q_BSNA: Tensor) -> bool:
-    """Return whether the Gluon kernel can compute this attention: Hopper, heads of 128 dimensions, 16 bits."""
-    hopper = q_BSNA.is_cuda and torch.cuda.get_device_capability(q_BSNA.device)[0] == 9
-    return hopper and q_BSNA.shape[3] == 128 and q_BSNA.element_size() == 2
-
-
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -61,10 +55,7 @@ class _FlashAttention(torch.autograd.Function):
         q_BSNA = q_BSNA.contiguous()
         k_BSMA = k_BSMA.contiguous()
         v_BSMA = v_BSMA.contiguous()
-        if gluon_serves(q_BSNA):
-            from minglm.kernels.attention.gluon_forward import forward_gluon as forward
-        else:
-            forward = forward_triton
+        forward = select(Operation.ATTENTION_FORWARD, q_BSNA, head_dim=q_BSNA.shape[3])
         out_BSNA = torch.empty_like(q_BSNA)
         log_sum_BNS = empty_row_values(q_BSNA)
         forward(q_BSNA, k_BSMA, v_BSMA, begin_BS, out_BSNA, log_sum_BNS, scale)
@@ -85,7 +76,7 @@ def flash_attention_triton(
     """Compute causal attention: q (B, S, N, A), k and v (B, S, M, A), A at most 256; returns (B, S, N, A) in q's dtype.
 
     documents: integers (B, S); a query sees the keys of its own run of equal ids only. See
-    `minglm.kernels.attention.eager.flash_attention`. The copy engine needs rows of a head that are multiples of 16
+    `minglm.kernels.attention.flash_attention`. The copy engine needs rows of a head that are multiples of 16
     bytes, and at least 16 numbers; zeros are appended where they are not.
     """
     A = q_BSNA.shape[3]

@@ -1,12 +1,12 @@
 /* GLM-4.5's decoder layers over a paged cache, and its output head, in float32: what generation on a CPU runs.
 
-   One call takes the tokens of a pass through everything. Called from Python operation by operation, one token for each of
-   a few answers is a thousand calls on vectors that fit in a core's first cache, and the calls cost several times what
-   their arithmetic does. The plain form is minglm/model; minglm/inference/cpu_decoder.py packs its weights, and calls this.
-   Letters of axes are those of minglm/__init__.py.
+   One call takes the tokens of a pass through all layers. From Python, operation by operation, one token for each of a few
+   answers is a thousand calls on vectors that fit in a core's first cache, and the calls cost several times what their
+   arithmetic does. The reference is minglm/model; minglm/inference/cpu_decoder.py packs its weights and calls this. Letters
+   of axes are those of minglm/__init__.py.
 
-   Each number of a token is computed in an order that depends on nothing but that token and the text before it: not on
-   the other tokens of the pass, nor on the number of threads. So an answer has the same bits in any batch. */
+   The order in which a number of a token is computed depends only on that token and the text before it: not on the other
+   tokens of the pass, nor on the number of threads. So an answer has the same bits in any batch. */
 
 #include "lanes.h"
 #include <pthread.h>
@@ -36,7 +36,7 @@ typedef struct {
     atomic_long ready, arrived;
 } Pass;
 
-enum { CHUNK = 64 }; /* rows of a product at once: they stay in a core's first cache, beside a panel of the matrix */
+enum { CHUNK = 64 }; /* rows of a product together: they stay in a core's first cache, beside a panel of the matrix */
 
 /* out[r] += W x[r], for R rows and C vectors of outputs: the sums stay in registers */
 INLINE void tile(int R, int C, const float *const *x, float *const *out, const float *w, long at, long outputs, long inputs) {
@@ -67,7 +67,7 @@ INLINE void tile(int R, int C, const float *const *x, float *const *out, const f
         else tile(R, 1, x + r, out + r, w, at, outputs, inputs);                                                       \
         break;
 
-/* The same for any rows, wherever each of them is, and all outputs of a packed matrix */
+/* out[r] += W x[r] for any number of rows, wherever each of them is, and all outputs of a packed matrix */
 static void product(const float *const *x, float *const *out, const float *w, long rows, long outputs, long inputs) {
     for (long at = 0, wide; at < outputs; at += (wide ? 3 : 1) * LANES, w += (wide ? 3 : 1) * LANES * inputs) {
         wide = outputs - at > 2 * LANES;
@@ -81,7 +81,7 @@ static void product(const float *const *x, float *const *out, const float *w, lo
     }
 }
 
-/* The same for rows that lie one after the other */
+/* out += x W' for rows that are contiguous */
 static void product_rows(const float *x, float *out, const float *w, long rows, long outputs, long inputs) {
     const float *from[CHUNK];
     float *to[CHUNK];
@@ -116,7 +116,7 @@ static void norm(const float *x, const float *weight, float *out, long n, float 
     for (long i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
 }
 
-static void norm_and_turn(float *x, const float *weight, const float *cosine, const float *sine, long A, long half, float eps) {
+static void norm_and_rotate(float *x, const float *weight, const float *cosine, const float *sine, long A, long half, float eps) {
     if (weight) norm(x, weight, x, A, eps);
     for (long i = 0; i < half; i++) {
         float a = x[i], b = x[i + half];
@@ -125,16 +125,16 @@ static void norm_and_turn(float *x, const float *weight, const float *cosine, co
     }
 }
 
-/* Queries and keys (T, N + 2 M, A) of a thread's tokens, and their values, are ready; keys and values go to the store */
-static void keep(const Pass *p, const Layer *l, float *qkv, long first, long T) {
+/* Norm and rotate the queries and keys of a thread's tokens (T, N + 2 M, A), and write their keys and values to the store */
+static void store_keys_values(const Pass *p, const Layer *l, float *qkv, long first, long T) {
     long A = p->A, W = whole(p->size);
     for (long t = first; t < first + T; t++) {
         const float *cosine = p->cosine + t * p->half, *sine = p->sine + t * p->half;
         long position = p->positions[t], slot = position % p->size;
         float *to = l->store + p->tables[p->rows[t] * p->blocks + position / p->size] * p->M * A * (p->size + W);
-        for (long n = 0; n < p->N; n++, qkv += A) norm_and_turn(qkv, l->q_norm, cosine, sine, A, p->half, p->eps);
+        for (long n = 0; n < p->N; n++, qkv += A) norm_and_rotate(qkv, l->q_norm, cosine, sine, A, p->half, p->eps);
         for (long m = 0; m < p->M; m++, qkv += A, to += A * (p->size + W)) {
-            norm_and_turn(qkv, l->k_norm, cosine, sine, A, p->half, p->eps);
+            norm_and_rotate(qkv, l->k_norm, cosine, sine, A, p->half, p->eps);
             memcpy(to + slot * A, qkv + p->M * A, A * sizeof *to);
             for (long a = 0; a < A; a++) to[p->size * A + a * W + slot] = qkv[a];
         }
@@ -142,7 +142,8 @@ static void keep(const Pass *p, const Layer *l, float *qkv, long first, long T) 
     }
 }
 
-/* Scores (4, C) of four query heads, one vector of slots after the other, of keys (A, W) a block, and the largest of each */
+/* Compute the scores (4, C) of four query heads, one vector of slots after the other, over blocks of keys (A, W), and the
+   largest score of each head */
 static void score(const Pass *p, const float *store, const float *const *q, const int64_t *table, long position, long C,
                   float *scores, float *largest) {
     long A = p->A, size = p->size, W = whole(size), stop = (position / size + 1) * W;
@@ -171,7 +172,7 @@ static void score(const Pass *p, const float *store, const float *const *q, cons
     for (int i = 0; i < 4; i++) largest[i] = largest_of(most[i]);
 }
 
-/* out[i] = sum over slots of scores[i] times the values (size, A) of each block, times share[i]; out[i] null: not wanted */
+/* out[i] = share[i] * sum over slots of scores[i] times the values (size, A) of each block; a null out[i] is not wanted */
 static void add_values(const Pass *p, const float *store, const int64_t *table, long position, long C, const float *scores,
                        const float *share, float *const *out) {
     long A = p->A, size = p->size, W = whole(size);
@@ -193,7 +194,7 @@ static void add_values(const Pass *p, const float *store, const int64_t *table, 
     }
 }
 
-/* Attention of one token, q and out (N, A); the heads that share keys in fours. scores: 4 * (blocks * W + LANES) floats */
+/* Attend for one token, q and out (N, A); heads that share keys go in fours. scores: 4 * (blocks * W + LANES) floats */
 static void attend(const Pass *p, const float *store, const float *q, const int64_t *table, long position, float *out,
                    float *scores) {
     long A = p->A, G = p->N / p->M, W = whole(p->size), slots = (position / p->size + 1) * W, C = slots + LANES;
@@ -216,8 +217,8 @@ static void attend(const Pass *p, const float *store, const float *q, const int6
         }
 }
 
-/* The K largest of sigmoid(logits) + bias, ties to the lower index, and their weights; logits: E in whole vectors */
-static void choose(const Pass *p, const float *bias, float *logits, int64_t *experts, float *weights) {
+/* Select the K largest of sigmoid(logits) + bias, ties to the lower index, with their weights; logits: E in whole vectors */
+static void select_experts(const Pass *p, const float *bias, float *logits, int64_t *experts, float *weights) {
     float biased[p->E], total = 1e-20f;
     for (long e = 0; e < p->E; e += LANES) *(lanes *)(logits + e) = 1 / (1 + exponential(-*(lanes *)(logits + e)));
     for (long e = 0; e < p->E; e++) biased[e] = logits[e] + bias[e];
@@ -229,7 +230,7 @@ static void choose(const Pass *p, const float *bias, float *logits, int64_t *exp
     for (long k = 0; k < p->K; k++) weights[k] *= p->normalize ? p->scale / total : p->scale;
 }
 
-/* x += experts(normed), each expert on the tokens that chose it; then x += dense(normed), the expert that all visit */
+/* x += experts(normed), each expert on the tokens that chose it; then x += dense(normed), the shared expert */
 static void feed_forward(const Pass *p, const Layer *l, const float *normed, float *x, long T, float *scratch) {
     long D = p->D, E = whole(p->E), K = p->K;
     const float *from[CHUNK];
@@ -241,7 +242,7 @@ static void feed_forward(const Pass *p, const Layer *l, const float *normed, flo
         memset(logits, 0, T * E * sizeof *logits);
         scratch = (float *)(order + T * K);
         product_rows(normed, logits, l->router, T, E, D);
-        for (long t = 0; t < T; t++) choose(p, l->router_bias, logits + t * E, experts + t * K, weights + t * K);
+        for (long t = 0; t < T; t++) select_experts(p, l->router_bias, logits + t * E, experts + t * K, weights + t * K);
         for (long j = 0; j < T * K; j++) ends[experts[j] + 1]++;
         for (long e = 0; e < p->E; e++) ends[e + 1] += ends[e];
         for (long j = 0; j < T * K; j++) order[ends[experts[j]]++] = j; /* ends[e] has now moved to where e ends */
@@ -263,7 +264,8 @@ static void feed_forward(const Pass *p, const Layer *l, const float *normed, flo
     }
 }
 
-static void meet(Pass *p, long times) { /* wait until every thread has been here so many times */
+/* Wait until every thread has been here `times` times. */
+static void barrier(Pass *p, long times) {
     atomic_fetch_add(&p->arrived, 1);
     while (atomic_load(&p->arrived) < times * p->threads) sched_yield();
 }
@@ -273,7 +275,8 @@ typedef struct {
     long index;
 } Share;
 
-/* One thread's share: tokens first to first + T. They only meet others where a token reads what another one writes. */
+/* Compute one thread's share: tokens first to first + T. Threads wait for each other only where a token reads what another
+   one writes. */
 static void *work(void *share) {
     Pass *p = ((Share *)share)->pass;
     while (!atomic_load(&p->ready)) sched_yield();
@@ -287,8 +290,8 @@ static void *work(void *share) {
         for (long t = 0; t < T && l->qkv_bias; t++) memcpy(qkv + t * heads * A, l->qkv_bias, heads * A * sizeof *qkv);
         if (!l->qkv_bias) memset(qkv, 0, T * heads * A * sizeof *qkv);
         product_rows(normed, qkv, l->qkv, T, heads * A, D);
-        keep(p, l, qkv, first, T);
-        meet(p, i + 1);
+        store_keys_values(p, l, qkv, first, T);
+        barrier(p, i + 1);
         for (long t = 0; t < T; t++)
             attend(p, l->store, qkv + t * heads * A, p->tables + p->rows[first + t] * p->blocks, p->positions[first + t],
                    mixed + t * p->N * A, scratch);
@@ -297,7 +300,7 @@ static void *work(void *share) {
         feed_forward(p, l, normed, x, T, scratch);
     }
     for (long t = 0; t < T; t++) norm(x + t * D, p->norm, x + t * D, D, p->eps);
-    meet(p, p->layer_count + 1);
+    barrier(p, p->layer_count + 1);
     for (long at = p->logit_rows * index / p->threads, n; (n = p->logit_rows * (index + 1) / p->threads - at) > 0; at += n) {
         const float *from[CHUNK];
         float *to[CHUNK];
@@ -309,7 +312,7 @@ static void *work(void *share) {
     return 0;
 }
 
-/* A pass, dealt out to threads; where the system gives fewer than asked for, to those */
+/* Compute a pass on p->threads threads, or on as many as the system gives. */
 void decode(Pass *p) {
     Share shares[p->threads];
     pthread_t threads[p->threads];

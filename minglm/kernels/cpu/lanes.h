@@ -1,4 +1,4 @@
-/* A vector of as many float32 numbers as the processor takes at once, and what C has no operator for. */
+/* Vectors of as many float32 numbers as the processor takes at once, with the operations that C has no operator for. */
 
 #ifndef MINGLM_LANES
 #define MINGLM_LANES

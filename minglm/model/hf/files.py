@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from minglm.common.files import atomic_path, write_json
-from minglm.kernels.fp8.eager import WEIGHT_BLOCK, dequantize, quantize
+from minglm.kernels.fp8 import WEIGHT_BLOCK, dequantize, quantize
 from minglm.model.hf.config import from_hf, to_hf
 from minglm.model.hf.names import FUSED, Entry, expected, goes_to_float8
 
