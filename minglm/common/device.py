@@ -1,15 +1,25 @@
-"""Small things every floor uses: threads, seeds, devices, atomic files, JSON-lines log. No counterpart in the paper."""
+"""Choose the device and its precision, measure its speed and a function's memory, seed generators (no section)."""
 
 import functools
 import random
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-
-def pick_device(name="auto"):
-    """`auto` is the GPU where there is one. Raises ValueError for another name, and when cuda is absent."""
+if TYPE_CHECKING:  # `python -m minglm --help` answers without torch
     import torch
 
-    if name.partition(":")[0] not in ("auto", "cpu", "cuda"):
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def pick_device(name: str = "auto") -> "torch.device":
+    """Return the device of this name; "auto" is the GPU where there is one, else the CPU.
+
+    Raises ValueError for another name, and for cuda on a machine without a GPU.
+    """
+    import torch
+
+    if name.partition(":")[0] not in DEVICES:
         raise ValueError(f"device = {name!r}: must be auto, cpu or cuda")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -18,61 +28,68 @@ def pick_device(name="auto"):
     return torch.device(name)
 
 
-def pick_dtype(name, device):
-    """The precision of matrix products on a device: `name`, or float32 on a CPU that has no bfloat16 products.
+def pick_dtype(name: str, device: "torch.device") -> "torch.dtype":
+    """Return the precision of matrix products: `name`, or float32 on a CPU without bfloat16 products.
 
-    There (no AVX512-BF16, no AMX) bfloat16 is unpacked number by number and takes about six times as long as float32.
+    Such a CPU (no AVX512-BF16, no AMX) unpacks bfloat16 number by number, which takes about six times as long as
+    float32.
     """
     import torch
 
     if name == "bfloat16" and device.type == "cpu":
-        have = torch.cpu.get_capabilities()
-        name = name if have.get("avx512_bf16") or have.get("amx_bf16") else "float32"
+        has = torch.cpu.get_capabilities()
+        if not (has.get("avx512_bf16") or has.get("amx_bf16")):
+            name = "float32"
     return getattr(torch, name)
 
 
 @functools.cache
-def measured_flops(device, dtype, seconds=0.1):
-    """FLOP/s of a device in one large matrix product of this dtype, the best of those done in about `seconds`.
+def measured_flops(device: "torch.device", dtype: "torch.dtype", seconds: float = 0.1) -> float:
+    """Measure the FLOP/s of a device in one large matrix product of this dtype; repeat for about `seconds`.
 
-    What a model-FLOPs utilisation is measured against: not a data sheet's number, but what this machine reaches.
-    Measured once in a process.
+    The best repetition counts. A model-FLOPs utilisation is measured against it: not a data sheet's number, but what
+    this machine reaches. Measured once in a process.
     """
     import torch
 
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     size = 1024 if device.type == "cpu" else 8192
-    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-    best, began = float("inf"), time.perf_counter()
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    b = torch.ones(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    began = time.perf_counter()
     while best == float("inf") or time.perf_counter() - began < seconds:
-        for _ in range(
-            3
-        ):  # also the first rounds, whose buffers and clocks are cold; the best is kept
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            at = time.perf_counter()
-            a @ b
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            best = min(best, time.perf_counter() - at)
+        # Three in a row: buffers and clocks of the first rounds are cold.
+        for _ in range(3):
+            wait()
+            start = time.perf_counter()
+            torch.mm(a, b)
+            wait()
+            best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
 
-def peak_bytes(function, *values):
-    """The most bytes that PyTorch had allocated at one time on the CPU during a call, beyond what was there before."""
+def peak_bytes(function: Callable[..., object], *values: object) -> int:
+    """Return the most bytes that PyTorch had allocated at one time on the CPU during a call, beyond those before it."""
     from torch.profiler import profile
 
-    with profile(profile_memory=True) as found:
+    with profile(profile_memory=True) as recorded:
         function(*values)
-    held = highest = 0
-    for event in found.profiler.kineto_results.events():
+    results = recorded.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess] # set by `profile`
+    held = 0
+    highest = 0
+    for event in results.events():  # pyright: ignore[reportOptionalMemberAccess] # the same
         if event.name() == "[memory]":
-            held += event.nbytes()
+            held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue] # torch's stub lacks it
             highest = max(highest, held)
     return highest
 
 
-def seed_everything(seed):
-    """Seed Python, numpy and torch. Data order and sampling use generators of their own and do not depend on this."""
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch. Data order and sampling have their own generators and do not depend on this."""
     import numpy as np
     import torch
 

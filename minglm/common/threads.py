@@ -5,11 +5,19 @@ import os
 _threads = 1  # threads of this process that may be busy at once; set by the functions below
 
 
-def thread_count(asked=0):
-    """`asked`, or OMP_NUM_THREADS, or the cores of this machine divided by the ranks on it."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    shared = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    return asked or int(os.environ.get("OMP_NUM_THREADS") or shared)
+def thread_count(asked: int = 0) -> int:
+    """Return `asked`, or OMP_NUM_THREADS, or the cores of this machine divided by the ranks on it."""
+    if asked:
+        return asked
+    from_environment = os.environ.get("OMP_NUM_THREADS")
+    if from_environment:
+        return int(from_environment)
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, cores // ranks)
 
 
 def prepare_threads() -> None:
@@ -26,10 +34,10 @@ def prepare_threads() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
 
 
-def use_threads(count=0, inside=True):
-    """Give this process `thread_count(count)` threads. Returns how many of them are left for shares of a batch.
+def use_threads(count: int = 0, inside: bool = True) -> int:
+    """Give this process `thread_count(count)` threads. Return how many of them are left for shares of a batch.
 
-    inside: all of them share each PyTorch operation, and the batch has one; else each operation has one.
+    inside: True: all of them share each PyTorch operation, and the batch has one. False: each operation has one.
     """
     import torch
 
@@ -39,6 +47,6 @@ def use_threads(count=0, inside=True):
     return 1 if inside else _threads
 
 
-def threads_in_use():
+def threads_in_use() -> int:
     """Return how many threads of this process may be busy at once: what was last set here."""
     return _threads

@@ -1,63 +1,89 @@
-"""The log's numbers in TensorBoard or Weights & Biases, for those who watch a run there (no counterpart in the paper).
+"""Send the log's numbers to TensorBoard or Weights & Biases, for those who watch a run there (no section).
 
-Reports and figures are made from the JSON-lines log alone. A writer is called with the same records as they are
+Reports and figures are made from the JSON-lines log alone. A tracker is called with the same records as they are
 written, and passes on their numbers under STAGE/.../NAME, at the step of the record. Its packages are optional:
 `pip install 'minglm[log]'`.
 
-Simplified: what a resumed run does again is sent again, since the services cannot cut a log back; TensorBoard shows it
+Simplified: what a resumed run does again is sent again, since the services cannot cut a log back. TensorBoard shows it
 as a second line of the same stage, Weights & Biases as a second run.
 """
 
-WORDS = ("stage", "source", "env", "thinking", "when")  # say which of many records this is
-LABELS = {"needle": ("length", "depth")}  # so do these numbers
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+LABELS = ("stage", "source", "env", "thinking", "when")
+"""Fields that say which of several records of a kind this is; they begin a number's name."""
+NUMBER_LABELS = {"needle": ("length", "depth")}
+"""Numbers that do the same, by kind of record; they come after the kind."""
 
 
-def scalars(kind, record):
-    """{name: number} of a log record: STAGE/.../kind/.../name; a list gives one number for each element."""
-    labels, found = LABELS.get(kind, ()), {}
-    path = "/".join(
-        str(part)
-        for part in (*map(record.get, WORDS), kind, *map(record.get, labels))
-        if part is not None
-    )
-    for key, value in record.items():
-        if key in (*WORDS, *labels, "step"):
+def scalars(kind: str, record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a record by name, STAGE/.../kind/.../name; a list gives one number for each element."""
+    number_labels = NUMBER_LABELS.get(kind, ())
+    labels = [*map(record.get, LABELS), kind, *map(record.get, number_labels)]
+    path = "/".join(str(label) for label in labels if label is not None)
+
+    numbers = {}
+    for field, value in record.items():
+        if field in LABELS or field in number_labels or field == "step":
             continue
-        for i, number in enumerate(value if isinstance(value, list) else [value]):
-            if isinstance(number, int | float) and not isinstance(number, bool):
-                found[f"{path}/{key}" + (f"/{i}" if isinstance(value, list) else "")] = number
-    return found
+        if isinstance(value, list):
+            named = {f"{path}/{field}/{i}": element for i, element in enumerate(value)}
+        else:
+            named = {f"{path}/{field}": value}
+        for name, element in named.items():
+            if isinstance(element, int | float) and not isinstance(element, bool):
+                numbers[name] = element
+    return numbers
 
 
-def writer(name, folder, about):
-    """A function (kind, record) that passes numbers on to `name`, "tensorboard" (files under `folder`) or "wandb".
+def writer(
+    name: str, folder: str | Path, config: Mapping[str, Any]
+) -> Callable[[str, dict[str, Any]], None] | None:
+    """Return a function (kind, record) that passes numbers on to a tracker, or None for an empty name.
 
-    None for an empty name. about: the resolved config as plain values. Raises ValueError where the package is missing.
+    name: "tensorboard" (files under `folder`) or "wandb". config: the resolved config as plain values. Raises
+    ValueError where the package is missing.
     """
     if not name:
         return None
     try:
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            board = SummaryWriter(str(folder))
-
-            def send(found, step):
-                for key, value in found.items():
-                    board.add_scalar(key, value, step)
-                board.flush()
-        else:
-            import wandb
-
-            run = wandb.init(project="minglm", name=about["name"], dir=str(folder), config=about)
-
-            def send(found, step):
-                run.log(found | {"step": step})
+        send = _tensorboard(folder) if name == "tensorboard" else _wandb(folder, config)
     except ImportError:
         raise ValueError(f"watch = {name!r} needs a package: pip install 'minglm[log]'") from None
 
-    def write(kind, record):
-        if found := scalars(kind, record):
-            send(found, record.get("step", 0))
+    def write(kind: str, record: dict[str, Any]) -> None:
+        numbers = scalars(kind, record)
+        if numbers:
+            send(numbers, record.get("step", 0))
 
     return write
+
+
+Send = Callable[[dict[str, float], int], None]
+"""A function (numbers by name, step)."""
+
+
+def _tensorboard(folder: str | Path) -> Send:
+    from torch.utils.tensorboard import SummaryWriter
+
+    board = SummaryWriter(str(folder))
+
+    def send(numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            board.add_scalar(name, value, step)
+        board.flush()
+
+    return send
+
+
+def _wandb(folder: str | Path, config: Mapping[str, Any]) -> Send:
+    import wandb
+
+    run = wandb.init(project="minglm", name=config["name"], dir=str(folder), config=dict(config))
+
+    def send(numbers: dict[str, float], step: int) -> None:
+        run.log(numbers | {"step": step})
+
+    return send

@@ -1,16 +1,16 @@
 """Name the versions that a record was made with: commit, packages, machine (no section in the paper)."""
 
-import contextlib
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from minglm.common.threads import threads_in_use
 
 
-def versions():
-    """Versions, device and commit, for the head of a log or report."""
+def versions() -> dict[str, Any]:
+    """Return versions, device, threads, commit and time, for the head of a log or report."""
     import numpy as np
     import torch
 
@@ -25,12 +25,23 @@ def versions():
     }
 
 
-def commit():
-    """The git commit of this source tree, with a plus when it has changes; 'unknown' outside a checkout."""
-    here = Path(__file__).parent
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        run = {"cwd": here, "capture_output": True, "text": True, "timeout": 10, "check": True}
-        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], **run).stdout.strip()
-        return head + ("+" if changed else "")
-    return "unknown"
+def commit() -> str:
+    """Return the git commit of this source tree, with a plus when it has changes; "unknown" outside a checkout."""
+    try:
+        head = _git("rev-parse", "--short=12", "HEAD")
+        changes = _git("status", "--porcelain", "-uno")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return head + ("+" if changes else "")
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(
+        ["git", *words],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=True,
+    )
+    return done.stdout.strip()
