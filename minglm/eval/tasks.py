@@ -1,21 +1,55 @@
-"""Score a checkpoint on held-out tasks: avg@k and pass@k with intervals (paper section 4)."""
+"""Score a checkpoint on held-out tasks: avg@k and pass@k with intervals (paper section 4).
 
+    avg@k  = mean over problems of the mean score of their k answers
+    pass@k = share of problems with a right answer among k
+
+A sample whose environment failed says nothing about the model: it leaves every statistic and is counted.
+"""
+
+from collections.abc import Sequence
 from statistics import fmean
+from typing import Any, NamedTuple
 
 from minglm.common.statistics import interval, pass_at_k
+from minglm.config.posttraining import EvaluationConfig
+from minglm.data.tokenizer import Tokenizer
+from minglm.envs.base import Environment
+from minglm.inference.client import Generator
 from minglm.rewards.pathology import FAULTS
-from minglm.rl.episode import Player, SamplingSettings
+from minglm.rl.episode import Player, SamplingSettings, Trajectory
 from minglm.rl.rollout import rollout
 
 TEST_SEED = 20_250_728  # problems are the same for every run and stage; the paper's release day
 
 
-def tasks(generator, tokenizer, environment, config, thinking=True, seed=0):
+class Evaluation(NamedTuple):
+    """The outcome of an evaluation."""
+
+    record: dict[str, Any]
+    """The fields of an `EvaluationRecord`, without the stage."""
+    trajectories: list[Trajectory]
+    """Every episode, in the order of the problems."""
+
+
+def tasks(
+    generator: Generator,
+    tokenizer: Tokenizer,
+    environment: Environment,
+    config: EvaluationConfig,
+    thinking: bool = True,
+    seed: int = 0,
+) -> Evaluation:
     """Play held-out tasks of one environment.
 
-    config: EvaluationConfig. Returns (record, trajectories): the record has avg, its interval low and high, pass_k, k,
-    n, valid_calls (share of tool calls without a format fault, or None), switch_ok (share of answers that obey the
-    thinking switch) and length (mean tokens produced).
+    Args:
+        generator: answers the requests.
+        tokenizer: its tokenizer.
+        environment: where the tasks come from.
+        config: number of problems and samples, and the sampler.
+        thinking: the thinking switch.
+        seed: decides every draw; the problems are always the same.
+
+    Raises ValueError when the environment failed in every sample.
     """
     problems = environment.test_tasks(config.problems, TEST_SEED)
     settings = SamplingSettings(config.max_new_tokens, config.temperature, config.top_p)
@@ -28,39 +62,57 @@ def tasks(generator, tokenizer, environment, config, thinking=True, seed=0):
         seed,
     )
     everything = [t for group in groups for t in group]
+
+    # Samples whose environment failed leave the statistics, and problems without any other sample with them.
+    groups = [[t for t in group if t.valid] for group in groups]
+    groups = [group for group in groups if group]
+    valid = [t for group in groups for t in group]
+    if not valid:
+        detail = everything[0].score.detail
+        raise ValueError(f"evaluation of {environment.name}: every environment failed: {detail}")
+
     means = [fmean(t.score.value for t in group) for group in groups]
     low, high = interval(means)
-    calls = sum(t.score.parts.get("calls", 0) for t in everything)
-    valid = sum(t.score.parts.get("valid_calls", 0) for t in everything)
-    return {
+    passed = []
+    for group in groups:
+        right = sum(t.score.value >= 1 for t in group)
+        passed.append(pass_at_k(len(group), right, len(group)))
+    calls = sum(t.score.parts.get("calls", 0) for t in valid)
+    valid_calls = sum(t.score.parts.get("valid_calls", 0) for t in valid)
+    record = {
         "env": environment.name,
         "group": environment.group,
         "thinking": thinking,
         "avg": fmean(means),
         "low": low,
         "high": high,
-        "pass_k": fmean(
-            pass_at_k(len(g), sum(t.score.value >= 1 for t in g), len(g)) for g in groups
-        ),
+        "pass_k": fmean(passed),
         "k": config.samples,
-        "n": len(problems),
-        "valid_calls": valid / calls if calls and environment.tools() else None,
-        "switch_ok": fmean(t.switch_obeyed for t in everything),
-        "length": fmean(t.length for t in everything),
-    }, everything
+        "n": len(groups),
+        "valid_calls": valid_calls / calls if calls and environment.tools() else None,
+        "switch_ok": fmean(t.switch_obeyed for t in valid),
+        "length": fmean(t.length for t in valid),
+    }
+    if len(valid) < len(everything):
+        record["infrastructure"] = len(everything) - len(valid)
+    return Evaluation(record, everything)
 
 
-def faults(trajectories):
-    """Incidence of each pathology in the last turns of episodes, and the interval of any of them."""
-    flags = [t.faults() for t in trajectories]
-    found = {name: fmean(flag[name] for flag in flags) for name in FAULTS}
-    any_fault = [float(any(flag.values())) for flag in flags]
-    by_task = {}
-    for trajectory, fault in zip(trajectories, any_fault, strict=True):
+def faults(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+    """Return the incidence of each pathology in the last turns of episodes, and the interval of any of them.
+
+    Samples whose environment failed are left out.
+    """
+    valid = [t for t in trajectories if t.valid]
+    flags = [t.faults() for t in valid]
+    incidence = {name: fmean(flag[name] for flag in flags) for name in FAULTS}
+    has_fault = [float(any(flag.values())) for flag in flags]
+    by_task: dict[str, list[float]] = {}
+    for trajectory, fault in zip(valid, has_fault, strict=True):
         by_task.setdefault(trajectory.task.id, []).append(fault)
     low, high = interval([fmean(values) for values in by_task.values()])
     return {
-        "incidence": found | {"any": fmean(any_fault)},
+        "incidence": incidence | {"any": fmean(has_fault)},
         "n": len(flags),
         "low": low,
         "high": high,

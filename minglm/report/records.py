@@ -269,6 +269,8 @@ class RLRecord(StageRecord):
     Healthy: rare
     Broken: most steps: see `live_groups`
     """
+    infrastructure: int | None = None
+    """Samples left out because their environment failed; absent when none did."""
     segment_tokens: int | None = None
     """Tokens of the segments that were trained on, prompts and tool results included; absent when skipped."""
     trained_tokens: int | None = None
@@ -365,6 +367,8 @@ class EvaluationRecord(StageRecord):
     """
     length: float
     """Mean tokens that the model produced per answer."""
+    infrastructure: int | None = None
+    """Samples left out because their environment failed; absent when none did."""
 
 
 @dataclass(frozen=True, kw_only=True)

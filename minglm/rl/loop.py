@@ -75,7 +75,8 @@ def summarize(groups: Sequence[Sequence[Trajectory]]) -> dict[str, Any]:
 
     Samples whose environment failed are left out. The numbers are fields of `RLRecord`.
     """
-    trajectories = [t for group in groups for t in group if t.valid]
+    everything = [t for group in groups for t in group]
+    trajectories = [t for t in everything if t.valid]
     by_environment: dict[str, list[float]] = {}
     calls = 0.0
     valid_calls = 0.0
@@ -93,6 +94,7 @@ def summarize(groups: Sequence[Sequence[Trajectory]]) -> dict[str, Any]:
         "switch_ok": round(mean([t.switch_obeyed for t in trajectories]), 4),
         "valid_calls": round(valid_calls / calls, 4) if calls else None,
         "incidence": {name: round(value, 4) for name, value in faults.items()},
+        "infrastructure": len(everything) - len(trajectories) or None,
     }
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from minglm.chat import render
 from minglm.config import EvaluationConfig
 from minglm.envs import ENVIRONMENTS
+from minglm.envs.arithmetic import Arithmetic
 from minglm.envs.base import Score, assistant
 from minglm.eval import tasks as eval_tasks
 from minglm.eval.text import bits_per_byte, mtp_acceptance
@@ -206,6 +207,29 @@ def test_scores_count_right_answers():
     assert (record["avg"], record["pass_k"], record["switch_ok"]) == (0.375, 0.5, 0.75)
     assert record["low"] < 0.375 < record["high"] and record["valid_calls"] is None
     assert [t.score.status for t in played] == ["ok"] * 2 + ["wrong"] * 3 + ["ok"] + ["format"] * 2
+
+
+def test_failures_of_the_environment_leave_the_statistics():
+    """Two samples of three problems fail, all of the fourth: the rest is scored, and the failures are counted."""
+    environment, tokenizer = Arithmetic(), byte_tokenizer()
+    problems = environment.tasks(4, eval_tasks.TEST_SEED, "test")
+    script = oracle(tokenizer, environment, problems)
+    times = dict.fromkeys([t.id for t in problems], 0)
+
+    def judge(task, message):
+        times[task.id] += 1
+        if task == problems[3] or times[task.id] == 2:
+            raise OSError("the grader is gone")
+        return Score(1.0, "ok")
+
+    environment.judge = judge
+    generator = ScriptedGenerator(tokenizer, script)
+    record, played = eval_tasks.tasks(generator, tokenizer, environment, CONFIG)
+    assert (record["avg"], record["pass_k"], record["n"], record["infrastructure"]) == (1, 1, 3, 5)
+    assert len(played) == 8
+    environment.judge = lambda task, message: 1 / 0
+    with pytest.raises(ValueError, match="every environment failed: ZeroDivisionError"):
+        eval_tasks.tasks(generator, tokenizer, environment, CONFIG)
 
 
 def test_valid_calls_are_those_without_a_fault():

@@ -532,6 +532,34 @@ def test_stopped_and_resumed_equals_straight(straight, tmp_path_factory, stops):
     )
 
 
+def test_the_guard_is_saved_and_restored(tmp_path):
+    """A resumed run knows the gradient norms of the steps before, and the counts of skipped ones."""
+    with pytest.raises(Interrupted):
+        Run(tmp_path, stop_after=3, spike_factor=9.0).go()
+    state = Run(tmp_path).checkpoints.load()
+    taken = [r for r in logged(tmp_path) if not r["skipped"]]
+    assert state["guard"]["norms"] == pytest.approx([r["grad_norm"] for r in taken])
+    assert set(state) >= {"model", "optimizer", "guard", "step"} and state["step"] == 3
+
+
+def test_a_stage_that_keeps_failing_rolls_back(tmp_path):
+    """After two skipped updates in a row the weights of the last checkpoint return, while the tasks continue."""
+    run = Run(tmp_path, rollback_after=2)
+    handle = run.model.model.norm.register_forward_hook(
+        lambda module, inputs, output: output * float("nan") if torch.is_grad_enabled() else None
+    )
+    before = weights(run.model)
+    run.go()
+    handle.remove()
+    assert same(before, weights(run.model))
+    records = read_jsonl(tmp_path / "log.jsonl")
+    skipped = [r for r in records if r["kind"] == "rl" and r.get("left_out") == "not finite"]
+    rollbacks = [r for r in records if r["kind"] == "rollback"]
+    assert len(skipped) >= 4 and len(rollbacks) == len(skipped) // 2
+    assert all(r["to_step"] == 0 for r in rollbacks)
+    assert max(r["step"] for r in records if r["kind"] == "rl") == LETTERS.steps
+
+
 def test_steps_after_the_last_checkpoint_are_done_once(straight, tmp_path):
     """Killed without a word: the steps since the last checkpoint are repeated, and stand in the log once."""
     whole, run = straight
