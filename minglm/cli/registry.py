@@ -46,6 +46,11 @@ VERBS = {
     "bench": Verb(
         "minglm.cli.bench", "WHAT", "measure generate, train, kernels or compile beside baselines"
     ),
+    "kernels": Verb(
+        "minglm.cli.kernels",
+        "",
+        "print which form of each operation runs here, and why others do not",
+    ),
     "figures": Verb("minglm.cli.figures", "PATH ...", "redraw figures from their stored logs"),
 }
 

@@ -45,11 +45,11 @@ class Kernels(StrEnum):
     """Implementation of the operations."""
 
     AUTO = "auto"
-    """Triton on a GPU, PyTorch on a CPU."""
+    """Triton on a GPU; on a CPU PyTorch, and C for generation and Muon where there is a compiler."""
     TORCH = "torch"
     """The eager forms, in PyTorch."""
     TRITON = "triton"
-    """The Triton kernels, which need a GPU."""
+    """The Triton kernels, which need a GPU (or their interpreter, TRITON_INTERPRET=1, which is for tests)."""
 
 
 class Tracker(StrEnum):

@@ -15,14 +15,17 @@ alone, in any batch, with any number of threads, and however its prompt was cut.
 
 import ctypes
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from minglm.common.threads import threads_in_use
 from minglm.inference.pages import LayerPages, PagedCache, Span, integers
 from minglm.kernels.cpu.build import address, lanes, loaded_library
+from minglm.model.attention import Attention
+from minglm.model.decoder import DecoderLayer
+from minglm.model.layers import RMSNorm
 from minglm.model.moe import MoE
 
 CHUNK = 64
@@ -85,7 +88,7 @@ class Packed:
     """Decoder layers as C reads them, with the norm after them and, if there is one, the output head."""
 
     def __init__(
-        self, layers: Sequence[nn.Module], norm: nn.Module, head: torch.Tensor | None = None
+        self, layers: Sequence[DecoderLayer], norm: RMSNorm, head: torch.Tensor | None = None
     ) -> None:
         self.tensors = [self._tensors(layer) for layer in layers]
         self.norm: torch.Tensor = norm.weight.float()
@@ -99,9 +102,10 @@ class Packed:
         self.widest: int = max([struct.dense for struct in self.layers], default=0)
 
     @staticmethod
-    def _tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
+    def _tensors(layer: DecoderLayer) -> dict[str, torch.Tensor]:
         """Return the packed weights of a layer by their names in `Layer`."""
         attention = layer.self_attn
+        assert isinstance(attention, Attention), "the C decoder does not know latent attention"
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         tensors = {
             "input_norm": layer.input_layernorm.weight,
@@ -109,9 +113,12 @@ class Packed:
             "o": pack(attention.o_proj.weight),
             "post_norm": layer.post_attention_layernorm.weight,
         }
-        if attention.q_proj.bias is not None:
-            tensors["qkv_bias"] = torch.cat([projection.bias for projection in projections])
-        if attention.q_norm is not None:
+        biases: list[torch.Tensor] = [
+            p.bias for p in projections if p.bias is not None
+        ]  # of all three, or of none
+        if biases:
+            tensors["qkv_bias"] = torch.cat(biases)
+        if attention.q_norm is not None and attention.k_norm is not None:
             tensors["q_norm"] = attention.q_norm.weight
             tensors["k_norm"] = attention.k_norm.weight
         mlp = layer.mlp
@@ -139,11 +146,12 @@ class CpuDecoder(PagedCache):
     def read_weights(self) -> None:
         """Pack the weights as they are now."""
         model = self.model
-        layers = list(model.model.layers)[: model.config.num_hidden_layers]
+        layers = cast(list[DecoderLayer], list(model.model.layers))
         self.packed = Packed(layers, model.model.norm, model.lm_head.weight)
         self.packed_mtp: Packed | None = None
         if self.states is not None:
-            self.packed_mtp = Packed([model.mtp], model.mtp.shared_head["norm"])
+            assert model.mtp is not None, "drafts need an MTP layer"
+            self.packed_mtp = Packed([model.mtp], cast(RMSNorm, model.mtp.shared_head["norm"]))
 
     def trunk(
         self, rows: Sequence[Span], tokens: Sequence[int], wanted: Sequence[int]
@@ -158,6 +166,7 @@ class CpuDecoder(PagedCache):
     ) -> torch.Tensor:
         """Run the MTP layer; arguments and result as those of `PagedCache.mtp`, all float32."""
         assert self.packed_mtp is not None and self.mtp_layer is not None
+        assert self.model.mtp is not None, "drafts need an MTP layer"
         tokens_T = integers(tokens, self.device)
         x_TD = self.model.mtp.join(states_TD, self.model.embed(tokens_T))
         states_TD, _ = self._run(self.packed_mtp, [self.mtp_layer], rows, tokens_T, x_TD, [])

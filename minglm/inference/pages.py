@@ -17,6 +17,7 @@ from minglm.inference.kv_cache import BlockTable
 from minglm.kernels.attention import PagedRows, flash_attention, paged_attention
 from minglm.kernels.dispatch import Operation, select
 from minglm.kernels.experts import grouped_experts
+from minglm.model.decoder import DecoderLayer
 from minglm.model.glm import GLM
 from minglm.model.moe import LocalDispatcher, MoE
 
@@ -201,7 +202,7 @@ class PagedCache:
         self, rows: Sequence[Span], tokens: Sequence[int], states_TD: torch.Tensor
     ) -> torch.Tensor:
         """Run the MTP layer over rows, their tokens and the states before those; return its states (T, D)."""
-        assert self.mtp_layer is not None, "the cache was made without drafts"
+        assert self.mtp_layer is not None and self.model.mtp is not None, "made without drafts"
         plan = Plan(rows, self.shape, self.device)
         self.mtp_layer.plan = plan
         tokens_BS = torch.tensor([tokens], device=self.device)
@@ -240,6 +241,7 @@ def is_plain(model: GLM) -> bool:
     if c.kv_lora_rank or c.n_group != 1 or model.dtype != torch.float32:
         return False
     for layer in model.model.layers:
+        assert isinstance(layer, DecoderLayer)
         if layer.self_attn.attend is not flash_attention:
             return False
         if isinstance(layer.mlp, MoE):

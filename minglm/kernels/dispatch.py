@@ -11,7 +11,8 @@ A condition sees a `Call`, which is what a choice may depend on; the choice for 
 training a small model makes thousands of them a second. `REFERENCES` names the plain form of each operation, which the
 tests trust and the lessons show.
 
-The choice for the process is one, as with `torch.backends`: a model that mixed both could not be compared with anything.
+There is one choice for the process (`use`), as with `torch.backends`: a model that mixed implementations could not be
+compared with anything.
 """
 
 import functools
@@ -24,6 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from minglm.config.run import Kernels
+
 MAX_HEAD_DIM = 256
 """Dimensions of a head up to which Triton's attention has tiles."""
 
@@ -32,17 +35,6 @@ MAX_C_MATRIX = 1 << 16
 
 FP8_KERNEL_BLOCKS = ((128, 128), (1, 128))
 """Blocks of a float8 scale for which there is a Triton kernel: those of weights and of activations."""
-
-
-class Backend(StrEnum):
-    """The choice for the process (`RunConfig.kernels`)."""
-
-    AUTO = "auto"
-    """Triton for tensors on a GPU where it is installed; on a CPU C where there is a compiler; else PyTorch."""
-    TORCH = "torch"
-    """PyTorch everywhere."""
-    TRITON = "triton"
-    """Triton everywhere; on a CPU in its interpreter (TRITON_INTERPRET=1), which is for tests."""
 
 
 class Operation(StrEnum):
@@ -142,7 +134,7 @@ class Form(NamedTuple):
         return None
 
 
-_chosen: Backend = Backend.AUTO
+_chosen: Kernels = Kernels.AUTO
 
 
 @functools.cache
@@ -160,23 +152,23 @@ def has_c_library() -> bool:
     return build.library() is not None
 
 
-def use(backend: str) -> None:
-    """Choose the backend of this process: auto, torch or triton.
+def use(kernels: str) -> None:
+    """Choose the implementation for this process, a value of `minglm.config.run.Kernels`: auto, torch or triton.
 
     Raises ValueError for another name, and for triton where it is not installed.
     """
     global _chosen
-    if backend not in list(Backend):
-        raise ValueError(f"kernels = {backend!r}: must be auto, torch or triton")
-    if backend == Backend.TRITON and not installed():
+    if kernels not in list(Kernels):
+        raise ValueError(f"kernels = {kernels!r}: must be auto, torch or triton")
+    if kernels == Kernels.TRITON and not installed():
         raise ValueError(
             "kernels = 'triton': triton is not installed; pip install triton, or use --kernels auto"
         )
-    if backend == Backend.TRITON and os.environ.get("TRITON_INTERPRET") == "1":
+    if kernels == Kernels.TRITON and os.environ.get("TRITON_INTERPRET") == "1":
         from minglm.kernels.toolchain import interpreter
 
         interpreter.patch_interpreter()
-    _chosen = Backend(backend)
+    _chosen = Kernels(kernels)
     _selected.clear()
 
 
@@ -196,12 +188,12 @@ def triton(call: Call) -> str | None:
 
     Raises ValueError for kernels = 'triton' on a CPU outside the interpreter, where a kernel could not run.
     """
-    if _chosen == Backend.TORCH:
+    if _chosen == Kernels.TORCH:
         return "kernels = 'torch'"
     if call.dtype == torch.float64:
         return "float64 is computed by PyTorch"
     on_gpu = call.device.type == "cuda"
-    if _chosen == Backend.AUTO:
+    if _chosen == Kernels.AUTO:
         if not on_gpu:
             return _hardware("a GPU")
         return None if installed() else "triton is not installed"
@@ -214,7 +206,7 @@ def triton(call: Call) -> str | None:
 
 def c_library(call: Call) -> str | None:
     """C was not excluded, and the numbers are float32 on a CPU."""
-    if _chosen != Backend.AUTO:
+    if _chosen != Kernels.AUTO:
         return f"kernels = '{_chosen}'"
     if call.device.type != "cpu":
         return "runs on a CPU only"
@@ -351,7 +343,7 @@ FORMS: dict[Operation, tuple[Form, ...]] = {
             "minglm.kernels.attention.gluon_forward:forward_gluon",
             (hopper, half_precision, head_dim_128),
         ),
-        Form("triton", "minglm.kernels.attention.triton_forward:forward_triton"),
+        Form("triton", "minglm.kernels.attention.triton_forward:forward_triton", (triton,)),
     ),
     Operation.PAGED_ATTENTION: (
         Form("triton", "minglm.kernels.attention.paged:in_place", (head_dim_in_tiles, triton)),
@@ -475,7 +467,7 @@ REFERENCES: dict[Operation, str] = {
     Operation.DECODER: "minglm.inference.pages:PagedCache",
 }
 
-_selected: dict[tuple[Backend, Operation, Call], Form] = {}
+_selected: dict[tuple[Kernels, Operation, Call], Form] = {}
 
 
 def call_of(tensor: torch.Tensor, **facts: Any) -> Call:

@@ -80,12 +80,13 @@ def iterate_gram(stack: torch.Tensor, coefficients: Sequence[Coefficients]) -> t
         if not steps:
             continue
         r = symmetric_product(stack, stack)  # R = X X'
-        q: torch.Tensor | None = None
-        for i, (a, b, c) in enumerate(steps):
-            p = symmetric_product(r, r, c, r, b, diagonal=a)  # P = a + b R + c R^2
-            q = p if q is None else symmetric_product(p, q)  # Q <- P Q
-            if i + 1 < len(steps):
-                r = symmetric_product(symmetric_product(p, r), p)  # R <- P R P
+        a, b, c = steps[0]
+        p = symmetric_product(r, r, c, r, b, diagonal=a)  # P = a + b R + c R^2
+        q = p
+        for a, b, c in steps[1:]:
+            r = symmetric_product(symmetric_product(p, r), p)  # R <- P R P
+            p = symmetric_product(r, r, c, r, b, diagonal=a)
+            q = symmetric_product(p, q)  # Q <- P Q
         stack = q @ stack  # X <- Q X
     return stack
 
