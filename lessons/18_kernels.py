@@ -31,7 +31,6 @@ import torch
 from tqdm import tqdm
 
 from minglm import lesson
-from minglm.common.device import peak_bytes
 from minglm.config import ModelConfig
 from minglm.kernels.cross_entropy import linear_cross_entropy
 from minglm.kernels.cross_entropy.eager import cross_entropy
@@ -150,7 +149,7 @@ def memory(sizes):
     V, D, rows = sizes["words"], sizes["width"], []
     for T, (name, loss) in itertools.product(sizes["tokens"], LOSSES.items()):
         x, head = (torch.randn(n, D).bfloat16().requires_grad_() for n in (T, V))
-        most = peak_bytes(gradients, loss, x, head, torch.arange(T) % V, torch.ones(T))
+        most = lesson.peak_bytes(gradients, loss, x, head, torch.arange(T) % V, torch.ones(T))
         rows.append({"form": name, "tokens": T, "bytes": most - x.nbytes - head.nbytes})
     return rows
 

@@ -18,6 +18,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,22 @@ def pretrain(model, rows, length, tokens, batch, peak_lr, watch=None, **settings
         if watch is not None:
             watch(seen + batch, history[-1])
     return history
+
+
+def peak_bytes(function: Callable[..., object], *values: object) -> int:
+    """Return the most bytes that PyTorch had allocated at one time on the CPU during a call, beyond those before it."""
+    from torch.profiler import profile
+
+    with profile(profile_memory=True) as recorded:
+        function(*values)
+    results = recorded.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess] # set by `profile`
+    held = 0
+    highest = 0
+    for event in results.events():  # pyright: ignore[reportOptionalMemberAccess] # the same
+        if event.name() == "[memory]":
+            held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue] # torch's stub lacks it
+            highest = max(highest, held)
+    return highest
 
 
 def curve(axis, x, values, name, shade, at=(6, 0), style="-", **more):

@@ -1,0 +1,1 @@
+"""Files, log, devices, threads and statistics, which every folder uses (no section in the paper)."""

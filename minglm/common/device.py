@@ -1,9 +1,8 @@
-"""Choose the device and its precision, measure its speed and a function's memory, seed generators (no section)."""
+"""Choose the device and its precision, measure its speed, seed the generators (no section in the paper)."""
 
 import functools
 import random
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # `python -m minglm --help` answers without torch
@@ -70,22 +69,6 @@ def measured_flops(device: "torch.device", dtype: "torch.dtype", seconds: float 
             wait()
             best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
-
-
-def peak_bytes(function: Callable[..., object], *values: object) -> int:
-    """Return the most bytes that PyTorch had allocated at one time on the CPU during a call, beyond those before it."""
-    from torch.profiler import profile
-
-    with profile(profile_memory=True) as recorded:
-        function(*values)
-    results = recorded.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess] # set by `profile`
-    held = 0
-    highest = 0
-    for event in results.events():  # pyright: ignore[reportOptionalMemberAccess] # the same
-        if event.name() == "[memory]":
-            held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue] # torch's stub lacks it
-            highest = max(highest, held)
-    return highest
 
 
 def seed_everything(seed: int) -> None:

@@ -5,7 +5,6 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from minglm.common.device import peak_bytes
 from minglm.kernels import dispatch
 from minglm.kernels.cross_entropy import (
     chunked,
@@ -14,6 +13,7 @@ from minglm.kernels.cross_entropy import (
 )
 from minglm.kernels.cross_entropy.eager import cross_entropy
 from minglm.kernels.toolchain.interpreter import in_new_process, switch_on
+from minglm.lesson import peak_bytes
 from minglm.testing.strategies import numbers, seeds
 
 DEVICE = switch_on()
