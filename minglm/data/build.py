@@ -1,11 +1,16 @@
-"""From a config to a tokenizer and token shards: what a run reads before its first step (paper 2.2, 2.3).
+"""Build the data of a run: a tokenizer and token shards, made from its config before the first step (paper 2.2, 2.3).
 
-    corpus -> held-out split -> decontamination -> near duplicates -> quality buckets -> tokenizer -> shards;
-    solved tasks of the environments beside it, which are apart from the test tasks by a hash of their content
+    sources -> documents -> held-out split -> cleaning -> repeats -> tokenizer -> shards;
+    solved tasks beside them, which differ from the test tasks by a hash of their content
 
 The sources of the shards are those of the corpus (prose, code, math, science, qa, long, repository, user:NAME) and
-`tasks:ENVIRONMENT`, the oracle's trajectories for mid-training. Built once and kept in the run's folder; the same
-config finds them again. `minglm.data.store.documents` says which step is computed by how many processes.
+`tasks:ENVIRONMENT`, the oracle's trajectories for mid-training. The data is built once and kept in the run's folder; the
+same config finds it again. A build that was stopped continues where it was:
+
+    FOLDER/documents/00000.documents ...   the corpus, then `repeats.npy` and `done.json`, which says it is complete
+    FOLDER/tokenizer.json
+    FOLDER/train, FOLDER/heldout           token shards (`minglm.data.store.shards`)
+    FOLDER/about.json                      what was done, for the log
 """
 
 import itertools
@@ -15,9 +20,10 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -25,19 +31,24 @@ from tqdm import tqdm
 from minglm.chat import render, render_text
 from minglm.common.files import atomic_path, write_json
 from minglm.common.threads import thread_count
-from minglm.config.run import to_dict
-from minglm.data.cleaning import classifier, quality
+from minglm.config.data import Quality
+from minglm.config.run import RunConfig, to_dict
+from minglm.data.cleaning import classifier, quality, selection
+from minglm.data.cleaning.classifier import MarkedDocument
 from minglm.data.cleaning.decontaminate import Index
 from minglm.data.sources import corpus
 from minglm.data.sources.files import Skipped
-from minglm.data.store import documents as parts
 from minglm.data.store import shards
+from minglm.data.store.documents import Document, chunk_path, read_documents, write_documents
+from minglm.data.tokenization import FimOptions, ShardTask, token_dtype, write_shards
 from minglm.data.tokenizer import Tokenizer
 from minglm.data.workers import Executor, map_tasks
 
-MARKED = 2000
-"""Documents of a kind that the rubric marks for the classifier."""
+MARKED_PER_KIND = 2000
+"""Documents of each kind that the rubric marks for the classifier."""
 
+FORMAT = 3
+"""Shards of another format are built again."""
 
 Conversation = tuple[list[dict], Sequence[dict], bool]
 """Messages, tools and thinking: the arguments of `minglm.chat.render`."""
@@ -45,7 +56,7 @@ Conversation = tuple[list[dict], Sequence[dict], bool]
 
 @dataclass(frozen=True)
 class TaskData:
-    """What environments contribute to the data; functions, because a build that finds its shards needs neither."""
+    """What environments contribute to the data; functions, because a build that finds its shards calls neither."""
 
     solved: Callable[[], dict[str, list[Conversation]]]
     """Solved tasks by environment: training documents of the source `tasks:ENVIRONMENT`."""
@@ -56,225 +67,334 @@ class TaskData:
 NO_TASKS = TaskData(solved=dict, evaluation_texts=dict)
 
 
-def prepare(run, folder, tasks=NO_TASKS, executor=Executor.LOCAL):
-    """(tokenizer, training shards, held-out shards, what was done) of a RunConfig, from `folder` or built there.
+class PreparedData(NamedTuple):
+    """What a run reads."""
 
-    What was done, for the log: tokens of each source, number of documents, what each step of cleaning took, records
-    that could not be used, seconds. A build that was stopped goes on, and a shard that was cut short is made again.
-    tasks: what the environments contribute. executor: see `minglm.data.workers`. Raises ValueError when a mixture names no source, when the tokenizer
-    has more ids than the model, or as the corpus does for unreadable files.
+    tokenizer: Tokenizer
+    train: dict[str, shards.Shard]
+    """Training documents by source."""
+    heldout: dict[str, shards.Shard]
+    """Held-out documents by source."""
+    about: dict[str, Any]
+    """For the log: tokens of each source, documents, what each step of cleaning removed, skipped records, seconds."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who computes the tasks of a build."""
+
+    executor: Executor
+    count: int
+
+    def map(self, function: Callable, tasks: Sequence, label: str, paths: Sequence[Path]) -> list:
+        """Return the function of every task; the progress bar counts the bytes of the file of each task."""
+        sizes = [path.stat().st_size for path in paths]
+        return map_tasks(function, tasks, self.executor, self.count, label, sizes)
+
+
+def prepare(
+    run: RunConfig,
+    folder: Path,
+    tasks: TaskData = NO_TASKS,
+    executor: Executor = Executor.LOCAL,
+) -> PreparedData:
+    """Return the data of a run, from `folder` or built there.
+
+    A build that was stopped continues, and a shard that was cut short is made again.
+
+    Args:
+        tasks: what the environments contribute.
+        executor: see `minglm.data.workers`.
+
+    Raises:
+        ValueError: if a mixture names no source, if the tokenizer has more ids than the model, or for unreadable files.
     """
     key = {
         "data": to_dict(run)["data"],
         "vocab_size": run.model.vocab_size,
         "seed": run.seed,
-        "format": 2,
+        "format": FORMAT,
     }
-    about, parts_of = folder / "about.json", [folder / "train", folder / "heldout"]
-    for part in parts_of:
-        if shards.index(part, key) is not None:
-            for number, wrong in shards.damaged(part).items():
-                print(f"minglm: {wrong}; it is built again", file=sys.stderr)
-                shards.forget(part, number)
-    if None in [shards.index(part, key) for part in parts_of] or not about.exists():
-        build(run, folder, key, tasks, executor)
-    train, heldout = (shards.load_shards(part, key) for part in parts_of)
+    about_path = folder / "about.json"
+    splits = [folder / "train", folder / "heldout"]
+    for split in splits:
+        if shards.chunk_numbers(split, key) is not None:
+            for number, fault in shards.find_damage(split).items():
+                print(f"minglm: {fault}; it is built again", file=sys.stderr)
+                shards.discard_chunk(split, number)
+    complete = all(shards.chunk_numbers(split, key) is not None for split in splits)
+    if not complete or not about_path.exists():
+        workers = Workers(executor, thread_count(run.threads))
+        build(run, folder, key, tasks, workers)
+    train, heldout = (shards.load_shards(split, key) for split in splits)
+    assert train is not None and heldout is not None
     _check_mixtures(run, train)
-    return Tokenizer.load(folder / "tokenizer.json"), train, heldout, json.loads(about.read_text())
+    about = json.loads(about_path.read_text())
+    return PreparedData(Tokenizer.load(folder / "tokenizer.json"), train, heldout, about)
 
 
-def build(run, folder, key, task_data=NO_TASKS, executor=Executor.LOCAL):
-    """Write documents, tokenizer and shards of a run under `folder`, as far as they are not there under this key."""
-    began, workers, solved = time.time(), thread_count(run.threads), task_data.solved()
-    documents, tokenizer = folder / "documents", folder / "tokenizer.json"
-    done = _done(documents, key)
+def build(run: RunConfig, folder: Path, key: Any, tasks: TaskData, workers: Workers) -> None:
+    """Write documents, tokenizer and shards of a run under `folder`, unless they are there under this key."""
+    began = time.time()
+    solved = tasks.solved()
+    documents = folder / "documents"
+    tokenizer_path = folder / "tokenizer.json"
+
+    done = _read_done(documents, key)
     if done is None:
-        shutil.rmtree(documents, ignore_errors=True)
-        skipped = Skipped(documents / "skipped.log")
-        bar = tqdm(
-            corpus.documents(run.data, run.seed, skipped),
-            desc="read",
-            unit=" documents",
-            disable=None,
-        )
-        paths = parts.write(bar, documents)
-        times, cleaning = clean(run, paths, folder, task_data.evaluation_texts, executor, workers)
-        build_tokenizer(run, texts(paths, times), solved).save(tokenizer)
-        with atomic_path(documents / "times.npy") as temporary, open(temporary, "wb") as file:
-            np.save(file, times)
-        done = {
-            "key": key,
-            "parts": len(paths),
-            "documents": cleaning.pop("documents"),
-            "cleaning": cleaning,
-        }
-        done |= {
-            "skipped": skipped.count,
-            "skipped_log": f"{skipped.path}" if skipped.count else "",
-        }
-        write_json(documents / "done.json", done)
-    tasks = shard_tasks(run, folder, key, done["parts"])
-    sizes = [Path(task["path"]).stat().st_size for task in tasks]
-    map_tasks(parts.shard, tasks, executor, workers, "tokenize", sizes)
-    if shards.part(folder / "train", done["parts"], key) is None:
-        save_solutions(solved, Tokenizer.load(tokenizer), folder / "train", done["parts"], key)
-    shards.finish(folder / "heldout", range(done["parts"]), key)
-    shards.finish(folder / "train", range(done["parts"] + 1), key)
-    totals = shards.totals(folder / "train")
-    about = {"tokens": {name: row["tokens"] for name, row in totals.items()}}
-    about |= {name: done[name] for name in ("documents", "cleaning", "skipped", "skipped_log")}
-    write_json(folder / "about.json", about | {"seconds": round(time.time() - began, 1)})
+        done = _build_documents(run, folder, key, tasks, solved, workers)
+
+    shard_tasks = plan_shards(run, folder, key, done["chunks"])
+    paths = [Path(task.path) for task in shard_tasks]
+    workers.map(write_shards, shard_tasks, "tokenize", paths)
+    # The solved tasks are the last chunk of the training shards.
+    if shards.chunk_entries(folder / "train", done["chunks"], key) is None:
+        tokenizer = Tokenizer.load(tokenizer_path)
+        save_solutions(solved, tokenizer, folder / "train", done["chunks"], key)
+    shards.write_index(folder / "heldout", range(done["chunks"]), key)
+    shards.write_index(folder / "train", range(done["chunks"] + 1), key)
+
+    totals = shards.source_totals(folder / "train")
+    about = {"tokens": {source: total.tokens for source, total in totals.items()}}
+    for name in ("documents", "cleaning", "skipped", "skipped_log"):
+        about[name] = done[name]
+    about["seconds"] = round(time.time() - began, 1)
+    write_json(folder / "about.json", about)
     if done["skipped"]:
-        print(
-            f"minglm: {done['skipped']:,} records could not be used; see {done['skipped_log']}",
-            file=sys.stderr,
-        )
+        message = f"{done['skipped']:,} records could not be used; see {done['skipped_log']}"
+        print(f"minglm: {message}", file=sys.stderr)
 
 
-def _done(documents, key):
-    """What `build` noted when the documents under this key were complete; None where they are not."""
+def _read_done(documents: Path, key: Any) -> dict[str, Any] | None:
+    """Return what was noted when the documents under this key were complete, or None if they are not."""
     try:
         done = json.loads((documents / "done.json").read_text())
-        return done if done["key"] == json.loads(json.dumps(key)) else None
+        complete = done["key"] == json.loads(json.dumps(key))
     except (OSError, ValueError, KeyError):
         return None
+    return done if complete else None
 
 
-def clean(run, paths, folder, evaluation_texts=dict, executor=Executor.LOCAL, workers=1):
-    """(how often each document of the parts is used, what each step took); see `minglm.data.store.documents.decide`."""
-    found, work, data = parts.records(paths), folder / "work", run.data
+def _build_documents(
+    run: RunConfig,
+    folder: Path,
+    key: Any,
+    tasks: TaskData,
+    solved: Mapping[str, Sequence[Conversation]],
+    workers: Workers,
+) -> dict[str, Any]:
+    """Read and clean the corpus, train the tokenizer, and return what was done, as noted in done.json."""
+    documents = folder / "documents"
+    shutil.rmtree(documents, ignore_errors=True)
+    skipped = Skipped(documents / "skipped.log")
+    stream = corpus.documents(run.data, run.seed, skipped)
+    bar = tqdm(stream, desc="read", unit=" documents", disable=None)
+    paths = write_documents(bar, documents)
+
+    repeats, report = clean(run, paths, folder, tasks.evaluation_texts, workers)
+    tokenizer = build_tokenizer(run, training_texts(paths, repeats), solved)
+    tokenizer.save(folder / "tokenizer.json")
+    with atomic_path(documents / "repeats.npy") as temporary, open(temporary, "wb") as file:
+        np.save(file, repeats)
+
+    done = {
+        "key": key,
+        "chunks": len(paths),
+        "documents": report.pop("documents"),
+        "cleaning": report,
+        "skipped": skipped.count,
+        "skipped_log": f"{skipped.path}" if skipped.count else "",
+    }
+    write_json(documents / "done.json", done)
+    return done
+
+
+def clean(
+    run: RunConfig,
+    paths: Sequence[Path],
+    folder: Path,
+    evaluation_texts: Callable[[], Mapping[str, Sequence[str]]] = dict,
+    workers: Workers = Workers(Executor.LOCAL, 1),
+) -> selection.Selection:
+    """Decide how often each document of these chunks is used; see `minglm.data.cleaning.selection`."""
+    records = selection.read_records(paths)
+    config = run.data
+    work = folder / "work"
     work.mkdir(parents=True, exist_ok=True)
-    task, noted = dict.fromkeys(("index", "judge")), {}
-    task |= {"near": bool(data.near_duplicates), "semantic": bool(data.semantic_duplicates)}
-    task["educational"] = bool(data.educational)
-    if data.decontaminate:
-        originals = set(corpus.originals([(r.digest, r.heldout) for r in found]))
-        sets = {name: list(some) for name, some in evaluation_texts().items()}
-        for n, document in enumerate(d for path in paths for d in parts.read(path)):
-            if document.heldout and n in originals:
-                sets.setdefault(document.source, []).append(document.text)
-        index = Index(sets, data.decontaminate)
-        noted["decontamination"] = {
-            "n": data.decontaminate,
-            "items": index.sets,
-            "not_searched": index.passed,
+
+    index_path = None
+    searched = {}
+    if config.decontaminate:
+        sets = {name: list(texts) for name, texts in evaluation_texts().items()}
+        for source, texts in _heldout_texts(paths, records).items():
+            sets.setdefault(source, []).extend(texts)
+        index = Index(sets, config.decontaminate)
+        searched = {
+            "n": config.decontaminate,
+            "items": index.searched,
+            "not_searched": index.not_searched,
         }
-        task["index"] = f"{work / 'items.pickle'}"
-        with atomic_path(task["index"]) as temporary:
+        index_path = work / "items.pickle"
+        with atomic_path(index_path) as temporary:
             temporary.write_bytes(pickle.dumps(index))
-    if data.quality != "rubric":
-        judge, noted["judges"] = classifier.train(labels(data.quality, paths), run.seed)
-        task["judge"] = f"{work / 'judge.npz'}"
-        judge.save(task["judge"])
-    tasks = [{**task, "path": f"{path}"} for path in paths]
-    features = map_tasks(
-        parts.measure, tasks, executor, workers, "clean", [path.stat().st_size for path in paths]
-    )
-    times, done = parts.decide(found, features, data)
-    if "decontamination" in noted:
-        done["decontamination"] = noted["decontamination"] | {"removed": done["decontamination"]}
-    if "judges" in noted:
-        done["judges"] = noted["judges"]
-    shutil.rmtree(work)
-    return times, done
 
+    judge_path = None
+    judge_reports = {}
+    if config.quality != Quality.RUBRIC:
+        judge, judge_reports = classifier.train_judge(labels(config.quality, paths), run.seed)
+        judge_path = work / "judge.npz"
+        judge.save(judge_path)
 
-def labels(quality_of, paths):
-    """Marked documents for the classifiers: those of a file, or MARKED of each kind with the rubric's marks.
-
-    quality_of: "learned" or the path of a .jsonl file. paths: of the parts.
-    """
-    if quality_of != "learned":
-        return classifier.read_labels(quality_of)
-    chosen = {}
-    for path in paths:
-        for document in parts.read(path):
-            if not document.heldout and document.source not in ("repository", "long", "qa"):
-                kind = chosen.setdefault(classifier.kind(document.source, document.language), [])
-                kind.append((zlib.crc32(document.name.encode()), document))
-        chosen = {
-            kind: sorted(some, key=lambda pair: pair[0])[:MARKED] for kind, some in chosen.items()
-        }
-    rows = []
-    for _, document in (pair for some in chosen.values() for pair in some):
-        science = document.source in ("math", "science")
-        mark = (
-            quality.educational(document.text)
-            if science
-            else quality.score(document.text, document.language)
+    tasks = [
+        selection.FeatureTask(
+            path=f"{path}",
+            index=f"{index_path}" if index_path else None,
+            judge=f"{judge_path}" if judge_path else None,
+            near=bool(config.near_duplicates),
+            semantic=bool(config.semantic_duplicates),
+            educational=bool(config.educational),
         )
-        rows.append((document.text, mark, document.source, document.language))
-    return rows
+        for path in paths
+    ]
+    features = workers.map(selection.compute_features, tasks, "clean", paths)
+    repeats, report = selection.select(records, features, config)
+    if config.decontaminate:
+        report["decontamination"] = {**searched, "removed": report["decontamination"]}
+    if judge_reports:
+        report["judges"] = judge_reports
+    shutil.rmtree(work)
+    return selection.Selection(repeats, report)
 
 
-def shard_tasks(run, folder, key, count):
-    """What `parts.shard` has to do for those of `count` parts that have no shards under this key."""
-    documents, tasks, at, first = folder / "documents", [], 0, 0
-    times = np.load(documents / "times.npy")
-    for number in range(count):
-        path = documents / f"{number:05d}.documents"
-        heldout = np.array([d.heldout for d in parts.read(path)], bool)
-        mine = times[at : at + len(heldout)]
-        if None in [shards.part(folder / name, number, key) for name in ("train", "heldout")]:
-            options = {
-                "seed": run.seed,
-                "fim_rate": run.data.fim_rate,
-                "fim_characters": run.data.fim_characters,
-            }
-            options |= {"path": f"{path}", "number": number, "times": mine.tolist(), "first": first}
-            tasks.append(
-                options
-                | {"folder": f"{folder}", "key": key, "tokenizer": f"{folder / 'tokenizer.json'}"}
+def _heldout_texts(
+    paths: Sequence[Path], records: Sequence[selection.DocumentRecord]
+) -> dict[str, list[str]]:
+    """Return the text of the held-out documents by source, without exact copies."""
+    kept = {n for n in selection.find_originals(records) if records[n].heldout}
+    texts: dict[str, list[str]] = {}
+    for n, document in enumerate(_read_all(paths)):
+        if n in kept:
+            texts.setdefault(document.source, []).append(document.text)
+    return texts
+
+
+def _read_all(paths: Iterable[Path]) -> Iterator[Document]:
+    for path in paths:
+        yield from read_documents(path)
+
+
+def labels(teacher: str, paths: Sequence[Path]) -> list[MarkedDocument]:
+    """Return marked documents for the classifiers.
+
+    Args:
+        teacher: the path of a .jsonl file of marks, or "learned": then the rubric marks MARKED_PER_KIND documents of
+            each kind, chosen by a hash of their names.
+        paths: the chunks of the corpus.
+    """
+    if teacher != Quality.LEARNED:
+        return classifier.read_labels(teacher)
+    by_kind: dict[str, list[tuple[int, Document]]] = {}
+    for document in _read_all(paths):
+        if document.heldout or document.source in ("repository", "long", "qa"):
+            continue
+        kind = classifier.document_kind(document.source, document.language)
+        place = zlib.crc32(document.name.encode())
+        by_kind.setdefault(kind, []).append((place, document))
+
+    marked = []
+    for documents in by_kind.values():
+        documents.sort(key=lambda pair: pair[0])
+        for _, document in documents[:MARKED_PER_KIND]:
+            if document.source in quality.SCIENCE:
+                mark = quality.educational(document.text)
+            else:
+                mark = quality.score(document.text, document.language)
+            marked.append(MarkedDocument(document.text, mark, document.source, document.language))
+    return marked
+
+
+def plan_shards(run: RunConfig, folder: Path, key: Any, chunks: int) -> list[ShardTask]:
+    """Return a task for each of the corpus' chunks that has no shards under this key."""
+    repeats = np.load(folder / "documents" / "repeats.npy")
+    fim = FimOptions(run.data.fim_rate, run.data.fim_characters, run.seed)
+    tasks = []
+    start = 0  # position of the chunk's first document in the corpus
+    first = 0  # the same among the training documents, repeats counted
+    for number in range(chunks):
+        path = chunk_path(folder / "documents", number)
+        heldout = np.array([document.heldout for document in read_documents(path)], bool)
+        chunk_repeats = repeats[start : start + len(heldout)]
+        written = [
+            shards.chunk_entries(folder / split, number, key) for split in ("train", "heldout")
+        ]
+        if None in written:
+            task = ShardTask(
+                path=f"{path}",
+                number=number,
+                repeats=chunk_repeats.tolist(),
+                first=first,
+                folder=f"{folder}",
+                key=key,
+                tokenizer=f"{folder / 'tokenizer.json'}",
+                fim=fim,
             )
-        at, first = at + len(mine), first + int(mine[~heldout].sum())
+            tasks.append(task)
+        start += len(chunk_repeats)
+        first += int(chunk_repeats[~heldout].sum())
     return tasks
 
 
-def save_solutions(solved, tokenizer, folder, number, key):
-    """Solved tasks as the last part of the training shards."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    tokens = {
-        f"tasks:{n}": [np.array(render(tokenizer, *c).ids, dtype) for c in some]
-        for n, some in solved.items()
-    }
-    sizes = {
-        f"tasks:{n}": sum(len(render_text(*c).encode()) for c in some) for n, some in solved.items()
-    }
-    shards.write_part(folder, number, tokens, key, sizes)
+def save_solutions(
+    solved: Mapping[str, Sequence[Conversation]],
+    tokenizer: Tokenizer,
+    folder: Path,
+    number: int,
+    key: Any,
+) -> None:
+    """Write solved tasks as one chunk of the training shards."""
+    dtype = token_dtype(tokenizer)
+    arrays = {}
+    sizes = {}
+    for environment, conversations in solved.items():
+        source = f"tasks:{environment}"
+        arrays[source] = [np.array(render(tokenizer, *c).ids, dtype) for c in conversations]
+        sizes[source] = sum(len(render_text(*c).encode()) for c in conversations)
+    shards.write_chunk(folder, number, arrays, key, sizes)
 
 
-def texts(paths, times):
-    """The text of each training document, as often as it is used, except repositories, whose files stand alone too."""
-    times = iter(times.tolist())
-    for path in paths:
-        for document in parts.read(path):
-            for _ in range(next(times)):
-                if not document.heldout and document.source != "repository":
-                    yield document.text
+def training_texts(paths: Iterable[Path], repeats: np.ndarray) -> Iterator[str]:
+    """Yield the text of each training document as often as it is used.
+
+    Repositories are left out, because their files are documents too.
+    """
+    for document, count in zip(_read_all(paths), repeats.tolist(), strict=True):
+        if not document.heldout and document.source != "repository":
+            yield from itertools.repeat(document.text, count)
 
 
-def _check_mixtures(run, shards):
-    """Refuse a mixture now, and not when its stage is reached."""
+def _check_mixtures(run: RunConfig, train: Mapping[str, shards.Shard]) -> None:
+    """Refuse a mixture that names an unknown source now, and not when its stage is reached."""
     for name, stage in run.stages.items():
         for source in stage.mixture:
-            if stage.tokens and source not in shards:
-                known = ", ".join(sorted(shards))
+            if stage.tokens and source not in train:
+                known = ", ".join(sorted(train))
                 raise ValueError(
                     f"stages.{name}.mixture names the source {source!r}; the corpus has {known}"
                 )
 
 
-def build_tokenizer(run, corpus_texts, solved):
-    """The tokenizer of the config, or one trained on the corpus and the trajectories."""
+def build_tokenizer(
+    run: RunConfig,
+    texts: Iterable[str],
+    solved: Mapping[str, Sequence[Conversation]],
+) -> Tokenizer:
+    """Return the tokenizer of the config, or train one on the corpus and the solved tasks."""
     if run.data.tokenizer:
         tokenizer = Tokenizer.load(run.data.tokenizer)
     else:
-        rendered = (
-            render_text(*conversation)
-            for conversations in solved.values()
-            for conversation in conversations
-        )
-        tokenizer = Tokenizer.train(itertools.chain(corpus_texts, rendered), run.model.vocab_size)
+        conversations = itertools.chain.from_iterable(solved.values())
+        rendered = (render_text(*conversation) for conversation in conversations)
+        tokenizer = Tokenizer.train(itertools.chain(texts, rendered), run.model.vocab_size)
     if tokenizer.vocab_size > run.model.vocab_size:
         raise ValueError(
             f"model.vocab_size = {run.model.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids"

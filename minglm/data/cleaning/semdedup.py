@@ -1,103 +1,121 @@
-"""SemDedup: pages that a template wrote, which MinHash takes for different (paper 2.2; method of arXiv 2303.09540).
+"""Remove pages written from a template, which MinHash takes for different (paper 2.2; SemDedup, arXiv 2303.09540).
 
-    embed every document as a unit vector;  k-means on the sphere;  inside a cluster drop a document when a better one
+    embed every document as a unit vector;  k-means on the sphere;  inside a cluster, drop a document if a better one
     that stays has a cosine of `threshold` or more with it
 
-A page made from a form with new names in every sentence shares few runs of five words with its sisters (Jaccard 0.3,
-say), but most of its words: the cosine of their counts is above 0.9. Clusters make this n^2 / clusters comparisons and
-not n^2.
+A page made from a form, with new names in every sentence, shares few runs of five words with the other pages of the form
+(Jaccard about 0.3), but most of its words: the cosine of their counts is above 0.9. Clusters reduce the n^2 comparisons
+to n^2 / clusters.
 
 Choices, and why:
-- The embedding is any unit vectors. `embed` counts hashed words, 1 + log of the count each, and projects them on
-  random signs, which keeps cosines within about 1 / sqrt(width); the hidden states of a model do as well.
+- The embedding is any unit vectors. `embed` counts hashed words, 1 + log of each count, and projects them on random
+  signs, which preserves cosines within about 1 / sqrt(width); the hidden states of a model would do as well.
 - No inverse document frequency: the words of a template are frequent, and are what has to count.
-- As in `dedup`, the better document stays and what stays does not depend on the order of the documents: k-means begins
-  with documents spread over the order best first, and sees them in it.
+- As in `minhash`, the better document stays and what stays does not depend on the order of the documents: k-means starts
+  from documents spread over the order best first, and sees them in it.
 
 Simplified: SemDedup itself keeps the document farthest from the centroid. Pairs on either side of a cluster's border
 are missed.
 """
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from minglm.data.cleaning.minhash import best_first
-from minglm.data.cleaning.shingles import by_text, mix
+from minglm.data.cleaning.shingles import hash_words_by_text, mix
 
 WIDTH = 256
 ROUNDS = 10
-PER_CLUSTER = 256
-"""Documents of a cluster, on average."""
+DOCUMENTS_PER_CLUSTER = 256
+"""On average."""
+
+BLOCK = 8192
+"""Documents that are compared with all centres at once."""
+
+ROUNDING = 1e-6
+"""Error of a cosine of 1 in float32."""
 
 
-def embed(texts, width=WIDTH):
-    """Unit vectors of texts: float32 array (texts, width); zero for a text without words."""
-    result = np.zeros((len(texts), width), np.float32)
-    for row, hashes in enumerate(by_text(texts)):
-        value, count = np.unique(hashes, return_counts=True)
+def embed(texts: Iterable[str], width: int = WIDTH) -> np.ndarray:
+    """Return unit vectors of texts, float32 (texts, width); zero for a text without words."""
+    words_by_text = hash_words_by_text(texts)
+    vectors = np.zeros((len(words_by_text), width), np.float32)
+    for row, hashes in enumerate(words_by_text):
+        word, count = np.unique(hashes, return_counts=True)
         weight = (1 + np.log(count)).astype(np.float32)
-        bits = [
-            mix(value + np.uint64(at + 1)) for at in range(0, width, 64)
-        ]  # 64 random signs of a word are one hash
-        signs = np.unpackbits(
-            np.stack(bits, 1).view(np.uint8), axis=1, bitorder="little", count=width
-        )
-        result[row] = 2 * (weight @ signs) - weight.sum()
-    return result / np.maximum(np.linalg.norm(result, axis=1, keepdims=True), 1e-9)
+        # One 64-bit hash of a word gives 64 random signs, as the bits 0 and 1.
+        bits = [mix(word + np.uint64(first + 1)) for first in range(0, width, 64)]
+        bytes_WB = np.stack(bits, axis=1).view(np.uint8)
+        bits_WD = np.unpackbits(bytes_WB, axis=1, bitorder="little", count=width)
+        # sum over words of weight * sign, with sign = 2 bit - 1
+        vectors[row] = 2 * (weight @ bits_WD) - weight.sum()
+    norm = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.maximum(norm, 1e-9)
 
 
-def kmeans(vectors, clusters, rounds=ROUNDS):
-    """The cluster of each unit vector, by k-means with cosine: int64 tensor (documents,).
+def kmeans(vectors_ND: torch.Tensor, clusters: int, rounds: int = ROUNDS) -> torch.Tensor:
+    """Return the cluster of each unit vector, by k-means with cosine: int64 (documents,).
 
-    vectors: float tensor (documents, width). Begins with every (documents / clusters)-th vector; a cluster that loses
-    all its members keeps its centre.
+    It starts from every (documents / clusters)-th vector. A cluster that loses all its members keeps its centre.
     """
-    centres = vectors[torch.arange(clusters) * len(vectors) // clusters].clone()
+    count = len(vectors_ND)
+    centres_CD = vectors_ND[torch.arange(clusters) * count // clusters].clone()
     for _ in range(rounds):
-        nearest = torch.cat([(block @ centres.T).argmax(1) for block in vectors.split(8192)])
-        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
-        centres = torch.where(
-            sums.norm(dim=1, keepdim=True) > 0, torch.nn.functional.normalize(sums), centres
-        )
-    return torch.cat([(block @ centres.T).argmax(1) for block in vectors.split(8192)])
+        nearest_N = _nearest(vectors_ND, centres_CD)
+        sums_CD = torch.zeros_like(centres_CD).index_add_(0, nearest_N, vectors_ND)
+        has_members_C1 = sums_CD.norm(dim=1, keepdim=True) > 0
+        centres_CD = torch.where(has_members_C1, F.normalize(sums_CD), centres_CD)
+    return _nearest(vectors_ND, centres_CD)
 
 
-def choose(vectors, threshold, order, group=None):
-    """Which documents stay: a boolean array.
+def _nearest(vectors_ND: torch.Tensor, centres_CD: torch.Tensor) -> torch.Tensor:
+    """Return the index of the centre with the largest cosine, int64 (documents,)."""
+    blocks = vectors_ND.split(BLOCK)
+    return torch.cat([(block @ centres_CD.T).argmax(1) for block in blocks])
 
-    vectors: unit vectors (documents, width). order: all indices, best first. group: integers; only documents of one
-    group are compared (None: all). Raises ValueError for a threshold outside (0, 1].
+
+def keep_best(
+    vectors: np.ndarray,
+    threshold: float,
+    order: Sequence[int],
+    group: np.ndarray | None = None,
+) -> np.ndarray:
+    """Return which documents stay, as a boolean array (documents,).
+
+    Args:
+        vectors: unit vectors (documents, width).
+        threshold: cosine from which the worse of two documents is dropped. ValueError outside (0, 1].
+        order: all indices, best first.
+        group: integers; only documents of the same group are compared (None: all).
     """
     if not 0 < threshold <= 1:
         raise ValueError(
-            f"duplicates in meaning from a cosine of {threshold}: must be above 0 and at most 1"
+            f"semantic duplicates from a cosine of {threshold}: must be above 0 and at most 1"
         )
-    stays, order = np.ones(len(vectors), bool), np.asarray(order, np.int64)
+    stays = np.ones(len(vectors), bool)
+    best_first = np.asarray(order, np.int64)
     group = np.zeros(len(vectors), np.int64) if group is None else np.asarray(group)
-    for which in np.unique(group):
-        mine = order[group[order] == which]
-        inside = torch.from_numpy(np.asarray(vectors[mine], np.float32))
-        nearest = kmeans(inside, -(-len(mine) // PER_CLUSTER))
-        for cluster in nearest.unique():
-            (members,) = torch.where(nearest == cluster)  # in order, best first
-            stays[mine[_repeated(inside, members, threshold - 1e-6)]] = (
-                False  # 1e-6: rounding of a cosine of 1
-            )
+    for label in np.unique(group):
+        members = best_first[group[best_first] == label]
+        vectors_ND = torch.from_numpy(np.asarray(vectors[members], np.float32))
+        clusters = -(-len(members) // DOCUMENTS_PER_CLUSTER)
+        cluster_N = kmeans(vectors_ND, clusters)
+        for cluster in cluster_N.unique():
+            (in_cluster,) = torch.where(cluster_N == cluster)  # in order, best first
+            dropped = _to_drop(vectors_ND, in_cluster, threshold - ROUNDING)
+            stays[members[dropped]] = False
     return stays
 
 
-def _repeated(vectors, members, threshold):
-    """Those of the members that a better one, which stays, is as similar as the threshold; as a numpy array."""
-    gone = []
+def _to_drop(vectors_ND: torch.Tensor, members: torch.Tensor, threshold: float) -> np.ndarray:
+    """Return the members to drop: those within the threshold of a better member that is kept."""
+    dropped = [torch.zeros(0, dtype=torch.int64)]
     while len(members) > 1:
-        first, members = members[0], members[1:]
-        same = vectors[members] @ vectors[first] >= threshold
-        gone.append(members[same])
-        members = members[~same]
-    return torch.cat(gone).numpy() if gone else np.zeros(0, np.int64)
-
-
-def semantic_duplicates(documents, threshold, embedder=embed):
-    """The documents without duplicates in meaning, in the given order. documents: with `text`, `quality`, `name`."""
-    stays = choose(embedder([d.text for d in documents]), threshold, best_first(documents))
-    return [document for document, stay in zip(documents, stays, strict=True) if stay]
+        best = members[0]
+        members = members[1:]
+        similar = vectors_ND[members] @ vectors_ND[best] >= threshold
+        dropped.append(members[similar])
+        members = members[~similar]
+    return torch.cat(dropped).numpy()

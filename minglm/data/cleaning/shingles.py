@@ -1,31 +1,33 @@
-"""Text as numbers to be compared: a hash for every word and for every run of n words (paper 2.2).
+"""Hash every word and every run of n words of a text, so that texts can be compared (paper 2.2).
 
     word   = letters and digits side by side, folded to lower case and compatibility form (NFKC);
-             every character of a script without spaces, and every + - * / = < > % ^ |, is a word of its own
-    hash   = sum over characters of mix(character) * B^place,   gram = sum over words of hash * C^place,   mod 2^64
+             every character of a script without spaces, and every + - * / = < > % ^ |, is one word
+    hash   = sum over characters of mix(character) * B^place,   n-gram = sum over words of hash * C^place,   mod 2^64
 
 Decontamination, deduplication and the learned quality score all count these. The hashes are the same in every process.
 
 Choices, and why:
-- numpy over the characters of a megabyte at a time: a loop over words in Python takes several times as long.
-- Operators are words, other punctuation is nothing: "2+3" and "2-3" are different questions, "so," and "so" are not.
-- 64 bits: among a billion different grams, two share a hash with a probability of 3 %.
+- numpy works on a megabyte of characters at a time: a loop over words in Python takes several times as long.
+- Operators are words, other punctuation is ignored: "2+3" and "2-3" are different questions, "so," and "so" are not.
+- 64 bits: among a billion different n-grams, two have the same hash with a probability of 3 %.
 """
 
 import functools
 import hashlib
 import unicodedata
+from collections.abc import Collection, Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
-CHUNK = 2**20
+BATCH_CHARACTERS = 2**20
 """Characters hashed at a time."""
 
-CODES = 0x40000
-"""Unicode code points looked at; those above are tags and private use."""
+CODE_POINTS = 0x40000
+"""Unicode code points that can be part of a word; those above are tags and private use."""
 
 OPERATORS = "+-*/=<>%^|"
-ALONE = (
+SCRIPTS_WITHOUT_SPACES = (
     (0x2E80, 0x2FDF),
     (0x3040, 0x30FF),
     (0x3400, 0x4DBF),
@@ -33,13 +35,25 @@ ALONE = (
     (0xF900, 0xFAFF),
     (0x20000, 0x3FFFF),
 )
-"""Scripts written without spaces: Chinese characters, kana."""
+"""First and last code points: Chinese characters, kana."""
 
-WORD, GRAM = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
+WORD_BASE = np.uint64(0x9E3779B97F4A7C15)  # B of the header
+NGRAM_BASE = np.uint64(0xC2B2AE3D27D4EB4F)  # C of the header
+
+BETWEEN_WORDS, PART_OF_WORD, WHOLE_WORD = 0, 1, 2
 
 
-def mix(values):
-    """Spread 64-bit numbers over all 64-bit numbers, one to one (the finaliser of splitmix64)."""
+class Hashes(NamedTuple):
+    """Hashes of words or of n-grams, in the order of the texts."""
+
+    hashes: np.ndarray
+    """uint64"""
+    text: np.ndarray
+    """int64: the index of the text that each one is from"""
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """Spread 64-bit integers over all 64-bit integers, one to one (the finalizer of splitmix64)."""
     with np.errstate(over="ignore"):
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -47,86 +61,108 @@ def mix(values):
 
 
 @functools.cache
-def _tables():
-    """For every code point: 0 between words, 1 part of a word, 2 a word alone; and its hash."""
-    kind = np.fromiter((chr(code).isalnum() for code in range(CODES)), np.uint8, CODES)
-    for first, last in ALONE:
-        kind[first : last + 1] *= 2
-    kind[[ord(sign) for sign in OPERATORS]] = 2
-    return kind, mix(np.arange(1, CODES + 1, dtype=np.uint64) * WORD)
+def _character_tables() -> tuple[np.ndarray, np.ndarray]:
+    """Return, for every code point, its class (BETWEEN_WORDS, PART_OF_WORD or WHOLE_WORD) and its hash."""
+    is_word = (chr(code).isalnum() for code in range(CODE_POINTS))
+    character_class = np.fromiter(is_word, np.uint8, CODE_POINTS)
+    for first, last in SCRIPTS_WITHOUT_SPACES:
+        character_class[first : last + 1] *= WHOLE_WORD
+    character_class[[ord(sign) for sign in OPERATORS]] = WHOLE_WORD
+    character_hash = mix(np.arange(1, CODE_POINTS + 1, dtype=np.uint64) * WORD_BASE)
+    return character_class, character_hash
 
 
-def _chunk(texts):
-    """(hash of every word, index of its text) of a few texts."""
-    kinds, hashes = _tables()
+def _hash_words(texts: list[str]) -> Hashes:
+    """Return the hash of every word of a few texts."""
+    class_of, hash_of = _character_tables()
     texts = [unicodedata.normalize("NFKC", text).lower() for text in texts]
-    codes = np.frombuffer("\0".join(texts).encode("utf-32-le", "replace"), np.uint32)
-    codes = np.where(codes < CODES, codes, 0)
-    kind = kinds[codes]
-    begins = kind == 2
-    begins[0:1] |= kind[0:1] == 1
-    begins[1:] |= (kind[1:] == 1) & (kind[:-1] != 1)
-    inside = np.flatnonzero(kind)
-    starts = np.flatnonzero(
-        begins[inside]
-    )  # every word begins at one of the characters inside words
+    # A zero byte between two texts ends the last word of the first.
+    joined = "\0".join(texts).encode("utf-32-le", "replace")
+    codes = np.frombuffer(joined, np.uint32)
+    codes = np.where(codes < CODE_POINTS, codes, 0)
+    classes = class_of[codes]
+
+    # A word begins at a whole word, and at a part of a word that does not follow another part.
+    is_part = classes == PART_OF_WORD
+    begins = classes == WHOLE_WORD
+    begins[0:1] |= is_part[0:1]
+    begins[1:] |= is_part[1:] & ~is_part[:-1]
+
+    inside = np.flatnonzero(classes)  # positions of the characters that belong to words
+    starts = np.flatnonzero(begins[inside])  # positions in `inside` where words begin
     if not len(starts):
-        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
-    place = np.arange(len(inside)) - np.repeat(starts, np.diff(starts, append=len(inside)))
+        return Hashes(np.zeros(0, np.uint64), np.zeros(0, np.int64))
+    lengths = np.diff(starts, append=len(inside))
+    place = np.arange(len(inside)) - np.repeat(starts, lengths)  # of a character in its word
     with np.errstate(over="ignore"):
-        power = np.cumprod(np.full(place.max() + 1, WORD, np.uint64))
-        found = np.add.reduceat(hashes[codes[inside]] * power[place], starts)
-    ends = np.cumsum([len(text) + 1 for text in texts])
-    return mix(found), np.searchsorted(ends, inside[starts], "right")
+        power = np.cumprod(np.full(place.max() + 1, WORD_BASE, np.uint64))
+        hashes = np.add.reduceat(hash_of[codes[inside]] * power[place], starts)
+    text_ends = np.cumsum([len(text) + 1 for text in texts])
+    text = np.searchsorted(text_ends, inside[starts], "right")
+    return Hashes(mix(hashes), text)
 
 
-def words(texts):
-    """The words of texts, about a megabyte at a time: yields (hash of each word, index of its text), in order."""
-    at, texts = 0, list(texts)
-    while at < len(texts):
-        stop, room = at + 1, CHUNK - len(texts[at])
+def hash_words_in_batches(texts: Iterable[str]) -> Iterator[Hashes]:
+    """Yield the hashes of the words of texts, about BATCH_CHARACTERS characters at a time, in order."""
+    texts = list(texts)
+    start = 0
+    while start < len(texts):
+        # A batch has at least one text, however long it is.
+        stop = start + 1
+        room = BATCH_CHARACTERS - len(texts[start])
         while stop < len(texts) and room > 0:
             room -= len(texts[stop])
             stop += 1
-        found, owner = _chunk(texts[at:stop])
-        yield found, owner + at
-        at = stop
+        hashes, text = _hash_words(texts[start:stop])
+        yield Hashes(hashes, text + start)
+        start = stop
 
 
-def grams(found, owner, lengths):
-    """Runs of n words inside one text, for each n of `lengths`: yields (n, hash of each run, index of its text)."""
-    value = np.zeros(len(found) + 1, np.uint64)
-    for n in range(1, min(max(lengths, default=0), len(found)) + 1):
-        with np.errstate(over="ignore"):
-            value = value[:-1] * GRAM + found[n - 1 :]
-        if n in lengths:
-            whole = owner[: len(value)] == owner[n - 1 :]
-            yield n, mix(value[whole]), owner[: len(value)][whole]
+def ngrams(word_hashes: np.ndarray, text: np.ndarray, lengths: Collection[int]) -> Iterator[Hashes]:
+    """Yield the runs of n words inside one text, for each n of `lengths` in increasing order.
 
-
-def by_text(texts):
-    """Per text, the hashes of its words, in order."""
-    texts = list(texts)
-    pieces = list(words(texts))
-    found = np.concatenate([piece[0] for piece in pieces] or [np.zeros(0, np.uint64)])
-    owner = np.concatenate([piece[1] for piece in pieces] or [np.zeros(0, np.int64)])
-    return np.split(found, np.searchsorted(owner, np.arange(1, len(texts)))) if texts else []
-
-
-def shingles(texts, n):
-    """Per text, the sorted different hashes of its runs of n words; of all its words as one run where it has fewer.
-
-    A text without any word has one shingle, made of its characters, so that no text is without. n: at least 1.
+    Args:
+        word_hashes: hashes of all words, in order.
+        text: the index of the text that each word is from.
     """
-    texts, result = list(texts), []
-    for text, found in zip(texts, by_text(texts), strict=True):
-        if not len(found):
-            found = np.frombuffer(
-                hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], np.uint64
-            )
-        length = min(n, len(found))
-        result += [
-            np.unique(value)
-            for _, value, _ in grams(found, np.zeros(len(found), np.int64), {length})
-        ]
+    hashes = np.zeros(len(word_hashes) + 1, np.uint64)
+    longest = min(max(lengths, default=0), len(word_hashes))
+    for n in range(1, longest + 1):
+        # The run of n words at position i is the run of n - 1 words at i, and the word at i + n - 1.
+        with np.errstate(over="ignore"):
+            hashes = hashes[:-1] * NGRAM_BASE + word_hashes[n - 1 :]
+        if n in lengths:
+            first_text = text[: len(hashes)]
+            last_text = text[n - 1 :]
+            inside_one_text = first_text == last_text
+            yield Hashes(mix(hashes[inside_one_text]), first_text[inside_one_text])
+
+
+def hash_words_by_text(texts: Iterable[str]) -> list[np.ndarray]:
+    """Return, for each text, the hashes of its words in order."""
+    texts = list(texts)
+    if not texts:
+        return []
+    batches = list(hash_words_in_batches(texts))
+    hashes = np.concatenate([batch.hashes for batch in batches])
+    text = np.concatenate([batch.text for batch in batches])
+    return np.split(hashes, np.searchsorted(text, np.arange(1, len(texts))))
+
+
+def shingles(texts: Iterable[str], n: int) -> list[np.ndarray]:
+    """Return, for each text, the sorted different hashes of its runs of n words.
+
+    A text of fewer than n words has one shingle, all of its words. A text without any word has one shingle made of its
+    characters, so that no set is empty. n: at least 1.
+    """
+    texts = list(texts)
+    result = []
+    for text, hashes in zip(texts, hash_words_by_text(texts), strict=True):
+        if not len(hashes):
+            digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
+            hashes = np.frombuffer(digest[:8], np.uint64)
+        length = min(n, len(hashes))
+        one_text = np.zeros(len(hashes), np.int64)
+        (runs,) = ngrams(hashes, one_text, {length})
+        result.append(np.unique(runs.hashes))
     return result

@@ -1,11 +1,14 @@
-"""Small tables of facts in English and Chinese, from which `synthetic` writes text (paper 2.2, "Math & Science").
+"""Hold small tables of facts in English and Chinese, from which `synthetic` writes text (paper 2.2).
 
-Elements: mass in unified atomic mass units, rounded to one decimal, state at room temperature and normal pressure.
-Planets: mean distance from the sun in millions of kilometres, mean radius in kilometres, period in Earth days.
-Written down by hand from general knowledge, short enough to check by eye; no counterpart in the paper.
+Masses are rounded to one decimal; states are those at room temperature and normal pressure; distances and radii are
+means. The tables were written by hand from general knowledge and are short enough to check by eye.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+Fact = TypeVar("Fact")
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,9 @@ class Element:
     symbol: str
     name: str
     mass: float
+    """In unified atomic mass units."""
     state: str
+    """gas, liquid or solid."""
     chinese: str
 
 
@@ -33,21 +38,27 @@ class Country:
 
 @dataclass(frozen=True)
 class Planet:
-    """A planet of the solar system, in order from the sun."""
+    """A planet of the solar system."""
 
     order: int
+    """Counted from the sun."""
     name: str
     distance: float
+    """From the sun, in millions of kilometres."""
     radius: int
+    """In kilometres."""
     period: float
+    """In Earth days."""
     chinese: str
 
 
-def _rows(kind, text, *casts):
-    return tuple(
-        kind(*[cast(word.strip()) for cast, word in zip(casts, line.split(","), strict=True)])
-        for line in text.strip().splitlines()
-    )
+def _rows(make: Callable[..., Fact], text: str, *casts: Callable[[str], Any]) -> tuple[Fact, ...]:
+    """Make one fact of each line of a comma-separated text; each column has its own cast."""
+    facts = []
+    for line in text.strip().splitlines():
+        cells = [cell.strip() for cell in line.split(",")]
+        facts.append(make(*[cast(cell) for cast, cell in zip(casts, cells, strict=True)]))
+    return tuple(facts)
 
 
 ELEMENTS = _rows(
@@ -185,20 +196,29 @@ COUNTRIES = _rows(
     *(str, str, str, str, str),
 )
 
+
+class Unit(NamedTuple):
+    """One unit and how many of a smaller unit it is."""
+
+    name: str
+    smaller: str
+    """The smaller unit, in the plural."""
+    factor: int
+
+
 UNITS = (
-    ("kilometre", "metres", 1000),
-    ("metre", "centimetres", 100),
-    ("centimetre", "millimetres", 10),
-    ("kilogram", "grams", 1000),
-    ("tonne", "kilograms", 1000),
-    ("litre", "millilitres", 1000),
-    ("day", "hours", 24),
-    ("hour", "minutes", 60),
-    ("minute", "seconds", 60),
-    ("week", "days", 7),
-    ("dozen", "pieces", 12),
+    Unit("kilometre", "metres", 1000),
+    Unit("metre", "centimetres", 100),
+    Unit("centimetre", "millimetres", 10),
+    Unit("kilogram", "grams", 1000),
+    Unit("tonne", "kilograms", 1000),
+    Unit("litre", "millilitres", 1000),
+    Unit("day", "hours", 24),
+    Unit("hour", "minutes", 60),
+    Unit("minute", "seconds", 60),
+    Unit("week", "days", 7),
+    Unit("dozen", "pieces", 12),
 )
-"""(one of these, is so many, of those)."""
 
 CONTINENTS = {
     "Africa": "非洲",

@@ -1,7 +1,7 @@
-"""Your own text: files, folders, rows of JSON lines and parquet, data sets by name; read as a stream (paper 2.2).
+"""Read your own text as a stream: files, folders, rows of JSON lines and parquet, data sets by name (paper 2.2).
 
     path of                            gives documents of source
-    .txt .md .rst                      prose; a file above PIECE comes in pieces that end at line ends
+    .txt .md .rst                      prose; a file above PIECE_BYTES comes in pieces that end at line ends
     a code file                        code
     .jsonl .jsonl.zst .parquet         one a row, from its "text"; its "source" and "language", if it names them;
                                        from its "html", if it has no text and the page holds code: see `web_code`
@@ -9,9 +9,9 @@
     hf:NAME or hf:NAME:CONFIG          the rows of a Hugging Face data set, as they arrive
     git:CHECKOUT or git:CHECKOUT:ISSUES    repository: issues, pull requests, commits; see `history`
 
-Nothing is held but one piece, row group or repository, so memory does not grow with the corpus.
+Only one piece, row group or repository is in memory, so memory does not grow with the corpus.
 
-A row that cannot be used, or a file of a folder that is no text, is skipped, counted, and named in a log with the
+A row that cannot be used, or a file in a folder that is not text, is skipped, counted, and named in a log with the
 reason: one bad line in a million must not end a night's work. A file that was named and cannot be read at all, or in
 which no row can be used, is an error: then the mistake is probably in the name. Quality is measured later, by several
 processes.
@@ -21,297 +21,357 @@ import hashlib
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from minglm.data.sources import history, repository, web_code
-from minglm.data.sources.rows import dataset, jsonl, parquet
+from minglm.data.sources.rows import Row, Unreadable, dataset, jsonl, parquet
+from minglm.data.store.documents import Document
 
-CODE = {
-    **{
-        ".py": "python",
-        ".c": "c",
-        ".h": "c",
-        ".cpp": "c++",
-        ".hpp": "c++",
-        ".cu": "cuda",
-        ".java": "java",
-    },
-    **{
-        ".js": "javascript",
-        ".ts": "typescript",
-        ".go": "go",
-        ".rs": "rust",
-        ".rb": "ruby",
-        ".sh": "shell",
-        ".r": "r",
-    },
+CODE_LANGUAGES = {
+    ".py": "python",
+    ".c": "c",
+    ".h": "c",
+    ".cpp": "c++",
+    ".hpp": "c++",
+    ".cu": "cuda",
+    ".java": "java",
+    ".js": "javascript",
+    ".ts": "typescript",
+    ".go": "go",
+    ".rs": "rust",
+    ".rb": "ruby",
+    ".sh": "shell",
+    ".r": "r",
 }
 """Suffixes read as code, and their languages."""
 
-TEXT = (".txt", ".md", ".rst")
-ROWS = (".jsonl", ".jsonl.zst", ".parquet")
-SYNTHETIC = ("math", "science", "qa", "long")
-BUILT_IN = ("code", "prose", "repository", *SYNTHETIC)
+CODE_SUFFIXES = tuple(CODE_LANGUAGES)
+TEXT_SUFFIXES = (".txt", ".md", ".rst")
+ROW_SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet")
+READABLE_SUFFIXES = (*CODE_SUFFIXES, *TEXT_SUFFIXES, *ROW_SUFFIXES)
 
-PIECE = 4 * 2**20
-"""Bytes above which a text is read in pieces."""
+SYNTHETIC_SOURCES = ("math", "science", "qa", "long")
+BUILT_IN_SOURCES = ("code", "prose", "repository", *SYNTHETIC_SOURCES)
 
-REPOSITORY = 16 * 2**20
-"""Bytes above which the files of a repository are not joined."""
+PIECE_BYTES = 4 * 2**20
+"""A larger text is read in pieces."""
 
-
-@dataclass(frozen=True)
-class Document:
-    """One text. quality: 0 to 1, None where it was not measured yet. repository: name of the code base it belongs to.
-    heldout: for validation only."""
-
-    text: str
-    source: str
-    language: str
-    quality: float | None
-    name: str
-    repository: str | None = None
-    heldout: bool = False
+REPOSITORY_CHARACTERS = 16 * 2**20
+"""The files of a larger repository are not joined."""
 
 
 class Skipped:
-    """What could not be used: `count` in all, `reasons` with how often each, and a line of JSON for each in the file
-    `path`, if there is one."""
+    """Count the records that could not be used, and name each in a log.
 
-    def __init__(self, path=None):
-        self.path, self.count, self.reasons = path and Path(path), 0, Counter()
+    Attributes:
+        count: how many there are.
+        reasons: how often each reason was given.
+        path: the log, one line of JSON for each record; None: no log.
+    """
+
+    def __init__(self, path: Path | str | None = None):
+        self.path = None if path is None else Path(path)
+        self.count = 0
+        self.reasons: Counter[str] = Counter()
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("")
 
-    def add(self, file, where, why):
-        """Count one record: where in which file, and why it was skipped."""
+    def add(self, file: Path | str, where: str, why: str) -> None:
+        """Count one record.
+
+        Args:
+            file: the file it is in.
+            where: its place in the file, such as "line 7".
+            why: the reason.
+        """
         self.count += 1
         self.reasons[why] += 1
         if self.path:
+            record = {"file": str(file), "where": where, "why": why}
             with open(self.path, "a", encoding="utf-8") as log:
-                log.write(
-                    json.dumps({"file": str(file), "where": where, "why": why}, ensure_ascii=False)
-                    + "\n"
-                )
+                log.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def is_heldout(name, share):
-    """Whether the document of this name is among the `share` that is held out; depends on nothing else."""
-    return (
-        int.from_bytes(hashlib.sha256(name.encode("utf-8", "replace")).digest()[:8], "big")
-        < share * 2**64
-    )
+def is_heldout(name: str, share: float) -> bool:
+    """Return True if the document of this name is among the `share` that is held out; nothing else decides it."""
+    digest = hashlib.sha256(name.encode("utf-8", "replace")).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How the sources of a corpus are read; see `user_files`."""
+class ReadOptions:
+    """How your own data is read."""
 
-    share: float
-    skipped: Skipped
-    judge: object
+    heldout: float = 0.0
+    """Share of the documents that is held out."""
+    megabytes: float = 0.0
+    """Upper bound on the text of each data set by name; 0: all of it."""
+    page_classifier: web_code.PageClassifier | None = None
+    """Says which web pages without a code tag teach code; see `web_code`."""
+    skipped: Skipped = field(default_factory=Skipped)
 
 
-def user_files(paths, share=0.0, skipped=None, megabytes=0.0, judge=None):
-    """Documents from your own data, in order, as a stream; see the table above.
+def user_files(
+    paths: Iterable[Path | str], options: ReadOptions | None = None
+) -> Iterator[Document]:
+    """Yield documents from your own data, in order; see the table above.
 
-    share: how much is held out. skipped: a `Skipped` that counts what cannot be used. megabytes: bound on the text of
-    each data set by name (0: none). judge: says which web pages without a code tag teach code (`web_code`). A source
-    that is not built in is named "user:<source>" in a mixture.
-    Raises ValueError naming the file that cannot be used, and the row.
+    A source that is not built in is named "user:<source>" in a mixture.
+
+    Raises:
+        ValueError: naming the file that cannot be used, and the row.
     """
-    how = Reading(share, skipped or Skipped(), judge)
+    options = options or ReadOptions()
     for given in paths:
         path = Path(given)
-        if str(given).startswith("hf:"):
-            yield from _rows(str(given), dataset(str(given)), how, megabytes)
-        elif str(given).startswith("git:"):
-            yield from _history(str(given), share)
+        name = str(given)
+        if name.startswith("hf:"):
+            yield from _row_documents(name, dataset(name), options, options.megabytes)
+        elif name.startswith("git:"):
+            yield from _history_documents(name, options.heldout)
         elif path.is_dir():
-            yield from _folder(path, how)
+            yield from _folder_documents(path, options)
         elif not path.is_file():
             raise ValueError(f"data.files: there is no file or folder {path}")
-        elif _is(path, CODE, TEXT, ROWS):
-            yield from _file(path, None, how)
+        elif _has_suffix(path, READABLE_SUFFIXES):
+            yield from _file_documents(path, None, options)
         else:
             known = ".txt, .md, .jsonl, .jsonl.zst, .parquet, a code file, a folder, hf:NAME or git:CHECKOUT"
             raise ValueError(f"data.files: {path} is none of {known}")
 
 
-def _history(name, share):
-    """Documents of a checkout's history; what changed in files that are held out is no part of them."""
+def _has_suffix(path: Path, suffixes: tuple[str, ...]) -> bool:
+    return path.name.lower().endswith(suffixes)
+
+
+def _history_documents(name: str, heldout: float) -> Iterator[Document]:
+    """Yield documents of a checkout's history, without the changes in files that are held out."""
     checkout, _, issues = name.removeprefix("git:").partition(":")
 
-    def hidden(path):
-        return is_heldout(f"{Path(checkout) / path}", share)
+    def is_hidden(path: str) -> bool:
+        return is_heldout(f"{Path(checkout) / path}", heldout)
 
-    for sha, text in history.texts(checkout, issues or None, hidden):
+    for sha, text in history.texts(checkout, issues or None, is_hidden):
         yield Document(text, "repository", "diff", None, f"{name}@{sha}")
 
 
-def _is(path, *kinds):
-    return path.name.lower().endswith(tuple(suffix for kind in kinds for suffix in kind))
+# Folders and repositories
 
 
-def _folder(top, how):
-    """Documents of all files below a folder, in order of their paths; each repository after its last file."""
-    repositories_open, found = (
-        {},
-        False,
-    )  # {folder of the repository: [bytes so far, its code files]}
-    for folder, below, names in os.walk(top):
-        if "log.jsonl" in names and "data" in below:  # a run of minglm, perhaps the one that reads
-            below.clear()
+@dataclass
+class _OpenRepository:
+    """The code files of a repository whose folder is being read."""
+
+    root: Path
+    characters: int = 0
+    files: list[Document] = field(default_factory=list)
+
+    def add(self, document: Document) -> None:
+        """Keep a code file, or drop them all once they are too long."""
+        if not document.repository:
+            return
+        self.characters += len(document.text)
+        self.files.append(document)
+        if self.characters > REPOSITORY_CHARACTERS:
+            self.files.clear()
+
+    def close(self, skipped: Skipped) -> Iterator[Document]:
+        """Yield the document of the joined files."""
+        if self.characters > REPOSITORY_CHARACTERS:
+            why = f"more than {REPOSITORY_CHARACTERS} characters of code: not joined, its files are documents"
+            skipped.add(self.root, "repository", why)
+        yield from repositories(self.files)
+
+
+def _folder_documents(top: Path, options: ReadOptions) -> Iterator[Document]:
+    """Yield documents of all files below a folder, in order of their paths; each repository after its last file."""
+    open_repositories: dict[Path, _OpenRepository] = {}
+    empty = True
+    for folder_name, subfolders, names in os.walk(top):
+        if "log.jsonl" in names and "data" in subfolders:
+            # The folder of a run of minglm, perhaps of the one that is reading.
+            subfolders.clear()
             continue
-        folder, checkout = Path(folder), ".git" in below or ".git" in names
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        for root in [root for root in repositories_open if root not in (folder, *folder.parents)]:
-            yield from _join(root, *repositories_open.pop(root), how.skipped)
-        if checkout or folder == top:
-            repositories_open[folder] = [0, []]
-        root = next(r for r in (folder, *folder.parents) if r in repositories_open)
-        for path in [folder / name for name in sorted(names) if not name.startswith(".")]:
-            if _is(path, CODE, TEXT, ROWS) and path.is_file():
-                found = True
-                try:
-                    for document in _file(path, f"{root}", how):
-                        yield document
-                        _hold(repositories_open[root], document)
-                except _NotText as error:
-                    how.skipped.add(path, "file", f"not UTF-8 ({error})")
-    for root, held in repositories_open.items():
-        yield from _join(root, *held, how.skipped)
-    if not found:
+        folder = Path(folder_name)
+        parents = (folder, *folder.parents)
+        is_checkout = ".git" in subfolders or ".git" in names
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+
+        # Close the repositories that this folder is not in.
+        for root in list(open_repositories):
+            if root not in parents:
+                yield from open_repositories.pop(root).close(options.skipped)
+        if is_checkout or folder == top:
+            open_repositories[folder] = _OpenRepository(folder)
+        innermost = next(parent for parent in parents if parent in open_repositories)
+        current = open_repositories[innermost]
+
+        for name in sorted(names):
+            path = folder / name
+            readable = _has_suffix(path, READABLE_SUFFIXES) and path.is_file()
+            if name.startswith(".") or not readable:
+                continue
+            empty = False
+            try:
+                for document in _file_documents(path, f"{current.root}", options):
+                    yield document
+                    current.add(document)
+            except _NotTextError as error:
+                options.skipped.add(path, "file", f"not UTF-8 ({error})")
+    for current in open_repositories.values():
+        yield from current.close(options.skipped)
+    if empty:
         raise ValueError(
             f"data.files: the folder {top} holds no text, code, .jsonl, .jsonl.zst or .parquet files"
         )
 
 
-def _hold(held, document):
-    """Keep a code file for its repository, or none at all once they are too long."""
-    if document.repository:
-        held[0] += len(document.text)
-        held[1].append(document)
-        if held[0] > REPOSITORY:
-            held[1].clear()
+def repositories(files: Iterable[Document]) -> Iterator[Document]:
+    """Yield one document of source "repository" for each repository with two or more training files.
 
-
-def _join(root, size, members, skipped):
-    if size > REPOSITORY:
-        skipped.add(
-            root,
-            "repository",
-            f"more than {REPOSITORY} characters of code: not joined, its files stand alone",
-        )
-    yield from repositories(members)
-
-
-def repositories(files):
-    """Documents of source "repository": for each repository its training files, two or more, in dependency order."""
-    groups = {}
+    Its files are in dependency order.
+    """
+    by_repository: dict[str, dict[str, Document]] = {}
     for file in files:
         if file.repository and not file.heldout:
-            groups.setdefault(file.repository, {})[file.name] = file
-    for name, members in groups.items():
-        if len(members) > 1:
-            root, scores = Path(name).parent, [d.quality for d in members.values()]
-            text = repository.concatenate(
-                {Path(n).relative_to(root).as_posix(): d.text for n, d in members.items()}
-            )
-            mean = None if None in scores else sum(scores) / len(scores)
-            yield Document(
-                text,
-                "repository",
-                next(iter(members.values())).language,
-                mean,
-                f"repository/{name}",
-                name,
-            )
+            by_repository.setdefault(file.repository, {})[file.name] = file
+    for name, members in by_repository.items():
+        if len(members) < 2:
+            continue
+        parent = Path(name).parent
+        text = repository.concatenate(
+            {Path(n).relative_to(parent).as_posix(): d.text for n, d in members.items()}
+        )
+        scores = [document.quality for document in members.values()]
+        measured = [score for score in scores if score is not None]
+        quality = sum(measured) / len(scores) if len(measured) == len(scores) else None
+        language = next(iter(members.values())).language
+        yield Document(text, "repository", language, quality, f"repository/{name}", name)
 
 
-class _NotText(ValueError):
+# Single files
+
+
+class _NotTextError(ValueError):
     """A file that is not UTF-8."""
 
 
-def _file(path, folder, how):
-    """Documents of one file. Raises ValueError where it cannot be read."""
-    if _is(path, ROWS):
-        rows = parquet(path) if path.suffix.lower() == ".parquet" else jsonl(path)
-        yield from _rows(f"{path}", rows, how)
+def _file_documents(path: Path, repository: str | None, options: ReadOptions) -> Iterator[Document]:
+    """Yield the documents of one file. Raises ValueError if it cannot be read."""
+    suffix = path.suffix.lower()
+    if _has_suffix(path, ROW_SUFFIXES):
+        rows = parquet(path) if suffix == ".parquet" else jsonl(path)
+        yield from _row_documents(f"{path}", rows, options)
         return
-    language, heldout = CODE.get(path.suffix.lower(), "en"), is_heldout(f"{path}", how.share)
-    source, group = ("code", folder) if _is(path, CODE) else ("prose", None)
+    heldout = is_heldout(f"{path}", options.heldout)
+    is_code = _has_suffix(path, CODE_SUFFIXES)
     for number, text in enumerate(_pieces(path)):
-        name = f"{path}" if not number else f"{path}/{number}"
-        if not number and not text.strip():
-            how.skipped.add(path, "file", "empty")
-        yield Document(text, source, language, None, name, group, heldout)
+        if number == 0 and not text.strip():
+            options.skipped.add(path, "file", "empty")
+        yield Document(
+            text=text,
+            source="code" if is_code else "prose",
+            language=CODE_LANGUAGES.get(suffix, "en"),
+            quality=None,
+            name=f"{path}/{number}" if number else f"{path}",
+            repository=repository if is_code else None,
+            heldout=heldout,
+        )
 
 
-def _pieces(path):
-    """The text of a file, in pieces of about PIECE bytes that end at line ends."""
+def _pieces(path: Path) -> Iterator[str]:
+    """Yield the text of a file in pieces of about PIECE_BYTES, which end at line ends."""
     try:
         with open(path, "rb") as file:
-            at, rest = 0, b""
+            start = 0  # of the piece in the file, for error messages
+            rest = b""
             while True:
-                chunk = file.read(PIECE)
-                piece, rest = rest + chunk, b""
-                if (
-                    len(chunk) == PIECE
-                ):  # there may be more: end at a line end, or where a character can begin
-                    cut = piece.rfind(b"\n") + 1 or len(piece) - 4
-                    while cut < len(piece) and piece[cut] & 0xC0 == 0x80:
-                        cut += 1
+                chunk = file.read(PIECE_BYTES)
+                piece = rest + chunk
+                rest = b""
+                is_last = len(chunk) < PIECE_BYTES
+                if not is_last:
+                    cut = _cut(piece)
                     piece, rest = piece[:cut], piece[cut:]
                 try:
                     text = piece.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    where = f"(byte {at + error.start}); convert it first"
-                    raise _NotText(f"data.files: {path} is not UTF-8 text {where}") from None
-                if piece or not at:
+                    where = f"(byte {start + error.start}); convert it first"
+                    raise _NotTextError(f"data.files: {path} is not UTF-8 text {where}") from None
+                if piece or start == 0:
                     yield text.replace("\r\n", "\n").replace("\r", "\n")
-                at += len(piece)
-                if len(chunk) < PIECE:
+                start += len(piece)
+                if is_last:
                     return
     except OSError as error:
         raise ValueError(f"data.files: cannot read {path}: {error.strerror}") from None
 
 
-def _rows(name, rows, how, megabytes=0.0):
-    """Documents of rows, pairs of (where, row or the reason why there is none)."""
-    good, bad, left = 0, None, megabytes * 1e6 or float("inf")
+def _cut(piece: bytes) -> int:
+    """Return where to cut: after the last line end, or near the end where a UTF-8 character begins."""
+    after_line = piece.rfind(b"\n") + 1
+    cut = after_line or len(piece) - 4
+    # Bytes 10xxxxxx continue a character.
+    while cut < len(piece) and piece[cut] & 0xC0 == 0x80:
+        cut += 1
+    return cut
+
+
+# Rows
+
+
+def _row_documents(
+    name: str, rows: Iterable[Row], options: ReadOptions, megabytes: float = 0.0
+) -> Iterator[Document]:
+    """Convert rows to documents, up to `megabytes` of text (0: all). Skip and count the rows that cannot be used.
+
+    Raises ValueError if there are rows and none of them can be used.
+    """
+    usable = 0
+    first_fault = None
+    room = megabytes * 1e6 or float("inf")
     for where, row in rows:
-        document = row if isinstance(row, str) else _document(name, where, row, how)
-        if isinstance(document, str):
-            bad = bad or f"{where}: {document}"
-            how.skipped.add(name, where, document)
+        try:
+            document = _row_document(name, where, row, options)
+        except Unreadable as fault:
+            first_fault = first_fault or f"{where}: {fault}"
+            options.skipped.add(name, where, str(fault))
             continue
-        good += 1
+        usable += 1
         yield document
-        left -= len(document.text.encode("utf-8", "replace"))
-        if left < 0:
+        room -= len(document.text.encode("utf-8", "replace"))
+        if room < 0:
             break
-    if bad and not good:
-        raise ValueError(f"data.files: nothing in {name} can be used; {bad}")
+    if first_fault and not usable:
+        raise ValueError(f"data.files: nothing in {name} can be used; {first_fault}")
 
 
-def _document(name, where, row, how):
-    """The Document of a row, or the reason why there is none."""
-    row, web = (row, row.get("html")) if isinstance(row, dict) else ({}, None)
-    if row.get("text") is None and isinstance(web, str):
-        if not web_code.is_candidate(web, how.judge):
-            return "a web page without code"
-        row = {"language": "web", **row, "text": web_code.parse(web)}
-    if not isinstance(row.get("text"), str):
-        return 'needs a string "text"'
-    if not row["text"].strip():
-        return "empty text"
-    source, language = row.get("source") or "prose", row.get("language") or "en"
+def _row_document(name: str, where: str, row: Any, options: ReadOptions) -> Document:
+    """Convert one row. Raises `Unreadable` with the reason if it is not a document."""
+    if isinstance(row, Unreadable):
+        raise row
+    if not isinstance(row, dict):
+        row = {}
+    html = row.get("html")
+    if row.get("text") is None and isinstance(html, str):
+        if not web_code.is_candidate(html, options.page_classifier):
+            raise Unreadable("a web page without code")
+        row = {"language": "web", **row, "text": web_code.parse(html)}
+    text = row.get("text")
+    if not isinstance(text, str):
+        raise Unreadable('needs a string "text"')
+    if not text.strip():
+        raise Unreadable("empty text")
+    source = row.get("source") or "prose"
+    language = row.get("language") or "en"
     if not isinstance(source, str) or not isinstance(language, str):
-        return '"source" and "language" must be strings'
-    if source not in BUILT_IN and not source.startswith("user:"):
+        raise Unreadable('"source" and "language" must be strings')
+    if source not in BUILT_IN_SOURCES and not source.startswith("user:"):
         source = f"user:{source}"
-    place = f"{name}/{where}"
-    return Document(row["text"], source, language, None, place, None, is_heldout(place, how.share))
+    row_name = f"{name}/{where}"
+    heldout = is_heldout(row_name, options.heldout)
+    return Document(text, source, language, None, row_name, None, heldout)

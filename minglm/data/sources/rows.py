@@ -1,30 +1,47 @@
-"""Rows of JSON lines, parquet files and Hugging Face data sets, as a stream (no counterpart in the paper).
+"""Read rows of JSON lines, parquet files and Hugging Face data sets, as a stream (no counterpart in the paper).
 
-Each reader yields (where, row), or (where, the reason why there is no row); it holds one row group, or a megabyte and
-one line. What cannot be read at all is a ValueError that names the file and how far it was read.
+Each reader yields (where, row), such as ("line 7", {"text": ...}). A row that cannot be read is an `Unreadable` with the
+reason. A reader keeps one row group, or a megabyte and one line. A file that cannot be read at all is a ValueError that
+names the file and how far it was read.
 """
 
 import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
-LINE = 64 * 2**20
-"""Bytes above which a line of JSON is skipped."""
+MAX_LINE_BYTES = 64 * 2**20
+"""A longer line of JSON is skipped."""
+
+READ_BYTES = 2**20
+ROWS_PER_BATCH = 256
+COLUMNS = ("text", "html", "source", "language")
+"""Columns of a parquet file that documents need."""
 
 
-def _chunks(path):
-    """The bytes of a file, unpacked where its name ends in .zst, a megabyte at a time."""
+class Unreadable(Exception):
+    """The reason why a row cannot be used."""
+
+
+Row = tuple[str, Any]
+"""Where it is, and its JSON value or an `Unreadable`."""
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    """Yield the bytes of a file, unpacked if its name ends in .zst, a megabyte at a time."""
     if path.suffix.lower() != ".zst":
         with open(path, "rb") as file:
-            yield from iter(lambda: file.read(2**20), b"")
+            yield from iter(lambda: file.read(READ_BYTES), b"")
         return
-    pyarrow = _pyarrow(path)
+    pyarrow = _import_pyarrow(path)
     try:
         with pyarrow.CompressedInputStream(pyarrow.OSFile(f"{path}"), "zstd") as file:
-            yield from iter(lambda: file.read(2**20), b"")
+            yield from iter(lambda: file.read(READ_BYTES), b"")
     except OSError as error:
         raise ValueError(f"data.files: cannot unpack {path}: {error}; get it again") from None
 
 
-def _pyarrow(path):
+def _import_pyarrow(path: Path) -> Any:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -33,50 +50,56 @@ def _pyarrow(path):
     return pyarrow
 
 
-def _lines(chunks):
-    """(number, line) of a stream of bytes, from 1; None for a line longer than LINE, of which nothing is kept."""
-    number, rest, dropped = 0, b"", False
+def _lines(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes | None]]:
+    """Yield (number, line) of a stream of bytes, from 1; None for a line longer than MAX_LINE_BYTES."""
+    number = 0
+    rest = b""  # the beginning of a line that is not complete
+    is_too_long = False  # that beginning was longer than the limit and has been dropped
     for chunk in chunks:
-        *whole, rest = (rest + chunk).split(b"\n")
-        for line in whole:
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
             number += 1
-            yield number, None if dropped or len(line) > LINE else line
-            dropped = False
-        if len(rest) > LINE:
-            rest, dropped = b"", True
-    if rest or dropped:
-        yield number + 1, None if dropped else rest
+            yield number, None if is_too_long or len(line) > MAX_LINE_BYTES else line
+            is_too_long = False
+        if len(rest) > MAX_LINE_BYTES:
+            rest = b""
+            is_too_long = True
+    if rest or is_too_long:
+        yield number + 1, None if is_too_long else rest
 
 
-def jsonl(path):
-    """Rows of JSON lines, plain or packed with zstd."""
+def jsonl(path: Path) -> Iterator[Row]:
+    """Yield the rows of a file of JSON lines, plain or packed with zstd."""
     try:
         for number, line in _lines(_chunks(path)):
             where = f"line {number}"
-            try:
-                if line is None:
-                    yield where, f"longer than {LINE} bytes"
-                elif line.strip():
-                    yield where, json.loads(line)
-            except UnicodeDecodeError:
-                yield where, "not UTF-8"
-            except (json.JSONDecodeError, RecursionError) as error:
-                yield where, f"not JSON ({getattr(error, 'msg', 'too deep')})"
+            if line is None:
+                yield where, Unreadable(f"longer than {MAX_LINE_BYTES} bytes")
+            elif line.strip():
+                yield where, _parse(line)
     except OSError as error:
         raise ValueError(f"data.files: cannot read {path}: {error.strerror or error}") from None
 
 
-def parquet(path):
-    """Rows of a parquet file, as far as documents need them."""
-    pyarrow, number = _pyarrow(path), 0
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError:
+        return Unreadable("not UTF-8")
+    except json.JSONDecodeError as error:
+        return Unreadable(f"not JSON ({error.msg})")
+    except RecursionError:
+        return Unreadable("not JSON (too deep)")
+
+
+def parquet(path: Path) -> Iterator[Row]:
+    """Yield the rows of a parquet file, with the COLUMNS that it has."""
+    pyarrow = _import_pyarrow(path)
+    number = 0
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        columns = [
-            name
-            for name in ("text", "html", "source", "language")
-            if name in file.schema_arrow.names
-        ]
-        for batch in file.iter_batches(256, columns=columns):
+        columns = [name for name in COLUMNS if name in file.schema_arrow.names]
+        for batch in file.iter_batches(ROWS_PER_BATCH, columns=columns):
             for row in batch.to_pylist():
                 number += 1
                 yield f"row {number}", row
@@ -85,17 +108,18 @@ def parquet(path):
         raise ValueError(f"data.files: cannot read {path} after row {number}: {reason}") from None
 
 
-def dataset(name):
-    """Rows of a Hugging Face data set, hf:NAME or hf:NAME:CONFIG, its split "train", as they arrive."""
+def dataset(name: str) -> Iterator[Row]:
+    """Yield the rows of the split "train" of a Hugging Face data set, hf:NAME or hf:NAME:CONFIG, as they arrive."""
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]  # optional: the extra "data"
     except ImportError:
         raise ValueError(f"data.files: {name} needs datasets; pip install 'minglm[data]'") from None
-    words, number = name.split(":"), 0
+    name_and_config = name.split(":")[1:3]
+    number = 0
     try:
-        for row in datasets.load_dataset(*words[1:3], split="train", streaming=True):
+        for row in datasets.load_dataset(*name_and_config, split="train", streaming=True):
             number += 1
             yield f"row {number}", row
-    except Exception as error:  # of the network, the hub, the format: of every kind
+    except Exception as error:  # the network, the hub and the format raise exceptions of every kind
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"data.files: cannot read {name} after row {number}: {reason}") from None

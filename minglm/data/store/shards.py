@@ -1,182 +1,241 @@
-"""Tokens on disk, stored once and read as they are needed: memory-mapped files, an index, checksums (paper 2.2).
+"""Token shards on disk: memory-mapped files with an index and checksums (paper 2.2).
 
-    FOLDER/00003.01.tokens.npy   all ids of one source in one part of the corpus, one document after the other
-    FOLDER/00003.01.ends.npy     where each of its documents ends
-    FOLDER/00003.json            what part 3 is made of: source, documents, tokens, bytes of text, checksums
-    FOLDER/index.json            written last: the numbers of all parts; a folder with an index is complete
+    FOLDER/00003.01.tokens.npy   all ids of one source in chunk 3 of the corpus, one document after the other
+    FOLDER/00003.01.ends.npy     the position where each of its documents ends
+    FOLDER/00003.json            the shards of chunk 3: source, documents, tokens, bytes of text, checksums
+    FOLDER/index.json            written last: the numbers of all chunks; a folder with an index is complete
 
-Each part is written by one process and knows nothing of the others, so any number of them work at once, a build that
-was killed goes on with the parts that are missing, and a file that was cut short is rebuilt without the rest. Ids are
-uint16 where the vocabulary allows, else uint32.
+The shards of a chunk are written by one process that needs nothing from the others. So any number of processes work at
+once, a build that was killed continues with the missing chunks, and a file that was cut short is rebuilt alone. Ids
+are uint16 if the vocabulary allows it, else uint32.
 
-Choices: .npy files, which every program that knows numpy maps into memory; a part is some megabytes, so the files are
-few and each is read from disk in long runs. CRC-32 finds damage, not malice.
+Choices: .npy files, because every program that knows numpy can memory-map them; a chunk has some megabytes, so there
+are few files and each is read in long runs. CRC-32 detects damage, not malice.
 """
 
 import json
 import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minglm.common.files import atomic_path, write_json
 
 
+class ShardFiles(NamedTuple):
+    """The two arrays of one source in one chunk."""
+
+    tokens: np.ndarray
+    """uint16 or uint32: the ids of all documents, concatenated; memory-mapped."""
+    ends: np.ndarray
+    """int64: the position in `tokens` where each document ends."""
+
+
+class ShardEntry(NamedTuple):
+    """What the index of a chunk says of one source."""
+
+    source: str
+    name: str
+    """The file names without their suffix."""
+    documents: int
+    tokens: int
+    bytes: int
+    """Bytes of UTF-8 text that the tokens were made from."""
+    crc32: list[int]
+    """Checksums of tokens and ends."""
+
+
+class SourceTotals(NamedTuple):
+    """What a complete folder holds of one source."""
+
+    documents: int
+    tokens: int
+    bytes: int
+
+
 class Shard:
-    """Documents of one source: a sequence of integer arrays. parts: pairs of flat tokens and ends, each an array."""
+    """The documents of one source: a sequence of integer arrays, stored in any number of chunks."""
 
-    def __init__(self, parts):
-        self.parts = parts
-        self.firsts = np.cumsum([0, *(len(ends) for _, ends in parts)])
+    def __init__(self, chunks: Sequence[ShardFiles | tuple[np.ndarray, np.ndarray]]):
+        self.chunks = [ShardFiles(*chunk) for chunk in chunks]
+        counts = [len(chunk.ends) for chunk in self.chunks]
+        # first_document[k] is the index of the first document of chunk k; the last entry is the total.
+        self.first_document = np.cumsum([0, *counts])
 
-    def __len__(self):
-        return int(self.firsts[-1])
+    def __len__(self) -> int:
+        return int(self.first_document[-1])
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> np.ndarray:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        part = int(np.searchsorted(self.firsts, index, side="right")) - 1
-        (tokens, ends), inside = self.parts[part], int(index - self.firsts[part])
-        return tokens[int(ends[inside - 1]) if inside else 0 : int(ends[inside])]
+        number = int(np.searchsorted(self.first_document, index, side="right")) - 1
+        chunk = self.chunks[number]
+        inside = int(index - self.first_document[number])
+        start = int(chunk.ends[inside - 1]) if inside else 0
+        return chunk.tokens[start : int(chunk.ends[inside])]
 
     @property
-    def lengths(self):
-        """Tokens of each document, int64."""
-        return np.concatenate(
-            [np.diff(ends, prepend=0) for _, ends in self.parts] or [np.zeros(0, np.int64)]
-        )
+    def lengths(self) -> np.ndarray:
+        """Return the number of tokens of each document, int64, without reading a token."""
+        lengths = [np.diff(chunk.ends, prepend=0) for chunk in self.chunks]
+        return np.concatenate(lengths or [np.zeros(0, np.int64)])
 
 
-def _checksum(array):
+def _checksum(array: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data)
 
 
-def write_part(folder, number, shards, key, sizes=None):
-    """Write one part, {source: list of integer arrays}, of the shards that `key` describes.
+def _entries_path(folder: Path | str, number: int) -> Path:
+    return Path(folder) / f"{number:05d}.json"
 
-    key: any JSON value that says what the tokens were made from. sizes: {source: bytes of text}, for the record.
+
+def _index_path(folder: Path | str) -> Path:
+    return Path(folder) / "index.json"
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array)
+
+
+def write_chunk(
+    folder: Path | str,
+    number: int,
+    documents_by_source: Mapping[str, Sequence[np.ndarray]],
+    key: Any,
+    text_bytes: Mapping[str, int] | None = None,
+) -> None:
+    """Write the shards of one chunk.
+
+    Args:
+        documents_by_source: {source: integer arrays, one a document}.
+        key: any JSON value that describes what the tokens were made from.
+        text_bytes: {source: bytes of text}, for the record.
     """
-    folder, entries = Path(folder), []
-    for place, (source, documents) in enumerate(shards.items()):
+    folder = Path(folder)
+    entries = []
+    for place, (source, documents) in enumerate(documents_by_source.items()):
         ends = np.cumsum([len(d) for d in documents], dtype=np.int64)
         tokens = np.concatenate(documents) if len(documents) else np.zeros(0, dtype=np.uint16)
         name = f"{number:05d}.{place:02d}"
-        for kind, array in (("tokens", tokens), ("ends", ends)):
-            with (
-                atomic_path(folder / f"{name}.{kind}.npy") as temporary,
-                open(temporary, "wb") as file,
-            ):
-                np.save(file, array)
-        entries.append(
-            {"source": source, "name": name, "documents": len(ends), "tokens": len(tokens)}
-            | {"bytes": (sizes or {}).get(source, 0), "crc32": [_checksum(tokens), _checksum(ends)]}
+        _save_array(folder / f"{name}.tokens.npy", tokens)
+        _save_array(folder / f"{name}.ends.npy", ends)
+        entry = ShardEntry(
+            source=source,
+            name=name,
+            documents=len(ends),
+            tokens=len(tokens),
+            bytes=(text_bytes or {}).get(source, 0),
+            crc32=[_checksum(tokens), _checksum(ends)],
         )
-    write_json(folder / f"{number:05d}.json", {"key": key, "shards": entries})
+        entries.append(entry._asdict())
+    write_json(_entries_path(folder, number), {"key": key, "shards": entries})
 
 
-def _plain(key):
-    return json.loads(json.dumps(key))
+def _same_key(saved: Any, key: Any) -> bool:
+    """Compare a key from a file with one that has not been through JSON; None matches every key."""
+    return key is None or saved == json.loads(json.dumps(key))
 
 
-def part(folder, number, key=None):
-    """The entries of a part, or None where it is not there or was written under another key."""
+def chunk_entries(folder: Path | str, number: int, key: Any = None) -> list[ShardEntry] | None:
+    """Return the entries of a chunk, or None if it is missing or was written under another key."""
     try:
-        found = json.loads((Path(folder) / f"{number:05d}.json").read_text())
-        return found["shards"] if key is None or found["key"] == _plain(key) else None
+        saved = json.loads(_entries_path(folder, number).read_text())
+        if not _same_key(saved["key"], key):
+            return None
+        return [ShardEntry(**entry) for entry in saved["shards"]]
     except (OSError, ValueError, KeyError, TypeError):  # absent, or cut short
         return None
 
 
-def finish(folder, numbers, key):
-    """Declare a folder complete: write its index."""
-    write_json(Path(folder) / "index.json", {"key": key, "parts": list(numbers)})
+def write_index(folder: Path | str, numbers: Iterable[int], key: Any) -> None:
+    """Declare a folder complete: write the index with the numbers of its chunks."""
+    write_json(_index_path(folder), {"key": key, "chunks": list(numbers)})
 
 
-def save_shards(folder, shards, key):
-    """Write {source: arrays} as the one part of a folder."""
-    (Path(folder) / "index.json").unlink(missing_ok=True)
-    write_part(folder, 0, shards, key)
-    finish(folder, [0], key)
-
-
-def index(folder, key=None):
-    """The numbers of a complete folder's parts, or None where there is no index or one of another key."""
+def chunk_numbers(folder: Path | str, key: Any = None) -> list[int] | None:
+    """Return the numbers of a complete folder's chunks, or None without an index or with one of another key."""
     try:
-        found = json.loads((Path(folder) / "index.json").read_text())
-        return found["parts"] if key is None or found["key"] == _plain(key) else None
+        saved = json.loads(_index_path(folder).read_text())
+        return saved["chunks"] if _same_key(saved["key"], key) else None
     except (OSError, ValueError, KeyError):
         return None
 
 
-def _read(folder, entry):
-    path = Path(folder) / f"{entry['name']}.tokens.npy"
+def _read_files(folder: Path | str, entry: ShardEntry) -> ShardFiles:
+    path = Path(folder) / f"{entry.name}.tokens.npy"
     try:
-        tokens = np.load(path, mmap_mode="r" if entry["tokens"] else None)
-        ends = np.load(path.with_name(f"{entry['name']}.ends.npy"))
+        # numpy cannot map an empty file into memory.
+        tokens = np.load(path, mmap_mode="r" if entry.tokens else None)
+        ends = np.load(path.with_name(f"{entry.name}.ends.npy"))
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"damaged token shard {path}: {error}") from None
-    if (len(tokens), len(ends)) != (entry["tokens"], entry["documents"]) or (
-        len(ends) and ends[-1] != len(tokens)
-    ):
-        raise ValueError(f"damaged token shard {path}: not as long as what was written")
-    return tokens, ends
+    complete = len(tokens) == entry.tokens and len(ends) == entry.documents
+    if not complete or (len(ends) and ends[-1] != len(tokens)):
+        raise ValueError(f"damaged token shard {path}: its length is not the one that was written")
+    return ShardFiles(tokens, ends)
 
 
-def damaged(folder, verify=False):
-    """{number of a part: what is wrong} of a complete folder: files missing or cut short; with verify, also changed."""
-    found = {}
-    for number in index(folder) or []:
-        entries = part(folder, number)
+def find_damage(folder: Path | str, verify: bool = False) -> dict[int, str]:
+    """Return {chunk number: fault} of a complete folder, for files that are missing or cut short.
+
+    verify: also compare checksums, which reads every file.
+    """
+    faults = {}
+    for number in chunk_numbers(folder) or []:
+        entries = chunk_entries(folder, number)
         if entries is None:
-            found[number] = (
-                f"damaged token shard {Path(folder)}/{number:05d}.json: missing or unreadable"
-            )
-        for entry in entries or []:
+            path = _entries_path(folder, number)
+            faults[number] = f"damaged token shard {path}: missing or unreadable"
+            continue
+        for entry in entries:
             try:
-                tokens, ends = _read(folder, entry)
-                if verify and [_checksum(tokens), _checksum(ends)] != entry["crc32"]:
-                    raise ValueError(
-                        f"damaged token shard {Path(folder)}/{entry['name']}.tokens.npy: wrong checksum"
-                    )
+                files = _read_files(folder, entry)
             except ValueError as error:
-                found[number] = str(error)
-    return found
+                faults[number] = str(error)
+                continue
+            if verify and [_checksum(files.tokens), _checksum(files.ends)] != entry.crc32:
+                path = Path(folder) / f"{entry.name}.tokens.npy"
+                faults[number] = f"damaged token shard {path}: wrong checksum"
+    return faults
 
 
-def forget(folder, number):
-    """Take a part out of a folder, so that a build makes it again."""
-    (Path(folder) / "index.json").unlink(missing_ok=True)
-    (Path(folder) / f"{number:05d}.json").unlink(missing_ok=True)
+def discard_chunk(folder: Path | str, number: int) -> None:
+    """Remove a chunk from a folder, so that the next build writes it again."""
+    _index_path(folder).unlink(missing_ok=True)
+    _entries_path(folder, number).unlink(missing_ok=True)
 
 
-def load_shards(folder, key=None):
-    """{source: Shard} as saved under `key` (None: whatever is there), or None where nothing complete was.
+def load_shards(folder: Path | str, key: Any = None) -> dict[str, Shard] | None:
+    """Return {source: Shard} of a folder that is complete under `key` (None: any key), or None.
 
     Tokens are memory-mapped. Raises ValueError naming a file that is missing or cut short.
     """
-    numbers = index(folder, key)
+    numbers = chunk_numbers(folder, key)
     if numbers is None:
         return None
-    wrong = damaged(folder)
-    if wrong:
-        raise ValueError(
-            f"{next(iter(wrong.values()))}; delete {folder}/index.json to build it again"
-        )
-    shards = {}
+    faults = find_damage(folder)
+    if faults:
+        first = next(iter(faults.values()))
+        raise ValueError(f"{first}; delete {_index_path(folder)} to build it again")
+    files: dict[str, list[ShardFiles]] = {}
     for number in numbers:
-        for entry in part(folder, number):
-            shards.setdefault(entry["source"], []).append(_read(folder, entry))
-    return {source: Shard(parts) for source, parts in shards.items()}
+        for entry in chunk_entries(folder, number) or []:
+            files.setdefault(entry.source, []).append(_read_files(folder, entry))
+    return {source: Shard(chunks) for source, chunks in files.items()}
 
 
-def totals(folder):
-    """{source: {"documents", "tokens", "bytes"}} of a complete folder."""
-    found = {}
-    for number in index(folder) or []:
-        for entry in part(folder, number):
-            row = found.setdefault(
-                entry["source"], dict.fromkeys(("documents", "tokens", "bytes"), 0)
+def source_totals(folder: Path | str) -> dict[str, SourceTotals]:
+    """Return {source: SourceTotals} of a complete folder."""
+    totals: dict[str, SourceTotals] = {}
+    for number in chunk_numbers(folder) or []:
+        for entry in chunk_entries(folder, number) or []:
+            total = totals.get(entry.source, SourceTotals(0, 0, 0))
+            totals[entry.source] = SourceTotals(
+                documents=total.documents + entry.documents,
+                tokens=total.tokens + entry.tokens,
+                bytes=total.bytes + entry.bytes,
             )
-            for name in row:
-                row[name] += entry[name]
-    return found
+    return totals
