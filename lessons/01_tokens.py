@@ -27,8 +27,10 @@ from tqdm import tqdm
 from minglm import lesson, load_config
 from minglm.config import DataConfig, ModelConfig
 from minglm.data import packing
-from minglm.data.mixture import Mixture, tokenize
+from minglm.data.cleaning.exact import digest, originals
+from minglm.data.mixture import Mixture
 from minglm.data.sources import corpus
+from minglm.data.tokenization import tokenize
 from minglm.data.tokenizer import Tokenizer
 from minglm.plan import memory
 from minglm.report import drawing
@@ -85,13 +87,13 @@ def pack(documents, length, seed):
     while stream.epochs["all"] < 1:
         filled.append(packing.utilisation(stream.next(16)))
     parts, lost = np.zeros(len(sizes), int), np.zeros(len(sizes), int)
-    for row in packing.Cut(
+    for row in packing.TruncatedRows(
         sizes, random.permutation(len(sizes)), length, int(random.integers(length))
     ):
         for document, start, stop in row:
             parts[document] += 1
             lost[document] += (stop - start) * (start > 0)
-    fitting, alone = sizes[fits], len(packing.pieces(sizes, length)) * length
+    fitting, alone = sizes[fits], len(packing.cut_to_fit(sizes, length)) * length
     expected = (fitting - 1) / length
     values = {"alone": 1 - sizes.sum() / alone, "best fit": 1 - np.mean(filled)}
     values |= {"cut": (parts[fits] > 1).mean(), "cut, expected": expected.mean()}
@@ -113,9 +115,9 @@ def experiment(sizes, seeds):
         data = DataConfig(
             corpus_megabytes=sizes["megabytes"], synthetic_documents=sizes["generated"], heldout=0.0
         )
-        documents = [
-            document for document in corpus.build(data, seed) if document.source != "repository"
-        ]
+        documents = [d for d in corpus.documents(data, seed) if d.text.strip()]
+        kept = originals([(digest(d), d.heldout) for d in documents])
+        documents = [documents[n] for n in kept if documents[n].source != "repository"]
         for vocabulary in sizes["vocabularies"]:
             values, tokenizer = compression(documents, vocabulary, seed)
             for name, model in models.items():

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from minglm import lesson
 from minglm.config import BalanceConfig, ModelConfig, OptimizerConfig
-from minglm.data import mixture
+from minglm.data import mixture, tokenization
 from minglm.data.sources import corpus
 from minglm.data.tokenizer import Tokenizer
 from minglm.kernels.newton_schulz import COEFFICIENTS, eager
@@ -138,7 +138,7 @@ def best(log, kind, batch):
 def experiment(sizes, seeds):
     """All runs."""
     documents = list(corpus.python_library(megabytes=sizes["megabytes"]))
-    shards = mixture.tokenize(
+    shards = tokenization.tokenize(
         documents, Tokenizer.train([d.text for d in documents], NANO.vocab_size)
     )
     log = {"runs": []}

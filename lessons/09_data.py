@@ -27,10 +27,12 @@ import torch
 from tqdm import tqdm
 
 from minglm import lesson
-from minglm.data import fim, mixture
+from minglm.data import fim, mixture, tokenization
 from minglm.data.cleaning import classifier, minhash, quality, semdedup
+from minglm.data.cleaning.selection import DocumentRecord, best_first
 from minglm.data.sources import corpus
-from minglm.data.sources.corpus import Document
+from minglm.data.store.documents import Document
+from minglm.data.tokenization import FimOptions
 from minglm.data.tokenizer import Tokenizer
 from minglm.lesson import NANO, bars, panel, pretrain
 from minglm.model.glm import GLM
@@ -115,16 +117,24 @@ def rubbish(clean, pages, rng):
 
 def buckets(documents):
     """Documents as often as their bucket says."""
-    times = quality.epochs(documents, lowest=0.3, top=0.1, repeat=3.2)
+    times = quality.epochs(documents, lowest_share=0.3, top_share=0.1, top_epochs=3.2)
     return [document for document, n in zip(documents, times, strict=True) for _ in range(n)]
+
+
+def keep_best(documents, method, features, threshold):
+    """Return the documents without those that `method` finds too similar to a better one."""
+    values = features([d.text for d in documents])
+    order = best_first([DocumentRecord.of(document) for document in documents])
+    stays = method.keep_best(values, threshold, order)
+    return [document for document, stay in zip(documents, stays, strict=True) if stay]
 
 
 def ladder(documents, marks, marked):
     """{step: what the corpus is after it}, and how reliable a score is that learned from the `marked`."""
     model, about = classifier.fit([documents[i].text for i in marked], [marks[i] for i in marked])
     left = {"as it came": documents}
-    left["MinHash"] = minhash.near_duplicates(documents, 0.7)
-    left["SemDedup"] = semdedup.semantic_duplicates(left["MinHash"], 0.8)
+    left["MinHash"] = keep_best(documents, minhash, minhash.signatures, 0.7)
+    left["SemDedup"] = keep_best(left["MinHash"], semdedup, semdedup.embed, 0.8)
     left["rubric\nbuckets"] = buckets(left["SemDedup"])
     scores = model.score([d.text for d in left["SemDedup"]])
     judged = [
@@ -188,7 +198,9 @@ def clean_up(sizes, files, tokenizer, seed):
     left, calibration = ladder(documents, marks, rng.sample(range(len(documents)), sizes["marks"]))
     runs = []
     for step in STEPS:
-        model = train(mixture.tokenize(left[step], tokenizer), sizes["tokens"], sizes["rate"], seed)
+        model = train(
+            tokenization.tokenize(left[step], tokenizer), sizes["tokens"], sizes["rate"], seed
+        )
         parts = {
             name: sum(len(d.text) for d in left[step] if origin(d) == name) for name in ORIGINS
         }
@@ -232,7 +244,7 @@ def insert(sizes, files, tokenizer, seed):
     one = [cuts[n][0] + cuts[n][1] for n in kept], [len(cuts[n][0]) for n in kept]
     runs = []
     for rate in (0.0, 0.5):
-        shards = mixture.tokenize(code, tokenizer, rate, seed, SPAN)
+        shards = tokenization.tokenize(code, tokenizer, FimOptions(rate, SPAN, seed))
         model = train(shards, sizes["fim_tokens"], sizes["rate"], seed, "best_fit")
         losses = {"left to right": loss_of(model, held, [1] * len(held))}
         losses |= {
@@ -372,7 +384,7 @@ def verdicts(log):
 
 def main(argv=None):
     """Run the experiment, or only redraw it, and print what it shows."""
-    shown = [minhash.choose, semdedup._repeated, classifier.calibrate]
+    shown = [minhash.keep_best, semdedup._to_drop, classifier.calibrate]
     lesson.run("09_data", experiment, draw, verdicts, shown, SIZES, SMOKE, NANO, argv=argv)
 
 

@@ -10,88 +10,120 @@ Simplified: the bytes of text of a source count a repeated document as often as 
 import argparse
 import json
 import random
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from minglm.cli.arguments import add_config
 
-SHOWN = 240
+if TYPE_CHECKING:
+    from minglm.data.store.shards import Shard
+    from minglm.data.tokenizer import Tokenizer
+
+SAMPLE_CHARACTERS = 240
 """Characters of a sample."""
 
-
-def table(rows):
-    """Rows of a table, the first its head, as lines of text; numbers stand to the right."""
-    rows = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        [
-            cell.ljust(w) if at == 0 else cell.rjust(w)
-            for at, (cell, w) in enumerate(zip(row, widths))
-        ]
-        for row in rows
-    ]
-    return ["  ".join(line).rstrip() for line in lines]
+SAMPLE_LINES = 6
 
 
-def stock(folder):
-    """Everything that is known of the shards under `folder`, as plain values."""
-    from minglm.data.store import shards
-
-    about = json.loads((folder / "about.json").read_text())
-    found = {part: shards.totals(folder / part) for part in ("train", "heldout")}
-    return {
-        **found,
-        **{
-            name: about[name]
-            for name in ("documents", "cleaning", "skipped", "skipped_log", "seconds")
-        },
-    }
-
-
-def render(found):
-    """The stock as lines of text."""
-    rows = [["source", "documents", "tokens", "bytes of text", "bytes a token", "held-out tokens"]]
-    for source, row in found["train"].items():
-        held = found["heldout"].get(source, {"tokens": 0})["tokens"]
-        rate = f"{row['bytes'] / row['tokens']:.2f}" if row["tokens"] else "-"
-        rows.append([source, row["documents"], row["tokens"], row["bytes"], rate, held])
-    total = [sum(row[at] for row in rows[1:]) for at in (1, 2, 3)]
-    held = sum(row[5] for row in rows[1:])
-    lines = [*table([*rows, ["all", *total, f"{total[2] / max(1, total[1]):.2f}", held]]), ""]
-    steps = [["cleaning", "documents", "of which"]]
-    for step, taken in found["cleaning"].items():
-        taken = taken.get("removed", taken) if step == "decontamination" else taken
-        if step == "judges":
-            continue
-        parts = {} if isinstance(taken, int) else taken
-        many = ", ".join(f"{name} {count:,}" for name, count in parts.items())
-        steps.append(
-            [step.replace("_", " "), taken if isinstance(taken, int) else sum(parts.values()), many]
-        )
-    lines += [
-        f"{a}  {b}" if b else a
-        for a, b in zip(table([s[:2] for s in steps]), [s[2] for s in steps], strict=True)
-    ]
-    for kind, judge in found["cleaning"].get("judges", {}).items():
-        before, after = judge["calibration_error"]
-        lines.append(
-            f"quality of {kind}: learned from {judge['documents']} marks, correlation {judge['correlation']}, "
-            f"calibration error {before} before and {after} after calibration"
-        )
-    lines.append(
-        f"{found['skipped']:,} records could not be used"
-        + (f"; see {found['skipped_log']}" if found["skipped"] else "")
-    )
+def table(rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Return a table as lines of text. The first row is the head; all columns but the first are aligned right."""
+    texts = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
+    widths = [max(len(cell) for cell in column) for column in zip(*texts, strict=True)]
+    lines = []
+    for row in texts:
+        first, *rest = zip(row, widths, strict=True)
+        cells = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
+        lines.append("  ".join(cells).rstrip())
     return lines
 
 
-def samples(train, tokenizer, count, seed=0):
-    """`count` documents of each source, drawn at random: lines of text."""
+def summary(folder: Path) -> dict[str, Any]:
+    """Return everything that is known of the shards under `folder`, as JSON values."""
+    from minglm.data.store.shards import source_totals
+
+    about = json.loads((folder / "about.json").read_text())
+    result: dict[str, Any] = {}
+    for split in ("train", "heldout"):
+        totals = source_totals(folder / split)
+        result[split] = {source: total._asdict() for source, total in totals.items()}
+    for name in ("documents", "cleaning", "skipped", "skipped_log", "seconds"):
+        result[name] = about[name]
+    return result
+
+
+def render(summary: dict[str, Any]) -> list[str]:
+    """Return a summary as lines of text."""
+    lines = [*_source_lines(summary), "", *_cleaning_lines(summary["cleaning"])]
+    for kind, report in summary["cleaning"].get("judges", {}).items():
+        before, after = report["calibration_error"]
+        lines.append(
+            f"quality of {kind}: learned from {report['documents']} marks, "
+            f"correlation {report['correlation']}, "
+            f"calibration error {before} before and {after} after calibration"
+        )
+    skipped = f"{summary['skipped']:,} records could not be used"
+    if summary["skipped"]:
+        skipped += f"; see {summary['skipped_log']}"
+    lines.append(skipped)
+    return lines
+
+
+def _source_lines(summary: dict[str, Any]) -> list[str]:
+    """Return the table of sources."""
+    head = ["source", "documents", "tokens", "bytes of text", "bytes a token", "held-out tokens"]
+    rows: list[list[Any]] = []
+    documents = 0
+    tokens = 0
+    text_bytes = 0
+    heldout_tokens = 0
+    for source, total in summary["train"].items():
+        heldout = summary["heldout"].get(source, {"tokens": 0})["tokens"]
+        rate = f"{total['bytes'] / total['tokens']:.2f}" if total["tokens"] else "-"
+        row = [source, total["documents"], total["tokens"], total["bytes"], rate, heldout]
+        rows.append(row)
+        documents += total["documents"]
+        tokens += total["tokens"]
+        text_bytes += total["bytes"]
+        heldout_tokens += heldout
+    rate = f"{text_bytes / max(1, tokens):.2f}"
+    rows.append(["all", documents, tokens, text_bytes, rate, heldout_tokens])
+    return table([head, *rows])
+
+
+def _cleaning_lines(cleaning: dict[str, Any]) -> list[str]:
+    """Return the table of the steps of cleaning: what each removed or repeated, and of which sources."""
+    rows: list[list[Any]] = [["cleaning", "documents"]]
+    details = ["of which"]
+    for step, counts in cleaning.items():
+        if step == "judges":
+            continue
+        if step == "decontamination":
+            counts = counts["removed"]
+        by_source = {} if isinstance(counts, int) else counts
+        total = counts if isinstance(counts, int) else sum(by_source.values())
+        rows.append([step.replace("_", " "), total])
+        details.append(", ".join(f"{name} {count:,}" for name, count in by_source.items()))
+    lines = table(rows)
+    return [
+        f"{line}  {detail}" if detail else line for line, detail in zip(lines, details, strict=True)
+    ]
+
+
+def samples(
+    train: "Mapping[str, Shard]", tokenizer: "Tokenizer", count: int, seed: int = 0
+) -> Iterator[str]:
+    """Yield lines of text that show `count` documents of each source, drawn at random."""
     rng = random.Random(seed)
     for source, documents in train.items():
-        for index in sorted(rng.sample(range(len(documents)), min(count, len(documents)))):
-            text = tokenizer.decode(documents[index][:SHOWN])[:SHOWN]
-            yield f"\n{source}, document {index:,}, {len(documents[index]):,} tokens"
-            yield from (f"    {line}" for line in text.splitlines()[:6])
+        drawn = rng.sample(range(len(documents)), min(count, len(documents)))
+        for index in sorted(drawn):
+            tokens = documents[index]
+            # A token has one byte or more, so these are enough tokens.
+            text = tokenizer.decode(tokens[:SAMPLE_CHARACTERS])[:SAMPLE_CHARACTERS]
+            yield f"\n{source}, document {index:,}, {len(tokens):,} tokens"
+            for line in text.splitlines()[:SAMPLE_LINES]:
+                yield f"    {line}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,17 +164,17 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(args.out or f"runs/{run.name}") / "data"
     splits = [folder / "train", folder / "heldout"]
     if args.dry_run:
-        built = all(shards.index(split) is not None for split in splits)
+        built = all(shards.chunk_numbers(split) is not None for split in splits)
         state = "are" if built else "would be"
         print(f"the shards of {run.name}, config {run.hash()}, {state} in {folder}")
         return
     if args.verify:
         for split in splits:
-            for number, wrong in shards.damaged(split, verify=True).items():
-                print(f"{wrong}; it is built again")
-                shards.forget(split, number)
-    tokenizer, train, _, _ = prepare(run, folder, task_data(run), Executor(args.executor))
-    found = stock(folder)
+            for number, fault in shards.find_damage(split, verify=True).items():
+                print(f"{fault}; it is built again")
+                shards.discard_chunk(split, number)
+    data = prepare(run, folder, task_data(run), Executor(args.executor))
+    found = summary(folder)
     if args.json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
         return
@@ -150,6 +182,6 @@ def main(args: argparse.Namespace) -> None:
     for record in read_jsonl(folder / "documents" / "skipped.log")[: args.skipped]:
         print(f"    {record['file']}, {record['where']}: {record['why']}")
     if args.verify:
-        parts = sum(len(shards.index(split)) for split in splits)
-        print(f"{parts} parts have the checksums they were written with")
-    print(*samples(train, tokenizer, args.samples), sep="\n")
+        chunks = sum(len(shards.chunk_numbers(split) or []) for split in splits)
+        print(f"{chunks} chunks have the checksums they were written with")
+    print(*samples(data.train, data.tokenizer, args.samples), sep="\n")

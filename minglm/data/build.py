@@ -155,7 +155,7 @@ def build(run: RunConfig, folder: Path, key: Any, tasks: TaskData, workers: Work
     shards.write_index(folder / "train", range(done["chunks"] + 1), key)
 
     totals = shards.source_totals(folder / "train")
-    about = {"tokens": {source: total.tokens for source, total in totals.items()}}
+    about: dict[str, Any] = {"tokens": {source: total.tokens for source, total in totals.items()}}
     for name in ("documents", "cleaning", "skipped", "skipped_log"):
         about[name] = done[name]
     about["seconds"] = round(time.time() - began, 1)

@@ -118,7 +118,7 @@ def cut_to_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> np.ndarray
     return np.stack([document, start, stop], axis=1)
 
 
-class TruncatedRows:
+class TruncatedRows(Sequence[list[Span]]):
     """Rows of `capacity` tokens, cut from concatenated documents: a sequence of lists of spans.
 
     The stream of documents is a ring: what lies before the offset follows the last document. Tokens that do not fill a
@@ -152,7 +152,7 @@ class TruncatedRows:
     def __len__(self) -> int:
         return max(1, self.total // self.capacity)
 
-    def __getitem__(self, row: int) -> list[Span]:
+    def __getitem__(self, row: int) -> list[Span]:  # pyright: ignore[reportIncompatibleMethodOverride]  # no slices
         if not 0 <= row < len(self):
             raise IndexError(row)
         position = (self.offset + row * self.capacity) % self.total

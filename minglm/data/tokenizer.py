@@ -236,7 +236,7 @@ class Tokenizer:
 
         Raises ValueError for an id outside the vocabulary.
         """
-        tokens = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        tokens = list(ids) if isinstance(ids, Sequence) else ids.tolist()
         for token in (min(tokens, default=0), max(tokens, default=0)):
             if not 0 <= token < self.vocab_size:
                 raise ValueError(

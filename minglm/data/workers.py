@@ -10,6 +10,7 @@ fork. Each process gets one thread. Ray is started inside this process, or joins
 cluster the run's folder must be on a file system that all nodes share.
 """
 
+import logging
 import multiprocessing
 import os
 import pickle
@@ -125,7 +126,7 @@ def _ray(
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
         embedded = {} if address else {"num_cpus": max(1, workers), "include_dashboard": False}
-        ray.init(address, log_to_driver=False, logging_level="error", **embedded)
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **embedded)
     ray.data.DataContext.get_current().enable_progress_bars = False
 
     def stage(row: dict) -> dict:

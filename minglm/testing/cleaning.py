@@ -1,171 +1,222 @@
-"""Contracts of data cleaning: decontamination, near duplicates, duplicates by meaning, quality scores (paper 2.2).
+"""Check a step of data cleaning of your own: decontamination, duplicates, quality scores (paper 2.2).
 
     from minglm.testing.cleaning import check_near_duplicates
     check_near_duplicates(my_function, 0.7)        # my_function(documents) -> the documents it keeps
 
-Each draws texts of made-up words in two scripts and raises AssertionError for a property that fails.
+Each contract draws texts of made-up words in two scripts and raises AssertionError for a property that fails.
 """
 
 import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
-from hypothesis import given
+import numpy as np
 from hypothesis import strategies as st
 
 from minglm.data.cleaning.shingles import shingles
-from minglm.data.sources.corpus import Document
-from minglm.testing.strategies import contract, seeds
+from minglm.data.store.documents import Document
+from minglm.testing.strategies import for_all, seeds
+
+Remove = Callable[[Sequence[Document]], Sequence[Document]]
+"""Documents -> the documents that stay."""
+
+Decontaminate = Callable[[Sequence[Document], Mapping[str, Sequence[str]]], Sequence[Document]]
+"""Documents, {name of an evaluation set: texts} -> the documents that stay."""
+
+
+class Scorer(Protocol):
+    """A learned quality score."""
+
+    def score(self, texts: Sequence[str]) -> Sequence[float] | np.ndarray:
+        """Return a score of each text."""
+        ...
+
+
+Fit = Callable[[Sequence[str], Sequence[float], int], tuple[Scorer, Any]]
+"""Texts, marks, seed -> (a scorer, a report)."""
 
 SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 HAN = [chr(code) for code in range(0x4E00, 0x4E00 + 1500)]
 
 
-def made_up(rng, count, chinese=False):
-    """A list of `count` random words, or Chinese characters; two such lists share next to no run of three."""
-    return [
-        rng.choice(HAN) if chinese else "".join(rng.choices(SYLLABLES, k=3)) for _ in range(count)
-    ]
+def made_up(rng: random.Random, count: int, chinese: bool = False) -> list[str]:
+    """Return `count` random words, or Chinese characters; two such lists share next to no run of three."""
+    if chinese:
+        return [rng.choice(HAN) for _ in range(count)]
+    return ["".join(rng.choices(SYLLABLES, k=3)) for _ in range(count)]
 
 
-def document(name, words, chinese=False, quality=0.5):
-    """A Document of these words, with spaces between them unless they are Chinese."""
-    return Document(
-        ("" if chinese else " ").join(words), "prose", "zh" if chinese else "en", quality, name
-    )
+def document(
+    name: str, words: Sequence[str], chinese: bool = False, quality: float | None = 0.5
+) -> Document:
+    """Return a document of these words, with spaces between them unless they are Chinese."""
+    text = ("" if chinese else " ").join(words)
+    return Document(text, "prose", "zh" if chinese else "en", quality, name)
 
 
-def check_decontamination(decontaminate):
-    """Hold decontamination to its contract: decontaminate(documents, {name: texts}) -> (kept documents, report).
+def _shuffled(rng: random.Random, documents: Sequence[Document]) -> list[Document]:
+    return rng.sample(documents, len(documents))
 
-    A document with a whole evaluation item in it goes, whatever its case, spacing and punctuation; one without stays,
-    also where it shares a sentence of boilerplate with a long item, or a few words with any; the order stays; items of
-    a few words, which stand in any text, remove nothing; a document that is taken away and asked for again stays away.
+
+# Decontamination
+
+
+def check_decontamination(decontaminate: Decontaminate) -> None:
+    """Check decontamination: decontaminate(documents, {name: texts}) -> the documents that stay.
+
+    - A document that contains a whole evaluation item is removed, whatever its case, spacing and punctuation.
+    - A document without one stays, also if it shares a sentence with a long item, or a few words with any.
+    - Items of a few words, which occur in any text, and wording that a set repeats, remove nothing.
+    - The order stays, and a second search removes nothing more.
     """
+    _copies_are_removed(decontaminate)
+    _wording_is_not_evidence(decontaminate)
 
-    @contract
-    @given(seeds, st.booleans())
-    def copies_go_and_the_rest_stays(seed, chinese):
+
+def _copies_are_removed(decontaminate: Decontaminate) -> None:
+    @for_all(seed=seeds, chinese=st.booleans())
+    def copies_go_and_the_rest_stays(seed: int, chinese: bool) -> None:
         rng = random.Random(seed)
-        short, long = made_up(rng, rng.randint(8, 20), chinese), made_up(rng, 80, chinese)
+        short = made_up(rng, rng.randint(8, 20), chinese)
+        long = made_up(rng, 80, chinese)
         few = made_up(rng, 3, chinese)
-        sets = {"tasks:x": [document("", words, chinese).text for words in (short, few)]}
-        sets["prose"] = [document("", long, chinese).text]
+        sets = {
+            "tasks:x": [document("", short, chinese).text, document("", few, chinese).text],
+            "prose": [document("", long, chinese).text],
+        }
         around = [made_up(rng, 60, chinese) for _ in range(6)]
         shouted = [word.upper() + rng.choice(["", ",", "!\n", " "]) for word in short]
-        bad = [around[0] + short, around[1][:5] + shouted + around[1][5:], long, long[:60]]
-        good = [around[2], around[3] + long[:20], around[4] + short[:7], few + around[5], few]
+        bad = [
+            around[0] + short,
+            around[1][:5] + shouted + around[1][5:],
+            long,
+            long[:60],
+        ]
+        good = [
+            around[2],
+            around[3] + long[:20],
+            around[4] + short[:7],
+            few + around[5],
+            few,
+        ]
         documents = [document(f"bad{n}", words, chinese) for n, words in enumerate(bad)]
         documents += [document(f"good{n}", words, chinese) for n, words in enumerate(good)]
         rng.shuffle(documents)
-        kept, _ = decontaminate(documents, sets)
-        names = [d.name for d in kept]
-        assert not [name for name in names if name.startswith("bad")], (
-            f"copies of test items were kept: {names}"
-        )
-        assert names == [d.name for d in documents if d.name.startswith("good")], (
-            f"of the innocent ones, only {names}"
-        )
-        assert list(decontaminate(kept, sets)[0]) == list(kept), "a second search removes more"
 
-    @contract
-    @given(seeds)
-    def wording_is_no_evidence(seed):
+        kept = decontaminate(documents, sets)
+        names = [d.name for d in kept]
+        copies = [name for name in names if name.startswith("bad")]
+        assert not copies, f"copies of test items were kept: {names}"
+        innocent = [d.name for d in documents if d.name.startswith("good")]
+        assert names == innocent, f"of the innocent ones, only {names}"
+        again = decontaminate(kept, sets)
+        assert list(again) == list(kept), "a second search removes more"
+
+
+def _wording_is_not_evidence(decontaminate: Decontaminate) -> None:
+    @for_all(seed=seeds)
+    def a_new_text_in_the_same_wording_stays(seed: int) -> None:
         rng = random.Random(seed)
         wording = made_up(rng, 20)
         items = [document("", wording + made_up(rng, 4)).text for _ in range(30)]
         own = document("template", wording + made_up(rng, 4))
-        assert decontaminate([own], {"tasks:x": items})[0], (
-            "a new text in the wording of a test set was removed"
-        )
-
-    copies_go_and_the_rest_stays()
-    wording_is_no_evidence()
+        kept = decontaminate([own], {"tasks:x": items})
+        assert kept, "a new text in the wording of a test set was removed"
 
 
-def _shuffled(rng, documents):
-    return rng.sample(documents, len(documents))
+# Duplicates
 
 
-def check_near_duplicates(function, threshold=0.7):
-    """Hold near-duplicate removal to its contract: function(documents) -> the documents that stay.
+def check_near_duplicates(function: Remove, threshold: float = 0.7) -> None:
+    """Check near-duplicate removal: function(documents) -> the documents that stay.
 
-    With similarity as the Jaccard index of runs of five words, and 0.2 allowed for its being estimated (4.6 standard
-    deviations of 128 samples): no two that stay are more similar than the threshold; whatever goes is as similar to one
-    of better or equal quality that stays; the order of what stays is that of the input, which decides nothing else.
+    Similarity is the Jaccard index of runs of five words. The contract allows an error of 0.2 for estimating it (4.6
+    standard deviations of 128 samples).
+
+    - No two documents that stay are more similar than the threshold.
+    - Whatever is removed is as similar to a document of better or equal quality that stays.
+    - The order of what stays is that of the input, which decides nothing else.
     """
 
-    @contract
-    @given(seeds, st.booleans())
-    def holds(seed, chinese):
-        rng, documents = random.Random(seed), []
-        for family in range(3):
-            words = made_up(rng, 120, chinese)
-            for step in range(
-                rng.randint(1, 8)
-            ):  # each changes a few words of the one before: a chain of versions
-                documents.append(document(f"{family}.{step}", words, chinese, rng.random()))
-                changed = rng.choice([0, 1, 6, 20, 60])
-                at = rng.randrange(121 - changed)
-                words = words[:at] + made_up(rng, changed, chinese) + words[at + changed :]
-        documents = _shuffled(rng, documents)
+    @for_all(seed=seeds, chinese=st.booleans())
+    def the_best_of_each_family_stays(seed: int, chinese: bool) -> None:
+        rng = random.Random(seed)
+        documents = _shuffled(rng, _families(rng, chinese))
         stay = list(function(documents))
-        assert [d for d in documents if d in stay] == stay, (
-            "documents were added, or their order was changed"
-        )
-        sets = dict(
-            zip(
-                [d.name for d in documents],
-                map(set, shingles([d.text for d in documents], 5)),
-                strict=True,
-            )
-        )
+        in_order = [d for d in documents if d in stay]
+        assert in_order == stay, "documents were added, or their order was changed"
 
-        def similarity(a, b):
-            return len(sets[a.name] & sets[b.name]) / len(sets[a.name] | sets[b.name])
+        runs = shingles([d.text for d in documents], 5)
+        runs_of = {d.name: set(hashes) for d, hashes in zip(documents, runs, strict=True)}
 
-        pairs = [(a, b) for n, a in enumerate(stay) for b in stay[:n]]
-        assert all(similarity(a, b) < threshold + 0.2 for a, b in pairs), (
-            "two near duplicates both stayed"
-        )
-        for gone in documents:
+        def similarity(a: Document, b: Document) -> float:
+            common = runs_of[a.name] & runs_of[b.name]
+            return len(common) / len(runs_of[a.name] | runs_of[b.name])
+
+        for n, a in enumerate(stay):
+            for b in stay[:n]:
+                assert similarity(a, b) < threshold + 0.2, "two near duplicates both stayed"
+        for removed in documents:
+            if removed in stay:
+                continue
             twins = [
                 d
                 for d in stay
-                if similarity(gone, d) > threshold - 0.2 and d.quality >= gone.quality
+                if similarity(removed, d) > threshold - 0.2 and _quality(d) >= _quality(removed)
             ]
-            assert gone in stay or twins, (
-                f"{gone.name} went, but nothing like it, and as good, stayed"
-            )
+            assert twins, f"{removed.name} went, but nothing like it, and as good, stayed"
         again = {d.name for d in function(_shuffled(rng, documents))}
         assert again == {d.name for d in stay}, "what stays depends on the order of the documents"
 
-    holds()
+
+def _quality(document: Document) -> float:
+    assert document.quality is not None
+    return document.quality
 
 
-def templates(rng, forms, pages, chinese=False):
-    """Documents "form.page": pages of made-up forms, sentences of 16 words of which 3, new on every page, are names."""
-    found = []
+def _families(rng: random.Random, chinese: bool) -> list[Document]:
+    """Return three chains of versions: each version changes a few words of the one before."""
+    documents = []
+    for family in range(3):
+        words = made_up(rng, 120, chinese)
+        for version in range(rng.randint(1, 8)):
+            documents.append(document(f"{family}.{version}", words, chinese, rng.random()))
+            changed = rng.choice([0, 1, 6, 20, 60])
+            start = rng.randrange(121 - changed)
+            words = words[:start] + made_up(rng, changed, chinese) + words[start + changed :]
+    return documents
+
+
+def templates(rng: random.Random, forms: int, pages: int, chinese: bool = False) -> list[Document]:
+    """Return documents "form.page": pages of made-up forms.
+
+    A page has eight sentences of 16 words, of which three are names that are new on every page.
+    """
+    documents = []
     for form in range(forms):
         sentences = [made_up(rng, 13, chinese) for _ in range(8)]
         for page in range(pages):
-            words = [w for s in sentences for w in _filled(s, made_up(rng, 3, chinese))]
-            found.append(document(f"{form}.{page}", words, chinese, rng.random()))
-    return found
+            words = []
+            for sentence in sentences:
+                words += _fill_in(sentence, made_up(rng, 3, chinese))
+            documents.append(document(f"{form}.{page}", words, chinese, rng.random()))
+    return documents
 
 
-def _filled(sentence, names):
+def _fill_in(sentence: list[str], names: list[str]) -> list[str]:
     return sentence[:4] + names[:1] + sentence[4:9] + names[1:2] + sentence[9:] + names[2:]
 
 
-def check_semantic_duplicates(function):
-    """Hold removal by meaning to its contract: function(documents) -> the documents that stay.
+def check_semantic_duplicates(function: Remove) -> None:
+    """Check removal of semantic duplicates: function(documents) -> the documents that stay.
 
-    Of the pages of a form, which share four words in five but hardly a run of five words, the best one stays; of pages
-    of other words all stay; the order of what stays is that of the input, which decides nothing else.
+    - Of the pages of a form, which share four words in five but hardly a run of five words, the best one stays.
+    - All pages of other words stay.
+    - The order of what stays is that of the input, which decides nothing else.
     """
 
-    @contract
-    @given(seeds, st.booleans())
-    def one_page_of_a_form_stays(seed, chinese):
+    @for_all(seed=seeds, chinese=st.booleans())
+    def one_page_of_a_form_stays(seed: int, chinese: bool) -> None:
         rng = random.Random(seed)
         pages = templates(rng, 2, rng.randint(1, 6), chinese)
         others = [
@@ -174,62 +225,82 @@ def check_semantic_duplicates(function):
         ]
         documents = _shuffled(rng, pages + others)
         stay = list(function(documents))
-        assert [d for d in documents if d in stay] == stay, (
-            "documents were added, or their order was changed"
-        )
-        assert all(d in stay for d in others), "a page of words of its own was removed"
+        in_order = [d for d in documents if d in stay]
+        assert in_order == stay, "documents were added, or their order was changed"
+        assert all(d in stay for d in others), "a page of other words was removed"
         for form in ("0.", "1."):
-            mine = [d for d in pages if d.name.startswith(form)]
-            kept = [d for d in mine if d in stay]
-            assert len(kept) == 1, f"of {len(mine)} pages of a form {len(kept)} stayed"
-            assert kept[0].quality == max(d.quality for d in mine), (
-                "the page that stayed is not the best of its form"
-            )
+            members = [d for d in pages if d.name.startswith(form)]
+            kept = [d for d in members if d in stay]
+            assert len(kept) == 1, f"of {len(members)} pages of a form {len(kept)} stayed"
+            best = max(_quality(d) for d in members)
+            assert kept[0].quality == best, "the page that stayed is not the best of its form"
         again = {d.name for d in function(_shuffled(rng, documents))}
         assert again == {d.name for d in stay}, "what stays depends on the order of the documents"
 
-    one_page_of_a_form_stays()
+
+# Quality
+
+CHANCES = (0.1, 0.5, 0.9)
+"""The probability that a text of each kind is marked good."""
+
+MARKED = 600
+NEW_PER_KIND = 60
 
 
-def check_scorer(fit):
-    """Hold a learned quality score to its contract: fit(texts, marks, seed) -> (model with .score(texts), report).
+class _Kinds:
+    """Draws texts of three kinds, which a few words tell apart."""
 
-    Marks are 1 with a probability that a few words in the text tell. Scores lie in [0, 1]; the score of a text depends
-    neither on the texts beside it nor on their order, and repeats with the seed; on new texts scores order the kinds of
-    text as the probabilities do, and each kind's mean score is its probability, to 0.15 (what 600 marks allow: two
-    standard deviations of the 40 marks of a kind that calibrate it).
+    def __init__(self, rng: random.Random):
+        self.rng = rng
+        self.telling_words = [made_up(rng, 4) for _ in CHANCES]
+
+    def text(self, kind: int) -> str:
+        words = made_up(self.rng, 40) + self.rng.choices(self.telling_words[kind], k=12)
+        return " ".join(self.rng.sample(words, len(words)))
+
+
+def check_scorer(fit: Fit) -> None:
+    """Check a learned quality score: fit(texts, marks, seed) -> (model with .score(texts), report).
+
+    Marks are 1 with a probability that a few words in the text tell.
+
+    - Scores lie in [0, 1], for odd texts too.
+    - The score of a text depends neither on the texts beside it nor on their order, and repeats with the seed.
+    - On new texts, scores order the kinds of text as the probabilities do.
+    - Each kind's mean score is its probability, to 0.15 (what 600 marks allow: two standard deviations of the 40 marks of
+      a kind that calibrate it).
     """
-    rng, chances = random.Random(0), (0.1, 0.5, 0.9)
-    tell = [made_up(rng, 4) for _ in chances]
+    rng = random.Random(0)
+    kinds = _Kinds(rng)
+    kind_of = [rng.randrange(len(CHANCES)) for _ in range(MARKED)]
+    texts = [kinds.text(kind) for kind in kind_of]
+    marks = [float(rng.random() < CHANCES[kind]) for kind in kind_of]
+    model, _ = fit(texts, marks, 0)
+    repeated, _ = fit(texts, marks, 0)
 
-    def text(kind):
-        words = made_up(rng, 40) + rng.choices(tell[kind], k=12)
-        return " ".join(rng.sample(words, len(words)))
+    new = [[kinds.text(kind) for _ in range(NEW_PER_KIND)] for kind in range(len(CHANCES))]
+    scores = [_scores(model, group) for group in new]
+    in_range = all(0 <= score <= 1 for group in scores for score in group)
+    assert in_range, "a score lies outside [0, 1]"
+    same = scores == [_scores(repeated, group) for group in new]
+    assert same, "the same marks and seed score otherwise"
 
-    kinds = [rng.randrange(len(chances)) for _ in range(600)]
-    texts, marks = (
-        [text(kind) for kind in kinds],
-        [float(rng.random() < chances[kind]) for kind in kinds],
+    chosen = rng.sample(range(NEW_PER_KIND), NEW_PER_KIND // 2)
+    for group, expected in zip(new, scores, strict=True):
+        beside_others = _scores(model, [group[i] for i in chosen])
+        for i, score in zip(chosen, beside_others, strict=True):
+            assert abs(score - expected[i]) < 1e-5, "a score depends on the other texts"
+
+    means = [sum(group) / len(group) for group in scores]
+    ordered = means == sorted(means)
+    assert ordered, (
+        f"scores {means} do not order kinds of text that are good with chances {CHANCES}"
     )
-    model, again = fit(texts, marks, 0)[0], fit(texts, marks, 0)[0]
-    new = [[text(kind) for _ in range(60)] for kind in range(len(chances))]
-    scores = [[float(score) for score in model.score(some)] for some in new]
-    assert all(0 <= score <= 1 for some in scores for score in some), "a score lies outside [0, 1]"
-    assert scores == [[float(s) for s in again.score(some)] for some in new], (
-        "the same marks and seed score otherwise"
-    )
-    mixed = rng.sample(range(60), 30)
-    for some, found in zip(new, scores, strict=True):
-        beside = model.score([some[i] for i in mixed])
-        assert all(abs(beside[n] - found[i]) < 1e-5 for n, i in enumerate(mixed)), (
-            "a score depends on the other texts"
-        )
-    means = [sum(some) / len(some) for some in scores]
-    assert means == sorted(means), (
-        f"scores {means} do not order kinds of text that are good with chances {chances}"
-    )
-    wrong = max(abs(mean - chance) for mean, chance in zip(means, chances, strict=True))
-    assert wrong < 0.15, f"scores {means} are not calibrated: they mean chances {chances}"
-    assert all(0 <= score <= 1 for score in model.score(["", "a", "\0", "你好"])), (
-        "odd texts have no score in [0, 1]"
-    )
+    error = max(abs(mean - chance) for mean, chance in zip(means, CHANCES, strict=True))
+    assert error < 0.15, f"scores {means} are not calibrated: they mean chances {CHANCES}"
+    odd = _scores(model, ["", "a", "\0", "你好"])
+    assert all(0 <= score <= 1 for score in odd), "odd texts have no score in [0, 1]"
+
+
+def _scores(model: Scorer, texts: Sequence[str]) -> list[float]:
+    return [float(score) for score in model.score(texts)]

@@ -43,6 +43,19 @@ def holds(shrink: bool = True, **drawn: st.SearchStrategy[Any]) -> Callable[[Cal
     return run
 
 
+def for_all(**drawn: st.SearchStrategy[Any]) -> Callable[[Callable], None]:
+    """Decorate a property: run it at once on drawn examples under `contract`, and raise the first failure.
+
+    Args:
+        drawn: the strategy of each argument of the property.
+    """
+
+    def run(test: Callable) -> None:
+        contract(given(**drawn)(test))()
+
+    return run
+
+
 def texts(names: Sequence[str] = ()) -> st.SearchStrategy[str]:
     """Return a strategy for texts: any characters, digits, Chinese, code, emoji, and `names` of special tokens."""
     pieces = [

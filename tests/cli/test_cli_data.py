@@ -42,7 +42,7 @@ def test_it_builds_and_says_what_there_is(run, capsys):
     )
     assert call("--samples", "1") == 0
     out = capsys.readouterr().out
-    totals = data.stock(folder)
+    totals = data.summary(folder)
     for source, row in totals["train"].items():
         (line,) = [line for line in out.splitlines() if line.startswith(f"{source} ")]
         assert line.split()[1:4] == [f"{row[name]:,}" for name in ("documents", "tokens", "bytes")]
@@ -78,7 +78,7 @@ def test_json_holds_everything_that_is_shown(run, capsys):
     """The same numbers, for programs."""
     call, folder = run
     assert call("--json") == 0
-    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(data.stock(folder)))
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(data.summary(folder)))
 
 
 def test_mistakes_are_one_line(run, capsys):

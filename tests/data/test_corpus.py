@@ -1,34 +1,28 @@
 """The corpus: repeatable, bounded, nothing held out leaks into training. Your own files: tests/test_sources.py."""
 
 import pytest
+from helpers.documents import read_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.config import DataConfig
-from minglm.data.sources import corpus
+from minglm.data.cleaning.exact import digest, originals
 from minglm.data.sources import files as sources
-from minglm.data.sources.corpus import (
-    Document,
-    bounded,
-    build,
-    digest,
-    docstrings,
-    originals,
-    repositories,
-)
-from minglm.data.sources.files import is_heldout
+from minglm.data.sources.corpus import bounded, docstrings
+from minglm.data.sources.files import SYNTHETIC_SOURCES, is_heldout, repositories
+from minglm.data.store.documents import Document
 
 SMALL = DataConfig(corpus_megabytes=0.7, synthetic_documents=40, heldout=0.2)
 
 
 @pytest.fixture(scope="module")
 def documents():
-    return build(SMALL, 0)
+    return read_corpus(SMALL, 0)
 
 
 def test_every_source_is_there_and_bounded(documents):
     """Each built-in source has documents, no more text than asked for, names of its own and a quality in 0..1."""
-    for source in sources.BUILT_IN:
+    for source in sources.BUILT_IN_SOURCES:
         some = [d for d in documents if d.source == source]
         assert some and sum(len(d.text.encode()) for d in some) <= 0.7e6, source
         assert len({d.name for d in some}) == len(some)
@@ -37,10 +31,10 @@ def test_every_source_is_there_and_bounded(documents):
 
 def test_build_is_repeatable_and_the_seed_only_moves_synthetic_text(documents):
     """The same config and seed give the same documents; another seed changes the generated ones alone."""
-    assert build(SMALL, 0) == documents
-    other = build(SMALL, 1)
-    read = [d for d in documents if d.source not in corpus.SYNTHETIC]
-    assert [d for d in other if d.source not in corpus.SYNTHETIC] == read
+    assert read_corpus(SMALL, 0) == documents
+    other = read_corpus(SMALL, 1)
+    read = [d for d in documents if d.source not in SYNTHETIC_SOURCES]
+    assert [d for d in other if d.source not in SYNTHETIC_SOURCES] == read
     assert [d for d in other if d.source == "math"] != [d for d in documents if d.source == "math"]
 
 

@@ -5,15 +5,15 @@ import re
 
 import numpy as np
 import pytest
+from helpers.documents import decontaminate
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.config import load_config
 from minglm.data import build
 from minglm.data.cleaning import shingles
-from minglm.data.cleaning.decontaminate import Index, decontaminate
-from minglm.data.sources.corpus import Document
-from minglm.data.store import documents as parts
+from minglm.data.cleaning.decontaminate import Index
+from minglm.data.store.documents import Document, write_documents
 from minglm.envs import ENVIRONMENTS
 from minglm.eval.tasks import TEST_SEED
 from minglm.recipe.solutions import evaluation_texts
@@ -38,7 +38,7 @@ def by(predicate):
 
     def twin(documents, sets):
         items = [text for texts in sets.values() for text in texts]
-        return [d for d in documents if not any(predicate(d.text, item) for item in items)], {}
+        return [d for d in documents if not any(predicate(d.text, item) for item in items)]
 
     return twin
 
@@ -75,14 +75,20 @@ def test_the_contract_finds_broken_decontamination(name):
 @given(st.lists(texts(), max_size=12), st.integers(1, 200))
 def test_a_text_has_the_same_words_in_any_company(some, chunk):
     """Hashes of words and runs of a text do not depend on the texts beside it, nor on how much is hashed at a time."""
-    alone = [np.concatenate([found for found, _ in shingles.words([text])]) for text in some]
+    alone = [
+        np.concatenate([words.hashes for words in shingles.hash_words_in_batches([text])])
+        for text in some
+    ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shingles, "CHUNK", chunk)
-        together = shingles.by_text(some)
+        patch.setattr(shingles, "BATCH_CHARACTERS", chunk)
+        together = shingles.hash_words_by_text(some)
         assert [a.tolist() for a in alone] == [b.tolist() for b in together]
         for text, found in zip(some, together, strict=True):
             whole = [
-                [w.tolist() for _, w, _ in shingles.grams(found, np.zeros(len(found), int), {n})]
+                [
+                    runs.hashes.tolist()
+                    for runs in shingles.ngrams(found, np.zeros(len(found), int), {n})
+                ]
                 for n in (2, 3)
             ]
             assert [len(w[0]) if w else 0 for w in whole] == [
@@ -105,13 +111,13 @@ def test_a_text_has_the_same_words_in_any_company(some, chunk):
 )
 def test_what_counts_as_the_same_words(text, same, other):
     """Case, spacing, punctuation and compatibility forms are folded; operators, letters and order are not."""
-    hashes = [found.tolist() for found in shingles.by_text([text, same, other])]
+    hashes = [found.tolist() for found in shingles.hash_words_by_text([text, same, other])]
     assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_hashes_of_words_are_those_of_a_loop():
     """The vectorised hash is the sum over characters that the module's docstring gives, on text of three scripts."""
-    word, both = int(shingles.WORD), 2**64 - 1
+    word, both = int(shingles.WORD_BASE), 2**64 - 1
 
     def mix(x):
         return int(shingles.mix(np.array([x & both], np.uint64))[0])
@@ -122,7 +128,7 @@ def test_hashes_of_words_are_those_of_a_loop():
             & both
         )
 
-    (found,) = shingles.by_text(["Zwölf Boxer-Kämpfer, 12 世界"])
+    (found,) = shingles.hash_words_by_text(["Zwölf Boxer-Kämpfer, 12 世界"])
     assert found.tolist() == [loop(w) for w in ["zwölf", "boxer", "-", "kämpfer", "12", "世", "界"]]
 
 
@@ -130,7 +136,7 @@ def clean(run, documents, folder):
     """(names of the training documents that stay, what each step took)."""
     times, done = build.clean(
         run,
-        parts.write(documents, folder / "documents"),
+        write_documents(documents, folder / "documents"),
         folder,
         lambda: evaluation_texts(run),
     )
@@ -163,7 +169,7 @@ def test_a_planted_test_task_is_removed_and_an_innocent_page_stays(tmp_path):
 def test_counts_say_what_was_and_was_not_searched():
     """Copies of one item count once; items that are too short are counted as not searched."""
     index = Index({"x": ["a b c d e f g h", "A b, c d e f g h", "too short"], "y": []})
-    assert (index.sets, index.passed) == ({"x": 1, "y": 0}, {"x": 1, "y": 0})
+    assert (index.searched, index.not_searched) == ({"x": 1, "y": 0}, {"x": 1, "y": 0})
     assert index.search(["", "a b c d e f g h i", "too short"]) == {1: "x"}
     assert Index({}).search(["anything"]) == {} == Index({"x": ["short"]}).search([])
 

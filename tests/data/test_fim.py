@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.data.fim import fim, rewrite, spans, unfim
+from minglm.data.fim import fim, rewrite, spans
 from minglm.data.tokenizer import Tokenizer
-from minglm.testing.data import check_fim
+from minglm.testing.data import check_fim, unfim
 from minglm.testing.strategies import texts
 
 TOKENIZER = Tokenizer.train(["def f(x):\n    return x\n"] * 5, 320)
@@ -16,7 +16,7 @@ CODE = texts(["a = 1\n", "\n", "# <|code_prefix|>\n"])
 
 def test_contract_holds():
     """Our rewriting keeps the contract."""
-    check_fim(fim, unfim, TOKENIZER)
+    check_fim(fim, TOKENIZER)
 
 
 def drops_suffix(text, tokenizer, rng):
@@ -41,7 +41,7 @@ def never_cuts(text, tokenizer, rng):
 def test_contract_rejects_a_broken_twin(broken):
     """Losing text, one order only, or cuts that never fall inside fail the contract."""
     with pytest.raises((AssertionError, ValueError)) as caught:
-        check_fim(broken, unfim, TOKENIZER)
+        check_fim(broken, TOKENIZER)
     assert caught.type is AssertionError or broken is drops_suffix
 
 

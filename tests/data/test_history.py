@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.data.sources import history
-from minglm.data.sources.files import user_files
+from minglm.data.sources.files import ReadOptions, user_files
 from minglm.data.sources.history import Commit, commits, groups, references, texts
 
 
@@ -118,7 +118,7 @@ def test_changes_of_heldout_files_are_left_out(checkout, monkeypatch):
         patch.setattr(
             "minglm.data.sources.files.is_heldout", lambda name, share: name.endswith("test.py")
         )
-        found = list(user_files([f"git:{checkout.folder}"], 0.1))
+        found = list(user_files([f"git:{checkout.folder}"], ReadOptions(heldout=0.1)))
     assert found and all(d.source == "repository" and "1, 2) == 3" not in d.text for d in found)
     whole = list(user_files([f"git:{checkout.folder}:{checkout.folder.parent}/issues.jsonl"]))
     assert any("1, 2) == 3" in d.text for d in whole) and any("Issue #7" in d.text for d in whole)
@@ -127,7 +127,7 @@ def test_changes_of_heldout_files_are_left_out(checkout, monkeypatch):
 
 def test_a_long_diff_ends_at_a_line(checkout, monkeypatch):
     """What is too long is cut after a whole line."""
-    monkeypatch.setattr(history, "LONGEST", 300)
+    monkeypatch.setattr(history, "MAX_DIFF_CHARACTERS", 300)
     checkout.commit(
         "A very long table of numbers", table_py="".join(f"x{n} = {n}\n" for n in range(100))
     )

@@ -6,13 +6,18 @@ import random
 import numpy as np
 import pytest
 import torch
+from helpers.documents import (
+    best_documents_first,
+    near_duplicates,
+    semantic_duplicates,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.data.cleaning import minhash as dedup
 from minglm.data.cleaning import semdedup
-from minglm.data.cleaning.minhash import banding, best_first, found, minhash, near_duplicates
-from minglm.data.cleaning.semdedup import embed, kmeans, semantic_duplicates
+from minglm.data.cleaning.minhash import banding, minhash, recall
+from minglm.data.cleaning.semdedup import embed, kmeans
 from minglm.data.cleaning.shingles import mix
 from minglm.testing import cleaning
 
@@ -38,7 +43,9 @@ def test_semantic_duplicates_keep_their_contract():
 
 def first_stays(documents):
     """Broken: of two twins the earlier one stays, whatever its quality."""
-    stays = dedup.choose(dedup.signatures([d.text for d in documents]), 0.7, range(len(documents)))
+    stays = dedup.keep_best(
+        dedup.signatures([d.text for d in documents]), 0.7, range(len(documents))
+    )
     return [d for d, stay in zip(documents, stays, strict=True) if stay]
 
 
@@ -89,7 +96,7 @@ SEMANTIC = {
     "MinHash": (near, "of . pages of a form . stayed"),
     "too eager": (
         lambda documents: semantic_duplicates(documents, 0.1),
-        "words of its own was removed",
+        "page of other words was removed",
     ),
     "worst stays": (
         lambda documents: [
@@ -158,7 +165,7 @@ def test_bands_find_pairs_as_often_as_the_curve_says(similarity):
         :, : bands * rows
     ]
     equal = (signature[::2] == signature[1::2]).reshape(300, bands, rows).all(2).any(1)
-    curve = found(shared / (shared + 2 * each), bands, rows)
+    curve = recall(shared / (shared + 2 * each), bands, rows)
     assert abs(equal.mean() - curve) < 5 * (curve * (1 - curve) / 300) ** 0.5 + 0.01
 
 
@@ -166,8 +173,8 @@ def test_bands_find_pairs_as_often_as_the_curve_says(similarity):
 def test_banding_finds_the_threshold_with_the_longest_bands(threshold):
     """A pair at the threshold is found with the chance that was promised; one more row in a band would lose it."""
     bands, rows = banding(threshold)
-    assert found(threshold, bands, rows) >= dedup.RECALL or rows == 1
-    assert rows == 128 or found(threshold, 128 // (rows + 1), rows + 1) < dedup.RECALL
+    assert recall(threshold, bands, rows) >= dedup.MIN_RECALL or rows == 1
+    assert rows == 128 or recall(threshold, 128 // (rows + 1), rows + 1) < dedup.MIN_RECALL
 
 
 @given(st.integers(0, 2**31), st.integers(1, 9))
@@ -176,10 +183,10 @@ def test_choice_of_groups_is_that_of_each_alone(seed, forms):
     documents = cleaning.templates(random.Random(seed), forms, 3) * 2
     group = [number // (3 * forms) for number in range(len(documents))]
     for method, features in ((dedup, dedup.signatures), (semdedup, embed)):
-        values, order = features([d.text for d in documents]), best_first(documents)
-        stays = method.choose(values, 0.75, order, group)
+        values, order = features([d.text for d in documents]), best_documents_first(documents)
+        stays = method.keep_best(values, 0.75, order, group)
         half = 3 * forms
-        alone = method.choose(values[:half], 0.75, best_first(documents[:half]))
+        alone = method.keep_best(values[:half], 0.75, best_documents_first(documents[:half]))
         assert stays[:half].tolist() == stays[half:].tolist() == alone.tolist()
 
 
@@ -188,7 +195,7 @@ def test_many_copies_cost_little():
     rng = np.random.default_rng(0)
     pages = minhash(mix(rng.integers(0, 2**63, (2001, 30)).astype(np.uint64)))
     signature = np.concatenate([pages, np.repeat(pages[:1], 19_999, 0)])
-    assert dedup.choose(signature, 0.8, range(len(signature))).sum() == 2001
+    assert dedup.keep_best(signature, 0.8, range(len(signature))).sum() == 2001
 
 
 @given(st.integers(0, 2**31), st.integers(1, 5))

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.data.fim import unfim
-from minglm.data.mixture import Mixture, tokenize
-from minglm.data.sources.corpus import Document
+from minglm.data.mixture import Mixture
+from minglm.data.store.documents import Document
+from minglm.data.tokenization import FimOptions, tokenize
 from minglm.data.tokenizer import Tokenizer
-from minglm.testing.data import check_batch, check_stream
+from minglm.testing.data import check_batch, check_stream, unfim
 
 TOKENIZER = Tokenizer.train(["def f(x):\n    return x\n", "Zwei Wörter, 两个词."] * 5, 330)
 
@@ -248,8 +248,9 @@ def test_tokenised_documents_decode_to_their_texts(kinds, rate, seed):
         document(f"def f{n}(x):\n    return {n}\n\n" * (n + 1), kind, n)
         for n, kind in enumerate(kinds)
     ]
-    shards = tokenize(documents, TOKENIZER, rate, seed, 40)
-    again = tokenize(documents, TOKENIZER, rate, seed, 40)
+    options = FimOptions(rate, 40, seed)
+    shards = tokenize(documents, TOKENIZER, options)
+    again = tokenize(documents, TOKENIZER, options)
     for source, arrays in shards.items():
         assert all(array.dtype == np.uint16 and array[-1] == TOKENIZER.end for array in arrays)
         assert [a.tolist() for a in arrays] == [a.tolist() for a in again[source]]
@@ -257,8 +258,8 @@ def test_tokenised_documents_decode_to_their_texts(kinds, rate, seed):
         assert text == "".join(d.text for d in documents if d.source == source)
     assert set(shards) == set(kinds)
     halves = [
-        tokenize(documents[:3], TOKENIZER, rate, seed, 40),
-        tokenize(documents[3:], TOKENIZER, rate, seed, 40, 3),
+        tokenize(documents[:3], TOKENIZER, options),
+        tokenize(documents[3:], TOKENIZER, options, 3),
     ]
     for source, arrays in shards.items():  # in two parts as in one
         joined = [a.tolist() for half in halves for a in half.get(source, [])]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.data.packing import Cut, best_fit, fill, pieces, utilisation
+from minglm.data.packing import TruncatedRows, best_fit, cut_to_fit, fill, utilisation
 from minglm.testing.data import check_batch, check_packer
 
 lengths = st.lists(st.integers(0, 50), min_size=1, max_size=20)
@@ -101,7 +101,7 @@ def test_best_fit_refuses_lengths_that_fit_no_row(wrong):
 @given(lengths, capacities)
 def test_pieces_cover_every_document_once(some, capacity):
     """Spans of at most the capacity, in order, cover each document without gap or overlap."""
-    spans = pieces(some, capacity).tolist()
+    spans = cut_to_fit(some, capacity).tolist()
     assert [(d, t) for d, a, b in spans for t in range(a, b)] == [
         (d, t) for d, n in enumerate(some) for t in range(n)
     ]
@@ -116,7 +116,7 @@ def test_cut_rows_are_consecutive_parts_of_one_ring(some, capacity, offset, seed
     """Rows are full, follow one another in the stream of documents, and leave out fewer tokens than one row."""
     order = np.random.default_rng(seed).permutation(len(some))
     stream = [(int(d), t) for d in order for t in range(some[d])]
-    rows = Cut(some, order, capacity, offset)
+    rows = TruncatedRows(some, order, capacity, offset)
     read = [[(d, t) for d, a, b in row for t in range(a, b)] for row in rows]
     assert all(len(row) == capacity for row in read)
     flat = [token for row in read for token in row]

@@ -13,15 +13,16 @@ from minglm.data.cleaning import classifier, quality
 from minglm.data.cleaning.classifier import (
     Classifier,
     Judge,
+    MarkedDocument,
     calibrate,
     calibration_error,
     features,
     fit,
     read_labels,
-    train,
+    train_judge,
 )
-from minglm.data.cleaning.shingles import by_text
-from minglm.data.sources.corpus import Document
+from minglm.data.cleaning.shingles import hash_words_by_text
+from minglm.data.store.documents import Document
 from minglm.testing.cleaning import check_scorer, made_up
 from minglm.testing.strategies import texts
 
@@ -98,13 +99,17 @@ def test_educational_pages_come_twice():
         document("b", 0.4, "science", "en"),
         document("c", 0.9, "qa", "en"),
     ]
-    assert quality.epochs(some, threshold=0.9) == [2, 1, 1] and quality.epochs(some) == [1, 1, 1]
+    assert quality.epochs(some, educational_from=0.9) == [2, 1, 1] and quality.epochs(some) == [
+        1,
+        1,
+        1,
+    ]
 
 
 def test_buckets_that_overlap_are_refused():
     """Shares that sum to more than one are one line."""
     with pytest.raises(ValueError, match="quality buckets"):
-        quality.epochs([], lowest=0.7, top=0.7)
+        quality.epochs([], lowest_share=0.7, top_share=0.7)
 
 
 def test_educational_share_prefers_explanations():
@@ -173,7 +178,7 @@ def test_features_are_unit_counts_of_words_and_pairs(some):
     """Every text with words has a vector of length one, with at most as many places as words and pairs; a text's
     features do not depend on the texts beside it."""
     text, place, value = features(some)
-    for index, (one, found) in enumerate(zip(some, by_text(some), strict=True)):
+    for index, (one, found) in enumerate(zip(some, hash_words_by_text(some), strict=True)):
         mine = text == index
         assert int(mine.sum()) <= max(0, 2 * len(found) - 1)
         assert not len(found) or float((value[mine] ** 2).sum()) == pytest.approx(
@@ -226,7 +231,9 @@ def test_each_kind_has_its_own_judge(tmp_path):
             (text, float(not good), "code", "rust"),
             (text, good, "math", "en"),
         ]
-    judge, about = train([*rows, *[("x", 1.0, "code", "go")] * 3])
+    rows = [MarkedDocument(*row) for row in rows]
+    few = [MarkedDocument("x", 1.0, "code", "go")] * 3
+    judge, about = train_judge([*rows, *few])
     assert set(judge.models) == set(about) == {"prose", "code:rust", "science"}
     page = " ".join(word[True] * 4)
     some = [
@@ -238,7 +245,7 @@ def test_each_kind_has_its_own_judge(tmp_path):
     judge.save(tmp_path / "judge.npz")
     assert Judge.load(tmp_path / "judge.npz").scores(some).tolist() == [prose, rust, science, go]
     with pytest.raises(ValueError, match=r"no kind of document has 40 marks: \{'prose': 9\}"):
-        train(rows[:27:3])
+        train_judge(rows[:27:3])
 
 
 @pytest.mark.parametrize(

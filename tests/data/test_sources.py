@@ -8,13 +8,13 @@ import tracemalloc
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers.documents import read_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.config import DataConfig
 from minglm.data.sources import files, rows
-from minglm.data.sources.corpus import build
-from minglm.data.sources.files import Skipped, user_files
+from minglm.data.sources.files import ReadOptions, Skipped, user_files
 
 
 def zstd(data):
@@ -64,7 +64,7 @@ def test_user_files_of_every_kind(tmp_path):
     ]
     small = DataConfig(corpus_megabytes=0.1, synthetic_documents=1, heldout=0.0, files=tuple(paths))
     (joined,) = [
-        d for d in build(small) if d.source == "repository" and d.repository.endswith("repo")
+        d for d in read_corpus(small) if d.source == "repository" and d.repository.endswith("repo")
     ]
     assert joined.text == "# repo/b.py\ny = 2\n\n# repo/a.py\nimport b\n"
 
@@ -92,7 +92,7 @@ def test_a_data_set_by_name_is_read_up_to_a_bound(tmp_path):
     """Reading stops once the bound is passed; what cannot be found is one line."""
     pytest.importorskip("datasets")
     write_rows(tmp_path / "part.parquet", [{"text": "x" * 1000}] * 50)
-    assert len(list(user_files([f"hf:{tmp_path}"], megabytes=0.01))) == 11
+    assert len(list(user_files([f"hf:{tmp_path}"], ReadOptions(megabytes=0.01)))) == 11
     with pytest.raises(ValueError, match=r"cannot read hf:/no/such/folder after row 0: [^\n]+$"):
         list(user_files(["hf:/no/such/folder"]))
 
@@ -133,11 +133,11 @@ def test_a_folder_is_walked_in_order_and_each_checkout_is_a_repository(tmp_path)
 
 def test_a_repository_too_long_to_hold_is_not_joined(tmp_path, monkeypatch):
     """Its files stand alone, and the log says so."""
-    monkeypatch.setattr(files, "REPOSITORY", 30)
+    monkeypatch.setattr(files, "REPOSITORY_CHARACTERS", 30)
     for n in range(4):
         (tmp_path / f"{n}.py").write_text("x = 123456789\n")
     skipped = Skipped()
-    assert [d.source for d in user_files([tmp_path], skipped=skipped)] == ["code"] * 4
+    assert [d.source for d in user_files([tmp_path], ReadOptions(skipped=skipped))] == ["code"] * 4
     assert skipped.count == 1 and "not joined" in next(iter(skipped.reasons))
 
 
@@ -149,7 +149,7 @@ def test_pieces_of_a_long_text_join_to_it(lines, size):
 
     text = "\n".join(lines).encode("utf-8", "replace")
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "PIECE", size)
+        patch.setattr(files, "PIECE_BYTES", size)
         path = Path(folder) / "long.txt"
         path.write_bytes(text)
         found = list(user_files([path]))
@@ -162,7 +162,7 @@ def test_pieces_of_a_long_text_join_to_it(lines, size):
 def test_lines_of_a_stream_do_not_depend_on_its_chunks(data, size, longest):
     """However the bytes arrive, the lines are those of the whole, and a line above the bound is None."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "LINE", longest)
+        patch.setattr(rows, "MAX_LINE_BYTES", longest)
         found = list(rows._lines(data[at : at + size] for at in range(0, len(data), size)))
     lines = data.split(b"\n")
     lines = lines if lines[-1] else lines[:-1]
@@ -172,7 +172,7 @@ def test_lines_of_a_stream_do_not_depend_on_its_chunks(data, size, longest):
 @pytest.mark.parametrize("name", ["big.jsonl", "big.jsonl.zst", "big.parquet", "big.txt"])
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, name):
     """Of a file of 24 MB no more than 6 MB are held at any time (256 rows of parquet, a megabyte of bytes, a piece)."""
-    monkeypatch.setattr(files, "PIECE", 2**20)
+    monkeypatch.setattr(files, "PIECE_BYTES", 2**20)
     path, line = tmp_path / name, "some words and some more of them, " * 60 + "\n"
     if name.endswith(".txt"):
         path.write_text(line * 12_000)
@@ -205,7 +205,9 @@ def test_bad_records_are_counted_named_and_skipped(tmp_path):
     (given / "latin.txt").write_bytes(b"caf\xe9")
     (given / "none.txt").write_bytes(b"")
     skipped = Skipped(tmp_path / "log" / "skipped.jsonl")
-    assert [d.text for d in user_files([given], skipped=skipped) if d.text.strip()] == [
+    assert [
+        d.text for d in user_files([given], ReadOptions(skipped=skipped)) if d.text.strip()
+    ] == [
         "good",
         "also good",
     ]
@@ -302,10 +304,10 @@ def test_missing_and_empty_paths_are_named(tmp_path):
 
 def test_documents_of_a_file_are_held_out_together(tmp_path, monkeypatch):
     """The pieces of a long text are all in training or all held out."""
-    monkeypatch.setattr(files, "PIECE", 8)
+    monkeypatch.setattr(files, "PIECE_BYTES", 8)
     for n in range(20):
         (tmp_path / f"{n}.txt").write_text("word\n" * 10)
-    found = list(user_files([tmp_path], 0.5))
+    found = list(user_files([tmp_path], ReadOptions(heldout=0.5)))
     for n in range(20):
         assert len({d.heldout for d in found if d.name.startswith(f"{tmp_path}/{n}.txt")}) == 1
     assert {d.heldout for d in found} == {True, False}

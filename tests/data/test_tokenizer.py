@@ -33,7 +33,7 @@ class Broken(Tokenizer):
 
     @classmethod
     def of(cls, tokenizer, fault):
-        twin = cls({**tokenizer._specification, "added_tokens": tokenizer._added})
+        twin = cls({**tokenizer._specification, "added_tokens": tokenizer._added_tokens})
         twin.fault = fault
         return twin
 
@@ -135,7 +135,7 @@ def released(tokenizer, folder):
     """A file laid out like a released one: more ids, <think> an ordinary added token, a prefix added to every text."""
     specification = {
         **tokenizer._specification,
-        "added_tokens": [dict(token) for token in tokenizer._added],
+        "added_tokens": [dict(token) for token in tokenizer._added_tokens],
     }
     for token in specification["added_tokens"]:
         token["special"] = token["content"] not in (
@@ -208,7 +208,7 @@ def test_bad_input_is_one_clear_line(tokenizer, tmp_path):
     words.save(str(tmp_path / "words.json"))
     with pytest.raises(ValueError, match=r"words\.json: not a byte-level"):
         Tokenizer.load(tmp_path / "words.json")
-    bare = {**tokenizer._specification, "added_tokens": tokenizer._added[:3]}
+    bare = {**tokenizer._specification, "added_tokens": tokenizer._added_tokens[:3]}
     (tmp_path / "bare.json").write_text(json.dumps(bare))
     with pytest.raises(ValueError, match=r"bare\.json: .*<\|user\|> is missing"):
         Tokenizer.load(tmp_path / "bare.json")

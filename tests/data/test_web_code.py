@@ -14,7 +14,7 @@ from minglm.config import DataConfig
 from minglm.data.cleaning import classifier
 from minglm.data.sources import web_code
 from minglm.data.sources.corpus import documents
-from minglm.data.sources.files import Skipped, user_files
+from minglm.data.sources.files import ReadOptions, Skipped, user_files
 from minglm.data.sources.web_code import is_candidate, parse
 
 SIGNS = string.ascii_letters + string.digits + " \t\n<>&\"'#{}()[]`=+-*/\\"
@@ -96,7 +96,7 @@ def test_rows_of_html_become_pages_of_their_own_language(tmp_path):
     rows += [{"html": "<pre>y</pre>", "text": "as given"}]
     (tmp_path / "pages.jsonl").write_text("\n".join(map(json.dumps, rows)))
     skipped = Skipped()
-    found = list(user_files([tmp_path / "pages.jsonl"], skipped=skipped))
+    found = list(user_files([tmp_path / "pages.jsonl"], ReadOptions(skipped=skipped)))
     rest = [(d.text, d.source, d.language) for d in found]
     assert rest == [("see `x`\n", "prose", "web"), ("as given", "prose", "en")]
     assert skipped.reasons == {"a web page without code": 1}
@@ -115,7 +115,8 @@ def test_marked_pages_teach_a_run_which_pages_are_code(tmp_path):
     about[0] = "bake stir chop boil taste|onion flour pepper butter sauce garlic soup"
     named = {mark: [part.split() for part in text.split("|")] for mark, text in about.items()}
     marked = [
-        {"text": prose(*named[n % 2], n), "label": n % 2} for n in range(4 * classifier.FEWEST)
+        {"text": prose(*named[n % 2], n), "label": n % 2}
+        for n in range(4 * classifier.MIN_DOCUMENTS)
     ]
     (tmp_path / "marked.jsonl").write_text("\n".join(map(json.dumps, marked)))
     pages = [

@@ -255,11 +255,11 @@ def fit(texts: Sequence[str], marks: Sequence[float] | np.ndarray, seed: int = 0
     digests = [hashlib.sha256(text.encode("utf-8", "replace")).digest() for text in texts]
     order = np.argsort(np.array(digests), kind="stable")
     train, middle, test = np.split(order, [len(order) * 3 // 5, len(order) * 4 // 5])
-    test_texts = [texts[i] for i in test]
+    test_texts = [texts[int(i)] for i in test]
 
-    model = _train([texts[i] for i in train], marks[train], seed)
+    model = _train([texts[int(i)] for i in train], marks[train], seed)
     before = torch.sigmoid(model.logits(test_texts)).numpy()
-    middle_logits = model.logits([texts[i] for i in middle]).numpy()
+    middle_logits = model.logits([texts[int(i)] for i in middle]).numpy()
     model.a, model.b = calibrate(middle_logits, marks[middle])
     after = model.score(test_texts)
 

@@ -21,6 +21,8 @@ from enum import Enum, auto
 from html.parser import HTMLParser
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 CODE_TAG = re.compile(
     r"<(pre|code|kbd|samp)\b|class\s*=\s*[\"'][^\"']*(highlight|code-?block|language-)",
     re.IGNORECASE,
@@ -86,7 +88,7 @@ THRESHOLD = 0.5
 class PageClassifier(Protocol):
     """A learned score of pages."""
 
-    def score(self, texts: Sequence[str]) -> Sequence[float]:
+    def score(self, texts: Sequence[str]) -> Sequence[float] | np.ndarray:
         """Return, for each text, how likely it teaches code, 0 to 1."""
         ...
 
