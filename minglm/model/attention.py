@@ -4,13 +4,14 @@
 
 Choices. N * A exceeds the width (96 heads of 128 on a width of 5120): the paper found that more heads do not lower the
 loss but help reasoning. QK-norm is an RMSNorm over each head, one weight vector for all heads, before the rotation; it
-bounds the attention logits (GLM-4.5 has it, Air does not). `attend` is a plain attribute: another implementation, for
-context parallelism say, is put there from outside and the file knows nothing of it.
+bounds the attention logits (GLM-4.5 has it, Air does not). `attend` is a plain attribute that can be replaced from
+outside, for example for context parallelism.
 """
 
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from minglm.config import ModelConfig
@@ -57,10 +58,14 @@ class Attention(nn.Module):
 
     def queries_keys(self, x_BSD: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """Compute what enters the dot product: rotated queries (B, S, N, A) and keys (B, S, M, A)."""
-        q = self.q_proj(x_BSD).unflatten(-1, (self.heads, self.head_dim))
-        k = self.k_proj(x_BSD).unflatten(-1, (self.kv_heads, self.head_dim))
-        weights = (None, None) if self.q_norm is None else (self.q_norm.weight, self.k_norm.weight)
-        return qk_norm_rope(q, k, *weights, *rotation, self.eps)
+        q_BSNA = rearrange(self.q_proj(x_BSD), "b s (n a) -> b s n a", n=self.heads)
+        k_BSMA = rearrange(self.k_proj(x_BSD), "b s (m a) -> b s m a", m=self.kv_heads)
+        q_weight_A = None if self.q_norm is None else self.q_norm.weight
+        k_weight_A = None if self.k_norm is None else self.k_norm.weight
+        # rope(norm(q)), rope(norm(k))
+        return qk_norm_rope(
+            q_BSNA, k_BSMA, q_weight_A, k_weight_A, rotation.cos, rotation.sin, self.eps
+        )
 
     def forward(
         self,
@@ -75,9 +80,9 @@ class Attention(nn.Module):
         cross. cache: the layer's cache when generating.
         """
         q_BSNA, k_BSMA = self.queries_keys(x_BSD, rotation)
-        v_BSMA = self.v_proj(x_BSD).unflatten(-1, (self.kv_heads, self.head_dim))
+        v_BSMA = rearrange(self.v_proj(x_BSD), "b s (m a) -> b s m a", m=self.kv_heads)
         if cache is None:
             out_BSNA = self.attend(q_BSNA, k_BSMA, v_BSMA, documents_BS)
         else:
             out_BSNA = cache.attend(q_BSNA, k_BSMA, v_BSMA)
-        return self.o_proj(out_BSNA.flatten(2))
+        return self.o_proj(rearrange(out_BSNA, "b s n a -> b s (n a)"))

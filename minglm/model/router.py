@@ -2,15 +2,16 @@
 
     s = sigmoid(W x);   chosen = top-k of (s + b);   w_e = scale * s_e / sum over chosen of s
 
-Everything is float32. The bias b decides only who is chosen; the weights come from the scores without it, or else
-balancing would change what the experts say. Equal scores go to the lower expert index, so that decoding with a cache,
-in any batch, takes the same experts as one full pass. With expert groups only the best `topk_group` groups compete,
-a group being as good as its two best biased scores together.
+Everything is float32. The bias b only decides which experts are selected. The weights come from the scores without it,
+or balancing would change the output. Equal scores go to the lower expert index, so that decoding with a cache, in any
+batch, takes the same experts as one full pass. With expert groups only the best `topk_group` groups compete; a group is as
+good as the sum of its two best biased scores.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from minglm.config import ModelConfig
 from minglm.kernels.router import Routes, route
 from minglm.kernels.router.eager import combine_weights, select_experts
 
@@ -18,26 +19,30 @@ __all__ = ["Router", "combine_weights", "select_experts"]
 
 
 class Router(nn.Module):
-    """Chooses K of E experts for each token. The bias is a buffer: no gradient moves it, but `minglm.model.balance`."""
+    """Selects K of E experts for each token.
 
-    def __init__(self, config):
+    The selection bias is a buffer: no gradient moves it, only `minglm.model.balance.update_expert_bias`.
+    """
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.register_buffer(
-            "e_score_correction_bias", torch.empty(config.n_routed_experts, dtype=torch.float32)
-        )
+        bias_E = torch.empty(config.n_routed_experts, dtype=torch.float32)
+        self.register_buffer("e_score_correction_bias", bias_E)
 
-    def forward(self, x_TD: torch.Tensor) -> Routes:
-        """x (T, D) to experts int64 (T, K), weights float32 (T, K), scores float32 (T, E)."""
-        c = self.config
+    def forward(self, x_TD: Tensor) -> Routes:
+        """Map x (T, D) to experts int64 (T, K), weights float32 (T, K) and scores float32 (T, E)."""
+        # s = sigmoid(W x) and what follows is one operation on the logits W x.
         logits_TE = x_TD.float() @ self.weight.float().T
         return route(
             logits_TE,
             self.e_score_correction_bias,
-            c.num_experts_per_tok,
-            c.norm_topk_prob,
-            c.routed_scaling_factor,
-            c.n_group,
-            c.topk_group,
+            self.config.num_experts_per_tok,
+            normalize=self.config.norm_topk_prob,
+            scale=self.config.routed_scaling_factor,
+            groups=self.config.n_group,
+            top_groups=self.config.topk_group,
         )

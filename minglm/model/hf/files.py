@@ -18,10 +18,10 @@ Choices
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,9 +33,6 @@ from minglm.config import ModelConfig
 from minglm.kernels.fp8 import WEIGHT_BLOCK, dequantize, quantize
 from minglm.model.hf.config import from_hf, to_hf
 from minglm.model.hf.names import FUSED, Entry, EntryKind, expected, goes_to_float8
-
-if TYPE_CHECKING:
-    from minglm.model.glm import GLM
 
 INDEX = "model.safetensors.index.json"
 SCALES: dict[str, tuple[int, int | None]] = {
@@ -55,6 +52,26 @@ class HFOrigin:
     """Its parsed config.json."""
     files: dict[str, str]
     """The file of each tensor."""
+
+
+class HFModel(Protocol):
+    """What reading and writing need of a model, a `GLM`."""
+
+    config: ModelConfig
+    dtype: torch.dtype
+    checkpoint_origin: HFOrigin | None
+    model: Any
+    lm_head: Any
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return every parameter and buffer by name."""
+        ...
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Take these values; with `assign`, these tensors themselves."""
+        ...
 
 
 class Header(NamedTuple):
@@ -264,7 +281,7 @@ def _pieces(name: str, tensor: Tensor, entries: dict[str, Entry]) -> Iterator[Pi
 
 
 def fill(
-    model: "GLM",
+    model: HFModel,
     files: Files,
     values: dict[str, Any],
     dtype: torch.dtype | None = None,
@@ -377,7 +394,7 @@ def refuse_taken(folder: str | Path) -> None:
 
 
 def save(
-    model: "GLM", folder: str | Path, dtype: str | None = None, shard_gigabytes: float = 5.0
+    model: HFModel, folder: str | Path, dtype: str | None = None, shard_gigabytes: float = 5.0
 ) -> None:
     """Write a model as a released checkpoint: shards, their index, and last config.json, which makes it complete.
 
