@@ -1,27 +1,33 @@
-"""Verifiable instructions in English and Chinese (paper 3.4, instruction-following RL, Figure 9).
+"""Give verifiable instructions in English and Chinese (paper 3.4, instruction-following RL, Figure 9).
 
     Write 3 numbers. Only even. With commas.        think: 1 six 2 two 3 eight     six, two, eight
     用中文写3个数。要有七。以！结尾。                      think: 1七2四3九                七 四 九！
 
-Every request fixes how many number words and in which language; the difficulty is the number of further constraints, 1 to 3,
-on meaning and form. Tier 4 has three too, and they may be about letters, or one word is to be repeated. The reward is 1
-when all of them hold and 0 otherwise (strict); `parts` has each constraint by itself, so partial progress is visible in
-the logs.
+Every request fixes the number of number words and their language; the difficulty is the number of further constraints,
+1 to 3, on meaning and form. Difficulty 4 has three too, and they may be about letters, or one word is to be repeated.
+The reward is 1 when all of them hold and 0 otherwise (strict); `parts` has each constraint by itself, so partial
+progress is visible in the logs.
 
 Choices: the checks are programs, as in the paper's deterministic verification rules, and never a model. Content is the
 nine number words of a language and nothing else: a model of a million weights can learn what nine words mean, so that
 obeying is what is measured, and a closed list leaves no room for noise that looks like words. There are thousands of
-different requests, so that following them is easier than learning them by heart. The oracle thinks by numbering its
-words: a count that is written down need not be kept in mind. Constraints on the letters of a word are left to difficulty 4,
+different requests, so that following them is easier than memorising them. The oracle thinks by numbering its words: a
+count that is written down need not be kept in mind. Constraints on the letters of a word are left to difficulty 4,
 because a tokenizer hides letters.
 
-Simplification: the paper has 151 kinds of constraints, and combines rules with a reward model and critiques; here
-rules stand alone.
+Simplification: the paper has 151 kinds of constraints, and combines rules with a reward model and critiques; here only
+the rules are used.
 """
 
+import random
 import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from minglm.envs.base import SingleTurn, assistant, user, verdict
+from minglm.envs.base import Message, Score, SingleTurn, Task, assistant, user, verdict
+
+Constraints = dict[str, Any]
+"""{constraint: value}, the value None for constraints without one. Always has count or repeat, and language."""
 
 WORDS = {
     "en": ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
@@ -31,7 +37,10 @@ VALUE = {word: number for words in WORDS.values() for number, word in enumerate(
 LANGUAGE_NAMES = {"en": ("English", "英文"), "zh": ("Chinese", "中文")}
 MARKS = {"en": ".!?", "zh": "。！？"}
 
-# kind: (request in English, request in Chinese). The order is that of the request.
+# (language of the request, language of the answer); as often as they are drawn
+LANGUAGES = ["en en", "en en", "en zh", "zh zh", "zh zh", "zh en"]
+
+# constraint: (request in English, request in Chinese). The order is that of the request.
 PHRASES = {
     "count": ("Write {} numbers.", "写{}个数。"),
     "repeat": ("Say {1} {0} times.", "说{0}遍{1}。"),
@@ -53,7 +62,7 @@ PHRASES = {
     "brackets": ("In brackets.", "放在括号里。"),
     "end": ("End with {}", "以{}结尾。"),
 }
-RIVALS = (
+EXCLUSIVE = (
     ("even", "odd"),
     ("up", "down"),
     ("dashes", "numbered", "commas"),
@@ -61,10 +70,10 @@ RIVALS = (
 )
 MEANING = ("even", "odd", "above", "below", "include", "avoid", "up", "down")
 LAYOUT = ("dashes", "numbered", "commas", "brackets", "end")
-KINDS = {"en": (*MEANING, "capitals", *LAYOUT), "zh": (*MEANING, *LAYOUT)}
-HARD = {  # difficulty 4: letters of English words, or one word again and again
-    ("count", "en"): (*KINDS["en"], "start", "forbid"),
-    ("count", "zh"): KINDS["zh"],
+CONSTRAINTS = {"en": (*MEANING, "capitals", *LAYOUT), "zh": (*MEANING, *LAYOUT)}
+HARD_CONSTRAINTS = {  # difficulty 4: letters of English words, or one word repeated
+    ("count", "en"): (*CONSTRAINTS["en"], "start", "forbid"),
+    ("count", "zh"): CONSTRAINTS["zh"],
     ("repeat", "en"): ("capitals", *LAYOUT),
     ("repeat", "zh"): LAYOUT,
 }
@@ -79,73 +88,78 @@ class Instructions(SingleTurn):
     difficulties = (1, 2, 3, 4)
     default_difficulties = (1, 2, 3)
 
-    def draw(self, rng, difficulty):
-        """Label: {"asked": language of the request, "constraints": {kind: value}, "language" of the answer in it}."""
+    def draw(self, rng: random.Random, difficulty: int) -> tuple[list[Message], dict[str, Any]]:
+        """Return one random request as (messages, label).
+
+        Label: {"asked": language of the request, "constraints": {constraint: value}}.
+        """
         while True:
-            asked, language = rng.choice(
-                ["en en", "en en", "en zh", "zh zh", "zh zh", "zh en"]
-            ).split()
-            base = "count" if difficulty < 4 else rng.choice(["count", "repeat"])
-            kinds = rng.sample(
-                KINDS[language] if difficulty < 4 else HARD[base, language], min(difficulty, 3)
-            )
-            constraints = {base: rng.randint(2, 5)}
+            asked, language = rng.choice(LANGUAGES).split()
+            if difficulty < 4:
+                base = "count"
+                pool = CONSTRAINTS[language]
+            else:
+                base = rng.choice(["count", "repeat"])
+                pool = HARD_CONSTRAINTS[base, language]
+            names = rng.sample(pool, min(difficulty, 3))
+            constraints: Constraints = {base: rng.randint(2, 5)}
             if base == "repeat":
                 constraints[base] = [constraints[base], rng.choice(WORDS[language])]
             constraints["language"] = language
-            for kind in sorted(kinds, key=list(PHRASES).index):
-                constraints[kind] = draw_value(rng, kind, language)
-            possible = base == "repeat" or len(candidates(constraints)) >= constraints["count"]
-            if possible and all(len({*kinds} & {*rivals}) < 2 for rivals in RIVALS):
-                return [user(request(constraints, asked))], {
-                    "asked": asked,
-                    "constraints": constraints,
-                }
+            for name in sorted(names, key=list(PHRASES).index):
+                constraints[name] = draw_value(rng, name, language)
 
-    def oracle(self, task, conversation, rng):
-        constraints = task.label["constraints"]
+            if base == "count" and len(candidates(constraints)) < constraints["count"]:
+                continue  # not enough words satisfy the constraints
+            if any(len({*names} & {*rivals}) >= 2 for rivals in EXCLUSIVE):
+                continue
+            return [user(request(constraints, asked))], {"asked": asked, "constraints": constraints}
+
+    def oracle(self, task: Task, conversation: Sequence[Message], rng: random.Random) -> Message:
+        """Return an answer that satisfies every constraint, with its words numbered as reasoning."""
+        constraints: Constraints = task.label["constraints"]
         if "repeat" in constraints:
             times, word = constraints["repeat"]
             words = [word] * times
         else:
             words = rng.sample(candidates(constraints), constraints["count"])
             wanted = constraints.get("include", words[0])
-            words = [wanted, *[word for word in words if word != wanted]][: len(words)]
+            others = [word for word in words if word != wanted]
+            words = [wanted, *others][: len(words)]
             if "up" in constraints or "down" in constraints:
-                words.sort(key=VALUE.get, reverse="down" in constraints)
+                words.sort(key=VALUE.__getitem__, reverse="down" in constraints)
         return assistant(written(words, constraints), thought(words, constraints["language"]))
 
-    def judge(self, task, message):
+    def judge(self, task: Task, message: Message) -> Score:
+        """Return 1 if every constraint holds; `parts` has each of them."""
         text = message["content"].strip()
         words = split_words(text)
-        parts = {
-            kind: float(CHECKS[kind](words, text, value))
-            for kind, value in task.label["constraints"].items()
-        }
+        parts = {}
+        for name, value in task.label["constraints"].items():
+            parts[name] = float(CHECKS[name](words, text, value))
         return verdict(all(parts.values()), parts)
 
-    def hack_probes(self, task):
-        constraints = task.label["constraints"]
-        every = WORDS[constraints["language"]]
-        same = candidates(constraints)[:1] * constraints.get("count", 0)
+    def hack_probes(self, task: Task) -> list[Message]:
+        """Return one fitting word repeated, all words in several forms, and an answer that is only thought."""
+        constraints: Constraints = task.label["constraints"]
+        all_words = WORDS[constraints["language"]]
+        one_word = candidates(constraints)[:1] * constraints.get("count", 0)
         return (
             super().hack_probes(task)
             + [
-                assistant(
-                    " ".join(same) + constraints.get("end", "")
-                ),  # a word that fits, again and again
-                assistant(" ".join(every)),
-                assistant(" ".join(every).upper() + "!"),
-                assistant("\n".join("- " + word for word in every)),
+                assistant(" ".join(one_word) + constraints.get("end", "")),
+                assistant(" ".join(all_words)),
+                assistant(" ".join(all_words).upper() + "!"),
+                assistant("\n".join("- " + word for word in all_words)),
                 assistant("s sk sky st str"),  # not words
-                assistant("", " ".join(every[:3])),
+                assistant("", " ".join(all_words[:3])),
             ]
         )
 
 
-def draw_value(rng, kind, language):
-    """A random value for a constraint; None for those that have none."""
-    choices = {
+def draw_value(rng: random.Random, constraint: str, language: str) -> int | str | None:
+    """Return a random value for a constraint; None for those without one."""
+    choices: dict[str, Sequence[int | str]] = {
         "above": (2, 3, 4),
         "below": (6, 7, 8),
         "include": WORDS[language],
@@ -154,87 +168,90 @@ def draw_value(rng, kind, language):
         "forbid": "efinost",
         "end": MARKS[language],
     }
-    return rng.choice(choices[kind]) if kind in choices else None
+    return rng.choice(choices[constraint]) if constraint in choices else None
 
 
-def candidates(constraints):
-    """The words that each satisfy the constraints on single words; none if the word to include does not."""
-    kinds = [
-        kind
-        for kind in ("even", "odd", "above", "below", "avoid", "start", "forbid")
-        if kind in constraints
-    ]
-    words = [
-        w
-        for w in WORDS[constraints["language"]]
-        if all(CHECKS[k]([w], w, constraints[k]) for k in kinds)
-    ]
-    return words if constraints.get("include", words[0] if words else "") in words else []
+def candidates(constraints: Constraints) -> list[str]:
+    """Return the words that each satisfy the constraints on single words; none if the word to include does not."""
+    about_words = ("even", "odd", "above", "below", "avoid", "start", "forbid")
+    names = [name for name in about_words if name in constraints]
+    words = []
+    for word in WORDS[constraints["language"]]:
+        if all(CHECKS[name]([word], word, constraints[name]) for name in names):
+            words.append(word)
+    if "include" in constraints and constraints["include"] not in words:
+        return []
+    return words
 
 
-def request(constraints, asked):
-    """The prompt, in the language `asked`. The language of the answer is not said when it is English, asked for in
-    English, or shown by the word to repeat.
+def request(constraints: Constraints, asked: str) -> str:
+    """Return the prompt, in the language `asked`.
+
+    The language of the answer is not stated when it is English, asked for in English, or shown by the word to repeat.
     """
-    texts, column = [], int(asked == "zh")
-    unsaid = "repeat" in constraints or constraints["language"] == asked == "en"
-    for kind, value in constraints.items():
-        if kind == "language":
+    column = int(asked == "zh")  # of PHRASES and LANGUAGE_NAMES
+    language_is_clear = "repeat" in constraints or constraints["language"] == asked == "en"
+    texts = []
+    for name, value in constraints.items():
+        if name == "language":
+            if language_is_clear:
+                continue
             value = LANGUAGE_NAMES[value][column]
-        if not (kind == "language" and unsaid):
-            texts.append(
-                PHRASES[kind][column].format(
-                    *(value if isinstance(value, (list, tuple)) else (value,))
-                )
-            )
+        values = value if isinstance(value, (list, tuple)) else (value,)
+        texts.append(PHRASES[name][column].format(*values))
     return ("" if asked == "zh" else " ").join(texts)
 
 
-def thought(words, language):
-    """The words with their numbers: `1 six 2 two`, `1六2二`."""
+def thought(words: Sequence[str], language: str) -> str:
+    """Return the words with their numbers: `1 six 2 two`, `1六2二`."""
     gap = " " if language == "en" else ""
     return gap.join(f"{number}{gap}{word}" for number, word in enumerate(words, 1))
 
 
-def written(words, constraints):
-    """The answer: the words in the form that the constraints ask for."""
+def written(words: Sequence[str], constraints: Constraints) -> str:
+    """Return the answer: the words in the form that the constraints ask for."""
     comma = ", " if constraints["language"] == "en" else "，"
     if "dashes" in constraints:
         text = "\n".join("- " + word for word in words)
     elif "numbered" in constraints:
         text = "\n".join(f"{number}. {word}" for number, word in enumerate(words, 1))
+    elif "commas" in constraints:
+        text = comma.join(words)
     else:
-        text = (comma if "commas" in constraints else " ").join(words)
-    text = text.upper() if "capitals" in constraints else text
-    return (f"({text})" if "brackets" in constraints else text) + constraints.get("end", "")
+        text = " ".join(words)
+    if "capitals" in constraints:
+        text = text.upper()
+    if "brackets" in constraints:
+        text = f"({text})"
+    return text + constraints.get("end", "")
 
 
-def inner(text):
-    """An answer without its closing mark and the brackets around it."""
+def inner(text: str) -> str:
+    """Return an answer without its closing mark and the brackets around it."""
     text = re.sub(r"[.!?。！？]$", "", text)
     return re.sub(r"^[(（](.*)[)）]$", r"\1", text, flags=re.DOTALL)
 
 
-def split_words(text):
-    """The words of an answer: closing mark, brackets, list marks removed, split at spaces and commas, small letters."""
+def split_words(text: str) -> list[str]:
+    """Return the words of an answer in lower case, split at spaces and commas, without marks, brackets, list marks."""
     text = re.sub(r"^(- |\d+\. )", "", inner(text), flags=re.MULTILINE)
     return [word for word in re.split(r"[\s,，、]+", text.lower()) if word]
 
 
-def values(words):
-    """The numbers that the words mean, 0 for a word that is none."""
+def values(words: Sequence[str]) -> list[int]:
+    """Return the numbers that the words mean; words that are not numbers give 0."""
     return [VALUE.get(word, 0) for word in words]
 
 
-def is_list(words, text, marks):
-    """Whether an answer has one word a line, each behind its mark."""
+def is_list(words: Sequence[str], text: str, marks: Sequence[str]) -> bool:
+    """Return whether an answer has one word per line, each after its mark."""
     lines = text.splitlines()
-    return len(lines) == len(words) and all(
-        line.startswith(mark) for line, mark in zip(lines, marks)
-    )
+    if len(lines) != len(words):
+        return False
+    return all(line.startswith(mark) for line, mark in zip(lines, marks, strict=True))
 
 
-CHECKS = {
+CHECKS: dict[str, Callable[[list[str], str, Any], bool]] = {
     "count": lambda words, text, value: len(words) == len(set(words)) == value,
     "repeat": lambda words, text, value: words == [value[1]] * value[0],
     "language": lambda words, text, value: (
