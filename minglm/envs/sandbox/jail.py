@@ -1,8 +1,8 @@
-"""The inside of the sandbox: a small server that runs one function written by a model per forked child.
+"""Run one function written by a model per forked child, in a jail: the inside of the sandbox (paper 3.2, 3.5).
 
-`sandbox.py` starts this file as `python -I -S jail.py`, with an empty environment and an empty folder. It imports only
+`pool.py` starts this file as `python -I -S jail.py`, with an empty environment and an empty folder. It imports only
 the standard library, and no file of minglm. For each job the server forks a warden, and the warden forks the
-candidate; the candidate puts itself into a jail and only then looks at the source:
+candidate. The candidate puts itself into a jail and only then looks at the source:
 
     server --fork--> warden (own session, new namespaces) --fork--> candidate (rlimits, Landlock, seccomp, then source)
 
@@ -13,14 +13,14 @@ candidate; the candidate puts itself into a jail and only then looks at the sour
 | landlock   | opening any file, and TCP                                                                   |
 | seccomp    | every system call that computing does not need: sockets, fork, exec, kill, open, ptrace     |
 
-Each layer is tried once in a child of its own when the server starts; what works is reported and used in every job. A
-layer that worked and then fails is an infrastructure failure, and no source is read.
+When the server starts, each layer is tried once in a child; what works is reported and used in every job. A layer that
+worked and then fails is an infrastructure failure, and no source is read.
 
 Choices: modules that solutions use are imported before the jail closes, because nothing can be opened inside. The
 expected values of the tests never come here, so nothing that a candidate finds in this process, or sends, can make a
 wrong answer right. Values go back as `repr` of plain types, which the parent compares as text and never evaluates.
 
-This is the one place of the project where text written by a model runs as code. No counterpart in the paper, which
+This is the only place of the project where text written by a model runs as code. No counterpart in the paper, which
 names its sandbox but does not describe it.
 """
 
@@ -49,100 +49,168 @@ import string  # noqa: F401
 import sys
 import time
 import types
-import typing  # noqa: F401
+import typing
 
 MEMORY = 256 * 2**20
 """Address space of a candidate, bytes."""
 OUTPUT = 2**20
-"""Most bytes a candidate may send back."""
+"""Most bytes that a candidate may send back."""
 NOMINAL_SECONDS = 0.004
-"""What `spin` takes on an idle core of 2024; time limits are multiplied by how much longer it takes here."""
+"""Time of `spin` on an idle core of 2024; time limits are multiplied by how much longer it takes here."""
 
 PLAIN = (int, float, bool, str, type(None))
 READY = b"+"
 
-# System calls a pure computation needs, by architecture; all others fail with EPERM. Tables: linux/unistd.h.
-ALLOWED = {  # read write close fstat lseek mmap mprotect munmap brk sigaction sigprocmask sigreturn mremap madvise
-    # getpid gettid exit exit_group futex clock_gettime gettimeofday getrandom sched_yield nanosleep clock_nanosleep
-    # sigaltstack restart_syscall
-    "x86_64": (0xC000003E, (0, 1, 3, 5, 8, 9, 10, 11, 12, 13, 14, 15, 25, 28))
-    + ((39, 186, 60, 231, 202, 228, 96, 318, 24, 35, 230, 131, 219),),
-    "aarch64": (0xC00000B7, (63, 64, 57, 80, 62, 222, 226, 215, 214, 134, 135, 139, 216, 233))
-    + ((172, 178, 93, 94, 98, 113, 169, 278, 124, 101, 115, 132, 128),),
+Job = dict[str, typing.Any]
+"""{"source", "function", "arguments" of each test, "secret", "seconds"}."""
+
+
+class SystemCalls(typing.NamedTuple):
+    """What a pure computation needs of Linux on one architecture; all other calls fail with EPERM."""
+
+    audit_architecture: int
+    """Its AUDIT_ARCH constant, linux/audit.h."""
+    numbers: tuple[int, ...]
+    """Numbers of the system calls, linux/unistd.h."""
+
+
+# read write close fstat lseek mmap mprotect munmap brk sigaction sigprocmask sigreturn mremap madvise
+# getpid gettid exit exit_group futex clock_gettime gettimeofday getrandom sched_yield nanosleep clock_nanosleep
+# sigaltstack restart_syscall
+ALLOWED = {
+    "x86_64": SystemCalls(
+        0xC000003E,
+        (0, 1, 3, 5, 8, 9, 10, 11, 12, 13, 14, 15, 25, 28)
+        + (39, 186, 60, 231, 202, 228, 96, 318, 24, 35, 230, 131, 219),
+    ),
+    "aarch64": SystemCalls(
+        0xC00000B7,
+        (63, 64, 57, 80, 62, 222, 226, 215, 214, 134, 135, 139, 216, 233)
+        + (172, 178, 93, 94, 98, 113, 169, 278, 124, 101, 115, 132, 128),
+    ),
 }
 
+# Numbers of the system calls that the C library has no function for; equal on both architectures.
+LANDLOCK_CREATE_RULESET = 444
+LANDLOCK_RESTRICT_SELF = 446
+MOUNT_SETATTR = 442
 
-def libc_call(name, *arguments):
-    """Call a function of the C library; OSError when it fails or does not exist."""
+# Options of prctl, linux/prctl.h.
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_SET_SECCOMP = 22
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_NO_NEW_PRIVS = 38
+
+
+def libc_call(name: str, *arguments: typing.Any) -> int:
+    """Call a function of the C library; raise OSError when it fails or does not exist."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, name):
         raise OSError(f"the C library has no {name}")
     result = getattr(libc, name)(*arguments)
     if result < 0:
-        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+        error = ctypes.get_errno()
+        raise OSError(error, f"{name}: {os.strerror(error)}")
     return result
 
 
-def die_with_parent():
-    """Ask Linux for SIGKILL when the parent dies, and never to gain privileges (needed by Landlock and seccomp)."""
+def die_with_parent() -> None:
+    """Ask Linux for SIGKILL when the parent dies, and give up gaining privileges (Landlock and seccomp need this)."""
     if sys.platform == "linux":
-        libc_call("prctl", 1, signal.SIGKILL, 0, 0, 0)
-        libc_call("prctl", 38, 1, 0, 0, 0)
+        libc_call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        libc_call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
-def enter_namespaces():
-    """New user, mount, network, ipc and pid namespaces; every mount becomes read-only. The next fork is process 1."""
-    user, mounts, network, ipc, pids = 0x10000000, 0x00020000, 0x40000000, 0x08000000, 0x20000000
-    libc_call("unshare", user | mounts | network | ipc | pids)
-    read_only = (ctypes.c_uint64 * 4)(1, 0, 0, 0)  # struct mount_attr: attr_set = MOUNT_ATTR_RDONLY
+def enter_namespaces() -> None:
+    """Enter new user, mount, network, ipc and pid namespaces, and make every mount read-only.
+
+    The next fork becomes process 1 of the pid namespace.
+    """
+    new_user = 0x10000000
+    new_mounts = 0x00020000
+    new_network = 0x40000000
+    new_ipc = 0x08000000
+    new_pids = 0x20000000
+    libc_call("unshare", new_user | new_mounts | new_network | new_ipc | new_pids)
+    # struct mount_attr with attr_set = MOUNT_ATTR_RDONLY
+    read_only = (ctypes.c_uint64 * 4)(1, 0, 0, 0)
+    here = -100  # AT_FDCWD
     recursive = 0x8000
-    libc_call(
-        "syscall", 442, -100, b"/", recursive, read_only, ctypes.sizeof(read_only)
-    )  # mount_setattr
+    size = ctypes.sizeof(read_only)
+    libc_call("syscall", MOUNT_SETATTR, here, b"/", recursive, read_only, size)
 
 
-def deny_files():
-    """Landlock with no rule: no file can be opened, made, removed or executed, and no TCP socket bound or connected."""
-    version = libc_call("syscall", 444, None, 0, 1)
-    files = (1 << (13 if version == 1 else 14 if version == 2 else 15 if version < 5 else 16)) - 1
-    network, scopes = (3 if version >= 4 else 0), (3 if version >= 6 else 0)
-    ruleset = (ctypes.c_uint64 * 3)(files, network, scopes)
-    size = 8 if version < 4 else 16 if version < 6 else 24
-    descriptor = libc_call("syscall", 444, ruleset, size, 0)
-    libc_call("syscall", 446, descriptor, 0)
+def deny_files() -> None:
+    """Enter Landlock with no rule: no file can be opened, made, removed or executed, and no TCP socket used."""
+    version = libc_call("syscall", LANDLOCK_CREATE_RULESET, None, 0, 1)
+    # Each version of the interface knows more rights; all that it knows are denied.
+    if version == 1:
+        file_rights = 13
+    elif version == 2:
+        file_rights = 14
+    elif version < 5:
+        file_rights = 15
+    else:
+        file_rights = 16
+    network_rights = 2 if version >= 4 else 0
+    scopes = 2 if version >= 6 else 0
+    ruleset = (ctypes.c_uint64 * 3)(
+        (1 << file_rights) - 1, (1 << network_rights) - 1, (1 << scopes) - 1
+    )
+    if version < 4:
+        size = 8
+    elif version < 6:
+        size = 16
+    else:
+        size = 24
+    descriptor = libc_call("syscall", LANDLOCK_CREATE_RULESET, ruleset, size, 0)
+    libc_call("syscall", LANDLOCK_RESTRICT_SELF, descriptor, 0)
     os.close(descriptor)
 
 
-def filter_system_calls():
-    """Seccomp: system calls outside ALLOWED fail with EPERM."""
+class Instruction(ctypes.Structure):
+    """One instruction of a system call filter (struct sock_filter)."""
+
+    _fields_ = [
+        ("code", ctypes.c_uint16),
+        ("jump_if_true", ctypes.c_uint8),
+        ("jump_if_false", ctypes.c_uint8),
+        ("operand", ctypes.c_uint32),
+    ]
+
+
+class Program(ctypes.Structure):
+    """A system call filter (struct sock_fprog)."""
+
+    _fields_ = [("length", ctypes.c_uint16), ("instructions", ctypes.POINTER(Instruction))]
+
+
+def filter_system_calls() -> None:
+    """Enter seccomp: system calls outside ALLOWED fail with EPERM."""
     if platform.machine() not in ALLOWED:
         raise OSError(f"no table of system calls for {platform.machine()}")
-    architecture, first, second = ALLOWED[platform.machine()]
-    numbers = first + second
-    load, equal, give = 0x20, 0x15, 0x06
-    kill, refuse, allow = 0x80000000, 0x00050001, 0x7FFF0000
-    program = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, 0)]
-    for i, number in enumerate(numbers):
-        program.append((equal, len(numbers) - i, 0, number))  # jump over the rest and the refusal
+    calls = ALLOWED[platform.machine()]
+    load, equal, give = 0x20, 0x15, 0x06  # opcodes: load a word, jump if equal, return
+    kill, refuse, allow = 0x80000000, 0x00050001, 0x7FFF0000  # verdicts
+    program = [
+        (load, 0, 0, 4),  # the architecture
+        (equal, 1, 0, calls.audit_architecture),
+        (give, 0, 0, kill),
+        (load, 0, 0, 0),  # the number of the system call
+    ]
+    for i, number in enumerate(calls.numbers):
+        # If equal, jump over the remaining comparisons and the refusal.
+        program.append((equal, len(calls.numbers) - i, 0, number))
     program += [(give, 0, 0, refuse), (give, 0, 0, allow)]
-
-    class Instruction(ctypes.Structure):
-        _fields_ = [
-            ("code", ctypes.c_uint16),
-            ("yes", ctypes.c_uint8),
-            ("no", ctypes.c_uint8),
-            ("k", ctypes.c_uint32),
-        ]
-
-    class Program(ctypes.Structure):
-        _fields_ = [("length", ctypes.c_uint16), ("instructions", ctypes.POINTER(Instruction))]
-
     instructions = (Instruction * len(program))(*program)
-    libc_call("prctl", 22, 2, ctypes.byref(Program(len(program), instructions)), 0, 0)
+    mode_filter = 2
+    filter_program = ctypes.byref(Program(len(program), instructions))
+    libc_call("prctl", PR_SET_SECCOMP, mode_filter, filter_program, 0, 0)
 
 
-def limit_resources(seconds):
-    """Bounds of the process itself. They hold on every POSIX system; the bound on processes does not hold for root."""
+def limit_resources(seconds: float) -> None:
+    """Set bounds on this process. They hold on every POSIX system; the bound on processes does not hold for root."""
     limits = {
         "RLIMIT_AS": MEMORY,
         "RLIMIT_CPU": math.ceil(seconds),
@@ -156,11 +224,15 @@ def limit_resources(seconds):
             resource.setrlimit(getattr(resource, name), (value, value))
 
 
-LAYERS = {"namespaces": enter_namespaces, "landlock": deny_files, "seccomp": filter_system_calls}
+LAYERS: dict[str, typing.Callable[[], None]] = {
+    "namespaces": enter_namespaces,
+    "landlock": deny_files,
+    "seccomp": filter_system_calls,
+}
 
 
-def works(layer):
-    """Whether a layer can be entered on this machine, tried in a child."""
+def works(layer: str) -> bool:
+    """Return whether a layer can be entered on this machine, by trying it in a child."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -172,35 +244,41 @@ def works(layer):
     return os.waitpid(pid, 0)[1] == 0
 
 
-def is_plain(value):
-    """Whether a value is made of exactly Python's own plain types; subclasses could pretend to be equal."""
+def is_plain(value: typing.Any) -> bool:
+    """Return whether a value consists of Python's own plain types; subclasses could pretend to be equal."""
     if type(value) in (list, tuple):
         return all(is_plain(item) for item in value)
     if type(value) is dict:
-        return all(is_plain(item) for pair in value.items() for item in pair)
+        return all(is_plain(key) and is_plain(item) for key, item in value.items())
     return type(value) in PLAIN
 
 
-def run_candidate(job):
-    """[["value", repr] | ["odd", type] | ["raised", type]] for each test, or ["raised", type] for the source itself."""
-    outcomes, namespace = [], {"__name__": "candidate"}
+def run_candidate(job: Job) -> list[typing.Any]:
+    """Run every test; return ["value", repr], ["odd", type] or ["raised", type] for each.
+
+    If the source itself raises, return ["raised", type] instead of the list.
+    """
+    namespace: dict[str, typing.Any] = {"__name__": "candidate"}
     try:
         types.FunctionType(compile(job["source"], "candidate", "exec"), namespace)()
         function = namespace[job["function"]]
-    except BaseException as error:  # SystemExit is one of the things a candidate may raise
+    except BaseException as error:  # SystemExit is one of the things that a candidate may raise
         return ["raised", type(error).__name__]
+    outcomes = []
     for arguments in job["arguments"]:
         try:
             value = function(*arguments)
-            outcomes.append(
-                ["value", repr(value)] if is_plain(value) else ["odd", type(value).__name__]
-            )
+            if is_plain(value):
+                outcome = ["value", repr(value)]
+            else:
+                outcome = ["odd", type(value).__name__]
         except BaseException as error:
-            outcomes.append(["raised", type(error).__name__])
+            outcome = ["raised", type(error).__name__]
+        outcomes.append(outcome)
     return outcomes
 
 
-def candidate(job, writer, layers):
+def candidate(job: Job, writer: int, layers: list[str]) -> None:
     """Close every other descriptor, enter the jail, say READY, run, answer, end."""
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
@@ -215,10 +293,11 @@ def candidate(job, writer, layers):
     os.write(writer, READY)
     answer = (job["secret"] + json.dumps(run_candidate(job))).encode()
     while answer:
-        answer = answer[os.write(writer, answer) :]
+        written = os.write(writer, answer)
+        answer = answer[written:]
 
 
-def warden(job, writer, layers):
+def warden(job: Job, writer: int, layers: list[str]) -> None:
     """Hold the writer until the candidate is dead, so that the server reads the end of the pipe only then."""
     os.setsid()
     die_with_parent()
@@ -233,8 +312,8 @@ def warden(job, writer, layers):
     os.waitpid(pid, 0)
 
 
-def serve_job(job, layers):
-    """Run one job to its end or its deadline; {"ready", "late", "flood", "answer"} for the parent."""
+def serve_job(job: Job, layers: list[str]) -> dict[str, typing.Any]:
+    """Run one job to its end or its deadline; return {"ready", "late", "flood", "answer"} for the parent."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -244,24 +323,30 @@ def serve_job(job, layers):
         finally:
             os._exit(0)
     os.close(writer)
-    received, deadline, ended = b"", time.monotonic() + job["seconds"], False
+
+    # Read until the candidate is dead, sends too much, or is out of time.
+    deadline = time.monotonic() + job["seconds"]
+    received = b""
+    ended = False
     while not ended and len(received) <= OUTPUT:
         left = deadline - time.monotonic()
         if left <= 0 or not select.select([reader], [], [], left)[0]:
             break
         chunk = os.read(reader, 65536)
-        received, ended = received + chunk, not chunk
+        received += chunk
+        ended = not chunk
     os.close(reader)
+
     for kill in (os.killpg, os.kill):  # the session may not have its own group yet
         with contextlib.suppress(ProcessLookupError):
             kill(pid, signal.SIGKILL)
     usage = os.wait4(pid, 0)[2]
     reap_orphans()
+
     flood = len(received) > OUTPUT
     late = not ended and not flood
-    if ended and len(received) <= len(
-        READY
-    ):  # silent: killed for its processor time, or for another reason
+    if ended and len(received) <= len(READY):
+        # No answer: the candidate was killed, by its limit of processor time or for another reason.
         late = usage.ru_utime + usage.ru_stime > 0.9 * math.ceil(job["seconds"])
     return {
         "ready": received[:1] == READY,
@@ -271,7 +356,7 @@ def serve_job(job, layers):
     }
 
 
-def reap_orphans():
+def reap_orphans() -> None:
     """Collect what a killed warden left behind; this process adopts it."""
     deadline = time.monotonic() + 1.0
     try:
@@ -282,8 +367,8 @@ def reap_orphans():
         return
 
 
-def spin():
-    """Seconds for a fixed piece of work, the best of three: how fast this machine is at the moment."""
+def spin() -> float:
+    """Return the seconds of a fixed piece of work, the best of three: how fast this machine is at the moment."""
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -292,11 +377,11 @@ def spin():
     return min(times)
 
 
-def main():
+def main() -> None:
     """Say hello, then answer one line of JSON per line of JSON, until standard input ends."""
     if sys.platform == "linux":
-        libc_call("prctl", 36, 1, 0, 0, 0)  # adopt orphans (PR_SET_CHILD_SUBREAPER)
-        libc_call("prctl", 4, 0, 0, 0, 0)  # nobody may read this process's memory (PR_SET_DUMPABLE)
+        libc_call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # adopt orphans
+        libc_call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody may read this process's memory
     layers = [layer for layer in LAYERS if works(layer)]
     slowness = min(20.0, max(1.0, spin() / NOMINAL_SECONDS))
     print(json.dumps({"layers": ["rlimits", *layers], "slowness": slowness}), flush=True)
