@@ -1,12 +1,12 @@
-"""The chat templates of GLM-4.5, 4.6 and 4.7: messages to text, ids and loss mask in one walk (paper 3.1, figure 4).
+"""Render messages with the chat templates of GLM-4.5, 4.6 and 4.7: text, ids and loss mask (paper 3.1, figure 4).
 
     text = [gMASK]<sop>  {<|system|> tools}  turn turn turn ...  {<|assistant|>}
     turn = <|role|> newline body           (several tool results in a row share one <|observation|>)
     assistant body = <think>reasoning</think> newline content newline <tool_call>...</tool_call> ...
 
-`segments` walks the conversation once and yields pieces, each plain text or one special token, each marked as trained
-or not. Ids, mask and text are three readings of the same pieces, so they cannot drift apart. The text is that of the
-templates published with the models, character by character.
+`segments` walks the conversation once and yields segments, each plain text or one special token, each marked as trained
+or not. Ids, mask and text are three readings of the same segments, so they cannot drift apart. The text equals that of
+the templates published with the models, character by character.
 
 The dialects (`Dialect`): 4.5 and 4.6 render alike. 4.7 writes no newlines; its prompt opens the reasoning (`<think>`),
 or with thinking off closes it at once (`</think>`), so user turns need no `/nothink`; and clear_thinking=False
@@ -16,35 +16,60 @@ What a reader should know:
 - There is no end-of-turn token. The role token of the next turn ends an assistant turn, so it is trained with it:
   <|observation|> after a tool call, <|user|> otherwise. A model that never learns it never stops.
 - Reasoning is kept only after the last user message, where it interleaves with tool calls; in older turns the think
-  tags are empty. So adding a tool result extends the rendering, and adding a user message rewrites it. Preserved
+  tags are empty. Therefore adding a tool result extends the rendering, and adding a user message rewrites it. Preserved
   reasoning is never rewritten: each prefix of the conversation is a prefix of the text, and of a server's cache.
-- Think tags that the model would not have written are no targets: those that the prompt already holds, and those that
-  stand in an older turn where reasoning was cut.
+- Think tags that the model would not have written are not targets: those that the prompt already holds, and those in an
+  older turn whose reasoning was cut.
 - Tags become special tokens only where the template writes them. Message text that spells `<|user|>` stays plain
-  text, so nobody can forge a turn. (Tokenizing the rendered string, as most servers do, would let them.)
+  text, so nobody can forge a turn. (Tokenizing the rendered string, as most servers do, would allow it.)
 - Argument values: strings are written as they are, everything else as JSON. Code needs no escaping.
 
-Deviations, all on input that the published templates fail on or garble: content None is empty instead of "None",
+Deviations, all on input that the published templates reject or garble: content None is empty instead of "None",
 arguments may be a JSON string or absent, text parts in a tool result are joined, and an unknown role or part raises.
 """
 
 import json
 import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import StrEnum
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from minglm.chat.messages import ChatTokenizer, Message, Tool
+
+
+class Role(StrEnum):
+    """Who speaks a turn."""
+
+    SYSTEM = "system"
+    """Instructions for the whole conversation."""
+    USER = "user"
+    """The person, or the program that simulates one."""
+    ASSISTANT = "assistant"
+    """The model."""
+    TOOL = "tool"
+    """The result of a tool call."""
+
 
 ROLES = {
-    "system": "<|system|>",
-    "user": "<|user|>",
-    "assistant": "<|assistant|>",
-    "tool": "<|observation|>",
+    Role.SYSTEM: "<|system|>",
+    Role.USER: "<|user|>",
+    Role.ASSISTANT: "<|assistant|>",
+    Role.TOOL: "<|observation|>",
 }
-STOPS = ("<|endoftext|>", "<|user|>", "<|observation|>")  # what ends a sampled turn
-TAGS = tuple(
-    f"<{slash}{name}>"
-    for name in ("think", "tool_call", "arg_key", "arg_value")
-    for slash in ("", "/")
+"""The special token that opens a turn of each role."""
+
+STOPS = ("<|endoftext|>", "<|user|>", "<|observation|>")
+"""The special tokens that end a sampled turn."""
+
+TAGS = (
+    *("<think>", "</think>"),
+    *("<tool_call>", "</tool_call>"),
+    *("<arg_key>", "</arg_key>"),
+    *("<arg_value>", "</arg_value>"),
 )
+"""The tags of an assistant turn, all of them special tokens."""
+
 NO_THINK = "/nothink"
 
 # The wording the released model was trained on: data of the format, equal to the published one byte by byte.
@@ -69,140 +94,172 @@ For each function call, output the function name and arguments within the follow
 
 
 class Dialect(NamedTuple):
-    """What the published templates do differently."""
+    """The differences between the published templates."""
 
     line: str
     """Separates a role from its text, and the parts of an assistant turn."""
     opens: bool
-    """The prompt holds the first think tag, and a turn without reasoning only the last; else both are in the turn."""
+    """True: the prompt holds the first think tag, and a turn without reasoning holds only the last. False: the turn
+    holds both."""
     preserves: bool
     """Whether clear_thinking=False can keep the reasoning of older turns."""
 
 
-_LINES = Dialect("\n", opens=False, preserves=False)
+_WITH_NEWLINES = Dialect("\n", opens=False, preserves=False)
 DIALECTS = {
-    "glm-4.5": _LINES,
-    "glm-4.6": _LINES,
+    "glm-4.5": _WITH_NEWLINES,
+    "glm-4.6": _WITH_NEWLINES,
     "glm-4.7": Dialect("", opens=True, preserves=True),
 }
 
 
 class Segment(NamedTuple):
-    """A piece of the rendering: plain text, or (special) the name of one special token; trained = a target."""
+    """A piece of the rendering."""
 
     text: str
+    """Plain text, or the name of one special token."""
     special: bool = False
     trained: bool = False
+    """True for a target: the model must produce it."""
 
 
 class Rendered(NamedTuple):
-    """Token ids, a mask of the same length (True = the model must produce this token), and the text they spell."""
+    """A rendered conversation."""
 
-    ids: list
-    mask: list
+    ids: list[int]
+    mask: list[bool]
+    """Of the same length: True for targets, which the model must produce."""
     text: str
+    """What the ids spell."""
 
 
 def render(
-    tokenizer, messages, tools=None, thinking=True, generation_prompt=False, close=True, **dialect
-):
-    """Conversation to `Rendered(ids, mask, text)`.
+    tokenizer: ChatTokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[Tool] | None = None,
+    thinking: bool = True,
+    generation_prompt: bool = False,
+    close: bool = True,
+    dialect: str = "glm-4.5",
+    clear_thinking: bool = True,
+) -> Rendered:
+    """Render a conversation to ids, loss mask and text.
 
     messages: dicts {"role": system|user|assistant|tool, "content", "reasoning_content", "tool_calls"}; content is text
-    or a list of text parts; a tool call is {"name", "arguments"} or OpenAI's {"function": {...}}. tools: JSON-schema
-    function objects, written as given. thinking False adds `/nothink` to user turns (4.7: closes the reasoning in the
-    prompt). generation_prompt asks for the next assistant turn. close adds the role token that ends a last assistant
-    turn, as training needs it. dialect, clear_thinking: as in `segments`.
-    mask[i] says that ids[i] is a target: everything the model writes after the prompt and the token that ends it.
-    Raises ValueError for messages that the template cannot express.
+    or a list of text parts; a tool call is {"name", "arguments"} or OpenAI's {"function": {...}}.
+    tools: JSON-schema function objects, written as given.
+    thinking: False adds `/nothink` to user turns (4.7: closes the reasoning in the prompt).
+    generation_prompt: ask for the next assistant turn.
+    close: add the role token that ends a last assistant turn, as training needs it.
+    dialect, clear_thinking: as in `segments`.
+    The targets are everything the model writes after the prompt, and the token that ends its turn. Raises ValueError for
+    messages that the template cannot express.
     """
     close = close and not generation_prompt
-    pieces = _joined(segments(messages, tools, thinking, generation_prompt, close, **dialect))
-    ids, mask = [], []
-    for piece in pieces:
-        new = _ids(tokenizer, piece)
-        ids += new
-        mask += [piece.trained] * len(new)
-    return Rendered(ids, mask, "".join(piece.text for piece in pieces))
+    walk = segments(messages, tools, thinking, generation_prompt, close, dialect, clear_thinking)
+    joined = _joined(walk)
+    ids: list[int] = []
+    mask: list[bool] = []
+    for segment in joined:
+        new_ids = _ids(tokenizer, segment)
+        ids += new_ids
+        mask += [segment.trained] * len(new_ids)
+    return Rendered(ids, mask, "".join(segment.text for segment in joined))
 
 
-def render_text(messages, tools=None, thinking=True, generation_prompt=False, **dialect):
-    """The text of the published template, nothing added: for people, logs, and engines that tokenize themselves."""
-    return "".join(
-        piece.text for piece in segments(messages, tools, thinking, generation_prompt, **dialect)
+def render_text(
+    messages: Sequence[Message],
+    tools: Sequence[Tool] | None = None,
+    thinking: bool = True,
+    generation_prompt: bool = False,
+    dialect: str = "glm-4.5",
+    clear_thinking: bool = True,
+) -> str:
+    """Return the text of the published template: for people, logs, and engines that tokenize themselves.
+
+    Arguments as in `render`, without the token that ends a last assistant turn.
+    """
+    walk = segments(
+        messages,
+        tools,
+        thinking,
+        generation_prompt,
+        dialect=dialect,
+        clear_thinking=clear_thinking,
     )
+    return "".join(segment.text for segment in walk)
 
 
-def continuation(tokenizer, messages, thinking=True, dialect="glm-4.5"):
-    """Ids to append after a *sampled* turn, whose last id is the stop token, when `messages` arrive.
+def continuation(
+    tokenizer: ChatTokenizer,
+    messages: Sequence[Message],
+    thinking: bool = True,
+    dialect: str = "glm-4.5",
+) -> list[int]:
+    """Return the ids to append after a *sampled* turn, whose last id is the stop token, when `messages` arrive.
 
     messages: the new tool results, or a user turn. Their first role token is left out, because the model has sampled
     it already; a generation prompt follows. Within one user turn, and where reasoning is preserved in all of them,
     prompt + sampled + continuation spells the rendering of the whole conversation, so sampled tokens are never
-    tokenized again. (Not where a 4.7 model opened its reasoning and wrote none: its template renders that otherwise.)
+    tokenized again. (Not if a 4.7 model opened its reasoning and wrote none: its template renders that differently.)
     """
-    if not messages or messages[0].get("role") not in ("user", "tool"):
+    if not messages or messages[0].get("role") not in (Role.USER, Role.TOOL):
         raise ValueError(
             "continuation: the first new message must have role user or tool, which a sampled stop opens"
         )
-    _, _, opening, *rest = _joined(
-        segments(messages, None, thinking, generation_prompt=True, dialect=dialect)
-    )
-    assert opening.text in STOPS
-    return [token for piece in rest for token in _ids(tokenizer, piece)]
+    walk = segments(messages, None, thinking, generation_prompt=True, dialect=dialect)
+    _, _, opening, *rest = _joined(walk)  # without [gMASK] and <sop>
+    assert opening.text in STOPS, opening
+    return [token for segment in rest for token in _ids(tokenizer, segment)]
 
 
 def segments(
-    messages,
-    tools=None,
-    thinking=True,
-    generation_prompt=False,
-    close=False,
-    dialect="glm-4.5",
-    clear_thinking=True,
-):
-    """Walk the conversation and yield its `Segment`s in order; neighbouring text pieces are still to be joined.
+    messages: Sequence[Message],
+    tools: Sequence[Tool] | None = None,
+    thinking: bool = True,
+    generation_prompt: bool = False,
+    close: bool = False,
+    dialect: str = "glm-4.5",
+    clear_thinking: bool = True,
+) -> Iterator[Segment]:
+    """Walk the conversation and yield its segments in order; neighbouring text segments are not joined yet.
 
     dialect: a name in DIALECTS. clear_thinking: False keeps the reasoning of all turns, where the dialect can.
     """
     form = dialect_of(dialect, clear_thinking)
-    yield Segment("[gMASK]", True)
-    yield Segment("<sop>", True)
+    yield Segment("[gMASK]", special=True)
+    yield Segment("<sop>", special=True)
     if tools:
         yield from _tools(tools, form)
     roles = [_role(message, index) for index, message in enumerate(messages)]
-    last_user = max((index for index, role in enumerate(roles) if role == "user"), default=-1)
+    last_user = _last_index(roles, Role.USER)
+    previous: Role | None = None
     for index, (role, message) in enumerate(zip(roles, messages, strict=True)):
-        previous = roles[index - 1] if index else None
-        if role != "tool" or previous != "tool" or _tool_outputs(message) is not None:
-            # The token that opens a turn is what ended the assistant turn before it.
-            yield Segment(
-                ROLES[role], True, trained=previous == "assistant" and ROLES[role] in STOPS
-            )
-        if role == "system":
+        # Several tool results in a row share one role token.
+        shares_role = role == previous == Role.TOOL and _tool_outputs(message) is None
+        if not shares_role:
+            # The token that opens this turn is what ended the assistant turn before it.
+            ends_assistant = previous == Role.ASSISTANT and ROLES[role] in STOPS
+            yield Segment(ROLES[role], special=True, trained=ends_assistant)
+        if role == Role.SYSTEM:
             yield Segment(form.line + _content(message, index))
-        elif role == "user":
+        elif role == Role.USER:
             yield from _user(_content(message, index), thinking, form)
-        elif role == "tool":
+        elif role == Role.TOOL:
             yield from _tool_results(message, index, form)
         else:
-            yield from _assistant(
-                message, index, index > last_user or not clear_thinking, thinking, form
-            )
+            keeps_reasoning = index > last_user or not clear_thinking
+            yield from _assistant(message, index, keeps_reasoning, thinking, form)
+        previous = role
     if generation_prompt:
-        yield Segment(ROLES["assistant"], True)
-        if form.opens:
-            yield Segment("<think>" if thinking else "</think>", True)
-        elif not thinking:
-            yield from _think("", False, form)
-    elif close and roles and roles[-1] == "assistant":
-        yield Segment(
-            ROLES["tool" if messages[-1].get("tool_calls") else "user"], True, trained=True
-        )
+        yield from _generation_prompt(thinking, form)
+    elif close and previous == Role.ASSISTANT:
+        next_role = Role.TOOL if messages[-1].get("tool_calls") else Role.USER
+        yield Segment(ROLES[next_role], special=True, trained=True)
 
 
-def dialect_of(name, clear_thinking=True):
-    """The `Dialect` of this name. Raises ValueError for another name, and where it cannot keep all reasoning."""
+def dialect_of(name: str, clear_thinking: bool = True) -> Dialect:
+    """Return the `Dialect` of this name. Raises ValueError for an unknown name, or if it cannot keep all reasoning."""
     if name not in DIALECTS:
         raise ValueError(
             f"dialect {name!r}: there is no such template; choose one of {', '.join(DIALECTS)}"
@@ -214,116 +271,150 @@ def dialect_of(name, clear_thinking=True):
     return DIALECTS[name]
 
 
-def _tools(tools, form):
-    yield Segment(ROLES["system"], True)
+def _last_index(roles: Sequence[Role], role: Role) -> int:
+    """Return the index of the last turn of a role, -1 if there is none."""
+    for index in reversed(range(len(roles))):
+        if roles[index] == role:
+            return index
+    return -1
+
+
+def _tools(tools: Sequence[Tool], form: Dialect) -> Iterator[Segment]:
+    yield Segment(ROLES[Role.SYSTEM], special=True)
     yield Segment(TOOLS_BEFORE)
     for tool in tools:
         yield Segment(_json(tool) + "\n")
+    # Only the example of a call, which begins at the first <tool_call>, follows the dialect's newlines.
     sentence, tag, example = TOOLS_AFTER.partition("<tool_call>")
-    for piece in re.split(f"({'|'.join(TAGS)})", sentence + tag + example.replace("\n", form.line)):
+    text = sentence + tag + example.replace("\n", form.line)
+    for piece in re.split(f"({'|'.join(TAGS)})", text):
         yield Segment(piece, special=piece in TAGS)
 
 
-def _user(content, thinking, form):
-    """In the dialects that switch in the turn, the switch is one special token, also where the user has typed it."""
+def _user(content: str, thinking: bool, form: Dialect) -> Iterator[Segment]:
+    """Yield a user turn. Where the dialect has a switch in the turn it is one special token, even if the user typed it."""
     typed = content.endswith(NO_THINK) and not form.opens
-    yield Segment(form.line + (content.removesuffix(NO_THINK) if typed else content))
+    if typed:
+        content = content.removesuffix(NO_THINK)
+    yield Segment(form.line + content)
     if typed or not (thinking or form.opens):
-        yield Segment(NO_THINK, True)
+        yield Segment(NO_THINK, special=True)
 
 
-def _assistant(message, index, shown, thinking, form):
-    """shown: whether this turn keeps its reasoning."""
+def _assistant(
+    message: Message, index: int, keeps_reasoning: bool, thinking: bool, form: Dialect
+) -> Iterator[Segment]:
     reasoning, content = _reasoning_and_content(message, index)
     line = Segment(form.line, trained=True)
-    if form.opens and not (shown and reasoning):
-        yield Segment("</think>", True)  # the prompt's, or in place of what was cut
+    if form.opens and not (keeps_reasoning and reasoning):
+        # The prompt's tag (thinking off), or what is left of reasoning that was cut.
+        yield Segment("</think>", special=True)
     else:
-        cut = not shown and reasoning.strip()
-        yield from _think(reasoning.strip() if shown else "", thinking and not cut, form)
+        was_cut = not keeps_reasoning and reasoning.strip() != ""
+        shown = reasoning.strip() if keeps_reasoning else ""
+        yield from _think(shown, thinking and not was_cut, form)
     if content:
         yield line
         yield Segment(content, trained=True)
     for call in message.get("tool_calls") or ():
         name, arguments = _call(call, index)
         yield line
-        yield Segment("<tool_call>", True, True)
+        yield Segment("<tool_call>", special=True, trained=True)
         yield Segment(name + form.line, trained=True)
         for key, value in arguments.items():
-            yield Segment("<arg_key>", True, True)
+            yield Segment("<arg_key>", special=True, trained=True)
             yield Segment(key, trained=True)
-            yield Segment("</arg_key>", True, True)
+            yield Segment("</arg_key>", special=True, trained=True)
             yield line
-            yield Segment("<arg_value>", True, True)
+            yield Segment("<arg_value>", special=True, trained=True)
             yield Segment(value if isinstance(value, str) else _json(value), trained=True)
-            yield Segment("</arg_value>", True, True)
+            yield Segment("</arg_value>", special=True, trained=True)
             yield line
-        yield Segment("</tool_call>", True, True)
+        yield Segment("</tool_call>", special=True, trained=True)
 
 
-def _think(reasoning, trained, form):
+def _think(reasoning: str, trained: bool, form: Dialect) -> Iterator[Segment]:
     yield Segment(form.line, trained=trained)
-    yield Segment("<think>", True, trained and not form.opens)
+    # In 4.7 the prompt holds the opening tag, so it is not a target.
+    yield Segment("<think>", special=True, trained=trained and not form.opens)
     yield Segment(reasoning, trained=trained)
-    yield Segment("</think>", True, trained)
+    yield Segment("</think>", special=True, trained=trained)
 
 
-def _tool_results(message, index, form):
+def _generation_prompt(thinking: bool, form: Dialect) -> Iterator[Segment]:
+    yield Segment(ROLES[Role.ASSISTANT], special=True)
+    if form.opens:
+        yield Segment("<think>" if thinking else "</think>", special=True)
+    elif not thinking:
+        yield from _think("", False, form)
+
+
+def _tool_results(message: Message, index: int, form: Dialect) -> Iterator[Segment]:
     outputs = _tool_outputs(message)
-    for output in [_content(message, index)] if outputs is None else outputs:
+    if outputs is None:
+        outputs = [_content(message, index)]
+    for output in outputs:
         yield Segment(form.line)
-        yield Segment("<tool_response>", True)
+        yield Segment("<tool_response>", special=True)
         yield Segment(f"{form.line}{output}{form.line}")
-        yield Segment("</tool_response>", True)
+        yield Segment("</tool_response>", special=True)
 
 
-def _tool_outputs(message):
-    """A tool message may carry a list of results, {"output": ...} or strings; None when it is one result."""
+def _tool_outputs(message: Message) -> list[Any] | None:
+    """Return the results of a tool message that carries a list, {"output": ...} or strings; None for a single result."""
     content = message.get("content")
-    if not isinstance(content, (list, tuple)) or all(
-        isinstance(item, dict) and "text" in item for item in content
-    ):
+    if not isinstance(content, list | tuple):
         return None
+    if all(isinstance(item, dict) and "text" in item for item in content):
+        return None  # text parts of one result
     return [item.get("output", item) if isinstance(item, dict) else item for item in content]
 
 
-def _reasoning_and_content(message, index):
-    """Reasoning from its own field, or else cut out of a content that still holds the think tags; content stripped.
+def _reasoning_and_content(message: Message, index: int) -> tuple[str, str]:
+    """Return reasoning and content; reasoning from its own field, or cut out of content that still holds the think tags.
 
-    Reasoning keeps its blanks: 4.7 writes both tags around reasoning of blanks alone, and one where there is none.
+    Content is stripped. Whitespace in reasoning is preserved: for whitespace-only reasoning 4.7 writes both tags, for
+    empty reasoning only the closing one.
     """
-    reasoning, content = message.get("reasoning_content"), _content(message, index)
+    reasoning = message.get("reasoning_content")
+    content = _content(message, index)
     if not isinstance(reasoning, str):
         reasoning = ""
         if "</think>" in content:
-            parts = content.split("</think>")
-            reasoning, content = parts[0].rstrip("\n").split("<think>")[-1].lstrip("\n"), parts[-1]
+            pieces = content.split("</think>")
+            reasoning = pieces[0].rstrip("\n").split("<think>")[-1].lstrip("\n")
+            content = pieces[-1]
     return reasoning, content.strip()
 
 
-def _content(message, index):
+def _content(message: Message, index: int) -> str:
     content = message.get("content")
     if content is None:
         return ""
     if isinstance(content, str):
         return content
-    if not isinstance(content, (list, tuple)):
+    if not isinstance(content, list | tuple):
         raise ValueError(
             f"messages[{index}]: content must be text or a list of parts, not {type(content).__name__}"
         )
-    parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-    if not all(isinstance(part, str) for part in parts):
-        raise ValueError(
-            f"messages[{index}]: content has a part that is not text; these models read text only"
-        )
-    return "".join(parts)
+    texts: list[str] = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            raise ValueError(
+                f"messages[{index}]: content has a part that is not text; these models read text only"
+            )
+        texts.append(text)
+    return "".join(texts)
 
 
-def _call(call, index):
-    """(name, arguments) of a tool call in either form; arguments may be a dict, a JSON object as text, or absent."""
-    inner = (call.get("function") or call) if isinstance(call, dict) else {}
-    inner = inner if isinstance(inner, dict) else {}
-    name, arguments = inner.get("name"), inner.get("arguments") or {}
+def _call(call: Any, index: int) -> tuple[str, dict[str, Any]]:
+    """Return (name, arguments) of a tool call in either form; arguments are a dict, a JSON object as text, or absent."""
+    function = call.get("function") or call if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        function = {}
+    name = function.get("name")
+    arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
@@ -338,40 +429,41 @@ def _call(call, index):
     return name, arguments
 
 
-def _role(message, index):
-    role = message.get("role") if isinstance(message, dict) else None
+def _role(message: Any, index: int) -> Role:
+    role = message.get("role") if isinstance(message, Mapping) else None
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"messages[{index}]: role must be one of {', '.join(ROLES)}, got {role!r}")
-    return role
+    return Role(role)
 
 
-def _json(value):
+def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _joined(pieces):
-    """Join neighbouring text, because a tokenizer may merge across the seam; drop empty text.
+def _joined(walk: Iterable[Segment]) -> list[Segment]:
+    """Join neighbouring text, because a tokenizer may merge across the border; drop empty text.
 
-    The mask never changes between two text pieces: a special token stands at every such border.
+    The mask never changes between two text segments: there is a special token at every such border.
     """
-    joined = []
-    for special, run in groupby(
-        (piece for piece in pieces if piece.text), key=lambda piece: piece.special
-    ):
-        run = list(run)
+    joined: list[Segment] = []
+    non_empty = (segment for segment in walk if segment.text)
+    for special, group in groupby(non_empty, key=lambda segment: segment.special):
+        neighbours = list(group)
         if special:
-            joined += run
-        else:
-            assert len({piece.trained for piece in run}) == 1, run
-            joined.append(Segment("".join(piece.text for piece in run), False, run[0].trained))
+            joined += neighbours
+            continue
+        trained = neighbours[0].trained
+        assert all(segment.trained == trained for segment in neighbours), neighbours
+        text = "".join(segment.text for segment in neighbours)
+        joined.append(Segment(text, special=False, trained=trained))
     return joined
 
 
-def _ids(tokenizer, piece):
-    if not piece.special:
-        return tokenizer.encode(piece.text)
-    if piece.text not in tokenizer.special:
+def _ids(tokenizer: ChatTokenizer, segment: Segment) -> list[int]:
+    if not segment.special:
+        return tokenizer.encode(segment.text)
+    if segment.text not in tokenizer.special:
         raise ValueError(
-            f"the tokenizer has no special token {piece.text}; train one with minglm or load GLM-4.5's"
+            f"the tokenizer has no special token {segment.text}; train one with minglm or load GLM-4.5's"
         )
-    return [tokenizer.special[piece.text]]
+    return [tokenizer.special[segment.text]]

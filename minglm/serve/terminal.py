@@ -125,7 +125,7 @@ class Conversation:
             if not message["tool_calls"] or message["error"]:
                 return
             for call in message["tool_calls"]:
-                result = self.shop.call(call["name"], call["arguments"].get("order_id"))
+                result = self.shop.call(call["name"], call["arguments"]["order_id"])
                 self.say(f"{call['name']}({call['arguments']}) -> {result}")
                 self.messages.append({"role": "tool", "content": json.dumps(result)})
         self.say(f"[stopped after {MAX_CALLS} turns with calls]")
