@@ -1,6 +1,6 @@
-"""Floor 3: generation. `Engine(model, tokenizer).generate(requests)` is the one entry for chat, evaluation and RL."""
+"""Generate: `Engine(model, tokenizer).generate(requests)` is the one entry for chat, evaluation and RL."""
 
 from minglm.inference.engine import Engine
-from minglm.inference.request import Completion, Event, Request
+from minglm.inference.request import Completion, Event, FinishReason, Request
 
-__all__ = ["Completion", "Engine", "Event", "Request"]
+__all__ = ["Completion", "Engine", "Event", "FinishReason", "Request"]

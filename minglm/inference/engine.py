@@ -1,144 +1,179 @@
-"""Many answers at once: continuous batching over a paged cache (paper 3.5 calls it the rollout engine).
+"""Generate many completions at once: continuous batching over a paged cache (paper 3.5 calls it the rollout engine).
 
-A step is one forward pass for all that is under way: the next token of every answer, and beside them prompts that have
-joined, at most `prefill_tokens` of those a step so that long prompts do not hold up answers. Requests join and leave at
-any step. A prompt is computed once however many samples it gets, and what it has in common with an earlier one is not
-computed again, block by block (`kv_cache.py`). When all blocks are in use the youngest answer gives its own back and is
-computed again later; it goes on as if nothing had happened.
+A step is one forward pass for all open requests: the next token of every running sequence, and beside them prompts that
+have joined, at most `prefill_tokens` of those a step, so that long prompts do not hold up the others. Requests join and
+leave at any step. A prompt is computed once however many samples it gets, and a prefix that it shares with an earlier
+prompt is not computed again, block by block (`kv_cache.py`). When all blocks are in use the youngest sequence returns its
+blocks and is computed again later; it continues as if it had not been interrupted.
 
-Tokens in, tokens out: the engine knows nothing of messages. It returns the sampled ids with the log-probability of
-each, which training uses as they are. The model is read (and for C packed anew). When its weights change, by
-`update_weights` or by an optimizer that knows nothing of engines, the next step forgets all keys and values and
-computes what is under way again, so every token is drawn from what the weights of its own step say about all of the
-text before it.
+Tokens in, tokens out: the engine knows nothing of messages. It returns the sampled ids with the log-probability of each,
+which training uses as they are. The engine reads the model's own weights (and packs them for C). When they change, by
+`update_weights` or by an optimizer that knows nothing of engines, the next step clears the prefix cache and computes all
+open requests again, so every token is sampled from what the weights of its own step say about all of the text before it.
 """
 
 import contextlib
 import threading
+from collections.abc import Callable, Iterable, Mapping
+from enum import StrEnum
 from itertools import count
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from minglm.inference.kv_cache import BlockManager
-from minglm.inference.pages import decoder_for
-from minglm.inference.request import Completion, Event, Request
-from minglm.inference.sampling import Settings, likeliest, sample_next
-from minglm.inference.scheduler import Scheduler, Sequence
-from minglm.inference.speculative import Candidate, Drafter, check
+from minglm.inference.pages import PagedCache, decoder_for
+from minglm.inference.request import Completion, Event, FinishReason, Request, TopLogprobs
+from minglm.inference.sampling import SamplerSettings, most_likely, sample_next
+from minglm.inference.scheduler import Row, Scheduler, Sequence
+from minglm.inference.speculative import Candidate, Drafter, verify_pass
+from minglm.model.glm import GLM
 
-__all__ = ["Completion", "Engine", "Event", "Request"]
+__all__ = ["Completion", "Engine", "Event", "ExpertPrecision", "Request"]
+
+Listener = Callable[[Event], None]
+
+
+class ExpertPrecision(StrEnum):
+    """The precision of the experts' matrices during generation."""
+
+    MODEL = "model"
+    """The model's own."""
+    FLOAT8 = "float8"
+    """Quantized to float8 in blocks (`fp8_experts.py`)."""
+
+
+class StopIds(Protocol):
+    """The part of a tokenizer that the engine uses."""
+
+    @property
+    def stop_ids(self) -> Iterable[int]:
+        """Return the ids that end an assistant turn."""
+        ...
 
 
 class Engine:
     """Generates with a model. One thread at a time steps; any thread may submit and cancel.
 
-    tokenizer: gives the stop ids of requests that name none. max_batch: most answers under way at once.
-    draft_tokens: how many tokens the MTP layer drafts for each pass of the trunk (`speculative.py`); answers follow the
-    same distribution with and without. prefill_tokens: most prompt tokens in one pass. cache_tokens: bound on the
-    positions held in the cache (None: it grows as needed), in blocks of `block`. experts: the model's own ("model"), or
-    quantised to "float8" (`fp8_experts.py`).
+    tokenizer: supplies the stop ids of requests that name none.
+    max_batch: most sequences that run at once.
+    draft_tokens: how many tokens the MTP layer drafts for each pass of the trunk (`speculative.py`); completions follow
+    the same distribution with and without drafts.
+    prefill_tokens: most prompt tokens in one pass.
+    cache_tokens: bound on the positions held in the cache, in blocks of `block`; None: the cache grows as needed.
+    experts: an `ExpertPrecision`.
     """
 
     def __init__(
         self,
-        model,
-        tokenizer=None,
-        max_batch=256,
-        draft_tokens=0,
-        prefill_tokens=2048,
-        cache_tokens=None,
-        block=16,
-        experts="model",
-    ):
-        if experts not in ("model", "float8"):
-            raise ValueError(f"experts = {experts!r}: must be model or float8")
-        self.float8 = experts == "float8"
-        self.model, self.tokenizer = model, tokenizer
-        self.limit = model.config.max_position_embeddings  # of prompt and answer together
-        self.blocks = BlockManager(block, None if cache_tokens is None else cache_tokens // block)
+        model: GLM,
+        tokenizer: StopIds | None = None,
+        *,
+        max_batch: int = 256,
+        draft_tokens: int = 0,
+        prefill_tokens: int = 2048,
+        cache_tokens: int | None = None,
+        block: int = 16,
+        experts: str = ExpertPrecision.MODEL,
+    ) -> None:
+        if experts not in list(ExpertPrecision):
+            raise ValueError(f"experts = {experts!r}: must be {' or '.join(ExpertPrecision)}")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.fp8_experts = experts == ExpertPrecision.FLOAT8
+        self.limit = model.config.max_position_embeddings  # of prompt and completion together
+        max_blocks = None if cache_tokens is None else cache_tokens // block
+        self.blocks = BlockManager(block, max_blocks)
         self.scheduler = Scheduler(self.blocks, max_batch, prefill_tokens)
         self.drafter = Drafter(model, draft_tokens) if draft_tokens else None
-        self.pages = self.parameters = self.weights = None
-        self.passes = 0
-        self.numbers = count()
-        self.open = {}  # every unfinished sequence by its number
-        self.inbox, self.cancelled = [], []
-        self.changed, self.stepping = threading.Condition(), threading.RLock()
-        self.settings = None
+        self.passes = 0  # forward passes of the trunk
 
-    # from any thread
+        # Set by the first step.
+        self._pages: PagedCache | None = None
+        self._parameters: list[torch.nn.Parameter] = []
+        self._weight_versions: list[int] | None = None  # None: the weights have changed
+        self._settings: SamplerSettings | None = None  # of the last batch
 
-    def submit(self, request, on_event=None):
-        """Queue a request; returns its number. on_event(Event) is called for each of its tokens, by whoever steps.
+        # Shared with other threads, guarded by `changed`.
+        self.open: dict[int, Sequence] = {}  # every unfinished sequence by its number
+        self._inbox: list[Sequence] = []  # submitted since the last step
+        self._cancelled: list[Sequence] = []
+        self._numbers = count()
+        self._changed = threading.Condition()
+        self._stepping = threading.RLock()  # held by the thread that steps
 
-        Raises ValueError for a request that cannot be answered.
+    # From any thread.
+
+    def submit(self, request: Request, on_event: Listener | None = None) -> int:
+        """Queue a request, and return its number.
+
+        on_event(event) is called for each of its tokens, in the thread that steps. Raises ValueError for a request that
+        cannot be answered.
         """
         request.check(self.limit)
-        most, room = (
-            min(len(request.prompt) + request.max_new_tokens, self.limit),
-            self.blocks.max_blocks,
-        )
-        if room is not None and most > room * self.blocks.block_size:
-            raise ValueError(
-                f"{most} tokens of prompt and answer; cache_tokens allows {room * self.blocks.block_size}"
-            )
-        stops = request.stop_ids
-        if stops is None:
-            stops = self.tokenizer.stop_ids if self.tokenizer is not None else ()
-        with self.changed:
-            sequence = Sequence(next(self.numbers), request, set(stops), self.limit, on_event)
-            self.open[sequence.number] = sequence
-            self.inbox.append(sequence)
-            self.changed.notify_all()
-        return sequence.number
+        length = min(len(request.prompt) + request.max_new_tokens, self.limit)
+        room = self.blocks.max_tokens
+        if room is not None and length > room:
+            raise ValueError(f"{length} tokens of prompt and answer; cache_tokens allows {room}")
+        stop_ids = request.stop_ids
+        if stop_ids is None:
+            stop_ids = () if self.tokenizer is None else self.tokenizer.stop_ids
+        with self._changed:
+            number = next(self._numbers)
+            sequence = Sequence(number, request, set(stop_ids), self.limit, on_event)
+            self.open[number] = sequence
+            self._inbox.append(sequence)
+            self._changed.notify_all()
+        return number
 
-    def cancel(self, number):
-        """End a request at the next step, which reports it as cancelled; False if it has already ended."""
-        with self.changed:
+    def cancel(self, number: int) -> bool:
+        """End a request at the next step, which reports it as cancelled; return False if it has already ended."""
+        with self._changed:
             if number not in self.open:
                 return False
-            self.cancelled.append(self.open[number])
-            self.changed.notify_all()
+            self._cancelled.append(self.open[number])
+            self._changed.notify_all()
             return True
 
-    def wait(self, timeout=None):
-        """Wait until there is something to do; returns whether there is."""
-        with self.changed:
-            return self.changed.wait_for(lambda: self.open, timeout)
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until a request is open; return whether one is."""
+        with self._changed:
+            return self._changed.wait_for(lambda: bool(self.open), timeout)
 
     @property
-    def busy(self):
-        """How many requests are not finished."""
+    def busy(self) -> int:
+        """Return how many requests are not finished."""
         return len(self.open)
 
-    # from the thread that steps
+    # From the thread that steps.
 
-    def generate(self, requests, on_token=None):
-        """Answer every `Request`; returns `Completion`s in the same order.
+    def generate(
+        self,
+        requests: Iterable[Request],
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[Completion]:
+        """Answer every request, and return the completions in the same order.
 
-        on_token(request_index, token) is called for each token as it is drawn. Raises ValueError, before any work, for
+        on_token(request_index, token) is called for each token as it is sampled. Raises ValueError, before any work, for
         a request that cannot be answered.
         """
-        requests, numbers = list(requests), []
+        requests = list(requests)
         for i, request in enumerate(requests):
             try:
                 request.check(self.limit)
             except ValueError as error:
                 raise ValueError(f"request {i}: {error}") from None
-        with self.stepping:
-            done = [None] * len(requests)
 
-            def listen(i):
-                def hear(event):
-                    if event.token is not None:
-                        on_token(i, event.token)
-
-                return hear
-
+        numbers: list[int] = []
+        completions: list[Completion] = []
+        with self._stepping:
             try:
                 for i, request in enumerate(requests):
-                    numbers.append(self.submit(request, on_token and listen(i)))
-                    done[i] = self.open[numbers[-1]].completion
+                    on_event = None if on_token is None else _token_listener(i, on_token)
+                    number = self.submit(request, on_event)
+                    numbers.append(number)
+                    completions.append(self.open[number].completion)
                 while not self.open.keys().isdisjoint(numbers):
                     self.step()
             except BaseException:  # Ctrl-C, or a listener that fails
@@ -146,158 +181,215 @@ class Engine:
                     self.cancel(number)
                 self._receive()
                 raise
-        return done
+        return completions
 
-    def update_weights(self, state=None):
+    def update_weights(self, state: Mapping[str, Tensor] | None = None) -> None:
         """Load a state dict into the model between two steps; None: the weights were changed in place.
 
-        Requests under way go on: their text so far is computed again with the new weights at the next step.
+        Open requests continue: their text so far is computed again with the new weights at the next step.
         """
-        with self.stepping:
+        with self._stepping:
             if state is not None:
                 self.model.load_state_dict(state)
-            self.weights = None
+            self._weight_versions = None
 
     @torch.inference_mode()
-    def step(self):
-        """One forward pass for all requests under way; returns the `Event`s of the tokens it drew."""
-        with self.stepping:
+    def step(self) -> list[Event]:
+        """Run one forward pass for all open requests, and return the events of the tokens it sampled.
+
+        If the pass fails, all open requests end with an error, and the exception is raised.
+        """
+        with self._stepping:
             try:
                 events = self._receive()
-                if not self.open:
-                    return events
-                self._look_at_weights()
-                rows, copies = self.scheduler.plan(self.drafter.max_drafts if self.drafter else 0)
-                self.pages.begin(copies, self.blocks.num_blocks)
-                events += (
-                    self._draw_ahead(rows)
-                    if self.drafter
-                    else self._draw(rows, self._forward(rows))
-                )
+                if self.open:
+                    events += self._step()
                 return events
             except BaseException:
                 self._abandon()
                 raise
 
-    def _receive(self):
-        """Take in what other threads have submitted and cancelled; the events of requests that this ends."""
-        with self.changed:
-            inbox, self.inbox = self.inbox, []
-            cancelled, self.cancelled = self.cancelled, []
-        events = []
-        for sequence in inbox:
+    def _step(self) -> list[Event]:
+        pages = self._current_pages()
+        drafts = self.drafter.max_drafts if self.drafter else 0
+        rows, copies = self.scheduler.plan(drafts)
+        pages.begin(copies, self.blocks.num_blocks)
+        if self.drafter:
+            return self._draft_and_verify(self.drafter, pages, rows)
+        return self._sample(rows, self._forward(pages, rows))
+
+    def _receive(self) -> list[Event]:
+        """Take over what other threads have submitted and cancelled; return the events of requests that this ends."""
+        with self._changed:
+            submitted = self._inbox
+            cancelled = self._cancelled
+            self._inbox = []
+            self._cancelled = []
+        events: list[Event] = []
+        for sequence in submitted:
             self.scheduler.add(sequence)
             if not sequence.tokens_left:
-                events.append(self._emit(sequence, None, end="length"))
+                events.append(self._emit(sequence, None, end=FinishReason.LENGTH))
         for sequence in cancelled:
             if sequence.number in self.open:
-                events.append(self._emit(sequence, None, end="cancelled"))
+                events.append(self._emit(sequence, None, end=FinishReason.CANCELLED))
         return events
 
-    def _emit(self, sequence, token, logprob=0.0, top=(), end=None):
-        """Report a token of a sequence, and take it out where that was the last."""
+    def _emit(
+        self,
+        sequence: Sequence,
+        token: int | None,
+        logprob: float = 0.0,
+        top: TopLogprobs = (),
+        end: FinishReason | None = None,
+    ) -> Event:
+        """Report a token of a sequence, and remove the sequence if it has ended."""
         if end is not None:
             sequence.completion.finish_reason = end
             self.scheduler.remove(sequence)
-            with self.changed:
+            with self._changed:
                 del self.open[sequence.number]
         event = Event(sequence.number, token, logprob, top, end)
         if sequence.on_event is not None:
             sequence.on_event(event)
         return event
 
-    def _abandon(self):
-        """End every request after a failure: what the pass has written is not known.
+    def _abandon(self) -> None:
+        """End every open request after a failure: what the pass has written is not known.
 
-        Those that come from now on are answered, so what is lost and what is still to be read is one look at both.
+        Requests that are submitted from now on are answered, so the open ones and the inbox are read at the same moment.
         """
-        with self.changed:
+        with self._changed:
             lost = list(self.open.values())
-            self.inbox.clear()
+            self._inbox.clear()
         for sequence in lost:
             with contextlib.suppress(Exception):  # the failure may be the listener's own
-                self._emit(sequence, None, end="error")
+                self._emit(sequence, None, end=FinishReason.ERROR)
         self.blocks.reset_prefix_cache()
 
-    def _look_at_weights(self):
-        """Compute everything again if the weights are not those of the last step, and find them where they now are."""
-        if self.weights is None or [p._version for p in self.parameters] != self.weights:
-            self.parameters = list(self.model.parameters())
-            self.weights = [p._version for p in self.parameters]
-            self.scheduler.restart()
-            form = decoder_for(self.model, self.float8)
-            if type(self.pages) is not form or not self.pages.fits(self.model):
-                self.pages = form(self.model, self.blocks.block_size, self.drafter is not None)
-            self.pages.read_weights()
+    def _current_pages(self) -> PagedCache:
+        """Return the cache; if the weights are not those of the last step, read them and compute everything again."""
+        versions = self._weight_versions
+        if (
+            self._pages is not None
+            and versions is not None
+            and [parameter._version for parameter in self._parameters] == versions
+        ):
+            return self._pages
+        self._parameters = list(self.model.parameters())
+        self._weight_versions = [parameter._version for parameter in self._parameters]
+        self.scheduler.restart()
+        decoder = decoder_for(self.model, self.fp8_experts)
+        pages = self._pages
+        if pages is None or type(pages) is not decoder or not pages.fits(self.model):
+            drafts = self.drafter is not None
+            pages = decoder(self.model, self.blocks.block_size, drafts)
+            self._pages = pages
+        pages.read_weights()
+        return pages
 
-    def _forward(self, rows):
-        """One pass of the trunk over the rows, in order of length; the logits after tokens that something follows."""
+    def _forward(self, pages: PagedCache, rows: list[Row]) -> Tensor:
+        """Run the trunk over the rows, in order of length; return the logits after tokens that get a successor."""
         rows.sort(key=lambda row: row.stop - row.start)
-        tokens, wanted = [], []
+        tokens: list[int] = []
+        wanted: list[int] = []  # places of the tokens whose logits are needed
         for row in rows:
             tokens += row.ids[row.start : row.end] + row.drafts
             if row.sequences:
-                wanted += range(len(tokens) - len(row.drafts) - 1, len(tokens))
-        hidden_TD, logits_BV = self.pages.trunk(rows, tokens, wanted)
+                last_known = len(tokens) - len(row.drafts) - 1
+                wanted += range(last_known, len(tokens))
+        hidden_TD, logits_BV = pages.trunk(rows, tokens, wanted)
         self.passes += 1
         if self.drafter:
-            self.pages.keep_states(rows, hidden_TD)
+            pages.keep_states(rows, hidden_TD)
         return logits_BV
 
-    def _draw(self, rows, logits_BV):
-        """Draw a token for each sequence that gets one, and take it into its text."""
+    def _sample(self, rows: list[Row], logits_BV: Tensor) -> list[Event]:
+        """Sample a token for each sequence that gets one, and append it to its text."""
         rows = [row for row in rows if row.sequences]
         sequences = [sequence for row in rows for sequence in row.sequences]
         if not sequences:
             return []
-        if len(sequences) > len(rows):  # samples of one prompt draw from the same logits
-            logits_BV = logits_BV[[b for b, row in enumerate(rows) for _ in row.sequences]]
-        s = self._settings(sequences, logits_BV.device)
-        sampled = sample_next(logits_BV, s, s.index(sequences))
-        return list(map(self._take, sequences, *sampled))
+        if len(sequences) > len(rows):
+            # Several samples of one prompt use the same logits.
+            source = [b for b, row in enumerate(rows) for _ in row.sequences]
+            logits_BV = logits_BV[source]
+        settings = self._settings_of(sequences, logits_BV.device)
+        sampled = sample_next(logits_BV, settings, settings.next_index(sequences))
+        return list(map(self._append, sequences, *sampled))
 
-    def _settings(self, sequences, device):
-        if self.settings is None or self.settings.sequences != sequences:
-            self.settings = Settings(sequences, device)
-        return self.settings
+    def _settings_of(self, sequences: list[Sequence], device: torch.device) -> SamplerSettings:
+        """Return the sampler settings of a batch; those of the last one if it has the same sequences."""
+        if self._settings is None or self._settings.sequences != sequences:
+            self._settings = SamplerSettings(sequences, device)
+        return self._settings
 
-    def _draw_ahead(self, rows):
-        """Draft, let the trunk check all drafts in one pass, and take what stands and the token after it."""
+    def _draft_and_verify(
+        self, drafter: Drafter, pages: PagedCache, rows: list[Row]
+    ) -> list[Event]:
+        """Draft, let the trunk verify all drafts in one pass, and append the accepted ones and the token after them."""
         decoding = [row for row in rows if row.max_drafts]
-        q_BSV = self.drafter.draft(self.pages, decoding) if decoding else None
-        logits_TV = self._forward(rows)
-        self.drafter.read(self.pages, [row for row in rows if row.is_prompt])
-        at, entries = 0, []
+        q_BSV = drafter.draft(pages, decoding) if decoding else None
+        logits_TV = self._forward(pages, rows)
+        drafter.read(pages, [row for row in rows if row.is_prompt])
+
+        candidates: list[Candidate] = []
+        first = 0  # the place of the row's first logits
         for row in rows:
-            entries += [Candidate(sequence, row, at) for sequence in row.sequences]
-            at += len(row.drafts) + 1 if row.sequences else 0
-        events = []
-        if entries:
-            s = self._settings([sequence for sequence, _, _ in entries], logits_TV.device)
-            accepted, tokens_BS, p_BSV = check(entries, logits_TV, q_BSV, s)
-            self.drafter.accepted += sum(accepted)
-            logprobs = p_BSV.gather(2, tokens_BS[..., None])[..., 0].log().tolist()
-            best = [likeliest(p_BV, s.tops) for p_BV in p_BSV.unbind(1)] if s.top else None
-            tokens = tokens_BS.tolist()
-        for b, (sequence, row, _) in enumerate(entries):
+            if row.sequences:
+                candidates += [Candidate(sequence, row, first) for sequence in row.sequences]
+                first += len(row.drafts) + 1
+        if not candidates:
+            return []
+
+        sequences = [candidate.sequence for candidate in candidates]
+        settings = self._settings_of(sequences, logits_TV.device)
+        accepted, tokens_BS, p_BSV = verify_pass(candidates, logits_TV, q_BSV, settings)
+        drafter.accepted += sum(accepted)
+        logprobs_BS = p_BSV.gather(2, tokens_BS[..., None])[..., 0].log()
+        tokens = tokens_BS.tolist()
+        logprobs = logprobs_BS.tolist()
+        top: list[list[TopLogprobs]] | None = None  # for each position of the drafts, each row
+        if settings.max_top_logprobs:
+            top = [most_likely(p_BV, settings.top_logprobs) for p_BV in p_BSV.unbind(1)]
+
+        events: list[Event] = []
+        for b, (sequence, row, _) in enumerate(candidates):
             sequence.drafter_length = row.end
             for i in range(accepted[b] + 1):
-                events.append(
-                    self._take(sequence, tokens[b][i], logprobs[b][i], best[i][b] if best else ())
-                )
-                if events[-1].finish_reason:
+                likely = top[i][b] if top else ()
+                event = self._append(sequence, tokens[b][i], logprobs[b][i], likely)
+                events.append(event)
+                if event.finish_reason is not None:
                     break
             else:
+                # The cache holds the rejected drafts too: drop them.
                 self.blocks.truncate(sequence.table, len(sequence.ids) - 1)
         return events
 
-    def _take(self, sequence, token, logprob, top=()):
-        """A token becomes part of a sequence's text."""
-        done = sequence.completion
+    def _append(
+        self, sequence: Sequence, token: int, logprob: float, top: TopLogprobs = ()
+    ) -> Event:
+        """Append a sampled token to a sequence's text, and report it."""
+        completion = sequence.completion
         sequence.ids.append(token)
-        done.tokens.append(token)
-        done.logprobs.append(logprob)
+        completion.tokens.append(token)
+        completion.logprobs.append(logprob)
         if sequence.request.top_logprobs:
-            done.top_logprobs.append(top)
-        end = "stop" if token in sequence.stop_ids else None if sequence.tokens_left else "length"
+            completion.top_logprobs.append(top)
+        end: FinishReason | None = None
+        if token in sequence.stop_ids:
+            end = FinishReason.STOP
+        elif not sequence.tokens_left:
+            end = FinishReason.LENGTH
         return self._emit(sequence, token, logprob, top, end)
+
+
+def _token_listener(index: int, on_token: Callable[[int, int], None]) -> Listener:
+    """Return a listener for one request that passes on its tokens."""
+
+    def on_event(event: Event) -> None:
+        if event.token is not None:
+            on_token(index, event.token)
+
+    return on_event

@@ -19,19 +19,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 from minglm.inference.kv_cache import BlockTable
 from minglm.inference.pages import PagedCache
-from minglm.inference.sampling import (
-    ACCEPT,
-    DRAFT,
-    RESIDUAL,
-    Settings,
-    distribution,
-    draw,
-    uniforms,
-)
+from minglm.inference.sampling import Purpose, SamplerSettings, distribution, draw, uniforms
 from minglm.inference.scheduler import Row, Sequence
 from minglm.model.glm import GLM
 
@@ -95,8 +88,8 @@ class Verified(NamedTuple):
     """The probabilities before the cuts, (B, S + 1, V)."""
 
 
-def check(
-    candidates: list[Candidate], logits_TV: Tensor, q_BSV: Tensor | None, settings: Settings
+def verify_pass(
+    candidates: list[Candidate], logits_TV: Tensor, q_BSV: Tensor | None, settings: SamplerSettings
 ) -> Verified:
     """Verify the drafts of a pass, from logits (T, V) and the q of `Drafter.draft`, None without drafts."""
     device = logits_TV.device
@@ -115,12 +108,19 @@ def check(
     lengths_B = torch.tensor(lengths, device=device)
     drafts_BS = torch.tensor(padded, device=device).view(B, S).long()
 
-    # p and its cut form, with the sampler settings of each row.
-    columns = (settings.temperature_B, settings.top_p_B, settings.top_k_B, settings.min_p_B)
-    repeated = [None if x is None else x.repeat_interleave(S + 1) for x in columns]
-    p_TV, cut_TV = distribution(logits_TV[torch.tensor(places, device=device)], *repeated)
-    p_BSV = p_TV.view(B, S + 1, -1)
-    cut_BSV = cut_TV.view(B, S + 1, -1)
+    # p and its cut form, with the sampler settings of each row at each of its positions.
+    def at_each_position(x_B: Tensor) -> Tensor:
+        return repeat(x_B, "B -> (B S)", S=S + 1)
+
+    cuts = [
+        None if x_B is None else at_each_position(x_B)
+        for x_B in (settings.top_p_B, settings.top_k_B, settings.min_p_B)
+    ]
+    temperature_T = at_each_position(settings.temperature_B)
+    places_T = torch.tensor(places, device=device)
+    p_TV, cut_TV = distribution(logits_TV[places_T], temperature_T, *cuts)
+    p_BSV = rearrange(p_TV, "(B S) V -> B S V", B=B)
+    cut_BSV = rearrange(cut_TV, "(B S) V -> B S V", B=B)
 
     # q of each row; one without drafts gets ones, which are never looked at.
     if q_BSV is None:
@@ -130,17 +130,17 @@ def check(
         own = [row.draft_row if row.drafts else len(q_BSV) for _, row, _ in candidates]
         q_BSV = torch.cat((q_BSV, ones))[own]
 
-    index_B = settings.index([candidate.sequence for candidate in candidates])
+    index_B = settings.next_index([candidate.sequence for candidate in candidates])
     step_S = torch.arange(S, device=device)
-    accept_BS = uniforms(settings.seeds_B[:, None], index_B[:, None] + step_S, ACCEPT)
-    last_B = uniforms(settings.seeds_B, index_B, RESIDUAL)
+    accept_BS = uniforms(settings.seeds_B[:, None], index_B[:, None] + step_S, Purpose.ACCEPT)
+    last_B = uniforms(settings.seeds_B, index_B, Purpose.RESIDUAL)
     accepted_B, tokens_B = verify(cut_BSV, q_BSV, drafts_BS, lengths_B, accept_BS, last_B)
     tokens_BS = F.pad(drafts_BS, (0, 1)).scatter_(1, accepted_B[:, None], tokens_B[:, None])
     return Verified(accepted_B.tolist(), tokens_BS, p_BSV)
 
 
 @dataclass
-class Span:
+class MTPSpan:
     """Slots `start` to `stop` of a table, in a pass of the MTP layer."""
 
     table: BlockTable
@@ -167,12 +167,12 @@ class Drafter:
 
     def read(self, pages: PagedCache, rows: list[Row]) -> None:
         """Let the layer read prompts that the trunk has just computed, and keep their keys."""
-        spans: list[Span] = []
+        spans: list[MTPSpan] = []
         tokens: list[int] = []
         for row in rows:
             start = max(row.start, 1)  # slot 0 has no state before it
             if row.end > start:
-                spans.append(Span(row.table, start, row.end))
+                spans.append(MTPSpan(row.table, start, row.end))
                 tokens += row.ids[start : row.end]
         if spans:
             pages.mtp(spans, tokens, pages.states_before(spans))
@@ -183,7 +183,7 @@ class Drafter:
         rows = sorted(rows, key=lambda row: (-row.max_drafts, row.end - _drafter_length(row)))
 
         # The layer reads the tokens that came since the last time, with the trunk's states.
-        spans = [Span(row.table, _drafter_length(row), row.end) for row in rows]
+        spans = [MTPSpan(row.table, _drafter_length(row), row.end) for row in rows]
         tokens = [token for row in rows for token in row.ids[_drafter_length(row) : row.end]]
         states_TD = pages.mtp(spans, tokens, pages.states_before(spans))
         ends = accumulate(span.stop - span.start for span in spans)
@@ -194,7 +194,7 @@ class Drafter:
             active = [row for row in rows if row.max_drafts > step]
             if step:
                 # Then it reads its own drafts, with its own states.
-                spans = [Span(row.table, row.end + step - 1, row.end + step) for row in active]
+                spans = [MTPSpan(row.table, row.end + step - 1, row.end + step) for row in active]
                 last_drafts = [row.drafts[-1] for row in active]
                 states_BD = pages.mtp(spans, last_drafts, states_BD[: len(active)])
             q_BV = self._draft_one(active, states_BD, step)
@@ -208,7 +208,7 @@ class Drafter:
     def _draft_one(self, rows: list[Row], states_BD: Tensor, step: int) -> Tensor:
         """Sample the next draft of each row from states (B, D), and return what it was sampled from, (B, V)."""
         sequences = [row.sequences[0] for row in rows]
-        settings = Settings(sequences, states_BD.device)
+        settings = SamplerSettings(sequences, states_BD.device)
         logits_BV = self.model.lm_head(states_BD)
         _, q_BV = distribution(
             logits_BV,
@@ -217,7 +217,7 @@ class Drafter:
             settings.top_k_B,
             settings.min_p_B,
         )
-        uniform_B = uniforms(settings.seeds_B, settings.index(sequences) + step, DRAFT)
+        uniform_B = uniforms(settings.seeds_B, settings.next_index(sequences) + step, Purpose.DRAFT)
         for row, token in zip(rows, draw(q_BV, uniform_B).tolist(), strict=True):
             row.drafts.append(token)
         return q_BV

@@ -106,9 +106,9 @@ class Counting(Engine):
         super().__init__(*arguments, **options)
         self.sizes = []
 
-    def _forward(self, rows):
+    def _forward(self, pages, rows):
         self.sizes.append(sum(row.stop - row.start for row in rows))
-        return super()._forward(rows)
+        return super()._forward(pages, rows)
 
 
 def test_a_prompt_is_computed_once_and_a_shared_beginning_once():
@@ -213,7 +213,7 @@ def test_a_request_that_comes_while_another_fails_is_answered():
     events = []
     engine.submit(Request([1, 2, 3], 3), hear)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "_forward", lambda rows: 1 / 0)
+        patch.setattr(engine, "_forward", lambda pages, rows: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.step()
     assert later and engine.busy == 1

@@ -128,8 +128,8 @@ def test_chunked_cached_and_batched_logits_are_those_of_the_plain_pass(seed, chu
     engine, seen = Engine(model, block=block, prefill_tokens=chunk, max_batch=3), {}
     forward = engine._forward
 
-    def watch(rows):
-        logits_BV, at = forward(rows), 0
+    def watch(pages, rows):
+        logits_BV, at = forward(pages, rows), 0
         for row in rows:
             if row.sequences:
                 seen[tuple(row.ids[: row.end])] = logits_BV[at]

@@ -14,8 +14,8 @@ from minglm.inference.cpu_decoder import CpuDecoder
 from minglm.inference.fp8_experts import Fp8Decoder
 from minglm.inference.kv_cache import BlockTable
 from minglm.inference.pages import PagedCache, decoder_for
-from minglm.inference.sampling import DRAW, cut, sample, uniforms
-from minglm.inference.speculative import Span
+from minglm.inference.sampling import Purpose, cut, sample, uniforms
+from minglm.inference.speculative import MTPSpan
 from minglm.kernels import dispatch
 from minglm.kernels.cpu import build
 from minglm.kernels.cpu import newton_schulz as c_newton_schulz
@@ -77,7 +77,7 @@ def passes(seed, texts, size, largest):
         rows = []
         for i, length in enumerate(lengths):
             if step := min(draw.randint(0, largest), length - at[i]):
-                rows.append(Span(tables[i], at[i], at[i] + step))
+                rows.append(MTPSpan(tables[i], at[i], at[i] + step))
                 at[i] += step
         if rows:
             yield sorted(rows, key=lambda row: row.stop - row.start)
@@ -111,7 +111,7 @@ def test_a_pass_is_that_of_the_model(model, seed, texts, size, threads):
                 pages.begin([], 1 + max(block for row in rows for block in row.table.blocks))
                 states, logits = pages.trunk(rows, tokens, wanted)
                 after = [
-                    Span(row.table, max(1, row.start), row.stop) for row in rows if row.stop > 1
+                    MTPSpan(row.table, max(1, row.start), row.stop) for row in rows if row.stop > 1
                 ]
                 n = sum(row.stop - row.start for row in after)
                 if n:
@@ -180,7 +180,7 @@ def test_drawing(seed, B, V, top_p):
         None if top_p is None else torch.full((B,), top_p),
     )
     request, index = torch.arange(B) + seed * 7919, torch.arange(B) * 3
-    tokens, logprobs = sample_c(logits, temperature, cuts, request, index, DRAW)
+    tokens, logprobs = sample_c(logits, temperature, cuts, request, index, Purpose.SAMPLE)
     uniform = uniforms(request, index)
     expected, expected_logprobs = sample(logits, temperature, cuts, uniform)
     for b in range(B):
@@ -204,7 +204,9 @@ def test_top_p_keeps_the_smallest_set(seed, V, top_p):
     assume((p.sort(descending=True).values.cumsum(0) - top_p).abs().min() > 1e-6)
     q = cut(p[None], torch.tensor([top_p]).double())[0]
     rows = logits.expand(count, V), torch.ones(count), torch.full((count,), top_p)
-    tokens, _ = sample_c(*rows, torch.arange(count), torch.zeros(count, dtype=torch.int64), DRAW)
+    tokens, _ = sample_c(
+        *rows, torch.arange(count), torch.zeros(count, dtype=torch.int64), Purpose.SAMPLE
+    )
     shares = torch.bincount(tokens, minlength=V) / count
     assert not shares[q == 0].any()
     assert (
@@ -217,7 +219,11 @@ def test_no_token_of_probability_zero_is_drawn():
     logits = torch.full((1, 200), -torch.inf)
     logits[0, 70] = logits[0, 130] = 0.0
     drawn_tokens = [
-        int(sample_c(logits, torch.ones(1), None, torch.tensor([s]), torch.tensor([0]), DRAW)[0])
+        int(
+            sample_c(
+                logits, torch.ones(1), None, torch.tensor([s]), torch.tensor([0]), Purpose.SAMPLE
+            )[0]
+        )
         for s in range(300)
     ]
     assert set(drawn_tokens) == {70, 130} and 100 < drawn_tokens.count(70) < 200
