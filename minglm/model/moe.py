@@ -71,7 +71,7 @@ class Experts(nn.Module):
         self.operation: ExpertsOperation = grouped_experts
 
     def forward(self, x_RD: Tensor, rows_per_expert_E: Tensor) -> Tensor:
-        """Apply each expert to its rows.
+        """Apply each expert to its rows. Not wired yet: no stage uses it; expert parallelism will.
 
         x (R, D): rows sorted by expert. rows_per_expert int64 (E,): how many rows each expert has, R in all.
         Returns (R, D) in x's dtype, not weighted.
