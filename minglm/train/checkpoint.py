@@ -64,11 +64,6 @@ class CheckpointStore:
         """Return the stages among these that are complete, in the order given."""
         return [stage for stage in stages if self.is_complete(stage)]
 
-    def last_complete(self, stages: Iterable[str]) -> str | None:
-        """Return the last stage among these that is complete, or None."""
-        complete = self.complete(stages)
-        return complete[-1] if complete else None
-
     def load(self, stage: str) -> State:
         """Return the final state of a stage. Raises ValueError when it is missing or damaged."""
         return read(self.stage(stage).final)

@@ -38,7 +38,7 @@ records = st.lists(values.filter(lambda v: "kind" not in v and "self" not in v),
 
 
 def write(path, content):
-    """A log at `path` that holds `content`."""
+    """Append `content` to the log at `path`."""
     log = Log(path)
     for value in content:
         log.write(Event(value))
@@ -47,7 +47,7 @@ def write(path, content):
 
 @given(records, st.data())
 def test_a_log_torn_at_any_byte_is_a_prefix_and_can_be_continued(content, data):
-    """Whatever byte a crash cut the log at, the whole records before it are read, and none is lost afterwards."""
+    """Wherever a crash cuts the log, the complete records before it are read, and none is lost afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "log.jsonl"
         write(path, content)
@@ -151,7 +151,7 @@ def test_devices():
 
 
 def test_the_measured_ceiling_is_a_speed():
-    """FLOP/s of one product: of the order of a machine, found in about the time given, and measured once a process."""
+    """The measured FLOP/s are those of a plausible machine, and are measured once per process."""
     found = device.measured_flops(torch.device("cpu"), torch.float32, 0.01)
     assert (
         1e8 < found < 1e16

@@ -1,4 +1,4 @@
-"""What TensorBoard and Weights & Biases are told is what the log says."""
+"""TensorBoard and Weights & Biases receive the numbers that the log holds."""
 
 import dataclasses
 import json
@@ -60,7 +60,7 @@ def test_names_say_stage_kind_and_number():
 
 @given(st.dictionaries(st.text(min_size=1, max_size=4), values, max_size=5))
 def test_any_record_gives_numbers_only(record):
-    """Whatever JSON a record holds, names are strings and values numbers, and no truth value passes for one."""
+    """For any JSON in a record, names are strings and values numbers; booleans are not numbers."""
     for name, value in scalars("any", record).items():
         assert isinstance(name, str) and type(value) in (int, float)
 
@@ -97,7 +97,7 @@ def test_wandb_is_told_the_same(tmp_path, monkeypatch):
     ("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")]
 )
 def test_a_missing_package_is_one_line(name, module, tmp_path, monkeypatch):
-    """Before anything is trained, with what to install; without a name nothing is needed."""
+    """A missing package is reported before training, with what to install; without a name nothing is needed."""
     assert writer("", tmp_path, {}) is None
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=r"needs a package: pip install 'minglm\[log\]'"):

@@ -12,7 +12,7 @@ from minglm.train.loop import Phase, accumulate
 
 
 def drawn_batch(seed, B, S, packed):
-    """Tokens of the tiny vocabulary, a mask with holes, and if packed, documents with padding at the end.
+    """Draw tokens of the tiny vocabulary, a mask with holes, and if packed, documents with padding at the end.
 
     As in real batches, the first token of a row and of a packed document is no target.
     """
@@ -30,7 +30,7 @@ def drawn_batch(seed, B, S, packed):
 
 
 def constant_phase(**values):
-    """A phase whose schedules are constants; `values` replace any of them."""
+    """Return a phase whose schedules are constants; `values` replace any of them, or a field of its optimizer."""
     standard = {"name": "test", "tokens": 0, "start": 0, "sequence_length": 8}
     schedules = {"learning_rate": 1e-3, "batch_tokens": 16, "mtp_weight": 0.3, "bias_rate": 1e-3}
     chosen = {**standard, **schedules, "balance_weight": 0.0, **values}
@@ -41,7 +41,7 @@ def constant_phase(**values):
 
 
 def gradients(model, batch, mtp_weight, **values):
-    """(losses, {name: gradient, zeros where there is none}, loads) of one batch."""
+    """Return (losses, {name: gradient, zeros where there is none}, loads) of one batch."""
     model.zero_grad()
     sums = accumulate(model, batch, constant_phase(**values), mtp_weight)._asdict()
     loads = sums.pop("tokens_per_expert_LE")
@@ -53,5 +53,5 @@ def gradients(model, batch, mtp_weight, **values):
 
 
 def changed(model, **values):
-    """The model's config with other values."""
+    """Return the model's config with other values."""
     return dataclasses.replace(model.config, **values)

@@ -1,4 +1,4 @@
-"""Replicas: threads that share the weights give the gradients of one, and nothing else of theirs is shared."""
+"""Replicas: threads that share the weights give the gradients of one model, and share nothing else."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ from minglm.train.loop import accumulate, step
 
 
 def gradients(model, count, batch, **values):
-    """(losses, loads, {name: gradient or None}) of a batch that `count` threads share."""
+    """Return (losses, loads, {name: gradient or None}) of a batch that `count` threads share."""
     model.zero_grad()
     replicas = Replicas(model, count)
     sums = accumulate(model, batch, constant_phase(**values), 0.3, replicas)._asdict()
@@ -48,7 +48,7 @@ def test_shared_among_threads_a_batch_has_the_same_gradient(seed, B, count, size
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_equal_counts_give_equal_bits(count):
-    """Which thread is faster does not show: gradients are added up in the order of the replicas."""
+    """The speed of the threads does not matter: gradients are added up in the order of the replicas."""
     model, batch = tiny_model(1), drawn_batch(1, 6, 8, True)
     runs = [gradients(model, count, batch, microbatch_tokens=8) for _ in range(5)]
     for _, _, found in runs[1:]:
@@ -87,7 +87,7 @@ def test_a_replica_owns_its_gradients_only():
 
 
 def test_an_error_in_a_thread_is_raised_and_shares_must_have_a_replica():
-    """Nothing is lost in a thread, and no share of a batch is silently dropped."""
+    """An error in a thread is raised, and no share of a batch is silently dropped."""
     replicas = Replicas(torch.nn.Linear(1, 1), 2)
 
     def work(_, share):

@@ -107,14 +107,14 @@ def test_gain_needs_intervals_apart():
 
 
 def test_an_expert_that_knows_nothing_has_nothing_to_keep():
-    """Nothing kept of nothing is no success."""
+    """An expert with a score of 0 leaves nothing to keep, and the claim is not met."""
     nothing = changed(EvaluationRecord, lambda r: r.env == "retail", avg=0.0, low=0.0, high=0.1)
     assert verdicts(nothing)["claim_kept"] == "not met"
     assert "nothing to keep" in claims.claim_kept(nothing).measured
 
 
 def test_no_pathology_left_is_a_fall_and_none_before_is_not():
-    """Division by zero is neither infinite praise nor a crash: from some to none is met, from none to none is not."""
+    """A fall to zero is met, from zero to zero is not, and neither divides by zero."""
     none = {"language_mixing": 0.0, "repetition": 0.0, "format": 0.0, "any": 0.0}
     after = changed(PathologyRecord, lambda r: r.when == "after", incidence=none)
     both = changed(PathologyRecord, incidence=none)
@@ -123,13 +123,13 @@ def test_no_pathology_left_is_a_fall_and_none_before_is_not():
 
 
 def test_an_empty_log_claims_nothing():
-    """What was not measured is called so, and nothing is drawn."""
+    """Without records every claim is not measured, and no figure is drawn."""
     assert set(verdicts([]).values()) == {"not measured"}
     assert all(draw([], "nowhere.png") is None for draw in curves.FIGURES.values())
 
 
 def test_the_finished_model_is_not_an_expert():
-    """Before the experts are unified nothing is said of the finished model."""
+    """Before the experts are unified, claims about the finished model are not measured."""
     early = LOG[: next(i for i, r in enumerate(LOG) if isinstance(r, RejectionRecord))]
     names = {"claim_kept", "claim_calls", "claim_pathology", "claim_switch"}
     assert {name: v for name, v in verdicts(early).items() if v == "not measured"}.keys() == names
@@ -137,7 +137,7 @@ def test_the_finished_model_is_not_an_expert():
 
 @given(st.integers(0, len(LOG)))
 def test_report_of_a_killed_run(length):
-    """Whatever record a run was killed after, its log makes a report."""
+    """A run killed after any record has a report."""
     text = card.markdown(LOG[:length])
     assert "## Claims" in text
     assert card.summary(LOG[:length])
@@ -146,7 +146,7 @@ def test_report_of_a_killed_run(length):
 @settings(max_examples=4)
 @given(length=st.integers(1, len(LOG)))
 def test_figures_of_a_killed_run(length, tmp_path_factory):
-    """Whatever record a run was killed after, its log makes figures, and the report links exactly those drawn."""
+    """A run killed after any record has figures, and its report links exactly those drawn."""
     folder = write_log(tmp_path_factory.mktemp("run"), LOG[:length])
     card.write(folder)
     drawn = {path.stem for path in (folder / "figures").glob("*.png")}
@@ -252,7 +252,7 @@ def test_thousands_keep_three_figures(tokens):
 
 
 def test_redraw_runs_a_lessons_own_draw_and_refuses_the_rest(tmp_path):
-    """A lesson's log is drawn by the lesson; anything that is neither is refused by name."""
+    """A lesson's log is drawn by the lesson; any other path is refused by name."""
     for name in ("lessons", "figures"):
         (tmp_path / name).mkdir()
     lesson = "from minglm.report.drawing import canvas\ndef draw(log):\n    return canvas(log['rows'])[0]\n"

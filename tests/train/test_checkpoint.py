@@ -1,4 +1,4 @@
-"""Checkpoints: a run that is stopped anywhere goes on bit for bit, and a damaged file is refused in one line."""
+"""Checkpoints: a run that is stopped anywhere resumes bit for bit, and a damaged file is refused in one line."""
 
 import errno
 import multiprocessing
@@ -29,7 +29,7 @@ UNREPEATABLE = ("tokens_per_second", "seconds")  # the clock
 
 
 class Run:
-    """One process of a run: everything is built anew, and the folder is all that it knows of the past."""
+    """One process of a run: everything is built anew, and only the folder carries state over."""
 
     def __init__(self, folder, packing="best_fit", seconds=1e9, stop_after=None, steps=STEPS):
         documents = [
@@ -75,7 +75,7 @@ class Run:
 
 
 def steps_logged(folder):
-    """The log without what the clock says."""
+    """Return the log without the fields that depend on the clock."""
     return [
         {k: v for k, v in r.items() if k not in UNREPEATABLE}
         for r in read_jsonl(folder / "log.jsonl")
@@ -83,7 +83,7 @@ def steps_logged(folder):
 
 
 def assert_equal_states(a, b):
-    """Weights, selection biases, optimizer and stream: all equal, bit for bit."""
+    """Assert that weights, selection biases, optimizer and stream are equal, bit for bit."""
     for mine, other in zip(a.model.state_dict().values(), b.model.state_dict().values()):
         assert torch.equal(mine, other)
     mine, other = (x.optimizer.state_dict()["state"] for x in (a, b))
@@ -96,7 +96,7 @@ def assert_equal_states(a, b):
 
 @pytest.fixture(scope="module", params=["best_fit", "truncate"])
 def straight(request, tmp_path_factory):
-    """(packing, folder, run) of a run that was never stopped."""
+    """Return (packing, folder, run) of a run that was never stopped."""
     folder = tmp_path_factory.mktemp("straight")
     return request.param, folder, Run(folder, request.param).go()
 
@@ -120,7 +120,7 @@ def test_stopped_and_resumed_equals_straight(straight, tmp_path_factory, stops):
 
 @pytest.mark.parametrize("after", [1, 3, 5])
 def test_killed_between_checkpoints_equals_straight(straight, tmp_path, after):
-    """Killed without a word some steps after the last checkpoint: those steps are done, and logged, once in the end."""
+    """Killed some steps after the last checkpoint: those steps are repeated, and in the end logged once."""
     packing, whole, run = straight
     with pytest.raises(Interrupted):
         Run(tmp_path, packing, stop_after=2).go()
@@ -137,20 +137,20 @@ def test_killed_between_checkpoints_equals_straight(straight, tmp_path, after):
     assert steps_logged(tmp_path) == steps_logged(whole)
 
 
-def go_on(folder):
-    """A process that trains 60 steps, a checkpoint after each, from wherever the folder stands."""
+def train_on(folder):
+    """Train up to 60 steps from the last checkpoint in the folder, saving one after each step."""
     torch.set_num_threads(1)
     Run(Path(folder), seconds=0, steps=60).go()
 
 
 def test_twenty_kills_equal_straight(tmp_path):
-    """Killed by the system twenty times at random moments, in the middle of saving too: weights and log of one run."""
+    """Killed twenty times at random moments, also while saving: weights and log equal those of one straight run."""
     whole = Run(tmp_path / "whole", steps=60).go()
     processes, draw = multiprocessing.get_context("forkserver"), random.Random(0)
     processes.set_forkserver_preload(["torch", "minglm.train.loop", "test_checkpoint"])
     kills = 0
     while kills < 20:
-        process = processes.Process(target=go_on, args=(str(tmp_path / "killed"),))
+        process = processes.Process(target=train_on, args=(str(tmp_path / "killed"),))
         process.start()
         process.join(draw.uniform(0.05, 0.4))
         process.kill()  # SIGKILL; without effect on one that is done
@@ -163,9 +163,9 @@ def test_twenty_kills_equal_straight(tmp_path):
     assert steps_logged(tmp_path / "killed") == steps_logged(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("damage", ["a bit turned", "gone"])
+@pytest.mark.parametrize("damage", ["a bit flipped", "gone"])
 def test_the_checkpoint_before_takes_over(straight, tmp_path, damage):
-    """A checkpoint with a turned bit, or lost between two renamings: the one before it leads to the same result."""
+    """If the last checkpoint has a flipped bit or is missing, the one before it leads to the same result."""
     packing, whole, run = straight
     with pytest.raises(Interrupted):
         Run(tmp_path, packing, seconds=0, stop_after=4).go()
@@ -184,7 +184,7 @@ def test_the_checkpoint_before_takes_over(straight, tmp_path, damage):
 
 
 def test_schedules_see_the_tokens_since_training_began(tmp_path):
-    """Each step's rate is that of the tokens seen before it, earlier stages included; the log counts those after it."""
+    """The rate of a step follows from the tokens seen before it, earlier stages included; the log counts its own too."""
     run = Run(tmp_path)
     object.__setattr__(run.phase, "start", 1000)
     run.go()
@@ -212,7 +212,7 @@ def test_a_finished_stage_is_not_trained_again(tmp_path):
 
 
 def test_ctrl_c_means_what_it_did_before(tmp_path):
-    """The handler is taken down with the loop, whether it ends or is interrupted."""
+    """The previous handler is restored when the loop ends or is interrupted."""
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted):
         Run(tmp_path, stop_after=1).go()
@@ -220,10 +220,10 @@ def test_ctrl_c_means_what_it_did_before(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", ["cut short", "empty", "a bit turned", "another format", "missing"]
+    "damage", ["cut short", "empty", "a bit flipped", "another format", "missing"]
 )
 def test_damaged_checkpoint_is_refused_in_one_line(tmp_path, damage):
-    """Whatever happened to the file: one line that names it and says what to do, never a traceback of unpickling."""
+    """Any damage to the file gives one line that names it and says what to do, never a traceback of unpickling."""
     path = tmp_path / "partial.pt"
     model = tiny_model(1)
     torch.save({"model": model.state_dict(), "tokens": 3}, path)
@@ -231,7 +231,7 @@ def test_damaged_checkpoint_is_refused_in_one_line(tmp_path, damage):
     broken = {
         "cut short": whole[: len(whole) // 2],
         "empty": b"",
-        "a bit turned": whole[: (at := whole.index(weight))]
+        "a bit flipped": whole[: (at := whole.index(weight))]
         + bytes([weight[0] ^ 1])
         + whole[at + 1 :],
         "another format": b"not a checkpoint at all",
@@ -243,7 +243,7 @@ def test_damaged_checkpoint_is_refused_in_one_line(tmp_path, damage):
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
-    """What cannot be written whole does not replace what was there, and leaves no other file behind."""
+    """A state that cannot be written leaves the old checkpoint in place, and no other file behind."""
     checkpoints = CheckpointStore(tmp_path).stage("general")
     checkpoints.save({"tokens": 1})
     with pytest.raises(Exception):  # noqa: B017
@@ -254,7 +254,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
 
 
 def test_a_full_disk_keeps_both_checkpoints(tmp_path, monkeypatch):
-    """No room in the middle of a file: one line that says so; the last checkpoint and the one before are whole."""
+    """A disk that fills up while saving gives one line; the last checkpoint and the one before stay intact."""
     checkpoints = CheckpointStore(tmp_path).stage("general")
     for number in (1, 2):
         checkpoints.save({"tokens": number})
@@ -274,7 +274,7 @@ def test_a_full_disk_keeps_both_checkpoints(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_runs_no_code(tmp_path):
-    """A file that would execute something when it is unpickled is refused."""
+    """A file that would execute code when unpickled is refused."""
 
     class Evil:
         def __reduce__(self):
@@ -283,3 +283,20 @@ def test_a_checkpoint_runs_no_code(tmp_path):
     torch.save({"model": Evil()}, tmp_path / "partial.pt")
     with pytest.raises(ValueError, match="cannot read checkpoint"):
         read(tmp_path / "partial.pt")
+
+
+def test_a_store_knows_which_stages_are_complete(tmp_path):
+    """A stage is interrupted with a partial checkpoint and complete with a final one; the log position is the furthest."""
+    log = Log(tmp_path / "log.jsonl")
+    store = CheckpointStore(tmp_path, log)
+    assert store.complete(["a", "b"]) == [] and store.log_position() == 0
+    log.file.write(b"12345\n")
+    store.stage("a").save({"tokens": 1})
+    assert store.is_interrupted("a") and not store.is_complete("a") and store.log_position() == 6
+    store.save("a", {"tokens": 2})
+    log.file.write(b"12345\n")
+    store.stage("b").save({"tokens": 3})
+    assert not store.is_interrupted("a") and store.complete(["b", "a"]) == ["a"]
+    assert store.load("a")["tokens"] == 2 and store.log_position() == 12
+    with pytest.raises(ValueError, match=r"no checkpoint at .*b.final\.pt"):
+        store.load("b")

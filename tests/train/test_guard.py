@@ -1,4 +1,4 @@
-"""Steps that are left out, the way back to a good checkpoint, and layers that are computed twice."""
+"""The guard skips bad steps and rolls back to a good checkpoint; recomputing layers changes nothing."""
 
 import dataclasses
 import math
@@ -21,8 +21,8 @@ healthy = st.lists(st.floats(0.5, 2), min_size=MIN_HISTORY, max_size=80)
 
 
 @given(healthy, st.floats(4, 100), st.sampled_from([math.nan, math.inf]))
-def test_what_is_left_out(norms, factor, broken):
-    """No norm near the others is, everything above factor times the median is, and so is what is not finite."""
+def test_which_steps_are_skipped(norms, factor, broken):
+    """Norms near the others are accepted; those above factor times the median, or not finite, are skipped."""
     guard = Guard(spike_factor=factor)
     assert not any(guard.reason(norm) for norm in norms)
     usual = sorted(norms[-50:])[len(norms[-50:]) // 2]
@@ -32,8 +32,8 @@ def test_what_is_left_out(norms, factor, broken):
 
 
 @given(healthy, st.lists(st.sampled_from([1.0, math.nan, 1e9]), max_size=12))
-def test_a_guard_goes_on_after_a_restart(norms, later):
-    """Its state is all it knows."""
+def test_a_guard_is_restored_from_its_state(norms, later):
+    """A guard restored from its state judges as the one that it was saved from."""
     guard, other = Guard(10, 3), Guard(10, 3)
     for norm in norms:
         guard.reason(norm)
@@ -58,7 +58,7 @@ class Poisoned(Run):
 
 
 def test_a_nan_in_a_gradient_costs_one_step(tmp_path):
-    """The weights never see it, the log says which step was left out and why, and training goes on."""
+    """The weights never see it, the log says which step was skipped and why, and training continues."""
     run = Poisoned(tmp_path, {3}).go()
     records = read_jsonl(tmp_path / "log.jsonl")
     assert [r.get("left_out") for r in records] == [None, None, "not finite", None, None, None]
@@ -67,7 +67,7 @@ def test_a_nan_in_a_gradient_costs_one_step(tmp_path):
 
 
 def test_utilisation_is_speed_over_the_ceiling(tmp_path):
-    """With a ceiling each step says its share of it; without one nothing is claimed."""
+    """With a ceiling each step logs its share of it; without one no utilisation is logged."""
     run = Run(tmp_path)
     options = LoopOptions(quiet=True, ceiling=1000.0)
     Trainer(run.model, run.optimizer, run, run.phase, run.checkpoints, run.log, options).run()
@@ -77,7 +77,7 @@ def test_utilisation_is_speed_over_the_ceiling(tmp_path):
 
 
 def test_after_repeated_failures_the_last_good_weights_come_back(tmp_path):
-    """Two steps left out in a row: the checkpoint before them comes back, the data go on, and the log says so."""
+    """After two skipped steps in a row the checkpoint before them is restored, the data continue, and the log says so."""
     run = Poisoned(tmp_path, {3, 4}, rollback_after=2).go()
     records = read_jsonl(tmp_path / "log.jsonl")
     (back,) = (r for r in records if r["kind"] == "rollback")
@@ -89,7 +89,7 @@ def test_after_repeated_failures_the_last_good_weights_come_back(tmp_path):
 
 
 def test_no_checkpoint_is_written_while_steps_fail(tmp_path, monkeypatch):
-    """What a rollback returns to is from before the failures, even when every step is a time to save."""
+    """A rollback returns to a state from before the failures, even when a checkpoint is due after every step."""
     seen = []
     run = Poisoned(tmp_path, {3, 4, 5}, rollback_after=9)
     save = run.checkpoints.save
@@ -103,7 +103,7 @@ def test_no_checkpoint_is_written_while_steps_fail(tmp_path, monkeypatch):
 @settings(max_examples=8)
 @given(seed=seeds, packed=st.booleans())
 def test_recomputing_layers_changes_nothing(seed, packed):
-    """Losses, gradients and the routers' loads are the same bits: a load is not counted a second time."""
+    """Losses, gradients and the routers' loads are bit-equal: no load is counted twice."""
     model, batch = tiny_model(seed), drawn_batch(seed, 3, 8, packed)
     sums, kept, loads = gradients(model, batch, 0.3, balance_weight=0.1)
     model.recompute = True
@@ -113,7 +113,7 @@ def test_recomputing_layers_changes_nothing(seed, packed):
 
 
 def test_recomputing_keeps_less():
-    """Between the passes a layer's input is all that is held of it."""
+    """Between the passes only the input of a layer is kept."""
     held = []
     for recompute in (False, True):
         model, batch, sizes = tiny_model(0), drawn_batch(0, 4, 32, False), {}

@@ -1,4 +1,4 @@
-"""The training loop: the cut into micro-batches changes nothing, and the books are kept once per step."""
+"""The training loop: the cut into micro-batches changes nothing, and biases and logs are updated once per step."""
 
 import dataclasses
 import math
@@ -16,6 +16,7 @@ from minglm.optim.muon import Muon
 from minglm.testing.model import drawn_documents, tiny_model
 from minglm.testing.strategies import numbers, seeds
 from minglm.train.loop import accumulate, step
+from minglm.train.loss import LossTerms, LossWeights, count_targets, training_loss
 
 
 @settings(max_examples=15)
@@ -67,8 +68,23 @@ def test_loss_is_the_mean_over_targets(seed, packed):
         assert getattr(terms, name) == pytest.approx(expected, abs=1e-4)  # float32
 
 
+@given(seed=seeds, packed=st.booleans(), rows=st.integers(1, 3))
+def test_losses_of_parts_add_up(seed, packed, rows):
+    """The terms of the parts of a batch, divided by the counts of the whole, add up to those of the whole."""
+    model, batch = tiny_model(seed), drawn_batch(seed, 3, 8, packed)
+    weights = LossWeights(mtp=0.3, balance=0.1)
+    counts = count_targets(model, batch, weights)
+    whole = training_loss(model, batch, counts, weights)
+    parts = [training_loss(model, part, counts, weights) for part in batch.split(rows)]
+    for name in LossTerms._fields:
+        total = sum(getattr(part, name) for part in parts)
+        torch.testing.assert_close(total, getattr(whole, name), atol=1e-5, rtol=1e-5, msg=name)
+    expected = whole.cross_entropy + 0.3 * whole.mtp + 0.1 * whole.balance
+    torch.testing.assert_close(whole.loss, expected)
+
+
 def optimizer(model, rate=0.0):
-    """Muon as in a run; the loop sets its learning rate."""
+    """Return Muon as in a run; the loop sets its learning rate."""
     return Muon(model.named_parameters(), OptimizerConfig(peak_lr=rate))
 
 
@@ -81,7 +97,7 @@ def optimizer(model, rate=0.0):
     weight=st.sampled_from([0, 0.3]),
 )
 def test_bias_steps_once_from_the_loads_of_the_whole_batch(seed, B, packed, size, weight):
-    """Every router, the MTP layer's too when it is trained, moves by the rate once, whatever the micro-batches."""
+    """The bias of every router that was used moves by the rate once, whatever the micro-batches."""
     model, batch = tiny_model(seed), drawn_batch(seed, B, 6, packed)
     before = [router.e_score_correction_bias.clone() for router in model.routers()]
     loads = accumulate(model, batch, constant_phase(), weight).tokens_per_expert_LE
@@ -106,7 +122,7 @@ def test_bias_steps_once_from_the_loads_of_the_whole_batch(seed, B, packed, size
 
 @pytest.mark.parametrize("weight", [0.0, 0.3])
 def test_a_step_of_dense_layers(weight):
-    """Where only the MTP layer has experts, their load is reported when it is trained, and nothing else is."""
+    """If only the MTP layer has experts, their load is reported exactly when the layer is trained."""
     model = tiny_model(1)
     config = dataclasses.replace(model.config, first_k_dense_replace=model.config.num_hidden_layers)
     model = GLM(config, 1)
@@ -168,7 +184,7 @@ def test_gradients_are_clipped_to_the_bound(clip):
 
 
 def test_a_batch_without_targets_changes_no_weight_by_gradient():
-    """Loss exactly 0, gradients exactly 0, and nothing becomes NaN; the selection bias steps all the same."""
+    """Loss and gradients are exactly 0 and nothing becomes NaN; the selection bias still steps."""
     model, batch = tiny_model(1), drawn_batch(1, 2, 6, False)
     nothing = Batch(batch.tokens_BS, torch.zeros_like(batch.mask_BS))
     metrics = step(
@@ -185,7 +201,7 @@ def test_a_batch_without_targets_changes_no_weight_by_gradient():
 
 
 def test_a_step_that_is_not_finite_leaves_the_weights():
-    """An infinite gradient norm is logged and the step is left out; the next one is as if it had not been."""
+    """An infinite gradient norm is logged and the step is skipped; the next step is not affected."""
     model, batch = tiny_model(1), drawn_batch(1, 2, 6, False)
     before = [p.clone() for p in model.parameters()]
     handle = model.model.norm.register_forward_hook(

@@ -25,7 +25,7 @@ calls = st.lists(
 
 @st.composite
 def conversations(draw):
-    """(messages, tools, thinking): perhaps a system message, one to three user turns, calls and their results."""
+    """Draw (messages, tools, thinking): perhaps a system message, one to three user turns, calls and their results."""
     thinking, messages = draw(st.booleans()), []
     if draw(st.booleans()):
         messages.append({"role": "system", "content": draw(words)})
@@ -45,7 +45,7 @@ def conversations(draw):
 
 
 def spoken(message, thinking):
-    """What a model has to write for this message, by the template's grammar, to the role token that ends its turn."""
+    """Return the text that a model must write for this message, up to the role token that ends its turn."""
     text = f"\n<think>{message['reasoning_content']}</think>" if thinking else ""
     text += f"\n{message['content']}" if message["content"] else ""
     for call in message.get("tool_calls", ()):
@@ -112,7 +112,7 @@ def test_every_demonstration_can_be_learned(seed, thinking):
 @settings(max_examples=10)
 @given(st.lists(conversations(), min_size=1, max_size=4), seeds)
 def test_packed_rows_keep_the_targets(drawn, seed):
-    """Best-fit rows of these examples: the targets of each document in a row are those of one example, and all come."""
+    """Best-fit rows of these examples: the targets of each document in a row are those of one example, and none is lost."""
     pairs = [pair for c in drawn for pair in sft.examples(byte_tokenizer(), *c)]
     documents, masks = [t for t, _ in pairs], [m for _, m in pairs]
     longest = max(map(len, documents))
@@ -132,7 +132,7 @@ def test_packed_rows_keep_the_targets(drawn, seed):
 
 @pytest.mark.parametrize("tokens", [0, 1, 40, 10_000])
 def test_the_phase_warms_up_and_falls_to_a_tenth(tokens):
-    """The rate rises over the first 5%, then falls along a cosine to a tenth; the selection bias rests."""
+    """The rate rises over the first 5%, then falls along a cosine to a tenth; the selection bias does not move."""
     run, config = (
         load_config("configs/nano.py"),
         SFTConfig(batch_tokens=256, sequence_length=64, peak_lr=1e-3),
