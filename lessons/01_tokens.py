@@ -47,7 +47,7 @@ FIT, CUT, PAD = "#1f5fa8", "#c2571a", "#9a5ba3"
 
 # %% [markdown]
 # ## The lines that matter
-# `main` prints `best_fit` and `Cut` from minglm itself. Best fit looks for the open row with the least room that
+# `main` prints `best_fit` and `TruncatedRows` from minglm itself. Best fit looks for the open row with the least room that
 # suffices. `Cut` sees the documents as one ring of tokens and begins at a random place of it.
 #
 # ## Experiment
@@ -261,7 +261,7 @@ def main(argv=None):
         experiment,
         draw,
         verdicts,
-        [packing.best_fit, packing.Cut],
+        [packing.best_fit, packing.TruncatedRows],
         SIZES,
         SMOKE,
         argv=argv,

@@ -120,7 +120,8 @@ def probe(model, sizes):
     needles = [
         Needle([thing * MARKS + mark], [ASK + thing], [MARK + mark]) for thing, mark in hidden
     ]
-    records = needle_test(model, noise, needles, sizes["probes"])
+    results = needle_test(model, noise, needles, sizes["probes"])
+    records = [result._asdict() for result in results]
     return [[r["found"] for r in records if r["length"] == length] for length in sizes["probes"]]
 
 

@@ -1,0 +1,1 @@
+"""Scores of a checkpoint: held-out tasks, held-out text, long contexts (paper 4)."""

@@ -16,8 +16,8 @@ from minglm.eval.needles import (
     DEPTHS,
     Needle,
     answer_scores,
+    bin_edges,
     bits_by_position,
-    bounds,
     hide,
     measure,
     needle_test,
@@ -92,18 +92,18 @@ def searched(reach):
 def test_a_model_that_reads_everything_finds_everything():
     """Found is one at every length and depth for a model that looks the answer up, and zero for one that never does."""
     records = searched(10**9)
-    assert [(r["length"], r["depth"]) for r in records] == [(n, d) for n in LENGTHS for d in DEPTHS]
+    assert [(r.length, r.depth) for r in records] == [(n, d) for n in LENGTHS for d in DEPTHS]
     sure = pytest.approx(math.log(1 + 39 * math.exp(-9)), abs=1e-5)  # float32, logits of 9
-    assert all(r["found"] == 1 and r["nats"] == sure for r in records)
-    assert all(r["found"] == 0 and r["nats"] > 9 for r in searched(1))
+    assert all(r.found == 1 and r.nats == sure for r in records)
+    assert all(r.found == 0 and r.nats > 9 for r in searched(1))
 
 
 @given(reach=st.integers(2, 40))
 def test_a_model_with_a_window_finds_what_is_in_it(reach):
     """With a window of so many ids, exactly the needles no further from the question are found."""
     for record in searched(reach):
-        begin = round(record["depth"] * (record["length"] - 4))
-        assert record["found"] == float(record["length"] - 1 - begin <= reach), record
+        begin = round(record.depth * (record.length - 4))
+        assert record.found == float(record.length - 1 - begin <= reach), record
 
 
 def test_one_wrong_token_is_a_wrong_answer():
@@ -147,7 +147,7 @@ def test_written_needles_end_in_their_answer(count, seed):
 @given(length=st.integers(1, 5000))
 def test_bins_cover_a_row_once(length):
     """Bins begin at 0, end at the length, and each is as long as all before it, but for the first and the last."""
-    found = bounds(length)
+    found = bin_edges(length)
     assert found[0] == 0 and found[-1] == length and found == sorted(set(found))
     assert all(b == 2 * a for a, b in pairwise(found[1:-1]))
 
@@ -163,7 +163,7 @@ def test_bits_by_position_are_sums_over_positions(seed, length):
     if not rows:
         assert found is None
         return
-    assert [(a, b) for a, b, _ in found] == list(pairwise(bounds(length)))
+    assert [(a, b) for a, b, _ in found] == list(pairwise(bin_edges(length)))
     for first, end, bits in found:
         nats = size = 0.0
         for row in rows:
@@ -199,12 +199,12 @@ def test_a_longer_stage_logs_both():
         [*options, "--evaluation.needles", "2", "--evaluation.heldout_tokens", "500"],
     )
     found = list(measure(model, tokenizer, heldout, run, "reasoning"))
-    needles = [record for kind, record in found if kind == "needle"]
-    assert [(r["length"], r["depth"]) for r in needles] == [
+    needles = [record for record in found if record.kind == "needle"]
+    assert [(r.length, r.depth) for r in needles] == [
         (n, d) for n in (100, 105, 210) for d in DEPTHS
     ]
-    (bits,) = [record for kind, record in found if kind == "bits_by_position"]
-    assert bits["source"] == "prose" and bits["bits"][-1][1] == 210
+    (bits,) = [record for record in found if record.kind == "bits_by_position"]
+    assert bits.source == "prose" and bits.bits[-1][1] == 210
     assert not list(measure(model, tokenizer, heldout, run, "general")), (
         "nothing was shorter before it"
     )

@@ -206,16 +206,16 @@ def calibrate(
     z = np.asarray(z, float)
     marks = np.asarray(marks, float)
     target = (marks * len(marks) + 1) / (len(marks) + 2)
-    x_N2 = np.stack([z, np.ones_like(z)], axis=1)
+    x = np.stack([z, np.ones_like(z)], axis=1)
     ab = np.array([1.0, 0.0])
 
     def cross_entropy(ab: np.ndarray) -> float:
-        return np.logaddexp(0, x_N2 @ ab).sum() - target @ (x_N2 @ ab)
+        return np.logaddexp(0, x @ ab).sum() - target @ (x @ ab)
 
     for _ in range(50):
-        p = 1 / (1 + np.exp(-np.clip(x_N2 @ ab, -500, 500)))
-        gradient = x_N2.T @ (p - target)
-        hessian = (x_N2 * (p * (1 - p))[:, None]).T @ x_N2 + 1e-6 * np.eye(2)
+        p = 1 / (1 + np.exp(-np.clip(x @ ab, -500, 500)))
+        gradient = x.T @ (p - target)
+        hessian = (x * (p * (1 - p))[:, None]).T @ x + 1e-6 * np.eye(2)
         step = np.linalg.solve(hessian, gradient)
         # Halve a step that makes the loss worse.
         while cross_entropy(ab - step) > cross_entropy(ab) + 1e-9:

@@ -111,18 +111,18 @@ class Index:
         """Return {index of a contaminated text: the set that it has an item of}, the first such set in order."""
         contaminated: dict[int, str] = {}
         for words in hash_words_in_batches(texts):
-            matches_M3 = [
+            matches = [
                 self._matches(runs.hashes, runs.text)
                 for runs in ngrams(words.hashes, words.text, self._run_lengths)
             ]
-            if not matches_M3:
+            if not matches:
                 continue
             # A run that occurs twice in a text counts once.
-            different_M3 = np.unique(np.concatenate(matches_M3), axis=0)
+            different = np.unique(np.concatenate(matches), axis=0)
             # Count the different runs that each text shares with each item.
-            text_and_item_P2, shared_P = np.unique(different_M3[:, :2], axis=0, return_counts=True)
-            enough_P = shared_P >= MIN_SHARE * self._runs_in_item[text_and_item_P2[:, 1]]
-            for text, item in text_and_item_P2[enough_P].tolist():
+            text_and_item, shared = np.unique(different[:, :2], axis=0, return_counts=True)
+            is_copy = shared >= MIN_SHARE * self._runs_in_item[text_and_item[:, 1]]
+            for text, item in text_and_item[is_copy].tolist():
                 contaminated.setdefault(text, self._set_of_item[item])
         return contaminated
 

@@ -47,33 +47,33 @@ def embed(texts: Iterable[str], width: int = WIDTH) -> np.ndarray:
         weight = (1 + np.log(count)).astype(np.float32)
         # One 64-bit hash of a word gives 64 random signs, as the bits 0 and 1.
         bits = [mix(word + np.uint64(first + 1)) for first in range(0, width, 64)]
-        bytes_WB = np.stack(bits, axis=1).view(np.uint8)
-        bits_WD = np.unpackbits(bytes_WB, axis=1, bitorder="little", count=width)
+        as_bytes = np.stack(bits, axis=1).view(np.uint8)
+        bits_of_word = np.unpackbits(as_bytes, axis=1, bitorder="little", count=width)
         # sum over words of weight * sign, with sign = 2 bit - 1
-        vectors[row] = 2 * (weight @ bits_WD) - weight.sum()
+        vectors[row] = 2 * (weight @ bits_of_word) - weight.sum()
     norm = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.maximum(norm, 1e-9)
 
 
-def kmeans(vectors_ND: torch.Tensor, clusters: int, rounds: int = ROUNDS) -> torch.Tensor:
+def kmeans(vectors: torch.Tensor, clusters: int, rounds: int = ROUNDS) -> torch.Tensor:
     """Return the cluster of each unit vector, by k-means with cosine: int64 (documents,).
 
-    It starts from every (documents / clusters)-th vector. A cluster that loses all its members keeps its centre.
+    vectors: float32 (documents, width). It starts from every (documents / clusters)-th vector. A cluster that loses all its members keeps its centre.
     """
-    count = len(vectors_ND)
-    centres_CD = vectors_ND[torch.arange(clusters) * count // clusters].clone()
+    count = len(vectors)
+    centres = vectors[torch.arange(clusters) * count // clusters].clone()
     for _ in range(rounds):
-        nearest_N = _nearest(vectors_ND, centres_CD)
-        sums_CD = torch.zeros_like(centres_CD).index_add_(0, nearest_N, vectors_ND)
-        has_members_C1 = sums_CD.norm(dim=1, keepdim=True) > 0
-        centres_CD = torch.where(has_members_C1, F.normalize(sums_CD), centres_CD)
-    return _nearest(vectors_ND, centres_CD)
+        nearest = _nearest(vectors, centres)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
+        has_members = sums.norm(dim=1, keepdim=True) > 0
+        centres = torch.where(has_members, F.normalize(sums), centres)
+    return _nearest(vectors, centres)
 
 
-def _nearest(vectors_ND: torch.Tensor, centres_CD: torch.Tensor) -> torch.Tensor:
+def _nearest(vectors: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
     """Return the index of the centre with the largest cosine, int64 (documents,)."""
-    blocks = vectors_ND.split(BLOCK)
-    return torch.cat([(block @ centres_CD.T).argmax(1) for block in blocks])
+    blocks = vectors.split(BLOCK)
+    return torch.cat([(block @ centres.T).argmax(1) for block in blocks])
 
 
 def keep_best(
@@ -99,23 +99,23 @@ def keep_best(
     group = np.zeros(len(vectors), np.int64) if group is None else np.asarray(group)
     for label in np.unique(group):
         members = best_first[group[best_first] == label]
-        vectors_ND = torch.from_numpy(np.asarray(vectors[members], np.float32))
+        of_group = torch.from_numpy(np.asarray(vectors[members], np.float32))
         clusters = -(-len(members) // DOCUMENTS_PER_CLUSTER)
-        cluster_N = kmeans(vectors_ND, clusters)
-        for cluster in cluster_N.unique():
-            (in_cluster,) = torch.where(cluster_N == cluster)  # in order, best first
-            dropped = _to_drop(vectors_ND, in_cluster, threshold - ROUNDING)
+        cluster_of = kmeans(of_group, clusters)
+        for cluster in cluster_of.unique():
+            (in_cluster,) = torch.where(cluster_of == cluster)  # in order, best first
+            dropped = _to_drop(of_group, in_cluster, threshold - ROUNDING)
             stays[members[dropped]] = False
     return stays
 
 
-def _to_drop(vectors_ND: torch.Tensor, members: torch.Tensor, threshold: float) -> np.ndarray:
+def _to_drop(vectors: torch.Tensor, members: torch.Tensor, threshold: float) -> np.ndarray:
     """Return the members to drop: those within the threshold of a better member that is kept."""
     dropped = [torch.zeros(0, dtype=torch.int64)]
     while len(members) > 1:
         best = members[0]
         members = members[1:]
-        similar = vectors_ND[members] @ vectors_ND[best] >= threshold
+        similar = vectors[members] @ vectors[best] >= threshold
         dropped.append(members[similar])
         members = members[~similar]
     return torch.cat(dropped).numpy()

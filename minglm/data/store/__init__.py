@@ -1,0 +1,1 @@
+"""Documents and token shards on disk (paper 2.2)."""
