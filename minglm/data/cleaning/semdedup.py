@@ -58,7 +58,8 @@ def embed(texts: Iterable[str], width: int = WIDTH) -> np.ndarray:
 def kmeans(vectors: torch.Tensor, clusters: int, rounds: int = ROUNDS) -> torch.Tensor:
     """Return the cluster of each unit vector, by k-means with cosine: int64 (documents,).
 
-    vectors: float32 (documents, width). It starts from every (documents / clusters)-th vector. A cluster that loses all its members keeps its centre.
+    vectors: float32 (documents, width). It starts from every (documents / clusters)-th vector. A cluster that loses all
+    its members keeps its centre.
     """
     count = len(vectors)
     centres = vectors[torch.arange(clusters) * count // clusters].clone()
