@@ -1,4 +1,4 @@
-"""Contracts of an optimizer and of a learning-rate schedule: the properties of paper 2.4 for any implementation.
+"""Contracts of an optimizer and of a learning-rate schedule: properties of any implementation (paper 2.4).
 
     from minglm.testing.optim import check_optimizer, check_schedule
     check_optimizer(lambda named_parameters, config: MyMuon(named_parameters, config))
@@ -11,27 +11,40 @@ import copy
 import dataclasses
 import io
 import itertools
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from minglm.config import OptimizerConfig
-from minglm.testing.strategies import contract, seeds
+from minglm.testing.strategies import for_all, numbers, seeds
 
-RMS_BAND = (
-    0.6,
-    1.3,
-)  # singular values after Newton-Schulz lie in 0.68 to 1.21; bfloat16 widens that
+MakeOptimizer = Callable[
+    [list[tuple[str, torch.nn.Parameter]], OptimizerConfig], torch.optim.Optimizer
+]
+"""(list of (name, parameter), config) to an optimizer whose groups take "lr" from outside."""
+LearningRate = Callable[[int, OptimizerConfig, int], float]
+"""(tokens, config, total_tokens) to a learning rate."""
+Values = Mapping[str, Tensor]
+
+# Singular values after Newton-Schulz are between 0.68 and 1.21; bfloat16 widens that.
+RMS_BAND = (0.6, 1.3)
 shapes = st.tuples(st.integers(2, 16), st.integers(2, 16))
 
 
-def _draw(seed, *shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def _draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=numbers(seed))
 
 
-def _train(make_optimizer, weights, gradients, config, rate=0.01):
-    """One step per element of `gradients`, [{name: tensor}], from `weights`. Returns the new weights, the optimizer."""
+def _train(
+    make_optimizer: MakeOptimizer,
+    weights: Values,
+    gradients: Sequence[Values],
+    config: OptimizerConfig,
+    rate: float = 0.01,
+) -> tuple[dict[str, Tensor], torch.optim.Optimizer]:
+    """Take one step for each element of `gradients`, from `weights`. Return the new weights and the optimizer."""
     parameters = {name: torch.nn.Parameter(value.clone()) for name, value in weights.items()}
     optimizer = make_optimizer(list(parameters.items()), config)
     for step in gradients:
@@ -40,10 +53,11 @@ def _train(make_optimizer, weights, gradients, config, rate=0.01):
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
-    return {name: parameter.detach() for name, parameter in parameters.items()}, optimizer
+    trained = {name: parameter.detach() for name, parameter in parameters.items()}
+    return trained, optimizer
 
 
-def check_optimizer(make_optimizer):
+def check_optimizer(make_optimizer: MakeOptimizer) -> None:
     """Hold an optimizer to Muon's contract.
 
     make_optimizer: (list of (name, parameter), OptimizerConfig) -> torch.optim.Optimizer whose groups take "lr" from
@@ -56,23 +70,23 @@ def check_optimizer(make_optimizer):
     _check_resume(make_optimizer)
 
 
-def _check_stack_is_a_loop(make_optimizer):
-    @contract
-    @given(st.integers(1, 5), shapes, seeds)
-    def holds(count, shape, seed):
+def _check_stack_is_a_loop(make_optimizer: MakeOptimizer) -> None:
+    @for_all(count=st.integers(1, 5), shape=shapes, seed=seeds)
+    def stack_is_a_loop(count: int, shape: tuple[int, int], seed: int) -> None:
+        """A stack of experts is trained as its matrices would be one by one."""
+        config = OptimizerConfig()
         weights = _draw(seed, count, *shape)
         gradients = [_draw(seed + step, count, *shape) for step in (1, 2, 3)]
+
         stack = "model.layers.1.mlp.experts.gate_EFD"
-        together, _ = _train(
-            make_optimizer, {stack: weights}, [{stack: g} for g in gradients], OptimizerConfig()
-        )
+        stacked_gradients = [{stack: gradient} for gradient in gradients]
+        together, _ = _train(make_optimizer, {stack: weights}, stacked_gradients, config)
+
         names = [f"model.layers.1.mlp.experts.{index}.gate_proj.weight" for index in range(count)]
-        one_by_one, _ = _train(
-            make_optimizer,
-            dict(zip(names, weights)),
-            [dict(zip(names, g)) for g in gradients],
-            OptimizerConfig(),
-        )
+        single_weights = dict(zip(names, weights, strict=True))
+        single_gradients = [dict(zip(names, gradient, strict=True)) for gradient in gradients]
+        one_by_one, _ = _train(make_optimizer, single_weights, single_gradients, config)
+
         # batched and single products round differently; updates here are about 2e-3, and a wrong rule moves as much
         for index, name in enumerate(names):
             difference = (together[stack][index] - one_by_one[name]).abs().max()
@@ -80,97 +94,99 @@ def _check_stack_is_a_loop(make_optimizer):
                 f"expert {index} of a {tuple(weights.shape)} stack is not trained as a matrix"
             )
 
-    holds()
 
-
-def _check_transposition(make_optimizer):
-    @contract
-    @given(shapes, seeds)
-    def holds(shape, seed):
+def _check_transposition(make_optimizer: MakeOptimizer) -> None:
+    @for_all(shape=shapes, seed=seeds)
+    def transposition(shape: tuple[int, int], seed: int) -> None:
+        """The transpose of a matrix is trained to the transpose of the result."""
+        config = OptimizerConfig()
         name = "model.layers.0.self_attn.o_proj.weight"
-        weight, gradients = _draw(seed, *shape), [_draw(seed + step, *shape) for step in (1, 2)]
+        weight = _draw(seed, *shape)
+        gradients = [_draw(seed + step, *shape) for step in (1, 2)]
         upright, _ = _train(
-            make_optimizer, {name: weight}, [{name: g} for g in gradients], OptimizerConfig()
+            make_optimizer, {name: weight}, [{name: gradient} for gradient in gradients], config
         )
-        lying, _ = _train(
-            make_optimizer, {name: weight.T}, [{name: g.T} for g in gradients], OptimizerConfig()
+        transposed, _ = _train(
+            make_optimizer, {name: weight.T}, [{name: gradient.T} for gradient in gradients], config
         )
-        difference = (upright[name] - lying[name].T).abs().max()
+        difference = (upright[name] - transposed[name].T).abs().max()
         assert difference < 2e-4, f"training the transpose of a {shape} matrix gives another result"
 
-    holds()
 
-
-def _check_rms(make_optimizer):
-    @contract
-    @given(st.integers(1, 3), shapes, seeds, st.sampled_from([1e-4, 0.01, 100.0]))
-    def holds(count, shape, seed, size):
+def _check_rms(make_optimizer: MakeOptimizer) -> None:
+    @for_all(
+        count=st.integers(1, 3),
+        shape=shapes,
+        seed=seeds,
+        size=st.sampled_from([1e-4, 0.01, 100.0]),
+    )
+    def rms(count: int, shape: tuple[int, int], seed: int, size: float) -> None:
+        """Updates have the configured RMS, whatever the shape and the size of the gradient."""
         config = OptimizerConfig(weight_decay=0.0)
-        name, rate = "model.layers.1.mlp.experts.down_EDF", 0.01
-        weights, gradient = torch.zeros(count, *shape), size * _draw(seed, count, *shape)
+        name = "model.layers.1.mlp.experts.down_EDF"
+        rate = 0.01
+        weights = torch.zeros(count, *shape)
+        gradient = size * _draw(seed, count, *shape)
         after, _ = _train(make_optimizer, {name: weights}, [{name: gradient}], config, rate)
         rms_E = after[name].square().mean(dim=(1, 2)).sqrt() / (rate * config.update_rms)
         low, high = RMS_BAND
-        worst = f"update RMS is {rms_E.min():.3f} to {rms_E.max():.3f} times update_rms * lr for shape {shape}"
         # a drawn matrix may be nearly singular; then one direction of `short` is missing from the update
         short = min(shape)
-        assert rms_E.min() > low * ((short - 1) / short) ** 0.5 and rms_E.max() < high, worst
+        lowest = low * ((short - 1) / short) ** 0.5
+        assert rms_E.min() > lowest and rms_E.max() < high, (
+            f"update RMS is {rms_E.min():.3f} to {rms_E.max():.3f} times update_rms * lr for shape {shape}"
+        )
 
-    holds()
 
+def _check_decay(make_optimizer: MakeOptimizer) -> None:
+    matrix = "model.layers.0.self_attn.q_proj.weight"
+    embedding = "model.embed_tokens.weight"
+    norm = "model.norm.weight"
 
-def _check_decay(make_optimizer):
-    names = (
-        "model.layers.0.self_attn.q_proj.weight",
-        "model.embed_tokens.weight",
-        "model.norm.weight",
-    )
-
-    @contract
-    @given(shapes, seeds, st.floats(0, 0.5))
-    def holds(shape, seed, decay):
-        weights = {name: _draw(seed + i, *shape) for i, name in enumerate(names)}
-        weights[names[2]] = _draw(seed, shape[0])
-        nothing = {name: torch.zeros_like(value) for name, value in weights.items()}
-        something = {name: _draw(seed + 9, *value.shape) for name, value in weights.items()}
-        config, without = OptimizerConfig(weight_decay=decay), OptimizerConfig(weight_decay=0.0)
+    @for_all(shape=shapes, seed=seeds, decay=st.floats(0, 0.5))
+    def decay_is_decoupled(shape: tuple[int, int], seed: int, decay: float) -> None:
+        """Decay subtracts lr * weight_decay * weight from matrices, beside the update, and nothing from vectors."""
+        weights = {
+            matrix: _draw(seed, *shape),
+            embedding: _draw(seed + 1, *shape),
+            norm: _draw(seed, shape[0]),
+        }
+        zero = {name: torch.zeros_like(value) for name, value in weights.items()}
+        drawn = {name: _draw(seed + 9, *value.shape) for name, value in weights.items()}
+        decayed = OptimizerConfig(weight_decay=decay)
+        plain = OptimizerConfig(weight_decay=0.0)
         rate = 0.01
-        still, _ = _train(make_optimizer, weights, [nothing], without, rate)
-        shrunk, _ = _train(make_optimizer, weights, [nothing], config, rate)
-        moved, _ = _train(make_optimizer, weights, [something], without, rate)
-        both, _ = _train(make_optimizer, weights, [something], config, rate)
+        unchanged, _ = _train(make_optimizer, weights, [zero], plain, rate)
+        shrunk, _ = _train(make_optimizer, weights, [zero], decayed, rate)
+        moved, _ = _train(make_optimizer, weights, [drawn], plain, rate)
+        both, _ = _train(make_optimizer, weights, [drawn], decayed, rate)
         for name, value in weights.items():
-            assert torch.equal(still[name], value), (
+            assert torch.equal(unchanged[name], value), (
                 f"{name} moves without gradient, momentum and decay"
             )
             expected = rate * decay * value if value.ndim > 1 else torch.zeros_like(value)
             for before, after in ((value, shrunk[name]), (moved[name], both[name])):
                 error = (before - after - expected).abs().max()
-                assert error < 1e-5, (
-                    f"the decay of {name} is not lr * weight_decay * weight"
-                )  # float32 rounding
-
-    holds()
+                # float32 rounding
+                assert error < 1e-5, f"the decay of {name} is not lr * weight_decay * weight"
 
 
-def _check_resume(make_optimizer):
+def _check_resume(make_optimizer: MakeOptimizer) -> None:
     layer = "model.layers.1"
-    names = (
-        f"{layer}.mlp.experts.up_EFD",
-        f"{layer}.mlp.gate.weight",
-        "lm_head.weight",
-        f"{layer}.q_proj.bias",
-    )
+    experts = f"{layer}.mlp.experts.up_EFD"
+    router = f"{layer}.mlp.gate.weight"
+    head = "lm_head.weight"
+    bias = f"{layer}.self_attn.q_proj.bias"
 
-    @contract
-    @given(shapes, seeds)
-    def holds(shape, seed):
+    @for_all(shape=shapes, seed=seeds)
+    def resume_is_exact(shape: tuple[int, int], seed: int) -> None:
+        """Saving, loading and continuing gives the same bits as never stopping."""
         config = OptimizerConfig()
-        sizes = [(3, *shape), shape, shape, shape[:1]]
-        weights = {name: _draw(seed + i, *size) for i, (name, size) in enumerate(zip(names, sizes))}
+        sizes = {experts: (3, *shape), router: shape, head: shape, bias: shape[:1]}
+        weights = {name: _draw(seed + i, *size) for i, (name, size) in enumerate(sizes.items())}
         steps = [
-            {name: _draw(seed + 10 * k, *value.shape) for name, value in weights.items()}
-            for k in range(1, 5)
+            {name: _draw(seed + 10 * step, *value.shape) for name, value in weights.items()}
+            for step in range(1, 5)
         ]
         straight, _ = _train(make_optimizer, weights, steps, config)
         middle, optimizer = _train(make_optimizer, weights, steps[:2], config)
@@ -179,36 +195,38 @@ def _check_resume(make_optimizer):
         file.seek(0)
         saved = torch.load(file, weights_only=True)
 
-        def resume(named_parameters, config):
+        def resume(
+            named_parameters: list[tuple[str, torch.nn.Parameter]], config: OptimizerConfig
+        ) -> torch.optim.Optimizer:
             resumed = make_optimizer(named_parameters, config)
             resumed.load_state_dict(copy.deepcopy(saved))
             return resumed
 
-        rest, _ = _train(resume, middle, steps[2:], config)
-        for name in names:
-            assert torch.equal(rest[name], straight[name]), (
+        resumed, _ = _train(resume, middle, steps[2:], config)
+        for name in weights:
+            assert torch.equal(resumed[name], straight[name]), (
                 f"{name} differs after saving, loading and continuing"
             )
 
-    holds()
 
-
-def check_schedule(schedule):
+def check_schedule(schedule: LearningRate) -> None:
     """Hold a learning-rate schedule to its contract.
 
     schedule: (tokens, OptimizerConfig, total_tokens) -> learning rate. Raises AssertionError for a rate that depends on
     how the tokens were divided into steps, jumps, or misses zero, the peak or the final rate.
     """
 
-    @contract
-    @given(
-        st.integers(10_000, 10**12),
-        st.floats(0.05, 0.5),
-        st.floats(1e-5, 1.0),
-        st.floats(0.0, 1.0),
-        st.integers(2, 9),
+    @for_all(
+        total=st.integers(10_000, 10**12),
+        warmup_share=st.floats(0.05, 0.5),
+        peak=st.floats(1e-5, 1.0),
+        final_ratio=st.floats(0.0, 1.0),
+        split=st.integers(2, 9),
     )
-    def holds(total, warmup_share, peak, final_ratio, split):
+    def function_of_tokens(
+        total: int, warmup_share: float, peak: float, final_ratio: float, split: int
+    ) -> None:
+        """The rate depends on the tokens alone, and has the shape of `_check_shape`."""
         config = dataclasses.replace(
             OptimizerConfig(),
             warmup_tokens=int(warmup_share * total),
@@ -225,11 +243,11 @@ def check_schedule(schedule):
             )
         _check_shape(lambda tokens: schedule(tokens, config, total), config, total)
 
-    holds()
 
-
-def _check_shape(rate, config, total):
-    peak, warmup = config.peak_lr, config.warmup_tokens
+def _check_shape(rate: Callable[[int], float], config: OptimizerConfig, total: int) -> None:
+    """Check one rise to the peak and one fall to the final rate, without jumps."""
+    peak = config.peak_lr
+    warmup = config.warmup_tokens
     final = peak * config.final_lr_ratio
     close = 1e-6 * peak  # float rounding
     assert abs(rate(0)) < close, "the warm-up does not begin at zero"
@@ -241,7 +259,7 @@ def _check_shape(rate, config, total):
     for i, (before, after) in enumerate(itertools.pairwise(values)):
         # the steepest ramp drawn, a warm-up over 5% of the tokens, rises by 2% of the peak in a thousandth
         assert abs(after - before) < 0.05 * peak, f"the rate jumps near {i / 10:.1f}% of the tokens"
-        rising = i < turn
-        assert i == turn or (after - before) * (1 if rising else -1) > -close, (
-            "not one rise and one fall"
-        )
+        if i == turn:
+            continue
+        change = after - before if i < turn else before - after
+        assert change > -close, "not one rise and one fall"
