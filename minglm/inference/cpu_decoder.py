@@ -147,7 +147,8 @@ class CpuDecoder(PagedCache):
         """Pack the weights as they are now."""
         model = self.model
         layers = cast(list[DecoderLayer], list(model.model.layers))
-        self.packed = Packed(layers, model.model.norm, model.lm_head.weight)
+        trunk = layers[: model.config.num_hidden_layers]  # without the MTP layer
+        self.packed = Packed(trunk, model.model.norm, model.lm_head.weight)
         self.packed_mtp: Packed | None = None
         if self.states is not None:
             assert model.mtp is not None, "drafts need an MTP layer"
