@@ -1,4 +1,4 @@
-"""Contracts of environments and of the sandbox: what any task with a verifiable reward must hold (paper 3.2 to 3.4).
+"""Contracts of environments and of the sandbox: properties of any verifiable reward (paper 3.2 to 3.4).
 
     from minglm.testing.envs import check_environment, check_sandbox
     check_environment(MyEnvironment())
@@ -10,24 +10,25 @@ Tasks and messages are drawn by hypothesis; the first property that fails raises
 import asyncio
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minglm.envs.base import Environment, Message, Score, ScoreStatus, Task, assistant
+from minglm.envs.sandbox.pool import Case, Verdict
 from minglm.testing import strategies
 
 contract = settings(strategies.contract, max_examples=25)  # an example in a sandbox takes seconds
 
 
-def check_environment(env):
-    """Hold an environment to the interface of `envs.base.Environment`.
+def check_environment(env: Environment) -> None:
+    """Check that an environment keeps the interface of `envs.base.Environment`.
 
     Tasks are a function of (index, seed, split), plain JSON, and never in both splits. The oracle earns 1, with its
-    thoughts and without. Lazy and malformed messages earn 0, and the latter end the episode. No message raises, or
-    passes for a failure of the machine. A constant answer earns no more than `chance`.
+    reasoning and without. Lazy and malformed messages earn 0, and the latter end the episode. No message raises, or
+    counts as a failure of the machine. A constant answer earns no more than `chance`.
     """
     check_tasks(env)
     check_oracle(env)
@@ -36,8 +37,8 @@ def check_environment(env):
     check_chance(env)
 
 
-def strategy(env):
-    """Strategy for tasks of an environment: any difficulty, split, seed and index."""
+def strategy(env: Environment) -> st.SearchStrategy[Task]:
+    """Return a strategy for tasks of an environment: any difficulty, split, seed and index."""
     return st.builds(
         lambda index, seed, split, difficulty: env.task(index, seed, split, (difficulty,)),
         st.integers(0, 10**6),
@@ -47,24 +48,23 @@ def strategy(env):
     )
 
 
-def content(task):
-    """All that a task consists of, as text."""
+def content(task: Task) -> str:
+    """Return all that a task consists of, as text."""
     return json.dumps([task.messages, task.label], ensure_ascii=False, sort_keys=True)
 
 
-def check_tasks(env):
-    """Determinism, plain values, declared difficulties, and splits that share nothing, whatever the seeds."""
+def check_tasks(env: Environment) -> None:
+    """Check determinism, plain values, declared difficulties, and splits that share nothing, whatever the seeds."""
 
     @contract
     @given(st.integers(0, 10**6), st.integers(0, 2**31), st.sampled_from(["train", "test"]))
-    def deterministic(index, seed, split):
+    def deterministic(index: int, seed: int, split: str) -> None:
         task = env.task(index, seed, split)
         assert env.task(index, seed, split) == task, (
             "the same index, seed and split give another task"
         )
-        assert env.tasks(index % 5 + 1, seed, split)[-1] == env.task(index % 5, seed, split), (
-            "tasks differ from task"
-        )
+        last = env.tasks(index % 5 + 1, seed, split)[-1]
+        assert last == env.task(index % 5, seed, split), "tasks differ from task"
         assert task.environment == env.name and task.difficulty in env.difficulties
         assert task.messages[-1]["role"] == "user", "the model speaks next, so the user speaks last"
         plain = json.loads(json.dumps([task.messages, task.tools, task.label]))
@@ -73,18 +73,17 @@ def check_tasks(env):
         )
 
     deterministic()
-    train, test = (
-        [t for seed in (0, 1) for t in env.tasks(150, seed, split, env.difficulties)]
-        for split in ("train", "test")
-    )
-    assert not {content(t) for t in train} & {content(t) for t in test}, (
-        "a test task occurs in training"
-    )
-    both = train + test
-    assert len({t.id for t in both}) == len({content(t) for t in both}), (
+    drawn = {"train": [], "test": []}
+    for split, tasks in drawn.items():
+        for seed in (0, 1):
+            tasks += env.tasks(150, seed, split, env.difficulties)
+    contents = {split: {content(task) for task in tasks} for split, tasks in drawn.items()}
+    assert not contents["train"] & contents["test"], "a test task occurs in training"
+    ids = {task.id for tasks in drawn.values() for task in tasks}
+    assert len(ids) == len(contents["train"] | contents["test"]), (
         "ids must name contents, one to one"
     )
-    assert len({content(t) for t in train}) > len(train) / 10, "hardly any variety"
+    assert len(contents["train"]) > len(drawn["train"]) / 10, "hardly any variety"
 
 
 class Played(NamedTuple):
@@ -131,51 +130,57 @@ def play(env: Environment, task: Task, messages: Sequence[Any]) -> Played:
     return play_all(env, [(task, messages)])[0]
 
 
-def check_oracle(env):
-    """The demonstration starts with the task, replays to the same replies, and earns the full reward."""
+def check_oracle(env: Environment) -> None:
+    """Check that the demonstration starts with the task, replays to equal replies, and earns the full reward."""
 
     @contract
     @given(strategy(env), st.booleans(), st.integers(0, 3))
-    def earns_everything(task, thinking, seed):
-        talk = env.demonstrate(task, thinking, seed)
-        assert talk == env.demonstrate(task, thinking, seed), (
+    def earns_everything(task: Task, thinking: bool, seed: int) -> None:
+        conversation = env.demonstrate(task, thinking, seed)
+        assert conversation == env.demonstrate(task, thinking, seed), (
             "the oracle must be a function of its seed"
         )
-        assert talk[: len(task.messages)] == list(task.messages), (
-            "a demonstration starts with the prompt"
-        )
-        turns = [m for m in talk[len(task.messages) :] if m["role"] == "assistant"]
+        prompt = conversation[: len(task.messages)]
+        rest = conversation[len(task.messages) :]
+        assert prompt == list(task.messages), "a demonstration starts with the prompt"
+        turns = [message for message in rest if message["role"] == "assistant"]
         assert all(bool(turn.get("reasoning_content")) == thinking for turn in turns), (
             "thoughts where asked for"
         )
         assert len(turns) <= env.max_turns
-        result, replies, done = play(env, task, turns)
-        assert done, "the oracle does not finish"
-        rest = [m for turn, reply in zip(turns, replies) for m in (turn, *reply)]
-        assert rest == talk[len(task.messages) :], "a replay gets other replies"
-        assert result.value == 1, f"the oracle earns {result}"
+
+        played = play(env, task, turns)
+        assert played.done, "the oracle does not finish"
+        replayed = []
+        for turn, replies in zip(turns, played.replies, strict=True):
+            replayed += [turn, *replies]
+        assert replayed == rest, "a replay gets other replies"
+        assert played.score.value == 1, f"the oracle earns {played.score}"
 
     earns_everything()
 
 
-def check_lazy_answers(env):
-    """Messages that ignore the task, said once or until the episode ends, earn nothing."""
+def check_lazy_answers(env: Environment) -> None:
+    """Check that messages that ignore the task, sent once or until the episode ends, earn nothing."""
 
     @contract
     @given(strategy(env))
-    def earns_nothing(task):
+    def earns_nothing(task: Task) -> None:
         probes = env.hack_probes(task)
         assert probes, "an environment must name lazy answers"
-        said = [[probe] * times for probe in probes for times in sorted({1, env.max_turns})]
-        played = play_all(env, [(task, messages) for messages in said])
-        for [probe, *_], (result, _, _) in zip(said, played, strict=True):
-            assert result.value == 0, f"{probe} earns {result} on {task.messages[-1]['content']!r}"
+        games = []
+        for probe in probes:
+            for times in sorted({1, env.max_turns}):
+                games.append((task, [probe] * times))
+        for (_, messages), played in zip(games, play_all(env, games), strict=True):
+            prompt = task.messages[-1]["content"]
+            assert played.score.value == 0, f"{messages[0]} earns {played.score} on {prompt!r}"
 
     earns_nothing()
 
 
-def malformed(env):
-    """Strategy for messages that are no message, carry the parser's error, or call what was not offered."""
+def malformed(env: Environment) -> st.SearchStrategy[Any]:
+    """Return a strategy for values that are no message, messages with an error, and calls that were not offered."""
     values = st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(max_size=5), st.lists, max_leaves=5
     )
@@ -217,39 +222,38 @@ def malformed(env):
     )
 
 
-def check_malformed_messages(env):
-    """Halt and zero; and text of any kind is a wrong answer at worst, never an exception or the machine's fault."""
+def check_malformed_messages(env: Environment) -> None:
+    """Check halt and zero; text of any kind is a wrong answer at worst, never an exception or the machine's fault."""
 
     @contract
     @given(strategy(env), malformed(env))
-    def halts(task, message):
-        result, _, done = play(env, task, [message])
+    def halts(task: Task, message: Any) -> None:
+        score, _, done = play(env, task, [message])
         assert done, f"continues after {message!r}"
-        assert (result.value, result.status) == (0, "format"), f"{message!r} earns {result}"
+        assert (score.value, score.status) == (0, "format"), f"{message!r} earns {score}"
+
+    odd_texts = ["9" * 5000, "\0", "\ud800", "(" * 9999, "- \n- ", "。！"]
 
     @contract
-    @given(
-        strategy(env),
-        st.text() | st.sampled_from(["9" * 5000, "\0", "\ud800", "(" * 9999, "- \n- ", "。！"]),
-    )
-    def survives(task, text):
+    @given(strategy(env), st.text() | st.sampled_from(odd_texts))
+    def survives(task: Task, text: str) -> None:
         games = [(task, [assistant(text)] * env.max_turns), (task, [])]
-        for result, _, _ in play_all(env, games):
-            assert result.status == "wrong" or result.value > 0, f"{text[:40]!r} gives {result}"
+        for score, _, _ in play_all(env, games):
+            assert score.status == "wrong" or score.value > 0, f"{text[:40]!r} gives {score}"
 
     halts()
     survives()
 
 
-def check_chance(env):
-    """The last words of other tasks' oracles earn no more than `chance`, within what 40 tasks can tell."""
+def check_chance(env: Environment) -> None:
+    """Check that the last words of other tasks' oracles earn no more than `chance`, as far as 40 tasks can tell."""
     tasks = env.tasks(40, 1, "train", env.difficulties)
+    # three standard errors of 40 draws, and three lucky ones where chance is nearly zero
+    bound = env.chance + 3 * math.sqrt(env.chance * (1 - env.chance) / 40) + 3 / 40
     for donor in env.tasks(4, 2, "train", env.difficulties):
         answer = env.demonstrate(donor)[-1]
         played = play_all(env, [(task, [answer] * env.max_turns) for task in tasks])
-        mean = sum(result.value for result, _, _ in played) / len(tasks)
-        # three standard errors of 40 draws, and three lucky ones where chance is nearly zero
-        bound = env.chance + 3 * math.sqrt(env.chance * (1 - env.chance) / 40) + 3 / 40
+        mean = sum(score.value for score, _, _ in played) / len(tasks)
         assert mean <= bound, (
             f"{answer['content']!r} earns {mean:.2f} everywhere, chance = {env.chance}"
         )
@@ -308,11 +312,15 @@ CHEATS = {
 }
 
 
-def check_sandbox(judge):
-    """`judge(source, function, cases) -> verdict` with `status`, `passed` and `total`, as `sandbox.Verdict` has.
+Judge = Callable[[str, str, Sequence[Case]], Verdict]
+"""(source, name of the function, cases) -> Verdict."""
 
-    A right program passes, whatever its arguments do to themselves; each of CHEATS gets its own status; a judgement
-    does not depend on the ones before it.
+
+def check_sandbox(judge: Judge) -> None:
+    """Check a function like `Sandbox.judge`.
+
+    A right program passes, whatever its arguments do to themselves. Each of CHEATS gets its own status. A judgement
+    does not depend on the ones before it. Values of another type never pass.
     """
     cases = [([x], 3 * x + 17) for x in range(8)]
     honest = "def f(x):\n    return 17 + x * 3"
@@ -324,10 +332,11 @@ def check_sandbox(judge):
         assert (verdict.status, verdict.passed) == ("passed", 8), (
             f"a right program after {name}: {verdict}"
         )
+
     mutates = "def f(xs):\n    xs.append(1)\n    return xs"
-    assert judge(mutates, "f", [([[]], [1]), ([[]], [1]), ([[2]], [2, 1])]).status == "passed", (
-        "tests share arguments"
-    )
+    verdict = judge(mutates, "f", [([[]], [1]), ([[]], [1]), ([[2]], [2, 1])])
+    assert verdict.status == "passed", "tests share arguments"
+
     for wrong, right in ((True, 1), (0, False), ((1,), [1]), ("1", 1), (None, 0), (-0.0, 0.0)):
         verdict = judge(f"def f():\n    return {wrong!r}", "f", [([], right)])
         assert verdict.status == "wrong", f"{wrong!r} passed for {right!r}"
