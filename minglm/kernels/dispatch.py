@@ -184,7 +184,7 @@ def _hardware(what: str) -> str:
 
 
 def triton(call: Call) -> str | None:
-    """Triton was not excluded and can run here. Float64, which is for references, is left to PyTorch.
+    """Require that Triton was not excluded and can run here. Float64, which is for references, is left to PyTorch.
 
     Raises ValueError for kernels = 'triton' on a CPU outside the interpreter, where a kernel could not run.
     """
@@ -205,7 +205,7 @@ def triton(call: Call) -> str | None:
 
 
 def c_library(call: Call) -> str | None:
-    """C was not excluded, and the numbers are float32 on a CPU."""
+    """Require that C was not excluded, and float32 numbers on a CPU."""
     if _chosen != Kernels.AUTO:
         return f"kernels = '{_chosen}'"
     if call.device.type != "cpu":
@@ -216,14 +216,14 @@ def c_library(call: Call) -> str | None:
 
 
 def hopper(call: Call) -> str | None:
-    """The GPU is a Hopper (H100, H200)."""
+    """Require a Hopper GPU (H100, H200)."""
     if call.device.type == "cuda" and torch.cuda.get_device_capability(call.device)[0] == 9:
         return None
     return _hardware("a GPU of compute capability 9.0")
 
 
 def cpu(call: Call) -> str | None:
-    """The tensors are not on a GPU."""
+    """Require tensors that are not on a GPU."""
     return "for a CPU only" if call.device.type == "cuda" else None
 
 
@@ -231,17 +231,17 @@ def cpu(call: Call) -> str | None:
 
 
 def gradients(call: Call) -> str | None:
-    """Autograd records."""
+    """Require that autograd records."""
     return None if call.records_gradients else "pays only where gradients are wanted"
 
 
 def no_gradients(call: Call) -> str | None:
-    """Autograd does not record."""
+    """Require that autograd does not record."""
     return "has no backward pass" if call.records_gradients else None
 
 
 def inference(call: Call) -> str | None:
-    """Inference mode is on: no gradient can be asked for later."""
+    """Require inference mode: no gradient can be asked for later."""
     return None if call.inference else "has no backward pass; for the engine only"
 
 
@@ -249,39 +249,39 @@ def inference(call: Call) -> str | None:
 
 
 def half_precision(call: Call) -> str | None:
-    """Numbers have two bytes."""
+    """Require numbers of two bytes."""
     return None if call.dtype.itemsize == 2 else "takes bfloat16 and float16 only"
 
 
 def head_dim_128(call: Call) -> str | None:
-    """Heads are those of GLM-4.5."""
+    """Require heads as wide as those of GLM-4.5."""
     return None if call.head_dim == 128 else f"takes heads of 128 dimensions, not {call.head_dim}"
 
 
 def head_dim_in_tiles(call: Call) -> str | None:
-    """Heads are no wider than the widest tile."""
+    """Require heads that are no wider than the widest tile."""
     if call.head_dim <= MAX_HEAD_DIM:
         return None
     return f"takes heads of up to {MAX_HEAD_DIM} dimensions, not {call.head_dim}"
 
 
 def some_rows(call: Call) -> str | None:
-    """There is at least one row: a kernel is not launched for none."""
+    """Require at least one row: a kernel is not launched for none."""
     return "there are no rows" if call.empty else None
 
 
 def model_has_qk_norm(call: Call) -> str | None:
-    """The model norms queries and keys."""
+    """Require a model that norms queries and keys."""
     return None if call.qk_norm else "the model has no QK-norm"
 
 
 def one_expert_group(call: Call) -> str | None:
-    """All experts compete."""
+    """Require that all experts compete."""
     return None if call.expert_groups == 1 else "takes one group of experts"
 
 
 def grouped_mm_takes(call: Call) -> str | None:
-    """`torch.nn.functional.grouped_mm` takes the matrices: on a CPU not float64, and rows at whole 16 bytes."""
+    """Require what `torch.nn.functional.grouped_mm` takes: on a CPU not float64, and rows at whole 16 bytes."""
     if call.device.type == "cuda":
         return None
     if call.dtype == torch.float64:
@@ -290,39 +290,39 @@ def grouped_mm_takes(call: Call) -> str | None:
 
 
 def float32_products(call: Call) -> str | None:
-    """Products are made in float32."""
+    """Require products in float32."""
     return None if call.product_dtype is torch.float32 else "computes in float32"
 
 
 def standard_iteration(call: Call) -> str | None:
-    """Newton-Schulz works on the matrices themselves."""
+    """Require that Newton-Schulz works on the matrices themselves."""
     return "has no Gram form" if call.gram else None
 
 
 def matrix_in_cache(call: Call) -> str | None:
-    """A matrix stays in a core's cache, and is not empty."""
+    """Require matrices that stay in a core's cache, and are not empty."""
     if call.matrix_size <= 0:
         return "the matrices are empty"
     return None if call.matrix_size <= MAX_C_MATRIX else "the matrices do not fit in a core's cache"
 
 
 def fp8_block_has_kernel(call: Call) -> str | None:
-    """The block of a scale is that of weights or of activations."""
+    """Require the block of weights or of activations."""
     return None if call.fp8_block in FP8_KERNEL_BLOCKS else "takes blocks of 128 x 128 and 1 x 128"
 
 
 def plain_sampling(call: Call) -> str | None:
-    """No request asks for more than temperature and top-p."""
+    """Require requests that ask for no more than temperature and top-p."""
     return None if call.plain_sampling else "takes temperature and top-p only"
 
 
 def plain_model(call: Call) -> str | None:
-    """The model has only parts that the C decoder knows."""
+    """Require a model that has only parts that the C decoder knows."""
     return None if call.plain_model else "the model has parts that it does not know"
 
 
 def fp8_experts_wanted(call: Call) -> str | None:
-    """The engine was asked for experts in float8."""
+    """Require that the engine was asked for experts in float8."""
     return None if call.fp8_experts else "experts = 'float8' was not asked for"
 
 
