@@ -1,149 +1,348 @@
-"""What a run is going to do: its stages in order, and about how long each takes here (paper Figure 3, section 3.1).
+"""Plan a run: its stages in order, with an estimate of the time each takes on this machine (paper Figure 3, 3.1).
 
     minutes = tokens * FLOPs per token / (speed of a matrix product on this machine * share of it that training reaches)
 
-Tokens are exact for pre- and mid-training; for the later stages they are an estimate from a few conversations of each
+A stage carries everything that its training and its evaluation need, so nothing has to be found again by its name.
+
+Tokens are exact for pre- and mid-training. For the later stages they are an estimate from a few conversations of each
 environment, as if no answer were rejected. A token of a rollout costs as much as one of training: all are sampled, and
-those of groups with a signal are trained on. The share below was measured on a toy run with two quiet CPU cores.
+those of groups with a signal are trained on. `UTILISATION` was measured on a toy run with two quiet CPU cores.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar, NamedTuple
 
 from minglm.chat import render_text
+from minglm.config import (
+    PostTrainingConfig,
+    RLConfig,
+    RunConfig,
+    SFTConfig,
+    StageConfig,
+)
 from minglm.envs import ENVIRONMENTS
+from minglm.envs.pathology import PathologyPrompts
 from minglm.plan.counts import flops_per_token
 from minglm.recipe.solutions import check_environments
+from minglm.report.records import Moment
+from minglm.train.loop import Phase
 from minglm.train.stages import phases
 
-BYTES_PER_TOKEN = 3  # of a tokenizer this small, on conversations
+BYTES_PER_TOKEN = 3  # of conversations, with a tokenizer as small as the toy's
 UTILISATION = 0.3
+PACKED_LENGTH = 256  # tokens that a position attends to at most, for the estimate: packed documents are short
+
+# Streams of training tasks: stages with different numbers never draw the same tasks. Mid-training has 1.
+COLD_START_STREAM = 2
+DISTILLATION_STREAM = 3
+RL_STREAM = 4
+
+
+class StageKind(StrEnum):
+    """How a stage is trained."""
+
+    PRETRAIN = "pretrain"
+    """Next-token prediction on documents: pre- and mid-training."""
+    COLD_START = "sft"
+    """Fine-tuning of an expert on solutions of the oracle."""
+    RL = "rl"
+    """Reinforcement learning."""
+    UNIFIED = "unified"
+    """Fine-tuning on the experts' right answers."""
 
 
 @dataclass(frozen=True)
+class EvalPlan:
+    """What is measured when a stage is trained."""
+
+    text: bool = False
+    """Measure bits per byte of held-out text, acceptance of the MTP layer's drafts, and needles."""
+    environments: tuple[str, ...] = ()
+    """Environments whose test tasks are scored."""
+    thinking: tuple[bool, ...] = (True,)
+    """Settings of the thinking switch under which they are scored."""
+    pathology: Moment | None = None
+    """Measure pathologies too: as the state before, or after, they are trained away."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One step of the pipeline."""
+    """One stage of a run; its class says how it is trained."""
+
+    kind: ClassVar[StageKind]
 
     name: str
     teaches: str
+    """What the stage is for, in a few words."""
     base: str | None
-    """The stage whose weights it starts from."""
-    kind: str
-    """pretrain, sft, rl or unified."""
+    """Name of the stage whose weights it starts from; None: freshly initialised weights."""
     tokens: int
     """Tokens trained on; an estimate after mid-training."""
     sequence_length: int
-    """Of a row; for RL the bound on one answer."""
+    """Positions of a row; for RL the bound on one answer, in tokens."""
     learning_rate: float
-    environments: tuple[str, ...] = ()
+    """Peak learning rate."""
+    seed: int
+    """Seed of its draws: of documents in pre- and mid-training, of tasks afterwards."""
+    evaluation: EvalPlan
 
 
-def plan_stages(run):
-    """Every `Stage` of a run, in order. Raises ValueError for an environment that does not exist."""
+@dataclass(frozen=True, kw_only=True)
+class PretrainStage(Stage):
+    """A stage of pre- or mid-training."""
+
+    kind = StageKind.PRETRAIN
+
+    config: StageConfig
+    phase: Phase
+    """Its part of the schedule that all stages of pre- and mid-training share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColdStartStage(Stage):
+    """The first half of an expert: fine-tuning on solutions with their reasoning."""
+
+    kind = StageKind.COLD_START
+
+    config: SFTConfig
+    environments: tuple[str, ...]
+    """Environments whose solutions are shown."""
+    truncated_reasoning_share: float
+    """Share of the solutions whose reasoning is cut after its first step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLStage(Stage):
+    """Reinforcement learning: the second half of an expert, or a stage of the whole model."""
+
+    kind = StageKind.RL
+
+    config: RLConfig
+    thinking_share: float
+    """Share of the prompts with thinking switched on."""
+
+
+class Teacher(NamedTuple):
+    """An expert whose answers the unified model learns from."""
+
+    name: str
+    stage: str
+    """Name of the stage that trained it."""
+    prompts: dict[str, int]
+    """Prompts that it answers, by environment."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnifiedStage(Stage):
+    """Fine-tuning of one hybrid model on the experts' right answers."""
+
+    kind = StageKind.UNIFIED
+
+    config: SFTConfig
+    teachers: tuple[Teacher, ...]
+
+
+def plan_stages(run: RunConfig) -> list[Stage]:
+    """Return every stage of a run, in order. Raises ValueError for an environment that does not exist."""
     check_environments(run)
-    post, found, base = run.posttraining, [], None
-    for phase in phases(run):
-        teaches = getattr(run.stages, phase.name).teaches
-        rate = run.optimizer.peak_lr
-        found.append(
-            Stage(phase.name, teaches, base, "pretrain", phase.tokens, phase.sequence_length, rate)
+    stages: list[Stage] = [*_pretraining(run)]
+    base = stages[-1].name if stages else None
+    teachers = []
+    prompts = prompts_for(run.posttraining)
+    for number, (name, expert) in enumerate(run.posttraining.experts()):
+        scores = EvalPlan(environments=expert.environments)
+        tokens = expert.sft.samples * len(expert.environments)
+        tokens *= conversation_tokens(expert.environments)
+        cold_start = ColdStartStage(
+            name=f"{name}.sft",
+            teaches=f"cold start: {', '.join(expert.environments)}",
+            base=base,
+            tokens=int(expert.sft.epochs * tokens),
+            sequence_length=expert.sft.sequence_length,
+            learning_rate=expert.sft.peak_lr,
+            seed=run.seed * 100 + COLD_START_STREAM,
+            evaluation=scores,
+            config=expert.sft,
+            environments=expert.environments,
+            truncated_reasoning_share=expert.truncated_reasoning_share,
         )
-        base = phase.name
+        reinforced = _reinforcement(
+            run,
+            number,
+            name=f"{name}.rl",
+            teaches=f"GRPO without KL: {', '.join(expert.rl.environments)}",
+            base=cold_start.name,
+            config=expert.rl,
+            evaluation=scores,
+        )
+        stages += [cold_start, reinforced]
+        answered = {environment: prompts[environment] for environment in expert.environments}
+        teachers.append(Teacher(name, reinforced.name, answered))
+    return [*stages, *_unification(run, base, tuple(teachers))]
 
-    def tune(name, teaches, start, config, names, tokens, kind="sft"):
-        tokens = int(config.epochs * tokens)
-        found.append(
-            Stage(name, teaches, start, kind, tokens, config.sequence_length, config.peak_lr, names)
-        )
 
-    def reinforce(name, teaches, start, config):
-        names = config.environments
-        tokens = config.steps * config.prompts * config.samples * conversation_tokens(names)
-        found.append(
-            Stage(name, teaches, start, "rl", tokens, config.max_new_tokens, config.peak_lr, names)
-        )
+def _learned(run: RunConfig) -> tuple[str, ...]:
+    """Return the environments of all experts, in order."""
+    experts = run.posttraining.experts()
+    return tuple(name for _, expert in experts for name in expert.environments)
 
-    for name, expert in post.experts():
-        names = expert.environments
-        tokens = expert.sft.samples * len(names) * conversation_tokens(names)
-        tune(f"{name}.sft", f"cold start: {', '.join(names)}", base, expert.sft, names, tokens)
-        reinforce(
-            f"{name}.rl",
-            f"GRPO without KL: {', '.join(expert.rl.environments)}",
-            f"{name}.sft",
-            expert.rl,
+
+def _pretraining(run: RunConfig) -> list[PretrainStage]:
+    """Plan the stages before post-training; the last one is also scored on the tasks that the experts will learn."""
+    configs = dict(run.stages.items())
+    planned = phases(run)
+    stages = []
+    base = None
+    for phase in planned:
+        is_last = phase is planned[-1]
+        stage = PretrainStage(
+            name=phase.name,
+            teaches=configs[phase.name].teaches,
+            base=base,
+            tokens=phase.tokens,
+            sequence_length=phase.sequence_length,
+            learning_rate=run.optimizer.peak_lr,
+            seed=run.seed * 100 + phase.start % 97,
+            evaluation=EvalPlan(text=True, environments=_learned(run) if is_last else ()),
+            config=configs[phase.name],
+            phase=phase,
         )
+        stages.append(stage)
+        base = stage.name
+    return stages
+
+
+def _unification(
+    run: RunConfig, base: str | None, teachers: tuple[Teacher, ...]
+) -> list[UnifiedStage | RLStage]:
+    """Plan the unified model and the two stages of RL that follow it (paper 3.1 stage two, 3.4)."""
+    post = run.posttraining
+    learned = _learned(run)
     prompts = prompts_for(post)
     answers = sum(prompts.values()) * post.responses_per_prompt
-    tokens = (
-        sum(count * conversation_tokens([name]) for name, count in prompts.items())
-        * post.responses_per_prompt
+    tokens = sum(count * conversation_tokens([name]) for name, count in prompts.items())
+    tokens *= post.responses_per_prompt
+    tokens *= min(1, post.unified.samples / answers)
+    unified = UnifiedStage(
+        name="unified",
+        teaches="the experts' right answers, with and without thinking",
+        base=base,
+        tokens=int(post.unified.epochs * tokens),
+        sequence_length=post.unified.sequence_length,
+        learning_rate=post.unified.peak_lr,
+        seed=run.seed * 100 + DISTILLATION_STREAM,
+        evaluation=EvalPlan(environments=learned, thinking=(True, False)),
+        config=post.unified,
+        teachers=teachers,
     )
-    tokens = tokens * min(1, post.unified.samples / answers)
-    teaches = "the experts' right answers, with and without thinking"
-    tune("unified", teaches, base, post.unified, tuple(prompts), tokens, "unified")
-    reinforce("general_rl", "all tasks together", "unified", post.general_rl)
-    reinforce(
-        "pathology_rl", "no mixing, no loops, no broken format", "general_rl", post.pathology_rl
+    general = _reinforcement(
+        run,
+        len(teachers),
+        name="general_rl",
+        teaches="all tasks together",
+        base=unified.name,
+        config=post.general_rl,
+        evaluation=EvalPlan(
+            environments=learned, thinking=(True, False), pathology=Moment.BEFORE
+        ),
+        thinking_share=post.thinking_share,
     )
-    return found
+    pathology = _reinforcement(
+        run,
+        len(teachers) + 1,
+        name="pathology_rl",
+        teaches="no mixing, no loops, no broken format",
+        base=general.name,
+        config=post.pathology_rl,
+        evaluation=EvalPlan(environments=learned, thinking=(True, False), pathology=Moment.AFTER),
+        thinking_share=post.thinking_share,
+    )
+    return [unified, general, pathology]
 
 
-def prompts_for(post):
-    """{environment: prompts that its expert answers for the unified model}, by tokens: `distilled` of each expert.
+def _reinforcement(
+    run: RunConfig,
+    number: int,
+    *,
+    name: str,
+    teaches: str,
+    base: str,
+    config: RLConfig,
+    evaluation: EvalPlan,
+    thinking_share: float = 1.0,
+) -> RLStage:
+    """Plan a stage of RL. number: among the stages of RL, from 0; each draws tasks of its own."""
+    episodes = config.steps * config.prompts * config.samples
+    return RLStage(
+        name=name,
+        teaches=teaches,
+        base=base,
+        tokens=episodes * conversation_tokens(config.environments),
+        sequence_length=config.max_new_tokens,
+        learning_rate=config.peak_lr,
+        seed=(run.seed * 100 + RL_STREAM) * 10 + number,
+        evaluation=evaluation,
+        config=config,
+        thinking_share=thinking_share,
+    )
 
-    The environment with the shortest conversations gets all of `prompts_per_environment`. Without this rule the long
-    ones fill the budget and the short ones are repeated until they are known by heart.
+
+def prompts_for(post: PostTrainingConfig) -> dict[str, int]:
+    """Return the prompts of each environment that its expert answers for the unified model.
+
+    They are chosen by tokens, in proportion to `distilled` of each expert. The environment with the shortest
+    conversations gets all of `prompts_per_environment`. Without this rule the long conversations would fill the budget,
+    and the short ones would be repeated until they are memorised.
     """
     weights = {
         name: expert.distilled for _, expert in post.experts() for name in expert.environments
     }
     tokens = {name: conversation_tokens([name]) for name in weights}
-    most = post.prompts_per_environment * min(tokens.values())
-    return {name: max(1, int(weights[name] * most / tokens[name])) for name in weights}
+    budget = post.prompts_per_environment * min(tokens.values())  # tokens for a weight of 1
+    return {name: max(1, int(weights[name] * budget / tokens[name])) for name in weights}
 
 
-def conversation_tokens(names):
-    """About how many tokens a conversation has, over these environments: the mean of a few of the oracle's."""
+def conversation_tokens(names: Iterable[str]) -> int:
+    """Estimate the tokens of a conversation, as the mean over a few of the oracle's in these environments."""
     texts = []
     for name in names:
-        for task in ENVIRONMENTS[name].tasks(6, seed=0):
-            texts.append(render_text(ENVIRONMENTS[name].demonstrate(task), task.tools))
-    return sum(len(text.encode()) for text in texts) // (BYTES_PER_TOKEN * max(1, len(texts)))
+        environment = ENVIRONMENTS[name]
+        for task in environment.tasks(6, seed=0):
+            texts.append(render_text(environment.demonstrate(task), task.tools))
+    size = sum(len(text.encode()) for text in texts)
+    return size // (BYTES_PER_TOKEN * max(1, len(texts)))
 
 
-def expected_minutes(run, stages, speed):
-    """Minutes of each stage at `speed` floating-point operations per second."""
-    found = []
+def expected_minutes(run: RunConfig, stages: Sequence[Stage], speed: float) -> list[float]:
+    """Return the minutes of each stage at `speed` floating-point operations per second."""
+    minutes = []
     for stage in stages:
-        length = min(stage.sequence_length, 256)  # packed documents are short, whatever the row
+        length = min(stage.sequence_length, PACKED_LENGTH)
         flops = stage.tokens * flops_per_token(run.model, length)["total"]
-        found.append(flops / (speed * UTILISATION) / 60)
-    return found
+        minutes.append(flops / (speed * UTILISATION) / 60)
+    return minutes
 
 
-def table(run, stages, speed):
-    """The stages as text: tokens, length, peak learning rate, what each teaches, expected minutes."""
+def table(run: RunConfig, stages: Sequence[Stage], speed: float) -> str:
+    """Return the stages as text: tokens, length, peak learning rate, what each teaches, expected minutes."""
     rows = [("stage", "teaches", "tokens", "length", "peak rate", "minutes")]
     for stage, minutes in zip(stages, expected_minutes(run, stages, speed), strict=True):
-        tokens = f"{'' if stage.kind == 'pretrain' else '~'}{stage.tokens:,}"
-        spent = f"{minutes:.1f}" if minutes < 1e4 else f"{minutes:.0e}"
-        rows.append(
-            (
-                stage.name,
-                stage.teaches,
-                tokens,
-                str(stage.sequence_length),
-                f"{stage.learning_rate:g}",
-                spent,
-            )
+        is_exact = stage.kind == StageKind.PRETRAIN
+        row = (
+            stage.name,
+            stage.teaches,
+            f"{'' if is_exact else '~'}{stage.tokens:,}",
+            str(stage.sequence_length),
+            f"{stage.learning_rate:g}",
+            f"{minutes:.1f}" if minutes < 1e4 else f"{minutes:.0e}",
         )
+        rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = (True, True, False, False, False, False)
-    lines = [
-        "  ".join(
-            c.ljust(w) if is_left else c.rjust(w)
-            for c, w, is_left in zip(row, widths, left, strict=True)
-        )
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        words = [cell.ljust(width) for cell, width in zip(row[:2], widths)]
+        numbers = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:])]
+        lines.append("  ".join([*words, *numbers]))
     return "\n".join([f"{run.name}, config {run.hash()}", *lines])

@@ -1,0 +1,64 @@
+"""Hold what every stage of a run shares: device, log, checkpoints, tokenizer and shards (no section in the paper)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minglm.common.device import pick_dtype
+from minglm.common.log import Log
+from minglm.config import RunConfig
+from minglm.data.tokenizer import Tokenizer
+from minglm.inference import Engine
+from minglm.inference.client import EngineGenerator
+from minglm.model.glm import GLM
+from minglm.train.checkpoint import CheckpointStore, State
+
+Documents = Mapping[str, Sequence[np.ndarray]]
+"""Token ids of the documents of each source."""
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What every stage of a run shares."""
+
+    run: RunConfig
+    out: Path
+    """Folder of the run."""
+    device: torch.device
+    threads: int
+    """Threads that share the rows of each batch."""
+    log: Log
+    checkpoints: CheckpointStore
+    tokenizer: Tokenizer
+    shards: Documents
+    """Training documents."""
+    heldout: Documents
+    """Held-out documents."""
+    quiet: bool = False
+    """Whether to show no progress bars."""
+
+    def load_model(self, stage: str | None) -> tuple[GLM, State | None]:
+        """Return the model as a stage left it, and the final state of that stage.
+
+        stage: None for a freshly initialised model, without a state. Raises ValueError where the stage is not complete.
+        """
+        if stage is not None and not self.checkpoints.is_complete(stage):
+            path = self.checkpoints.stage(stage).final
+            raise ValueError(f"the stage before has not been run: there is no {path}")
+        model = GLM(self.run.model, self.run.seed).to(self.device)
+        model.recompute = self.run.recompute
+        if self.run.compile:
+            model.compile_layers()
+        model.dtype = pick_dtype(self.run.dtype, self.device)
+        if stage is None:
+            return model, None
+        state = self.checkpoints.load(stage)
+        model.load_state_dict(state["model"])
+        return model, state
+
+    def rollout_generator(self, model: GLM) -> EngineGenerator:
+        """Return the generator that answers for RL and for distillation, in the precision of the config."""
+        return EngineGenerator(Engine(model, self.tokenizer, experts=self.run.rollouts))
