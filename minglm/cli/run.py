@@ -33,6 +33,7 @@ def main(args: argparse.Namespace) -> int:
     from minglm.config import load_config
     from minglm.config.run import to_dict
     from minglm.plan.counts import count_parameters
+    from minglm.recipe import preflight
     from minglm.recipe.run import RecipeRunner
     from minglm.recipe.stages import plan_stages, table
     from minglm.report import card
@@ -42,15 +43,16 @@ def main(args: argparse.Namespace) -> int:
     device = pick_device(config.device)
     speed = measured_flops(device, pick_dtype(config.dtype, device))
     print(table(config, stages, speed), flush=True)
+    preflight.check_run(config)
+    preflight.check_stage_names(stages, args.only, args.until)
+    out = Path(args.out or f"runs/{config.name}")
+    disk = preflight.disk_need(config, stages, out)
     if args.dry_run:
         print(json.dumps(to_dict(config), indent=1))
         print(f"body: {count_parameters(config.model)['body']:,} parameters")
+        print(disk)
         return 0
-    names = [stage.name for stage in stages]
-    for option, name in (("--only", args.only), ("--until", args.until)):
-        if name is not None and name not in names:
-            raise ValueError(f"{option} {name}: no such stage; the stages are {', '.join(names)}")
-    out = Path(args.out or f"runs/{config.name}")
+    preflight.check_disk(disk, out)
     try:
         complete = RecipeRunner(config, out).execute(args.only, args.until)
     except KeyboardInterrupt:

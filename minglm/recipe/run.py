@@ -28,7 +28,7 @@ from minglm.kernels import dispatch
 from minglm.recipe.context import RunContext
 from minglm.recipe.evaluation import evaluate
 from minglm.recipe.solutions import task_data
-from minglm.recipe.stages import Stage, StageKind, plan_stages
+from minglm.recipe.stages import Stage, is_done, plan_stages
 from minglm.recipe.training import train_stage
 from minglm.report.records import (
     DataRecord,
@@ -101,15 +101,8 @@ class RecipeRunner:
         )
 
     def is_done(self, stage: Stage) -> bool:
-        """Return whether a stage need not be trained.
-
-        It is complete, or a later stage of pre-training is: an import leaves only the last of them.
-        """
-        if stage.kind != StageKind.PRETRAIN:
-            return self.checkpoints.is_complete(stage.name)
-        pretraining = [other.name for other in self.stages if other.kind == StageKind.PRETRAIN]
-        later = pretraining[pretraining.index(stage.name) :]
-        return any(self.checkpoints.is_complete(name) for name in later)
+        """Return whether a stage need not be trained."""
+        return is_done(stage, self.stages, self.checkpoints)
 
     def execute(self, only: str | None = None, until: str | None = None) -> bool:
         """Run all stages, or one (`only`), or those up to one (`until`). Return whether the whole run is complete.

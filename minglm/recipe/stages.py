@@ -23,16 +23,18 @@ from minglm.config import (
     StageConfig,
 )
 from minglm.envs import ENVIRONMENTS
-from minglm.envs.pathology import PathologyPrompts
 from minglm.plan.counts import flops_per_token
 from minglm.recipe.solutions import check_environments
 from minglm.report.records import Moment
+from minglm.train.checkpoint import CheckpointStore
 from minglm.train.loop import Phase
 from minglm.train.stages import phases
 
 BYTES_PER_TOKEN = 3  # of conversations, with a tokenizer as small as the toy's
 UTILISATION = 0.3
-PACKED_LENGTH = 256  # tokens that a position attends to at most, for the estimate: packed documents are short
+PACKED_LENGTH = (
+    256  # tokens that a position attends to at most, for the estimate: packed documents are short
+)
 
 # Streams of training tasks: stages with different numbers never draw the same tasks. Mid-training has 1.
 COLD_START_STREAM = 2
@@ -244,9 +246,7 @@ def _unification(
         teaches="all tasks together",
         base=unified.name,
         config=post.general_rl,
-        evaluation=EvalPlan(
-            environments=learned, thinking=(True, False), pathology=Moment.BEFORE
-        ),
+        evaluation=EvalPlan(environments=learned, thinking=(True, False), pathology=Moment.BEFORE),
         thinking_share=post.thinking_share,
     )
     pathology = _reinforcement(
@@ -287,6 +287,18 @@ def _reinforcement(
         config=config,
         thinking_share=thinking_share,
     )
+
+
+def is_done(stage: Stage, stages: Sequence[Stage], checkpoints: CheckpointStore) -> bool:
+    """Return whether a stage need not be trained.
+
+    It is complete, or a later stage of pre-training is: an import leaves only the last of them.
+    """
+    if stage.kind != StageKind.PRETRAIN:
+        return checkpoints.is_complete(stage.name)
+    pretraining = [other.name for other in stages if other.kind == StageKind.PRETRAIN]
+    later = pretraining[pretraining.index(stage.name) :]
+    return any(checkpoints.is_complete(name) for name in later)
 
 
 def prompts_for(post: PostTrainingConfig) -> dict[str, int]:

@@ -47,7 +47,9 @@ def train_stage(context: RunContext, stage: Stage, model: GLM, base_state: State
         case PretrainStage():
             return pretrain(context, stage, model, base_state)
         case ColdStartStage():
-            return fine_tune(context, stage.name, stage.config, model, cold_start_conversations(stage))
+            return fine_tune(
+                context, stage.name, stage.config, model, cold_start_conversations(stage)
+            )
         case UnifiedStage():
             return unify(context, stage, model)
         case RLStage():
@@ -106,9 +108,7 @@ def fine_tune(
             masks[environment] = tuple(example.mask_S for example in examples)
     if not tokens:
         raise ValueError(f"{name}: no conversation fits sequence_length = {config.sequence_length}")
-    weights = {
-        environment: float(sum(map(len, group))) for environment, group in tokens.items()
-    }
+    weights = {environment: float(sum(map(len, group))) for environment, group in tokens.items()}
     phase = sft.phase(name, config, context.run, int(config.epochs * sum(weights.values())))
     stream = Mixture(
         tokens,

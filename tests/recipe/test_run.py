@@ -28,7 +28,15 @@ from minglm.__main__ import main
 from minglm.common.files import read_jsonl
 from minglm.config import load_config
 from minglm.envs.pathology import CATALOGUE
-from minglm.recipe.run import RecipeRunner, truncate_reasoning
+from minglm.recipe.conversations import (
+    cold_start_conversations,
+    experts_answers,
+    truncate_reasoning,
+    unified_conversations,
+)
+from minglm.recipe.run import RecipeRunner
+from minglm.recipe.stages import plan_stages
+from minglm.recipe.training import fine_tune
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pipeline")]
 __all__ = ["copied", "finished"]  # fixtures
@@ -361,23 +369,14 @@ def test_a_stage_needs_the_one_before(copied):
 
 
 @pytest.fixture
-def taught(copied, monkeypatch):
-    """A function: the conversations that an SFT stage would train on, {environment: [(messages, tools, thinking)]}."""
-    found = []
-    monkeypatch.setattr(
-        RecipeRunner,
-        "fine_tune",
-        lambda self, stage, model, c, *_: found.append(c) or {"tokens": 0},
-    )
+def context(copied):
+    """What the stages of a finished run share."""
+    return RecipeRunner(small(), copied, quiet=True).context
 
-    def conversations(name, run=None, method="cold_start"):
-        (copied / "config.json").unlink()  # so that another config may use the folder
-        pipeline = RecipeRunner(run or small(), copied, quiet=True)
-        stage = next(stage for stage in pipeline.stages if stage.name == name)
-        getattr(pipeline, method)(stage, None, None, pipeline.checkpoints(name))
-        return found[-1]
 
-    return conversations
+def planned(name, run=None):
+    """The stage of this name in the plan of a run."""
+    return next(stage for stage in plan_stages(run or small()) if stage.name == name)
 
 
 def thoughts(messages):
@@ -385,11 +384,13 @@ def thoughts(messages):
     return [m.get("reasoning_content") for m in messages if m["role"] == "assistant"]
 
 
-def test_the_unified_model_learns_both_modes(taught):
+def test_the_unified_model_learns_both_modes(context):
     """Half of the answers with their thinking and half without it, from every environment of the experts; and answers
-    to provoking prompts, clean ones and spoilt ones.
+    to prompts that provoke pathologies, clean ones and corrupted ones.
     """
-    conversations = taught("unified", method="unify")
+    stage = planned("unified")
+    answers, _ = experts_answers(context, stage)
+    conversations = unified_conversations(context, stage, answers)
     assert set(conversations) == {"arithmetic", "code", "retail", "instructions", "provocation"}
     clean = {
         reply
@@ -405,9 +406,9 @@ def test_the_unified_model_learns_both_modes(taught):
         assert all(bool(text) == thinking for text in thoughts(messages))
 
 
-def test_the_cold_start_thinks(taught):
+def test_the_cold_start_thinks():
     """Solutions of the oracle to training tasks, as many for each environment as the config says, all with thinking."""
-    conversations = taught("reasoning.sft")
+    conversations = cold_start_conversations(planned("reasoning.sft"))
     assert {name: len(group) for name, group in conversations.items()} == {
         "arithmetic": 8,
         "code": 8,
@@ -419,14 +420,12 @@ def test_the_cold_start_thinks(taught):
     )
 
 
-def test_a_truncated_share_of_the_cold_start_stops_after_the_first_step(taught):
+def test_a_truncated_share_of_the_cold_start_stops_after_the_first_step():
     """A quarter of each environment's solutions have the first step of their thought only; the answers stay."""
-    run, whole = small(), taught("reasoning.sft")["arithmetic"]
-    truncated = dataclasses.replace(run.posttraining.reasoning, truncated_reasoning_share=0.25)
-    run = dataclasses.replace(
-        run, posttraining=dataclasses.replace(run.posttraining, reasoning=truncated)
-    )
-    found = taught("reasoning.sft", run)["arithmetic"]
+    stage = planned("reasoning.sft")
+    whole = cold_start_conversations(stage)["arithmetic"]
+    truncated = dataclasses.replace(stage, truncated_reasoning_share=0.25)
+    found = cold_start_conversations(truncated)["arithmetic"]
     changed = [pair for pair in zip(found, whole) if pair[0] != pair[1]]
     assert len(changed) == len(whole) // 4
     for (short, _, _), (full, _, _) in changed:
@@ -439,14 +438,11 @@ def test_a_truncated_share_of_the_cold_start_stops_after_the_first_step(taught):
         )
 
 
-def test_conversations_that_do_not_fit_are_left_out(copied):
+def test_conversations_that_do_not_fit_are_left_out(context):
     """A row that holds no conversation at all is refused in one line."""
-    run = small()
-    short = dataclasses.replace(run.posttraining.reasoning.sft, sequence_length=4)
-    pipeline = RecipeRunner(run, copied, quiet=True)
-    stage = next(stage for stage in pipeline.stages if stage.name == "reasoning.sft")
+    short = dataclasses.replace(small().posttraining.reasoning.sft, sequence_length=4)
     messages = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
     with pytest.raises(
         ValueError, match=r"reasoning\.sft: no conversation fits sequence_length = 4"
     ):
-        pipeline.fine_tune(stage, None, {"arithmetic": [(messages, (), False)]}, short, None)
+        fine_tune(context, "reasoning.sft", short, None, {"arithmetic": [(messages, (), False)]})

@@ -1,0 +1,149 @@
+"""Check everything that can be checked before anything is written, without a GPU and without data (no section).
+
+    sources      every source of every mixture is built in, drawn from an environment, or can come from data.files
+    files        data.files, data.tokenizer and data.web_labels exist; the tokenizer fits the vocabulary
+    kernels      Triton has a GPU to run on
+    stages       --only and --until name stages
+    disk         the checkpoints fit, estimated from the weights and the state of the optimizer
+
+The values themselves were checked when the config was loaded, the environments when the stages were planned.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from minglm.common.device import pick_device
+from minglm.config import Kernels, RunConfig
+from minglm.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from minglm.plan.counts import count_parameters
+from minglm.plan.memory import optimizer_split
+from minglm.recipe.solutions import solved_environments
+from minglm.recipe.stages import Stage, StageKind, is_done
+from minglm.train.checkpoint import CheckpointStore
+
+BUILT_IN_SOURCES = ("prose", "code", "math", "science", "qa", "long", "repository")
+SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # a token for each byte, and the special ones
+GIB = 2**30
+
+
+class DiskNeed(NamedTuple):
+    """Room for the checkpoints that a run will write."""
+
+    needed: int
+    """Bytes of the final checkpoints still to be written, and of the partial ones of the stage in progress."""
+    free: int
+    """Bytes free on the disk of the run's folder."""
+
+    def __str__(self) -> str:
+        """Return one line for people."""
+        sizes = f"{self.needed / GIB:,.2f} GiB needed, {self.free / GIB:,.2f} GiB free"
+        return f"checkpoints: {sizes}" + ("" if self.fits else ": not enough")
+
+    @property
+    def fits(self) -> bool:
+        """Return whether the checkpoints fit."""
+        return self.needed <= self.free
+
+
+def check_run(run: RunConfig) -> None:
+    """Raise ValueError, in one line, for sources, files or kernels that this run cannot have."""
+    check_sources(run)
+    check_files(run)
+    check_vocabulary(run)
+    check_kernels(run)
+
+
+def check_sources(run: RunConfig) -> None:
+    """Refuse a mixture with a source that neither the corpus nor the environments nor data.files can provide."""
+    tasks = [f"tasks:{name}" for name in solved_environments(run)]
+    for name, stage in run.stages.items():
+        for source in stage.mixture if stage.tokens else ():
+            if source.startswith("user:") and not run.data.files:
+                raise ValueError(
+                    f"stages.{name}.mixture names the source {source!r}, but there are no data.files to read it from"
+                )
+            if not source.startswith("user:") and source not in (*BUILT_IN_SOURCES, *tasks):
+                known = ", ".join([*BUILT_IN_SOURCES, *tasks])
+                raise ValueError(
+                    f"stages.{name}.mixture names the source {source!r}; there are {known}, and user:NAME"
+                )
+
+
+def check_files(run: RunConfig) -> None:
+    """Refuse data that is not there. A data set of a hub (hf:NAME) is looked up only when it is read."""
+    for given in run.data.files:
+        path = given
+        if given.startswith("hf:"):
+            continue
+        if given.startswith("git:"):
+            path = given.removeprefix("git:").partition(":")[0]
+        if not Path(path).exists():
+            raise ValueError(f"data.files: there is no file or folder {path}")
+    for option in ("tokenizer", "web_labels"):
+        path = getattr(run.data, option)
+        if path and not Path(path).is_file():
+            raise ValueError(f"data.{option} = {path!r}: there is no such file")
+
+
+def check_vocabulary(run: RunConfig) -> None:
+    """Refuse a tokenizer with more ids than the model, or a model with too few ids for any tokenizer."""
+    size = run.model.vocab_size
+    if run.data.tokenizer:
+        ids = Tokenizer.load(run.data.tokenizer).vocab_size
+        if ids > size:
+            raise ValueError(f"model.vocab_size = {size}: the tokenizer has {ids} ids")
+    elif size < SMALLEST_VOCABULARY:
+        raise ValueError(
+            f"model.vocab_size = {size}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens "
+            f"need at least {SMALLEST_VOCABULARY}"
+        )
+
+
+def check_kernels(run: RunConfig) -> None:
+    """Refuse Triton kernels where there is no GPU for them."""
+    device = pick_device(run.device)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if run.kernels == Kernels.TRITON and device.type != "cuda" and not interpreted:
+        raise ValueError(
+            "kernels = 'triton' needs a GPU; use --kernels auto, or TRITON_INTERPRET=1 for a slow test"
+        )
+
+
+def check_stage_names(stages: Sequence[Stage], only: str | None, until: str | None) -> None:
+    """Refuse the name of a stage that the run does not have."""
+    names = [stage.name for stage in stages]
+    for option, name in (("--only", only), ("--until", until)):
+        if name is not None and name not in names:
+            raise ValueError(f"{option} {name}: no such stage; the stages are {', '.join(names)}")
+
+
+def disk_need(run: RunConfig, stages: Sequence[Stage], out: Path) -> DiskNeed:
+    """Compare the checkpoints that are still to be written with the free space of the disk under `out`.
+
+    Weights have 4 bytes a parameter; so has the momentum of Muon, and each of the two moments of AdamW.
+    """
+    weights = 4 * count_parameters(run.model)["total_with_mtp"]
+    by_muon, by_adamw = optimizer_split(run.model, run.optimizer)
+    optimizer = 4 * by_muon + 2 * 4 * by_adamw
+    store = CheckpointStore(out)
+    needed = 0
+    for stage in stages:
+        if not is_done(stage, stages, store):
+            needed += weights
+            if stage.kind == StageKind.PRETRAIN:  # the next stage continues with its optimizer
+                needed += optimizer
+    if needed:
+        needed += 2 * (weights + optimizer)  # the partial checkpoint and the one before it
+    existing = next(
+        folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists()
+    )
+    return DiskNeed(needed, shutil.disk_usage(existing).free)
+
+
+def check_disk(need: DiskNeed, out: Path) -> None:
+    """Refuse a run whose checkpoints do not fit on the disk."""
+    if not need.fits:
+        raise ValueError(f"--out {out}: {need}; free space or choose another --out")
