@@ -2,15 +2,15 @@
 
     python -m minglm plan configs/air_106b.py --gpus 64
 
-Narrower than GLM-4.5 and half as deep, and besides: no QK-norm, routed experts not scaled, one dense layer. Stages,
-schedule and post-training are the paper's, the defaults of `minglm.config.run`.
+Narrower than GLM-4.5 and half as deep; it also has no QK-norm, one dense layer, and routed experts that are not scaled.
+Stages, schedule and post-training are the paper's, the defaults of `minglm.config`.
 """
 
-from minglm.config import ModelConfig, OptimizerConfig, RunConfig
+from minglm.config import ModelConfig, OptimizerConfig, Precision, RunConfig
 
 
-def air_106b():
-    """GLM-4.5-Air: 1 dense and 45 MoE layers, 128 experts of which 8 and a shared one serve a token."""
+def air_106b() -> RunConfig:
+    """Configure GLM-4.5-Air: 1 dense and 45 MoE layers, 128 experts of which 8 and a shared one process each token."""
     return RunConfig(
         name="air_106b",
         model=ModelConfig(
@@ -23,6 +23,6 @@ def air_106b():
             routed_scaling_factor=1.0,
             use_qk_norm=False,
         ),
-        optimizer=OptimizerConfig(microbatch_tokens=16384),
-        dtype="bfloat16",
+        optimizer=OptimizerConfig(microbatch_tokens=16_384),
+        dtype=Precision.BFLOAT16,
     )

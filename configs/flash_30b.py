@@ -3,15 +3,15 @@
     python -m minglm plan configs/flash_30b.py --gpus 16
 
 Not in the paper: its successor for a single machine. Multi-head latent attention in place of grouped-query attention,
-no QK-norm, 64 experts of which 4 and a shared one serve a token, another vocabulary. Stages, schedule and post-training
-are the paper's, the defaults of `minglm.config.run`.
+no QK-norm, 64 experts of which 4 and a shared one process each token, another vocabulary. Stages, schedule and
+post-training are the paper's, the defaults of `minglm.config`.
 """
 
-from minglm.config import ModelConfig, OptimizerConfig, RunConfig
+from minglm.config import ModelConfig, OptimizerConfig, Precision, RunConfig
 
 
-def flash_30b():
-    """GLM-4.7-Flash: 1 dense and 46 MoE layers, 20 heads of 256 over a latent of 512."""
+def flash_30b() -> RunConfig:
+    """Configure GLM-4.7-Flash: 1 dense and 46 MoE layers, 20 heads of 256 over a latent of 512."""
     return RunConfig(
         name="flash_30b",
         model=ModelConfig(
@@ -36,6 +36,6 @@ def flash_30b():
             attention_bias=False,
             max_position_embeddings=202752,
         ),
-        optimizer=OptimizerConfig(microbatch_tokens=16384),
-        dtype="bfloat16",
+        optimizer=OptimizerConfig(microbatch_tokens=16_384),
+        dtype=Precision.BFLOAT16,
     )

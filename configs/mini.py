@@ -1,12 +1,12 @@
-"""The whole paper on one GPU: GLM-4.5 with every width divided by eight, 0.8 B parameters, for a corpus of your own.
+"""The whole recipe on one GPU: GLM-4.5 with every width divided by eight, 0.8 B parameters, for your own corpus.
 
     python -m minglm plan configs/mini.py
     python -m minglm run configs/mini.py --data.files /path/to/text /path/to/code
 
-An eighth of GLM-4.5 in width, heads, FFN, experts and depth; the width of a head, 160 experts of which 8 and a shared
-one serve a token, QK-norm, the ratio of the stages' tokens and their lengths are its own. Planned for a night on an
-80 GB GPU with Triton kernels, layers recomputed. Learning rate, warm-up and batch are guesses by scale that nobody has
-tried yet at this size: watch `grad_norm` and `left_out` for the first hour. Tasks and their lengths are the toy's.
+An eighth of GLM-4.5 in width, heads, FFN, experts and depth. It keeps the width of a head, 160 experts of which 8 and a
+shared one process each token, QK-norm, and the stages' ratio of tokens and their lengths. It is planned for a night on
+an 80 GB GPU with Triton kernels and recomputed layers. Learning rate, warm-up and batch size are guesses by scale that
+nobody has tried at this size: watch `grad_norm` and `left_out` for the first hour. Tasks and their lengths are the toy's.
 """
 
 from minglm.config import (
@@ -15,7 +15,9 @@ from minglm.config import (
     ExpertConfig,
     ModelConfig,
     OptimizerConfig,
+    Packing,
     PostTrainingConfig,
+    Precision,
     RLConfig,
     RunConfig,
     SFTConfig,
@@ -23,112 +25,159 @@ from minglm.config import (
     StagesConfig,
 )
 
+LONG_ROPE_THETA = 1_000_000.0
+"""Rotary base of the stages with long rows, as in the paper (10,000 before)."""
 
-def mini():
-    """1 dense and 11 MoE layers, 12 heads of 128 that share one key/value head, 160 experts, one 80 GB GPU."""
-    sft, rl = (
-        SFTConfig(20_000, 2.0, 131_072, 8192, 2e-4),
-        {"prompts": 32, "samples": 16, "max_new_tokens": 2048},
-    )
+
+def mini() -> RunConfig:
+    """Configure 0.8 B parameters for one 80 GB GPU."""
     return RunConfig(
         name="mini",
-        model=ModelConfig(
-            vocab_size=32_768,
-            hidden_size=640,
-            num_hidden_layers=12,
-            first_k_dense_replace=1,
-            num_attention_heads=12,
-            num_key_value_heads=1,
-            intermediate_size=1536,
-            moe_intermediate_size=192,
-        ),
+        model=model(),
         data=DataConfig(
             corpus_megabytes=20_000.0,
             near_duplicates=0.7,
             synthetic_documents=200_000,
             trajectories=200_000,
         ),
-        stages=StagesConfig(
-            general=StageConfig(
-                "prose, code, facts",
-                3_900_000_000,
-                4096,
-                {"prose": 6, "code": 3, "qa": 0.2, "science": 0.1, "math": 0.1},
-            ),
-            code_reasoning=StageConfig(
-                "code and mathematics", 1_820_000_000, 4096, {"code": 6, "prose": 3, "math": 1}
-            ),
-            repository=StageConfig(
-                "code across files",
-                130_000_000,
-                32_768,
-                {"repository": 3, "code": 1},
-                "best_fit",
-                1_000_000.0,
-            ),
-            reasoning=StageConfig(
-                "worked solutions",
-                130_000_000,
-                32_768,
-                {
-                    "tasks:arithmetic": 2,
-                    "tasks:instructions": 2,
-                    "tasks:code": 2,
-                    "tasks:retail": 2,
-                    "tasks:provocation": 0.5,
-                    "prose": 2,
-                    "code": 2,
-                },
-                "best_fit",
-                1_000_000.0,
-            ),
-            long_agent=StageConfig(
-                "long documents, agents",
-                26_000_000,
-                131_072,
-                {"tasks:retail": 3, "long": 3, "repository": 2, "prose": 2},
-                "best_fit",
-                1_000_000.0,
-            ),
-        ),
+        stages=stages(),
         optimizer=OptimizerConfig(
             peak_lr=2e-3,
             warmup_tokens=60_000_000,
             batch_tokens_start=262_144,
             batch_tokens_end=1_048_576,
             batch_ramp_tokens=130_000_000,
-            microbatch_tokens=131_072,
-            spike_factor=20.0,
+            microbatch_tokens=131_072,  # one row of the longest stage
+            spike_factor=20.0,  # a run without supervision skips spikes
             rollback_after=20,
         ),
-        posttraining=PostTrainingConfig(
-            reasoning=ExpertConfig(
-                ("arithmetic", "code"), sft, RLConfig(("arithmetic",), 200, peak_lr=5e-6, **rl)
-            ),
-            agent=ExpertConfig(
-                ("retail",),
-                sft,
-                RLConfig(("retail",), 200, max_turns=8, peak_lr=5e-6, normalize_std=False, **rl),
-            ),
-            chat=ExpertConfig(
-                ("instructions",), sft, RLConfig(("instructions",), 200, peak_lr=5e-6, **rl)
-            ),
-            unified=SFTConfig(100_000, 2.0, 131_072, 8192, 2e-4),
-            prompts_per_environment=20_000,
-            responses_per_prompt=2,
-            pathology_samples=2000,
-            general_rl=RLConfig(
-                ("arithmetic", "retail", "instructions"), 100, max_turns=8, peak_lr=2e-6, **rl
-            ),
-            pathology_rl=RLConfig(
-                ("provocation",) * 6 + ("arithmetic", "instructions"),
-                50,
-                fault_penalty=1.0,
-                peak_lr=2e-6,
-                **rl,
+        posttraining=posttraining(),
+        evaluation=EvaluationConfig(max_new_tokens=4096, every_tokens=250_000_000),
+        dtype=Precision.BFLOAT16,
+        recompute=True,
+    )
+
+
+def model() -> ModelConfig:
+    """Configure 1 dense and 11 MoE layers, 12 heads of 128 that share one key/value head, 160 experts."""
+    return ModelConfig(
+        vocab_size=32_768,
+        hidden_size=640,
+        num_hidden_layers=12,
+        first_k_dense_replace=1,
+        num_attention_heads=12,
+        num_key_value_heads=1,
+        intermediate_size=1536,
+        moe_intermediate_size=192,
+    )
+
+
+def stages() -> StagesConfig:
+    """Configure the five stages of pre- and mid-training, 6 B tokens in all."""
+    return StagesConfig(
+        general=StageConfig(
+            teaches="prose, code, facts",
+            tokens=3_900_000_000,
+            sequence_length=4096,
+            mixture={"prose": 6, "code": 3, "qa": 0.2, "science": 0.1, "math": 0.1},
+        ),
+        code_reasoning=StageConfig(
+            teaches="code and mathematics",
+            tokens=1_820_000_000,
+            sequence_length=4096,
+            mixture={"code": 6, "prose": 3, "math": 1},
+        ),
+        repository=StageConfig(
+            teaches="code across files",
+            tokens=130_000_000,
+            sequence_length=32_768,
+            mixture={"repository": 3, "code": 1},
+            packing=Packing.BEST_FIT,
+            rope_theta=LONG_ROPE_THETA,
+        ),
+        reasoning=StageConfig(
+            teaches="worked solutions",
+            tokens=130_000_000,
+            sequence_length=32_768,
+            mixture={
+                "tasks:arithmetic": 2,
+                "tasks:instructions": 2,
+                "tasks:code": 2,
+                "tasks:retail": 2,
+                "tasks:provocation": 0.5,
+                "prose": 2,
+                "code": 2,
+            },
+            packing=Packing.BEST_FIT,
+            rope_theta=LONG_ROPE_THETA,
+        ),
+        long_agent=StageConfig(
+            teaches="long documents, agents",
+            tokens=26_000_000,
+            sequence_length=131_072,
+            mixture={"tasks:retail": 3, "long": 3, "repository": 2, "prose": 2},
+            packing=Packing.BEST_FIT,
+            rope_theta=LONG_ROPE_THETA,
+        ),
+    )
+
+
+def posttraining() -> PostTrainingConfig:
+    """Configure three experts, the unified model, and two stages of RL."""
+    cold_start = SFTConfig(
+        samples=20_000,
+        epochs=2.0,
+        batch_tokens=131_072,
+        sequence_length=8192,
+        peak_lr=2e-4,
+    )
+    rollouts = {"prompts": 32, "samples": 16, "max_new_tokens": 2048}
+    return PostTrainingConfig(
+        reasoning=ExpertConfig(
+            environments=("arithmetic", "code"),
+            sft=cold_start,
+            rl=RLConfig(environments=("arithmetic",), steps=200, peak_lr=5e-6, **rollouts),
+        ),
+        agent=ExpertConfig(
+            environments=("retail",),
+            sft=cold_start,
+            rl=RLConfig(
+                environments=("retail",),
+                steps=200,
+                max_turns=8,
+                peak_lr=5e-6,
+                normalize_std=False,
+                **rollouts,
             ),
         ),
-        evaluation=EvaluationConfig(max_new_tokens=4096, every_tokens=250_000_000),
-        dtype="bfloat16",
-        recompute=True,
+        chat=ExpertConfig(
+            environments=("instructions",),
+            sft=cold_start,
+            rl=RLConfig(environments=("instructions",), steps=200, peak_lr=5e-6, **rollouts),
+        ),
+        unified=SFTConfig(
+            samples=100_000,
+            epochs=2.0,
+            batch_tokens=131_072,
+            sequence_length=8192,
+            peak_lr=2e-4,
+        ),
+        prompts_per_environment=20_000,
+        responses_per_prompt=2,
+        pathology_samples=2000,
+        general_rl=RLConfig(
+            environments=("arithmetic", "retail", "instructions"),
+            steps=100,
+            max_turns=8,
+            peak_lr=2e-6,
+            **rollouts,
+        ),
+        pathology_rl=RLConfig(
+            # Environments take turns, so a repeated name has more prompts: 6 of 8 provoke pathologies.
+            environments=("provocation",) * 6 + ("arithmetic", "instructions"),
+            steps=50,
+            fault_penalty=1.0,
+            peak_lr=2e-6,
+            **rollouts,
+        ),
     )

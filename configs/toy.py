@@ -5,12 +5,12 @@ paper's 5% because a model this small has to learn its tasks there.
 """
 
 from minglm.config import (
-    BalanceConfig,
     DataConfig,
     EvaluationConfig,
     ExpertConfig,
     ModelConfig,
     OptimizerConfig,
+    Packing,
     PostTrainingConfig,
     RLConfig,
     RunConfig,
@@ -19,141 +19,237 @@ from minglm.config import (
     StagesConfig,
 )
 
+LONG_ROPE_THETA = 1_000_000.0
+"""Rotary base of the stages with long rows, as in the paper (10,000 before)."""
 
-def toy():
-    """1.7 M parameters, 2 CPU cores, minutes."""
+
+def toy() -> RunConfig:
+    """Configure 1.7 M parameters, 2 CPU cores, minutes."""
     return RunConfig(
         name="toy",
-        model=ModelConfig(
-            vocab_size=2048,
-            hidden_size=96,
-            num_hidden_layers=4,
-            first_k_dense_replace=1,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            head_dim=24,
-            rope_theta=1_000_000.0,
-            intermediate_size=288,
-            moe_intermediate_size=48,
-            n_routed_experts=16,
-            num_experts_per_tok=4,
-            max_position_embeddings=4096,
-            initializer_range=0.06,
-        ),
+        model=model(),
         data=DataConfig(
             corpus_megabytes=6.0,
             fim_rate=0.3,
-            fim_characters=250,
+            fim_characters=250,  # so that a rewritten span fits into a row
             synthetic_documents=6000,
             trajectories=9000,
         ),
-        stages=StagesConfig(
-            general=StageConfig(
-                "prose, code, facts",
-                330_000,
-                128,
-                {"prose": 3, "code": 3, "qa": 2, "science": 1, "math": 1},
-            ),
-            code_reasoning=StageConfig(
-                "code and mathematics", 155_000, 128, {"code": 4, "math": 4, "qa": 1, "science": 1}
-            ),
-            repository=StageConfig(
-                "code across files",
-                60_000,
-                1024,
-                {"repository": 3, "code": 1},
-                "best_fit",
-                1_000_000.0,
-            ),
-            reasoning=StageConfig(
-                "worked solutions",
-                1_000_000,
-                1024,
-                {
-                    "tasks:arithmetic": 5,
-                    "tasks:instructions": 6,
-                    "tasks:code": 2,
-                    "tasks:retail": 6,
-                    "tasks:provocation": 1,
-                    "qa": 1,
-                    "prose": 1,
-                    "code": 1,
-                },
-                "best_fit",
-                1_000_000.0,
-            ),
-            long_agent=StageConfig(
-                "long documents, agents",
-                350_000,
-                4096,
-                {
-                    "tasks:retail": 4,
-                    "long": 1,
-                    "tasks:arithmetic": 3,
-                    "tasks:instructions": 4,
-                    "tasks:provocation": 1,
-                    "tasks:code": 1,
-                    "prose": 1,
-                    "code": 1,
-                },
-                "best_fit",
-                1_000_000.0,
-            ),
-        ),
+        stages=stages(),
         optimizer=OptimizerConfig(
-            peak_lr=2e-2,
+            peak_lr=2e-2,  # Muon on matrices this small takes a large step
             warmup_tokens=40_000,
             batch_tokens_start=1024,
             batch_tokens_end=2048,
-            batch_ramp_tokens=330_000,
+            batch_ramp_tokens=330_000,  # all of the first stage
             microbatch_tokens=4096,
         ),
-        balance=BalanceConfig(),
         posttraining=PostTrainingConfig(
-            reasoning=ExpertConfig(
-                ("arithmetic", "code"),
-                SFTConfig(400, 2.0, 2048, 512, 3e-3),
-                truncated_reasoning_share=0.6,
-                rl=RLConfig(("arithmetic",), 42, 16, 8, 72, 1, peak_lr=3e-4),
+            reasoning=reasoning_expert(),
+            agent=agent_expert(),
+            chat=chat_expert(),
+            unified=SFTConfig(
+                samples=10_000,
+                epochs=3.0,
+                batch_tokens=4096,
+                sequence_length=512,
+                peak_lr=4e-3,
             ),
-            agent=ExpertConfig(
-                ("retail",),
-                SFTConfig(100, 2.0, 4096, 512, 2e-3),
-                RLConfig(("retail",), 14, 6, 8, 48, 8, peak_lr=5e-4, normalize_std=False),
-                distilled=2.0,
-            ),
-            chat=ExpertConfig(
-                ("instructions",),
-                SFTConfig(2000, 1.0, 4096, 512, 3e-3),
-                RLConfig(("instructions",), 24, 16, 8, 64, 1, peak_lr=4e-4),
-                distilled=2.5,
-            ),
-            unified=SFTConfig(10_000, 3.0, 4096, 512, 4e-3),
             prompts_per_environment=3000,
             responses_per_prompt=1,
-            pathology_samples=600,
-            general_rl=RLConfig(
-                ("arithmetic", "retail", "instructions"),
-                12,
-                12,
-                8,
-                72,
-                8,
-                peak_lr=2e-4,
-                fault_penalty=1.0,
-            ),
-            pathology_rl=RLConfig(
-                ("provocation",) * 12 + ("arithmetic",) * 2 + ("instructions",) * 2 + ("retail",),
-                46,
-                16,
-                8,
-                72,
-                8,
-                peak_lr=5e-4,
-                fault_penalty=1.0,
-            ),
+            pathology_samples=600,  # half of them corrupted, so that pathology RL has something to cure
+            general_rl=general_rl(),
+            pathology_rl=pathology_rl(),
         ),
         evaluation=EvaluationConfig(
-            problems=100, samples=2, max_new_tokens=80, heldout_tokens=10_000
+            problems=100,
+            samples=2,
+            max_new_tokens=80,
+            heldout_tokens=10_000,
         ),
+    )
+
+
+def model() -> ModelConfig:
+    """Configure 1 dense and 3 MoE layers, 8 heads of 24, 16 experts of which 4 and a shared one process each token."""
+    return ModelConfig(
+        vocab_size=2048,
+        hidden_size=96,
+        num_hidden_layers=4,
+        first_k_dense_replace=1,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=24,
+        rope_theta=LONG_ROPE_THETA,
+        intermediate_size=288,
+        moe_intermediate_size=48,
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        max_position_embeddings=4096,
+        initializer_range=0.06,  # larger than 0.02, because the width is small
+    )
+
+
+def stages() -> StagesConfig:
+    """Configure the five stages of pre- and mid-training; solved tasks are sources of the last two."""
+    return StagesConfig(
+        general=StageConfig(
+            teaches="prose, code, facts",
+            tokens=330_000,
+            sequence_length=128,
+            mixture={"prose": 3, "code": 3, "qa": 2, "science": 1, "math": 1},
+        ),
+        code_reasoning=StageConfig(
+            teaches="code and mathematics",
+            tokens=155_000,
+            sequence_length=128,
+            mixture={"code": 4, "math": 4, "qa": 1, "science": 1},
+        ),
+        repository=StageConfig(
+            teaches="code across files",
+            tokens=60_000,
+            sequence_length=1024,
+            mixture={"repository": 3, "code": 1},
+            packing=Packing.BEST_FIT,
+            rope_theta=LONG_ROPE_THETA,
+        ),
+        reasoning=StageConfig(
+            teaches="worked solutions",
+            tokens=1_000_000,
+            sequence_length=1024,
+            mixture={
+                "tasks:arithmetic": 5,
+                "tasks:instructions": 6,
+                "tasks:code": 2,
+                "tasks:retail": 6,
+                "tasks:provocation": 1,
+                "qa": 1,
+                "prose": 1,
+                "code": 1,
+            },
+            packing=Packing.BEST_FIT,
+            rope_theta=LONG_ROPE_THETA,
+        ),
+        long_agent=StageConfig(
+            teaches="long documents, agents",
+            tokens=350_000,
+            sequence_length=4096,
+            mixture={
+                "tasks:retail": 4,
+                "long": 1,
+                "tasks:arithmetic": 3,
+                "tasks:instructions": 4,
+                "tasks:provocation": 1,
+                "tasks:code": 1,
+                "prose": 1,
+                "code": 1,
+            },
+            packing=Packing.BEST_FIT,
+            rope_theta=LONG_ROPE_THETA,
+        ),
+    )
+
+
+def reasoning_expert() -> ExpertConfig:
+    """Configure the expert for sums and code."""
+    return ExpertConfig(
+        environments=("arithmetic", "code"),
+        sft=SFTConfig(
+            samples=400,
+            epochs=2.0,
+            batch_tokens=2048,
+            sequence_length=512,
+            peak_lr=3e-3,
+        ),
+        truncated_reasoning_share=0.6,  # RL has to rediscover that the remaining steps pay off
+        rl=RLConfig(
+            environments=("arithmetic",),
+            steps=42,
+            prompts=16,
+            samples=8,
+            max_new_tokens=72,
+            max_turns=1,
+            peak_lr=3e-4,
+        ),
+    )
+
+
+def agent_expert() -> ExpertConfig:
+    """Configure the expert for tool calls in several turns."""
+    return ExpertConfig(
+        environments=("retail",),
+        sft=SFTConfig(
+            samples=100,
+            epochs=2.0,
+            batch_tokens=4096,
+            sequence_length=512,
+            peak_lr=2e-3,
+        ),
+        rl=RLConfig(
+            environments=("retail",),
+            steps=14,
+            prompts=6,
+            samples=8,
+            max_new_tokens=48,
+            max_turns=8,
+            peak_lr=5e-4,
+            normalize_std=False,
+        ),
+        distilled=2.0,
+    )
+
+
+def chat_expert() -> ExpertConfig:
+    """Configure the expert for following instructions."""
+    return ExpertConfig(
+        environments=("instructions",),
+        sft=SFTConfig(
+            samples=2000,
+            epochs=1.0,
+            batch_tokens=4096,
+            sequence_length=512,
+            peak_lr=3e-3,
+        ),
+        rl=RLConfig(
+            environments=("instructions",),
+            steps=24,
+            prompts=16,
+            samples=8,
+            max_new_tokens=64,
+            max_turns=1,
+            peak_lr=4e-4,
+        ),
+        distilled=2.5,
+    )
+
+
+def general_rl() -> RLConfig:
+    """Configure RL of the unified model on all tasks."""
+    return RLConfig(
+        environments=("arithmetic", "retail", "instructions"),
+        steps=12,
+        prompts=12,
+        samples=8,
+        max_new_tokens=72,
+        max_turns=8,
+        peak_lr=2e-4,
+        fault_penalty=1.0,
+    )
+
+
+def pathology_rl() -> RLConfig:
+    """Configure RL against language mixing, loops and broken format; some other tasks keep what was learned."""
+    return RLConfig(
+        # Environments take turns, so a repeated name has more prompts: 12 of 17 provoke pathologies.
+        environments=("provocation",) * 12
+        + ("arithmetic",) * 2
+        + ("instructions",) * 2
+        + ("retail",),
+        steps=46,
+        prompts=16,
+        samples=8,
+        max_new_tokens=72,
+        max_turns=8,
+        peak_lr=5e-4,
+        fault_penalty=1.0,
     )
