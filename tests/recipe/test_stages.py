@@ -1,11 +1,13 @@
-"""The table a run starts with: stages in the paper's order, each on the weights of the right one, times that add up."""
+"""The plan of a run: stages in the paper's order, each with all that it needs, and times that add up."""
 
 from dataclasses import replace
 
 import pytest
 
 from minglm.config import load_config
-from minglm.recipe import stages as agenda
+from minglm.recipe import stages as planning
+from minglm.recipe.stages import EvalPlan, StageKind
+from minglm.report.records import Moment
 from minglm.train.stages import phases
 
 
@@ -16,37 +18,73 @@ def run():
 
 def test_stages_come_in_the_papers_order_and_each_starts_from_one_before_it(run):
     """Every stage is based on an earlier one; experts and the unified model on the last stage of mid-training."""
-    stages = agenda.plan_stages(run)
+    stages = planning.plan_stages(run)
     names = [stage.name for stage in stages]
     assert names[:5] == [name for name, _ in run.stages.items()]
-    assert [s.base for s in stages if s.name.endswith(".sft") or s.name == "unified"] == [
-        names[4]
-    ] * 4
+    from_the_base = (StageKind.COLD_START, StageKind.UNIFIED)
+    assert [stage.base for stage in stages if stage.kind in from_the_base] == [names[4]] * 4
     for position, stage in enumerate(stages):
         assert stage.base is None if position == 0 else stage.base in names[:position]
     assert names[-1] == "pathology_rl"
 
 
+def test_a_stage_carries_its_config(run):
+    """The options of each stage are those of the config, whatever the stage is called."""
+    post = run.posttraining
+    configs = [
+        *(config for _, config in run.stages.items()),
+        *(config for _, expert in post.experts() for config in (expert.sft, expert.rl)),
+        post.unified,
+        post.general_rl,
+        post.pathology_rl,
+    ]
+    assert [stage.config for stage in planning.plan_stages(run)] == configs
+
+
+def test_a_stage_carries_its_evaluation_plan(run):
+    """Text after pre-training, tasks from the base on, both modes from the unified model on, pathologies around RL."""
+    plans = {stage.name: stage.evaluation for stage in planning.plan_stages(run)}
+    learned = ("arithmetic", "code", "retail", "instructions")
+    assert plans["general"] == EvalPlan(text=True)
+    assert plans["long_agent"] == EvalPlan(text=True, environments=learned)
+    assert plans["agent.sft"] == plans["agent.rl"] == EvalPlan(environments=("retail",))
+    both = EvalPlan(environments=learned, thinking=(True, False))
+    assert plans["unified"] == both
+    assert plans["general_rl"] == replace(both, pathology=Moment.BEFORE)
+    assert plans["pathology_rl"] == replace(both, pathology=Moment.AFTER)
+
+
+def test_every_stage_that_draws_tasks_draws_others(run):
+    """Cold start, distillation and each stage of RL have seeds of their own, which change with the run's."""
+    kinds = (StageKind.COLD_START, StageKind.UNIFIED, StageKind.RL)
+    stages = [stage for stage in planning.plan_stages(run) if stage.kind in kinds]
+    groups = {
+        stage.name if stage.kind == StageKind.RL else stage.kind: stage.seed for stage in stages
+    }
+    assert len(set(groups.values())) == len(groups) == 7
+    others = planning.plan_stages(replace(run, seed=1))
+    assert not {stage.seed for stage in stages} & {stage.seed for stage in others}
+
+
 def test_tokens_of_the_first_stages_are_exact_and_minutes_scale_with_speed(run):
     """The tokens are those the phases train on; twice the speed is half the time."""
-    stages = agenda.plan_stages(run)
+    stages = planning.plan_stages(run)
     assert [stage.tokens for stage in stages[:5]] == [phase.tokens for phase in phases(run)]
-    slow, fast = (agenda.expected_minutes(run, stages, speed) for speed in (1e9, 2e9))
+    slow = planning.expected_minutes(run, stages, 1e9)
+    fast = planning.expected_minutes(run, stages, 2e9)
     assert fast == pytest.approx([minutes / 2 for minutes in slow])
     assert min(slow) > 0
 
 
 def test_the_table_has_a_line_for_every_stage(run):
-    """Name, tokens and rate of each stage stand in its line, below one heading."""
-    stages = agenda.plan_stages(run)
-    _, heading, *lines = agenda.table(run, stages, 1e9).splitlines()
+    """The line of a stage has its name, tokens and rate, below one heading."""
+    stages = planning.plan_stages(run)
+    _, heading, *lines = planning.table(run, stages, 1e9).splitlines()
     assert {"tokens", "minutes", "length"} <= set(heading.split())
     for stage, line in zip(stages, lines, strict=True):
-        assert (
-            line.startswith(stage.name)
-            and f"{stage.tokens:,}" in line
-            and f"{stage.learning_rate:g}" in line
-        )
+        assert line.startswith(stage.name)
+        assert f"{stage.tokens:,}" in line
+        assert f"{stage.learning_rate:g}" in line
 
 
 @pytest.mark.parametrize("weight", [0.5, 1.0, 2.0])
@@ -58,14 +96,10 @@ def test_experts_answer_in_proportion_to_tokens(weight):
         "chat": replace(post.chat, distilled=1.0),
     }
     post = replace(post, **experts, prompts_per_environment=10_000)
-    prompts = agenda.prompts_for(post)
-    tokens = {name: count * agenda.conversation_tokens([name]) for name, count in prompts.items()}
-    assert max(prompts.values()) == 10_000 and set(prompts) == {
-        "arithmetic",
-        "code",
-        "retail",
-        "instructions",
-    }
+    prompts = planning.prompts_for(post)
+    tokens = {name: count * planning.conversation_tokens([name]) for name, count in prompts.items()}
+    assert max(prompts.values()) == 10_000
+    assert set(prompts) == {"arithmetic", "code", "retail", "instructions"}
     whole = tokens["arithmetic"]
     assert tokens["retail"] == pytest.approx(weight * whole, rel=0.02)  # prompts are whole numbers
     assert all(tokens[name] == pytest.approx(whole, rel=0.02) for name in ("code", "instructions"))
