@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minglm.common.device import pick_device, pick_dtype
-from minglm.config.run import RunConfig, from_dict
+from minglm.config import RunConfig
+from minglm.config.run import from_dict
 from minglm.data.tokenizer import Tokenizer
 from minglm.kernels import dispatch
 from minglm.model.glm import GLM
-from minglm.recipe.stages import plan_stages
+from minglm.recipe.stages import PretrainStage, plan_stages
 from minglm.train.checkpoint import CheckpointStore
 
 
@@ -49,33 +50,39 @@ def load_run(folder: str | Path, stage: str | None = None) -> LoadedModel:
             f"{folder} is not the folder of a run: it has no config.json; give the --out of a run"
         )
     values = json.loads(path.read_text())
-    if "model_type" in values:
+    if "model_type" in values:  # the config.json of a released checkpoint
         return load_hf(folder, stage)
+
     config = from_dict(values["config"]).check()
     store = CheckpointStore(folder)
-    complete = store.complete(s.name for s in plan_stages(config))
-    if not complete or (stage or complete[-1]) not in complete:
+    stages = {planned.name: planned for planned in plan_stages(config)}
+    complete = store.complete(stages)
+    if not complete or (stage is not None and stage not in complete):
+        missing = f" {stage}" if stage else ""
         raise ValueError(
-            f"{folder}: no complete stage{f' {stage}' if stage else ''}; complete: {', '.join(complete) or 'none'}"
+            f"{folder}: no complete stage{missing}; complete: {', '.join(complete) or 'none'}"
         )
-    stage, model = stage or complete[-1], GLM(config.model)
-    model.load_state_dict(store.load(stage)["model"])
+    name = stage or complete[-1]
+    model = GLM(config.model)
+    model.load_state_dict(store.load(name)["model"])
     model.dtype = pick_dtype(config.dtype, model.device)
+    planned = stages[name]
+    if isinstance(planned, PretrainStage):  # later stages have the model's own rotary base
+        model.rope_theta = planned.config.rope_theta
     dispatch.use(config.kernels)
-    if (trained := getattr(config.stages, stage, None)) is not None:
-        model.rope_theta = trained.rope_theta
     tokenizer = Tokenizer.load(folder / "data" / "tokenizer.json")
-    return LoadedModel(model.eval(), tokenizer, config, stage, from_hf=False)
+    return LoadedModel(model.eval(), tokenizer, config, name, from_hf=False)
 
 
 def load_served(folder: str | Path, stage: str | None = None) -> ServedModel:
     """Load a run's folder or a released checkpoint with the dialect of its chat template."""
     loaded = load_run(folder, stage)
     template = Path(folder) / "chat_template.jinja"
-    keeps = template.exists() and "clear_thinking" in template.read_text(
-        encoding="utf-8", errors="replace"
-    )
-    dialect = "glm-4.7" if keeps else "glm-4.5"
+    dialect = "glm-4.5"
+    if template.exists():
+        text = template.read_text(encoding="utf-8", errors="replace")
+        if "clear_thinking" in text:  # a variable that the template of 4.7 introduced
+            dialect = "glm-4.7"
     return ServedModel(loaded.model, loaded.tokenizer, dialect, loaded.stage, loaded.from_hf)
 
 

@@ -84,7 +84,7 @@ def test_import_is_the_inverse_of_export(run, tmp_path, capsys):
     (first / "config.json").write_text(json.dumps(values))
     (first / "chat_template.jinja").write_text("{{ messages }}")
     tokenizer = ["--data.tokenizer", first / "tokenizer.json"]
-    assert "go on with: python -m minglm run" in output(
+    assert "continue with: python -m minglm run" in output(
         capsys, "import", CONFIG, first, "--out", again, *tokenizer
     )
     trained = CheckpointStore(again).load("long_agent")["model"]
@@ -125,7 +125,7 @@ WRONG = {
     "other model": (
         (),
         ["--model.hidden_size", "80"],
-        "has hidden_size = 48, nano 80; give --model.hidden_size 48",
+        "has hidden_size = 48, nano has 80; give --model.hidden_size 48",
     ),
     "tokenizer": ((), [], "give --data.tokenizer"),
     "taken": (
