@@ -1,23 +1,20 @@
 """Hold what every stage of a run shares: device, log, checkpoints, tokenizer and shards (no section in the paper)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from minglm.common.device import pick_dtype
 from minglm.common.log import Log
 from minglm.config import RunConfig
+from minglm.data.store.shards import Shard
 from minglm.data.tokenizer import Tokenizer
 from minglm.inference import Engine
 from minglm.inference.client import EngineGenerator
 from minglm.model.glm import GLM
 from minglm.train.checkpoint import CheckpointStore, State
-
-Documents = Mapping[str, Sequence[np.ndarray]]
-"""Token ids of the documents of each source."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +30,10 @@ class RunContext:
     log: Log
     checkpoints: CheckpointStore
     tokenizer: Tokenizer
-    shards: Documents
-    """Training documents."""
-    heldout: Documents
-    """Held-out documents."""
+    shards: Mapping[str, Shard]
+    """Training documents by source."""
+    heldout: Mapping[str, Shard]
+    """Held-out documents by source."""
     quiet: bool = False
     """Whether to show no progress bars."""
 

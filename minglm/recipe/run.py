@@ -79,14 +79,14 @@ class RecipeRunner:
         for leftover in self.out.rglob(".*.tmp"):
             leftover.unlink()  # half a file of a process that was killed
 
-        tokenizer, shards, heldout, about = prepare(run, self.out / "data", task_data(run))
+        data = prepare(run, self.out / "data", task_data(run))
         write_json(self.out / "config.json", {"hash": run.hash(), "config": to_dict(run)})
         if not position:
             start = StartRecord(
                 name=run.name, config_hash=run.hash(), seed=run.seed, versions=versions()
             )
             self.log.write(start)
-            self.log.write(DataRecord(**about))
+            self.log.write(DataRecord(**data.about))
         self.context = RunContext(
             run=run,
             out=self.out,
@@ -94,9 +94,9 @@ class RecipeRunner:
             threads=threads,
             log=self.log,
             checkpoints=self.checkpoints,
-            tokenizer=tokenizer,
-            shards=shards,
-            heldout=heldout,
+            tokenizer=data.tokenizer,
+            shards=data.train,
+            heldout=data.heldout,
             quiet=quiet,
         )
 
