@@ -55,7 +55,7 @@ class SourceTotals(NamedTuple):
     bytes: int
 
 
-class Shard:
+class Shard(Sequence[np.ndarray]):
     """The documents of one source: a sequence of integer arrays, stored in any number of chunks."""
 
     def __init__(self, chunks: Sequence[ShardFiles | tuple[np.ndarray, np.ndarray]]):
@@ -67,7 +67,8 @@ class Shard:
     def __len__(self) -> int:
         return int(self.first_document[-1])
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    # One document only: nobody takes a slice of a corpus.
+    def __getitem__(self, index: int) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = int(np.searchsorted(self.first_document, index, side="right")) - 1
