@@ -30,7 +30,7 @@ from minglm.model.router import Router
 
 @dataclass
 class Output:
-    """What a pass computes before the output head."""
+    """The result of a pass before the output head."""
 
     hidden_BSD: Tensor
     """States after the final norm."""

@@ -34,7 +34,7 @@ from minglm.model.router import Router
 
 @dataclass
 class Routing:
-    """What one MoE layer reports of a forward pass."""
+    """The report of one MoE layer about a forward pass."""
 
     tokens_per_expert_E: Tensor
     """Tokens routed to each expert, float32 (E,)."""

@@ -19,7 +19,7 @@ from enum import StrEnum
 
 
 class ParameterKind(StrEnum):
-    """What a parameter is; `TREATMENT` says what follows from it."""
+    """The kind of a parameter; `TREATMENT` says how each kind is trained."""
 
     EMBEDDING = "embedding"
     """The token embedding: a row for each token."""
@@ -67,7 +67,7 @@ class Initial(StrEnum):
 
 @dataclass(frozen=True)
 class Treatment:
-    """How a kind of parameter is trained and stored."""
+    """The training and storage of a kind of parameter."""
 
     optimizer: OptimizerKind
     weight_decay: bool

@@ -67,7 +67,7 @@ def test_contract_finds_broken_attention(broken):
 
 @given(seed=seeds, S=st.integers(2, 90))
 def test_packed_equals_documents_alone(seed, S):
-    """Several documents in one row give what each gives in a row of its own."""
+    """Several documents in one row give the same outputs as each in a separate row."""
     q, k, v = (normal(seed + i, 1, S, heads, 4) for i, heads in enumerate((4, 2, 2)))
     border = 1 + seed % (S - 1)
     documents_BS = (torch.arange(S) >= border).int()[None]

@@ -13,7 +13,7 @@ NEW = 12
 
 
 def close_call(reference, ids, chosen, limit=1e-4):
-    """Whether the reference's two largest logits after `ids` are so near that rounding decides between them."""
+    """Return True if the reference's two largest logits after `ids` are so close that rounding decides between them."""
     with torch.no_grad():
         logits = reference(torch.tensor([ids])).logits[0, -1]
     return float(logits.max() - logits[chosen]) < limit

@@ -67,7 +67,7 @@ def hugging_face(folder, latent):
 
 
 def spelled_out(latent):
-    """What vLLM and SGLang look for, by hand: a dense layer, a MoE layer with two experts, the MTP layer."""
+    """Spell out the names that vLLM and SGLang look for: a dense layer, a MoE layer with two experts, the MTP layer."""
     if latent:
         parts = [
             "q_a_proj",
@@ -172,7 +172,7 @@ def test_import_and_export_are_the_identity(latent, seed, copies, own_file, dtyp
 @settings(max_examples=12)
 @given(data=st.data())
 def test_transformers_loads_what_minglm_writes(latent, data):
-    """What transformers wrote and minglm read and wrote: no name missing or unexpected, and the same logits."""
+    """transformers reads what minglm wrote from its checkpoint: no name missing or unexpected, and the same logits."""
     values, seed = data.draw(shapes(latent))
     with tempfile.TemporaryDirectory() as temporary:
         there, back, own = (Path(temporary) / name for name in "abc")
@@ -195,7 +195,7 @@ def test_transformers_loads_what_minglm_writes(latent, data):
 
 @BOTH
 def test_transformers_leaves_only_the_mtp_layer(latent, tmp_path):
-    """What transformers does not expect of a whole model is its MTP layer, and nothing is missing."""
+    """transformers misses nothing in a whole model, and does not expect its MTP layer only."""
     model = mtp_model(1, latent)
     model.save_pretrained(tmp_path / "glm")
     loaded, info = hugging_face(tmp_path / "glm", latent)
@@ -491,7 +491,7 @@ FILE_MISTAKES = [
 
 @pytest.mark.parametrize("what", [*FILE_MISTAKES, *CONFIG_MISTAKES])
 def test_a_mistake_is_one_line_before_any_weight_is_read(what, folder, monkeypatch):
-    """What is wrong and where, in one line."""
+    """The error says what is wrong and where, in one line."""
     words = spoil(folder, what)
     monkeypatch.setattr(files.Files, "read", None)
     with warnings.catch_warnings(), pytest.raises(ValueError) as error:

@@ -164,7 +164,7 @@ def test_values_of_any_width(seed, S, width, value_width):
 
 @given(seeds, st.integers(1, 5), st.integers(1, 5))
 def test_pairs_are_halves_in_another_order(seed, S, half):
-    """Neighbouring pairs turn as the half-split layout does once the even dimensions stand before the odd ones."""
+    """Neighbouring pairs rotate as in the half-split layout, once the even dimensions come before the odd ones."""
     x, rotation = (
         normal(seed, 2, S, 3, 2 * half),
         angles(torch.arange(S).expand(2, S), 2 * half, 1e4),

@@ -74,7 +74,7 @@ def test_documents_of_a_row_know_nothing_of_each_other(seed, S):
 
 @given(seed=seeds, S=st.integers(2, 12))
 def test_packed_documents_equal_each_alone(seed, S):
-    """A row of two documents, with positions that restart, gives what each gives in a row of its own."""
+    """A row of two documents, with positions that restart, gives the same outputs as two separate rows."""
     model, tokens_BS, border = tiny_model(seed), drawn_tokens(seed, 1, S), 1 + seed % (S - 1)
     at_BS = torch.arange(S)[None]
     documents_BS, positions_BS = (

@@ -218,7 +218,7 @@ def test_renaming_the_experts_commutes(seed):
 
 @given(seed=seeds, S=st.integers(2, 6))
 def test_padding_is_computed_and_not_counted(seed, S):
-    """Positions that are not valid leave load and balance loss alone, whatever stands there."""
+    """Positions that are not valid change neither the load nor the balance loss, whatever they hold."""
     module, x_BSD = layer(seed), normal(seed + 20, 2, S, 6)
     valid_BS = torch.arange(S) < torch.tensor([[S], [1]])
     _, routing = module(x_BSD, valid_BS)

@@ -183,7 +183,7 @@ def test_equals_torch_muon_on_plain_matrices(seed, dtype):
 
 @given(seeds)
 def test_adamw_part_equals_torch_adamw(seed):
-    """What Muon does not train moves exactly as under torch.optim.AdamW, decay only on what has two axes."""
+    """Parameters that Muon does not train move exactly as under torch.optim.AdamW; only matrices decay."""
     shapes = {
         "model.embed_tokens.weight": (9, 4),
         "lm_head.weight": (9, 4),

@@ -55,7 +55,7 @@ class HFOrigin:
 
 
 class HFModel(Protocol):
-    """What reading and writing need of a model, a `GLM`."""
+    """The attributes of a `GLM` that reading and writing use."""
 
     config: ModelConfig
     dtype: torch.dtype
@@ -75,7 +75,7 @@ class HFModel(Protocol):
 
 
 class Header(NamedTuple):
-    """What a file says of a tensor before it is read."""
+    """Shape and dtype of a stored tensor, known before it is read."""
 
     shape: tuple[int, ...]
     dtype: str

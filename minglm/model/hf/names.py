@@ -4,8 +4,8 @@
 model that it belongs to. Whatever reads or writes checkpoints (`minglm.model.hf.files`) uses it.
 
 A file holds one matrix for each expert and projection (or, written by some tools, gate and up of all experts as one
-stack), the model three stacks per layer. The MTP layer is layer `num_hidden_layers`: a MoE layer with four tensors of its
-own. GLM-4.5 stores copies of embedding and output head with it, GLM-4.6 does not.
+stack), the model three stacks per layer. The MTP layer is layer `num_hidden_layers`: a MoE layer with four additional
+tensors. GLM-4.5 stores copies of embedding and output head with it, GLM-4.6 does not.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ FUSED = {"gate_up_proj": ("gate_EFD", "up_EFD"), "down_proj": ("down_EDF",)}
 
 
 class EntryKind(StrEnum):
-    """How a tensor of a checkpoint relates to the model."""
+    """The relation of a tensor of a checkpoint to the model."""
 
     WEIGHT = "weight"
     """A tensor of the model."""
