@@ -227,7 +227,7 @@ def test_arithmetic_is_right(seed, difficulty):
 
 
 def test_arithmetic_score_is_strict():
-    """Blanks around the number are forgiven; everything else is not."""
+    """Whitespace around the number is ignored; everything else counts."""
     env = ENVIRONMENTS["arithmetic"]
     task = env.task(0, 0)
     for text, value in (
@@ -556,12 +556,15 @@ def test_provocation_reports_each_detector():
 
 
 @given(seeds, st.booleans())
-def test_a_spoilt_answer_has_one_fault(seed, thinking):
+def test_a_corrupted_answer_has_one_fault(seed, thinking):
     """`corrupt` puts exactly one of the three faults into the oracle's answer, and changes nothing else."""
     env = ENVIRONMENTS["provocation"]
     task = env.task(seed, seed, difficulties=env.difficulties)
     clean = env.demonstrate(task, thinking)
-    spoilt = corrupt(task, clean, random.Random(seed))
-    assert spoilt[:-1] == clean[:-1] and spoilt[-1] | {"content": clean[-1]["content"]} == clean[-1]
+    corrupted = corrupt(task, clean, random.Random(seed))
+    assert (
+        corrupted[:-1] == clean[:-1]
+        and corrupted[-1] | {"content": clean[-1]["content"]} == clean[-1]
+    )
     assert not any(faults(task, clean[-1]).values())
-    assert sum(faults(task, spoilt[-1]).values()) == 1
+    assert sum(faults(task, corrupted[-1]).values()) == 1

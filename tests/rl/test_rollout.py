@@ -194,7 +194,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_halts_with_reward_zero(name):
-    """A turn that nobody could go on from ends the episode at once: value 0, status format, and the fault by name."""
+    """A turn from which the conversation cannot continue ends the episode: value 0, status format, the fault by name."""
     text, thinking, fault = FAULTS[name]
     (t,), engine = play(lambda prompt: text, [retail(1)], thinking)
     assert (t.score.value, t.score.status, t.score.detail) == (0.0, "format", fault)
@@ -244,7 +244,7 @@ def test_nothing_that_a_model_can_say_breaks_a_rollout(seed, name, thinking):
 
 
 def test_episodes_end_at_the_bound_on_turns():
-    """max_turns of the settings bounds an episode: it counts as not solved, and nobody is asked again."""
+    """max_turns of the settings bounds an episode: it counts as not solved, and the model is not asked again."""
     task = retail(1)
     (t,), engine = play(oracle(byte_tokenizer(), RETAIL, [task]), [task], max_turns=2)
     assert len(engine.asked) == 2 and (t.score.value, t.score.status) == (0.0, "wrong")
@@ -253,7 +253,7 @@ def test_episodes_end_at_the_bound_on_turns():
 
 
 def test_a_conversation_that_outgrows_the_model_ends():
-    """No room for another answer: the episode is over and cut off, and the other episodes go on."""
+    """Without room for another answer the episode is over and truncated, and the other episodes continue."""
     short, long = retail(1, "shipped"), retail(1)
     script = oracle(byte_tokenizer(), RETAIL, [short, long])
     _, engine = play(script, [long, short])
@@ -442,7 +442,7 @@ def test_logprobs_are_the_model_s_own(seed, temperature, thinking):
 
 
 def test_messages_that_came_from_outside_are_kept():
-    """A task may begin in the middle of a conversation; the trajectory's messages go on from there."""
+    """A task may begin in the middle of a conversation; the trajectory's messages continue from there."""
     task = ENVIRONMENTS["arithmetic"].tasks(1, 1)[0]
     before = ({"role": "user", "content": "1+1="}, assistant("2", "1+1=2"))
     longer = dataclasses.replace(task, messages=(*before, *task.messages))

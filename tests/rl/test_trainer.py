@@ -1,4 +1,4 @@
-"""The reinforcement loop: what was sampled is trained, equal rewards teach nothing, and a stopped run goes on."""
+"""The trainer and the loop of RL: what was sampled is trained, equal rewards teach nothing, a stopped run resumes."""
 
 import dataclasses
 import math
@@ -36,7 +36,7 @@ CONFIG = RLConfig(("letters",), steps=1, prompts=2, samples=2, max_new_tokens=8,
 
 
 def drawn_segment(seed, sampled=True):
-    """Up to 12 random tokens of the tiny vocabulary, some of them sampled, with made-up log-probabilities."""
+    """Return up to 12 random tokens of the tiny vocabulary, some of them sampled, with random log-probabilities."""
     size = int(torch.randint(3, 13, (), generator=numbers(seed)))
     tokens = torch.randint(0, 24, (size,), generator=numbers(seed + 1)).tolist()
     mask = (torch.rand(size, generator=numbers(seed + 2)) < 0.5).tolist()
@@ -46,7 +46,7 @@ def drawn_segment(seed, sampled=True):
 
 
 def drawn_groups(seed, rewards, status="ok"):
-    """Groups of trajectories of one to three segments with these rewards; None is a failure of the machine."""
+    """Return groups of trajectories of one to three segments with these rewards; None is an infrastructure failure."""
     groups = []
     for p, row in enumerate(rewards):
         groups.append([])
@@ -61,7 +61,7 @@ def drawn_groups(seed, rewards, status="ok"):
 
 
 def recorded(model, segments, temperature=1.0):
-    """The same segments with the log-probabilities that the model gives them now."""
+    """Return the segments with the log-probabilities that the model gives them now."""
     found = []
     for s in segments:
         tokens_BS, mask_BS, _, documents_BS = collate([s], 0)
@@ -89,7 +89,7 @@ class Looks(torch.optim.SGD):
 
 
 def gradients(model, pairs, config=CONFIG, clip_norm=1e9, threads=1):
-    """({name: gradient}, metrics) of one update."""
+    """Return ({name: gradient}, metrics) of one update."""
     optimizer = Looks(model)
     options = OptimizerConfig(clip_norm=clip_norm)
     metrics = PolicyTrainer(model, optimizer, config, options, 0, threads).update(pairs, 0.0)
@@ -98,12 +98,12 @@ def gradients(model, pairs, config=CONFIG, clip_norm=1e9, threads=1):
 
 
 def weights(model):
-    """A copy of everything the model is made of."""
+    """Return a copy of the model's parameters and buffers."""
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def same(a, b):
-    """Whether two such copies are equal bit for bit."""
+    """Return whether two such copies are equal bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -245,7 +245,7 @@ def test_gradients_are_clipped_to_the_bound():
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights():
-    """A bad step is logged and left out."""
+    """A step that is not finite is skipped and logged."""
     model = tiny_model(1)
     before = weights(model)
     handle = model.model.norm.register_forward_hook(
@@ -432,7 +432,7 @@ def test_the_log_says_what_happened():
 
 
 class Letters(Environment):
-    """A bandit: say a letter of the Latin alphabet. Whatever else is wrong with the turn does not matter here."""
+    """A bandit: say a letter of the Latin alphabet. Other faults of the turn do not matter here."""
 
     name = "letters"
 
@@ -464,7 +464,7 @@ LETTERS = RLConfig(("letters",), steps=6, prompts=4, samples=8, max_new_tokens=1
 
 
 class Run:
-    """One process of a reinforcement run: everything is built anew, and the folder is all that it knows of the past."""
+    """One process of an RL run: everything is built anew, and only the folder survives from the process before."""
 
     def __init__(self, folder, config=LETTERS, seconds=1e9, stop_after=None, **options):
         self.options = OptimizerConfig(**options)
@@ -475,7 +475,7 @@ class Run:
         self.stop_after, self.steps = stop_after, 0
 
     def write(self, record):
-        """The log's; sends Ctrl-C during the step it was told to stop after."""
+        """Write to the log; send Ctrl-C during the step to stop after."""
         self.steps += 1
         if self.steps == self.stop_after:
             signal.raise_signal(signal.SIGINT)
@@ -496,7 +496,7 @@ class Run:
 
 
 def logged(folder):
-    """The log without what the clock says."""
+    """Return the log without times."""
     return [
         {k: v for k, v in r.items() if k != "seconds"} for r in read_jsonl(folder / "log.jsonl")
     ]
@@ -504,7 +504,7 @@ def logged(folder):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """(folder, run) of a run that was never stopped."""
+    """Return (folder, run) of a run that was never stopped."""
     folder = tmp_path_factory.mktemp("straight")
     return folder, Run(folder).go()
 
@@ -561,7 +561,7 @@ def test_a_stage_that_keeps_failing_rolls_back(tmp_path):
 
 
 def test_steps_after_the_last_checkpoint_are_done_once(straight, tmp_path):
-    """Killed without a word: the steps since the last checkpoint are repeated, and stand in the log once."""
+    """Killed without a word: the steps since the last checkpoint are repeated, and occur in the log once."""
     whole, run = straight
     with pytest.raises(Interrupted):
         Run(tmp_path, stop_after=2).go()
