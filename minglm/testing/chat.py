@@ -1,23 +1,29 @@
-"""Contracts of the chat template and of the parser: what any implementation of paper section 3.1 must hold.
+"""Check a chat template and a parser of sampled text against their contracts (paper section 3.1).
 
     from minglm.testing.chat import check_template, check_parser
     check_template(my_render)                          # or with dialect="glm-4.7"
     check_parser(my_parse, MyParser)
 
-Conversations and texts are drawn by hypothesis; a failing property raises AssertionError. The strategies
-`conversations` and `assistant_messages`, the tools they use, and a tokenizer of single bytes are there to be reused.
+Hypothesis draws conversations and texts; a property that fails raises AssertionError. The strategies `conversations` and
+`assistant_messages`, the tools they use, and a tokenizer of single bytes can be reused.
 """
 
 import json
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any, Protocol
 
-from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.chat.template import STOPS, dialect_of
+from minglm.chat.messages import AssistantMessage, ChatTokenizer
+from minglm.chat.parser import Delta
+from minglm.chat.template import STOPS, Dialect, dialect_of
 from minglm.data.tokenizer import SPECIAL_TOKENS
-from minglm.testing.strategies import contract
+from minglm.testing.strategies import for_all
+
+Messages = list[dict[str, Any]]
+Tools = list[dict[str, Any]] | None
 
 TOOLS = [
     {
@@ -42,22 +48,23 @@ TOOLS = [
 
 
 class ByteTokenizer:
-    """One token for each byte and each special token: the plainest tokenizer with the interface the template needs."""
+    """A tokenizer with one token for each byte and each special token: the simplest that the template accepts."""
 
     special = {name: 256 + index for index, name in enumerate(SPECIAL_TOKENS)}
 
-    def encode(self, text):
-        """UTF-8 bytes."""
+    def encode(self, text: str) -> list[int]:
+        """Return the UTF-8 bytes of a text."""
         return list(text.encode())
 
-    def decode(self, ids):
-        """Back to text."""
-        return b"".join(
-            bytes([i]) if i < 256 else SPECIAL_TOKENS[i - 256].encode() for i in ids
-        ).decode()
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens spelled as their names."""
+        pieces: list[bytes] = []
+        for token in ids:
+            pieces.append(bytes([token]) if token < 256 else SPECIAL_TOKENS[token - 256].encode())
+        return b"".join(pieces).decode()
 
 
-# Pieces that make trouble: halves of tags, tags, blanks at the ends, characters of several bytes.
+# Pieces that cause trouble: halves of tags, tags, whitespace at the ends, characters of several bytes.
 _PLAIN = [
     "a",
     "Bc",
@@ -88,14 +95,14 @@ _json = st.recursive(
 )
 
 
-def _texts(pieces, size=8):
+def _texts(pieces: Sequence[str], size: int = 8) -> st.SearchStrategy[str]:
     return st.lists(st.sampled_from(pieces), max_size=size).map("".join)
 
 
 @st.composite
-def tool_calls(draw):
-    """A call to one of TOOLS with arguments that fit its schema; string values may hold tags."""
-    # A value that spells the end of a call is a call's end to every reader, so no closing value tag here.
+def tool_calls(draw: st.DrawFn) -> dict[str, Any]:
+    """Draw a call to one of TOOLS with arguments that fit its schema; string values may contain tags."""
+    # No parser can tell a value that spells the end of a call from the end itself: no closing value tag.
     value = _texts([piece for piece in _TAGGED if piece != "</arg_value>"])
     values = {
         "text": value,
@@ -114,8 +121,10 @@ def tool_calls(draw):
 
 
 @st.composite
-def assistant_messages(draw, calls=False, pieces=tuple(_PLAIN)):
-    """An assistant turn: reasoning and content without tags (unless `pieces` has them), with tool calls if `calls`."""
+def assistant_messages(
+    draw: st.DrawFn, calls: bool = False, pieces: Sequence[str] = tuple(_PLAIN)
+) -> dict[str, Any]:
+    """Draw an assistant turn: reasoning and content without tags (unless `pieces` has them), with calls if `calls`."""
     return {
         "role": "assistant",
         "reasoning_content": draw(_texts(pieces)).strip(),
@@ -125,8 +134,8 @@ def assistant_messages(draw, calls=False, pieces=tuple(_PLAIN)):
 
 
 @st.composite
-def conversations(draw, user_turns=3):
-    """System text or none, then user turns, each with rounds of calls and results and a last answer."""
+def conversations(draw: st.DrawFn, user_turns: int = 3) -> list[dict[str, Any]]:
+    """Draw a conversation: a system text or none, then user turns, each with rounds of calls and a last answer."""
     text = _texts(_TAGGED)
     messages = [{"role": "system", "content": draw(text)}] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, user_turns))):
@@ -140,10 +149,10 @@ def conversations(draw, user_turns=3):
     return messages
 
 
-def _produced(message, line="\n", thought=True):
-    """What the model writes after `<|assistant|>`, spelled plainly: figure 4, or 4.7's where the line is empty.
+def _produced(message: dict[str, Any], line: str = "\n", thought: bool = True) -> str:
+    """Return the text the model writes after `<|assistant|>`, as in figure 4, or in 4.7 if the line is empty.
 
-    thought False leaves out the reasoning with its tags.
+    thought: False leaves out the reasoning with its tags.
     """
     text = f"{line}<think>{message['reasoning_content']}</think>" if thought else ""
     if message["content"]:
@@ -157,115 +166,137 @@ def _produced(message, line="\n", thought=True):
     return text
 
 
-def _last_user(messages):
+def _last_user(messages: list[dict[str, Any]]) -> int:
     return max(index for index, message in enumerate(messages) if message["role"] == "user")
 
 
-def check_template(render, tokenizer=None, dialect="glm-4.5"):
-    """Hold a chat template to its contract.
+class DecodingTokenizer(ChatTokenizer, Protocol):
+    """A chat tokenizer that also returns the text of ids."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens spelled as their names."""
+        ...
+
+
+Render = Callable[..., tuple[list[int], list[bool], str]]
+
+
+def check_template(
+    render: Render, tokenizer: DecodingTokenizer | None = None, dialect: str = "glm-4.5"
+) -> None:
+    """Check a chat template.
 
     render: (tokenizer, messages, tools=None, thinking=True, generation_prompt=False, close=True) -> (ids, mask, text);
     dialect=... is passed on unless it is glm-4.5, and clear_thinking=False where that dialect preserves reasoning.
     tokenizer: encode, decode and special; single bytes by default. Raises AssertionError for a property that fails.
     """
-    tokenizer, form = tokenizer or ByteTokenizer(), dialect_of(dialect)
-    render = render if dialect == "glm-4.5" else partial(render, dialect=dialect)
-    switches = (conversations(), st.booleans(), st.booleans())
+    if tokenizer is None:
+        tokenizer = ByteTokenizer()
+    if dialect != "glm-4.5":
+        render = partial(render, dialect=dialect)
+    contract = _TemplateContract(render, tokenizer, dialect_of(dialect))
+    contract.run(contract.ids_spell_the_text)
+    contract.run(contract.targets_are_what_the_model_writes)
+    contract.run(contract.adding_within_a_user_turn_extends)
+    if contract.form.preserves:
+        contract.run(contract.preserved_reasoning_extends_everywhere)
+    contract.run(contract.role_tokens_only_open_turns)
 
-    @contract
-    @given(*switches)
-    def spells_its_text(messages, thinking, tools):
-        ids, mask, text = render(
-            tokenizer, messages, tools=TOOLS if tools else None, thinking=thinking
+
+class _TemplateContract:
+    """The properties of a chat template, one method each: (messages, the thinking switch, tools or None)."""
+
+    def __init__(self, render: Render, tokenizer: DecodingTokenizer, form: Dialect) -> None:
+        self.render = partial(render, tokenizer)
+        self.tokenizer = tokenizer
+        self.form = form
+
+    def run(self, check: Callable[..., None]) -> None:
+        """Check one property on drawn conversations."""
+        tools = st.sampled_from([None, TOOLS])
+        for_all(messages=conversations(), thinking=st.booleans(), tools=tools)(
+            lambda messages, thinking, tools: check(messages, thinking, tools)
         )
+
+    def ids_spell_the_text(self, messages: Messages, thinking: bool, tools: Tools) -> None:
+        ids, mask, text = self.render(messages, tools=tools, thinking=thinking)
         assert len(ids) == len(mask), "ids and mask differ in length"
-        assert tokenizer.decode(ids) == text, "the ids do not spell the text"
+        assert self.tokenizer.decode(ids) == text, "the ids do not spell the text"
 
-    @contract
-    @given(*switches)
-    def targets_are_what_the_model_writes(messages, thinking, tools):
-        ids, mask, _ = render(
-            tokenizer, messages, tools=TOOLS if tools else None, thinking=thinking
-        )
+    def targets_are_what_the_model_writes(
+        self, messages: Messages, thinking: bool, tools: Tools
+    ) -> None:
+        ids, mask, _ = self.render(messages, tools=tools, thinking=thinking)
         expected = ""
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
-                reasoning = message["reasoning_content"]
-                cut = index < _last_user(messages) and reasoning
-                thought = thinking and not cut and bool(reasoning or not form.opens)
-                text = _produced(message, form.line, thought)
-                expected += text.removeprefix("<think>") if thought and form.opens else text
-                expected += "<|observation|>" if message["tool_calls"] else "<|user|>"
-        targets = tokenizer.decode(
-            [token for token, trained in zip(ids, mask, strict=True) if trained]
-        )
-        assert targets == expected, (
+                expected += self._targets(message, index < _last_user(messages), thinking)
+        trained_ids = [token for token, trained in zip(ids, mask, strict=True) if trained]
+        assert self.tokenizer.decode(trained_ids) == expected, (
             "the targets are not the assistant's text with the role tokens that end its turns"
         )
 
-    @contract
-    @given(*switches)
-    def adding_within_a_user_turn_extends(messages, thinking, tools):
-        switch = {"tools": TOOLS if tools else None, "thinking": thinking, "close": False}
-        whole = render(tokenizer, messages, **switch)[0]
-        for end in range(_last_user(messages) + 1, len(messages)):
-            part = render(tokenizer, messages[:end], **switch)[0]
-            assert whole[: len(part)] == part, (
-                f"the first {end} messages are no prefix of the whole"
-            )
+    def _targets(self, message: dict[str, Any], older_turn: bool, thinking: bool) -> str:
+        """Return what the model writes in one turn, and the role token that ends it."""
+        form = self.form
+        reasoning = message["reasoning_content"]
+        was_cut = older_turn and reasoning != ""
+        thought = thinking and not was_cut and bool(reasoning or not form.opens)
+        text = _produced(message, form.line, thought)
+        if thought and form.opens:
+            text = text.removeprefix("<think>")  # the prompt holds it
+        return text + ("<|observation|>" if message["tool_calls"] else "<|user|>")
 
-    @contract
-    @given(*switches)
-    def preserved_reasoning_extends_everywhere(messages, thinking, tools):
-        switch = {
-            "tools": TOOLS if tools else None,
-            "thinking": thinking,
-            "close": False,
-            "clear_thinking": False,
-        }
-        whole = render(tokenizer, messages, **switch)
-        for end in range(1, len(messages)):
-            part = render(tokenizer, messages[:end], **switch)[0]
-            assert whole[0][: len(part)] == part, (
-                f"the first {end} messages are no prefix of the whole"
-            )
+    def adding_within_a_user_turn_extends(
+        self, messages: Messages, thinking: bool, tools: Tools
+    ) -> None:
+        self._prefixes_extend(
+            messages, range(_last_user(messages) + 1, len(messages)), thinking, tools
+        )
+
+    def preserved_reasoning_extends_everywhere(
+        self, messages: Messages, thinking: bool, tools: Tools
+    ) -> None:
+        ends = range(1, len(messages))
+        text = self._prefixes_extend(messages, ends, thinking, tools, clear_thinking=False)
         for message in messages:
-            assert (message.get("reasoning_content") or "") in whole[2], "reasoning was dropped"
+            assert (message.get("reasoning_content") or "") in text, "reasoning was dropped"
 
-    @contract
-    @given(*switches)
-    def role_tokens_open_turns_and_nothing_else(messages, thinking, tools):
-        ids = render(
-            tokenizer, messages, tools=TOOLS if tools else None, thinking=thinking, close=False
-        )[0]
-        roles = [message["role"] for message in messages]
-        runs = [
-            role
-            for role, before in zip(roles, [None, *roles[:-1]], strict=True)
-            if not role == before == "tool"
-        ]
-        for role, name in {
-            "user": "<|user|>",
-            "assistant": "<|assistant|>",
-            "tool": "<|observation|>",
-        }.items():
-            count = ids.count(tokenizer.special[name])
-            assert count == runs.count(role), f"{count} {name} for {runs.count(role)} turns"
+    def _prefixes_extend(
+        self, messages: Messages, ends: range, thinking: bool, tools: Tools, **options: bool
+    ) -> str:
+        """Check that the first `end` messages render to a prefix of the whole; return the text of the whole."""
+        switches = {"tools": tools, "thinking": thinking, "close": False, **options}
+        whole_ids, _, text = self.render(messages, **switches)
+        for end in ends:
+            ids, _, _ = self.render(messages[:end], **switches)
+            assert whole_ids[: len(ids)] == ids, (
+                f"the first {end} messages are not a prefix of the whole"
+            )
+        return text
 
-    spells_its_text()
-    targets_are_what_the_model_writes()
-    adding_within_a_user_turn_extends()
-    if form.preserves:
-        preserved_reasoning_extends_everywhere()
-    role_tokens_open_turns_and_nothing_else()
+    def role_tokens_only_open_turns(self, messages: Messages, thinking: bool, tools: Tools) -> None:
+        ids, _, _ = self.render(messages, tools=tools, thinking=thinking, close=False)
+        # Several tool results in a row share one turn.
+        turns: list[str] = []
+        previous = None
+        for message in messages:
+            role = message["role"]
+            if not (role == "tool" and previous == "tool"):
+                turns.append(role)
+            previous = role
+        names = {"user": "<|user|>", "assistant": "<|assistant|>", "tool": "<|observation|>"}
+        for role, name in names.items():
+            count = ids.count(self.tokenizer.special[name])
+            expected = turns.count(role)
+            assert count == expected, f"{count} {name} for {expected} turns"
 
 
-def _act(key, value):
+def _act(key: str, value: str) -> str:
     return f"<tool_call>act\n<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n</tool_call>"
 
 
-# (text after the prompt, error): calls that models have been seen to write, or that a careless parser gets wrong.
-WRONG = [
+WRONG: list[tuple[str, str]] = [
     ("<think>never closed", "unclosed_think"),
     ("<think>ended by a role<|user|>", "unclosed_think"),
     ("answer</think>", "stray_tag"),
@@ -296,30 +327,50 @@ WRONG = [
     (_act("items", "[" * 100_000), "bad_argument"),
     ("<tool_call>act\n</tool_call>\nand then", "text_after_call"),
 ]
+"""(text after the prompt, error): calls that models have been seen to write, or that a careless parser misreads."""
 
 
-def check_parser(parse, parser=None):
-    """Hold a parser to its contract.
+Parse = Callable[[str, list[dict[str, Any]]], AssistantMessage]
 
-    parse: (text, tools) -> {"role", "content", "reasoning_content", "tool_calls", "error"}. parser: tools -> an object
-    with feed(text) -> deltas, flush() -> deltas and finish() -> message; without it these checks are left out.
-    A delta has `kind` (reasoning, content or call), `text` and `call`, as in `minglm.chat.parser`.
+
+class StreamParser(Protocol):
+    """An incremental parser, as `minglm.chat.parser.Parser`."""
+
+    def feed(self, text: str) -> list[Delta]:
+        """Read more text, and return the deltas that it settles."""
+        ...
+
+    def flush(self) -> list[Delta]:
+        """End the text, and return the remaining deltas."""
+        ...
+
+    def finish(self) -> AssistantMessage:
+        """Return the message."""
+        ...
+
+
+def check_parser(
+    parse: Parse, parser: Callable[[list[dict[str, Any]]], StreamParser] | None = None
+) -> None:
+    """Check a parser of sampled text.
+
+    parse: (text, tools) -> {"role", "content", "reasoning_content", "tool_calls", "error"}.
+    parser: tools -> an object with feed(text) -> deltas, flush() -> deltas and finish() -> message; without it these
+    checks are left out. A delta has `kind` (reasoning, content or call), `text` and `call`, as in `minglm.chat.parser`.
     Raises AssertionError for a property that fails.
     """
 
-    @contract
-    @given(
-        st.booleans().flatmap(lambda calls: assistant_messages(calls=calls)),
-        st.sampled_from(["\n", ""]),
-        st.sampled_from(["", *STOPS]),
+    @for_all(
+        message=st.booleans().flatmap(lambda calls: assistant_messages(calls=calls)),
+        line=st.sampled_from(["\n", ""]),
+        stop=st.sampled_from(["", *STOPS]),
     )
-    def reads_what_was_written(message, line, stop):
-        found = parse(_produced(message, line) + stop, TOOLS)
-        assert found == {**message, "error": None}, "not the message that was written"
+    def reads_what_was_written(message: dict[str, Any], line: str, stop: str) -> None:
+        parsed = parse(_produced(message, line) + stop, TOOLS)
+        assert parsed == {**message, "error": None}, "not the message that was written"
 
-    @contract
-    @given(_texts(_TAGGED, 20))
-    def answers_any_text(text):
+    @for_all(text=_texts(_TAGGED, 20))
+    def answers_any_text(text: str) -> None:
         message = _without_exception(parse, text)
         assert message["error"] is None or isinstance(message["error"], str)
         message = _without_exception(parse, "<tool_call>" + text)
@@ -327,55 +378,55 @@ def check_parser(parse, parser=None):
             "a call that was begun is neither a call nor an error"
         )
 
-    @contract
-    @given(assistant_messages(calls=True), st.data())
-    def half_a_message_is_an_error(message, data):
+    @for_all(message=assistant_messages(calls=True), data=st.data())
+    def half_a_message_is_an_error(message: dict[str, Any], data: st.DataObject) -> None:
         text = _produced(message)
-        inside = range(text.rindex("<tool_call>") + len("<tool_call>"), len(text))
-        error = parse(text[: data.draw(st.sampled_from(inside))], TOOLS)["error"]
+        inside_last_call = range(text.rindex("<tool_call>") + len("<tool_call>"), len(text))
+        end = data.draw(st.sampled_from(inside_last_call))
+        error = parse(text[:end], TOOLS)["error"]
         assert error == "unclosed_tool_call", f"a call that has no end: error is {error}"
 
-    def names_what_is_wrong():
-        for text, error in WRONG:
-            for stop in ("", "<|user|>"):
-                found = _without_exception(parse, text + stop)["error"]
-                assert found == error, f"{text[:80]!r}: error is {found}, expected {error}"
+    for text, expected in WRONG:
+        for stop in ("", "<|user|>"):
+            error = _without_exception(parse, text + stop)["error"]
+            assert error == expected, f"{text[:80]!r}: error is {error}, expected {expected}"
 
-    @contract
-    @given(
-        _texts(_TAGGED, 20) | assistant_messages(calls=True).map(_produced),
-        st.sampled_from(["", " ", "<", "</th", "<|user"]),
-        st.lists(st.integers(0, 200), max_size=12),
+    if parser is None:
+        return
+
+    @for_all(
+        text=_texts(_TAGGED, 20) | assistant_messages(calls=True).map(_produced),
+        tail=st.sampled_from(["", " ", "<", "</th", "<|user"]),
+        cuts=st.lists(st.integers(0, 200), max_size=12),
     )
-    def any_split_gives_the_same(text, tail, cuts):
+    def any_split_gives_the_same(text: str, tail: str, cuts: list[int]) -> None:
         text += tail  # the beginning of a tag that never comes
-        cuts = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
-        for ends in (cuts, range(len(text) + 1)):
-            stream = parser(TOOLS)
-            deltas = [delta for a, b in pairwise(ends) for delta in stream.feed(text[a:b])]
-            deltas += stream.flush()
-            message = stream.finish()
-            assert message == parse(text, TOOLS), "the split changes the message"
-            joined = {
-                kind: "".join(delta.text for delta in deltas if delta.kind == kind)
-                for kind in ("reasoning", "content")
-            }
-            assert joined["reasoning"] == message["reasoning_content"], (
-                "the deltas miss some reasoning"
-            )
-            assert joined["content"] == message["content"], "the deltas miss some content"
-            calls = [delta.call for delta in deltas if delta.kind == "call"]
-            assert calls == message["tool_calls"], "the deltas miss a call"
-
-    reads_what_was_written()
-    answers_any_text()
-    half_a_message_is_an_error()
-    names_what_is_wrong()
-    if parser:
-        any_split_gives_the_same()
+        places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
+        every_character = range(len(text) + 1)
+        for ends in (places, every_character):
+            pieces = [text[start:end] for start, end in pairwise(ends)]
+            _check_pieces(parser(TOOLS), pieces, parse(text, TOOLS))
 
 
-def _without_exception(parse, text):
+def _check_pieces(stream: StreamParser, pieces: list[str], expected: AssistantMessage) -> None:
+    """Check that a stream of pieces gives the message of the whole text, and deltas that add up to it."""
+    deltas: list[Delta] = []
+    for piece in pieces:
+        deltas += stream.feed(piece)
+    deltas += stream.flush()
+    message = stream.finish()
+    assert message == expected, "the split changes the message"
+    joined = {
+        kind: "".join(delta.text for delta in deltas if delta.kind == kind)
+        for kind in ("reasoning", "content")
+    }
+    assert joined["reasoning"] == message["reasoning_content"], "the deltas miss some reasoning"
+    assert joined["content"] == message["content"], "the deltas miss some content"
+    calls = [delta.call for delta in deltas if delta.kind == "call"]
+    assert calls == message["tool_calls"], "the deltas miss a call"
+
+
+def _without_exception(parse: Parse, text: str) -> AssistantMessage:
     try:
         return parse(text, TOOLS)
     except Exception as error:
