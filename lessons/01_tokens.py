@@ -123,7 +123,7 @@ def experiment(sizes, seeds):
             for name, model in models.items():
                 flops = memory.flops_per_token(
                     dataclasses.replace(model, vocab_size=vocabulary), 128
-                )["total"]
+                ).total
                 values[name] = flops / values["code"]
             log["compression"].append({"vocabulary": vocabulary, "seed": seed, **values})
             if vocabulary == max(v for v in sizes["vocabularies"] if v <= 2048):  # the toy's own

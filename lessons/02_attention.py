@@ -218,9 +218,7 @@ def full_scale():
     """What 96 heads cost in GLM-4.5, against the 40 that its width suggests."""
     few = dataclasses.replace(ModelConfig(), num_attention_heads=40)
     many, less = memory.count_parameters(ModelConfig()), memory.count_parameters(few)
-    work, cheaper = (
-        memory.flops_per_token(config, 4096)["total"] for config in (ModelConfig(), few)
-    )
+    work, cheaper = (memory.flops_per_token(config, 4096).total for config in (ModelConfig(), few))
     return {
         "attention of GLM-4.5, billions of weights": round(many["attention"] / 1e9, 2),
         "the same with 40 heads": round(less["attention"] / 1e9, 2),

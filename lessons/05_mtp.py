@@ -133,7 +133,7 @@ def full_scale():
         "of these a token uses, billions": round(
             (n["active_with_mtp"] - n["active_body"]) / 1e9, 2
         ),
-        "share of the training FLOPs": round(flops["mtp"] / flops["total"], 3),
+        "share of the training FLOPs": round(flops.mtp / flops.total, 3),
         "cost of a draft, in passes of the trunk": round(draft / n["active_with_head"], 3),
         "weight of its loss, first and last": [balance.mtp_weight, balance.mtp_weight_late],
     }

@@ -214,7 +214,7 @@ def full_scale():
     for length in (4096, 32_768, last):
         flops = memory.flops_per_token(config, length)
         found[f"share of attention in the training FLOPs at {length:,}"] = round(
-            flops["attention"] / flops["total"], 3
+            flops.attention / flops.total, 3
         )
     found["GiB of keys and values for one such row"] = round(
         memory.kv_cache_bytes_per_token(config) * last / 2**30, 1

@@ -1,7 +1,7 @@
 """Draw the figures of the benchmarks from their stored records (no counterpart in the paper)."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ DRAWINGS: dict[str, Callable[[Mapping[str, Any], Axes], None]] = {
 def redraw(path: str | Path) -> Path:
     """Draw the figure of a stored record again; return its path, that of the record with the ending .png."""
     record = json.loads(Path(path).read_text(encoding="utf-8"))
-    size: Sequence[float] = record.get("size", (7, 4))
-    figure, ((axis,),) = drawing.canvas(1, 1, size)
+    width, height = record.get("size", (7, 4))
+    figure, ((axis,),) = drawing.canvas(1, 1, (width, height))
     DRAWINGS[record["bench"]](record, axis)
     return drawing.save(figure, Path(path).with_suffix(".png"))

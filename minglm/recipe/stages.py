@@ -332,7 +332,7 @@ def expected_minutes(run: RunConfig, stages: Sequence[Stage], speed: float) -> l
     minutes = []
     for stage in stages:
         length = min(stage.sequence_length, PACKED_LENGTH)
-        flops = stage.tokens * flops_per_token(run.model, length)["total"]
+        flops = stage.tokens * flops_per_token(run.model, length).total
         minutes.append(flops / (speed * UTILISATION) / 60)
     return minutes
 

@@ -169,7 +169,7 @@ def _run_trainer(
     """Run the training loop with this run's log and its device's ceiling. options: other fields of `LoopOptions`."""
     dtype = pick_dtype(context.run.dtype, context.device)
     flops = measured_flops(context.device, dtype) * context.threads
-    ceiling = flops / flops_per_token(context.run.model, phase.sequence_length)["total"]
+    ceiling = flops / flops_per_token(context.run.model, phase.sequence_length).total
     loop_options = LoopOptions(
         quiet=context.quiet, ceiling=ceiling, threads=context.threads, **options
     )

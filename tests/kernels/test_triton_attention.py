@@ -228,7 +228,7 @@ def test_paged_attention_equals_the_plain_form(seed, B, S, first, parts, heads, 
     )  # a sequence of only the slot that is left out has no mean
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paged, "PROGRAMS", programs)
-        patch.setattr(paged, "LEAST", 1)
+        patch.setattr(paged, "MIN_TILES", 1)
         found = paged.paged_attention_triton(*case, first)
     torch.testing.assert_close(
         found.double(), in_order(*case, first), atol=1e-5, rtol=0
@@ -248,10 +248,10 @@ def test_paged_attention_in_bfloat16(S):
 
 @given(st.integers(1, 5000), st.integers(1, 9000))
 def test_parts_are_worth_their_program(programs, tiles):
-    """A power of two; never less than LEAST tiles a part unless there is one part, nor more programs than wanted."""
-    count = paged._parts(programs, tiles)
-    assert count.bit_count() == 1 and count <= paged.MOST
-    assert count == 1 or (count * paged.LEAST <= tiles and count * programs <= paged.PROGRAMS)
+    """A power of two; never less than MIN_TILES tiles a part unless there is one part, nor more programs than wanted."""
+    count = paged._part_count(programs, tiles)
+    assert count.bit_count() == 1 and count <= paged.MAX_PARTS
+    assert count == 1 or (count * paged.MIN_TILES <= tiles and count * programs <= paged.PROGRAMS)
 
 
 def test_a_step_equals_the_row_of_a_whole_pass(monkeypatch):

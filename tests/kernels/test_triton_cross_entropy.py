@@ -242,8 +242,8 @@ def test_memory_is_that_of_a_chunk(monkeypatch):
 
 
 SETUP = """
-import torch; from minglm.kernels import linear_cross_entropy_triton as kernel
-from minglm.kernels.tiles import Tiles
+import torch; from minglm.kernels.cross_entropy import triton_kernel as kernel
+from minglm.kernels.toolchain.tiles import Tiles
 tile = Tiles(16, 256, 1024, 4, 1); kernel.PRODUCT = {2**31: tile}
 """
 HEAD = """

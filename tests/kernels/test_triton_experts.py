@@ -97,7 +97,7 @@ def test_equals_one_expert_at_a_time(seed, T, E, K, crowd, widths):
 )
 def test_bfloat16_tiles(monkeypatch, tile, rows, D, F):
     """The tiles a GPU would take, both ways round, for widths that the copy engine can read and widths it cannot."""
-    for table in ("UP", "DOWN") if tile.turn else ("UP", "DOWN", "PRODUCT"):
+    for table in ("UP", "DOWN") if tile.swap else ("UP", "DOWN", "PRODUCT"):
         monkeypatch.setattr(layer, table, {2**31: tile})
     experts_TK, inputs, gradient_TD = drawn(1, rows, 3, 2, D, F, False, torch.bfloat16)
     # five roundings of 2^-9 in a row, of which some meet numbers near the largest
@@ -122,7 +122,7 @@ def test_every_element_is_stored_once(monkeypatch):
         lambda: layer.up(x_TD, order, weights_TK, ends_E, gate, up, save=True),
         lambda: [layer.product([(x_TD, down)], order, ends_E, 2, pick=True, transposed=False)],
         lambda: [layer.outer(x_TD, x_TD.repeat(2, 1), order, ends_E, 2)],
-        lambda: [layer.outer(x_TD, x_TD.repeat(2, 1), order, ends_E, 2, turn=True)],
+        lambda: [layer.outer(x_TD, x_TD.repeat(2, 1), order, ends_E, 2, swap=True)],
         lambda: [layer.sum_choices(torch.ones(80, 36), 2)],
     )
     for launch in launches:
@@ -166,8 +166,8 @@ def test_a_hole_in_the_gradients_is_found(monkeypatch):
 
 SETUP = """
 import torch
-from minglm.kernels import grouped_experts as layer
-from minglm.kernels.tiles import Tiles
+from minglm.kernels.experts import triton_layer as layer
+from minglm.kernels.toolchain.tiles import Tiles
 layer.UP = layer.DOWN = layer.PRODUCT = {2**31: Tiles(16, 512, 512, 4, 1)}
 layer.OUTER = {2**31: Tiles(512, 512, 16, 4, 1)}
 E, D, F = 280, 5120, 1536

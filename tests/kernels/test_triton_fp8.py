@@ -156,8 +156,8 @@ def test_a_scale_of_the_wrong_block_is_found(monkeypatch):
 
 
 SETUP = """
-import torch; from minglm.kernels import fp8_block_triton as kernel
-from minglm.kernels.fp8_block import quantize
+import torch; from minglm.kernels.fp8 import triton_kernel as kernel
+from minglm.kernels.fp8.eager import quantize
 def check(found, exact):
     assert (found.double() - exact).abs().max() < 0.01 * exact.abs().max(), (found, exact)
 """

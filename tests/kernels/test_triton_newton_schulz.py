@@ -108,7 +108,7 @@ def test_a_tile_that_is_not_mirrored_is_found(monkeypatch):
 def test_offsets_beyond_32_bits():
     """The last of 280 matrices of 1536 x 5120 lies past 2^31 elements, and so does the last of 1,000 results."""
     program = (
-        "import torch; from minglm.kernels import newton_schulz_triton as kernel\n"
+        "import torch; from minglm.kernels.newton_schulz import triton_kernel as kernel\n"
         "from minglm.kernels.toolchain.tiles import Tiles\n"
         "kernel.SYMMETRIC = {2**31: Tiles(512, 1024, 1024, 8, 1)}\n"
         "def check(count, depth):\n"

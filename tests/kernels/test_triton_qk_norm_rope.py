@@ -104,11 +104,11 @@ def test_plain_form_is_the_model(seed, normed):
 def test_rows_beyond_32_bits():
     """At 176,000 tokens of 96 heads the last head lies past 2^31 elements, and is still the one that is turned."""
     program = (
-        "import torch; from minglm.kernels.qk_norm_rope.triton_kernel import _block, _forward, ROWS\n"
+        "import torch; from minglm.kernels.qk_norm_rope.triton_kernel import _pair_block, _forward, ROWS\n"
         "T = 176_000; q, tile = last_tile(T * 96, 128, tile=(1, 128)); pin_program_id(T * 96 // ROWS - 1)\n"
         "cos, sin, out = torch.zeros(T, 32), torch.ones(T, 32), torch.empty_like(q)\n"
         "k = q[:1]; _forward[(1,)](q, k, None, None, cos, sin, out, k.clone(), T, 96, 8, T, 1e-5, NORM=False, A=128,\n"
-        "                          HALF=32, BLOCK=_block(128), ROWS=ROWS)\n"
+        "                          HALF=32, BLOCK=_pair_block(128), ROWS=ROWS)\n"
         "expected = torch.cat([-tile[0, 32:64], tile[0, :32], tile[0, 64:]])\n"
         "assert torch.equal(out[-1], expected), out[-1]"
     )

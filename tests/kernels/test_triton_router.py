@@ -91,7 +91,7 @@ def test_sort_in_one_launch(T, K, E, skew, seed):
 @pytest.mark.parametrize(("T", "E", "skew"), [(100, 8, 1), (129, 3, 8), (1, 1, 1)])
 def test_sort_in_blocks(monkeypatch, T, E, skew):
     """More pairs are sorted by their counts in blocks: here up to three blocks, some counts more than a step each."""
-    for name, value in {"ALONE": 0, "BLOCK": 256, "LOWER": 4, "OWN": 2}.items():
+    for name, value in {"MAX_RANKED": 0, "BLOCK": 256, "LOWER": 4, "OWN": 2}.items():
         monkeypatch.setattr(kernel, name, value)
     compare_sort(T, 5, E, skew, 0)
 
@@ -99,11 +99,11 @@ def test_sort_in_blocks(monkeypatch, T, E, skew):
 def test_scores_beyond_32_bits():
     """With 14 million tokens the last token's 160 scores lie past 2^31; it is still the one that is routed."""
     program = (
-        "import torch; from minglm.kernels.router.triton_kernel import TOKENS, _choose, _sizes\n"
+        "import torch; from minglm.kernels.router.triton_kernel import TOKENS, _choose, _choice_constants\n"
         "x, tile = last_tile(14_000_000, 160, tile=(1, 160), dtype=torch.float32); pin_program_id(len(x) // TOKENS - 1)\n"
         "experts, weights = torch.empty(len(x), 8, dtype=torch.int64), torch.empty(len(x), 8)\n"
         "_choose[(1,)](x, torch.zeros(160), experts, weights, torch.empty_like(x), len(x), 160, 1.0, NORMALIZE=True,\n"
-        "              **_sizes(160, 8))\n"
+        "              **_choice_constants(160, 8))\n"
         "assert torch.equal(experts[-1], tile[0].topk(8).indices), experts[-1]"
     )
     done = in_new_process(program)

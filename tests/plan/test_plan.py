@@ -251,7 +251,7 @@ def test_operations_equal_a_counted_pass(config):
     vectors = sum(
         p.numel() for n, p in GLM(config).named_parameters() if p.ndim < 2 and ".layers." in n
     )
-    forward = (planned["matmul"] / 3 + 2 * planned["attention"] / 3) * rows * length
+    forward = (planned.matmul / 3 + 2 * planned.attention / 3) * rows * length
     # biases and norms are parameters, so the planner counts them, but they are no matrix products
     slack = (
         2
@@ -266,9 +266,9 @@ def test_operations_at_full_scale():
     """GLM-4.5 trains with 197.1 GFLOP per token in matrix products, and 27.8 at 4K to 889 at 128K in attention."""
     for length, attention in ((4096, 27.8e9), (32768, 222e9), (131072, 889e9)):
         planned = flops_per_token(GLM45.model, length)
-        assert planned["matmul"] == pytest.approx(197.1e9, rel=1e-3)
-        assert planned["attention"] == pytest.approx(attention, rel=2e-3)
-        assert planned["total"] == planned["matmul"] + planned["attention"] + planned["mtp"]
+        assert planned.matmul == pytest.approx(197.1e9, rel=1e-3)
+        assert planned.attention == pytest.approx(attention, rel=2e-3)
+        assert planned.total == planned.matmul + planned.attention + planned.mtp
 
 
 def test_cache_at_full_scale():

@@ -1,38 +1,48 @@
-"""Causal grouped-query attention for Hopper in Gluon, forward pass: softmax beside the products, not after them.
+"""Causal grouped-query attention for Hopper in Gluon, forward pass: the softmax runs beside the products (paper 2.1).
 
-The same function as `_forward` of `flash_attention_triton.py`, and the same contract, for heads of 128 dimensions.
-Triton waits for every product as soon as it has begun, so the tensor cores stand still during each softmax. Gluon is
-Triton's lower level: layouts, copies, barriers and waits are written out, and a product may run while others compute.
+It computes the same out (B, S, N, A) and log_sum (B, N, S) as `forward_triton` of `triton_forward.py`, with the same
+arguments, for heads of 128 dimensions in 16 bits. Triton waits for every product as soon as it has begun, so the tensor
+cores are idle during each softmax. Gluon is Triton's lower level: layouts, copies, barriers and waits are explicit, and
+a product may run while others compute.
 
-One program computes ROWS queries of one head. It walks the key tiles from the diagonal to the left, j = 0, 1, ..., with
-the schedule of FlashAttention-3 (arXiv 2407.08608, sections 3.1 and 3.2): a warp that only copies, and two warp groups
-of ROWS / 2 queries each that only compute, and take turns (ping-pong): while one has its softmax, the tensor cores work
-for the other.
+One program computes ROWS queries of one head. It walks along the key tiles from the diagonal to the left, j = 0, 1, ...,
+with the schedule of FlashAttention-3 (arXiv 2407.08608, sections 3.1 and 3.2): a warp that only copies, and two warp
+groups of ROWS / 2 queries each that only compute, and take turns (ping-pong): while one computes its softmax, the tensor
+cores work for the other.
 
     copies         Q, K_0; for each tile j: K_(j+1) once that stage is empty, V_j once that stage is empty
-    a warp group   its turn:  begin S_j = Q K_j' and O += P_(j-1) V_(j-1);  then it is the other's turn
-                   wait for S_j, and say that K_j is read;  P_j = 2^(S_j - maximum)
-                   wait for O, and say that V_(j-1) is read;  O *= shrink;  P_j to 16 bits
+    a warp group   its turn:  begin S_j = Q K_j' and O += P_(j-1) V_(j-1);  then it is the other group's turn
+                   wait for S_j, and signal that K_j is read;  P_j = 2^(S_j - maximum)
+                   wait for O, and signal that V_(j-1) is read;  O *= shrink;  P_j to 16 bits
 
 Choices, each with its reason:
 - Keys and values have a ring of STAGES tiles each, filled by the copy engine (TMA). Copies and products meet at
   barriers in shared memory. Every stage has two: `ready`, which the copy engine completes, and `empty`, which both
   groups do. The n-th use of a stage waits for phase n of `ready`, and for phase n - 1 of `empty`; phase -1 counts as
   complete. A barrier knows the lowest bit of its phase.
-- A turn is a barrier too, one for each group, completed by the other one. Both groups walk the same tiles, so turns
-  alternate to the end. They only give an order; without them it took 4% longer.
+- A turn is a barrier too, one for each group, completed by the other one. Both groups walk along the same tiles, so
+  turns alternate to the end. They only give an order; without them it took 4% longer.
 - The walk starts at the diagonal: there each query sees itself, so from then on every maximum is a real one, and the
   tiles with a mask at the left end of documents come last. The tiles between need no mask and have a loop of their own.
-- The wait for the next keys stands between the softmax and the wait for O. It costs nothing, those keys came long ago,
+- The wait for the next keys is between the softmax and the wait for O. It costs nothing, since those keys came long ago,
   but it is a branch: the assembler moves the wait for O up to the softmax's beginning where no branch is between them.
-- The columns of P that a thread holds are summed by that thread; the four threads of a row meet after the last tile.
-- All products are begun and waited for in one turn of the loop. O in flight from one turn to the next would let S_(j+1)
-  begin earlier, but the assembler then waits for each product by itself (its warning C7514).
+- The columns of P that a thread holds are summed by that thread; the four threads of a row combine after the last tile.
+- All products begin and are waited for in one iteration of the loop. O in flight across iterations would let S_(j+1)
+  begin earlier, but the assembler then waits for each product separately (its warning C7514).
 - Registers move from the warp that copies to those that compute: 168 a thread at the start, then 24 and 240.
 - Tensors are seen as (B, S, heads A): what lies beyond S arrives as zeros, and is not written.
 """
 
+# Triton has no types for a kernel's tensors, constexpr arguments, loops and launch options:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+# pyright: reportAssignmentType=false, reportIndexIssue=false
+
+from collections.abc import Iterator
+from typing import Any
+
 import triton
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -46,24 +56,25 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from minglm.kernels.attention.triton_common import LOG2E, LOWEST
 from minglm.kernels.toolchain.spec import Spec
 
-# Copies by the copy engine; Triton 3.6 has other names for them than later versions.
+# Copies by the copy engine; their names differ between Triton 3.6 and later versions.
 load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-WIDTH = gl.constexpr(128)  # of a head
+WIDTH = gl.constexpr(128)  # dimensions of a head
 TILES = {"ROWS": 128, "KEYS": 128, "STAGES": 2}
-LAYOUT = gl.NVMMASharedLayout(
-    swizzle_byte_width=128, element_bitwidth=16, rank=3
-)  # of a tile in shared memory
-WARPS = 4  # of a group; the second group and the copies have warps of their own
+# Layout of a tile in shared memory.
+LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+WARPS = 4  # warps of a group; the second group and the copies have further warps
 
 
 @gluon.jit
 def _spans(begin, batch, row, S, ROWS: gl.constexpr, KEYS: gl.constexpr, DOCUMENTS: gl.constexpr):
-    """How many key tiles a tile of queries reads, and the number of the first of them that needs a mask again.
+    """Count the key tiles that a tile of queries reads, and those before the first that needs a mask again.
 
     Tile j has the KEYS keys from row + ROWS - (j + 1) KEYS on. The first ROWS / KEYS of them are the diagonal.
     """
-    end, first, last = row + ROWS, row * 0, row * 0
+    end = row + ROWS
+    first = row * 0
+    last = row * 0
     if DOCUMENTS:
         first = gl.load(begin + batch * S + row)
         last = gl.load(begin + batch * S + gl.minimum(end, S) - 1)
@@ -72,7 +83,7 @@ def _spans(begin, batch, row, S, ROWS: gl.constexpr, KEYS: gl.constexpr, DOCUMEN
 
 @gluon.jit
 def _begins(begin, batch, rows, S, DOCUMENTS: gl.constexpr):
-    """First key that each query may see."""
+    """Load the first key that each query may see: begin_i, or 0 without documents."""
     if DOCUMENTS:
         return gl.load(begin + batch * S + rows, mask=rows < S, other=0)
     else:
@@ -84,7 +95,8 @@ def _fetch(
     x, ring, ready, batch, end, column, tile, tiles, KEYS: gl.constexpr, STAGES: gl.constexpr
 ):
     """Begin the copy of a key tile to its stage, if there is such a tile."""
-    stage, wanted = tile % STAGES, tile < tiles
+    stage = tile % STAGES
+    wanted = tile < tiles
     mbarrier.expect(ready.index(stage), x.block_type.nbytes, pred=wanted)
     load(
         x,
@@ -96,38 +108,38 @@ def _fetch(
 
 
 @gluon.jit
-def _landed(ready, tile, tiles, STAGES: gl.constexpr):
-    """Wait until a key tile has come, if there is such a tile."""
+def _wait_ready(ready, tile, tiles, STAGES: gl.constexpr):
+    """Wait until a key tile has arrived, if there is such a tile."""
     mbarrier.wait(ready.index(tile % STAGES), (tile // STAGES) & 1, pred=tile < tiles)
 
 
 @gluon.jit
-def _empty(empty, tile, tiles, STAGES: gl.constexpr):
+def _wait_empty(empty, tile, tiles, STAGES: gl.constexpr):
     """Wait until both groups have read what the stage of a key tile held before, if there is such a tile."""
     mbarrier.wait(empty.index(tile % STAGES), (tile // STAGES + 1) & 1, pred=tile < tiles)
 
 
 @gluon.jit
-def _of(ring, tile, STAGES: gl.constexpr):
-    """A key tile in its ring, as a matrix."""
+def _tile(ring, tile, STAGES: gl.constexpr):
+    """Return a key tile in its ring, as a matrix."""
     return ring.index(tile % STAGES).reshape([ring.shape[2], ring.shape[3]])
 
 
 @gluon.jit
 def _scores(query, keys, tile, STAGES: gl.constexpr):
-    """Begin the product of queries and a tile of keys."""
+    """Begin the product S_j = Q K_j' of queries and a tile of keys."""
     ROWS: gl.constexpr = query.shape[0]
     KEYS: gl.constexpr = keys.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [ROWS // 16, 1], [16, KEYS, 16])
-    nothing = gl.zeros([ROWS, KEYS], gl.float32, layout)
+    zeros = gl.zeros([ROWS, KEYS], gl.float32, layout)
     return warpgroup_mma(
-        query, _of(keys, tile, STAGES).permute((1, 0)), nothing, use_acc=False, is_async=True
+        query, _tile(keys, tile, STAGES).permute((1, 0)), zeros, use_acc=False, is_async=True
     )
 
 
 @gluon.jit
-def _hidden(scores, rows, begins, key):
-    """Scores of the keys from `key` on, with -inf where a query does not see one."""
+def _masked(scores, rows, begins, key):
+    """Return the scores of the keys from `key` on, with -inf where a query does not see a key."""
     keys = key + gl.arange(0, scores.shape[1], gl.SliceLayout(0, scores.type.layout))
     seen = (keys[None, :] <= rows[:, None]) & (keys[None, :] >= begins[:, None])
     return gl.where(seen, scores, float("-inf"))
@@ -135,14 +147,16 @@ def _hidden(scores, rows, begins, key):
 
 @gluon.jit
 def _softmax(scores, most, factor):
-    """Weights 2^(score - maximum) of one more tile, by how much older sums shrink, and the new maximum."""
+    """Compute the weights P_j = 2^(S_j - maximum) of one more tile, the factor of older sums, and the new maximum."""
     highest = gl.maximum(most, gl.max(scores, 1) * factor)
-    return gl.exp2(scores * factor - highest[:, None]), gl.exp2(most - highest), highest
+    weights = gl.exp2(scores * factor - highest[:, None])
+    shrink = gl.exp2(most - highest)
+    return weights, shrink, highest
 
 
 @gluon.jit
-def _summed(weights):
-    """Four sums of each row, one for each thread that has some of it: of every 8 columns, 2 i and 2 i + 1."""
+def _thread_sums(weights):
+    """Compute four sums of each row, one for each of its four threads: thread i has columns 2 i, 2 i + 1 of every 8."""
     ROWS: gl.constexpr = weights.shape[0]
     KEYS: gl.constexpr = weights.shape[1]
     return gl.sum(gl.sum(weights.reshape([ROWS, KEYS // 8, 4, 2]), 3), 1)
@@ -150,16 +164,16 @@ def _summed(weights):
 
 @gluon.jit
 def _operand(weights, dtype: gl.constexpr):
-    """Weights as the left side of a product, in the registers where they are."""
+    """Return weights as the left side of a product, in the registers where they are."""
     return gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, weights.type.layout, 2))
 
 
 @gluon.jit
 def _first(query, keys, rows, begins, end, factor, dtype: gl.constexpr, STAGES: gl.constexpr):
-    """What the walk carries, after the scores of tile 0: (O, P, the sums of P, the maxima)."""
+    """Compute what the walk carries after tile 0: (O, P_0, the sums of P, the maxima)."""
     ROWS: gl.constexpr = query.shape[0]
     scores = warpgroup_mma_wait(0, deps=[_scores(query, keys, 0, STAGES)])
-    scores = _hidden(scores, rows, begins, end - scores.shape[1])
+    scores = _masked(scores, rows, begins, end - scores.shape[1])
     weights, shrink, most = _softmax(
         scores, gl.full([ROWS], LOWEST, gl.float32, rows.type.layout), factor
     )
@@ -169,17 +183,17 @@ def _first(query, keys, rows, begins, end, factor, dtype: gl.constexpr, STAGES: 
     return (
         gl.zeros([ROWS, WIDTH], gl.float32, layout),
         _operand(weights, dtype),
-        _summed(weights),
+        _thread_sums(weights),
         most,
     )
 
 
 @gluon.jit
 def _last(values, v_ready, tiles, carried, STAGES: gl.constexpr):
-    """out and log_sum of the queries: the last tile's values are added, and all is divided by the sums."""
+    """Compute out and log_sum of the queries: add the last tile's values, and divide by the sums."""
     sums, weights, total, most = carried
-    _landed(v_ready, tiles - 1, tiles, STAGES)
-    sums = warpgroup_mma(weights, _of(values, tiles - 1, STAGES), sums, is_async=True)
+    _wait_ready(v_ready, tiles - 1, tiles, STAGES)
+    sums = warpgroup_mma(weights, _tile(values, tiles - 1, STAGES), sums, is_async=True)
     sums = warpgroup_mma_wait(0, deps=[sums])
     total = gl.convert_layout(gl.sum(total, 1), most.type.layout)
     return sums * (1 / total)[:, None], most + gl.log2(total)
@@ -205,9 +219,10 @@ def _copy(
     KEYS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """The work of the warp that copies: the keys are one tile ahead of the values, as their products are."""
+    """Do the work of the warp that copies: the keys are one tile ahead of the values, as their products are."""
     q_ready, k_ready, v_ready, k_empty, v_empty, turns = barriers
-    end, column = row + ROWS, n // GROUP * WIDTH
+    end = row + ROWS
+    column = n // GROUP * WIDTH
     tiles, masked = _spans(begin, batch, row, S, ROWS, KEYS, DOCUMENTS)
     for half in gl.static_range(2):
         mbarrier.expect(q_ready.index(half), q.block_type.nbytes)
@@ -219,9 +234,9 @@ def _copy(
         )
     _fetch(k, keys, k_ready, batch, end, column, 0, tiles, KEYS, STAGES)
     for tile in range(0, tiles):
-        _empty(k_empty, tile + 1, tiles, STAGES)
+        _wait_empty(k_empty, tile + 1, tiles, STAGES)
         _fetch(k, keys, k_ready, batch, end, column, tile + 1, tiles, KEYS, STAGES)
-        _empty(v_empty, tile, tiles, STAGES)
+        _wait_empty(v_empty, tile, tiles, STAGES)
         _fetch(v, values, v_ready, batch, end, column, tile, tiles, KEYS, STAGES)
 
 
@@ -242,25 +257,24 @@ def _step(
     HALF: gl.constexpr,
     MASK: gl.constexpr,
 ):
-    """One turn of a group: the scores and weights of a tile, and O with the tile before it."""
+    """Take one turn of a group: the scores and weights of tile j, and O with tile j - 1."""
     q_ready, k_ready, v_ready, k_empty, v_empty, turns = barriers
-    sums, weights, total, most = carried
-    mbarrier.wait(
-        turns.index(HALF), (tile + HALF) & 1
-    )  # the walk is at tile 1 when the first group waits first
+    sums, weights, total, most = carried  # O, P_(j-1), the sums of P, the maxima
+    # Wait for this group's turn. The walk is at tile 1 when the first group waits for the first time.
+    mbarrier.wait(turns.index(HALF), (tile + HALF) & 1)
     scores = _scores(query, keys, tile, STAGES)
-    _landed(v_ready, tile - 1, tiles, STAGES)
-    sums = warpgroup_mma(weights, _of(values, tile - 1, STAGES), sums, is_async=True)
+    _wait_ready(v_ready, tile - 1, tiles, STAGES)
+    sums = warpgroup_mma(weights, _tile(values, tile - 1, STAGES), sums, is_async=True)
     mbarrier.arrive(turns.index(1 - HALF), count=1)
     scores = warpgroup_mma_wait(1, deps=[scores])
-    # One thread says so for its group. The compiler puts a barrier of the group before it.
+    # K_j is read. One thread signals it for its group; the compiler puts a barrier of the group before it.
     mbarrier.arrive(k_empty.index(tile % STAGES), count=1)
     if MASK:
-        scores = _hidden(scores, rows, begins, end - (tile + 1) * keys.shape[2])
+        scores = _masked(scores, rows, begins, end - (tile + 1) * keys.shape[2])
     fresh, shrink, most = _softmax(scores, most, factor)
     by_row: gl.constexpr = gl.SliceLayout(1, total.type.layout)
-    total = total * gl.convert_layout(shrink, by_row)[:, None] + _summed(fresh)
-    _landed(k_ready, tile + 1, tiles, STAGES)
+    total = total * gl.convert_layout(shrink, by_row)[:, None] + _thread_sums(fresh)
+    _wait_ready(k_ready, tile + 1, tiles, STAGES)
     sums, weights = warpgroup_mma_wait(0, deps=[sums, weights])
     mbarrier.arrive(v_empty.index((tile - 1) % STAGES), count=1)
     return sums * shrink[:, None], _operand(fresh, weights.dtype), total, most
@@ -287,22 +301,24 @@ def _compute(
     STAGES: gl.constexpr,
     HALF: gl.constexpr,
 ):
-    """The work of a warp group: out and log_sum of the first half of the queries (HALF 0), or the second (1)."""
+    """Do the work of a warp group: out and log_sum of the first half of the queries (HALF 0) or the second (1)."""
     q_ready, k_ready, v_ready, k_empty, v_empty, turns = barriers
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    top, end = row + HALF * (ROWS // 2), row + ROWS
+    top = row + HALF * (ROWS // 2)
+    end = row + ROWS
     rows = top + gl.arange(0, ROWS // 2, gl.SliceLayout(1, layout))
     begins = _begins(begin, batch, rows, S, DOCUMENTS)
     tiles, masked = _spans(begin, batch, row, S, ROWS, KEYS, DOCUMENTS)
 
-    buffer = queries.index(HALF)  # later of out
+    buffer = queries.index(HALF)  # holds the queries, and at the end out
     query = buffer.reshape([ROWS // 2, WIDTH])
     mbarrier.wait(q_ready.index(HALF), 0)
-    _landed(k_ready, 0, tiles, STAGES)
+    _wait_ready(k_ready, 0, tiles, STAGES)
     carried = _first(query, keys, rows, begins, end, factor, queries.dtype, STAGES)
     mbarrier.arrive(k_empty.index(0), count=1)
-    _landed(k_ready, 1, tiles, STAGES)
-    for tile in gl.static_range(1, ROWS // KEYS):  # what of the diagonal is left
+    _wait_ready(k_ready, 1, tiles, STAGES)
+    # The rest of the diagonal, with a mask.
+    for tile in gl.static_range(1, ROWS // KEYS):
         carried = _step(
             query,
             keys,
@@ -319,6 +335,7 @@ def _compute(
             HALF,
             True,
         )
+    # The keys that every query sees.
     for tile in range(ROWS // KEYS, masked):
         carried = _step(
             query,
@@ -336,6 +353,7 @@ def _compute(
             HALF,
             False,
         )
+    # The left end of documents, with a mask.
     if DOCUMENTS:
         for tile in range(masked, tiles):
             carried = _step(
@@ -366,7 +384,7 @@ def _compute(
 
 @gluon.jit
 def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """COUNT new barriers, each of which ARRIVALS arrivals complete."""
+    """Allocate COUNT barriers, each of which ARRIVALS arrivals complete."""
     barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
         mbarrier.init(barriers.index(i), count=ARRIVALS)
@@ -390,19 +408,23 @@ def _forward(
     KEYS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """out and log_sum of ROWS queries of one head. stride: of log_sum, from one head to the next."""
-    n, batch = gl.program_id(0), gl.program_id(2)
+    """Compute out and log_sum of ROWS queries of one head. Grid: (query head, tile of queries, batch).
+
+    stride: of log_sum, from one head to the next.
+    """
+    n = gl.program_id(0)
+    batch = gl.program_id(2)
     row = ((S + ROWS - 1) // ROWS - 1 - gl.program_id(1)) * ROWS
     queries = gl.allocate_shared_memory(q.dtype, [2, 1, ROWS // 2, WIDTH], q.layout)
     keys = gl.allocate_shared_memory(k.dtype, [STAGES, 1, KEYS, WIDTH], k.layout)
     values = gl.allocate_shared_memory(v.dtype, [STAGES, 1, KEYS, WIDTH], v.layout)
     barriers = (
-        _barriers(2, 1),
-        _barriers(STAGES, 1),
-        _barriers(STAGES, 1),
-        _barriers(STAGES, 2),
-        _barriers(STAGES, 2),
-        _barriers(2, 1),
+        _barriers(2, 1),  # q_ready, for each half of the queries
+        _barriers(STAGES, 1),  # k_ready
+        _barriers(STAGES, 1),  # v_ready
+        _barriers(STAGES, 2),  # k_empty, by both groups
+        _barriers(STAGES, 2),  # v_empty, by both groups
+        _barriers(2, 1),  # turns, for each group
     )
     fence_async_shared()  # the copy engine must see the barriers
     # Constants stay constants only in tuples that are written out.
@@ -482,59 +504,67 @@ def _forward(
     )
 
 
-def described(x_BSNA, rows):
-    """Tiles of `rows` positions of one head, as a kernel copies them."""
+def tile_descriptor(x_BSNA: Tensor, rows: int) -> Any:
+    """Describe tiles of `rows` positions of one head to the copy engine."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     return TensorDescriptor.from_tensor(x_BSNA.flatten(2), [1, rows, WIDTH.value], LAYOUT)
 
 
-def forward_gluon(q_BSNA, k_BSMA, v_BSMA, begin, out_BSNA, log_sum, scale):
-    """Compute out and log_sum. q (B, S, N, 128), k and v (B, S, M, 128): contiguous, of 16 bits.
+def forward_gluon(
+    q_BSNA: Tensor,
+    k_BSMA: Tensor,
+    v_BSMA: Tensor,
+    begin_BS: Tensor | None,
+    out_BSNA: Tensor,
+    log_sum_BNS: Tensor,
+    scale: float,
+) -> None:
+    """Write out and log_sum of contiguous q (B, S, N, 128), k and v (B, S, M, 128), all of 16 bits.
 
-    begin: int32 (B, S), the first key that each query may see, or None where it is always the first one.
+    begin: int32 (B, S), the first key that each query may see, or None where it is always the first one. out: like q.
+    log_sum: float32 (B, N, S).
     """
-    (B, S, N, _), M = q_BSNA.shape, k_BSMA.shape[2]
-    q, out = (described(x, TILES["ROWS"] // 2) for x in (q_BSNA, out_BSNA))
-    k, v = (described(x, TILES["KEYS"]) for x in (k_BSMA, v_BSMA))
+    B, S, N, _ = q_BSNA.shape
+    M = k_BSMA.shape[2]
+    half = TILES["ROWS"] // 2
     _forward[(N, triton.cdiv(S, TILES["ROWS"]), B)](
-        q,
-        k,
-        v,
-        begin,
-        out,
-        log_sum,
+        tile_descriptor(q_BSNA, half),
+        tile_descriptor(k_BSMA, TILES["KEYS"]),
+        tile_descriptor(v_BSMA, TILES["KEYS"]),
+        begin_BS,
+        tile_descriptor(out_BSNA, half),
+        log_sum_BNS,
         S,
-        log_sum.stride(1),
+        log_sum_BNS.stride(1),
         scale * LOG2E,
         GROUP=N // M,
-        DOCUMENTS=begin is not None,
+        DOCUMENTS=begin_BS is not None,
         num_warps=WARPS,
         **TILES,
     )
 
 
-def _specs():
-    """As many query heads a key/value head as GLM-4.5."""
-    rows = {
+def _specs() -> Iterator[Spec]:
+    """Yield the Specs for the query heads of a key/value head of GLM-4.5, without and with packed documents."""
+    sizes = {
         "q": TILES["ROWS"] // 2,
         "k": TILES["KEYS"],
         "v": TILES["KEYS"],
         "out": TILES["ROWS"] // 2,
     }
-    types = {name: f"tensordesc<bf16[1, {size}, 128],{LAYOUT!r}>" for name, size in rows.items()}
+    types = {name: f"tensordesc<bf16[1, {size}, 128],{LAYOUT!r}>" for name, size in sizes.items()}
     types |= {"begin": "*i32", "log_sum": "*fp32", "S": "i32", "stride": "i32", "factor": "fp32"}
     for documents in (False, True):
-        constants = {"GROUP": 12, "DOCUMENTS": documents, **TILES} | (
-            {} if documents else {"begin": None}
-        )
-        given = {name: types[name] for name in _forward.arg_names if name not in constants}
+        constants: dict[str, Any] = {"GROUP": 12, "DOCUMENTS": documents, **TILES}
+        if not documents:
+            constants["begin"] = None
         yield Spec(
-            f"forward 128{' packed' if documents else ''}",
-            _forward,
-            given,
-            constants,
-            WARPS,
+            name=f"forward 128{' packed' if documents else ''}",
+            kernel=_forward,
+            signature={name: types[name] for name in _forward.arg_names if name not in constants},
+            constants=constants,
+            warps=WARPS,
             unit="HGMMA",
             opcodes=("UTMALDG", "UTMASTG"),
         )

@@ -18,6 +18,10 @@ Choices, each with its reason:
 - Beyond S the queries, their gradients, L and delta arrive as zeros, so that P is 1 there and adds nothing to any sum.
 """
 
+# Triton has no types for a kernel's tensors, constexpr arguments, loops and launch options:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+
 from collections.abc import Iterator
 from typing import NamedTuple
 

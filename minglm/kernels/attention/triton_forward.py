@@ -18,6 +18,10 @@ Choices, each with its reason:
 - On Hopper, heads of 128 dimensions use the kernel of `gluon_forward.py`, in which the softmax runs beside the products.
 """
 
+# Triton has no types for a kernel's tensors, constexpr arguments, loops and launch options:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -64,9 +64,20 @@ class _FlashAttention(torch.autograd.Function):
         return out_BSNA
 
     @staticmethod
-    def backward(ctx: Any, grad_BSNA: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_BSNA: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  torch declares *grads
         bind(grad_BSNA)
-        gradients = backward_triton(*ctx.saved_tensors, grad_BSNA.contiguous(), ctx.scale)
+        q_BSNA, k_BSMA, v_BSMA, begin_BS, end_BS, out_BSNA, log_sum_BNS = ctx.saved_tensors
+        gradients = backward_triton(
+            q_BSNA,
+            k_BSMA,
+            v_BSMA,
+            begin_BS,
+            end_BS,
+            out_BSNA,
+            log_sum_BNS,
+            grad_BSNA.contiguous(),
+            ctx.scale,
+        )
         return gradients.dq_BSNA, gradients.dk_BSMA, gradients.dv_BSMA, None, None, None
 
 

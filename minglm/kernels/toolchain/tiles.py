@@ -27,9 +27,9 @@ class Tiles:
     """Warps of a program."""
     stages: int
     """Stages of the software pipeline of the loop along the sum."""
-    turn: bool = False
+    swap: bool = False
     """Whether the product is transposed, because the tensor cores take at least 64 rows on the left."""
-    each: int = 1
+    per_multiprocessor: int = 1
     """Programs on one multiprocessor: several where their shared memory fits, to keep more loads in flight."""
     band: int = 8
     """Row tiles that walk through the columns together, so that both matrices stay in the L2 cache."""
@@ -55,14 +55,15 @@ def power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def programs(x: Tensor, each: int = 1) -> int:
-    """Return how many programs run at the same time on x's GPU, `each` on a multiprocessor.
+def programs(x: Tensor, per_multiprocessor: int = 1) -> int:
+    """Return how many programs run at the same time on x's GPU, with `per_multiprocessor` on each multiprocessor.
 
     It is two in the interpreter, where each program costs time.
     """
     if not x.is_cuda:
         return 2
-    return each * torch.cuda.get_device_properties(x.device).multi_processor_count
+    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return per_multiprocessor * multiprocessors
 
 
 def bulk_readable(*tensors: Tensor) -> bool:
