@@ -7,6 +7,10 @@ episodes that wait for the model, and no episode waits for another one.
 
 Choices: every draw follows from the rollout's seed and the numbers of task, sample and turn, never from the order in
 which episodes happen to proceed. The order of the groups is that of the tasks.
+
+Simplified: an answer's log-probabilities depend in their last bits on what shares its batch (float32, about 1e-6). With
+environments that answer at once the batches are a function of the seed, and a rollout repeats bit for bit. With ones
+that wait in another thread between two turns the batches depend on time as well.
 """
 
 import asyncio
