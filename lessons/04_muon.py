@@ -280,7 +280,7 @@ def draw(log):
 # ## Exercise
 # Write `mine(stack, steps)`, Newton-Schulz on a stack of experts with `torch.einsum` only, and hold it to the contract:
 # `check_optimizer(lambda named, config: Muon(named, config, mine))` from `minglm.testing.optim`. Put it in the place of
-# `minglm.kernels.newton_schulz.orthogonalize`. Check: `pytest tests/test_muon.py -k "stack or contract"`.
+# `minglm.kernels.newton_schulz.orthogonalize`. Check: `pytest tests/optim/test_muon.py -k "stack or contract"`.
 
 
 # %%

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 18 Kernels: how far can you trust a GPU kernel on a laptop?
 #
-# A kernel in Triton (`minglm/kernels/*_triton.py`) is written for one tile of the result; a GPU runs thousands of its
+# A kernel in Triton (`minglm/kernels/*/triton_*.py`) is written for one tile of the result; a GPU runs thousands of its
 # programs at a time. Without a GPU four things can still be known: its numbers, because Triton's interpreter runs the
 # programs one after another in numpy; who stores what, by watching them; what the compiler makes of it for an H100; and
 # how fast it can be at best, by counting. What stays unknown is its time, how the units of a GPU round their sums, and
