@@ -256,7 +256,7 @@ def verdicts(log):
 
 def main(argv=None):
     """Run the experiment, or only redraw it, and print what it shows."""
-    lesson.run(
+    lesson.Lesson(
         "01_tokens",
         experiment,
         draw,
@@ -264,8 +264,7 @@ def main(argv=None):
         [packing.best_fit, packing.TruncatedRows],
         SIZES,
         SMOKE,
-        argv=argv,
-    )
+    ).main(argv)
 
 
 if __name__ == "__main__":

@@ -381,7 +381,7 @@ def verdicts(log):
 def main(argv=None):
     """Run the experiment, or only redraw it, and print what it shows."""
     shown = [Attention.queries_keys, angles, rotate]
-    lesson.run("02_attention", experiment, draw, verdicts, shown, SIZES, SMOKE, NANO, argv=argv)
+    lesson.Lesson("02_attention", experiment, draw, verdicts, shown, SIZES, SMOKE, NANO).main(argv)
 
 
 if __name__ == "__main__":

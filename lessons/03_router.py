@@ -314,7 +314,7 @@ def verdicts(log):
 def main(argv=None):
     """Run the experiment, or only redraw it, and print what it shows."""
     shown = [select_experts, combine_weights, update_expert_bias, sequence_loss]
-    lesson.run("03_router", experiment, draw, verdicts, shown, SIZES, SMOKE, NANO, argv=argv)
+    lesson.Lesson("03_router", experiment, draw, verdicts, shown, SIZES, SMOKE, NANO).main(argv)
 
 
 if __name__ == "__main__":

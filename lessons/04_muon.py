@@ -308,7 +308,7 @@ def verdicts(log):
 def main(argv=None):
     """Run the experiment, or only redraw it, and print what it shows."""
     shown = [eager.iterate_standard, Muon._muon, update_scale]
-    lesson.run("04_muon", experiment, draw, verdicts, shown, SIZES, SMOKE, NANO, argv=argv)
+    lesson.Lesson("04_muon", experiment, draw, verdicts, shown, SIZES, SMOKE, NANO).main(argv)
 
 
 if __name__ == "__main__":

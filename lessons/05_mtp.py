@@ -244,7 +244,7 @@ def verdicts(log):
 def main(argv=None):
     """Run the experiment, or only redraw it, and print what it shows."""
     shown = [next_token_targets, MTPLayer.forward, training_loss]
-    lesson.run("05_mtp", experiment, draw, verdicts, shown, SIZES, SMOKE, NANO, argv=argv)
+    lesson.Lesson("05_mtp", experiment, draw, verdicts, shown, SIZES, SMOKE, NANO).main(argv)
 
 
 if __name__ == "__main__":

@@ -320,7 +320,7 @@ def verdicts(log):
 def main(argv=None):
     """Run the experiment, or only redraw it, and print what it shows."""
     shown = [schedule.learning_rate, schedule.learning_rate_wsd, schedule.batch_tokens, phases]
-    lesson.run("07_pretrain", experiment, draw, verdicts, shown, SIZES, SMOKE, NANO, argv=argv)
+    lesson.Lesson("07_pretrain", experiment, draw, verdicts, shown, SIZES, SMOKE, NANO).main(argv)
 
 
 if __name__ == "__main__":

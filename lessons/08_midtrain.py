@@ -326,17 +326,9 @@ def verdicts(log):
 
 def main(argv=None):
     """Run the experiment, or only redraw it, and print what it shows."""
-    lesson.run(
-        "08_midtrain",
-        experiment,
-        draw,
-        verdicts,
-        [angles, hide, best_fit],
-        SIZES,
-        SMOKE,
-        NANO,
-        argv=argv,
-    )
+    lesson.Lesson(
+        "08_midtrain", experiment, draw, verdicts, [angles, hide, best_fit], SIZES, SMOKE, NANO
+    ).main(argv)
 
 
 if __name__ == "__main__":

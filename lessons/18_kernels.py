@@ -469,7 +469,7 @@ def main(argv=None):
         interpreter.watched,
         compile_check.faults,
     ]
-    lesson.run("18_kernels", experiment, draw, verdicts, shown, SIZES, SMOKE, argv=argv)
+    lesson.Lesson("18_kernels", experiment, draw, verdicts, shown, SIZES, SMOKE).main(argv)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""What every lesson does around its experiment: text to read, a short training run, the log and the figure.
+"""Do what every lesson does around its experiment: print source, train for a while, keep the log, draw the figure.
 
     python lessons/02_attention.py              run it, write figures/02_attention.json, draw figures/02_attention.png
     python lessons/02_attention.py --redraw     draw again from the stored log
     python lessons/02_attention.py --smoke      a few steps in a temporary folder, under five seconds
     python lessons/02_attention.py --seeds 5    more seeds
 
-The log holds everything that is plotted, and with it the sizes, the model's config and their hash, the seeds, the
-versions and the CPU-seconds; `draw` sees nothing else. Lessons use one thread: their models are so small that a second
-one would only wait, and the CPU-seconds of the log mean the same everywhere. No counterpart in the paper.
+The log holds everything that is plotted: the results of the experiment, its sizes, the model's config and the hash of
+both, the seeds, the versions and the CPU-seconds. `draw` sees nothing else. Lessons use one thread: their models are so
+small that a second thread would only wait, and CPU-seconds mean the same on every machine. No counterpart in the paper.
 """
 
 import argparse
@@ -18,8 +18,10 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -27,13 +29,17 @@ from minglm.common.files import write_json
 from minglm.common.threads import use_threads
 from minglm.common.version import versions
 from minglm.config import BalanceConfig, ModelConfig, OptimizerConfig
-from minglm.data import mixture
+from minglm.data import mixture, tokenization
 from minglm.data.sources import corpus
 from minglm.data.tokenizer import Tokenizer
+from minglm.model.glm import GLM
 from minglm.optim.muon import Muon
 from minglm.optim.schedule import learning_rate
 from minglm.report import drawing
-from minglm.train.loop import Phase, step
+from minglm.train.loop import Phase, StepMetrics, Stream, step
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FIGURES = Path(__file__).parent.parent / "figures"
 NANO = ModelConfig(
@@ -56,48 +62,72 @@ NANO = ModelConfig(
 """The model of most lessons, 0.2 M parameters: 25 k tokens a second in training on one core."""
 
 
-def library(megabytes, vocabulary, heldout=0.1):
-    """Python's standard library, up to so many megabytes, and a tokenizer trained on it.
+class Library(NamedTuple):
+    """Text to train on, in tokens."""
 
-    Returns ({"code": arrays} to train on, the same held out, the tokenizer).
+    train: dict[str, Any]
+    """{"code": token arrays}."""
+    heldout: dict[str, Any]
+    """{"code": token arrays} of other files."""
+    tokenizer: Tokenizer
+    """Trained on the text of `train`."""
+
+
+def library(megabytes: float, vocabulary: int, heldout: float = 0.1) -> Library:
+    """Tokenize Python's standard library.
+
+    megabytes: bound on the text. vocabulary: ids of the tokenizer. heldout: share of the files that is held out.
     """
     documents = list(corpus.python_library(heldout, megabytes))
-    tokenizer = Tokenizer.train([d.text for d in documents if not d.heldout], vocabulary)
-    parts = [[d for d in documents if d.heldout == out] for out in (False, True)]
-    return *(mixture.tokenize(part, tokenizer) for part in parts), tokenizer
+    trained = [document for document in documents if not document.heldout]
+    others = [document for document in documents if document.heldout]
+    tokenizer = Tokenizer.train([document.text for document in trained], vocabulary)
+    return Library(
+        tokenization.tokenize(trained, tokenizer), tokenization.tokenize(others, tokenizer), tokenizer
+    )
 
 
-def stream(shards, length, seed=0):
-    """Rows of `length` tokens cut from these shards, in equal shares."""
+def stream(shards: Mapping[str, Any], length: int, seed: int = 0) -> mixture.Mixture:
+    """Return rows of `length` tokens cut from these shards, each source with the same share."""
     return mixture.Mixture(shards, dict.fromkeys(shards, 1.0), length, seed=seed)
 
 
-def pretrain(model, rows, length, tokens, batch, peak_lr, watch=None, **settings):
-    """Train on `tokens` tokens in batches of `batch`, with Muon, a warm-up over a tenth, and a cosine to a tenth.
+def pretrain(
+    model: GLM,
+    rows: Stream,
+    length: int,
+    tokens: int,
+    batch: int,
+    peak_lr: float,
+    watch: Callable[[int, StepMetrics], None] | None = None,
+    **settings: Any,
+) -> list[StepMetrics]:
+    """Train on `tokens` tokens with Muon, a warm-up over a tenth, and a cosine to a tenth; return every step's metrics.
 
-    rows: a stream, its rows of `length` tokens. settings: other fields of `Phase`; mtp_weight and bias_rate are numbers
-    or functions of the tokens seen, 0 unless given. watch(seen, metrics) is called after each step. Returns the metrics
-    of every step.
+    rows: a stream whose rows have `length` tokens. batch: tokens of a step. watch(tokens seen, metrics): called after
+    each step. settings: other fields of `Phase`; mtp_weight and bias_rate are numbers or functions of the tokens seen,
+    and 0 unless given.
     """
     config = OptimizerConfig(peak_lr=peak_lr, warmup_tokens=tokens // 10)
-    schedules = {name: settings.pop(name, 0.0) for name in ("mtp_weight", "bias_rate")}
-    schedules = {
-        name: value if callable(value) else lambda seen, v=value: v
-        for name, value in schedules.items()
-    }
-    schedules["learning_rate"] = lambda seen: learning_rate(seen + batch, config, tokens + batch)
-    settings = {"balance_weight": BalanceConfig().sequence_loss_weight} | settings
+    schedules = {}
+    for name in ("mtp_weight", "bias_rate"):
+        value = settings.pop(name, 0.0)
+        schedules[name] = value if callable(value) else lambda seen, value=value: value
+    settings.setdefault("balance_weight", BalanceConfig().sequence_loss_weight)
     phase = Phase(
-        "lesson",
-        tokens,
-        0,
-        length,
+        name="lesson",
+        tokens=tokens,
+        start=0,
+        sequence_length=length,
+        # One step later than the schedule, so that the first step has a rate above zero.
+        learning_rate=lambda seen: learning_rate(seen + batch, config, tokens + batch),
         batch_tokens=lambda seen: batch,
         optimizer=config,
         **schedules,
         **settings,
     )
-    optimizer, history = Muon(model, config), []
+    optimizer = Muon(model, config)
+    history = []
     for seen in range(0, tokens, batch):
         history.append(step(model, optimizer, rows.next(batch // length), phase, seen))
         if watch is not None:
@@ -121,96 +151,126 @@ def peak_bytes(function: Callable[..., object], *values: object) -> int:
     return highest
 
 
-def curve(axis, x, values, name, shade, at=(6, 0), style="-", **more):
+def curve(
+    axis: Any,
+    x: Sequence[float],
+    values: Any,
+    name: str,
+    shade: str,
+    at: tuple[float, float] = (6, 0),
+    style: str = "-",
+    **text_options: Any,
+) -> None:
     """Draw the mean of `values` (seeds, points) as a line and their range as a band, and write its name at the end.
 
-    at: offset of the name in points. more: of the name, for example ha="right".
+    at: offset of the name in points. text_options: of the name, for example ha="right".
     """
     values = np.asarray(values)
+    mean = values.mean(0)
     axis.fill_between(x, values.min(0), values.max(0), color=shade, alpha=0.18, linewidth=0)
-    axis.plot(x, values.mean(0), style, color=shade, linewidth=1.6, markersize=3.5)
+    axis.plot(x, mean, style, color=shade, linewidth=1.6, markersize=3.5)
     axis.annotate(
         name,
-        (x[-1], values.mean(0)[-1]),
+        (x[-1], mean[-1]),
         at,
         textcoords="offset points",
         color=shade,
         va="center",
-        **more,
+        **text_options,
     )
 
 
-def bars(axis, names, values, shades):
+def bars(axis: Any, names: Sequence[str], values: Sequence[Any], shades: Sequence[str]) -> None:
     """Draw a bar for each row of `values` (names, seeds), at its mean, with a tick for each seed."""
-    for at, (row, shade) in enumerate(zip(values, shades, strict=True)):
-        axis.bar(at, np.mean(row), color=shade, alpha=0.7, width=0.55)
-        axis.plot([at] * len(row), row, "_", color=drawing.INK, markersize=12)
+    for position, (row, shade) in enumerate(zip(values, shades, strict=True)):
+        axis.bar(position, np.mean(row), color=shade, alpha=0.7, width=0.55)
+        axis.plot([position] * len(row), row, "_", color=drawing.INK, markersize=12)
     axis.set_xticks(range(len(names)), names)
 
 
-def panel(axis, heading, x, y, **more):
-    """Heading and axis labels of one panel, and other settings of the axis."""
+def panel(axis: Any, heading: str, x: str, y: str, **settings: Any) -> None:
+    """Write the heading and the axis labels of one panel, and set other properties of the axis."""
     drawing.title(axis, heading)
-    axis.set(xlabel=x, ylabel=y, **more)
+    axis.set(xlabel=x, ylabel=y, **settings)
 
 
-def run(name, experiment, draw, verdicts, shown, sizes, smoke, model=None, seeds=3, argv=None):
-    """The command line of a lesson.
+@dataclass(frozen=True)
+class Lesson:
+    """A lesson's experiment, and how its log is read. `main` is its command line."""
 
-    name: of the script, its log and its figure. experiment(sizes, seeds) returns what the log holds, of which
-    `full_scale` {text: number} is printed; draw(log) a figure; verdicts(log) {claim: whether the log supports it}.
-    shown: functions and classes of minglm whose source is printed. sizes, smoke: numbers of the experiment, in full and
-    for a test. model: ModelConfig, if there is one.
-    """
-    parser = argparse.ArgumentParser(description=f"Lesson {name.replace('_', ' ')}.")
-    parser.add_argument(
-        "--smoke", action="store_true", help="a few steps in a temporary folder, under 5 seconds"
-    )
-    parser.add_argument(
-        "--seeds", type=int, default=seeds, help="how often the experiment is repeated"
-    )
-    parser.add_argument(
-        "--redraw", action="store_true", help="only draw the figure again from the stored log"
-    )
-    words = parser.parse_args([] if argv is None and "ipykernel" in sys.modules else argv)
-    if words.seeds < 1:
-        parser.error(f"--seeds {words.seeds}: must be at least 1")
-    if words.redraw and (words.smoke or not (FIGURES / f"{name}.json").exists()):
-        parser.error(
-            f"--redraw: no stored log {FIGURES / name}.json to draw from; run the lesson without it"
+    name: str
+    """Name of the script, of its log and of its figure."""
+    experiment: Callable[[dict[str, Any], int], dict[str, Any]]
+    """(sizes, number of seeds) -> what the log holds; its `full_scale` {text: number} is printed."""
+    draw: Callable[[dict[str, Any]], "Figure"]
+    """Draw the figure of a log."""
+    verdicts: Callable[[dict[str, Any]], dict[str, Any]]
+    """Read a log: {claim: whether the log supports it}."""
+    shown: Sequence[Any]
+    """Functions and classes of minglm whose source is printed."""
+    sizes: dict[str, Any]
+    """Numbers of the experiment."""
+    smoke: dict[str, Any]
+    """The same for a test of a few seconds."""
+    model: ModelConfig | None = None
+    """The experiment's model, for the log."""
+    seeds: int = 3
+    """How often the experiment is repeated."""
+
+    def main(self, argv: Sequence[str] | None = None) -> None:
+        """Run the experiment, or only redraw its figure, and print what it shows. argv: default, the command line's."""
+        words = self.options(argv)
+        use_threads(1)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) if words.smoke else FIGURES
+            stored = folder / f"{self.name}.json"
+            if not words.redraw:
+                for source in self.shown:
+                    print(inspect.getsource(source))
+                write_json(stored, self.log(words.smoke, words.seeds))
+            log = json.loads(stored.read_text(encoding="utf-8"))
+            for text, value in (self.verdicts(log) | log.get("full_scale", {})).items():
+                print(f"{text}: {value}")
+            figure = drawing.save(self.draw(log), stored.with_suffix(".png"))
+            print(f"{log['cpu_seconds']} CPU-seconds; {figure}")
+
+    def options(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Read the command line; argparse ends the program with one line for a mistake."""
+        parser = argparse.ArgumentParser(description=f"Lesson {self.name.replace('_', ' ')}.")
+        parser.add_argument(
+            "--smoke",
+            action="store_true",
+            help="a few steps in a temporary folder, under 5 seconds",
         )
-    use_threads(1)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) if words.smoke else FIGURES
-        if not words.redraw:
-            print(*map(inspect.getsource, shown), sep="\n")
-            began = time.process_time()
-            sizes, count = (smoke, 1) if words.smoke else (sizes, words.seeds)
-            asked = {
-                "sizes": sizes,
-                "model": model and dataclasses.asdict(model),
-                "seeds": list(range(count)),
-            }
-            key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
-            log = {
-                "lesson": name,
-                "config_hash": key,
-                "versions": versions(),
-                **asked,
-                **experiment(sizes, count),
-            }
-            write_json(
-                folder / f"{name}.json",
-                log | {"cpu_seconds": round(time.process_time() - began, 1)},
+        parser.add_argument(
+            "--seeds", type=int, default=self.seeds, help="how often the experiment is repeated"
+        )
+        parser.add_argument(
+            "--redraw", action="store_true", help="only draw the figure again from the stored log"
+        )
+        if argv is None and "ipykernel" in sys.modules:  # in a notebook, whose words are not ours
+            argv = []
+        words = parser.parse_args(argv)
+        if words.seeds < 1:
+            parser.error(f"--seeds {words.seeds}: must be at least 1")
+        stored = FIGURES / f"{self.name}.json"
+        if words.redraw and (words.smoke or not stored.exists()):
+            parser.error(
+                f"--redraw: no stored log {stored} to draw from; run the lesson without it"
             )
-        log = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        print(
-            *[
-                f"{text}: {value}"
-                for text, value in (verdicts(log) | log.get("full_scale", {})).items()
-            ],
-            sep="\n",
-        )
-        print(
-            f"{log['cpu_seconds']} CPU-seconds; {drawing.save(draw(log), folder / f'{name}.png')}"
-        )
+        return words
+
+    def log(self, smoke: bool, seeds: int) -> dict[str, Any]:
+        """Run the experiment, and return all that the figure and the verdicts need."""
+        began = time.process_time()
+        sizes = self.smoke if smoke else self.sizes
+        count = 1 if smoke else seeds
+        asked = {
+            "sizes": sizes,
+            "model": dataclasses.asdict(self.model) if self.model else None,
+            "seeds": list(range(count)),
+        }
+        key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+        log = {"lesson": self.name, "config_hash": key, "versions": versions(), **asked}
+        log |= self.experiment(sizes, count)
+        return log | {"cpu_seconds": round(time.process_time() - began, 1)}

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.package_map import LINK, PAGE, updated
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -132,20 +133,38 @@ def test_paths_exist():
     assert not [name for name in sorted(named) if not (ROOT / name).exists()]
 
 
-def test_the_map_leaves_nothing_out():
-    """Every module, lesson and figure that exists stands in README's map or is support that no section describes."""
-    support = "__init__ __main__ common config overrides figures curves diagram lesson layers tables"  # of no section
-    files = [
-        p
-        for p in (ROOT / "minglm").rglob("*.py")
-        if p.stem not in support.split() and "testing" not in p.parts
+def test_the_map_names_every_folder_and_lesson():
+    """README's map has at most a dozen rows, and every folder that a section of the paper describes is in one."""
+    start = README.index("## The map of the paper")
+    rows = [
+        line for line in README[start:].partition("\n## ")[0].splitlines() if line.startswith("| ")
+    ][1:]
+    assert len(rows) <= 12
+    support = {"common", "config", "cli", "bench", "testing", "parallel"}  # of no section
+    folders = {path.parent.name for path in (ROOT / "minglm").glob("*/__init__.py")} - support
+    assert not [
+        name for name in sorted(folders) if not any(f"`minglm/{name}/`" in row for row in rows)
     ]
-    files = [
-        p for p in files if not p.stem.endswith("_triton")
-    ]  # beside the plain form, which the map names
-    files += [*(ROOT / "lessons").glob("*.py"), *(ROOT / "figures").glob("*.png")]
-    names = [str(path.relative_to(ROOT)) for path in files]
-    assert not [name for name in sorted(names) if name not in README]
+    numbers = {path.name[:2] for path in (ROOT / "lessons").glob("[0-9]*.py")}
+    assert not [number for number in sorted(numbers) if not any(number in row for row in rows)]
+
+
+def test_the_map_of_the_package_is_up_to_date():
+    """minglm/README.md lists every file by the first sentence of its header, and its links point to the right lines."""
+    page = PAGE.read_text(encoding="utf-8")
+    assert updated(page) == page, "run: python tests/helpers/package_map.py"
+
+
+def test_a_changed_header_and_a_moved_definition_are_noticed():
+    """The broken twins of the test above."""
+    page = PAGE.read_text(encoding="utf-8")
+    assert updated(page.replace("├── model/", "├── models/")) == page
+    link = LINK.search(page)
+    assert link is not None
+    moved = page.replace(link[0], link[0].replace("#L", "#L9"))
+    assert moved != page and updated(moved) == page
+    with pytest.raises(ValueError, match="nothing is called"):
+        updated(page + "[`no_such_name`](train/loop.py)")
 
 
 @pytest.mark.slow
