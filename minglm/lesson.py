@@ -83,7 +83,9 @@ def library(megabytes: float, vocabulary: int, heldout: float = 0.1) -> Library:
     others = [document for document in documents if document.heldout]
     tokenizer = Tokenizer.train([document.text for document in trained], vocabulary)
     return Library(
-        tokenization.tokenize(trained, tokenizer), tokenization.tokenize(others, tokenizer), tokenizer
+        tokenization.tokenize(trained, tokenizer),
+        tokenization.tokenize(others, tokenizer),
+        tokenizer,
     )
 
 
