@@ -36,12 +36,12 @@ finished_folder = []
 
 
 def small():
-    """The `RunConfig`."""
+    """Return the config of the shared run."""
     return load_config(CONFIG, OVERRIDES)
 
 
 def start(out, *words, before=None):
-    """The command in a process of its own; `before` is called in it first."""
+    """Start the command in its own process; `before` is called in it first."""
 
     def prepare():
         signal.signal(
@@ -64,14 +64,14 @@ def start(out, *words, before=None):
 
 
 def complete(out, *words, before=None):
-    """(exit status, standard output, standard error) of the command, run to its end."""
+    """Run the command to its end. Return (exit status, standard output, standard error)."""
     process = start(out, *words, before=before)
     printed, errors = process.communicate(timeout=900)
     return process.returncode, printed, errors
 
 
 def stop(process, reached, how):
-    """Send a signal once `reached()`; returns (exit status, standard error)."""
+    """Send a signal once `reached()` is true. Return (exit status, standard error)."""
     deadline = time.monotonic() + 900
     while process.poll() is None and not reached():
         assert time.monotonic() < deadline
@@ -82,20 +82,20 @@ def stop(process, reached, how):
 
 
 def records(folder, kind=None):
-    """The log without what the clock says, and without its head."""
+    """Return the records of the log without its head and without wall-clock times."""
     found = read_jsonl(folder / "log.jsonl")
     found = [{k: v for k, v in r.items() if k not in CLOCK} for r in found if r["kind"] != "start"]
     return [r for r in found if kind in (None, r["kind"])]
 
 
 def weights(folder, stage):
-    """The state of a stage's model."""
+    """Return the weights that a stage left."""
     return CheckpointStore(folder).load(stage)["model"]
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """The folder of a run that was never stopped. Look, do not touch: `copied` is for changing."""
+    """Return the folder of a run that was never stopped. Only read it: `copied` is for changing."""
     if not finished_folder:  # a fixture that two modules import is set up for each of them
         finished_folder.append(tmp_path_factory.mktemp("nano") / "run")
         status, printed, errors = complete(finished_folder[0])
@@ -106,5 +106,5 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def copied(finished, tmp_path):
-    """A copy of the finished run."""
+    """Return a copy of the finished run."""
     return Path(shutil.copytree(finished, tmp_path / "copy"))
