@@ -64,12 +64,16 @@ def module_name(path: str) -> str:
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[str, int, bool]]:
-    """Yield (dotted name, line, at top level) of every import statement, those inside functions included."""
+    """Yield (dotted name, line, at top level) of every import statement, those inside functions included.
+
+    An import under `if TYPE_CHECKING:` never runs, so it is not at top level either.
+    """
     inside = {
         id(node)
-        for function in ast.walk(tree)
-        if isinstance(function, FUNCTIONS | ast.Lambda)
-        for node in ast.walk(function)
+        for block in ast.walk(tree)
+        if isinstance(block, FUNCTIONS | ast.Lambda)
+        or (isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING")
+        for node in ast.walk(block)
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -363,6 +367,8 @@ def test_what_the_rules_allow():
     """An optional package inside a function, Triton in a kernel's file, a legend's letters, a property's noun phrase."""
     lazy = "def f():\n    import triton\n    return triton\n"
     assert not undeclared_imports("minglm/kernels/x.py", lazy)
+    typing_only = "if TYPE_CHECKING:\n    from starlette.types import Send\n"
+    assert not undeclared_imports("minglm/x.py", typing_only)
     assert not undeclared_imports("minglm/kernels/norm/triton_kernel.py", "import triton\n")
     assert not unknown_axes(
         "minglm/model/moe.py", "scores_TE = weight_1V + self.last_id + MASK_Z\n"
