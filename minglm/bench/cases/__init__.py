@@ -1,36 +1,50 @@
-"""What `python -m minglm bench kernels` measures: a file for each operation, with `cases(device, smoke)`.
+"""The cases of `python -m minglm bench kernels`: a file for each operation, with `cases(device, smoke)`.
 
-Baselines of other packages are there where the package is and there is a GPU for it; what is compiled by torch, only on
-a GPU, at one size and mostly the forward pass alone, because the compiler takes longer than all the rest.
+Baselines of other packages are measured where the package is installed and there is a GPU. Forms compiled by torch are
+measured only on a GPU, at one size and mostly the forward pass alone, because the compiler takes longer than all the
+rest.
 """
 
 import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from minglm.bench.case import Form
 
 
-def have(package, device):
-    """Whether this package can be imported and there is a GPU."""
+def have(package: str, device: torch.device) -> bool:
+    """Return whether this package can be imported and there is a GPU."""
     return device.type == "cuda" and importlib.util.find_spec(package) is not None
 
 
-COMPILED = 16384  # tokens
+COMPILED = 16384  # tokens of the one size for which torch compiles a form
 
 
-def compiled(function, device, tokens):
-    """The form that torch compiles, at the one size that has it: {name: function}."""
+def compiled(
+    function: Callable[..., Any], device: torch.device, tokens: int
+) -> dict[str, Callable[..., Any]]:
+    """Return {name: function as torch compiles it} at the one size that has this form, else nothing."""
     wanted = device.type == "cuda" and tokens == COMPILED
     return {"torch compiled": torch.compile(function, dynamic=False)} if wanted else {}
 
 
-def normal(device, *shape, seed=0, scale=1.0, dtype=torch.bfloat16):
-    """Random numbers, the same in every run on this device."""
+def normal(
+    device: torch.device,
+    *shape: int,
+    seed: int = 0,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """Draw normal random numbers, the same in every run on this device."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(*shape, generator=generator, device=device, dtype=dtype).mul_(scale)
 
 
-def without_gradients(function, *inputs):
-    """A form: the forward pass, which keeps nothing."""
+def without_gradients(function: Callable[..., Any], *inputs: Any) -> Form:
+    """Return a form that runs the forward pass and saves nothing for a backward pass."""
 
     def run():
         with torch.no_grad():
@@ -39,9 +53,14 @@ def without_gradients(function, *inputs):
     return run
 
 
-def with_gradients(function, inputs, upstream):
-    """A form: forward and backward pass; returns the (first) output and the gradients of the inputs that need one."""
-    needed = [x for x in inputs if x.requires_grad]
+def with_gradients(
+    function: Callable[..., Any], inputs: Sequence[Any], upstream: Tensor | None
+) -> Form:
+    """Return a form that runs both passes and returns the (first) output and the gradients of the inputs.
+
+    inputs: those with `requires_grad` get a gradient. upstream: the gradient of the output; None for a scalar.
+    """
+    needed = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
 
     def run():
         out = function(*inputs)

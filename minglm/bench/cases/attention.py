@@ -7,12 +7,15 @@ reads them block by block.
 """
 
 import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minglm.bench.case import Case
+from minglm.bench.case import Case, Form
 from minglm.kernels.attention import PagedRows, flash_attention, paged_attention
 
 N, M, A = 96, 8, 128
@@ -24,11 +27,16 @@ CACHES = [
     for texts in (1, 8, 64)
     if texts * slots <= 2**21
 ]
-BLOCK = 16  # slots
+BLOCK = 16  # slots of a block of the cache
+
+Heads = tuple[int, int, int]
+"""Query heads, key/value heads, dimensions of a head."""
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention of q, k and v (B, S, heads, A)."""
 
 
-def inputs(device, B, S, heads):
-    """q, k, v and the gradient of the output, bfloat16 (B, S, heads, A)."""
+def inputs(device: torch.device, B: int, S: int, heads: Heads) -> list[Tensor]:
+    """Draw q, k, v and the gradient of the output, bfloat16 (B, S, heads, A)."""
     N, M, A = heads
     generator = torch.Generator(device).manual_seed(0)
     return [
@@ -39,8 +47,8 @@ def inputs(device, B, S, heads):
     ]
 
 
-def sdpa(backend, causal=True):
-    """PyTorch's attention with one of its backends, on tensors (B, S, heads, A)."""
+def sdpa(backend: SDPBackend, causal: bool = True) -> Attend:
+    """Return PyTorch's attention with one of its backends."""
 
     def attend(q, k, v):
         with sdpa_kernel(backend):
@@ -54,14 +62,14 @@ def sdpa(backend, causal=True):
     return attend
 
 
-def flex(S, device, length=None):
-    """PyTorch's FlexAttention, compiled: causal, in documents of one length if given."""
+def flex(S: int, device: torch.device, length: int | None = None) -> Attend:
+    """Return PyTorch's FlexAttention, compiled: causal, in documents of one length if given."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def seen(b, h, i, j):
         return (i >= j) & (i // length == j // length) if length else i >= j
 
-    # compiled, because the mask of all pairs of 131,072 positions would take 16 GiB
+    # The mask is compiled, because the mask of all pairs of 131,072 positions would take 16 GiB
     mask = torch.compile(create_block_mask)(seen, None, None, S, S, device=device)
     compiled = torch.compile(flex_attention, dynamic=False)
 
@@ -72,27 +80,29 @@ def flex(S, device, length=None):
     return attend
 
 
-def variable(S, device, length):
-    """PyTorch's attention for variable lengths, causal in documents of one length; it takes rows without a batch."""
+def variable(S: int, device: torch.device, length: int) -> Attend:
+    """Return PyTorch's attention for variable lengths, causal in documents of one length."""
     from torch.nn.attention.varlen import varlen_attn
 
     starts = torch.arange(0, S + 1, length, device=device, dtype=torch.int32)
-    # before torch 2.12 it need not be told that there are fewer key/value heads
-    grouped = (
+    # From torch 2.12 on it must be told that there are fewer key/value heads.
+    grouped: dict[str, Any] = (
         {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     )
 
     def attend(q, k, v):
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        return varlen_attn(q, k, v, starts, starts, length, length, window_size=(-1, 0), **grouped)[
-            None
-        ]
+        # Rows have no batch axis here.
+        out: Any = varlen_attn(
+            q, k, v, starts, starts, length, length, window_size=(-1, 0), **grouped
+        )
+        return out[None]
 
     return attend
 
 
-def by_loop(length):
-    """Packed documents one after the other: the baseline of a machine without a GPU."""
+def by_loop(length: int) -> Attend:
+    """Return attention to packed documents one after the other: the baseline of a machine without a GPU."""
 
     def attend(q, k, v):
         documents = zip(*(x.split(length, 1) for x in (q, k, v)), strict=True)
@@ -101,15 +111,17 @@ def by_loop(length):
     return attend
 
 
-def baselines(S, device, length=None):
-    """Every form of the forward pass; ours first. length: of each document of a packed row."""
+def baselines(S: int, device: torch.device, length: int | None = None) -> dict[str, Attend]:
+    """Return every form of the forward pass, ours first. length: of each document of a packed row."""
     if length:
         documents_BS = (torch.arange(S, device=device, dtype=torch.int32) // length)[None]
-        forms = {"minglm": lambda q, k, v: flash_attention(q, k, v, documents_BS)}
+        forms: dict[str, Attend] = {
+            "minglm": lambda q, k, v: flash_attention(q, k, v, documents_BS)
+        }
         if device.type != "cuda":
             return forms | {"SDPA, a loop": by_loop(length)}
         return forms | {"varlen_attn": variable(S, device, length)}
-    forms = {"minglm": flash_attention}
+    forms: dict[str, Attend] = {"minglm": flash_attention}
     if device.type != "cuda":
         return forms | {"SDPA": sdpa(SDPBackend.MATH)}
     return forms | {
@@ -118,8 +130,10 @@ def baselines(S, device, length=None):
     }
 
 
-def forward(device, B, S, heads, length=None):
-    """{form: the forward pass alone}."""
+def forward(
+    device: torch.device, B: int, S: int, heads: Heads, length: int | None = None
+) -> dict[str, Form]:
+    """Return {form: the forward pass alone}."""
     q, k, v, _ = (x.detach() for x in inputs(device, B, S, heads))
     forms = baselines(S, device, length)
     if device.type == "cuda" and PACKED[0] == S:
@@ -127,8 +141,10 @@ def forward(device, B, S, heads, length=None):
     return {name: lambda attend=attend: attend(q, k, v) for name, attend in forms.items()}
 
 
-def backward(device, B, S, heads, length=None):
-    """{form: the backward pass alone}, of forward passes that have been made."""
+def backward(
+    device: torch.device, B: int, S: int, heads: Heads, length: int | None = None
+) -> dict[str, Form]:
+    """Return {form: the backward pass alone}; each form makes its forward pass at its first call and keeps it."""
     q, k, v, grad = inputs(device, B, S, heads)
     forms = {}
     for name, attend in baselines(S, device, length).items():
@@ -142,8 +158,8 @@ def backward(device, B, S, heads, length=None):
     return forms
 
 
-def decode(device, texts, slots, heads):
-    """{form: the attention of one layer for the next token of so many texts, each with so many slots}."""
+def decode(device: torch.device, texts: int, slots: int, heads: Heads) -> dict[str, Form]:
+    """Return {form: the attention of one layer for the next token of `texts` texts, each with `slots` slots}."""
     N, M, A = heads
     generator = torch.Generator(device).manual_seed(0)
     blocks = texts * slots // BLOCK
@@ -165,12 +181,14 @@ def decode(device, texts, slots, heads):
         others |= {"SDPA cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION, False)}
     else:
         others = {"SDPA": sdpa(SDPBackend.MATH, False)}
-    forms = {"minglm": lambda: paged_attention(q, store, sequences)}
-    return forms | {name: lambda attend=attend: attend(q, k, v) for name, attend in others.items()}
+    forms: dict[str, Form] = {"minglm": lambda: paged_attention(q, store, sequences)}
+    for name, attend in others.items():
+        forms[name] = lambda attend=attend: attend(q, k, v)
+    return forms
 
 
-def cases(device, smoke):
-    """Forward and backward at each size, with packed documents, and a step of decoding."""
+def cases(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """Yield forward and backward at each size, with packed documents, and a step of decoding."""
     heads = (4, 2, 16) if smoke else (N, M, A)
     shape = f"{heads[0]}/{heads[1]} heads of {heads[2]}"
     packed = (40, 10) if smoke else PACKED

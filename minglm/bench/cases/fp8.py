@@ -1,31 +1,38 @@
-"""Float8 in blocks: quantisation of activations and weights, and the experts' grouped product.
+"""Cases of float8 in blocks: quantization of activations and weights, and the experts' grouped product.
 
-Baselines: the plain form of the quantisation; for the product the same one in bfloat16, and torch's float8 product with
+Baselines: the eager form of the quantization; for the product the same one in bfloat16, and torch's float8 product with
 one scale a row, which needs fewer multiplications and is less exact. The difference from ours is then that of the
-quantisation, about 3%, and no error.
+quantization, about 3%, and no error.
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 
-from minglm.bench.case import Case, Unit
+from minglm.bench.case import Case, Form, Unit
 from minglm.bench.cases import normal, without_gradients
 from minglm.bench.cases.grouped_product import LOADS, SHAPES, drawn
 from minglm.kernels.fp8 import ACTIVATION_BLOCK, WEIGHT_BLOCK, eager, quantize, scaled_product
 
 
-def quantizing(device, shape, block):
-    """{form: numbers and scales}."""
+def quantizing(
+    device: torch.device, shape: tuple[int, ...], block: tuple[int, int]
+) -> dict[str, Form]:
+    """Return {form: numbers and scales}."""
     x = normal(device, *shape)
     forms = {"minglm": without_gradients(quantize, x, block)}
     return forms | {"torch": without_gradients(eager.quantize, x, block)}
 
 
-def product(device, *sizes):
-    """{form: y} of inputs that are quantised beforehand."""
-    x, w, _, ends_E = drawn(device, *sizes)
-    blocks = *quantize(x, ACTIVATION_BLOCK), *quantize(w)
-    forms = {"minglm": lambda: scaled_product(*blocks, ends_E)}
+def product(device: torch.device, E: int, rows: int, outputs: int, inputs: int) -> dict[str, Form]:
+    """Return {form: y} of inputs that are quantized beforehand."""
+    x, w, _, ends_E = drawn(device, E, rows, outputs, inputs)
+    xq, x_scale_blocks = quantize(x, ACTIVATION_BLOCK)
+    wq, w_scale_blocks = quantize(w)
+    forms: dict[str, Form] = {
+        "minglm": lambda: scaled_product(xq, x_scale_blocks, wq, w_scale_blocks, ends_E)
+    }
     forms["torch grouped_mm, bfloat16"] = lambda: F.grouped_mm(x, w.mT, offs=ends_E)
     if device.type == "cuda":
         x_scale, w_scale = x.abs().amax(1).float() / 448, w.abs().amax(2).float() / 448
@@ -37,8 +44,8 @@ def product(device, *sizes):
     return forms
 
 
-def cases(device, smoke):
-    """Quantisation and products."""
+def cases(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """Yield quantizations and products."""
     sizes = ((20, 200), (2, 130, 40)) if smoke else ((16384, 5120), (160, 3072, 5120))
     for shape, block in zip(sizes, (ACTIVATION_BLOCK, WEIGHT_BLOCK)):
         numbers = torch.Size(shape).numel()

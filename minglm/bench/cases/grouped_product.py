@@ -1,14 +1,16 @@
-"""The expert layer's two products alone, at GLM-4.5's shapes, rows sorted: x w_e', and the gradient of w_e.
+"""Cases of the expert layer's two products alone, at GLM-4.5's shapes, rows sorted: x w_e', and the gradient of w_e.
 
-The expert layer is held against these: fused, it should cost no more than its two bare products by torch.
+The expert layer is compared with these: fused, it should cost no more than its two bare products by torch.
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from minglm.bench.case import Case
+from minglm.bench.case import Case, Form
 from minglm.bench.cases import normal
 from minglm.kernels.dispatch import Operation, selected_name
 from minglm.kernels.experts import grouped_mm, grouped_outer
@@ -17,8 +19,10 @@ SHAPES = ((3072, 5120), (5120, 1536))  # outputs, inputs
 LOADS = [(E, rows) for E in (20, 160) for rows in (205, 819, 3277)]
 
 
-def drawn(device, E, rows, outputs, inputs):
-    """x, w, dy, and the end of each expert's rows, whose number varies by a half."""
+def drawn(
+    device: torch.device, E: int, rows: int, outputs: int, inputs: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw x, w, dy, and the end of each expert's rows, whose number varies by a half around `rows`."""
     part = torch.rand(E, generator=torch.Generator().manual_seed(0)) + 0.5
     ends_E = (part.cumsum(0) / part.sum() * E * rows).round().int().to(device)
     x, w = (
@@ -28,9 +32,9 @@ def drawn(device, E, rows, outputs, inputs):
     return x, w, normal(device, E * rows, outputs, seed=2), ends_E
 
 
-def forward(device, *sizes):
-    """{form: y}."""
-    x, w, _, ends_E = drawn(device, *sizes)
+def forward(device: torch.device, E: int, rows: int, outputs: int, inputs: int) -> dict[str, Form]:
+    """Return {form: y}."""
+    x, w, _, ends_E = drawn(device, E, rows, outputs, inputs)
     bounds = [0, *ends_E.tolist()]
     order = torch.arange(len(x), device=device)
 
@@ -51,9 +55,9 @@ def forward(device, *sizes):
     }
 
 
-def gradient(device, *sizes):
-    """{form: the gradient of w}."""
-    x, _, dy, ends_E = drawn(device, *sizes)
+def gradient(device: torch.device, E: int, rows: int, outputs: int, inputs: int) -> dict[str, Form]:
+    """Return {form: the gradient of w}."""
+    x, _, dy, ends_E = drawn(device, E, rows, outputs, inputs)
     bounds = [0, *ends_E.tolist()]
     order = torch.arange(len(x), device=device)
 
@@ -74,8 +78,8 @@ def gradient(device, *sizes):
     }
 
 
-def cases(device, smoke):
-    """Both products at each shape and load."""
+def cases(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """Yield both products at each shape and load."""
     for outputs, inputs in ((24, 16),) if smoke else SHAPES:
         for E, rows in ((3, 10),) if smoke else LOADS:
             T, made = E * rows, (device, E, rows, outputs, inputs)

@@ -1,30 +1,38 @@
-"""Output head and cross-entropy over GLM-4.5's 151,552 words: the loss alone, and with its gradients.
+"""Cases of output head and cross-entropy over GLM-4.5's 151,552 words: the loss alone, and with its gradients.
 
 Operations are counted as 6 T D V with gradients, each product once. Baselines: PyTorch by chunks of tokens whose logits
 are computed again in the backward pass, as written and compiled; PyTorch's own fused function where this release has
 it; Liger; cut-cross-entropy (which leaves out gradients too small for bfloat16).
 """
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from minglm.bench.case import Case
+from minglm.bench.case import Case, Form
 from minglm.bench.cases import compiled, have, normal, with_gradients, without_gradients
 from minglm.kernels.cross_entropy import linear_cross_entropy
 
-D, V, CHUNK = 5120, 151_552, 2048
+D, V = 5120, 151_552
+CHUNK = 2048  # tokens
+
+Loss = Callable[[Tensor, Tensor, Tensor], Any]
+"""The summed loss of hidden states (T, D), head (V, D) and targets (T)."""
 
 
-def piece(hidden_TD, head_VD, targets_T):
-    """The summed loss of a chunk."""
+def piece(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
+    """Compute the summed loss of a chunk."""
     return F.cross_entropy((hidden_TD @ head_VD.T).float(), targets_T, reduction="sum")
 
 
-def chunked(loss):
-    """A loss by chunks of tokens, each computed again in the backward pass."""
+def chunked(loss: Loss) -> Loss:
+    """Return a loss that is computed by chunks of tokens, each computed again in the backward pass."""
 
-    def run(hidden_TD, head_VD, targets_T):
+    def run(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Any:
         parts = zip(hidden_TD.split(CHUNK), targets_T.split(CHUNK))
         return sum(
             checkpoint(loss, hidden, head_VD, targets, use_reentrant=False)
@@ -34,33 +42,33 @@ def chunked(loss):
     return run
 
 
-def liger(hidden_TD, head_VD, targets_T):
-    """Liger's fused function."""
+def liger(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
+    """Compute the loss by Liger's fused function."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return liger_fused_linear_cross_entropy(hidden_TD, head_VD, targets_T, reduction="sum")
 
 
-def cut(hidden_TD, head_VD, targets_T):
-    """cut-cross-entropy's Triton kernels."""
+def cut(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
+    """Compute the loss by cut-cross-entropy's Triton kernels."""
     from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
 
     return cut_cross_entropy(hidden_TD, head_VD, targets_T, reduction="sum", impl="cce")
 
 
-def fused(hidden_TD, head_VD, targets_T):
-    """PyTorch's own fused function."""
+def fused(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
+    """Compute the loss by PyTorch's own fused function."""
     return F.linear_cross_entropy(hidden_TD, head_VD, targets_T, reduction="sum")
 
 
-def forms(device, T, D, V, gradients):
-    """{form: the summed loss}, or {form: the loss and the gradients of states and head}."""
+def forms(device: torch.device, T: int, D: int, V: int, gradients: bool) -> dict[str, Form]:
+    """Return {form: the summed loss}, or {form: the loss and the gradients of states and head}."""
     hidden_TD, head_VD = normal(device, T, D), normal(device, V, D, seed=1, scale=D**-0.5)
     targets_T = torch.randint(
         V, (T,), generator=torch.Generator(device).manual_seed(2), device=device
     )
     ones_T = torch.ones(T, device=device)
-    functions = {
+    functions: dict[str, Loss] = {
         "minglm": lambda h, w, t: linear_cross_entropy(h, w, t, ones_T),
         "torch, chunks": chunked(piece),
     }
@@ -81,8 +89,8 @@ def forms(device, T, D, V, gradients):
     return {name: with_gradients(f, inputs, None) for name, f in functions.items()}
 
 
-def cases(device, smoke):
-    """The loss, and the loss with its gradients."""
+def cases(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """Yield the loss, and the loss with its gradients."""
     d, v = (16, 50) if smoke else (D, V)
     for T in (30,) if smoke else (4096, 16384):
         name, read = f"{T} tokens, {d} x {v}", 2 * d * (T + v)

@@ -1,4 +1,4 @@
-"""The expert layer of GLM-4.5 (width 5120, expert width 1536, 8 of 160 or of a node's 20): training, prefill, decoding.
+"""Cases of the expert layer of GLM-4.5 (width 5120, expert width 1536, 8 of 160 or of a node's 20): training, prefill, decoding.
 
 Baselines: the same layer over torch's grouped product, the loop over experts, transformers' experts in both of its
 forms, and Liger's fused layer. All get the router's choice; sorting by expert is part of the layer. Loads are even but
@@ -6,10 +6,13 @@ for chance, or fall off as 1 / rank (Zipf), or all tokens choose the same eight 
 """
 
 import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from minglm.bench.case import Case
+from minglm.bench.case import Case, Form
 from minglm.bench.cases import have, normal, with_gradients, without_gradients
 from minglm.kernels.experts import grouped_experts
 from minglm.kernels.experts.eager import experts_loop
@@ -18,11 +21,16 @@ from minglm.kernels.experts.grouped import experts_grouped
 D, F, K = 5120, 1536, 8
 TRAIN = [(E, T, "even") for E in (20, 160) for T in (4096, 16384, 65536)]
 TRAIN += [(160, 16384, "zipf"), (160, 16384, "crowd")]
-DECODE = (1, 8, 32, 128)
+DECODE = (1, 8, 32, 128)  # tokens
+
+Widths = tuple[int, int, int]
+"""D, F, K."""
+Layer = Callable[..., Tensor]
+"""The expert layer, of x (T, D), experts and weights (T, K), and the matrices."""
 
 
-def choice(device, T, E, K, loads):
-    """experts int64 (T, K) and weights float32 (T, K)."""
+def choice(device: torch.device, T: int, E: int, K: int, loads: str) -> tuple[Tensor, Tensor]:
+    """Draw experts int64 (T, K) and weights float32 (T, K); loads: even, zipf or crowd."""
     noise_TE = torch.rand(T, E, generator=torch.Generator(device).manual_seed(0), device=device)
     rank_E = torch.arange(1, E + 1, device=device)
     wanted_E = {"even": 0.0 * rank_E, "zipf": -rank_E.log(), "crowd": -2.0 * rank_E}[loads]
@@ -33,8 +41,8 @@ def choice(device, T, E, K, loads):
     return experts_TK, weights_TK / weights_TK.sum(1, keepdim=True)
 
 
-def transformers_experts(kind, E, widths):
-    """transformers' experts as a function of (x, experts, weights, gate and up in one, down)."""
+def transformers_experts(kind: str, E: int, widths: Widths) -> Layer:
+    """Return transformers' experts as a function of (x, experts, weights, gate and up in one, down)."""
     D, F, K = widths
     sizes = {
         "hidden_size": D,
@@ -47,12 +55,14 @@ def transformers_experts(kind, E, widths):
     def layer():
         from transformers.models.glm4_moe import Glm4MoeConfig, modeling_glm4_moe
 
-        config = Glm4MoeConfig(**sizes, num_local_experts=E)
+        config: Any = Glm4MoeConfig(**sizes, num_local_experts=E)  # pyright: ignore[reportCallIssue]  any field
         config._experts_implementation = kind
         with torch.device("meta"):
             return modeling_glm4_moe.Glm4MoeExperts(config)
 
-    def run(x_TD, experts_TK, weights_TK, both_EFD, down_EDF):
+    def run(
+        x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, both_EFD: Tensor, down_EDF: Tensor
+    ) -> Tensor:
         matrices = {"gate_up_proj": both_EFD, "down_proj": down_EDF}
         return torch.func.functional_call(
             layer(), matrices, (x_TD, experts_TK, weights_TK.to(x_TD.dtype))
@@ -61,15 +71,17 @@ def transformers_experts(kind, E, widths):
     return run
 
 
-def liger(x_TD, experts_TK, weights_TK, both_EFD, down_EDF):
-    """Liger's fused layer."""
+def liger(
+    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, both_EFD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """Compute the layer by Liger's fused function."""
     from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 
     return LigerFusedMoEFunction.apply(x_TD, both_EFD, down_EDF, experts_TK.int(), weights_TK)
 
 
-def halves(function):
-    """A layer whose gate and up matrices lie in one tensor, as a function of both; their gradients come apart again."""
+def halves(function: Layer) -> Layer:
+    """Turn a layer with gate and up in one matrix into a function of both, with separate gradients."""
 
     def run(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF):
         return function(x_TD, experts_TK, weights_TK, _Joined.apply(gate_EFD, up_EFD), down_EDF)
@@ -78,27 +90,37 @@ def halves(function):
 
 
 class _Joined(torch.autograd.Function):
-    """gate and up as views of the one tensor in which they lie; costs nothing in either direction."""
+    """Join gate and up, which are views of one tensor; it costs nothing in either direction."""
 
     @staticmethod
-    def forward(ctx, gate_EFD, up_EFD):
+    def forward(ctx: Any, gate_EFD: Tensor, up_EFD: Tensor) -> Tensor:
         E, F, D = gate_EFD.shape
         return gate_EFD.as_strided((E, 2 * F, D), (2 * F * D, D, 1))
 
     @staticmethod
-    def backward(ctx, grad_EFD):
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  torch declares *grads
+        ctx: Any, grad_EFD: Tensor
+    ) -> tuple[Tensor, ...]:
         return grad_EFD.chunk(2, 1)
 
 
-def layer_forms(device, T, E, loads, widths, gradients, loops):
-    """{form: the layer}; loops over the experts, which wait for the GPU and take long, only if they are wanted."""
+def layer_forms(
+    device: torch.device,
+    T: int,
+    E: int,
+    loads: str,
+    widths: Widths,
+    gradients: bool,
+    loops: bool,
+) -> dict[str, Form]:
+    """Return {form: the layer}; loops: with loops over the experts, which wait for the GPU and take long."""
     D, F, K = widths
     experts_TK, weights_TK = choice(device, T, E, K, loads)
     x_TD, upstream_TD = normal(device, T, D), normal(device, T, D, seed=1)
     both_EFD = normal(device, E, 2 * F, D, seed=2, scale=D**-0.5)
     down_EDF = normal(device, E, D, F, seed=3, scale=F**-0.5)
     apart = [both_EFD[:, :F].contiguous(), both_EFD[:, F:].contiguous(), down_EDF]
-    functions = {
+    functions: dict[str, tuple[Layer, list[Tensor]]] = {
         "minglm": (grouped_experts, apart),
         "torch grouped_mm": (experts_grouped, apart),
     }
@@ -122,9 +144,11 @@ def layer_forms(device, T, E, loads, widths, gradients, loops):
     return forms
 
 
-def cases(device, smoke):
-    """Forward, forward and backward, and decoding. Bytes: the matrices of experts that are chosen, x, y and the rows of
-    activations and results, each once."""
+def cases(device: torch.device, smoke: bool) -> Iterator[Case]:
+    """Yield forward, forward and backward, and decoding.
+
+    Bytes: the matrices of chosen experts, x, y and the rows of activations and results, each once.
+    """
     widths = (32, 24, 2) if smoke else (D, F, K)
     train = [(4, 40, "even"), (4, 40, "zipf")] if smoke else TRAIN
     decode = [(train[-1][0], T, "even") for T in ((3,) if smoke else DECODE)]
