@@ -71,11 +71,11 @@ SMOKE = SIZES | {
 # %% [markdown]
 # ## The lines that matter
 # `main` prints them from minglm itself: how a kernel finds its tile (`locate`), and reads one with offsets that do not
-# overflow (`load_tile`); how the interpreter is mended and its stores watched; what the compiled code must keep to.
+# overflow (`load_tile`); how the interpreter is patched and its stores watched; what the compiled code must keep to.
 #
 # ## Experiment
 # Four kernels, in three dtypes, over sums of three lengths, against float64; in bfloat16 also before the interpreter is
-# mended. Then the memory of the loss, the stores of a grouped product, and what was compiled and counted.
+# patched. Then the memory of the loss, the stores of a grouped product, and what was compiled and counted.
 
 
 # %%
@@ -133,7 +133,7 @@ def errors(kind, sizes, seed):
                 away = float((kernel().double() - exact).abs().max() / exact.abs().max())
             except (
                 Exception
-            ):  # an unmended interpreter may also crash, in its own ways in each release
+            ):  # an unpatched interpreter may also crash, in its own ways in each release
                 away = GARBAGE
             away = away if away < GARBAGE else GARBAGE
             rows.append({"kind": kind, "size": size, "kernel": name, "seed": seed, "error": away})
@@ -196,17 +196,17 @@ def counted():
 
 
 def experiment(sizes, seeds):
-    """All measurements. The first are made before the interpreter is mended: in a process of its own, once."""
+    """All measurements. The first are made before the interpreter is patched: in a process of its own, once."""
     trap = [row for seed in range(seeds) for row in errors("bfloat16", [sizes["trap"]], seed)]
     interpreter.patch_interpreter()
     cells = [(kind, seed) for seed in range(seeds) for kind in ROUNDING]
-    mended = [
+    patched = [
         row for kind, seed in tqdm(cells, disable=None) for row in errors(kind, sizes["sums"], seed)
     ]
     compiled = json.loads((lesson.FIGURES / "bench_compile.json").read_text(encoding="utf-8"))[
         "kernels"
     ]
-    log = {"trap": trap, "errors": mended, "memory": memory(sizes), "product": stored(sizes)}
+    log = {"trap": trap, "errors": patched, "memory": memory(sizes), "product": stored(sizes)}
     return log | {"compiled": compiled, "counted": counted(), "full_scale": full_scale()}
 
 
@@ -252,7 +252,7 @@ def draw(log):
     for at, name in enumerate(MARKS):
         for shade, label, rows in (
             (PROGRAMS[1], "as it is", log["trap"]),
-            (PROGRAMS[0], "mended", log["errors"]),
+            (PROGRAMS[0], "patched", log["errors"]),
         ):
             values = [r["error"] for r in rows if (r["kernel"], r["kind"]) == (name, "bfloat16")]
             look = {"color": shade, "markersize": 16, "label": None if at else label}
@@ -304,14 +304,14 @@ def draw(log):
     code.legend(frameon=False, fontsize=8, loc=(0.02, 0.7))
     log_log = {"xscale": "log", "yscale": "log"}
     lesson.panel(
-        sums, "Error in the mended interpreter", "numbers in a sum", "error / largest", **log_log
+        sums, "Error in the patched interpreter", "numbers in a sum", "error / largest", **log_log
     )
     sums.set_xticks(sizes["sums"], sizes["sums"])
     sums.set_xticks([], minor=True)
     sums.set_xlim(0.3 * sizes["sums"][0], 2 * sizes["sums"][-1])
     lesson.panel(
         trap,
-        "In bfloat16, before and after mending",
+        "In bfloat16, before and after patching",
         "",
         "error / largest",
         yscale="log",
@@ -368,7 +368,7 @@ def draw_tiles(axis, log):
 # ## What would prove us wrong
 # `verdicts` reads the log, and each line can come out False.
 #
-# Measured (51 CPU-seconds, 3 seeds): before mending, products of bfloat16 are off by 10^8 and more, without an error or
+# Measured (51 CPU-seconds, 3 seeds): before patching, products of bfloat16 are off by 10^8 and more, without an error or
 # a warning, and a norm, which has no product, by 1.7 times what it should be: results are cut off, not rounded. That is
 # the worse fault, because a tolerance written for bfloat16 lets it pass. Mended, a result that is rounded once is off
 # by less than u; log-probabilities of bfloat16 states by 1e-7, since no logit is ever rounded.
@@ -416,7 +416,7 @@ def verdicts(log):
     faults = [fault for kernel in log["compiled"] for fault in compile_check.faults(kernel)]
     claims = [
         (
-            f"before mending bfloat16 products are garbage, off by {garbage:.0e} times the largest or more",
+            f"before patching bfloat16 products are garbage, off by {garbage:.0e} times the largest or more",
             garbage > 1,
         ),
         (
@@ -424,7 +424,7 @@ def verdicts(log):
             norm > 1.5,
         ),
         (
-            f"mended, one is off by {max(product['bfloat16']) / u:.2f} u at most",
+            f"patched, one is off by {max(product['bfloat16']) / u:.2f} u at most",
             max(product["bfloat16"]) <= u,
         ),
         (
