@@ -130,13 +130,24 @@ def test_recomputing_keeps_less():
 
 
 def test_compiled_layers_compute_the_same():
-    """The switch changes neither names of parameters nor logits. Traced only: no compiler is needed."""
-    model, batch = tiny_model(0), drawn_batch(0, 2, 8, False)
+    """The switch changes neither names of parameters nor logits nor gradients. Traced only: no compiler is needed."""
+    model = tiny_model(0)
+    batch = drawn_batch(0, 2, 8, False)
     names = list(model.state_dict())
-    with torch.no_grad(), warnings.catch_warnings():
+
+    def logits_and_gradients():
+        model.zero_grad()
+        logits_BSV = model(batch.tokens_BS)
+        logits_BSV.square().mean().backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        return [logits_BSV.detach(), *gradients]
+
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        plain = model(batch.tokens_BS)
+        plain = logits_and_gradients()
         model.compile_layers(backend="eager")
         # float32
-        torch.testing.assert_close(model(batch.tokens_BS), plain, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits_and_gradients(), plain, atol=1e-5, rtol=1e-5)
+        with torch.no_grad():
+            torch.testing.assert_close(model(batch.tokens_BS), plain[0], atol=1e-5, rtol=1e-5)
     assert list(model.state_dict()) == names

@@ -22,6 +22,9 @@ import torch
 
 FOLDER = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fPIC", "-std=gnu11", "-pthread")
+GCC_FLAGS = ("--param=avoid-fma-max-bits=0",)
+"""For some AMD processors GCC leaves products and sums apart in chains of fused multiply-adds, and which chain it sees
+depends on the number of rows of a tile. An answer would then have other bits in another batch."""
 
 SIGNATURES = {"decode": "p", "sample": "pppppqppp" + "ll", "newton_schulz": "pppp" + "llll"}
 """Arguments of each function in order: p a pointer, l a long, q an int64."""
@@ -50,7 +53,8 @@ def build(compiler: str, folder: Path) -> Path:
     sources = sorted(FOLDER.glob("*.c"))
     headers = sorted(FOLDER.glob("*.h"))
     source_bytes = b"".join(file.read_bytes() for file in (*sources, *headers))
-    settings = _processor().encode() + " ".join(FLAGS).encode()
+    flags = FLAGS if b"clang" in version else FLAGS + GCC_FLAGS
+    settings = _processor().encode() + " ".join(flags).encode()
     digest = hashlib.sha256(source_bytes + version + settings).hexdigest()
     library = folder / f"cpu-{digest[:16]}.so"
     if library.exists():
@@ -59,7 +63,7 @@ def build(compiler: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     # In two steps: a library linked with -ffast-math would change how the whole process treats tiny numbers.
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        compile_command = [compiler, *FLAGS, "-c", *sources]
+        compile_command = [compiler, *flags, "-c", *sources]
         subprocess.run(compile_command, capture_output=True, check=True, cwd=work)
         objects = Path(work).glob("*.o")
         linked = Path(work) / "cpu.so"

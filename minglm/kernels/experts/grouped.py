@@ -133,6 +133,7 @@ class _GroupedExperts(torch.autograd.Function):
         return dx_TD, None, dweight[row_TK], dgate, dup, ddown
 
 
+@torch.compiler.disable  # grouped_mm can be traced in bfloat16 only, and addresses of tensors cannot
 def experts_grouped(
     x_TD: torch.Tensor,
     experts_TK: torch.Tensor,
