@@ -140,8 +140,12 @@ def _choose_backward(
         inside = (token < tokens)[:, None] & (expert < experts)[None, :]
         at = token[:, None] * experts + expert[None, :]
         score = tl.load(scores_ptr + at, inside, other=0.0)
-        dscore = tl.load(dscores_ptr + at, inside, other=0.0)
-        tl.store(dlogits_ptr + at, dscore * score * (1 - score), inside)  # the sigmoid's derivative
+        # dscore times the sigmoid's derivative
+        tl.store(
+            dlogits_ptr + at,
+            tl.load(dscores_ptr + at, inside, other=0.0) * score * (1 - score),
+            inside,
+        )
     inside = (token < tokens)[:, None] & (place < CHOICES)[None, :]
     at = token[:, None] * CHOICES + place[None, :]
     dscore = tl.load(dweights_ptr + at, inside, other=0.0) * scale
