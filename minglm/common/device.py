@@ -18,12 +18,16 @@ def pick_device(name: str = "auto") -> "torch.device":
     """
     import torch
 
-    if name.partition(":")[0] not in DEVICES:
+    kind, _, index = name.partition(":")
+    if kind not in DEVICES or (kind != "cuda" and kind != name):
         raise ValueError(f"device = {name!r}: must be auto, cpu or cuda")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device = {name!r}: this machine has no CUDA device; use --device cpu")
+    count = torch.cuda.device_count()
+    if kind != name and not (index.isdecimal() and int(index) < count):
+        raise ValueError(f"device = {name!r}: this machine has cuda:0 to cuda:{count - 1}")
     return torch.device(name)
 
 

@@ -2,22 +2,35 @@
 
 import os
 
+MOST_THREADS = 1024
+"""More threads than any machine has cores for; a larger number is a mistake."""
+
 _threads = 1  # threads of this process that may be busy at once; set by the functions below
 
 
 def thread_count(asked: int = 0) -> int:
-    """Return `asked`, or OMP_NUM_THREADS, or the cores of this machine divided by the ranks on it."""
+    """Return `asked`, or OMP_NUM_THREADS, or the cores of this machine divided by the ranks on it.
+
+    OMP_NUM_THREADS may be a list, "4,2": threads of the outer level first. A variable that makes no sense is ignored.
+    """
     if asked:
         return asked
-    from_environment = os.environ.get("OMP_NUM_THREADS")
+    from_environment = _number("OMP_NUM_THREADS")
     if from_environment:
-        return int(from_environment)
+        return from_environment
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, cores // ranks)
+    return max(1, cores // (_number("LOCAL_WORLD_SIZE") or 1))
+
+
+def _number(variable: str) -> int | None:
+    """Return the first number of an environment variable; None where it has none from 1 to `MOST_THREADS`."""
+    first = os.environ.get(variable, "").partition(",")[0].strip()
+    if not (first.isascii() and first.isdigit() and len(first) < 10):
+        return None
+    return int(first) if 1 <= int(first) <= MOST_THREADS else None
 
 
 def prepare_threads() -> None:
@@ -31,7 +44,8 @@ def prepare_threads() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     global _threads
     _threads = thread_count()
-    os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
+    if _number("OMP_NUM_THREADS") is None:  # OpenMP would complain of a value that makes no sense
+        os.environ["OMP_NUM_THREADS"] = str(_threads)
 
 
 def use_threads(count: int = 0, inside: bool = True) -> int:

@@ -8,7 +8,7 @@ Its fields have Hugging Face's names, so that a released `config.json` maps one 
 from dataclasses import dataclass
 from typing import NoReturn
 
-from minglm.config.options import check_fields, positive, share
+from minglm.config.options import check_fields, option, positive, share
 
 MLA_FIELDS = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
@@ -17,49 +17,49 @@ MLA_FIELDS = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_d
 class ModelConfig:
     """Shape of the network (paper 2.1, Table 1). Defaults are GLM-4.5, 355B-A32B."""
 
-    vocab_size: int = positive(151552)
+    vocab_size: int = positive(151552, maximum=2**24)
     """Rows of the embedding and of the output head."""
-    hidden_size: int = positive(5120)
+    hidden_size: int = positive(5120, maximum=2**20)
     """Width D of the residual stream."""
-    num_hidden_layers: int = positive(92)
+    num_hidden_layers: int = positive(92, maximum=10_000)
     """Decoder layers, without the MTP layer."""
-    first_k_dense_replace: int = 3
+    first_k_dense_replace: int = option(3, maximum=10_000)
     """Leading layers that have a dense FFN in place of experts."""
     num_nextn_predict_layers: int = 1
     """MTP layers (0 or 1): one more layer, which predicts the token after the next."""
-    num_attention_heads: int = positive(96)
+    num_attention_heads: int = positive(96, maximum=2**16)
     """Query heads N: 2.5 times as many as usual for this width, which helps reasoning (paper 2.1)."""
-    num_key_value_heads: int = positive(8)
+    num_key_value_heads: int = positive(8, maximum=2**16)
     """Key/value heads M; each serves N / M query heads."""
-    head_dim: int = positive(128)
+    head_dim: int = positive(128, maximum=2**16)
     """Width A of one query or key head; N * A need not equal the hidden size."""
     partial_rotary_factor: float = share(0.5)
     """Share of each head's dimensions that rotate with the position (MLA uses qk_rope_head_dim instead)."""
-    kv_lora_rank: int = 0
+    kv_lora_rank: int = option(0, maximum=2**20)
     """Width L of the latent for keys and values (MLA, GLM-4.7-Flash: 512); 0: grouped-query attention."""
-    q_lora_rank: int = 0
+    q_lora_rank: int = option(0, maximum=2**20)
     """MLA: width of the latent for queries; 0: one projection, without a latent."""
-    qk_nope_head_dim: int = 0
+    qk_nope_head_dim: int = option(0, maximum=2**16)
     """MLA: dimensions of a query or key head that do not rotate."""
-    qk_rope_head_dim: int = 0
+    qk_rope_head_dim: int = option(0, maximum=2**16)
     """MLA: dimensions R that rotate, whose key all heads share; head_dim = qk_nope_head_dim + qk_rope_head_dim."""
-    v_head_dim: int = 0
+    v_head_dim: int = option(0, maximum=2**16)
     """MLA: width of a value head."""
     rope_theta: float = positive(1_000_000.0)
     """Base of the rotary frequencies of the finished model; during training each stage sets its own."""
-    intermediate_size: int = positive(12288)
+    intermediate_size: int = positive(12288, maximum=2**24)
     """FFN width of the dense layers."""
-    moe_intermediate_size: int = positive(1536)
+    moe_intermediate_size: int = positive(1536, maximum=2**24)
     """FFN width F of one expert."""
-    n_routed_experts: int = positive(160)
+    n_routed_experts: int = positive(160, maximum=2**16)
     """Experts E the router chooses from."""
-    num_experts_per_tok: int = positive(8)
+    num_experts_per_tok: int = positive(8, maximum=2**16)
     """Experts K chosen for each token."""
-    n_shared_experts: int = 1
+    n_shared_experts: int = option(1, maximum=2**10)
     """Experts that every token visits, ungated."""
-    n_group: int = positive(1)
+    n_group: int = positive(1, maximum=2**16)
     """Groups of experts for group-limited routing (1: no limit)."""
-    topk_group: int = positive(1)
+    topk_group: int = positive(1, maximum=2**16)
     """Groups a token may choose experts from."""
     routed_scaling_factor: float = 2.5
     """Factor on the normalised weights of the routed experts (GLM-4.5-Air: 1.0)."""
@@ -73,7 +73,7 @@ class ModelConfig:
     """Use the embedding table as the output head."""
     rms_norm_eps: float = positive(1e-5)
     """Epsilon of every RMSNorm."""
-    max_position_embeddings: int = positive(131072)
+    max_position_embeddings: int = positive(131072, maximum=2**30)
     """Longest sequence, in tokens."""
     initializer_range: float = positive(0.02)
     """Standard deviation of initial weights."""

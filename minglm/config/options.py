@@ -10,11 +10,17 @@ method of their dataclass.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeVar, get_type_hints
+
+from minglm.common.mistakes import shown
+
+LARGEST = 10**18
+"""Largest number of a field that declares no other maximum. What is computed from it still fits 64 bits."""
 
 Value = TypeVar("Value")
 
@@ -25,7 +31,7 @@ class Option:
 
     positive: bool = False
     """Refuse 0."""
-    maximum: float = math.inf
+    maximum: float = LARGEST
     """Largest value that is allowed."""
     runtime: bool = False
     """The field does not change the result, so it is not part of the config's hash."""
@@ -37,7 +43,7 @@ def option(
     default: Value,
     *,
     positive: bool = False,
-    maximum: float = math.inf,
+    maximum: float = LARGEST,
     runtime: bool = False,
     formerly: str = "",
 ) -> Value:
@@ -46,7 +52,7 @@ def option(
     return dataclasses.field(default=default, metadata={"option": about})
 
 
-def positive(default: Value, *, maximum: float = math.inf) -> Value:
+def positive(default: Value, *, maximum: float = LARGEST) -> Value:
     """Declare a number that must be above 0."""
     return option(default, positive=True, maximum=maximum)
 
@@ -67,32 +73,85 @@ def choices(values: type[StrEnum]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
+@functools.cache
+def types_of(section: type) -> dict[str, Any]:
+    """Return the types of the fields of a dataclass, by name."""
+    return get_type_hints(section)
+
+
+def must_be(kind: Any) -> str:
+    """Say what a value of a field's type must be, for a message."""
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        return choices(kind)
+    names = {
+        bool: "True or False",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        tuple[str, ...]: "texts",
+        dict[str, float]: "numbers by name",
+    }
+    return names.get(kind) or f"a {kind.__name__}"
+
+
+def mismatch(name: str, value: Any, kind: Any) -> str:
+    """Return the line for a value that is not of its field's type."""
+    return f"{name} = {shown(value, quoted=True)}: must be {must_be(kind)}"
+
+
 def check_fields(config: Any, prefix: str = "") -> None:
     """Check every field of a tree of dataclasses against its type and its `Option`.
 
     prefix: dotted name of `config` with a final dot, for the message. Raises ValueError, in one line.
     """
     for name, value, field, kind in _leaves(config, prefix):
-        if isinstance(kind, type) and issubclass(kind, StrEnum):
-            if value not in list(kind):
-                raise ValueError(f"{name} = {value!r}: must be {choices(kind)}")
-        elif isinstance(value, int | float):
-            limits = about(field)
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(f"{name} = {value}: must be a finite number, not negative")
-            if value == 0 and limits.positive:
-                raise ValueError(f"{name} = {value}: must be positive")
-            if value > limits.maximum:
-                raise ValueError(f"{name} = {value}: must lie between 0 and {limits.maximum:g}")
+        if not _has_type(value, kind):
+            raise ValueError(mismatch(name, value, kind))
+        texts = value if isinstance(value, tuple) else (value,)
+        for text in texts:
+            if isinstance(text, str) and not text.isprintable():
+                raise ValueError(
+                    f"{name} = {shown(text, quoted=True)}: must be printable text in one line"
+                )
+        if kind in (int, float):
+            _check_bounds(name, value, about(field))
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    """Return whether a value is of a field's type; a whole number is a number too, True is not."""
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if kind == tuple[str, ...]:
+        return isinstance(value, tuple) and all(isinstance(text, str) for text in value)
+    if kind == dict[str, float]:
+        return isinstance(value, dict) and all(
+            isinstance(key, str) and _has_type(number, float) for key, number in value.items()
+        )
+    return isinstance(value, kind)
+
+
+def _check_bounds(name: str, value: float, limits: Option) -> None:
+    """Refuse a number that is not finite, is negative, or is beyond the bounds of its field."""
+    number = f"{name} = {shown(value)}"
+    finite = isinstance(value, int) or math.isfinite(value)
+    if not finite or value < 0:
+        raise ValueError(f"{number}: must be a finite number, not negative")
+    if value == 0 and limits.positive:
+        raise ValueError(f"{number}: must be positive")
+    if value > limits.maximum:
+        raise ValueError(f"{number}: must lie between 0 and {limits.maximum:,}")
 
 
 def _leaves(config: Any, prefix: str) -> Iterator[tuple[str, Any, dataclasses.Field, Any]]:
     """Yield (dotted name, value, field, type) of every field that is not a dataclass itself."""
-    types = get_type_hints(type(config))
+    types = types_of(type(config))
     for field in dataclasses.fields(config):
         name = prefix + field.name
         value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
+        kind = types[field.name]
+        if dataclasses.is_dataclass(kind) and isinstance(value, kind):
             yield from _leaves(value, name + ".")
         else:
-            yield name, value, field, types[field.name]
+            yield name, value, field, kind

@@ -1,15 +1,17 @@
 """Apply command-line words such as `--section.field value` to a tree of dataclasses (no section in the paper).
 
-tyro reads the fields, their types and their docstrings, converts values and prints `--help`. Its error messages are
-boxes of many lines; here each becomes one line that names the option, the value and the remedy.
+A word becomes a value by the type of its field. A word that does not fit is one line with field, value and remedy.
+tyro prints `--help`: every field with its type, its default and its docstring.
 """
 
-import contextlib
 import dataclasses
 import difflib
-import io
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from enum import StrEnum
+from typing import Any, TypeVar, get_args
+
+from minglm.common.mistakes import shown
+from minglm.config.options import mismatch, must_be, types_of
 
 Config = TypeVar("Config")
 
@@ -20,48 +22,106 @@ def override(run: Config, words: Sequence[str]) -> Config:
     A source of your own needs no entry in the config: `--stages.general.mixture.user:notes 1.0` adds it.
     Raises ValueError, in one line, that names the option or value that does not fit.
     """
-    import tyro
-
-    run = _add_own_sources(run, words)
-    known = list(_option_names(run))
-    for word in words:
-        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        if word.startswith("--") and name not in [*known, "help"]:
-            raise ValueError(f"unknown option --{name}; {_remedy(name, known)}")
-
-    def parse() -> Config:
-        return tyro.cli(
-            type(run),
-            default=run,
-            args=list(words),
-            prog="python -m minglm VERB CONFIG",
-            use_underscores=True,
-            config=(
-                tyro.conf.AvoidSubcommands,
-                tyro.conf.FlagConversionOff,
-                tyro.conf.EnumChoicesFromValues,
-            ),
-        )
-
     if "--help" in words or "-h" in words:
-        return parse()
-    printed = io.StringIO()
+        return _print_help(run)
+    run = _add_own_sources(run, words)
+    known = {_spelled(name): (name, kind) for name, kind in _leaves(run)}
+    changes: dict[str, Any] = {}
+    for spelled, given in _options(words):
+        if _spelled(spelled) not in known:
+            remedy = _remedy(_spelled(spelled), list(known))
+            raise ValueError(f"unknown option --{shown(spelled)}; {remedy}")
+        name, kind = known[_spelled(spelled)]
+        changes[name] = _value(name, given, kind)
+    return _replace(run, changes)
+
+
+def _spelled(name: str) -> str:
+    """Return the name of an option with underscores: hyphens are as good."""
+    return name.replace("-", "_")
+
+
+def _options(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each option with the words that follow it."""
+    name = None
+    given: list[str] = []
+    for word in words:
+        if not word.startswith("--"):
+            if name is None:
+                raise ValueError(
+                    f"this word follows no option: {shown(word)}; options begin with --"
+                )
+            given.append(word)
+            continue
+        if name is not None:
+            yield name, given
+        name, equals, value = word.removeprefix("--").partition("=")
+        given = [value] if equals else []
+    if name is not None:
+        yield name, given
+
+
+def _value(name: str, given: list[str], kind: Any) -> Any:
+    """Convert the words of one option to its type."""
+    if get_args(kind):  # tuple[str, ...]
+        return tuple(given)
+    if not given:
+        raise ValueError(f"--{name}: no value follows; it must be {must_be(kind)}")
+    if len(given) > 1:
+        extra = shown(" ".join(given[1:]))
+        raise ValueError(f"--{name} takes one value; these words follow no option: {extra}")
+    (word,) = given
     try:
-        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
-            return parse()
-    except SystemExit:
-        raise ValueError(_one_line(printed.getvalue())) from None
+        return _convert(word, kind)
+    except (ValueError, KeyError, OverflowError):
+        raise ValueError(mismatch(name, word, kind)) from None
 
 
-def _option_names(config: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted name of every value in a tree of dataclasses and dictionaries."""
-    if dataclasses.is_dataclass(config):
-        config = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    for name, value in config.items():
-        if isinstance(value, dict) or dataclasses.is_dataclass(value):
-            yield from _option_names(value, f"{prefix}{name}.")
+def _convert(word: str, kind: Any) -> Any:
+    """Convert one word. Raises ValueError or KeyError where it does not fit."""
+    if kind is bool:
+        return {"true": True, "false": False}[word.lower()]
+    if kind is int:
+        return int(word)
+    if kind is float:
+        return float(word)
+    if issubclass(kind, StrEnum):
+        return kind(word)
+    return word
+
+
+def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted name and the type of every value in a tree of dataclasses and dictionaries."""
+    types = types_of(type(config))
+    for field in dataclasses.fields(config):
+        name = prefix + field.name
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{name}.")
+        elif isinstance(value, dict):
+            _, kind = get_args(types[field.name])
+            for key in value:
+                yield f"{name}.{key}", kind
         else:
-            yield prefix + name
+            yield name, types[field.name]
+
+
+def _replace(config: Any, changes: dict[str, Any]) -> Any:
+    """Return a config with the values of these dotted names changed."""
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        first, _, rest = name.partition(".")
+        sections.setdefault(first, {})[rest] = value
+    replaced: dict[str, Any] = {}
+    for name, inside in sections.items():
+        old = getattr(config, name)
+        if dataclasses.is_dataclass(old):
+            replaced[name] = _replace(old, inside)
+        elif isinstance(old, dict):
+            replaced[name] = {**old, **inside}
+        else:
+            replaced[name] = inside[""]
+    return dataclasses.replace(config, **replaced)
 
 
 def _remedy(name: str, known: list[str]) -> str:
@@ -79,8 +139,10 @@ def _add_own_sources(run: Any, words: Sequence[str]) -> Any:
     """Give stages the `user:` sources that an override names, with weight 0, so that the override finds them."""
     for word in words:
         section, _, source = word.partition("=")[0].partition(".mixture.")
-        name = section.removeprefix("--stages.")
-        if source.startswith("user:") and hasattr(run.stages, name):
+        name = _spelled(section.removeprefix("--stages."))
+        if not source.startswith("user:") or source == "user:":
+            continue
+        if name in [field.name for field in dataclasses.fields(run.stages)]:
             stage = getattr(run.stages, name)
             stage = dataclasses.replace(stage, mixture={source: 0.0, **stage.mixture})
             stages = dataclasses.replace(run.stages, **{name: stage})
@@ -88,11 +150,19 @@ def _add_own_sources(run: Any, words: Sequence[str]) -> Any:
     return run
 
 
-def _one_line(printed: str) -> str:
-    """Extract the message from tyro's box: the text between its first two rules, below the title."""
-    lines = [line.strip("│╭╮╰╯├┤| ") for line in printed.splitlines()]
-    rules = [i for i, line in enumerate(lines) if len(line) > 3 and not line.strip("─-")]
-    first, last = rules[:2] if len(rules) > 1 else (-1, len(lines))
-    text = " ".join(line for line in lines[first + 1 : last] if line)
-    text = text.removeprefix("Error parsing ")
-    return text.replace("Unrecognized options:", "these words follow no option:")
+def _print_help(run: Config) -> Config:
+    """Print every field with its meaning, and exit."""
+    import tyro
+
+    return tyro.cli(
+        type(run),
+        default=run,
+        args=["--help"],
+        prog="python -m minglm VERB CONFIG",
+        use_underscores=True,
+        config=(
+            tyro.conf.AvoidSubcommands,
+            tyro.conf.FlagConversionOff,
+            tyro.conf.EnumChoicesFromValues,
+        ),
+    )

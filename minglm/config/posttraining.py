@@ -5,6 +5,9 @@ from enum import StrEnum
 
 from minglm.config.options import option, positive, share
 
+MOST_PROBLEMS = 100_000
+MOST_SAMPLES = 10_000
+
 
 class Aggregation(StrEnum):
     """What the policy-gradient loss of a batch is averaged over."""
@@ -23,7 +26,7 @@ class SFTConfig:
 
     samples: int = positive(1_000_000)
     """Most conversations: per environment in a cold start, in all in the unified phase."""
-    epochs: float = 1.0
+    epochs: float = option(1.0, maximum=10**6)
     """Passes over the conversations."""
     batch_tokens: int = positive(1_000_000)
     """Tokens per optimizer step."""
@@ -49,9 +52,9 @@ class RLConfig:
     """Environments the tasks are drawn from, round-robin; repeat a name to weight it."""
     steps: int = 1000
     """Batches of rollouts."""
-    prompts: int = positive(64)
+    prompts: int = positive(64, maximum=10**6)
     """Prompts P per step."""
-    samples: int = positive(16)
+    samples: int = positive(16, maximum=MOST_SAMPLES)
     """Samples G per prompt."""
     max_new_tokens: int = positive(65536)
     """Most tokens of one assistant turn. The paper trains at the full length from the start."""
@@ -161,9 +164,9 @@ class PostTrainingConfig:
 class EvaluationConfig:
     """How a checkpoint is scored (paper 4; sampler of the public evaluation harness)."""
 
-    problems: int = positive(198)
+    problems: int = positive(198, maximum=MOST_PROBLEMS)
     """Held-out problems per environment."""
-    samples: int = positive(8)
+    samples: int = positive(8, maximum=MOST_SAMPLES)
     """Answers k per problem, for avg@k and pass@k."""
     temperature: float = 0.6
     """Sampling temperature."""
@@ -175,5 +178,5 @@ class EvaluationConfig:
     """Held-out tokens per source for bits per byte."""
     every_tokens: int = 0
     """Tokens of pre-training between measurements of bits per byte; 0: only at the end of a stage."""
-    needles: int = 0
+    needles: int = option(0, maximum=10_000)
     """Rows of the needle test by length and depth, after a stage with longer rows; with bits by position. 0: none."""

@@ -7,17 +7,23 @@ docstring. `RunConfig.check` refuses impossible values before anything starts.
 
 import dataclasses
 import hashlib
+import inspect
 import json
+import os
 import runpy
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
+from minglm.common.device import DEVICES
+from minglm.common.mistakes import shown
+from minglm.common.threads import MOST_THREADS
 from minglm.config.data import DataConfig
 from minglm.config.model import ModelConfig
-from minglm.config.options import about, check_fields, choices, option
+from minglm.config.options import about, check_fields, mismatch, option, types_of
 from minglm.config.overrides import override
 from minglm.config.posttraining import EvaluationConfig, PostTrainingConfig
 from minglm.config.training import BalanceConfig, OptimizerConfig, StagesConfig
@@ -76,7 +82,7 @@ class RunConfig:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     posttraining: PostTrainingConfig = field(default_factory=PostTrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    seed: int = 0
+    seed: int = option(0, maximum=2**32 - 1)
     """Seed of every random draw."""
     device: str = option("auto", runtime=True)
     """auto: the GPU where there is one; else cpu or cuda."""
@@ -90,7 +96,7 @@ class RunConfig:
     """Keep only the input of each layer and compute the layer again in the backward pass: less memory, same result."""
     compile: bool = option(False, runtime=True)
     """Apply torch.compile to each decoder layer; worth its minutes on a GPU, in long runs."""
-    threads: int = option(0, runtime=True)
+    threads: int = option(0, maximum=MOST_THREADS, runtime=True)
     """CPU threads, which share the rows of each batch; 0: the cores of this machine divided by the ranks on it."""
     checkpoint_seconds: float = option(60.0, runtime=True)
     """Seconds of training between checkpoints inside a stage."""
@@ -111,6 +117,7 @@ class RunConfig:
     def check(self) -> "RunConfig":
         """Raise ValueError, in one line that names field, value and remedy, for a run that cannot work; return self."""
         check_fields(self)
+        self._check_names()
         self.model.check()
         self.stages.check()
         self.data.check()
@@ -120,6 +127,14 @@ class RunConfig:
         self._check_muon()
         self.posttraining.check(self.model.max_position_embeddings)
         return self
+
+    def _check_names(self) -> None:
+        if not self.name.strip(" .") or "/" in self.name:
+            raise ValueError(
+                f"name = {self.name!r}: must be the name of a folder under runs/, without a slash"
+            )
+        if self.device.partition(":")[0] not in DEVICES:
+            raise ValueError(f"device = {self.device!r}: must be auto, cpu or cuda")
 
     def _check_lengths(self) -> None:
         if self.stages.longest > self.model.max_position_embeddings:
@@ -156,35 +171,48 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(values: dict[str, Any]) -> RunConfig:
+def from_dict(values: Any) -> RunConfig:
     """Build a config from the nested dictionaries of `to_dict`, also after a trip through JSON.
 
-    Raises ValueError for a field that does not exist, and for a value that its enum does not have.
+    Raises ValueError, in one line, for a field that does not exist or is missing, and for a value of another type.
     """
     return _build(RunConfig, values, prefix="")
 
 
-def _build(section: Any, values: dict[str, Any], prefix: str) -> Any:
+def _build(section: Any, values: Any, prefix: str) -> Any:
     """Build one dataclass of the tree. prefix: its dotted name with a final dot, for the message."""
-    types = get_type_hints(section)
+    if not isinstance(values, dict):
+        name = prefix.removesuffix(".") or "the config"
+        raise ValueError(
+            f"{name} = {shown(values, quoted=True)}: must be a {section.__name__} with its fields"
+        )
+    types = types_of(section)
     former = {about(field).formerly: field.name for field in dataclasses.fields(section)}
     arguments = {}
     for given, value in values.items():
         name = former.get(given, given)
         if name not in types:
             raise ValueError(
-                f"{section.__name__} has no field {given!r}; was this config written by another version?"
+                f"{section.__name__} has no field {shown(given, quoted=True)}; "
+                "was this config written by another version?"
             )
         kind = types[name]
         if dataclasses.is_dataclass(kind):
             value = _build(kind, value, f"{prefix}{name}.")
         elif isinstance(kind, type) and issubclass(kind, StrEnum):
-            if value not in list(kind):
-                raise ValueError(f"{prefix}{name} = {value!r}: must be {choices(kind)}")
+            if value not in [str(choice) for choice in kind]:
+                raise ValueError(mismatch(f"{prefix}{name}", value, kind))
             value = kind(value)
         elif isinstance(value, list):  # JSON has no tuples
             value = tuple(value)
         arguments[name] = value
+    for needed in dataclasses.fields(section):
+        has_default = (
+            needed.default is not dataclasses.MISSING
+            or needed.default_factory is not dataclasses.MISSING
+        )
+        if needed.name not in arguments and not has_default:
+            raise ValueError(f"{prefix}{needed.name} is missing; a {section.__name__} needs it")
     return section(**arguments)
 
 
@@ -196,18 +224,64 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ValueError, in one line, for a missing file, an unknown field or a bad value.
     """
     file, _, variant = str(path).partition(":")
-    if not Path(file).is_file():
+    if not os.path.isfile(file):  # False too for a path that no system accepts
         raise ValueError(
-            f"no config file at {file}; the ladder is in configs/, for example configs/toy.py"
+            f"no config file at {shown(file) or 'an empty path'}; "
+            "the ladder is in configs/, for example configs/toy.py"
         )
-    variant = variant or Path(file).stem
-    functions = runpy.run_path(file)
-    if not callable(functions.get(variant)):
-        raise ValueError(
-            f"{file} has no function {variant}(); a config is a function that returns a minglm.config.RunConfig"
-        )
-    # Through plain values, so that a config file may write the named values as strings.
-    run = from_dict(to_dict(functions[variant]()))
+    run = _run_file(file, variant or Path(file).stem)
     if overrides:
         run = override(run, overrides)
     return run.check()
+
+
+def _run_file(file: str, variant: str) -> RunConfig:
+    """Execute a config file and call its function. Whatever its code raises is one line with file and line."""
+    try:
+        function = runpy.run_path(file).get(variant)
+        if not callable(function):
+            raise _NoConfig(
+                f"{file} has no function {shown(variant)}(); "
+                "a config is a function that returns a minglm.config.RunConfig"
+            )
+        config = function()
+        if not isinstance(config, RunConfig):
+            if inspect.iscoroutine(config):
+                config.close()  # or Python would warn that nobody awaits it
+            raise _NoConfig(
+                f"{file}: {shown(variant)}() returns {shown(config, quoted=True)}; "
+                "it must return a minglm.config.RunConfig"
+            )
+        # Through plain values, so that a config file may write the named values as strings.
+        values = to_dict(config)
+    except (KeyboardInterrupt, _NoConfig):
+        raise
+    except BaseException as error:  # SystemExit too: a config decides nothing about this process
+        line = _line_of(error, file)
+        where = f"{file}, line {line}" if line else file
+        reason = str(error) or "no reason given"
+        if isinstance(error, SyntaxError):
+            reason = error.msg
+        raise ValueError(
+            f"{where}: {type(error).__name__}: {shown(reason)}; mend the config"
+        ) from error
+    try:
+        return from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+class _NoConfig(ValueError):
+    """A file that runs, but is no config; its message is for the user."""
+
+
+def _line_of(error: BaseException, file: str) -> int | None:
+    """Return the line of a config file that an error comes from; None where it does not tell."""
+    if isinstance(error, SyntaxError):
+        return error.lineno
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == file
+    ]
+    return lines[-1] if lines else None

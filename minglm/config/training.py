@@ -1,11 +1,11 @@
 """Options of pre- and mid-training: stages, optimizer, expert balance (paper 2.1 to 2.4, Figure 3)."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-from minglm.config.options import positive, share
+from minglm.common.mistakes import shown
+from minglm.config.options import LARGEST, option, positive, share
 
 
 class Packing(StrEnum):
@@ -57,11 +57,15 @@ class StageConfig:
         """Raise ValueError, in one line, for a stage that cannot be trained. name: dotted, for the message."""
         if self.sequence_length < 2:
             raise ValueError(f"{name}.sequence_length = {self.sequence_length}: must be at least 2")
-        weights = self.mixture.values()
-        finite = all(0 <= weight < math.inf for weight in weights)
-        if not finite or sum(weights) <= 0:
+        for source, weight in self.mixture.items():
+            if not 0 <= weight <= LARGEST:
+                raise ValueError(
+                    f"{name}.mixture.{shown(source)} = {shown(weight)}: "
+                    "must be a finite number, not negative; 0 leaves the source out"
+                )
+        if sum(self.mixture.values()) <= 0:
             raise ValueError(
-                f"{name}.mixture = {self.mixture}: needs at least one source with a positive weight"
+                f"{name}.mixture = {shown(self.mixture)}: needs at least one source with a positive weight"
             )
 
 
@@ -145,17 +149,17 @@ class OptimizerConfig:
     """cosine: the paper's; wsd: constant, then linear over the last fifth of the tokens, which the paper rejects."""
     warmup_tokens: int = 200 * 10**9
     """Tokens of linear warm-up. The paper gives no value."""
-    batch_tokens_start: int = positive(16 * 10**6)
+    batch_tokens_start: int = positive(16 * 10**6, maximum=2**32)
     """Tokens per optimizer step at the beginning."""
-    batch_tokens_end: int = positive(64 * 10**6)
+    batch_tokens_end: int = positive(64 * 10**6, maximum=2**32)
     """Tokens per optimizer step after the ramp."""
     batch_ramp_tokens: int = 500 * 10**9
     """Tokens over which the batch grows linearly."""
-    microbatch_tokens: int = positive(32768)
+    microbatch_tokens: int = positive(32768, maximum=2**32)
     """Most tokens in one forward pass on one device; gradients of larger batches are accumulated."""
     muon_momentum: float = share(0.95)
     """Momentum of Muon (Nesterov)."""
-    newton_schulz_steps: int = 5
+    newton_schulz_steps: int = option(5, maximum=100)
     """Iterations of the orthogonalisation."""
     update_rms: float = 0.2
     """RMS of a Muon update before the learning rate; 0 turns the rule off."""
@@ -175,7 +179,7 @@ class OptimizerConfig:
     """Bound on the global gradient norm; 0 turns clipping off."""
     spike_factor: float = 0.0
     """Skip a step whose gradient norm exceeds this many times the median of the last 50; 0: skip only NaN and infinity."""
-    rollback_after: int = 0
+    rollback_after: int = option(0, maximum=10**6)
     """Steps skipped in a row after which the run returns to the last good checkpoint and skips its batches; 0: never."""
 
     def check(self) -> None:

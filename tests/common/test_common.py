@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.common import device
+from minglm.common import device, threads
 from minglm.common.files import atomic_path, read_jsonl, write_json
 from minglm.common.log import Log, Record
 from minglm.common.version import versions
@@ -164,6 +164,8 @@ def test_the_measured_ceiling_is_a_speed():
     [
         ({"OMP_NUM_THREADS": "3"}, 0, 3),
         ({"OMP_NUM_THREADS": "3"}, 2, 2),
+        ({"OMP_NUM_THREADS": "3,2"}, 0, 3),
+        ({"OMP_NUM_THREADS": " 3 "}, 0, 3),
         ({"LOCAL_WORLD_SIZE": "1000"}, 0, 1),
     ],
 )
@@ -185,6 +187,19 @@ def test_threads_are_the_argument_the_variable_or_the_share_of_the_cores(
         check=True,
     )
     assert int(done.stdout) == threads
+
+
+@pytest.mark.parametrize("value", ["abc", "0", "-1", "", ",", "2.5", "9" * 30, "100000", "³"])
+@pytest.mark.parametrize("variable", ["OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"])
+def test_a_variable_that_makes_no_sense_is_ignored(variable, value, monkeypatch):
+    """The number of threads is what it would be without the variable."""
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    without = threads.thread_count()
+    monkeypatch.setenv(variable, value)
+    assert threads.thread_count() == without
+    threads.prepare_threads()
+    assert os.environ["OMP_NUM_THREADS"] == str(without)
 
 
 def test_versions_name_what_decides_a_number():

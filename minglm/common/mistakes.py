@@ -1,0 +1,44 @@
+"""Tell a user of a mistake in one line: field or file, value, remedy (no section in the paper).
+
+A mistake is a ValueError whose message is that line. The command line prints it (`minglm.cli.main`), so every verb
+speaks alike; `one_line` guards the form, and `shown` keeps a value readable, however long or strange it is.
+"""
+
+import math
+from typing import Any
+
+LONGEST_VALUE = 80
+LONGEST_LINE = 600
+
+
+def shown(value: Any, quoted: bool = False) -> str:
+    """Return a value for a message: unprintable characters escaped, long ones cut. quoted: text in quotes."""
+    if (
+        isinstance(value, int) and value.bit_length() > 128
+    ):  # Python refuses to print thousands of digits
+        digits = int(value.bit_length() * math.log10(2)) + 1
+        return f"a number of about {digits} digits"
+    text = repr(value) if quoted or not isinstance(value, str) else value
+    return _printable(_shortened(text, LONGEST_VALUE))
+
+
+def one_line(message: str) -> str:
+    """Return a message as one printable line."""
+    return _shortened(_printable(" ".join(message.split())), LONGEST_LINE)
+
+
+def _shortened(text: str, length: int) -> str:
+    """Cut a long text in its middle: what is wrong stands at the beginning, the remedy at the end."""
+    if len(text) <= length:
+        return text
+    half = (length - 5) // 2
+    return f"{text[:half]} ... {text[-half:]}"
+
+
+def _printable(text: str) -> str:
+    """Escape what a terminal would not print."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else ascii(character)[1:-1] for character in text
+    )
