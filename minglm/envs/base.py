@@ -26,6 +26,7 @@ Choices:
 import hashlib
 import json
 import random
+import warnings
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -36,6 +37,9 @@ Result = TypeVar("Result")
 
 TEST_SHARE = 10
 """One task in this many belongs to the test split."""
+
+LARGEST_REWARD = 1e6
+"""Bound on the size of a reward; beyond it the statistics of a group lose their precision in float32."""
 
 Message = dict[str, Any]
 """A message of a conversation: role, content and, for an assistant, reasoning_content, tool_calls and error."""
@@ -88,6 +92,13 @@ class Score:
     """Named numbers that explain the value, for logs and for figures."""
     detail: str = ""
     """One line on what went wrong."""
+
+    def __post_init__(self) -> None:
+        """Refuse a value that is no reward. One NaN in a group would decide what its siblings teach."""
+        if not abs(self.value) <= LARGEST_REWARD:
+            raise ValueError(
+                f"reward = {self.value}: must be a finite number, 0 to 1 in the environments of this package"
+            )
 
 
 class Episode:
@@ -145,7 +156,7 @@ class Episode:
         except Misconfigured:
             raise
         except Exception as error:  # a grader meets model-written text; each sample gets one score
-            return infrastructure_failure(error, self.parts())
+            return infrastructure_failure(error, self.task.environment, self.parts())
         return replace(score, parts=self.parts() | score.parts)
 
     async def respond(self, message: Message) -> list[Message]:
@@ -358,9 +369,12 @@ def no_answer() -> Score:
     return Score(0.0, ScoreStatus.WRONG, detail="no answer")
 
 
-def infrastructure_failure(error: Exception, parts: dict[str, float] | None = None) -> Score:
-    """Return the Score of a sample whose environment raised `error`."""
-    detail = f"{type(error).__name__}: {error}"
+def infrastructure_failure(
+    error: Exception, environment: str, parts: dict[str, float] | None = None
+) -> Score:
+    """Return the Score of a sample whose environment raised `error`, and warn of it once by the environment's name."""
+    detail = f"{environment}: {type(error).__name__}: {error}"
+    warnings.warn(f"{detail}; the sample leaves the statistics", stacklevel=2)
     return Score(0.0, ScoreStatus.INFRASTRUCTURE, parts or {}, detail)
 
 

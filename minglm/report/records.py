@@ -264,7 +264,7 @@ class RLRecord(StageRecord):
     Broken: near 0: tasks too easy or impossible, nothing is learned
     """
     skipped: bool
-    """Whether there was no update, because fewer than two groups were live.
+    """Whether no weight moved: fewer than two groups were live, or the guard left out every update (`left_out`).
 
     Healthy: rare
     Broken: most steps: see `live_groups`
@@ -306,7 +306,7 @@ class RLRecord(StageRecord):
     Broken: always at the clip's bound: the rate is too high; not finite: that update was skipped
     """
     left_out: str | None = None
-    """Why the last update was skipped: "not finite", or "spike"; absent when it was taken.
+    """Why an update was skipped, the first of its rollout: "not finite", or "spike"; absent when all were taken.
 
     Healthy: absent
     Broken: several in a row: the gradients of this stage are not usable

@@ -160,7 +160,7 @@ async def play(
             await _converse(player, episode, trajectory, seed_of_turn)
             trajectory.score = await _from_environment(episode.score())
     except EnvironmentFailure as failure:
-        trajectory.score = infrastructure_failure(failure.cause)
+        trajectory.score = infrastructure_failure(failure.cause, task.environment)
     return trajectory
 
 

@@ -14,6 +14,9 @@ Choices
 - The standard deviation is the sample one (divided by G - 1). A group whose rewards are all equal carries no
   information and gets exactly zero; the division must not turn rounding into a signal.
 - A sample whose episode failed for reasons of infrastructure says nothing about the policy: it leaves the statistics.
+  So does one whose reward is no number: the score refuses it where the environment returns it.
+- log rho is kept within 20 nats. Beyond, exp overflows float32, and the gradient of the side that the clip does not
+  choose would be infinity times zero. A token so far off has no gradient, on either side.
 - Truncated importance sampling is for rollouts whose probabilities differ from the trainer's for the same weights (FP8,
   another engine) or that are stale. Then rho is taken against the trainer's own probabilities pi_old, and the rest
   becomes a bounded weight: w_t = min(pi_old(y_t) / mu(y_t), cap).
@@ -32,6 +35,7 @@ from torch import Tensor
 
 EQUAL_WITHIN = 1e-6  # rewards closer than this are equal
 EPSILON = 1e-6  # added to the standard deviation
+MAX_LOG_RATIO = 20.0  # nats; e^20 is 4.9e8, and float32 ends at e^88
 
 
 class TruncatedImportanceSampling(NamedTuple):
@@ -73,6 +77,17 @@ def _all_valid(rewards_PG: Tensor, valid_PG: Tensor | None) -> Tensor:
     return torch.ones_like(rewards_PG, dtype=torch.bool) if valid_PG is None else valid_PG
 
 
+def _check_finite(rewards_PG: Tensor, valid_PG: Tensor) -> None:
+    """Raise ValueError for a valid reward that is NaN or infinite: one would silence or poison its whole group."""
+    wrong_PG = valid_PG & ~rewards_PG.isfinite()
+    if wrong_PG.any():
+        p, g = wrong_PG.nonzero()[0].tolist()
+        raise ValueError(
+            f"the reward of sample {g} of prompt {p} is {float(rewards_PG[p, g])}: it must be finite, or the sample "
+            "not valid"
+        )
+
+
 def informative_groups(rewards_PG: Tensor, valid_PG: Tensor | None = None) -> Tensor:
     """Return which groups are live, that is teach something: bool of axis P, True where two valid rewards differ.
 
@@ -81,9 +96,10 @@ def informative_groups(rewards_PG: Tensor, valid_PG: Tensor | None = None) -> Te
         valid_PG: bool, False for infrastructure failures; None: all valid.
 
     Rewards are compared by their spread, not by their mean: a group in which every reward is 0.5 carries as little
-    signal as one in which every reward is 0.
+    signal as one in which every reward is 0. Raises ValueError for a valid reward that is not finite.
     """
     valid_PG = _all_valid(rewards_PG, valid_PG)
+    _check_finite(rewards_PG, valid_PG)
     highest_P = rewards_PG.masked_fill(~valid_PG, -torch.inf).amax(1)
     lowest_P = rewards_PG.masked_fill(~valid_PG, torch.inf).amin(1)
     return highest_P - lowest_P > EQUAL_WITHIN
@@ -98,8 +114,11 @@ def advantages(
         rewards_PG: float, P prompts by G samples.
         normalize_std: False is the agentic form of paper 3.3.
         valid_PG: bool; samples with False leave the statistics and get 0; None: all valid.
+
+    Raises ValueError for a valid reward that is not finite.
     """
     valid_PG = _all_valid(rewards_PG, valid_PG)
+    _check_finite(rewards_PG, valid_PG)
     rewards_PG = torch.where(valid_PG, rewards_PG.float(), 0.0)
     count_P1 = valid_PG.sum(1, keepdim=True)
     # r_i - mean r
@@ -113,6 +132,11 @@ def advantages(
     # Exactly zero in a group of equal rewards, whatever the rounding of its mean.
     informative_P = informative_groups(rewards_PG, valid_PG)
     return torch.where(informative_P[:, None], advantage_PG, 0.0)
+
+
+def _bounded(log_ratio_BS: Tensor) -> Tensor:
+    """Return log-ratios within MAX_LOG_RATIO, with no gradient beyond it."""
+    return log_ratio_BS.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def policy_loss(
@@ -153,7 +177,7 @@ def policy_loss(
         weight_BS = (old_logprobs_BS - sampling_logprobs_BS).exp().clamp(max=importance.cap)
 
     advantages_B1 = advantages_B.float()[:, None]
-    ratio_BS = (logprobs_BS - old_logprobs_BS).exp()  # rho_t
+    ratio_BS = _bounded(logprobs_BS - old_logprobs_BS).exp()  # rho_t
     unclipped_BS = ratio_BS * advantages_B1
     clipped_BS = ratio_BS.clamp(1 - clip_low, 1 + clip_high) * advantages_B1
     surrogate_BS = -torch.minimum(unclipped_BS, clipped_BS) * weight_BS
@@ -161,7 +185,7 @@ def policy_loss(
 
     with torch.no_grad():
         tokens = mask_BS.sum()
-        log_rho_BS = logprobs_BS - sampling_logprobs_BS  # 0 where the mask is False
+        log_rho_BS = _bounded(logprobs_BS - sampling_logprobs_BS)  # 0 where the mask is False
         kl_BS = torch.expm1(log_rho_BS) - log_rho_BS
         metrics = PolicyMetrics(
             ratio_max=torch.where(mask_BS, log_rho_BS.exp(), 0.0).amax(),

@@ -5,7 +5,8 @@
 Groups whose samples all got the same reward carry no signal and are left out before any gradient is computed. With
 fewer than two informative groups the step is skipped, because an optimizer that normalises would turn noise into a
 full-size step. The gradient is computed in micro-batches of similar length, with one denominator counted over the
-whole batch. The MTP layer and the router's selection bias stay as they are. A gradient that is not finite, or that is a
+whole batch. A trajectory is one sample, however many segments it has: they share its advantage, its vote and its
+update. The MTP layer and the router's selection bias stay as they are. A gradient that is not finite, or that is a
 spike (`train.guard`), is not used, and the log says so.
 """
 
@@ -29,8 +30,23 @@ MICROBATCH_TOKENS = 8192
 WARMUP_STEPS = 5
 MIN_INFORMATIVE_GROUPS = 2
 
-Sample = tuple[Segment, float]
-"""A segment of a trajectory, and its advantage."""
+
+class Sample(NamedTuple):
+    """A trajectory to learn from."""
+
+    segments: Sequence[Segment]
+    advantage: float
+
+
+class Row(NamedTuple):
+    """A segment of a trajectory, and what the loss needs to know of the whole."""
+
+    segment: Segment
+    advantage: float
+    owner: int
+    """Number of the trajectory in its batch."""
+    tokens: int
+    """Sampled tokens of the whole trajectory."""
 
 
 class SegmentBatch(NamedTuple):
@@ -106,15 +122,24 @@ def sampled_log_probabilities(
     )
 
 
-def microbatches(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """Yield the samples, shortest first, cut so that no padded micro-batch exceeds MICROBATCH_TOKENS."""
-    microbatch: list[Sample] = []
-    for sample in samples:
-        longest = len(sample[0].tokens)
+def rows_of(samples: Sequence[Sample]) -> list[Row]:
+    """Return the segments of all trajectories, shortest first."""
+    rows = []
+    for owner, (segments, advantage) in enumerate(samples):
+        tokens = sum(sum(segment.mask) for segment in segments)
+        rows += [Row(segment, advantage, owner, tokens) for segment in segments]
+    return sorted(rows, key=lambda row: len(row.segment.tokens))
+
+
+def microbatches(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Cut rows, shortest first, so that no padded micro-batch exceeds MICROBATCH_TOKENS."""
+    microbatch: list[Row] = []
+    for row in rows:
+        longest = len(row.segment.tokens)
         if microbatch and longest * (len(microbatch) + 1) > MICROBATCH_TOKENS:
             yield microbatch
             microbatch = []
-        microbatch.append(sample)
+        microbatch.append(row)
     if microbatch:
         yield microbatch
 
@@ -179,16 +204,20 @@ class PolicyTrainer:
         for p, group in enumerate(groups):
             for g, trajectory in enumerate(group):
                 if informative_P[p] and valid_PG[p, g]:
-                    advantage = float(advantage_PG[p, g])
-                    samples += [(segment, advantage) for segment in trajectory.segments]
-        metrics["segment_tokens"] = sum(len(segment.tokens) for segment, _ in samples)
-        metrics["trained_tokens"] = sum(sum(segment.mask) for segment, _ in samples)
+                    samples.append(Sample(trajectory.segments, float(advantage_PG[p, g])))
+        rows = rows_of(samples)
+        metrics["segment_tokens"] = sum(len(row.segment.tokens) for row in rows)
+        metrics["trained_tokens"] = sum(sum(row.segment.mask) for row in rows)
 
-        # Each update gets every k-th segment of the rollout; the log shows the last one.
+        # Each update gets every k-th trajectory of the rollout; the log shows the last one.
+        reasons = []
         updates = min(self.config.updates_per_rollout, len(samples))
         for first in range(updates):
             share = samples[first :: self.config.updates_per_rollout]
             metrics |= self.update(share, self.learning_rate(step))
+            reasons.append(metrics["left_out"])
+        metrics["skipped"] = all(reasons)
+        metrics["left_out"] = next(filter(None, reasons), None)
         return metrics
 
     def learning_rate(self, step: int) -> float:
@@ -196,21 +225,22 @@ class PolicyTrainer:
         return self.config.peak_lr * min(1.0, (step + 1) / WARMUP_STEPS)
 
     def update(self, samples: Sequence[Sample], learning_rate: float) -> dict[str, Any]:
-        """Take one optimizer step on (segment, advantage) pairs. Return metrics for the log."""
-        samples = sorted(samples, key=lambda sample: len(sample[0].tokens))
+        """Take one optimizer step. Return metrics for the log."""
+        rows = rows_of(samples)
 
         # One denominator for the whole batch, before it is cut.
-        mask_BS = collate([segment for segment, _ in samples], self.pad).mask_BS
+        mask_BS = collate([row.segment for row in rows], self.pad).mask_BS
+        owners_B = torch.tensor([row.owner for row in rows])
         max_tokens = self.config.max_new_tokens * self.config.max_turns
-        total = denominator(mask_BS, self.config.aggregation, max_tokens)
+        total = denominator(mask_BS, self.config.aggregation, max_tokens, owners_B)
         tokens = int(mask_BS.sum())
 
-        def work(model: GLM, share: Sequence[Sample]) -> GradientSums:
+        def work(model: GLM, share: Sequence[Row]) -> GradientSums:
             return self.accumulate(model, share, total, tokens)
 
-        # Every k-th sample for each replica, so that each gets short and long ones.
-        count = min(len(self.replicas), len(samples))
-        sums = self.replicas.run(work, [samples[i::count] for i in range(count)])
+        # Every k-th row for each replica, so that each gets short and long ones.
+        count = min(len(self.replicas), len(rows))
+        sums = self.replicas.run(work, [rows[i::count] for i in range(count)])
         result = guarded_step(self.model, self.optimizer, learning_rate, self.clip_norm, self.guard)
         metrics = {
             "ratio_max": max(part.ratio_max for part in sums),
@@ -223,13 +253,13 @@ class PolicyTrainer:
         return metrics
 
     def accumulate(
-        self, model: GLM, samples: Sequence[Sample], total: Tensor, tokens: int
+        self, model: GLM, rows: Sequence[Row], total: Tensor, tokens: int
     ) -> GradientSums:
         """Add the gradients of one replica's share of a batch, micro-batch by micro-batch.
 
         Args:
             model: the replica.
-            samples: its share, sorted by length.
+            rows: its share, sorted by length.
             total: the denominator of the whole batch.
             tokens: sampled tokens of the whole batch.
         """
@@ -238,10 +268,11 @@ class PolicyTrainer:
         clip_share = 0.0
         kl = 0.0
         entropy = 0.0
-        for microbatch in microbatches(samples):
-            batch = collate([segment for segment, _ in microbatch], self.pad)
+        for microbatch in microbatches(rows):
+            batch = collate([row.segment for row in microbatch], self.pad)
             batch = SegmentBatch(*(tensor.to(device) for tensor in batch))
-            advantages_B = torch.tensor([advantage for _, advantage in microbatch], device=device)
+            advantages_B = torch.tensor([row.advantage for row in microbatch], device=device)
+            tokens_B = torch.tensor([row.tokens for row in microbatch], device=device)
             logprobs_BS, entropy_sum = sampled_log_probabilities(
                 model, batch.tokens_BS, batch.mask_BS, batch.documents_BS, self.config.temperature
             )
@@ -253,7 +284,8 @@ class PolicyTrainer:
                 self.config.clip_high,
                 batch.mask_BS,
             )
-            aggregate(loss_BS, batch.mask_BS, self.config.aggregation, total).backward()
+            loss = aggregate(loss_BS, batch.mask_BS, self.config.aggregation, total, tokens_B)
+            loss.backward()
 
             ratio_max = max(ratio_max, float(metrics.ratio_max))
             clip_share += float(metrics.clip_share * metrics.tokens) / tokens

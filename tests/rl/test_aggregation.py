@@ -53,6 +53,38 @@ def test_denominators_of_pieces_add_up(seed, shape, mode, cut):
     assert pieces == denominator(mask_BS, mode, 5)
 
 
+@given(
+    seed=seeds,
+    pieces=st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    mode=st.sampled_from(list(Aggregation)),
+    order=st.randoms(use_true_random=False),
+)
+def test_a_trajectory_of_several_rows_counts_once(seed, pieces, mode, order):
+    """Cut into rows, in any order and any micro-batches, a trajectory weighs what it weighs as one row."""
+    width, whole_BS, rows = 4, [], []
+    for owner, count in enumerate(pieces):
+        loss_S = torch.randn(3 * width, generator=numbers(seed + owner))
+        mask_S = torch.rand(3 * width, generator=numbers(seed + 100 + owner)) < 0.5
+        mask_S[count * width :] = False  # as many rows as it has pieces
+        whole_BS.append((loss_S, mask_S))
+        for i in range(count):
+            part = slice(i * width, (i + 1) * width)
+            rows.append((loss_S[part], mask_S[part], owner, int(mask_S.sum())))
+    order.shuffle(rows)
+    loss_BS, mask_BS = (torch.stack(part) for part in zip(*whole_BS, strict=True))
+    expected = aggregate(loss_BS, mask_BS, mode, denominator(mask_BS, mode, 7))
+
+    losses, masks, owners, tokens = zip(*rows, strict=True)
+    loss_BS, mask_BS = torch.stack(losses), torch.stack(masks)
+    owners_B, tokens_B = torch.tensor(owners), torch.tensor(tokens)
+    total = denominator(mask_BS, mode, 7, owners_B)
+    found = sum(
+        aggregate(loss_BS[i : i + 1], mask_BS[i : i + 1], mode, total, tokens_B[i : i + 1])
+        for i in range(len(rows))
+    )
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)  # float32 sums of 48 numbers
+
+
 @given(seed=seeds, shape=shapes)
 def test_modes_agree_on_equal_lengths(seed, shape):
     """Where every sample has the same number of tokens, the three modes are the same mean."""

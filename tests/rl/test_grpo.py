@@ -1,6 +1,7 @@
 """GRPO: advantages within groups, the clipped surrogate, and what they amount to together."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -132,6 +133,81 @@ def test_expected_group_gradient_is_the_policy_gradient(seed, arms, samples):
     torch.testing.assert_close(
         found_V, true_V * (samples - 1) / samples, atol=1e-5, rtol=1e-4
     )  # sum of 256 float32
+
+
+off_policy = st.floats(-200, 200) | st.sampled_from(
+    [-20.0, 20.0, 100.0, -100.0, math.inf, -math.inf]
+)
+
+
+@given(
+    log_ratios=st.lists(off_policy, min_size=1, max_size=6),
+    advantage=st.sampled_from([-2.0, -1.0, 0.0, 1.0]),
+    proximal=st.booleans(),
+)
+def test_any_log_ratio_has_a_finite_gradient(log_ratios, advantage, proximal):
+    """Loss, gradient and metrics are finite, also where exp overflows; the gradient is exactly 0 where the clip decides.
+
+    Elsewhere it is -ratio * advantage, and 0 beyond 20 nats.
+    """
+    log_ratio_BS = torch.tensor([log_ratios])
+    logprobs_BS = torch.full_like(log_ratio_BS, -1.0).requires_grad_()
+    old_BS = -1.0 - log_ratio_BS
+    importance = TruncatedImportanceSampling(2.0, old_BS) if proximal else None
+    advantages_B = torch.tensor([advantage])
+    sampling_BS = old_BS.clamp(-300, 300) if proximal else old_BS
+    loss_BS, metrics = policy_loss(
+        logprobs_BS, sampling_BS, advantages_B, 0.2, 0.28, importance=importance
+    )
+    (gradient_BS,) = torch.autograd.grad(loss_BS.sum(), logprobs_BS)
+    assert loss_BS.isfinite().all() and gradient_BS.isfinite().all()
+    assert all(value.isfinite() for value in metrics)
+    for seen, found in zip((-1.0 - old_BS[0]).tolist(), gradient_BS[0].tolist(), strict=True):
+        if abs(seen) > 20:
+            assert found == 0
+        elif advantage and (seen > math.log(1.28) if advantage > 0 else seen < math.log(0.8)):
+            assert found == 0 or seen == pytest.approx(math.log(1.28), abs=1e-6)
+        else:
+            assert found == pytest.approx(-math.exp(seen) * advantage, rel=1e-4)  # float32 exp
+
+
+@given(
+    seed=seeds,
+    shape=st.tuples(st.integers(1, 3), st.integers(2, 5)),
+    bad=st.sampled_from([math.nan, math.inf, -math.inf]),
+    normalize=st.booleans(),
+)
+def test_a_valid_reward_must_be_finite(seed, shape, bad, normalize):
+    """One NaN silences a group and one infinity makes it NaN, so both are refused; not valid, they are not looked at."""
+    rewards_PG = torch.rand(shape, generator=numbers(seed))
+    valid_PG = torch.ones(shape, dtype=torch.bool)
+    p = seed % shape[0]
+    rewards_PG[p, 1] = bad
+    for judge in (informative_groups, lambda r, v: advantages(r, normalize, v)):
+        with pytest.raises(ValueError, match=f"sample 1 of prompt {p} is {bad}"):
+            judge(rewards_PG, valid_PG)
+    valid_PG[p, 1] = False
+    assert advantages(rewards_PG, normalize, valid_PG).isfinite().all()
+
+
+@given(seed=seeds, shape=shapes)
+def test_metrics_are_means_over_the_produced_tokens(seed, shape):
+    """The largest ratio, the share that is clipped and mean(rho - 1 - log rho), of the tokens under the mask alone."""
+    logprobs_BS = -2 * torch.rand(shape, generator=numbers(seed))
+    sampling_BS = -2 * torch.rand(shape, generator=numbers(seed + 1))
+    advantages_B = torch.randn(shape[0], generator=numbers(seed + 2))
+    mask_BS = torch.rand(shape, generator=numbers(seed + 3)) < 0.6
+    _, metrics = policy_loss(logprobs_BS, sampling_BS, advantages_B, 0.2, 0.28, mask_BS)
+    rhos, clipped = [], 0
+    for b, s in mask_BS.nonzero().tolist():
+        rhos.append(math.exp(logprobs_BS[b, s] - sampling_BS[b, s]))
+        clipped += rhos[-1] > 1.28 if advantages_B[b] > 0 else rhos[-1] < 0.8
+    count = max(1, len(rhos))
+    divergence = sum(rho - 1 - math.log(rho) for rho in rhos) / count
+    assert metrics.tokens == len(rhos)
+    assert float(metrics.ratio_max) == pytest.approx(max(rhos, default=0), rel=1e-5)
+    assert float(metrics.clip_share) == pytest.approx(clipped / count, abs=1e-6)
+    assert float(metrics.kl) == pytest.approx(divergence, rel=1e-4, abs=1e-6)  # float32
 
 
 @given(seed=seeds, shape=shapes)

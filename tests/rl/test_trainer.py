@@ -26,7 +26,7 @@ from minglm.rl import trainer
 from minglm.rl.episode import Player, SamplingSettings, Segment, Trajectory
 from minglm.rl.loop import TaskSchedule, reinforce, summarize
 from minglm.rl.rollout import rollout
-from minglm.rl.trainer import PolicyTrainer, collate, sampled_log_probabilities
+from minglm.rl.trainer import PolicyTrainer, Sample, collate, sampled_log_probabilities
 from minglm.testing.model import tiny_model
 from minglm.testing.strategies import numbers, seeds
 from minglm.train.checkpoint import CheckpointStore, Interrupted
@@ -89,10 +89,11 @@ class Looks(torch.optim.SGD):
 
 
 def gradients(model, pairs, config=CONFIG, clip_norm=1e9, threads=1):
-    """Return ({name: gradient}, metrics) of one update."""
+    """Return ({name: gradient}, metrics) of one update on (segment, advantage) pairs, or on samples."""
     optimizer = Looks(model)
     options = OptimizerConfig(clip_norm=clip_norm)
-    metrics = PolicyTrainer(model, optimizer, config, options, 0, threads).update(pairs, 0.0)
+    samples = [pair if isinstance(pair, Sample) else Sample([pair[0]], pair[1]) for pair in pairs]
+    metrics = PolicyTrainer(model, optimizer, config, options, 0, threads).update(samples, 0.0)
     (seen,) = optimizer.seen
     return seen, metrics
 
@@ -252,7 +253,8 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights():
         lambda module, inputs, output: output * float("inf")
     )
     trainer = trainer_of(model)
-    metrics = trainer.update([(drawn_segment(1), 1.0), (drawn_segment(2), -1.0)], 1e-3)
+    samples = [Sample([drawn_segment(1)], 1.0), Sample([drawn_segment(2)], -1.0)]
+    metrics = trainer.update(samples, 1e-3)
     handle.remove()
     assert not math.isfinite(metrics["grad_norm"]) and same(before, weights(model))
     assert metrics["left_out"] == "not finite" and trainer.guard.left_out == 1
@@ -267,6 +269,15 @@ def muon(model):
 def trainer_of(model, config=CONFIG, **options):
     """Return a trainer of this model with a fresh optimizer."""
     return PolicyTrainer(model, muon(model), config, OptimizerConfig(**options), pad=0)
+
+
+def moments(optimizer):
+    """Return a copy of the optimizer's memory."""
+    return {
+        f"{number}.{name}": torch.as_tensor(value).clone()
+        for number, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
 
 
 def learn(model, groups, config=CONFIG, step=9):
@@ -349,18 +360,138 @@ def test_the_learning_rate_warms_up_over_five_steps():
 
 @pytest.mark.parametrize("updates", [1, 2, 3, 99])
 def test_a_rollout_can_serve_several_updates(updates):
-    """Each share is one optimizer step, and there are never more shares than segments."""
+    """Each share is one optimizer step on whole trajectories, and there are never more shares than trajectories."""
     model, groups, calls = tiny_model(1), drawn_groups(1, [[0, 1], [1, 0]]), []
-    segments = sum(len(t.segments) for group in groups for t in group)
     config = dataclasses.replace(CONFIG, updates_per_rollout=updates)
     subject = trainer_of(model, config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subject, "update", lambda samples, rate: calls.append(samples) or {})
+        patch.setattr(
+            subject, "update", lambda samples, rate: calls.append(samples) or {"left_out": None}
+        )
         subject.learn(groups, 9)
-    assert len(calls) == min(updates, segments) and all(calls)
-    assert Counter(id(s) for pairs in calls for s, _ in pairs) == Counter(
-        id(s) for group in groups for t in group for s in t.segments
+    assert len(calls) == min(updates, 4) and all(calls)
+    assert Counter(id(sample.segments) for samples in calls for sample in samples) == Counter(
+        id(t.segments) for group in groups for t in group
     )
+
+
+@settings(max_examples=10)
+@given(
+    seed=seeds,
+    counts=st.lists(st.integers(1, 3), min_size=2, max_size=4),
+    mode=st.sampled_from(["sequence", "constant"]),
+    size=st.sampled_from([1, 30, 8192]),
+)
+def test_a_trajectory_has_one_vote(seed, counts, mode, size):
+    """However many segments it has: the mean over trajectories of each one's sum, divided by its tokens or a constant."""
+    model, config = tiny_model(seed), dataclasses.replace(CONFIG, aggregation=mode)
+    samples = [
+        Sample(recorded(model, [drawn_segment(seed + 100 * i + j) for j in range(n)]), (-1.0) ** i)
+        for i, n in enumerate(counts)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "MICROBATCH_TOKENS", size)
+        found, _ = gradients(model, samples, config)
+    model.zero_grad()
+    loss = 0.0
+    for segments, advantage in samples:
+        total = 0.0
+        for s in segments:
+            logp_SV = model(torch.tensor([s.tokens]))[0].log_softmax(-1)
+            total += sum(logp_SV[i - 1, s.tokens[i]] for i, m in enumerate(s.mask) if m)
+        tokens = sum(sum(s.mask) for s in segments)
+        weight = tokens if mode == "sequence" else config.max_new_tokens * config.max_turns
+        loss -= advantage * total / weight / len(samples)
+    loss.backward()
+    for name, p in model.named_parameters():
+        expected = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.testing.assert_close(found[name], expected, atol=1e-4, rtol=1e-3)  # float32
+
+
+class Unstable(Environment):
+    """An environment whose grader returns a value that is no reward for the second sample of each task."""
+
+    name = "unstable"
+
+    def __init__(self, value):
+        self.value, self.count = value, 0
+
+    def draw(self, rng, difficulty):
+        return [user(f"{rng.randint(0, 10**6)}?")], None
+
+    def episode(self, task):
+        self.count += 1
+        return UnstableEpisode(
+            task, self.value if self.count % 4 == 2 else float(self.count % 4 == 1)
+        )
+
+
+class UnstableEpisode(Episode):
+    """Take any message, malformed or not."""
+
+    def __init__(self, task, value):
+        super().__init__(task)
+        self.value = value
+
+    async def respond(self, message):
+        """End at once."""
+        return []
+
+    async def grade(self):
+        """Return the value, if it is a reward."""
+        return Score(self.value, "ok")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, torch.tensor(math.nan)])
+def test_a_reward_that_is_no_number_leaves_the_statistics(value):
+    """The environment is named, its sample is an infrastructure failure, and the siblings teach as without it."""
+    tokenizer, found = byte_tokenizer(), []
+    environments = {"unstable": Unstable(value)}
+    tasks = environments["unstable"].tasks(2, 1)
+    engine = ScriptedGenerator(tokenizer, lambda prompt: said(tokenizer, assistant("yes", "so")))
+    player = Player(engine, tokenizer, SamplingSettings(8))
+    with pytest.warns(UserWarning, match="^unstable: ValueError: reward = .*leaves the statistics"):
+        groups = rollout(player, environments, tasks, 4)
+    assert [[t.valid for t in group] for group in groups] == [[True, False, True, True]] * 2
+    for chosen in (groups, [[t for t in group if t.valid] for group in groups]):
+        model = tiny_model(1, vocab_size=292, max_position_embeddings=512)
+        assert not learn(model, chosen)["skipped"]
+        found.append(weights(model))
+    assert same(*found)
+
+
+@settings(max_examples=8)
+@given(
+    seed=seeds,
+    bad=st.sampled_from([math.nan, math.inf, 1e9]),
+    updates=st.sampled_from([1, 2]),
+    all_bad=st.booleans(),
+)
+def test_an_update_left_out_moves_nothing(seed, bad, updates, all_bad):
+    """Not finite or a spike: weights, momenta and selection bias stay bit for bit, and the log says why."""
+    model = tiny_model(seed)
+    config = dataclasses.replace(CONFIG, updates_per_rollout=updates)
+    subject = trainer_of(model, config, spike_factor=10.0)
+    subject.guard.norms.extend([1.0] * 10)
+    groups = drawn_groups(seed, [[0, 1], [1, 0]])
+    for group in groups:
+        for t in group:
+            t.segments = recorded(model, t.segments)
+    before, memory = weights(model), moments(subject.optimizer)
+    passes = []
+
+    def spoil(gradient):
+        passes.append(1)
+        return gradient * bad if all_bad or len(passes) > 1 else gradient * 1e-3
+
+    model.lm_head.weight.register_hook(spoil)
+    metrics = subject.learn(groups, 9)
+    taken = updates - subject.guard.left_out
+    assert metrics["skipped"] == (taken == 0) and taken == (0 if all_bad else 1)
+    expected = "not finite" if not math.isfinite(bad) else "spike"
+    assert metrics["left_out"] == (expected if taken < updates else None)
+    assert same(before, weights(model)) == (taken == 0)
+    assert same(memory, moments(subject.optimizer)) == (taken == 0)
 
 
 @given(
