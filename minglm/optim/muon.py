@@ -21,6 +21,9 @@ Choices:
   vector, and AdamW trains it too. Parameters with one axis have no weight decay. The table is `minglm.model.parameters`.
 - All matrices of one shape go through Newton-Schulz as one stack: a few large products, not hundreds.
 - `polynomial` = polar_express takes coefficients that bring singular values nearer to one in as many products.
+- A matrix whose gradient is exactly zero does not move, but for its decay: an expert without tokens says nothing. Its
+  momentum shrinks all the same. Without this rule it would go on at the full rate, in the last direction, until the
+  momentum underflows, because the orthogonal factor of a matrix does not shrink with it.
 - State exists from the start, so an expert or a layer that has had no gradient yet has the same keys in a checkpoint.
 
 The learning rate is set from outside, in every group's "lr", before each step (`minglm.optim.schedule`). Simplified: one
@@ -202,10 +205,12 @@ class Muon(torch.optim.Optimizer):
                 for update in updates
             ]
         orthogonal = self.orthogonalize_all(updates, group["steps"])
-        for parameter, update in zip(parameters, orthogonal, strict=True):
-            # W <- W - lr 0.2 sqrt(max(rows, columns)) U
+        for parameter, gradient, update in zip(parameters, gradients, orthogonal, strict=True):
+            # W <- W - lr 0.2 sqrt(max(rows, columns)) U, where there is a gradient
+            informed = gradient.reshape(update.shape).flatten(-2).any(-1)[..., None, None]
             scale = update_scale(update.shape, group["update_rms"])
-            parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * scale)
+            step = (update * informed).reshape(parameter.shape)
+            parameter.add_(step, alpha=-group["lr"] * scale)
 
     def orthogonalize_all(self, updates: list[Tensor], steps: int) -> list[Tensor]:
         """Orthogonalise matrices and stacks of matrices of any shapes. Returns a list in the same order and shapes."""

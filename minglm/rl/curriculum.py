@@ -35,6 +35,14 @@ class PassRate:
     first_successes: int
     """Right ones among the first draw (eight in the paper)."""
 
+    def __post_init__(self) -> None:
+        """Refuse counts that no draw can have."""
+        if not 0 <= self.first_successes <= self.successes <= self.attempts or self.attempts < 1:
+            raise ValueError(
+                f"attempts = {self.attempts}, successes = {self.successes}, first_successes = {self.first_successes}: "
+                "must not be negative, each at most the one before, and at least one attempt"
+            )
+
 
 class Tiers(NamedTuple):
     """Ids of problems by how hard they are; only the first two are trained on."""
@@ -57,6 +65,11 @@ class RateRange(NamedTuple):
     lowest: float
     highest: float
 
+    def check(self, name: str) -> None:
+        """Raise ValueError, naming the range, unless 0 <= lowest <= highest <= 1."""
+        if not 0 <= self.lowest <= self.highest <= 1:
+            raise ValueError(f"{name} = {tuple(self)}: must be a range within 0 and 1")
+
 
 MODERATE = RateRange(0.2, 0.8)
 EXTREME = RateRange(0.05, 0.2)
@@ -71,7 +84,11 @@ def measure(attempt: Callable[[int], int], first: int = 8, limit: int = 512) -> 
         attempt: number of answers to draw -> number of right ones.
         first: answers of the first draw.
         limit: answers in all. The second draw is not stopped at its first success, which would bias the rate.
+
+    Raises ValueError for a first draw of nothing, and for counts that no draw can have.
     """
+    if first < 1:
+        raise ValueError(f"first = {first}: must be at least 1")
     first_successes = attempt(first)
     if first_successes or limit <= first:
         return PassRate(first, first_successes, first_successes)
@@ -92,7 +109,12 @@ def tiers_from_pass_rates(
         moderate: pass rates of stage one, both ends included.
         extreme: pass rates of stage two, the upper end excluded; None: the paper's rule, no success in the first draw
             and one later.
+
+    Raises ValueError for a range that is none.
     """
+    moderate.check("moderate")
+    if extreme is not None:
+        extreme.check("extreme")
     tiers = Tiers([], [], [], [], [])
     for problem, seen in rates.items():
         rate = seen.successes / seen.attempts

@@ -55,12 +55,16 @@ class TemperatureController:
         drop: float = 0.01,
         relative: bool = True,
     ) -> None:
-        if temperature <= 0 or min(grid, default=1) <= 0:
-            raise ValueError(
-                f"temperatures must be positive: temperature = {temperature}, grid = {tuple(grid)}"
-            )
-        if window < 1 or drop < 0:
-            raise ValueError(f"window = {window} must be at least 1 and drop = {drop} not negative")
+        for value in (temperature, *grid):
+            if not 0 < value < math.inf:  # nor NaN, which no comparison holds of
+                raise ValueError(
+                    f"temperatures must be positive and finite: temperature = {temperature}, grid = {tuple(grid)}"
+                )
+        if not window >= 1:
+            raise ValueError(f"window = {window}: must be at least 1")
+        for name, value in (("gain", gain), ("drop", drop)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} = {value}: must be finite and not negative")
         self.temperature = temperature
         self.grid = tuple(grid)
         self.window = window
@@ -75,8 +79,11 @@ class TemperatureController:
     def observe(self, reward: float, evaluate: Evaluate) -> float:
         """Take one step's mean reward; return the temperature to sample the next step with.
 
-        `evaluate` is called only on a plateau.
+        `evaluate` is called only on a plateau. Raises ValueError for a reward that is not finite: as a part of two means
+        it would hide a plateau for two windows.
         """
+        if not math.isfinite(reward):
+            raise ValueError(f"reward = {reward} at step {self.steps + 1}: must be finite")
         self.steps += 1
         self.rewards.append(float(reward))
         self.rewards = self.rewards[-2 * self.window :]

@@ -67,6 +67,7 @@ def check_optimizer(make_optimizer: MakeOptimizer) -> None:
     _check_transposition(make_optimizer)
     _check_rms(make_optimizer)
     _check_decay(make_optimizer)
+    _check_rest(make_optimizer)
     _check_resume(make_optimizer)
 
 
@@ -169,6 +170,50 @@ def _check_decay(make_optimizer: MakeOptimizer) -> None:
                 error = (before - after - expected).abs().max()
                 # float32 rounding
                 assert error < 1e-5, f"the decay of {name} is not lr * weight_decay * weight"
+
+
+def _check_rest(make_optimizer: MakeOptimizer) -> None:
+    stack = "model.layers.1.mlp.experts.up_EFD"
+
+    @for_all(
+        count=st.integers(2, 4),
+        shape=shapes,
+        seed=seeds,
+        before=st.integers(0, 3),
+        idle=st.integers(1, 10),
+    )
+    def an_idle_expert_rests(
+        count: int, shape: tuple[int, int], seed: int, before: int, idle: int
+    ) -> None:
+        """An expert without tokens, whatever it learned before, stands still but for its decay; the others go on."""
+        config = OptimizerConfig()
+        rate = 0.01
+        weights = _draw(seed, count, *shape)
+        trained = [{stack: _draw(seed + step + 1, count, *shape)} for step in range(before)]
+        resting = [
+            {stack: _draw(seed + step + 99, count, *shape).index_fill(0, torch.tensor(0), 0.0)}
+            for step in range(idle)
+        ]
+        middle, _ = _train(make_optimizer, {stack: weights}, trained, config, rate)
+        after, _ = _train(make_optimizer, {stack: weights}, trained + resting, config, rate)
+        decayed = middle[stack][0] * (1 - rate * config.weight_decay) ** idle
+        error = (after[stack][0] - decayed).abs().max()
+        # float32 rounding of 10 products; one update in a stale direction is 2e-3
+        assert error < 1e-5, f"an expert without tokens moves by {error:.1e} in {idle} steps"
+        assert not torch.equal(after[stack][1], middle[stack][1]), "the others must go on"
+
+    # After a long rest the first gradient decides the direction, and not what was learned before the rest.
+    config = OptimizerConfig(weight_decay=0.0)
+    weights = {stack: torch.zeros(2, 4, 6)}
+    idle_steps = [{stack: torch.zeros(2, 4, 6)}] * 300
+    old = {stack: _draw(1, 2, 4, 6)}
+    new = {stack: _draw(2, 2, 4, 6)}
+    fresh, _ = _train(make_optimizer, weights, [new], config)
+    first, _ = _train(make_optimizer, weights, [old], config)
+    after, _ = _train(make_optimizer, weights, [old, *idle_steps, new], config)
+    # 0.95^300 is 2e-7: beside the new gradient nothing of the old momentum is left
+    error = (after[stack] - first[stack] - fresh[stack]).abs().max()
+    assert error < 2e-4, "an old momentum outlives a rest of 300 steps"
 
 
 def _check_resume(make_optimizer: MakeOptimizer) -> None:

@@ -6,7 +6,7 @@ Every number that changes over time is a function of the tokens seen, given by t
 micro-batches that fit the memory; the loss of each (`minglm.train.loss`) is divided by the targets of the whole batch,
 so the cut does not change the gradient. The router's selection bias steps once per optimizer step, from the loads of
 all micro-batches, the MTP layer's router included. `minglm.train.guard` decides which steps are skipped, and when a run
-rolls back to its last checkpoint.
+rolls back to its last checkpoint. A skipped step moves nothing: not the weights, nor the momenta, nor the bias.
 """
 
 import math
@@ -167,8 +167,9 @@ def step(
     load_LE = terms.tokens_per_expert_LE
     if load_LE is None:
         return metrics
-    for router, load_E in zip(model.routers(), load_LE, strict=False):
-        update_expert_bias(router.e_score_correction_bias, load_E, bias_rate)
+    if result.left_out is None:
+        for router, load_E in zip(model.routers(), load_LE, strict=False):
+            update_expert_bias(router.e_score_correction_bias, load_E, bias_rate)
     return replace(metrics, bias_rate=bias_rate, **load_metrics(load_LE))
 
 

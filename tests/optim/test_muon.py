@@ -345,6 +345,31 @@ class ForgetsMomentum(Muon):
         super().load_state_dict(state)
 
 
+class NeverRests(Muon):
+    """The trap of a normalised momentum: however small it has become, its direction moves the weights at full rate."""
+
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = parameter.grad + 1e-30
+        super().step()
+
+
+class KeepsMomentum(Muon):
+    """What has no gradient keeps its momentum, as parameters without a gradient do: it returns in a stale direction."""
+
+    def step(self):
+        state = [
+            (values["momentum"], values["momentum"].clone(), parameter.grad)
+            for parameter, values in self.state.items()
+            if "momentum" in values
+        ]
+        super().step()
+        for momentum, kept, gradient in state:
+            if not gradient.any():
+                momentum.copy_(kept)
+
+
 def without_rms_rule(named_parameters, config):
     """Update sizes depend on the shape."""
     return Muon(named_parameters, dataclasses.replace(config, update_rms=0.0))
@@ -357,6 +382,8 @@ def without_rms_rule(named_parameters, config):
         (without_rms_rule, "update RMS"),
         (CoupledDecay, "decay of"),
         (ForgetsMomentum, "saving, loading"),
+        (NeverRests, "without tokens"),
+        (KeepsMomentum, "outlives a rest"),
         (
             lambda named, config: torch.optim.AdamW([p for _, p in named], weight_decay=0.1),
             "update RMS",

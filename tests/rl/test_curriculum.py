@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.common.statistics import interval, pass_at_k
-from minglm.rl.curriculum import EXTREME, PassRate, measure, tiers_from_pass_rates
+from minglm.rl.curriculum import EXTREME, PassRate, RateRange, measure, tiers_from_pass_rates
 from minglm.testing.rl import check_pass_at_k
 
 
@@ -72,6 +72,44 @@ def test_tiers_never_admit_the_impossible_or_the_solved(seen, literal):
         assert all(rates[problem].first_successes == 0 for problem in tiers.extreme)
     else:
         assert all(0.05 <= rates[p].successes / rates[p].attempts < 0.2 for p in tiers.extreme)
+
+
+@given(counts=st.tuples(st.integers(-2, 4), st.integers(-2, 4), st.integers(-2, 4)))
+def test_counts_that_no_draw_can_have_are_one_line(counts):
+    """No attempt, more right answers than answers, more in the first draw than in all, or a negative count."""
+    attempts, successes, first = counts
+    if attempts >= 1 and 0 <= first <= successes <= attempts:
+        tiers = tiers_from_pass_rates({0: PassRate(*counts)})
+        assert sum(map(len, tiers)) == 1
+        return
+    with pytest.raises(ValueError, match=f"^attempts = {attempts}, successes = {successes}, "):
+        PassRate(*counts)
+
+
+@pytest.mark.parametrize("bad", [(0.8, 0.2), (-0.1, 0.5), (0.2, 1.1), (float("nan"), 0.5)])
+def test_a_range_that_is_none_is_one_line(bad):
+    """The ends must be in order, within 0 and 1, and numbers."""
+    with pytest.raises(ValueError, match=r"moderate = .* range within 0 and 1"):
+        tiers_from_pass_rates({}, moderate=RateRange(*bad))
+    with pytest.raises(ValueError, match=r"extreme = .* range within 0 and 1"):
+        tiers_from_pass_rates({}, extreme=RateRange(*bad))
+
+
+def test_a_first_draw_of_nothing_is_one_line():
+    """Its rate would be 0 / 0."""
+    with pytest.raises(ValueError, match="first = 0"):
+        measure(lambda k: 0, first=0)
+
+
+def test_ends_of_the_ranges():
+    """Moderate takes both of its ends, extreme its lower one; at a common end the problem is moderate."""
+    rates = {n: PassRate(100, n, 0) for n in (1, 4, 5, 19, 20, 80, 81, 99, 100, 0)}
+    tiers = tiers_from_pass_rates(rates)
+    assert tiers == ([20, 80], [5, 19], [100], [0], [1, 4, 81, 99])
+    literal = tiers_from_pass_rates(
+        {n: PassRate(512, n, min(n, 1)) for n in (1, 8, 256)}, extreme=None
+    )
+    assert literal.moderate == [256] and literal.between == [1, 8]
 
 
 @given(rate=st.sampled_from([0.0, 0.004, 0.3, 1.0]), seed=st.integers(0, 2**32 - 1))

@@ -96,9 +96,77 @@ def test_a_failed_probe_is_ignored(bad):
         assert subject.observe(0.5, table.get) == 1.0
 
 
-def test_user_mistakes_are_one_line():
-    """Temperatures must be positive, windows at least one step."""
-    with pytest.raises(ValueError, match="must be positive"):
-        TemperatureController(grid=(0.0, 1.0))
-    with pytest.raises(ValueError, match="at least 1"):
-        TemperatureController(window=0)
+@given(
+    rise=st.floats(-0.1, 0.1),
+    window=st.integers(1, 4),
+    gain=st.sampled_from([0.0, 0.01, 0.05]),
+    noise=st.lists(st.floats(-0.3, 0.3), min_size=4, max_size=4),
+)
+def test_a_plateau_is_a_small_change_of_the_mean(rise, window, gain, noise):
+    """Whatever the single rewards are: probed exactly when the means of the two windows differ by at most the gain.
+
+    Nothing is probed before both windows are full, and after a probe they are filled anew.
+    """
+    subject = TemperatureController(grid=(1.2,), window=window, gain=gain)
+    centred = [x - sum(noise[:window]) / window for x in noise[:window]]
+    rewards = [0.5 + x for x in centred] + [0.5 + rise + x for x in reversed(centred)]
+    for reward in rewards[:-1]:
+        subject.observe(reward, lambda t: pytest.fail("probed too early"))
+    if math.isclose(abs(rise), gain, abs_tol=1e-9):
+        return  # rounding decides
+    probes = []
+    subject.observe(rewards[-1], lambda t: probes.append(t) or 0.5)
+    assert bool(probes) == (abs(rise) < gain)
+    if probes:
+        assert probes == [1.0, 1.2] and subject.rewards == []
+        for _ in range(2 * window - 1):
+            subject.observe(0.5, lambda t: pytest.fail("probed with a window half full"))
+        before = len(probes)
+        subject.observe(0.5, lambda t: probes.append(t) or 0.5)
+        assert len(probes) > before
+    else:
+        assert len(subject.rewards) == 2 * window
+
+
+def test_a_change_of_exactly_the_gain_is_a_plateau():
+    """And so is no change where the gain is 0; numbers that float64 holds exactly."""
+    for gain in (0.0, 0.25):
+        subject = TemperatureController(grid=(1.2,), window=1, gain=gain)
+        subject.observe(0.25, None)
+        assert subject.observe(0.25 + gain, lambda t: 0.5) == 1.2
+
+
+def test_a_score_at_the_bound_is_allowed():
+    """drop = 0 allows the scores that equal the best, and of those the hottest; a negative score has its drop too."""
+    subject = TemperatureController(grid=(1.2, 1.4), window=1, drop=0.0)
+    subject.observe(0.5, None)
+    assert subject.observe(0.5, {1.0: 0.5, 1.2: 0.5, 1.4: 0.25}.get) == 1.2
+    subject = TemperatureController(grid=(1.2, 1.4), window=1, drop=0.5)
+    subject.observe(0.5, None)
+    assert subject.observe(0.5, {1.0: -1.0, 1.2: -1.5, 1.4: -1.75}.get) == 1.2
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_no_number_is_one_line(bad):
+    """It would sit in a window, and no mean of it would ever be a plateau."""
+    subject = TemperatureController(window=1)
+    subject.observe(0.5, None)
+    with pytest.raises(ValueError, match=f"reward = {bad} at step 2: must be finite"):
+        subject.observe(bad, None)
+
+
+wrong = {
+    "temperature": [0.0, -1.0, math.nan, math.inf],
+    "grid": [(0.0, 1.0), (1.0, math.nan), (1.0, -0.5), (math.inf,)],
+    "window": [0, -1, math.nan],
+    "gain": [-0.1, math.nan, math.inf],
+    "drop": [-0.1, math.nan, math.inf],
+}
+
+
+@pytest.mark.parametrize("name, value", [(n, v) for n, values in wrong.items() for v in values])
+def test_user_mistakes_are_one_line(name, value):
+    """Each setting that no controller can have is named, with its value."""
+    with pytest.raises(ValueError, match=name) as error:
+        TemperatureController(**{name: value})
+    assert "\n" not in str(error.value) and str(value) in str(error.value)

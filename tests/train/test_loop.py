@@ -15,6 +15,7 @@ from minglm.model.glm import GLM
 from minglm.optim.muon import Muon
 from minglm.testing.model import drawn_documents, tiny_model
 from minglm.testing.strategies import numbers, seeds
+from minglm.train.guard import Guard
 from minglm.train.loop import accumulate, step
 from minglm.train.loss import LossTerms, LossWeights, count_targets, training_loss
 
@@ -41,6 +42,38 @@ def test_micro_batches_change_no_gradient(seed, B, S, packed, size):
     assert sums == pytest.approx(other_sums, abs=1e-4)
     for name in whole:  # float32 sums of up to 45 tokens in another order
         torch.testing.assert_close(whole[name], cut[name], atol=1e-4, rtol=1e-3)
+
+
+@settings(max_examples=12)
+@given(
+    seed=seeds, bad=st.sampled_from([math.nan, math.inf, -math.inf, 1e9]), steps=st.integers(1, 3)
+)
+def test_a_step_left_out_moves_nothing(seed, bad, steps):
+    """Not finite or a spike: weights, biases and the optimizer's memory stay bit for bit; the next step moves them."""
+    model, batch = tiny_model(seed), drawn_batch(seed, 3, 8, False)
+    optimizer, guard = Muon(model, OptimizerConfig()), Guard(spike_factor=10.0)
+    guard.norms.extend([1.0] * 10)
+    phase = constant_phase(bias_rate=0.1)
+
+    def state():
+        memory = optimizer.state_dict()["state"]
+        values = {f"{n}.{k}": v for n, s in memory.items() for k, v in s.items()}
+        both = model.state_dict() | values
+        return {name: torch.as_tensor(value).clone() for name, value in both.items()}
+
+    step(model, optimizer, batch, phase, 0, guard)
+    before = state()
+    handle = model.lm_head.weight.register_hook(lambda gradient: gradient * bad)
+    for _ in range(steps):
+        metrics = step(model, optimizer, batch, phase, 0, guard)
+        assert metrics.left_out == ("spike" if math.isfinite(bad) else "not finite")
+    handle.remove()
+    after = state()
+    moved = [name for name, value in before.items() if not torch.equal(value, after[name])]
+    assert not moved
+    step(model, optimizer, batch, phase, 0, guard)
+    moved = {name for name, value in state().items() if not torch.equal(value, before[name])}
+    assert "lm_head.weight" in moved and any("e_score_correction_bias" in name for name in moved)
 
 
 @given(seed=seeds, packed=st.booleans())
