@@ -1,0 +1,1 @@
+"""Measure speed beside named baselines: generation, training steps, kernels, compiled machine code."""

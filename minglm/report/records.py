@@ -4,13 +4,10 @@ One dataclass is one kind of record: what is written, read, drawn and explained 
 field whose default is None is left out of the log where it is None; any other None is written as null.
 
 The docstring of a field says what it measures and its unit. Fields with a paragraph "Healthy:" and one "Broken:" are
-the metrics that someone watches; `metrics_table` makes the tables of the README from them.
+the metrics that someone watches: the README's tables are made from them.
 """
 
-import ast
-import dataclasses
-import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -527,42 +524,3 @@ def stages_of(records: Iterable[Record], *kinds: type[StageRecord]) -> list[str]
     """Return the names of the stages that have records of these kinds, in the order in which they happened."""
     names = [record.stage for record in records if isinstance(record, kinds)]
     return list(dict.fromkeys(names))
-
-
-def field_docs(record: type) -> dict[str, str]:
-    """Return the docstring of each field of a dataclass, inherited fields first."""
-    docs = {}
-    for base in reversed(record.__mro__):
-        if base is Record or not dataclasses.is_dataclass(base):
-            continue
-        body = ast.parse(inspect.getsource(base)).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for field, doc in zip(body.body, body.body[1:]):
-            if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
-                continue
-            if isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
-                docs[field.target.id] = inspect.cleandoc(str(doc.value.value))
-    return docs
-
-
-def _join(text: str) -> str:
-    return " ".join(text.split())
-
-
-def metrics_table(kinds: Sequence[type[Record]]) -> str:
-    """Return the README's table of the metrics of these kinds: formula, healthy values, and what broken looks like.
-
-    A metric is a field whose docstring says "Healthy:" and "Broken:". With several kinds the name of a metric begins
-    with that of its kind.
-    """
-    lines = ["| name | formula | healthy | what broken looks like |", "|---|---|---|---|"]
-    for kind in kinds:
-        prefix = f"{kind.kind}." if len(kinds) > 1 else ""
-        for name, doc in field_docs(kind).items():
-            formula, _, rest = doc.partition("Healthy:")
-            healthy, _, broken = rest.partition("Broken:")
-            if broken:
-                formula = _join(formula).removesuffix(".")
-                cells = [f"`{prefix}{name}`", formula, _join(healthy), _join(broken)]
-                lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"

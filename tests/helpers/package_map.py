@@ -1,18 +1,26 @@
-"""Write minglm/README.md's annotated tree and the line numbers of its links, from the source.
+"""Write from the source what two pages say of it: minglm/README.md's tree and links, README.md's tables of metrics.
 
-    python tests/helpers/package_map.py          # rewrites minglm/README.md
+    python tests/helpers/package_map.py          # rewrites both
 
 The tree has a line for each file: the first sentence of its module docstring. A link such as [`training_loss`](train/loss.py#L1)
-points to the definition of that name; the line after `#L` is looked up again. Everything else in the page is written by hand.
+points to the definition of that name; the line after `#L` is looked up again. A table of metrics has a row for each field
+of a log record whose docstring says "Healthy:" and "Broken:". Everything else in the pages is written by hand.
 """
 
 import ast
+import dataclasses
+import inspect
 import re
+from collections.abc import Sequence
 from pathlib import Path
+
+from minglm.common.log import Record
+from minglm.report import records
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "minglm"
 PAGE = PACKAGE / "README.md"
+README = ROOT / "README.md"
 BEGIN, END = "<!-- tree -->\n", "<!-- end of tree -->"
 LINK = re.compile(r"\[`([\w.]+)`\]\(([\w/]+\.(?:py|c))(?:#L\d+)?\)")
 
@@ -80,6 +88,73 @@ def updated(page: str) -> str:
     )
 
 
+def field_docs(record: type) -> dict[str, str]:
+    """Return the docstring of each field of a dataclass, inherited fields first."""
+    docs = {}
+    for base in reversed(record.__mro__):
+        if base is Record or not dataclasses.is_dataclass(base):
+            continue
+        body = ast.parse(inspect.getsource(base)).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, doc in zip(body.body, body.body[1:]):
+            if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
+                continue
+            if isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant):
+                docs[field.target.id] = inspect.cleandoc(str(doc.value.value))
+    return docs
+
+
+def _join(text: str) -> str:
+    return " ".join(text.split())
+
+
+def metrics_table(kinds: Sequence[type[Record]]) -> str:
+    """Return the README's table of the metrics of these kinds: formula, healthy values, and what broken looks like.
+
+    A metric is a field whose docstring says "Healthy:" and "Broken:". With several kinds the name of a metric begins
+    with that of its kind.
+    """
+    lines = ["| name | formula | healthy | what broken looks like |", "|---|---|---|---|"]
+    for kind in kinds:
+        prefix = f"{kind.kind}." if len(kinds) > 1 else ""
+        for name, doc in field_docs(kind).items():
+            formula, _, rest = doc.partition("Healthy:")
+            healthy, _, broken = rest.partition("Broken:")
+            if broken:
+                formula = _join(formula).removesuffix(".")
+                cells = [f"`{prefix}{name}`", formula, _join(healthy), _join(broken)]
+                lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+METRICS = (
+    (records.StepRecord,),
+    (records.RLRecord,),
+    (
+        records.EvaluationRecord,
+        records.BitsPerByteRecord,
+        records.MTPAcceptanceRecord,
+        records.NeedleRecord,
+        records.BitsByPositionRecord,
+        records.PathologyRecord,
+    ),
+)
+"""The records of each table of metrics in README.md, in the order of the tables."""
+
+
+def with_metrics(readme: str) -> str:
+    """Return README.md with its tables of metrics made again."""
+    tables = [metrics_table(kinds) for kinds in METRICS]
+    header = re.escape(tables[0].splitlines()[0])
+    found = list(re.finditer(rf"^{header}\n(?:\|.*\n)+", readme, re.MULTILINE))
+    if len(found) != len(tables):
+        raise ValueError(f"README.md has {len(found)} tables of metrics, expected {len(tables)}")
+    for match, table in reversed(list(zip(found, tables, strict=True))):
+        readme = readme[: match.start()] + table + readme[match.end() :]
+    return readme
+
+
 if __name__ == "__main__":
-    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    print(PAGE)
+    for page, renew in ((PAGE, updated), (README, with_metrics)):
+        page.write_text(renew(page.read_text(encoding="utf-8")), encoding="utf-8")
+        print(page)

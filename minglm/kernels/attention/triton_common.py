@@ -95,12 +95,11 @@ def load_begins(begin, batch, rows, S, DOCUMENTS: tl.constexpr):
         return rows * 0
 
 
-def tile_descriptor(
-    x: Tensor, size: int
-):  # triton's TensorDescriptor, which has no type of its own to import here
+def tile_descriptor(x: Tensor, size: int) -> Any:
     """Describe tiles of `size` positions of one head to the copy engine, for reading and for writing.
 
-    x: (B, S, heads, A), or (B, heads, S) for one number a position. Its rows must be multiples of 16 bytes.
+    x: (B, S, heads, A), or (B, heads, S) for one number a position. Its rows must be multiples of 16 bytes. Returns a
+    TensorDescriptor of Triton, whose module is imported here because it needs a GPU's driver.
     """
     from triton.tools.tensor_descriptor import TensorDescriptor
 

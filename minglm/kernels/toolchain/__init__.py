@@ -1,0 +1,1 @@
+"""Compile, inspect and interpret Triton kernels on a machine without a GPU."""
