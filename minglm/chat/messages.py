@@ -47,6 +47,11 @@ class ChatTokenizer(Protocol):
 class ByteDecoder(Protocol):
     """The part of `minglm.data.tokenizer.Tokenizer` that turns ids into bytes."""
 
+    @property
+    def special(self) -> Mapping[str, int]:
+        """Return {name: id} of the special tokens."""
+        ...
+
     def bytes(self, ids: Sequence[int]) -> bytes:
         """Return the bytes that the ids spell; special tokens are spelled as their names."""
         ...

@@ -21,6 +21,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
+from minglm.chat.schema import schema_mistake
 from minglm.chat.template import dialect_of, render
 from minglm.data.tokenizer import Tokenizer
 from minglm.inference.request import Request
@@ -366,35 +367,9 @@ def _check_tool(tool: Any, where: str) -> None:
     if not re.fullmatch(r"[\w.:/-]{1,64}", name):
         message = f"{where}.function.name must be 1 to 64 letters, digits, or any of _ . : / -"
         raise APIError(message, where)
-    parameters = function.get("parameters") or {}
-    properties = None
-    required = None
-    if isinstance(parameters, dict):
-        properties = parameters.get("properties") or {}
-        required = parameters.get("required") or []
-    if not isinstance(properties, dict) or not all(map(_is_schema, properties.values())):
-        message = f"{where}.function.parameters must be a JSON schema of an object"
-        raise APIError(message, where)
-    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
-        message = f"{where}.function.parameters.required must be a list of names"
-        raise APIError(message, where)
-
-
-def _is_schema(schema: Any) -> bool:
-    """Return whether the parser can read an argument's type from this value."""
-    if not isinstance(schema, dict):
-        return False
-    types = schema.get("type", [])
-    if isinstance(types, str):
-        types = [types]
-    if not isinstance(types, list) or not all(isinstance(name, str) for name in types):
-        return False
-    if not isinstance(schema.get("enum", []), list):
-        return False
-    for alternatives in (schema.get("anyOf", []), schema.get("oneOf", [])):
-        if not isinstance(alternatives, list) or not all(map(_is_schema, alternatives)):
-            return False
-    return True
+    mistake = schema_mistake(function.get("parameters") or {})
+    if mistake is not None:
+        raise APIError(f"{where}.function.parameters: {mistake}", where)
 
 
 def _messages(body: JSONObject) -> list[JSONObject]:

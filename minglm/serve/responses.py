@@ -21,8 +21,12 @@ class CompletionBuilder:
         """Add a delta, and the log-probabilities that came with it."""
         for key, value in delta.items():
             if key == "tool_calls":
-                for call in value:
-                    self.tool_calls.append({k: v for k, v in call.items() if k != "index"})
+                for fragment in value:
+                    self._add_call(fragment)
+            elif key == "withdrawn" and value == "tool_calls":
+                self.tool_calls.pop()
+            elif key == "withdrawn":
+                self.texts.pop(value, None)
             elif isinstance(value, str):
                 self.texts[key] = self.texts.get(key, "") + value
         if not logprobs:
@@ -33,6 +37,15 @@ class CompletionBuilder:
         for key, values in logprobs.items():
             if values:
                 self.logprobs[key] += values
+
+    def _add_call(self, fragment: JSONObject) -> None:
+        """Add the beginning of a call, or more of the arguments of the last one."""
+        function = fragment["function"]
+        if "id" in fragment:
+            call = {k: v for k, v in fragment.items() if k != "index"}
+            self.tool_calls.append(call | {"function": dict(function)})
+        else:
+            self.tool_calls[-1]["function"]["arguments"] += function["arguments"]
 
     def text(self) -> str:
         """Return the text of a plain completion."""
@@ -88,7 +101,8 @@ async def response_chunks(
             yield chunk(index, {"role": "assistant", "content": ""})
     async for index, answer, deltas in stream:
         for delta in deltas:
-            yield chunk(index, delta, answer.logprobs())
+            if "withdrawn" not in delta:  # what was sent cannot be taken back
+                yield chunk(index, delta, answer.logprobs())
         if answer.finish_reason is not None:
             yield chunk(index, {}, answer.logprobs(), _end(job, index, answer))
     if job.include_usage:

@@ -3,13 +3,13 @@
     tokens -> StreamDecoder (chat) or TextDecoder -> stop strings -> deltas
 
 A delta is what one token adds: {"reasoning_content"}, {"content"}, {"tool_calls"} or, for plain completions, {"text"}. A
-response that is not streamed is the sum of its deltas, so the two cannot differ. A tool call is one delta, sent once it is
-complete: half a call is of no use, and its arguments are typed by the schema, which takes the whole value. A malformed
-call has no delta; the choice names the fault in `format_error`, a field that OpenAI's objects do not have and that their
-clients pass on.
+response that is not streamed is the sum of its deltas, so the two cannot differ. A tool call begins with its name, and
+fragments of its arguments follow. If it breaks after that, or if what was sent as reasoning turns out to be the answer,
+a delta {"withdrawn"} names what no longer counts, and its text follows as content. A stream has no way to take
+something back, so the mark is not sent; the choice names the fault in `format_error`, a field that OpenAI's objects do
+not have and that their clients pass on. So it does with a call that was repaired.
 """
 
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -27,7 +27,7 @@ from minglm.serve.metrics import Metrics
 from minglm.serve.requests import Job
 
 Delta = dict[str, Any]
-"""What a token adds to a choice, in OpenAI's form."""
+"""What a token adds to a choice, in OpenAI's form, or {"withdrawn": a field whose last value no longer counts}."""
 
 
 class ChoiceEnd(StrEnum):
@@ -94,13 +94,14 @@ class Answer:
         self.job = job
         self.tokenizer = tokenizer
         self.decoder = (
-            StreamDecoder(tokenizer, job.tools, job.opened, job.prefix)
+            StreamDecoder(tokenizer, job.tools or [], job.opened, job.prefix, strict=False)
             if job.chat
             else TextDecoder(tokenizer)
         )
         self.stop_strings = StopStrings(job.stop_strings)
         self.ids: list[int] = []
-        self.calls = 0  # tool calls sent
+        self.calls = 0  # complete tool calls
+        self.calls_begun = 0
         self.reasoning_tokens = 0
         self.finish_reason: ChoiceEnd | None = None
         self.format_error: str | None = None
@@ -118,7 +119,10 @@ class Answer:
             self._count_reasoning(event.token)
             if self.job.logprobs is not None:
                 self._unreported.append(event)
-            if event.finish_reason != FinishReason.STOP:  # a stop token is not part of the text
+            # A stop token is not part of the text, but it tells the parser that the turn was not cut off.
+            stopped = event.finish_reason == FinishReason.STOP
+            ends_turn = self.job.chat and event.token in self.tokenizer.stop_ids
+            if not stopped or ends_turn:
                 parsed += self.decoder.feed(event.token)
         last = event.finish_reason is not None
         if last:
@@ -155,24 +159,35 @@ class Answer:
                 text = self.stop_strings.feed(delta.text)
                 if text:
                     deltas.append({"content": text})
-            elif delta.call is not None and self.job.tools:
-                deltas.append(
-                    {"tool_calls": [self._call(delta.call["name"], delta.call["arguments"])]}
-                )
+            elif delta.kind is DeltaKind.CALL_BEGINS:
+                deltas.append({"tool_calls": [self._call(delta.text)]})
+            elif delta.kind is DeltaKind.ARGUMENTS:
+                fragment = {
+                    "index": self.calls_begun - 1,
+                    "function": {"arguments": delta.text},
+                }
+                deltas.append({"tool_calls": [fragment]})
+            elif delta.kind is DeltaKind.CALL:
+                self.calls += 1
+            elif delta.kind is DeltaKind.CALL_WITHDRAWN:
+                deltas.append({"withdrawn": "tool_calls"})
+            elif delta.kind is DeltaKind.REASONING_WITHDRAWN:
+                deltas.append({"withdrawn": "reasoning_content"})
         if last:
             text = self.stop_strings.feed("", last=True)
             if text:
                 deltas.append({"content": text})
         return deltas
 
-    def _call(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-        index = self.calls
-        self.calls += 1
+    def _call(self, name: str) -> dict[str, Any]:
+        """Return the beginning of the next call."""
+        index = self.calls_begun
+        self.calls_begun += 1
         return {
             "index": index,
             "id": f"call_{secrets.token_hex(8)}",
             "type": "function",
-            "function": {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)},
+            "function": {"name": name, "arguments": ""},
         }
 
     def _count_reasoning(self, token: int) -> None:

@@ -167,7 +167,7 @@ class _Printer:
     def show(self, deltas: Iterable[Delta]) -> None:
         """Print text as it comes; calls are shown with their results."""
         for delta in deltas:
-            if delta.kind is DeltaKind.CALL:
+            if delta.kind not in (DeltaKind.REASONING, DeltaKind.CONTENT):
                 continue
             text = delta.text
             if delta.kind is DeltaKind.REASONING:

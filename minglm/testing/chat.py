@@ -9,7 +9,7 @@ Hypothesis draws conversations and texts; a property that fails raises Assertion
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
@@ -301,6 +301,8 @@ WRONG: list[tuple[str, str]] = [
     ("<think>ended by a role<|user|>", "unclosed_think"),
     ("answer</think>", "stray_tag"),
     ("answer <think>late</think>", "stray_tag"),
+    ("<think>a<tool_call>act</tool_call></think>", "call_in_think"),
+    ("<think>a<tool_call>act</tool_call>", "call_in_think"),
     ("<tool_call>act", "unclosed_tool_call"),
     (
         "<tool_call>act\n<arg_key>text</arg_key>\n<arg_value>half<|observation|>",
@@ -356,7 +358,7 @@ def check_parser(
 
     parse: (text, tools) -> {"role", "content", "reasoning_content", "tool_calls", "error"}.
     parser: tools -> an object with feed(text) -> deltas, flush() -> deltas and finish() -> message; without it these
-    checks are left out. A delta has `kind` (reasoning, content or call), `text` and `call`, as in `minglm.chat.parser`.
+    checks are left out. A delta has `kind`, `text` and `call`, as in `minglm.chat.parser`.
     Raises AssertionError for a property that fails.
     """
 
@@ -416,13 +418,34 @@ def _check_pieces(stream: StreamParser, pieces: list[str], expected: AssistantMe
     deltas += stream.flush()
     message = stream.finish()
     assert message == expected, "the split changes the message"
-    joined = {
-        kind: "".join(delta.text for delta in deltas if delta.kind == kind)
-        for kind in ("reasoning", "content")
-    }
-    assert joined["reasoning"] == message["reasoning_content"], "the deltas miss some reasoning"
-    assert joined["content"] == message["content"], "the deltas miss some content"
-    calls = [delta.call for delta in deltas if delta.kind == "call"]
+    check_deltas(deltas, message)
+
+
+def check_deltas(deltas: Iterable[Delta], message: AssistantMessage) -> None:
+    """Check that deltas add up to a message, less what they withdraw, and fragments of arguments to those of the call."""
+    texts = {"reasoning": "", "content": ""}
+    calls: list[Any] = []
+    fragments: list[str] = []
+    for delta in deltas:
+        if delta.kind in texts:
+            texts[delta.kind] += delta.text
+        elif delta.kind == "reasoning_withdrawn":
+            texts["reasoning"] = ""
+        elif delta.kind == "call_begins":
+            fragments = []
+            calls.append({"name": delta.text})
+        elif delta.kind == "arguments":
+            fragments.append(delta.text)
+        elif delta.kind == "call_withdrawn":
+            calls.pop()
+        else:
+            assert delta.kind == "call" and delta.call is not None, delta
+            assert "".join(fragments) == json.dumps(delta.call["arguments"], ensure_ascii=False), (
+                "the fragments are not the arguments"
+            )
+            calls[-1]["arguments"] = delta.call["arguments"]
+    assert texts["reasoning"] == message["reasoning_content"], "the deltas miss some reasoning"
+    assert texts["content"] == message["content"], "the deltas miss some content"
     assert calls == message["tool_calls"], "the deltas miss a call"
 
 

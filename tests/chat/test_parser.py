@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.chat import Parser, parse, render
-from minglm.chat.parser import DeltaKind, FormatError, State
+from minglm.chat.parser import FormatError
 from minglm.data.tokenizer import Tokenizer
 from minglm.testing.chat import TOOLS, WRONG, assistant_messages, check_parser
 
@@ -75,9 +75,8 @@ class NoMemory(Parser):
     def feed(self, text):
         """Pass on what would have been held back."""
         deltas = super().feed(text)
-        if self._state is State.CONTENT and self._buffer:
-            self._say(DeltaKind.CONTENT, self._buffer)
-            self._buffer = ""
+        self._pieces.append(self._held)
+        self._held = ""
         return deltas + super().feed("")
 
 
@@ -236,13 +235,14 @@ def test_extra_and_repeated_arguments():
 
 
 def test_a_broken_call_is_skipped():
-    """What is left of a malformed call is no content, what follows it is read, and the first error is the one named."""
+    """A malformed call is content, what follows it is read, and the first error is the one named."""
     broken = "<tool_call>f\n<arg_key>x</arg_key>\n1</arg_value>\n</tool_call>"
-    message = parse(
-        broken + call("g", x="1") + call("h"),
-        [{"name": "g", "parameters": {"properties": {"x": {}}}}],
-    )
-    assert (message["content"], message["error"]) == ("", "bad_tool_call")
+    tools = [
+        {"name": "g", "parameters": {"properties": {"x": {}}}},
+        {"name": "h"},
+    ]
+    message = parse(broken + call("g", x="1") + call("h"), tools)
+    assert (message["content"], message["error"]) == (broken, "bad_tool_call")
     assert message["tool_calls"] == [
         {"name": "g", "arguments": {"x": 1}},
         {"name": "h", "arguments": {}},

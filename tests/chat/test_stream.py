@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from minglm.chat.parser import DeltaKind, parse
 from minglm.chat.stream import StreamDecoder, TextDecoder, decode_turn
-from minglm.testing.chat import TOOLS
+from minglm.testing.chat import TOOLS, check_deltas
 
 BYTES = byte_tokenizer()
 WORDS = word_tokenizer()
@@ -38,10 +38,7 @@ def test_the_deltas_add_up_to_the_message(text, opened):
         == parse(text, TOOLS, opened)
         == decode_turn(BYTES, spelled(BYTES, text), TOOLS, opened)
     )
-    joined = {kind: "".join(d.text for d in deltas if d.kind is kind) for kind in DeltaKind}
-    assert joined[DeltaKind.REASONING] == message["reasoning_content"]
-    assert joined[DeltaKind.CONTENT] == message["content"]
-    assert [delta.call for delta in deltas if delta.kind is DeltaKind.CALL] == message["tool_calls"]
+    check_deltas(deltas, message)
 
 
 @given(st.lists(st.integers(0, WORDS.vocab_size - 1), max_size=30))
@@ -68,5 +65,7 @@ def test_a_forced_call_begins_in_the_prompt():
     """The prefix is part of the message, and no delta repeats it."""
     decoder = StreamDecoder(BYTES, TOOLS, prefix="<tool_call>act\n")
     deltas = [delta for token in spelled(BYTES, "</tool_call>") for delta in decoder.feed(token)]
-    assert [delta.call for delta in deltas] == [{"name": "act", "arguments": {}}]
+    begins, arguments, whole = deltas
+    assert (begins.text, arguments.text) == ("act", "{}")
+    assert whole.call == {"name": "act", "arguments": {}}
     assert decoder.finish()["tool_calls"] == [{"name": "act", "arguments": {}}]
