@@ -31,7 +31,7 @@ def summary(path: Path) -> str:
     sentence = " ".join(docstring.partition("\n\n")[0].split())
     # A sentence ends at a full stop before a space and a capital letter; "2.1" and "e.g." do not end one.
     sentence = re.split(r"(?<=[a-z)`])\. (?=[A-Z`])", sentence)[0].rstrip(".")
-    return re.sub(r" \((?:paper|no section|section)[^()]*\)$", "", sentence)
+    return re.sub(r" \((?=[^()]*(?:paper|section|counterpart))[^()]*\)$", "", sentence)
 
 
 def tree(folder: Path = PACKAGE, prefix: str = "") -> list[str]:
