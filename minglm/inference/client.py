@@ -25,7 +25,7 @@ from typing import Protocol
 from torch import Tensor
 
 from minglm.inference.engine import Engine
-from minglm.inference.request import Completion, Event, FinishReason, Request
+from minglm.inference.request import AnswerFailed, Completion, Event, FinishReason, Request
 
 
 class Generator(Protocol):
@@ -37,7 +37,8 @@ class Generator(Protocol):
         ...
 
     async def generate(self, request: Request) -> Completion:
-        """Answer one request. Raise ValueError for a request that cannot be answered."""
+        """Answer one request. Raise ValueError for a request that cannot be answered, `AnswerFailed` if the engine fails
+        at it."""
         ...
 
     def update_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -67,12 +68,15 @@ class EngineGenerator:
     async def generate(self, request: Request) -> Completion:
         """Answer one request, in one batch with all others that are unfinished.
 
-        Raises ValueError for a request that cannot be answered, and whatever a step of the engine raises.
+        Raises ValueError for a request that cannot be answered, `AnswerFailed` for one that ended with an error of its
+        own, and whatever a step of the engine raises.
         """
         completion = Completion([], [])
         finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def on_event(event: Event) -> None:
+            if event.prompt_logprobs:
+                completion.prompt_logprobs = event.prompt_logprobs
             if event.token is not None:
                 completion.tokens.append(event.token)
                 completion.logprobs.append(event.logprob)
@@ -80,9 +84,14 @@ class EngineGenerator:
                     completion.top_logprobs.append(event.top_logprobs)
             if event.finish_reason is not None:
                 completion.finish_reason = event.finish_reason
-                # After a failure `_step` sets the exception instead: it knows the cause.
-                if event.finish_reason != FinishReason.ERROR and not finished.done():
+                completion.error = event.error
+                if finished.done():
+                    return
+                if event.error:
+                    finished.set_exception(AnswerFailed(event.error))
+                elif event.finish_reason != FinishReason.ERROR:
                     finished.set_result(None)
+                # After the failure of a whole step `_step` sets the exception: it knows the cause.
 
         number = self.engine.submit(request, on_event)
         self.unfinished[number] = finished

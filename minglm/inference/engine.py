@@ -17,15 +17,31 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from itertools import count
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from minglm.inference.grammar import GrammarCompiler, GrammarTokenizer
 from minglm.inference.kv_cache import BlockManager
+from minglm.inference.logit_rules import LogitRules
 from minglm.inference.pages import PagedCache, decoder_for
-from minglm.inference.request import Completion, Event, FinishReason, Request, TopLogprobs
-from minglm.inference.sampling import SamplerSettings, most_likely, sample_next
+from minglm.inference.request import (
+    AnswerFailed,
+    Completion,
+    Event,
+    FinishReason,
+    PromptLogprob,
+    Request,
+    TopLogprobs,
+)
+from minglm.inference.sampling import (
+    SamplerSettings,
+    log_distribution,
+    prompt_scores,
+    sample_next,
+    top_logprobs,
+)
 from minglm.inference.scheduler import Row, Scheduler, Sequence
 from minglm.inference.speculative import Candidate, Drafter, verify_pass
 from minglm.model.glm import GLM
@@ -33,6 +49,9 @@ from minglm.model.glm import GLM
 __all__ = ["Completion", "Engine", "Event", "ExpertPrecision", "Request"]
 
 Listener = Callable[[Event], None]
+
+NOT_FINITE = "the model's numbers are not finite"
+NO_TOKEN = "the request's grammar and rules allow no further token"
 
 
 class ExpertPrecision(StrEnum):
@@ -88,6 +107,7 @@ class Engine:
         self.scheduler = Scheduler(self.blocks, max_batch, prefill_tokens)
         self.drafter = Drafter(model, draft_tokens) if draft_tokens else None
         self.passes = 0  # forward passes of the trunk
+        self._grammars: GrammarCompiler | None = None  # made for the first request with a grammar
 
         # Set by the first step.
         self._pages: PagedCache | None = None
@@ -119,13 +139,34 @@ class Engine:
         stop_ids = request.stop_ids
         if stop_ids is None:
             stop_ids = () if self.tokenizer is None else self.tokenizer.stop_ids
+        rules = self._rules(request, stop_ids) if request.changes_logits else None
         with self._changed:
             number = next(self._numbers)
-            sequence = Sequence(number, request, set(stop_ids), self.limit, on_event)
+            sequence = Sequence(number, request, set(stop_ids), self.limit, on_event, rules)
             self.open[number] = sequence
             self._inbox.append(sequence)
             self._changed.notify_all()
         return number
+
+    def prepare(self, request: Request) -> None:
+        """Do the slow part of `submit` ahead, in any thread: compile a request's grammar. Raises ValueError as it does."""
+        if request.grammar is not None:
+            self._compiler().matcher(request.grammar)
+
+    def _compiler(self) -> GrammarCompiler:
+        with self._changed:
+            if self._grammars is None:
+                if not isinstance(self.tokenizer, GrammarTokenizer):
+                    raise ValueError("a grammar needs an engine with a tokenizer")
+                self._grammars = GrammarCompiler(self.tokenizer)
+            return self._grammars
+
+    def _rules(self, request: Request, stop_ids: Iterable[int]) -> LogitRules:
+        """Return what changes the logits of a request. Raises ValueError for ids or a grammar that cannot be used."""
+        matcher = None
+        if request.grammar is not None:
+            matcher = self._compiler().matcher(request.grammar)
+        return LogitRules(request, stop_ids, self.model.config.vocab_size, matcher)
 
     def cancel(self, number: int) -> bool:
         """End a request at the next step, which reports it as cancelled; return False if it has already ended."""
@@ -156,7 +197,7 @@ class Engine:
         """Answer every request, and return the completions in the same order.
 
         on_token(request_index, token) is called for each token as it is sampled. Raises ValueError, before any work, for
-        a request that cannot be answered.
+        a request that cannot be answered, and `AnswerFailed` if one has ended with an error.
         """
         requests = list(requests)
         for i, request in enumerate(requests):
@@ -181,6 +222,9 @@ class Engine:
                     self.cancel(number)
                 self._receive()
                 raise
+        for completion in completions:
+            if completion.error:
+                raise AnswerFailed(completion.error)
         return completions
 
     def update_weights(self, state: Mapping[str, Tensor] | None = None) -> None:
@@ -197,7 +241,8 @@ class Engine:
     def step(self) -> list[Event]:
         """Run one forward pass for all open requests, and return the events of the tokens it sampled.
 
-        If the pass fails, all open requests end with an error, and the exception is raised.
+        If the pass fails, all open requests end with an error, and the exception is raised. A request whose own numbers
+        are not finite ends with an error, and nothing of it stays in the prefix cache; the others continue.
         """
         with self._stepping:
             try:
@@ -216,7 +261,8 @@ class Engine:
         pages.begin(copies, self.blocks.num_blocks)
         if self.drafter:
             return self._draft_and_verify(self.drafter, pages, rows)
-        return self._sample(rows, self._forward(pages, rows))
+        result = self._forward(pages, rows)
+        return result.events + self._sample(result.rows, result.logits_BV)
 
     def _receive(self) -> list[Event]:
         """Take over what other threads have submitted and cancelled; return the events of requests that this ends."""
@@ -228,7 +274,7 @@ class Engine:
         events: list[Event] = []
         for sequence in submitted:
             self.scheduler.add(sequence)
-            if not sequence.tokens_left:
+            if not sequence.tokens_left and not sequence.wants_scores:
                 events.append(self._emit(sequence, None, end=FinishReason.LENGTH))
         for sequence in cancelled:
             if sequence.number in self.open:
@@ -242,14 +288,21 @@ class Engine:
         logprob: float = 0.0,
         top: TopLogprobs = (),
         end: FinishReason | None = None,
+        error: str = "",
     ) -> Event:
         """Report a token of a sequence, and remove the sequence if it has ended."""
+        completion = sequence.completion
+        scores: tuple[PromptLogprob, ...] = ()
+        if sequence.scores and not completion.prompt_logprobs:
+            scores = tuple(sequence.scores)
+            completion.prompt_logprobs = scores
         if end is not None:
-            sequence.completion.finish_reason = end
+            completion.finish_reason = end
+            completion.error = error
             self.scheduler.remove(sequence)
             with self._changed:
                 del self.open[sequence.number]
-        event = Event(sequence.number, token, logprob, top, end)
+        event = Event(sequence.number, token, logprob, top, end, scores, error)
         if sequence.on_event is not None:
             sequence.on_event(event)
         return event
@@ -276,7 +329,12 @@ class Engine:
             and [parameter._version for parameter in self._parameters] == versions
         ):
             return self._pages
+        self._weight_versions = None
         self._parameters = list(self.model.parameters())
+        # The C decoder is compiled without NaN in mind, so the weights are looked at before they are used.
+        if not _all_finite(self._parameters):
+            self.scheduler.restart()
+            raise AnswerFailed(f"{NOT_FINITE}: a weight is NaN or infinite")
         self._weight_versions = [parameter._version for parameter in self._parameters]
         self.scheduler.restart()
         decoder = decoder_for(self.model, self.fp8_experts)
@@ -288,21 +346,73 @@ class Engine:
         pages.read_weights()
         return pages
 
-    def _forward(self, pages: PagedCache, rows: list[Row]) -> Tensor:
-        """Run the trunk over the rows, in order of length; return the logits after tokens that get a successor."""
+    def _forward(self, pages: PagedCache, rows: list[Row]) -> "Forward":
+        """Run the trunk over the rows, in order of length; rows whose numbers are not finite end here."""
         rows.sort(key=lambda row: row.stop - row.start)
         tokens: list[int] = []
         wanted: list[int] = []  # places of the tokens whose logits are needed
         for row in rows:
+            first = len(tokens)
             tokens += row.ids[row.start : row.end] + row.drafts
-            if row.sequences:
+            if row.scored is not None:
+                wanted += range(first, len(tokens))
+            elif row.sequences:
                 last_known = len(tokens) - len(row.drafts) - 1
                 wanted += range(last_known, len(tokens))
         hidden_TD, logits_BV = pages.trunk(rows, tokens, wanted)
         self.passes += 1
         if self.drafter:
             pages.keep_states(rows, hidden_TD)
-        return logits_BV
+
+        sound_rows: list[Row] = []
+        events: list[Event] = []
+        kept: list[int] = []  # the logits that are sampled from
+        token = 0
+        place = 0
+        finite_T = _finite_rows(hidden_TD)
+        finite_B = _finite_rows(logits_BV)
+        for row in rows:
+            length = row.stop - row.start
+            places = 0
+            if row.scored is not None:
+                places = length
+            elif row.sequences:
+                places = len(row.drafts) + 1
+            sound = all(finite_T[token : token + length]) and all(finite_B[place : place + places])
+            if not sound:
+                events += self._fail(row)
+            else:
+                sound_rows.append(row)
+                if row.scored is not None:
+                    events += self._score(row, row.scored, logits_BV[place : place + places])
+                if row.sequences:
+                    kept += range(place + places - len(row.drafts) - 1, place + places)
+            token += length
+            place += places
+        if len(kept) < len(logits_BV):
+            logits_BV = logits_BV[kept]
+        return Forward(sound_rows, logits_BV, events)
+
+    def _fail(self, row: Row) -> list[Event]:
+        """End the sequences of a row whose numbers are not finite; nothing of it stays in the prefix cache."""
+        self.blocks.forget(row.table)
+        events: list[Event] = []
+        for sequence in row.owners:
+            if sequence.number in self.open:
+                event = self._emit(sequence, None, end=FinishReason.ERROR, error=NOT_FINITE)
+                events.append(event)
+        return events
+
+    def _score(self, row: Row, sequence: Sequence, logits_SV: Tensor) -> list[Event]:
+        """Keep the log-probabilities of the prompt's tokens after each token of a row; end what asks for nothing more."""
+        prompt = sequence.request.prompt
+        targets = prompt[row.start + 1 : row.end + 1]
+        count = sequence.request.prompt_logprobs or 0
+        del sequence.scores[row.start :]  # a prompt that is computed again
+        sequence.scores += prompt_scores(logits_SV[: len(targets)], targets, count)
+        if row.end < len(prompt) or sequence.tokens_left:
+            return []
+        return [self._emit(sequence, None, end=FinishReason.LENGTH)]
 
     def _sample(self, rows: list[Row], logits_BV: Tensor) -> list[Event]:
         """Sample a token for each sequence that gets one, and append it to its text."""
@@ -330,8 +440,9 @@ class Engine:
         """Draft, let the trunk verify all drafts in one pass, and append the accepted ones and the token after them."""
         decoding = [row for row in rows if row.max_drafts]
         q_BSV = drafter.draft(pages, decoding) if decoding else None
-        logits_TV = self._forward(pages, rows)
-        drafter.read(pages, [row for row in rows if row.is_prompt])
+        rows, logits_TV, events = self._forward(pages, rows)
+        # A prompt that was only scored has ended, and returned its blocks.
+        drafter.read(pages, [row for row in rows if row.is_prompt and row.table.blocks])
 
         candidates: list[Candidate] = []
         first = 0  # the place of the row's first logits
@@ -340,20 +451,29 @@ class Engine:
                 candidates += [Candidate(sequence, row, first) for sequence in row.sequences]
                 first += len(row.drafts) + 1
         if not candidates:
-            return []
+            return events
 
         sequences = [candidate.sequence for candidate in candidates]
         settings = self._settings_of(sequences, logits_TV.device)
-        accepted, tokens_BS, p_BSV = verify_pass(candidates, logits_TV, q_BSV, settings)
+        accepted, tokens_BS, p_BSV, places_BS = verify_pass(candidates, logits_TV, q_BSV, settings)
         drafter.accepted += sum(accepted)
         logprobs_BS = p_BSV.gather(2, tokens_BS[..., None])[..., 0].log()
+        if settings.has_rules:
+            # Rules may force a token whose probability is 0 in float32. It is the first after the row's drafts.
+            logp_BV = log_distribution(logits_TV[places_BS[:, 0]], settings.temperature_B)
+            first_B = logp_BV.gather(1, tokens_BS[:, :1]).squeeze(1)
+            has_rules_B = torch.tensor([one.rules is not None for one in sequences])
+            first_B = torch.where(has_rules_B.to(first_B.device), first_B, logprobs_BS[:, 0])
+            logprobs_BS = torch.cat((first_B[:, None], logprobs_BS[:, 1:]), 1)
         tokens = tokens_BS.tolist()
         logprobs = logprobs_BS.tolist()
         top: list[list[TopLogprobs]] | None = None  # for each position of the drafts, each row
         if settings.max_top_logprobs:
-            top = [most_likely(p_BV, settings.top_logprobs) for p_BV in p_BSV.unbind(1)]
+            top = [
+                top_logprobs(logits_TV[places_B], settings.temperature_B, settings.top_logprobs)
+                for places_B in places_BS.unbind(1)
+            ]
 
-        events: list[Event] = []
         for b, (sequence, row, _) in enumerate(candidates):
             sequence.drafter_length = row.end
             for i in range(accepted[b] + 1):
@@ -371,6 +491,8 @@ class Engine:
         self, sequence: Sequence, token: int, logprob: float, top: TopLogprobs = ()
     ) -> Event:
         """Append a sampled token to a sequence's text, and report it."""
+        if sequence.rules is not None and not sequence.rules.accept(token):
+            return self._emit(sequence, None, end=FinishReason.ERROR, error=NO_TOKEN)
         completion = sequence.completion
         sequence.ids.append(token)
         completion.tokens.append(token)
@@ -383,6 +505,35 @@ class Engine:
         elif not sequence.tokens_left:
             end = FinishReason.LENGTH
         return self._emit(sequence, token, logprob, top, end)
+
+
+class Forward(NamedTuple):
+    """What a pass of the trunk leaves to sample from."""
+
+    rows: list[Row]
+    """Without those whose numbers are not finite."""
+    logits_BV: Tensor
+    """For each of the rows that samples: after its last token, and after each draft."""
+    events: list[Event]
+    """Of the requests that the pass has ended."""
+
+
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Return whether no number of any tensor is NaN or infinite."""
+    extremes: list[Tensor] = []
+    for tensor in tensors:
+        if tensor.numel() and tensor.is_floating_point():
+            extremes += torch.aminmax(tensor.detach())  # NaN is passed on
+    if not extremes:
+        return True
+    return bool(torch.stack([extreme.double() for extreme in extremes]).isfinite().all())
+
+
+def _finite_rows(x_TD: Tensor) -> list[bool]:
+    """Return for each row whether its numbers are sound: no NaN, no positive infinity, and not all negative infinity."""
+    if not len(x_TD):
+        return []
+    return x_TD.amax(-1).isfinite().tolist()
 
 
 def _token_listener(index: int, on_token: Callable[[int, int], None]) -> Listener:

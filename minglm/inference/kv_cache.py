@@ -178,6 +178,13 @@ class BlockManager:
         table.prefix = ROOT_PREFIX
         table.num_hashed_blocks = 0
 
+    def forget(self, table: BlockTable) -> None:
+        """Take the blocks of a table out of the prefix cache: their numbers are not those of their tokens."""
+        for block in table.blocks:
+            key = self.block_to_hash.pop(block, None)
+            if key is not None:
+                del self.hash_to_block[key]
+
     def reset_prefix_cache(self) -> None:
         """Clear the prefix cache after a weight update. No table may hold a block."""
         assert not self.num_used_blocks, "a table would put blocks of the old weights in the cache"

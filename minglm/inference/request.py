@@ -8,6 +8,21 @@ TopLogprobs = tuple[tuple[int, float], ...]
 """((id, log-probability), ...) of the most likely tokens, the most likely first."""
 
 
+class PromptLogprob(NamedTuple):
+    """How likely a token of a prompt was, given the tokens before it, at temperature 1."""
+
+    token: int
+    logprob: float
+    rank: int
+    """1 for the most likely token."""
+    top: TopLogprobs
+    """As many of the most likely tokens as the request asked for."""
+
+
+class AnswerFailed(Exception):
+    """The engine cannot continue a request: numbers are not finite, or its grammar allows no token."""
+
+
 class FinishReason(StrEnum):
     """Why a completion ended."""
 
@@ -18,7 +33,7 @@ class FinishReason(StrEnum):
     CANCELLED = "cancelled"
     """The caller cancelled the request."""
     ERROR = "error"
-    """A forward pass failed."""
+    """A forward pass failed, its numbers are not finite, or the grammar allows no token."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +56,36 @@ class Request:
     """Sample from tokens with at least this share of the most likely token's probability."""
     top_logprobs: int = 0
     """How many of the most likely tokens to report with each sampled token."""
+    prompt_logprobs: int | None = None
+    """How many of the most likely tokens to report with each token of the prompt; None: report nothing. With this,
+    `max_new_tokens` = 0 scores a text."""
+    grammar: str | None = None
+    """What the completion must match, in the notation of `minglm.inference.grammar`."""
+    min_new_tokens: int = 0
+    """No stop token before this number of tokens."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """((id, what is added to its logit), ...)."""
+    allowed_ids: tuple[int, ...] | None = None
+    """The only ids to sample; None: all."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of every token that the completion has."""
+    frequency_penalty: float = 0.0
+    """The same, times how often the completion has it."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logit of every token that prompt or completion has, and multiplies a negative one."""
+
+    @property
+    def changes_logits(self) -> bool:
+        """Return whether more than temperature and cuts decides what is sampled."""
+        return (
+            self.grammar is not None
+            or self.allowed_ids is not None
+            or bool(self.logit_bias)
+            or self.min_new_tokens > 0
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+            or self.repetition_penalty != 1
+        )
 
     def check(self, limit: int) -> None:
         """Raise ValueError, in one line, for a request that a model of `limit` positions cannot answer."""
@@ -55,6 +100,7 @@ class Request:
             "top_k": (0, None),
             "min_p": (0, 1),
             "top_logprobs": (0, None),
+            "min_new_tokens": (0, None),
         }
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
@@ -72,6 +118,10 @@ class Completion:
     finish_reason: FinishReason = FinishReason.LENGTH
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
     """One entry for each token, if the request asked for them."""
+    prompt_logprobs: tuple[PromptLogprob, ...] = ()
+    """One entry for each token of the prompt but the first, if the request asked for them."""
+    error: str = ""
+    """With finish reason ERROR: what is wrong."""
 
 
 class Event(NamedTuple):
@@ -86,3 +136,7 @@ class Event(NamedTuple):
     """As many as the request asked for."""
     finish_reason: FinishReason | None = None
     """None while the completion continues."""
+    prompt_logprobs: tuple[PromptLogprob, ...] = ()
+    """With the first event of a request that asked for them."""
+    error: str = ""
+    """With finish reason ERROR: what is wrong."""

@@ -4,10 +4,11 @@
 
 The cuts, in this order: top-k keeps the k most likely tokens; top-p keeps the smallest set of the most likely of those
 with at least this share of their mass; min-p keeps those with at least this share of the most likely token's probability.
-The most likely token always stays. Since u does not come from a shared generator, a request gets the same completion
+The most likely token always stays. Rules of a request (`logit_rules.py`) change the logits before the cuts. Since u does not come from a shared generator, a request gets the same completion
 alone, in any batch, in any order, and a run that resumes needs no random state.
 """
 
+from collections.abc import Sequence as Several
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minglm.inference.request import TopLogprobs
+from minglm.inference.request import PromptLogprob, TopLogprobs
 from minglm.inference.scheduler import Sequence
 from minglm.kernels.dispatch import Operation, select
 
@@ -47,7 +48,7 @@ class Purpose(IntEnum):
 class SamplerSettings:
     """The sampler settings of a batch as tensors; a cut that no request asks for is None.
 
-    plain: no cut, or top-p alone, and no `top_logprobs`.
+    plain: no cut, or top-p alone, no `top_logprobs`, and no rules.
     """
 
     def __init__(self, sequences: list[Sequence], device: torch.device) -> None:
@@ -68,7 +69,22 @@ class SamplerSettings:
         self.min_p_B = column([request.min_p for request in requests], neutral=0)
         self.top_logprobs = [request.top_logprobs for request in requests]
         self.max_top_logprobs = max(self.top_logprobs)
-        self.plain = self.top_k_B is None and self.min_p_B is None and not self.max_top_logprobs
+        self.has_rules = any(sequence.rules is not None for sequence in sequences)
+        has_more_cuts = self.top_k_B is not None or self.min_p_B is not None
+        self.plain = not (has_more_cuts or self.max_top_logprobs or self.has_rules)
+
+    def ruled(self, logits_BV: Tensor, rows: Several[int] | None = None) -> Tensor | None:
+        """Return the logits after the rules of the requests, None if no request has any.
+
+        rows: the row of each sequence's logits; None: one row for each.
+        """
+        if not self.has_rules:
+            return None
+        ruled_BV = logits_BV.float().clone()
+        for b, sequence in zip(rows or range(len(self.sequences)), self.sequences, strict=True):
+            if sequence.rules is not None:
+                sequence.rules.apply(ruled_BV[b])
+        return ruled_BV
 
     def next_index(self, sequences: list[Sequence]) -> Tensor:
         """Return the index of each sequence's next token, int64 (B,)."""
@@ -126,23 +142,35 @@ def distribution(
     top_p_B: Tensor | None = None,
     top_k_B: Tensor | None = None,
     min_p_B: Tensor | None = None,
+    ruled_BV: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return what is sampled from: (p, q), both float32 (B, V). None stands for a setting that no row has.
 
     p is the softmax at the temperature (at temperature 0: at 1), which training reproduces. q is p after the cuts, not
-    normalised (at temperature 0: one for the largest logit, the first of equals).
+    normalised (at temperature 0: one for the largest logit, the first of equals). ruled: the logits after the rules of
+    the requests, from which q is made. A row that has lost all of its tokens gets the q of its own logits.
     """
     greedy_B = temperature_B == 0
     some_greedy = bool(greedy_B.any())
     divisor_B = temperature_B.masked_fill(greedy_B, 1.0) if some_greedy else temperature_B
     p_BV = (logits_BV.float() / divisor_B[:, None]).softmax(-1)
     q_BV = p_BV
+    if ruled_BV is not None:
+        lost_B1 = ruled_BV.amax(-1, keepdim=True) == -torch.inf
+        logits_BV = torch.where(lost_B1, logits_BV.float(), ruled_BV)
+        q_BV = (logits_BV / divisor_B[:, None]).softmax(-1)
     if top_p_B is not None or top_k_B is not None or min_p_B is not None:
-        q_BV = cut(p_BV, top_p_B, top_k_B, min_p_B)
+        q_BV = cut(q_BV, top_p_B, top_k_B, min_p_B)
     if some_greedy:
         best_BV = torch.zeros_like(p_BV).scatter_(1, logits_BV.argmax(-1, keepdim=True), 1.0)
         q_BV = torch.where(greedy_B[:, None], best_BV, q_BV)
     return p_BV, q_BV
+
+
+def log_distribution(logits_BV: Tensor, temperature_B: Tensor) -> Tensor:
+    """Return the logarithm of the p of `distribution`, float32 (B, V), finite where p itself would be 0 in float32."""
+    divisor_B = temperature_B.masked_fill(temperature_B == 0, 1.0)
+    return (logits_BV.float() / divisor_B[:, None]).log_softmax(-1)
 
 
 def draw(q_BV: Tensor, uniform_B: Tensor) -> Tensor:
@@ -190,15 +218,34 @@ def sample(
     return tokens_B, logprobs_B
 
 
-def most_likely(p_BV: Tensor, counts: list[int]) -> list[TopLogprobs]:
-    """Return for each row its `counts` most likely tokens with their log-probabilities."""
-    top = p_BV.topk(min(max(counts), p_BV.shape[1]))
+def top_logprobs(logits_BV: Tensor, temperature_B: Tensor, counts: list[int]) -> list[TopLogprobs]:
+    """Return for each row of logits (B, V) its `counts` most likely tokens with their log-probabilities."""
+    logp_BV = log_distribution(logits_BV, temperature_B)
+    top = logp_BV.topk(min(max(counts), logp_BV.shape[1]))
     all_ids = top.indices.tolist()
-    all_logprobs = top.values.log().tolist()
+    all_logprobs = top.values.tolist()
     rows: list[TopLogprobs] = []
     for count, ids, logprobs in zip(counts, all_ids, all_logprobs, strict=True):
         rows.append(tuple(zip(ids[:count], logprobs[:count], strict=True)))
     return rows
+
+
+def prompt_scores(logits_SV: Tensor, targets: list[int], count: int) -> list[PromptLogprob]:
+    """Return how likely each target was: logits (S, V) before each of S targets, at temperature 1.
+
+    count: how many of the most likely tokens to report with each.
+    """
+    if not targets:
+        return []
+    logp_SV = logits_SV.float().log_softmax(-1)
+    targets_S1 = torch.tensor(targets, device=logits_SV.device)[:, None]
+    logp_S1 = logp_SV.gather(1, targets_S1)
+    ranks = ((logp_SV > logp_S1).sum(1) + 1).tolist()
+    tops: list[TopLogprobs] = [()] * len(targets)
+    if count:
+        tops = top_logprobs(logits_SV, torch.ones_like(logp_S1[:, 0]), [count] * len(targets))
+    logprobs = logp_S1[:, 0].tolist()
+    return list(map(PromptLogprob, targets, logprobs, ranks, tops))
 
 
 class Sampled(NamedTuple):
@@ -220,12 +267,18 @@ def sample_next(logits_BV: Tensor, settings: SamplerSettings, index_B: Tensor) -
 def sample_with_torch(logits_BV: Tensor, settings: SamplerSettings, index_B: Tensor) -> Sampled:
     """Compute `sample_next` for any settings: logits float (B, V), index int64 (B,)."""
     s = settings
-    p_BV, q_BV = distribution(logits_BV, s.temperature_B, s.top_p_B, s.top_k_B, s.min_p_B)
+    ruled_BV = s.ruled(logits_BV)
+    cuts = (s.top_p_B, s.top_k_B, s.min_p_B)
+    p_BV, q_BV = distribution(logits_BV, s.temperature_B, *cuts, ruled_BV=ruled_BV)
     tokens_B = draw(q_BV, uniforms(s.seeds_B, index_B))
+    # Rules may force a token whose probability is 0 in float32.
     logprobs_B = p_BV.gather(1, tokens_B[:, None]).squeeze(1).log()
+    if ruled_BV is not None:
+        logp_BV = log_distribution(logits_BV, s.temperature_B)
+        logprobs_B = logp_BV.gather(1, tokens_B[:, None]).squeeze(1)
     top: list[TopLogprobs] = [()] * len(p_BV)
     if s.max_top_logprobs:
-        top = most_likely(p_BV, s.top_logprobs)
+        top = top_logprobs(logits_BV, s.temperature_B, s.top_logprobs)
     return Sampled(tokens_B.tolist(), logprobs_B.tolist(), top)
 
 

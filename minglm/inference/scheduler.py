@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from minglm.inference.kv_cache import BlockCopy, BlockManager, BlockTable, NoFreeBlocks
-from minglm.inference.request import Completion, Event, Request
+from minglm.inference.logit_rules import LogitRules
+from minglm.inference.request import Completion, Event, PromptLogprob, Request
 
 
 class Sequence:
     """A request that is being answered: its text so far, and the table of its keys and values once they are computed.
 
-    number: as `Engine.submit` returned it. stop_ids: the tokens that end it. limit: the model's positions.
+    number: as `Engine.submit` returned it. stop_ids: the tokens that end it. limit: the model's positions. rules: what
+    changes its logits before sampling, None for most requests.
     """
 
     def __init__(
@@ -27,21 +29,32 @@ class Sequence:
         stop_ids: set[int],
         limit: int,
         on_event: Callable[[Event], None] | None = None,
+        rules: LogitRules | None = None,
     ) -> None:
         self.number = number
         self.request = request
         self.stop_ids = stop_ids
         self.on_event = on_event
+        self.rules = rules
         self.ids = list(request.prompt)
         self.max_tokens = min(request.max_new_tokens, limit - len(request.prompt))
         self.completion = Completion([], [])
         self.table = BlockTable()
         self.drafter_length = 0  # how many tokens the drafter has read
+        self.scores: list[
+            PromptLogprob
+        ] = []  # of the prompt from its second token on, as far as computed
 
     @property
     def tokens_left(self) -> int:
         """Return how many more tokens it may get."""
         return self.max_tokens - len(self.completion.tokens)
+
+    @property
+    def wants_scores(self) -> bool:
+        """Return whether the log-probabilities of its prompt are still to be computed."""
+        wanted = self.request.prompt_logprobs is not None
+        return wanted and len(self.scores) < len(self.request.prompt) - 1
 
 
 @dataclass(slots=True)
@@ -61,6 +74,10 @@ class Row:
     drafts: list[int] = field(default_factory=list)
     draft_row: int = 0
     """The row of the drafts' distributions that belongs to this text."""
+    scored: Sequence | None = None
+    """The sequence whose prompt gets log-probabilities from this row."""
+    owners: list[Sequence] = field(default_factory=list)
+    """All sequences that begin with this text."""
 
     @property
     def stop(self) -> int:
@@ -80,11 +97,14 @@ class Prefill:
         self.ids = sequence.ids[:-1] if self.resumed else list(sequence.ids)
         self.sequences = [sequence]
         self.table = BlockTable()
+        # A scored prompt needs the logits after each of its tokens: nothing of it may come from the cache.
+        self.scored = sequence if sequence.wants_scores and not self.resumed else None
 
     @property
-    def key(self) -> tuple[bool, tuple[int, ...]]:
+    def key(self) -> tuple[bool, int | None, tuple[int, ...]]:
         """Return what sequences that are computed together have in common."""
-        return self.resumed, tuple(self.ids)
+        scored = None if self.scored is None else self.scored.number
+        return self.resumed, scored, tuple(self.ids)
 
 
 class Schedule(NamedTuple):
@@ -148,7 +168,7 @@ class Scheduler:
             self._admit()
         # All prompts look up their prefix first, before any takes a block that another would find.
         for prefill in self.prefills:
-            self.blocks.match_prefix(prefill.table, prefill.ids)
+            self._match_prefix(prefill)
         rows += self._prefill_rows()
         return Schedule(rows, self._copies)
 
@@ -173,7 +193,10 @@ class Scheduler:
         if end >= (table.num_hashed_blocks + 1) * self.blocks.block_size:
             self.blocks.cache_full_blocks(table, ids)
         room = _max_drafts(sequence, drafts) if drafts else 0
-        return Row(ids, table, end - 1, end, [sequence], is_prompt=False, max_drafts=room)
+        owners = [sequence]
+        return Row(
+            ids, table, end - 1, end, owners, is_prompt=False, max_drafts=room, owners=owners
+        )
 
     def _admit(self) -> None:
         """Move waiting sequences to the prefills; those with the same text are computed together."""
@@ -208,7 +231,7 @@ class Scheduler:
     def _prefill(self, prefill: Prefill, max_tokens: int) -> Row | None:
         """Return the next row of a text, of at most `max_tokens`; None if there is no room for it yet."""
         # Blocks that earlier rows of this pass fill count as computed.
-        self.blocks.match_prefix(prefill.table, prefill.ids)
+        self._match_prefix(prefill)
         start = prefill.table.length
         end = min(len(prefill.ids), start + max_tokens)
         while not self._extend(prefill.table, end):
@@ -219,7 +242,10 @@ class Scheduler:
             self._preempt()
         self.blocks.cache_full_blocks(prefill.table, prefill.ids)
         if end < len(prefill.ids):
-            return Row(prefill.ids, prefill.table, start, end, [])
+            owners = list(prefill.sequences)
+            return Row(
+                prefill.ids, prefill.table, start, end, [], scored=prefill.scored, owners=owners
+            )
         return self._run(prefill, start, end)
 
     def _run(self, prefill: Prefill, start: int, end: int) -> Row:
@@ -232,9 +258,25 @@ class Scheduler:
         for sequence in prefill.sequences:
             sequence.drafter_length = end
         self.running += prefill.sequences
-        # A resumed sequence has sampled its next token already.
-        sequences = [] if prefill.resumed else list(prefill.sequences)
-        return Row(prefill.ids, prefill.table, start, end, sequences)
+        # A resumed sequence has sampled its next token already; one that is only scored samples none.
+        owners = list(prefill.sequences)
+        sequences: list[Sequence] = []
+        if not prefill.resumed:
+            sequences = [sequence for sequence in owners if sequence.tokens_left]
+        return Row(
+            prefill.ids,
+            prefill.table,
+            start,
+            end,
+            sequences,
+            scored=prefill.scored,
+            owners=owners,
+        )
+
+    def _match_prefix(self, prefill: Prefill) -> None:
+        """Take the cached blocks that continue a text, unless each of its tokens has to be computed."""
+        if prefill.scored is None:
+            self.blocks.match_prefix(prefill.table, prefill.ids)
 
     def _extend(self, table: BlockTable, length: int) -> bool:
         """Make room in a table; return whether there was any."""
@@ -266,5 +308,10 @@ class Scheduler:
 
 
 def _max_drafts(sequence: Sequence, drafts: int) -> int:
-    """Return how many drafts a sequence has room for: the token after them must still fit."""
+    """Return how many drafts a sequence has room for: the token after them must still fit.
+
+    Rules depend on the tokens before, drafts included: a sequence with rules gets none.
+    """
+    if sequence.rules is not None:
+        return 0
     return min(drafts, sequence.tokens_left - 1)

@@ -86,6 +86,8 @@ class Verified(NamedTuple):
     """int64 (B, S + 1): the accepted drafts and one token more count, the rest is filling."""
     p_BSV: Tensor
     """The probabilities before the cuts, (B, S + 1, V)."""
+    places_BS: Tensor
+    """int64 (B, S + 1): which logits each of them comes from."""
 
 
 def verify_pass(
@@ -118,7 +120,10 @@ def verify_pass(
     ]
     temperature_T = at_each_position(settings.temperature_B)
     places_T = torch.tensor(places, device=device)
-    p_TV, cut_TV = distribution(logits_TV[places_T], temperature_T, *cuts)
+    at_places_TV = logits_TV[places_T]
+    # Rows with rules have no drafts: they look at their first position only.
+    ruled_TV = settings.ruled(at_places_TV, rows=range(0, B * (S + 1), S + 1))
+    p_TV, cut_TV = distribution(at_places_TV, temperature_T, *cuts, ruled_BV=ruled_TV)
     p_BSV = rearrange(p_TV, "(B S) V -> B S V", B=B)
     cut_BSV = rearrange(cut_TV, "(B S) V -> B S V", B=B)
 
@@ -136,7 +141,7 @@ def verify_pass(
     last_B = uniforms(settings.seeds_B, index_B, Purpose.RESIDUAL)
     accepted_B, tokens_B = verify(cut_BSV, q_BSV, drafts_BS, lengths_B, accept_BS, last_B)
     tokens_BS = F.pad(drafts_BS, (0, 1)).scatter_(1, accepted_B[:, None], tokens_B[:, None])
-    return Verified(accepted_B.tolist(), tokens_BS, p_BSV)
+    return Verified(accepted_B.tolist(), tokens_BS, p_BSV, places_T.view(B, S + 1))
 
 
 @dataclass

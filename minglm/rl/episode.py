@@ -14,7 +14,8 @@ Choices
 - A malformed turn ends its episode with reward 0. So does an answer that is cut off, that stops with the wrong role
   token, or that disobeys the thinking switch: the conversation cannot continue from such a turn.
 - An exception in the environment is a failure of the infrastructure: this sample alone gets that status, which all
-  statistics leave out. An exception of the generator, or in our own code, ends the rollout.
+  statistics leave out. So is an answer that the generator failed at (`AnswerFailed`: numbers that are not finite). Any
+  other exception of the generator, or in our own code, ends the rollout.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ from minglm.envs.base import (
     infrastructure_failure,
 )
 from minglm.inference.client import Generator
-from minglm.inference.request import Completion, FinishReason, Request
+from minglm.inference.request import AnswerFailed, Completion, FinishReason, Request
 from minglm.rewards.pathology import FAULTS, detect
 
 Result = TypeVar("Result")
@@ -152,7 +153,8 @@ async def play(
         thinking: the thinking switch of the prompt.
         seed_of_turn: number of a turn, from 0 -> seed of its request.
 
-    Returns the scored trajectory. An exception in the environment becomes its score's status "infrastructure".
+    Returns the scored trajectory. An exception in the environment, or an answer that the generator failed at, becomes its
+    score's status "infrastructure".
     """
     trajectory = Trajectory(task, thinking, list(task.messages))
     try:
@@ -161,6 +163,8 @@ async def play(
             trajectory.score = await _from_environment(episode.score())
     except EnvironmentFailure as failure:
         trajectory.score = infrastructure_failure(failure.cause, task.environment)
+    except AnswerFailed as failure:
+        trajectory.score = infrastructure_failure(failure, task.environment)
     return trajectory
 
 

@@ -105,7 +105,7 @@ def test_a_failed_step_reaches_everyone_who_waits(monkeypatch):
     generator = EngineGenerator(engine)
     forward = engine._forward
 
-    def fail(rows):
+    def fail(pages, rows):
         raise RuntimeError("out of memory")
 
     async def together():

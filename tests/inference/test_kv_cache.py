@@ -125,16 +125,16 @@ def test_preempted_answers_go_on_as_if_nothing_had_happened(seed, room, drafts):
 def test_chunked_cached_and_batched_logits_are_those_of_the_plain_pass(seed, chunk, block):
     """Prompts in pieces, beside answers, over experts too: every logit that is drawn from is that of one full pass."""
     model = tiny_model(seed)
-    engine, seen = Engine(model, block=block, prefill_tokens=chunk, max_batch=3), {}
+    engine = Engine(model, block=block, prefill_tokens=chunk, max_batch=3)
+    seen = {}
     forward = engine._forward
 
     def watch(pages, rows):
-        logits_BV, at = forward(pages, rows), 0
-        for row in rows:
-            if row.sequences:
-                seen[tuple(row.ids[: row.end])] = logits_BV[at]
-                at += 1
-        return logits_BV
+        result = forward(pages, rows)
+        sampling = [row for row in result.rows if row.sequences]
+        for row, logits_V in zip(sampling, result.logits_BV, strict=True):
+            seen[tuple(row.ids[: row.end])] = logits_V
+        return result
 
     engine._forward = watch
     prompts = [
