@@ -26,6 +26,9 @@ import os
 import sys
 from unittest.mock import patch
 
+# Before anything imports triton, as parts of torch do: triton reads it when a kernel is defined.
+os.environ["TRITON_INTERPRET"] = "1"
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -457,9 +460,6 @@ def main(argv=None):
     """Run the experiment, or only redraw it, and print what it shows."""
     if not installed():
         sys.exit("lesson 18 runs Triton kernels: pip install triton (Linux)")
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # before triton is imported: it asks when a kernel is defined
-    )
     from minglm.kernels.experts.triton_kernels import load_tile, locate
 
     shown = [
