@@ -141,7 +141,7 @@ class TruncatedRows(Sequence[list[Span]]):
             offset: the position in the stream at which the first row begins.
         """
         self.lengths = np.asarray(lengths, dtype=np.int64)
-        self.order = np.asarray(order)
+        self.order = np.asarray(order, dtype=np.int64)
         self.capacity = capacity
         self.offset = offset
         self.ends = np.cumsum(self.lengths[self.order])  # in the stream

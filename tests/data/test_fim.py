@@ -1,5 +1,7 @@
 """Fill in the middle: reversible for any text, and off when the rate is zero."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -52,6 +54,37 @@ def test_spans_join_to_the_text(text, characters):
     assert "".join(found) == text
     if characters:
         assert all(len(span) <= characters or len(span.splitlines()) == 1 for span in found if span)
+
+
+@given(CODE, st.integers(1, 40))
+def test_spans_are_as_long_as_they_may_be(text, characters):
+    """A span ends only where the next line does not fit, and none is empty."""
+    found = spans(text, characters)
+    assert all(found) or found == [""]
+    for span, following in itertools.pairwise(found):
+        assert len(span) + len(following.splitlines(keepends=True)[0]) > characters
+
+
+def test_a_line_that_just_fits_stays():
+    """At most so many characters: the bound itself is allowed."""
+    assert spans("ab\ncd\nef\n", 6) == ["ab\ncd\n", "ef\n"]
+    assert spans("ab\ncd\n", 5) == ["ab\n", "cd\n"]
+
+
+def test_every_pair_of_places_is_equally_likely():
+    """Of one character the middle is empty before it, empty after it, or all: a quarter, a quarter, a half."""
+    rng, marker = np.random.default_rng(0), TOKENIZER.special["<|code_middle|>"]
+    found = {"before": 0, "after": 0, "all": 0}
+    for _ in range(4000):
+        ids = fim("a", TOKENIZER, rng)
+        if ids[-1] != marker:
+            found["all"] += 1
+        else:
+            prefix = ids[ids.index(TOKENIZER.special["<|code_prefix|>"]) + 1]
+            found["before" if prefix in TOKENIZER.special.values() else "after"] += 1
+    for name, share in (("before", 0.25), ("after", 0.25), ("all", 0.5)):
+        # four standard deviations of a share of 4,000
+        assert abs(found[name] / 4000 - share) < 4 * (share * (1 - share) / 4000) ** 0.5, found
 
 
 @given(CODE, st.floats(0, 1), st.integers(0, 40), st.integers(0, 2**31))

@@ -173,8 +173,49 @@ def test_bands_find_pairs_as_often_as_the_curve_says(similarity):
 def test_banding_finds_the_threshold_with_the_longest_bands(threshold):
     """A pair at the threshold is found with the chance that was promised; one more row in a band would lose it."""
     bands, rows = banding(threshold)
-    assert recall(threshold, bands, rows) >= dedup.MIN_RECALL or rows == 1
-    assert rows == 128 or recall(threshold, 128 // (rows + 1), rows + 1) < dedup.MIN_RECALL
+    assert bands == 128 // rows
+    assert 1 - (1 - threshold**rows) ** bands >= 0.95 or rows == 1
+    assert all(
+        1 - (1 - threshold**longer) ** (128 // longer) < 0.95 for longer in range(rows + 1, 129)
+    )
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    count=st.integers(1, 12),
+    threshold=st.sampled_from([0.25, 0.5, 0.75, 1.0]),
+    groups=st.integers(1, 3),
+)
+def test_who_stays_by_definition(seed, count, threshold, groups):
+    """Best first: a document goes if one of its group that stays shares a band with it and is as similar or more.
+
+    Eight values of two kinds each, so that many similarities are exactly the threshold.
+    """
+    rng = np.random.default_rng(seed)
+    signature = rng.integers(0, 2, (count, 8)).astype(np.uint32)
+    order = rng.permutation(count).tolist()
+    group = rng.integers(0, groups, count) if groups > 1 else None
+    bands, rows = banding(threshold, 8)
+    stays = []
+    for index in order:
+        equal = [
+            signature[index] == signature[other]
+            for other in stays
+            if group is None or group[other] == group[index]
+        ]
+        if not any(
+            same.mean() >= threshold and same[: bands * rows].reshape(bands, rows).all(1).any()
+            for same in equal
+        ):
+            stays.append(index)
+    found = dedup.keep_best(signature, threshold, order, group)
+    assert np.flatnonzero(found).tolist() == sorted(stays)
+
+
+def test_a_threshold_of_one_is_allowed():
+    """Whole signatures are compared; and documents that share no band stay, however low the threshold."""
+    assert banding(1.0) == (1, 128)
+    assert banding(1e-9) == (128, 1)
 
 
 @given(st.integers(0, 2**31), st.integers(1, 9))

@@ -62,6 +62,15 @@ def test_contract_rejects_a_broken_twin(name):
         check_packer(BROKEN[name])
 
 
+def test_the_first_row_begins_with_the_first_document():
+    """Without an offset; and nothing to cut is one line."""
+    rows = TruncatedRows([3, 4], [1, 0], 5)
+    assert [list(map(tuple, row)) for row in rows] == [[(1, 0, 4), (0, 0, 1)]]
+    for some, order in (([], []), ([0, 0], [0, 1]), ([3], [])):
+        with pytest.raises(ValueError, match="nothing to cut"):
+            TruncatedRows(some, order, 4)
+
+
 def test_best_fit_is_fast_and_tight():
     """20,000 documents pack within 1 % of the bound total / capacity: small documents fill the gaps of large ones."""
     rng = random.Random(0)

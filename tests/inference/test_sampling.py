@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.inference.sampling import cut, sample, uniforms
+from minglm.inference.sampling import cut, draw, sample, uniforms
 from minglm.testing.inference import check_sampler
 from minglm.testing.strategies import numbers, seeds
 
@@ -102,6 +102,45 @@ def test_nucleus_is_the_smallest_set_with_the_mass(seed, rows, V, top_p):
         assert kept_V.sum() >= top_p - 1e-5  # float32 sums to one
         assert kept_V.sum() - kept_V[inside].min() < top_p + 1e-5 or inside.sum() == 1
         assert inside.all() or p_V[~inside].max() <= p_V[inside].min()
+
+
+def test_cuts_at_their_bounds():
+    """The smallest set with at least the share; as many as top-k; at least the share of the most likely token."""
+    p_BV = torch.tensor([[0.5, 0.25, 0.125, 0.125]])  # sums that float32 holds exactly
+    for top_p, count in ((0.0, 1), (0.5, 1), (0.51, 2), (0.75, 2), (0.76, 3), (1.0, 4)):
+        assert (cut(p_BV, top_p_B=torch.tensor([top_p])) > 0).sum() == count
+    for top_k, count in ((0, 4), (1, 1), (2, 2), (4, 4), (9, 4)):
+        assert (cut(p_BV, top_k_B=torch.tensor([top_k])) > 0).sum() == count
+    for min_p, count in ((0.0, 4), (0.25, 4), (0.26, 2), (0.5, 2), (0.51, 1), (1.0, 1)):
+        assert (cut(p_BV, min_p_B=torch.tensor([min_p])) > 0).sum() == count
+    # top-p is a share of what top-k left: 0.5 of 0.75
+    found = cut(p_BV, torch.tensor([0.6]), torch.tensor([2]))
+    assert torch.equal(found, torch.tensor([[0.5, 0.0, 0.0, 0.0]]))
+
+
+@given(seed=seeds, V=st.integers(1, 70), zeros=st.floats(0, 0.9))
+def test_a_draw_is_where_the_cumulated_sum_passes(seed, V, zeros):
+    """Also at u of nearly one and at the ends of tokens, where rounding decides: never a token of probability 0."""
+    q_BV = torch.rand(40, V, generator=numbers(seed))
+    q_BV[torch.rand(40, V, generator=numbers(seed + 1)) < zeros] = 0.0
+    q_BV[:, 0] += q_BV.sum(1) == 0  # something to draw
+    ends_BV = q_BV.double().cumsum(1)
+    share_BV = ends_BV / ends_BV[:, -1:]
+    at_B = torch.randint(0, V, (40,), generator=numbers(seed + 2))
+    edge_B = share_BV[torch.arange(40), at_B]
+    one = torch.tensor(1.0, dtype=torch.float64)
+    for u_B in (
+        torch.rand(40, generator=numbers(seed + 3), dtype=torch.float64),
+        torch.zeros(40, dtype=torch.float64),
+        torch.full((40,), 1 - 2**-53, dtype=torch.float64),
+        edge_B.clamp(max=1 - 2**-53),
+        torch.nextafter(edge_B, one).clamp(max=1 - 2**-53),
+    ):
+        tokens_B = draw(q_BV, u_B)
+        assert (q_BV.gather(1, tokens_B[:, None]) > 0).all()
+        high_B = share_BV.gather(1, tokens_B[:, None])[:, 0]
+        low_B = high_B - (q_BV / ends_BV[:, -1:]).gather(1, tokens_B[:, None])[:, 0]
+        assert ((low_B <= u_B + 1e-12) & (u_B <= high_B + 1e-12)).all()  # float64 sums of 70
 
 
 def test_top_p_one_keeps_every_token_beside_other_rows():

@@ -1,5 +1,7 @@
 """Schedules: the paper's values at the paper's boundaries, and independence of the batch."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,6 +69,20 @@ def test_paper_values():
         assert schedule.mtp_weight(tokens, BALANCE, STAGES) == weight
     bases = [stage.rope_theta for _, stage in STAGES.items()]
     assert bases == [10_000, 10_000, 1_000_000, 1_000_000, 1_000_000]
+
+
+def test_rates_on_the_way():
+    """A cosine and a straight line, at points where their values are known."""
+    config = OptimizerConfig(warmup_tokens=100, peak_lr=1.0, final_lr_ratio=0.2)
+    cosine = {0: 0, 25: 0.25, 100: 1, 600: 0.6, 1100: 0.2, 1200: 0.2}
+    cosine[433] = 0.2 + 0.8 * (1 + math.cos(math.pi * 0.333)) / 2
+    straight = {0: 0, 50: 0.5, 100: 1, 880: 1, 990: 0.6, 1100: 0.2, 1200: 0.2}
+    for tokens, rate in cosine.items():
+        assert schedule.learning_rate(tokens, config, 1100) == pytest.approx(rate)
+    for tokens, rate in straight.items():
+        assert schedule.learning_rate_wsd(tokens, config, 1100) == pytest.approx(rate)
+    # a decay that would begin within the warm-up begins at its end
+    assert schedule.learning_rate_wsd(600, config, 1100, decay_share=1.0) == pytest.approx(0.6)
 
 
 @given(st.integers(0, 10**12), st.integers(1, 10**8), st.integers(0, 10**8), st.integers(0, 10**12))

@@ -146,6 +146,24 @@ def test_single_answers_give_wilson(right, wrong):
         assert abs(right / n - q) == pytest.approx(z * (q * (1 - q) / n) ** 0.5, abs=1e-5)
 
 
+@given(
+    st.lists(
+        st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=1, max_size=5), min_size=1, max_size=8
+    )
+)
+def test_interval_is_wilson_with_an_effective_number(values):
+    """Its ends solve |p - q| = z sqrt(q (1 - q) / n), n = p (1 - p) / Var(p) between the problems and the answers."""
+    means = [fmean(answers) for answers in values]
+    p, problems, answers = fmean(means), len(values), sum(map(len, values))
+    n = problems
+    if len(set(means)) > 1:
+        deviations = sum((mean - p) ** 2 for mean in means)
+        n = p * (1 - p) / (deviations / (problems - 1) / problems)
+        n = min(max(n, problems), answers)
+    for q in interval(values):
+        assert abs(p - q) == pytest.approx(1.959964 * (q * (1 - q) / n) ** 0.5, abs=1e-6)
+
+
 def coverage(bound, problems, answers, difficulty, trials=400):
     """Share of simulated evaluations whose interval holds the true mean of a Beta population of problems."""
     generator, inside = random.Random(0), 0
@@ -176,6 +194,6 @@ def test_counting_answers_instead_of_problems_does_not_cover():
 
 def test_interval_refuses_what_it_cannot_judge():
     """No problems, a problem without answers, scores outside [0, 1]."""
-    for values in ([], [[1], []], [0.5, 1.5]):
+    for values in ([], [[1], []], [0.5, 1.5], [-0.5, 0.5]):
         with pytest.raises(ValueError, match="an interval needs"):
             interval(values)

@@ -42,6 +42,49 @@ def test_a_guard_is_restored_from_its_state(norms, later):
         assert guard.reason(norm) == other.reason(norm) and guard.gives_up == other.gives_up
 
 
+@given(
+    st.integers(0, 80),
+    st.integers(0, 60),
+    st.sampled_from([1.5, 4.0, 8.0]),
+)
+def test_a_spike_is_judged_by_the_last_fifty_accepted_norms(ones, twos, factor):
+    """Norms at the bound are accepted and the next number is a spike; fewer than ten accepted norms judge nothing."""
+    guard = Guard(spike_factor=factor)
+    accepted = [1.0] * ones + [1.25] * twos  # below every factor, so that all are accepted
+    assert not any(guard.reason(norm) for norm in accepted)
+    last = sorted(accepted[-50:])
+    if len(last) < 10:
+        assert guard.reason(1e9) is None
+        return
+    middle = (last[(len(last) - 1) // 2] + last[len(last) // 2]) / 2
+    for norm, reason in ((math.nextafter(factor * middle, 1e9), "spike"), (factor * middle, None)):
+        assert guard.reason(norm) == reason
+    assert guard.norms[-1] == factor * middle and len(guard.norms) == min(50, len(accepted) + 1)
+
+
+@given(st.integers(0, 4), st.lists(st.booleans(), max_size=12))
+def test_it_gives_up_after_so_many_in_a_row(limit, healthy_steps):
+    """Skipped steps are counted from the last accepted one, from none at the start; 0 never gives up."""
+    guard = Guard(rollback_after=limit)
+    in_a_row = skipped = 0
+    assert not guard.gives_up
+    for is_healthy in healthy_steps:
+        guard.reason(1.0 if is_healthy else math.nan)
+        in_a_row = 0 if is_healthy else in_a_row + 1
+        skipped += not is_healthy
+        assert (guard.in_a_row, guard.left_out) == (in_a_row, skipped)
+        assert guard.gives_up == (0 < limit <= in_a_row)
+
+
+def test_by_default_only_what_is_not_finite_is_skipped():
+    """No spike is too high, and nothing is rolled back."""
+    guard = Guard()
+    assert [guard.reason(norm) for norm in [1.0] * 20 + [1e30, math.inf]] == [None] * 21 + [
+        "not finite"
+    ]
+    assert not guard.gives_up
+
+
 class Poisoned(Run):
     """A run whose gradients of some steps are NaN."""
 
