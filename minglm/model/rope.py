@@ -6,7 +6,8 @@ The first R = head_dim * partial_rotary_factor dimensions rotate and the rest pa
 content without regard to distance. Dimension i pairs with dimension i + R/2 (half-split), not with its neighbour.
 GLM-4.7-Flash rotates neighbours (x_{2i}, x_{2i+1}) instead: the same rotation on dimensions in another order
 (`rotate_pairs`). The wrong layout gives a model whose text is almost, but not quite, that of the released one.
-Angles are float32: at position 100,000 a bfloat16 angle would be off by hundreds of radians.
+Angles are float64 until their cosine is taken: at position 200,000 a float32 angle is off by 0.01 radians, and a bfloat16
+angle by hundreds. What depends on distances only would then depend on where in the context it stands.
 """
 
 from typing import NamedTuple
@@ -29,11 +30,11 @@ class Rotation(NamedTuple):
 
 def angles(positions_BS: Tensor, rotary_dim: int, theta: float) -> Rotation:
     """Compute the rotation for integer positions (B, S), an even number R of rotating dimensions, and a base."""
-    dimensions = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=positions_BS.device)
+    dimensions = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=positions_BS.device)
     # theta^(-2i / R)
     frequencies = theta ** -(dimensions / rotary_dim)
-    phase = rearrange(positions_BS, "b s -> b s 1 1").float() * frequencies
-    return Rotation(phase.cos(), phase.sin())
+    phase = rearrange(positions_BS, "b s -> b s 1 1").double() * frequencies
+    return Rotation(phase.cos().float(), phase.sin().float())
 
 
 def rotate_pairs(x_BSNR: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

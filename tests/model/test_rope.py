@@ -13,41 +13,42 @@ from minglm.testing.strategies import seeds
 
 
 def ours(x_BSNA, positions_BS, rotary_dim, theta):
-    """Our two functions as one."""
+    """Compute the angles and rotate."""
     return rotate(x_BSNA, *angles(positions_BS, rotary_dim, theta))
 
 
 def test_rope_keeps_the_contract():
-    """Half-split rotation of the first dimensions, by float32 angles; dot products see only distance."""
+    """Half-split rotation of the first dimensions, by exact angles; dot products see only distance."""
     check_rope(ours)
 
 
 def interleaved(x_BSNA, positions_BS, rotary_dim, theta):
-    """Pairs neighbours, the layout of other GLM models; right for them and wrong for these checkpoints."""
+    """Rotate neighbours, the layout of other GLM models; right for them and wrong for these checkpoints."""
     cos, sin = angles(positions_BS, rotary_dim, theta)
-    a, b = x_BSNA[..., 0:rotary_dim:2], x_BSNA[..., 1:rotary_dim:2]
+    a = x_BSNA[..., 0:rotary_dim:2]
+    b = x_BSNA[..., 1:rotary_dim:2]
     turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
     return torch.cat([turned, x_BSNA[..., rotary_dim:]], -1)
 
 
 def last_dimensions(x_BSNA, positions_BS, rotary_dim, theta):
-    """Rotates the end of each head and not its beginning."""
+    """Rotate the end of each head and not its beginning."""
     return ours(x_BSNA.flip(-1), positions_BS, rotary_dim, theta).flip(-1)
 
 
 def frequencies_over_the_head(x_BSNA, positions_BS, rotary_dim, theta):
-    """Spreads the frequencies over the whole head although only a part rotates."""
+    """Spread the frequencies over the whole head although only a part rotates."""
     cos, sin = angles(positions_BS, x_BSNA.shape[-1], theta)
     return rotate(x_BSNA, cos[..., : rotary_dim // 2], sin[..., : rotary_dim // 2])
 
 
 def backwards(x_BSNA, positions_BS, rotary_dim, theta):
-    """Turns the other way; dot products do not show it, released weights do."""
+    """Turn the other way; dot products do not show it, released weights do."""
     return ours(x_BSNA, -positions_BS, rotary_dim, theta)
 
 
 def positions_of_the_row(x_BSNA, positions_BS, rotary_dim, theta):
-    """Counts 0, 1, 2, ... and never reads the positions, so packed documents do not restart."""
+    """Count 0, 1, 2, ... and never read the positions, so packed documents do not restart."""
     return ours(x_BSNA, torch.arange(x_BSNA.shape[1])[None], rotary_dim, theta)
 
 
@@ -61,16 +62,22 @@ def test_contract_finds_broken_rope(broken):
         check_rope(broken)
 
 
-@given(position=st.integers(0, 131_072), theta=st.sampled_from([10_000.0, 1_000_000.0]))
-def test_angles_hold_at_the_longest_position(position, theta):
-    """At 131,072 tokens the angles still tell neighbouring positions apart, whatever dtype the model computes in."""
-    cos, sin = angles(torch.tensor([[position]]), 64, theta)
+@given(
+    position=st.integers(0, 1_048_576) | st.sampled_from([30_000, 202_751]),
+    rotary_dim=st.sampled_from([4, 64, 128]),
+    theta=st.sampled_from([10_000.0, 1_000_000.0]),
+)
+def test_angles_are_exact_at_the_longest_position(position, rotary_dim, theta):
+    """Cosine and sine equal Python's, far out too.
+
+    The tolerance is the rounding of a float32 number below 1, and that of a float64 angle of a million: 1e-10.
+    """
+    cos, sin = angles(torch.tensor([[position]]), rotary_dim, theta)
     assert cos.dtype == sin.dtype == torch.float32
-    exact = position * theta ** -(torch.arange(0, 64, 2).double() / 64)
-    # a float32 of up to 131,072 is exact to 2^-7 = 0.008, once as a product and once from rounding the frequency
-    assert (cos.flatten() - exact.cos()).abs().max() < 0.02 and (
-        sin.flatten() - exact.sin()
-    ).abs().max() < 0.02
+    for pair in range(rotary_dim // 2):
+        angle = position * theta ** (-2 * pair / rotary_dim)
+        assert abs(cos[0, 0, 0, pair].item() - math.cos(angle)) < 1e-7
+        assert abs(sin[0, 0, 0, pair].item() - math.sin(angle)) < 1e-7
 
 
 @given(seed=seeds)
