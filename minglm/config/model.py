@@ -83,7 +83,7 @@ class ModelConfig:
         """Return the dimensions of a head that rotate."""
         if self.kv_lora_rank:
             return self.qk_rope_head_dim
-        return round(self.head_dim * self.partial_rotary_factor)
+        return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def cache_shape(self) -> tuple[int, int, int]:
@@ -103,6 +103,14 @@ class ModelConfig:
         self._check_mla()
         self._check_layers()
 
+    def check_trainable(self) -> None:
+        """Raise ValueError for a shape that computes, but cannot learn."""
+        if self.num_experts_per_tok == 1 and self.norm_topk_prob:
+            self._refuse(
+                "num_experts_per_tok",
+                "with norm_topk_prob every weight is 1 and the router gets no gradient; use 2",
+            )
+
     def _refuse(self, name: str, why: str) -> NoReturn:
         raise ValueError(f"model.{name} = {getattr(self, name)}: {why}")
 
@@ -117,11 +125,6 @@ class ModelConfig:
         if self.num_experts_per_tok > self.n_routed_experts:
             self._refuse(
                 "num_experts_per_tok", f"cannot exceed n_routed_experts = {self.n_routed_experts}"
-            )
-        if self.num_experts_per_tok == 1 and self.norm_topk_prob:
-            self._refuse(
-                "num_experts_per_tok",
-                "with norm_topk_prob every weight is 1 and the router gets no gradient; use 2",
             )
         if self.n_routed_experts % self.n_group:
             self._refuse("n_group", f"must divide n_routed_experts = {self.n_routed_experts}")

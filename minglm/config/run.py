@@ -119,6 +119,7 @@ class RunConfig:
         check_fields(self)
         self._check_names()
         self.model.check()
+        self.model.check_trainable()
         self.stages.check()
         self.data.check()
         self.optimizer.check()

@@ -2,11 +2,15 @@
 
     s = sigmoid(W x);   chosen = top-k of (s + b);   w_e = scale * s_e / sum over chosen of s
 
-Everything is float32. The bias b only decides which experts are selected. The weights come from the scores without it,
+Everything is float32, also in a model of another dtype: the steps of the bias are smaller than what bfloat16 can tell
+apart, so that rounding it would give many experts the same bias. The bias b only decides which experts are selected. The weights come from the scores without it,
 or balancing would change the output. Equal scores go to the lower expert index, so that decoding with a cache, in any
 batch, takes the same experts as one full pass. With expert groups only the best `topk_group` groups compete; a group is as
 good as the sum of its two best biased scores.
 """
+
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +36,15 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         bias_E = torch.empty(config.n_routed_experts, dtype=torch.float32)
         self.register_buffer("e_score_correction_bias", bias_E)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or convert as every module does (`.to`, `.bfloat16`, ...); the selection bias is moved only."""
+        bias_E = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        converted_E = self.e_score_correction_bias
+        if converted_E.dtype != torch.float32:
+            self.e_score_correction_bias = bias_E.to(converted_E.device, torch.float32)
+        return self
 
     def forward(self, x_TD: Tensor) -> Routes:
         """Map x (T, D) to experts int64 (T, K), weights float32 (T, K) and scores float32 (T, E)."""
