@@ -80,6 +80,15 @@ SPECIAL_TOKENS = (
 REQUIRED = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|observation|>")
 """A tokenizer without these is not GLM's."""
 
+LARGEST_ID = 10_000_000
+"""Ids stay below, because memory is taken for each up to the largest."""
+
+NOT_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))
+"""Bytes that no text holds."""
+
+PROBE = "".join(chr(code) for code in range(1, 128)) + "  Größe café\n\t 汉字 ру عر 🙂\r\n  end "
+"""A text that a tokenizer must give back as it is: every ASCII character, spaces, several scripts."""
+
 SAMPLE_BYTES = 6_000_000
 """Text that merges are counted on, at most: more text hardly changes 2,000 merges."""
 
@@ -119,27 +128,27 @@ class Tokenizer:
     def __init__(self, specification: Mapping[str, Any]):
         """Build a tokenizer from a parsed tokenizer.json.
 
-        Raises ValueError if it is not byte-level or lacks GLM's roles.
+        Raises ValueError if it is not byte-level, lacks GLM's roles, changes text, or cannot be used at all.
         """
-        # Special tokens are taken out of the specification, so that text can never produce one.
-        self._specification = {**specification, "added_tokens": []}
-        self._added_tokens: list[dict] = specification.get("added_tokens") or []
-        decoder = specification.get("decoder") or {}
-        if decoder.get("type") != "ByteLevel" or "vocab" not in specification["model"]:
-            raise ValueError(
-                "not a byte-level tokenizer: minglm needs a BPE model with a ByteLevel decoder"
-            )
-        self._backend = Backend.from_str(json.dumps(self._specification))
+        specification = _checked(specification)
+        # Special tokens are taken out of the specification, so that text can never produce one. Nothing cuts a text, fills
+        # it up, or splits it by chance, whatever a file was used for before.
+        model = {**specification["model"], "dropout": None}
+        unchanged = {"added_tokens": [], "truncation": None, "padding": None}
+        self._specification = {**specification, **unchanged, "model": model}
+        self._added_tokens: list[dict] = specification["added_tokens"]
         self.special: dict[str, int] = {t["content"]: t["id"] for t in self._added_tokens}
         missing = [name for name in REQUIRED if name not in self.special]
         if missing:
             raise ValueError(f"not a GLM tokenizer: special token {missing[0]} is missing")
 
-        words: dict[str, int] = specification["model"]["vocab"]
+        words: dict[str, int] = model["vocab"]
         self.vocab_size: int = 1 + max(max(words.values()), max(self.special.values()))
         # The bytes of each id. Special tokens come last: one may also be listed as a word.
         self._bytes_of_id = [b""] * self.vocab_size
         for word, token in words.items():
+            if self.special.get(word) == token:
+                continue
             try:
                 self._bytes_of_id[token] = bytes(_BYTE_OF_CHARACTER[c] for c in word)
             except KeyError as error:
@@ -149,6 +158,16 @@ class Tokenizer:
         for name, token in self.special.items():
             self._bytes_of_id[token] = name.encode()
         self._special_ids = frozenset(self.special.values())
+        try:
+            self._backend = Backend.from_str(json.dumps(self._specification))
+        except Exception as error:  # the library raises nothing more special
+            raise ValueError(str(error).splitlines()[0]) from None
+        missing = [n for c, n in _BYTE_OF_CHARACTER.items() if c not in words and n not in NOT_UTF8]
+        if missing:
+            raise ValueError(f"not a byte-level tokenizer: no token for the byte {missing[0]}")
+        ids = self._backend.encode(PROBE, add_special_tokens=False).ids
+        if self.bytes(ids) != PROBE.encode():
+            raise ValueError("changes the text that it encodes: by a normalizer or a prefix")
 
         self.end: int = self.special["<|endoftext|>"]
         self.pad: int = self.end
@@ -209,14 +228,19 @@ class Tokenizer:
             raise ValueError(
                 f"cannot read tokenizer {path}: {error.strerror}; give a tokenizer.json"
             ) from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"tokenizer {path}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"tokenizer {path}: {error}; give a tokenizer.json of GLM") from error
 
     def save(self, path: Path | str) -> None:
         """Write a tokenizer.json that `load` and the Hugging Face libraries read, atomically."""
         specification = {**self._specification, "added_tokens": self._added_tokens}
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(specification, ensure_ascii=False), encoding="utf-8")
+
+    def same_ids(self, other: "Tokenizer") -> bool:
+        """Return True if the other tokenizer gives every text and every special token the same ids."""
+        ours = (self._specification, self.special)
+        return ours == (other._specification, other.special)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, never a special one.
@@ -249,6 +273,44 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | Ids, skip_special: bool = False) -> str:
         """Return the text of the ids. Bytes that are not valid UTF-8, such as half a character, become U+FFFD."""
         return self.bytes(ids, skip_special).decode("utf-8", errors="replace")
+
+
+def _checked(specification: Any) -> dict[str, Any]:
+    """Return a parsed tokenizer.json whose parts have the types that `Tokenizer` uses, `added_tokens` included.
+
+    Raises ValueError for another kind of tokenizer, and for ids that no table can hold or that two tokens share.
+    """
+    if not isinstance(specification, Mapping):
+        raise ValueError("not a table of names and values")
+    model = specification.get("model")
+    decoder = specification.get("decoder")
+    if not (
+        isinstance(model, Mapping)
+        and model.get("type", "BPE") == "BPE"
+        and isinstance(model.get("vocab"), Mapping)
+        and isinstance(decoder, Mapping)
+        and decoder.get("type") == "ByteLevel"
+    ):
+        raise ValueError(
+            "not a byte-level tokenizer: minglm needs a BPE model with a ByteLevel decoder"
+        )
+    added = specification.get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(token, Mapping) for token in added):
+        raise ValueError("added_tokens is not a list of tables")
+    tokens = [(token.get("content"), token.get("id")) for token in added]
+    named: dict[int, str] = {}
+    for name, token in [*model["vocab"].items(), *tokens]:
+        if not isinstance(name, str) or type(token) is not int:
+            raise ValueError(f"token {name!r} with the id {token!r}: must be a text and an integer")
+        if not 0 <= token < LARGEST_ID:
+            raise ValueError(
+                f"token {name!r} has the id {token}: must be from 0 to {LARGEST_ID - 1}"
+            )
+        if named.setdefault(token, name) != name:
+            raise ValueError(f"tokens {named[token]!r} and {name!r} have one id, {token}")
+    if len(dict(tokens)) < len(tokens):
+        raise ValueError("added_tokens names a token twice")
+    return {**specification, "added_tokens": list(added)}
 
 
 def _valid_utf8(text: str) -> str:
