@@ -19,7 +19,8 @@ from minglm.config import ModelConfig
 from minglm.model.attention import LayerCache
 from minglm.model.decoder import DecoderLayer
 from minglm.model.embedding import Embedding, LMHead
-from minglm.model.hf.files import HFOrigin, fill, open_folder, save
+from minglm.model.hf.files import HFOrigin, fill, open_folder
+from minglm.model.hf.write import save
 from minglm.model.layers import RMSNorm
 from minglm.model.moe import MoE, Routing
 from minglm.model.mtp import MTPLayer, shift
@@ -94,9 +95,12 @@ class GLM(nn.Module):
         return model
 
     def save_pretrained(
-        self, folder: str | Path, dtype: str | None = None, shard_gigabytes: float = 5.0
+        self,
+        folder: str | Path,
+        dtype: str | None = None,
+        shard_gigabytes: float | None = None,
     ) -> None:
-        """Write a released checkpoint: arguments and errors are those of `minglm.model.hf.files.save`."""
+        """Write a released checkpoint: arguments and errors are those of `minglm.model.hf.write.save`."""
         save(self, folder, dtype, shard_gigabytes)
 
     @property

@@ -12,19 +12,29 @@ reads any size.
 """
 
 import dataclasses
-import json
 import shutil
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from minglm.common.files import write_json
+from minglm.common.files import new_folder, refuse_used, write_json
 from minglm.config import ModelConfig, RunConfig
 from minglm.config.run import to_dict
+from minglm.data.tokenizer import Tokenizer
 from minglm.model.glm import GLM
 from minglm.model.hf.config import to_hf
-from minglm.model.hf.files import DTYPES, INDEX, HFOrigin, open_folder, read_config, refuse_taken
+from minglm.model.hf.files import (
+    DTYPES,
+    INDEX,
+    HFOrigin,
+    named_dtype,
+    open_folder,
+    read_config,
+    read_weight_map,
+)
+from minglm.model.hf.write import check_dtype, write
 from minglm.recipe.load import LoadedModel, load_run
 from minglm.train.checkpoint import CheckpointStore
 from minglm.train.stages import phases
@@ -34,52 +44,91 @@ MAY_DIFFER = ("initializer_range", "max_position_embeddings")
 """Fields of the model's config that do not change its weights."""
 
 
+class Exported(NamedTuple):
+    """What an export wrote."""
+
+    stage: str
+    dtype: str
+
+
 def extra_files(folder: Path) -> list[Path]:
-    """List the files of a released checkpoint that are neither weights nor their index nor the model's config."""
+    """List the files of a released checkpoint that are neither weights nor their index nor the model's config.
+
+    A link out of the folder is left out, with a warning: it would carry a file of this machine into an export.
+    """
     extras = []
     for path in sorted(folder.iterdir()):
         is_about_weights = path.suffix == ".safetensors" or path.name in ("config.json", INDEX)
         is_hidden = path.name.startswith(".")
         if not path.is_file() or is_about_weights or is_hidden:
             continue
-        if path.stat().st_size <= MAX_EXTRA_BYTES:
+        if not _stays_inside(path, folder):
+            warnings.warn(f"{path} is a link out of the folder; left out", stacklevel=3)
+        elif path.stat().st_size <= MAX_EXTRA_BYTES:
             extras.append(path)
     return extras
+
+
+def _stays_inside(path: Path, folder: Path) -> bool:
+    """Return True for a file of the folder itself.
+
+    The hub's cache keeps the files of all versions in `blobs`, and in `snapshots/VERSION` links to them: one folder.
+    """
+    root = folder.resolve()
+    roots = [root]
+    if root.parent.name == "snapshots":
+        roots.append(root.parent.parent / "blobs")
+    return any(path.resolve().is_relative_to(allowed) for allowed in roots)
 
 
 def import_checkpoint(run: RunConfig, folder: str | Path, out: str | Path) -> str:
     """Make a released checkpoint the result of the last stage of mid-training of a run; return that stage's name.
 
     Raises ValueError, before any weight is read, where the checkpoint is not of the run's model, where it has a
-    tokenizer that the run does not use, or where `out` already holds a run.
+    tokenizer that the run does not use, or where `out` already holds something.
     """
     folder = Path(folder)
     out = Path(out)
+    refuse_used(out)
     config, files, values = open_folder(folder)
     _check_model(run, folder, config)
-    tokenizer = folder / "tokenizer.json"
-    if tokenizer.exists() and not run.data.tokenizer:
-        raise ValueError(f"{folder} has a tokenizer; give --data.tokenizer {tokenizer}")
+    tokenizer = _tokenizer(run, folder)
     pretraining = phases(run)
     if not pretraining:
         raise ValueError(
             f"{run.name} has no stage before post-training; give --stages.long_agent.tokens 1"
         )
-    if (out / "config.json").exists():
-        raise ValueError(f"{out} already holds a run; choose another --out")
 
     model = GLM.from_pretrained(folder, torch.float32)
-    origin = out / "imported_from"
-    origin.mkdir(parents=True, exist_ok=True)
-    for path in extra_files(folder):
-        shutil.copyfile(path, origin / path.name)
-    write_json(origin / "config.json", values)
-    write_json(origin / INDEX, {"weight_map": files.files})
     stage = pretraining[-1].name
-    CheckpointStore(out).save(stage, {"model": model.state_dict(), "tokens": 0})
-    # The config comes last: with it the folder is a run.
-    write_json(out / "config.json", {"hash": run.hash(), "config": to_dict(run)})
+    with new_folder(out) as temporary:
+        origin = temporary / "imported_from"
+        origin.mkdir()
+        for path in extra_files(folder):
+            shutil.copyfile(path, origin / path.name)
+        write_json(origin / "config.json", values)
+        write_json(origin / INDEX, {"weight_map": files.files})
+        if tokenizer is not None:  # the run's data, when it is built, replaces it by the same
+            tokenizer.save(temporary / "data" / "tokenizer.json")
+        CheckpointStore(temporary).save(stage, {"model": model.state_dict(), "tokens": 0})
+        write_json(temporary / "config.json", {"hash": run.hash(), "config": to_dict(run)})
     return stage
+
+
+def _tokenizer(run: RunConfig, folder: Path) -> Tokenizer | None:
+    """Return the tokenizer of an import: the run's, which must be the checkpoint's; None where neither has one."""
+    path = folder / "tokenizer.json"
+    if not run.data.tokenizer:
+        if path.exists():
+            raise ValueError(f"{folder} has a tokenizer; give --data.tokenizer {path}")
+        return None
+    tokenizer = Tokenizer.load(run.data.tokenizer)
+    if path.exists() and not tokenizer.same_ids(Tokenizer.load(path)):
+        raise ValueError(
+            f"--data.tokenizer {run.data.tokenizer}: has other ids than the tokenizer of {folder}; give "
+            f"--data.tokenizer {path}"
+        )
+    return tokenizer
 
 
 def _check_model(run: RunConfig, folder: Path, config: ModelConfig) -> None:
@@ -98,16 +147,18 @@ def export_checkpoint(
     out: str | Path,
     stage: str | None = None,
     dtype: str | None = None,
-    shard_gigabytes: float = 5.0,
-) -> str:
-    """Write a run, or a released checkpoint, as a released checkpoint; return the stage that was written.
+    shard_gigabytes: float | None = None,
+) -> Exported:
+    """Write a run, or a released checkpoint, as a released checkpoint; return what was written.
 
-    dtype: as in `GLM.save_pretrained`; None: that of the checkpoint that the run began with, otherwise unchanged.
-    Raises ValueError as `load_run` and `GLM.save_pretrained` do.
+    dtype, shard_gigabytes: as in `GLM.save_pretrained`; dtype None: that of the released checkpoint, also where the run
+    began with it, otherwise unchanged. Raises ValueError as `load_run` and `GLM.save_pretrained` do; then nothing is left
+    behind.
     """
     source = Path(source)
     out = Path(out)
-    refuse_taken(out)
+    check_dtype(dtype)
+    refuse_used(out)
     loaded = load_run(source, stage)
     model = loaded.model
     origin = source if loaded.from_hf else source / "imported_from"
@@ -116,29 +167,38 @@ def export_checkpoint(
         values = read_config(origin)
         extras = extra_files(origin)
         if not loaded.from_hf:
-            weight_map = json.loads((origin / INDEX).read_text())["weight_map"]
-            model.checkpoint_origin = HFOrigin(values, weight_map)
-            dtype = dtype or _original_dtype(values)
+            model.checkpoint_origin = HFOrigin(values, read_weight_map(origin / INDEX))
+        dtype = dtype or _original_dtype(values, loaded.from_hf)
     else:
         values = _new_config(loaded)
         model.checkpoint_origin = HFOrigin(values, {})
     model.config = dataclasses.replace(model.config, rope_theta=model.rope_theta)
 
-    out.mkdir(parents=True, exist_ok=True)
-    for path in extras:
-        shutil.copyfile(path, out / path.name)
-    if not (out / "tokenizer.json").exists():
-        loaded.tokenizer.save(out / "tokenizer.json")
-    if not (out / "generation_config.json").exists():
-        tokens = {key: value for key, value in values.items() if key.endswith("token_id")}
-        write_json(out / "generation_config.json", tokens)
-    model.save_pretrained(out, dtype, shard_gigabytes)  # writes its config.json last
-    return loaded.stage
+    with new_folder(out) as temporary:
+        for path in extras:
+            shutil.copyfile(path, temporary / path.name)
+        if not (temporary / "tokenizer.json").exists():
+            loaded.tokenizer.save(temporary / "tokenizer.json")
+        if not (temporary / "generation_config.json").exists():
+            tokens = {key: value for key, value in values.items() if key.endswith("token_id")}
+            write_json(temporary / "generation_config.json", tokens)
+        write(model, temporary, dtype, shard_gigabytes)
+    written = dtype or str(model.lm_head.weight.dtype).removeprefix("torch.")
+    return Exported(loaded.stage, written)
 
 
-def _original_dtype(values: dict[str, Any]) -> str:
-    """Return the dtype that a released config.json names; bfloat16 where it names none that can be written."""
-    named = values.get("torch_dtype", values.get("dtype"))
+def _original_dtype(values: dict[str, Any], in_memory: bool) -> str | None:
+    """Return the dtype in which a released checkpoint is written again.
+
+    Blocks of float8 stay float8. Otherwise None, if its tensors are in memory as they were; the dtype that config.json
+    names, if a run trained them in float32; bfloat16 where it names none that can be written.
+    """
+    quantization = values.get("quantization_config") or {}
+    if quantization.get("quant_method") == "fp8":
+        return "fp8"
+    if in_memory:
+        return None
+    named = named_dtype(values)
     return named if named in DTYPES else "bfloat16"
 
 

@@ -1,6 +1,5 @@
 """Load the model of a run's folder or of a released checkpoint, ready to generate (no section in the paper)."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ from minglm.config.run import from_dict
 from minglm.data.tokenizer import Tokenizer
 from minglm.kernels import dispatch
 from minglm.model.glm import GLM
+from minglm.model.hf.files import read_config
 from minglm.recipe.stages import PretrainStage, plan_stages
 from minglm.train.checkpoint import CheckpointStore
 
@@ -49,9 +49,13 @@ def load_run(folder: str | Path, stage: str | None = None) -> LoadedModel:
         raise ValueError(
             f"{folder} is not the folder of a run: it has no config.json; give the --out of a run"
         )
-    values = json.loads(path.read_text())
+    values = read_config(folder)
     if "model_type" in values:  # the config.json of a released checkpoint
         return load_hf(folder, stage)
+    if not isinstance(values.get("config"), dict):
+        raise ValueError(
+            f"{path}: neither model_type, of a released checkpoint, nor config, of a run; give the folder of one of them"
+        )
 
     config = from_dict(values["config"]).check()
     store = CheckpointStore(folder)

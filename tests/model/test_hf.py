@@ -1,6 +1,7 @@
 """Checkpoints in and out: nothing is lost, nothing is guessed, and transformers reads what minglm writes."""
 
 import json
+import re
 import shutil
 import tempfile
 import warnings
@@ -26,7 +27,7 @@ from safetensors.torch import save_file
 
 from minglm.config import OptimizerConfig, load_config
 from minglm.model.glm import GLM
-from minglm.model.hf import files
+from minglm.model.hf import files, write
 from minglm.model.hf.config import from_hf, to_hf
 from minglm.model.hf.names import expected, goes_to_float8
 from minglm.optim.muon import Muon
@@ -232,21 +233,21 @@ def test_mtp_survives_fine_tuning(copies, tmp_path):
     )
 
 
-def test_a_copy_that_differs_is_named(folder):
-    """The trunk's embedding is used, and whoever reads is told."""
-    path = folder / "mtp.safetensors"
+@pytest.mark.parametrize("copy", ["embed_tokens.weight", "shared_head.head.weight"])
+def test_a_copy_that_differs_is_refused(copy, folder):
+    """The model has one tensor for both, so one would be lost; without the MTP layer nothing is."""
+    name = f"model.layers.2.{copy}"
     held = tensors(folder)
     extra = {name: held[name] for name in layout(folder)["mtp.safetensors"]}
-    save_file(
-        {name: tensor + name.endswith("embed_tokens.weight") for name, tensor in extra.items()},
-        path,
-    )
-    with pytest.warns(
-        UserWarning,
-        match=r"layers\.2\.embed_tokens\.weight differs from model\.embed_tokens\.weight",
-    ):
-        model = GLM.from_pretrained(folder)
-    assert torch.equal(model.model.embed_tokens.weight, held["model.embed_tokens.weight"])
+    extra[name] = extra[name] + 1
+    save_file(extra, folder / "mtp.safetensors")
+    remedy = "set in config.json num_nextn_predict_layers to 0"
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} differs from .*{remedy}"):
+        GLM.from_pretrained(folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "num_nextn_predict_layers": 0}))
+    with pytest.warns(UserWarning, match="files hold an MTP layer"):
+        assert GLM.from_pretrained(folder).mtp is None
 
 
 def test_stacks_of_experts_are_read(tmp_path):
@@ -411,7 +412,7 @@ def test_one_tensor_at_a_time(folder, monkeypatch):
     model = GLM.from_pretrained(folder)
     written = []
     monkeypatch.setattr(
-        files, "save_file", lambda held, *a, **k: (written.append(held), save_file(held, *a, **k))
+        write, "save_file", lambda held, *a, **k: (written.append(held), save_file(held, *a, **k))
     )
     model.checkpoint_origin = None
     model.save_pretrained(folder.parent / "b", shard_gigabytes=4e-6)
@@ -474,7 +475,7 @@ CONFIG_MISTAKES = {
     "word": ({"hidden_size": "wide"}, "hidden_size = 'wide': must be of type int"),
     "absent": ({"num_attention_heads": None}, "num_attention_heads is missing"),
     "impossible": ({"num_key_value_heads": 3}, "model.num_attention_heads = 4: must be a multiple"),
-    "width": ({"hidden_size": 32}, "config.json asks for (24, 32)"),
+    "width": ({"hidden_size": 32}, "config.json asks for (4, 32)"),
 }
 FILE_MISTAKES = [
     "missing",
@@ -507,7 +508,7 @@ def test_a_mistake_is_one_line_before_any_weight_is_read(what, folder, monkeypat
 def test_nothing_is_overwritten(folder):
     """Saving over a checkpoint, or in a dtype that does not exist, is refused before a file is touched."""
     model, before = GLM.from_pretrained(folder), tensors(folder)
-    with pytest.raises(ValueError, match="already holds a checkpoint; choose another folder"):
+    with pytest.raises(ValueError, match="already holds files; choose another folder"):
         model.save_pretrained(folder)
     with pytest.raises(ValueError, match="dtype = 'int4': must be one of fp8, float32"):
         model.save_pretrained(folder.parent / "new", "int4")

@@ -92,10 +92,6 @@ def test_import_is_the_inverse_of_export(run, tmp_path, capsys):
     for name, tensor in original.items():
         rounded = tensor if "e_score" in name else tensor.bfloat16().float()
         assert trained[name].dtype == torch.float32 and torch.equal(trained[name], rounded), name
-    (again / "data").mkdir()
-    (again / "data" / "tokenizer.json").write_bytes(
-        (first / "tokenizer.json").read_bytes()
-    )  # as `run` would
     output(capsys, "export", again, second)
     found, wanted = tensors(second), tensors(first)
     assert all(found[n].dtype == t.dtype and torch.equal(found[n], t) for n, t in wanted.items())
@@ -128,11 +124,14 @@ WRONG = {
         "has hidden_size = 48, nano has 80; give --model.hidden_size 48",
     ),
     "tokenizer": ((), [], "give --data.tokenizer"),
-    "taken": (
-        ("config.json",),
-        ["--data.tokenizer", "x"],
-        "already holds a run; choose another --out",
+    "other tokenizer": (
+        (),
+        ["--data.tokenizer", "OTHER"],
+        "has other ids than the tokenizer of",
     ),
+    "no tokenizer there": ((), ["--data.tokenizer", "x"], "cannot read tokenizer x"),
+    "taken": (("config.json",), [], "already holds files; choose another folder"),
+    "used": (("notes.txt",), [], "already holds files; choose another folder"),
 }
 
 
@@ -141,20 +140,25 @@ def test_an_import_that_cannot_be_is_one_line(what, run, tmp_path, capsys):
     """Nothing is written before everything fits."""
     output(capsys, "export", run, tmp_path / "a")
     there, overrides, message = WRONG[what]
+    if "OTHER" in overrides:
+        other = Tokenizer.train(["other words\n"] * 3, load_config(CONFIG).model.vocab_size)
+        other.save(tmp_path / "other.json")
+        overrides = ["--data.tokenizer", tmp_path / "other.json"]
     for name in there:
         (tmp_path / "again").mkdir()
         (tmp_path / "again" / name).write_text("{}")
     said = output(
         capsys, "import", CONFIG, tmp_path / "a", "--out", tmp_path / "again", *overrides, status=2
     )
-    assert message in said and said.count("\n") == 1
-    assert not list((tmp_path / "again").rglob("*.pt"))
+    assert message in said
+    assert said.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.rglob("again/*")) == sorted(there)
 
 
 def test_mistakes_of_export_and_of_a_folder(run, tmp_path, capsys):
     """A folder in use, an unknown dtype or stage: one line, and the folder as it was."""
     output(capsys, "export", run, tmp_path / "a")
-    assert "already holds a checkpoint" in output(capsys, "export", run, tmp_path / "a", status=2)
+    assert "already holds files" in output(capsys, "export", run, tmp_path / "a", status=2)
     assert "dtype = 'int3'" in output(
         capsys, "export", run, tmp_path / "b", "--dtype", "int3", status=2
     )

@@ -29,9 +29,8 @@ ARCHITECTURES = {
     ModelType.GQA: "Glm4MoeForCausalLM",
     ModelType.MLA: "Glm4MoeLiteForCausalLM",
 }
-DEFAULTS: dict[str, Any] = {
+_DEFAULTS: dict[str, Any] = {
     "attention_bias": False,
-    "use_qk_norm": False,
     "tie_word_embeddings": False,
     "norm_topk_prob": True,
     "n_group": 1,
@@ -41,18 +40,31 @@ DEFAULTS: dict[str, Any] = {
     "num_nextn_predict_layers": 0,
     "initializer_range": 0.02,
     "rms_norm_eps": 1e-5,
-    "routed_scaling_factor": 1.0,
-    "q_lora_rank": 0,
+}
+DEFAULTS: dict[ModelType, dict[str, Any]] = {
+    ModelType.GQA: {**_DEFAULTS, "use_qk_norm": False, "routed_scaling_factor": 1.0},
+    ModelType.MLA: {**_DEFAULTS, "q_lora_rank": 768, "routed_scaling_factor": 1.8},
 }
 """The value of a key that is missing, as in transformers. Every other field of the model must be there."""
-FIXED: dict[str, Any] = {
-    "hidden_act": "silu",
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "attention_dropout": 0,
+NONE = ("num_nextn_predict_layers", "n_shared_experts", "q_lora_rank")
+"""Keys that may be null, which is 0: no such layer, expert, or latent."""
+ALIASES = {
+    "n_routed_experts": "num_local_experts",
+    "num_nextn_predict_layers": "num_mtp_layers",
 }
-"""Keys for which minglm computes one value only."""
+"""Other names of a key, which transformers reads too."""
+FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+}
+"""Keys for which minglm computes one value only, under all its names."""
 ROPE = {"rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
+ROPE_TABLES = ("rope_parameters", "rope_scaling")
+ROPE_KEYS = {*ROPE, "rope_type", "type"}
+"""Keys of a table about the rotation. Any other key belongs to a rotation that minglm does not compute."""
+LARGEST = 2**53
+"""Numbers in a config.json stay below: a float holds every integer up to here."""
 FP8: dict[str, Any] = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -71,30 +83,78 @@ def _field_names(model_type: ModelType) -> list[str]:
     return [field.name for field in dataclasses.fields(ModelConfig) if field.name not in absent]
 
 
-def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    return values.get("rope_parameters") or values.get("rope_scaling") or {}
+def _rope_table(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Return the table about the rotation, empty where there is none.
+
+    It has two names. Where both are given and differ, readers disagree which one counts, so neither is chosen.
+    """
+    tables = {}
+    for name in ROPE_TABLES:
+        table = values.get(name) or {}
+        if not isinstance(table, dict):
+            raise ValueError(f"{where}: {name} = {table!r}: must be a table of names and values")
+        if table:
+            tables[name] = table
+    if len(tables) == 2 and tables["rope_parameters"] != tables["rope_scaling"]:
+        raise ValueError(
+            f"{where}: rope_scaling and rope_parameters differ; remove the one that does not hold"
+        )
+    for name, table in tables.items():
+        _check_rope_table(table, f"{where}: {name}")
+    return next(iter(tables.values()), {})
+
+
+def _check_rope_table(table: Mapping[str, Any], where: str) -> None:
+    """Refuse every rotation but the unscaled one, whichever key asks for it."""
+    for key in ("rope_type", "type"):
+        if table.get(key, "default") != "default":
+            raise ValueError(
+                f"{where}: {key} = {table[key]!r}; minglm computes the unscaled rotation only (default)"
+            )
+    for key, value in table.items():
+        if key not in ROPE_KEYS and value is not None:
+            raise ValueError(
+                f"{where}: {key} = {value!r} has no meaning in the unscaled rotation, "
+                "the only one that minglm computes; remove it if it does not hold"
+            )
+
+
+def _rope_value(values: Mapping[str, Any], name: str, where: str, default: float) -> Any:
+    """Return a value of the rotation: from its table, else from the top of config.json, else the default."""
+    return _rope_table(values, where).get(name, values.get(name, default))
 
 
 def _check_fixed(values: Mapping[str, Any], model_type: ModelType, where: str) -> None:
     """Refuse what minglm would silently compute differently."""
-    fixed = {**FIXED, "rope_interleave": model_type == ModelType.MLA}
-    for key, only in fixed.items():
-        if values.get(key, only) != only:
-            raise ValueError(f"{where}: {key} = {values[key]!r}; minglm computes {only!r} only")
-    rope = _rope(values)
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling != "default":
+    fixed = {**FIXED, "rope_interleave": (model_type == ModelType.MLA,)}
+    for key, accepted in fixed.items():
+        if values.get(key, accepted[0]) not in accepted:
+            raise ValueError(
+                f"{where}: {key} = {values[key]!r}; minglm computes {accepted[0]!r} only"
+            )
+    if model_type != ModelType.MLA:
+        return
+    factor = _rope_value(values, "partial_rotary_factor", where, 1.0)
+    if _typed("partial_rotary_factor", factor, float, where) != 1:
         raise ValueError(
-            f"{where}: rope_type = {scaling!r}; minglm computes the unscaled rotation only"
+            f"{where}: partial_rotary_factor = {factor!r}; with latent attention minglm computes 1.0 only"
         )
 
 
-def _dense_layers(values: Mapping[str, Any], where: str) -> int:
+def _check_quantization(values: Mapping[str, Any], where: str) -> None:
+    """Refuse a quantization_config that is not a table; the files say the rest."""
+    quantization = values.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise ValueError(
+            f"{where}: quantization_config = {quantization!r}: must be a table of names and values"
+        )
+
+
+def _dense_layers(types: Any, layers: int, where: str) -> int:
     """Return the number of leading dense layers, from a list with one word per layer."""
-    types = values["mlp_layer_types"]
-    dense = types.count("dense")
-    sorted_types = ["dense"] * dense + ["sparse"] * (len(types) - dense)
-    if types != sorted_types or len(types) != values["num_hidden_layers"]:
+    fits = isinstance(types, list) and len(types) == layers
+    dense = types.count("dense") if fits else 0
+    if not fits or types != ["dense"] * dense + ["sparse"] * (layers - dense):
         raise ValueError(
             f"{where}: mlp_layer_types must be dense layers first, then sparse ones, one word per layer"
         )
@@ -111,7 +171,40 @@ def _typed(name: str, value: Any, type_: Any, where: str) -> Any:
     accepted = (int, float) if type_ is float else (type_,)
     if type(value) not in accepted:
         raise ValueError(f"{where}: {name} = {value!r}: must be of type {type_.__name__}")
+    if not 0 <= value <= LARGEST:  # false for NaN too
+        raise ValueError(f"{where}: {name}: must be a finite number from 0 to {LARGEST}")
     return type_(value)
+
+
+def _named(values: Mapping[str, Any], name: str, where: str) -> Any:
+    """Return the value of a key under its own name or its other one; None where neither is given."""
+    alias = ALIASES.get(name)
+    if alias is None or alias not in values:
+        return values.get(name)
+    if name in values and values[name] != values[alias]:
+        raise ValueError(
+            f"{where}: {name} = {values[name]!r} and {alias} = {values[alias]!r} are two names of one "
+            "number; remove one"
+        )
+    return values[alias]
+
+
+def _head_dim(values: Mapping[str, Any], given: Mapping[str, Any], where: str) -> int:
+    """Return the width of a query or key head.
+
+    Without one of its own, transformers divides the width of the model. With latent attention it is the sum of two
+    parts, and transformers takes `head_dim` for another name of one of them.
+    """
+    if "qk_rope_head_dim" in given:
+        named = values.get("head_dim")
+        if named not in (None, given["qk_rope_head_dim"]):
+            raise ValueError(
+                f"{where}: head_dim = {named!r}: must be qk_rope_head_dim = {given['qk_rope_head_dim']}, or absent"
+            )
+        return given["qk_nope_head_dim"] + given["qk_rope_head_dim"]
+    if values.get("head_dim") is None:
+        return given["hidden_size"] // max(given["num_attention_heads"], 1)
+    return _typed("head_dim", values["head_dim"], int, where)
 
 
 def from_hf(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -126,29 +219,32 @@ def from_hf(values: Mapping[str, Any], where: str = "config.json") -> ModelConfi
         )
     model_type = ModelType(values["model_type"])
     _check_fixed(values, model_type, where)
+    _check_quantization(values, where)
 
-    given = {name: values.get(name, DEFAULTS.get(name)) for name in _field_names(model_type)}
-    if model_type == ModelType.MLA:
-        given["q_lora_rank"] = given["q_lora_rank"] or 0  # null: one projection
-    for field in dataclasses.fields(ModelConfig):
-        if field.name in given and given[field.name] is None:
-            raise ValueError(f"{where}: {field.name} is missing")
+    types = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
+    given: dict[str, Any] = {}
+    for name in _field_names(model_type):
+        if name == "head_dim":
+            continue
+        value = _named(values, name, where)
+        if value is None and name in NONE and name in values:
+            value = 0
+        if value is None:
+            value = DEFAULTS[model_type].get(name)
+        if value is None:
+            raise ValueError(f"{where}: {name} is missing")
+        given[name] = _typed(name, value, types[name], where)
+    given["head_dim"] = _head_dim(values, given, where)
 
-    rope = _rope(values)
-    theta = values.get("rope_theta", ROPE["rope_theta"])
-    given["rope_theta"] = rope.get("rope_theta", theta)
-    if model_type == ModelType.MLA:
-        if values.get("mlp_layer_types"):
-            given["first_k_dense_replace"] = _dense_layers(values, where)
-        given["head_dim"] = given["qk_nope_head_dim"] + given["qk_rope_head_dim"]
-        given["use_qk_norm"] = False
-    else:
-        factor = values.get("partial_rotary_factor", ROPE["partial_rotary_factor"])
-        given["partial_rotary_factor"] = rope.get("partial_rotary_factor", factor)
+    given["use_qk_norm"] = given.get("use_qk_norm", False)
+    if model_type == ModelType.MLA and values.get("mlp_layer_types"):
+        layer_types = values["mlp_layer_types"]
+        layers = given["num_hidden_layers"]
+        given["first_k_dense_replace"] = _dense_layers(layer_types, layers, where)
+    for name in ROPE if model_type == ModelType.GQA else ("rope_theta",):
+        value = _rope_value(values, name, where, ROPE[name])
+        given[name] = _typed(name, value, float, where)
 
-    for field in dataclasses.fields(ModelConfig):
-        if field.name in given:
-            given[field.name] = _typed(field.name, given[field.name], field.type, where)
     config = ModelConfig(**given)
     try:
         config.check()
@@ -192,13 +288,19 @@ def _changed(config: ModelConfig, model_type: ModelType, base: Mapping[str, Any]
     for name, value in _flat(config, model_type).items():
         if value == getattr(before, name):
             continue
-        values[name] = value
+        names = [name, ALIASES.get(name)]
+        for known in [known for known in names if known in values] or [name]:
+            values[known] = value
         decides_layers = name in ("first_k_dense_replace", "num_hidden_layers")
         if decides_layers and "mlp_layer_types" in values:
             values["mlp_layer_types"] = _layer_types(config)
     for name in ROPE:
-        if getattr(config, name) != getattr(before, name):
-            holder = values.get("rope_parameters", values)
+        if getattr(config, name) == getattr(before, name):
+            continue
+        # Wherever the value was given, at the top if it was not.
+        tables = [values[table] for table in ROPE_TABLES if values.get(table)]
+        holders = [table for table in tables if name in table]
+        for holder in holders or [values]:
             holder[name] = getattr(config, name)
     return values
 
@@ -226,6 +328,7 @@ def to_hf(
         values.pop("quantization_config", None)
         return values
     quantization = values.get("quantization_config") or {}
-    if quantization.get("weight_block_size") != FP8["weight_block_size"]:
-        values["quantization_config"] = dict(FP8)
+    if quantization.get("quant_method") != "fp8":  # of another method nothing stays true
+        quantization = {}
+    values["quantization_config"] = {**quantization, **FP8}
     return values

@@ -1,47 +1,59 @@
-"""Read and write released checkpoints: folders of safetensors shards beside a config.json (no section in the paper).
+"""Read released checkpoints: folders of safetensors shards beside a config.json (no section in the paper).
 
-Names are those of `minglm.model.hf.names`. A missing or unknown tensor and a wrong shape are found from the files'
-headers, before the first weight is read.
+Names are those of `minglm.model.hf.names`. A missing or unknown tensor, a wrong shape, and a dtype or scale that minglm
+does not read are found from the files' headers, before the first weight is read.
 
 Choices
-- Streaming: one tensor is read, and copied to where it belongs; one shard is collected, and written. Memory never holds
-  more than that beside the model.
-- The dtype of each tensor is kept. Blocks of float8 (`NAME_scale_inv`) and float8 rows (`weight_scale`) are multiplied
-  out into the dtype that config.json names; the selection bias of a router is always float32.
+- Streaming: one tensor is read, and copied to where it belongs. Memory never holds more than that beside the model. A
+  file stays open until the next one is needed, because opening it reads the names of all its tensors.
+- The dtype of each tensor is kept. Float8 (`minglm.model.hf.scales`) is multiplied out into the dtype that config.json
+  names; the selection bias of a router is always float32.
 - All *.safetensors of a folder are read, whatever its index says: GLM-4.6 keeps the MTP layer in a separate file.
-  Copies of embedding and head are compared with the originals, not loaded, and written again where they came from.
+- Copies of embedding and head are compared with the originals, not loaded, and written again where they came from. A
+  copy that differs is refused: the model has one tensor for both, and one of the two would be lost.
 - transformers leaves the MTP layer out on loading, and therefore on saving. A folder whose config.json promises the layer
-  and whose files lack it is loaded without it, with a warning; a folder with a part of it is refused.
+  and whose files lack it is loaded without it, and so is one whose config.json has no such layer and whose files hold
+  one, both with a warning; a folder with a part of it is refused.
 - `model.checkpoint_origin` remembers where tensors came from, so that an unchanged model is written as the same files.
 """
 
 import json
-import math
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from minglm.common.files import atomic_path, write_json
 from minglm.config import ModelConfig
-from minglm.kernels.fp8 import WEIGHT_BLOCK, dequantize, quantize
-from minglm.model.hf.config import from_hf, to_hf
-from minglm.model.hf.names import FUSED, Entry, EntryKind, expected, goes_to_float8
+from minglm.kernels.fp8 import WEIGHT_BLOCK, Block
+from minglm.model.hf.config import from_hf
+from minglm.model.hf.names import FUSED, Entry, EntryKind, expected
+from minglm.model.hf.scales import (
+    ACTIVATION_SCALES,
+    FLOAT8,
+    SUFFIXES,
+    block_of_config,
+    multiply_out,
+    scale_grid,
+)
 
 INDEX = "model.safetensors.index.json"
-SCALES: dict[str, tuple[int, int | None]] = {
-    "weight_scale_inv": WEIGHT_BLOCK,
-    "weight_scale": (1, None),
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
 }
-"""Names of float8 scales: (rows, columns) of the block that one scale serves; None: the whole row."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PLAIN = ("F32", "BF16", "F16", "F64")
+"""Dtypes of a file whose numbers are the weights."""
 BIAS = "e_score_correction_bias"
+OPEN_FILES = 4
+"""Files that are open at once: that of the tensor, and those of scales that are elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -100,21 +112,31 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"cannot read {path}: {error.strerror}; give the folder of a released checkpoint"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}; fetch the file again") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: not a table of names and values; fetch the file again")
     return values
 
 
-def _indexed_files(index: Path) -> set[str]:
-    """Return the files that an index names; none without an index."""
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Return {tensor: file} of an index; empty where there is none. No file is outside the folder."""
     if not index.exists():
-        return set()
+        return {}
     try:
-        return set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except OSError as error:
+        raise ValueError(f"cannot read {index}: {error.strerror}; fetch the file again") from None
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"{index}: no weight_map in it ({error}); fetch the file again") from None
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{index}: weight_map is not a table; fetch the file again")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(
+                f"{index}: {name} is in {file!r}: must be the name of a file of the folder"
+            )
+    return weight_map
 
 
 class Files:
@@ -126,12 +148,15 @@ class Files:
     headers: dict[str, Header]
     """Shape and dtype of each tensor."""
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, block: Block = WEIGHT_BLOCK):
+        """Read the headers. block: (rows, columns) of a block of float8, where scales are for blocks."""
         self.folder = Path(folder)
+        self.block = block
         self.files = {}
         self.headers = {}
+        self._opened: dict[str, Any] = {}
         paths = sorted(self.folder.glob("*.safetensors"))
-        indexed = _indexed_files(self.folder / INDEX)
+        indexed = set(read_weight_map(self.folder / INDEX).values())
         missing = sorted(indexed - {path.name for path in paths})
         if missing:
             raise ValueError(
@@ -144,22 +169,25 @@ class Files:
         for path in paths:
             self._read_headers(path.name)
 
-    def _open(self, file: str) -> Any:
-        try:
-            return safe_open(self.folder / file, "pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.folder / file}: {error}; fetch the file again") from None
+    def _handle(self, file: str) -> Any:
+        """Return an open file. Opening one costs as much as it has tensors, so the last ones stay open."""
+        if file not in self._opened:
+            while len(self._opened) >= OPEN_FILES:
+                self._opened.pop(next(iter(self._opened)))
+            try:
+                self._opened[file] = safe_open(self.folder / file, "pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{self.folder / file}: {error}; fetch the file again") from None
+        return self._opened[file]
 
     def _read_headers(self, file: str) -> None:
-        with self._open(file) as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dictionary)
-                if name in self.files:
-                    raise ValueError(
-                        f"{self.folder}: {name} is in {self.files[name]} and in {file}"
-                    )
-                lazy = opened.get_slice(name)
-                self.files[name] = file
-                self.headers[name] = Header(tuple(lazy.get_shape()), lazy.get_dtype())
+        opened = self._handle(file)
+        for name in opened.keys():  # noqa: SIM118 (not a dictionary)
+            if name in self.files:
+                raise ValueError(f"{self.folder}: {name} is in {self.files[name]} and in {file}")
+            lazy = opened.get_slice(name)
+            self.files[name] = file
+            self.headers[name] = Header(tuple(lazy.get_shape()), lazy.get_dtype())
 
     def names(self) -> list[str]:
         """Return every tensor but scales, file by file."""
@@ -167,74 +195,185 @@ class Files:
         return sorted(names, key=lambda name: (self.files[name], name))
 
     def is_scale(self, name: str) -> bool:
-        """Return True for a tensor that is the scale of another."""
+        """Return True for a tensor that is the scale of another, or of its input."""
         stem, _, last = name.rpartition(".")
-        return last in SCALES and f"{stem}.weight" in self.files
+        if last in ACTIVATION_SCALES:
+            return f"{stem}.weight" in self.files
+        return any(
+            name.endswith(suffix) and name.removesuffix(suffix) in self.files for suffix in SUFFIXES
+        )
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Forget tensors that are not to be read, with their scales."""
+        for name in list(names):
+            stem = name.removesuffix("weight")
+            scales = [name + suffix for suffix in SUFFIXES]
+            activations = [stem + suffix for suffix in ACTIVATION_SCALES]
+            for known in (name, *scales, *activations):
+                self.files.pop(known, None)
+                self.headers.pop(known, None)
+
+    def _scale_name(self, name: str) -> str | None:
+        """Return the scale of a tensor; None where it has none."""
+        found = [name + suffix for suffix in SUFFIXES if name + suffix in self.files]
+        if len(found) > 1:
+            raise ValueError(f"{self.folder}: {name} has two scales: {' and '.join(found)}")
+        return found[0] if found else None
+
+    def check_dtypes(self) -> None:
+        """Raise ValueError for a tensor whose numbers minglm does not read: integers, or float8 of unknown layout."""
+        for name in self.names():
+            header = self.headers[name]
+            scale = self._scale_name(name)
+            if header.dtype not in (*PLAIN, *FLOAT8):
+                raise ValueError(
+                    f"{self.folder}: {name} is {header.dtype}; minglm reads {', '.join((*PLAIN, *FLOAT8))}"
+                )
+            if header.dtype in PLAIN and scale is not None:
+                raise ValueError(
+                    f"{self.folder}: {name} is {header.dtype} and has a scale, {scale}"
+                )
+            if header.dtype in PLAIN:
+                continue
+            if scale is None:
+                raise ValueError(
+                    f"{self.folder}: {name} is float8 and has no {name}_scale_inv beside it"
+                )
+            of_scale = self.headers[scale]
+            if of_scale.dtype not in (*PLAIN, "F8_E8M0"):
+                raise ValueError(f"{self.folder}: {scale} is {of_scale.dtype}; minglm reads floats")
+            if scale_grid(header.shape, of_scale.shape, self.block) is None:
+                rows, columns = self.block
+                raise ValueError(
+                    f"{self.folder}: {scale} has the shape {of_scale.shape}; for {name} {header.shape} minglm "
+                    f"reads one scale for each block of {rows} x {columns}, row, or matrix"
+                )
 
     def _read_stored(self, name: str) -> Tensor:
-        with self._open(self.files[name]) as file:
-            return file.get_tensor(name)
+        file = self.files[name]
+        try:
+            return self._handle(file).get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.folder / file}: {error}; fetch the file again") from None
 
     def read(self, name: str) -> Tensor:
-        """Read one tensor; float8 is multiplied out, to float32."""
+        """Read one tensor, as `check_dtypes` accepts it; float8 is multiplied out, to float32."""
         tensor = self._read_stored(name)
-        if tensor.dtype != torch.float8_e4m3fn:
+        scale = self._scale_name(name)
+        if scale is None:
             return tensor
-        for suffix, (rows, columns) in SCALES.items():
-            scale_name = name.removesuffix("weight") + suffix
-            if scale_name not in self.files:
-                continue
-            scale = self._read_stored(scale_name)
-            block = (rows, columns or tensor.shape[-1])
-            blocks = tuple(
-                math.ceil(size / step) for size, step in zip(tensor.shape, block, strict=True)
-            )
-            if scale.numel() != math.prod(blocks):
-                raise ValueError(
-                    f"{self.folder}: {scale_name} has the shape {tuple(scale.shape)}, not {blocks}"
-                )
-            return dequantize(tensor, scale.view(blocks), block=block)
-        raise ValueError(f"{self.folder}: {name} is float8 and has no {name}_scale_inv beside it")
+        return multiply_out(tensor, self._read_stored(scale), self.block)
 
 
 def _with_fused(wanted: dict[str, Entry], stored: set[str], experts: int) -> dict[str, Entry]:
     """Replace single matrices by stacks of all experts where a file has stacks."""
+    by_target: dict[str, list[str]] = {}
+    for name, entry in wanted.items():
+        by_target.setdefault(entry.target, []).append(name)
+    wanted = dict(wanted)
     for name in stored:
         layer, _, fused = name.partition("mlp.experts.")
         if fused not in FUSED:
             continue
-        stacks = {f"{layer}mlp.experts.{stack}" for stack in FUSED[fused]}
-        members = {n: entry for n, entry in wanted.items() if entry.target in stacks}
+        stacks = [f"{layer}mlp.experts.{stack}" for stack in FUSED[fused]]
+        members = [member for stack in stacks for member in by_target.get(stack, [])]
         if not members:
             continue
-        first = next(iter(members.values()))
+        first = wanted[members[0]]
+        for member in members:
+            del wanted[member]
         rows, columns = first.shape
-        whole = Entry((experts, len(stacks) * rows, columns), name, kind=first.kind)
-        wanted = {n: entry for n, entry in wanted.items() if n not in members}
-        wanted[name] = whole
+        wanted[name] = Entry((experts, len(stacks) * rows, columns), name, kind=first.kind)
     return wanted
+
+
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
+
+def _layer_of(name: str) -> int:
+    """Return the number of a tensor's layer; -1 outside the layers."""
+    found = LAYER.match(name)
+    return int(found[1]) if found else -1
+
+
+def _check_writer(files: Files) -> None:
+    """Refuse names of another writer with a word on what they are."""
+    for name in files.files:
+        prefix, found, _ = name.partition("embed_tokens.weight")
+        if found and prefix != "model." and _layer_of(name) < 0:
+            raise ValueError(
+                f"{files.folder}: the embedding is called {name}, not model.embed_tokens.weight: this is a part of a "
+                "larger model, or an unfinished conversion; export the language model with the tool that wrote it"
+            )
+        if name.endswith("rotary_emb.inv_freq"):
+            raise ValueError(
+                f"{files.folder}: {name} is written by old tools; minglm computes it; remove it from the file"
+            )
+
+
+def _settle_mtp(files: Files, config: ModelConfig) -> ModelConfig:
+    """Leave the MTP layer out, with a warning, where config.json or the files have none."""
+    layers = config.num_hidden_layers
+    beyond = [name for name in files.names() if _layer_of(name) >= layers]
+    if config.num_nextn_predict_layers and not beyond:
+        reason = "config.json promises an MTP layer and no file has it; loading without"
+        warnings.warn(f"{files.folder}: {reason}", stacklevel=5)
+        return replace(config, num_nextn_predict_layers=0)
+    if not config.num_nextn_predict_layers and f"model.layers.{layers}.eh_proj.weight" in beyond:
+        reason = "the files hold an MTP layer and config.json has none; loading without"
+        warnings.warn(f"{files.folder}: {reason}", stacklevel=5)
+        files.leave_out(beyond)
+    return config
+
+
+def _check_layers(files: Files, config: ModelConfig) -> None:
+    """Refuse more layers than the headers name, before anything is made for each."""
+    found = len({_layer_of(name) for name in files.files} - {-1})
+    if config.num_hidden_layers > found:
+        raise ValueError(
+            f"{files.folder}: config.json has num_hidden_layers = {config.num_hidden_layers}, the files have {found}"
+        )
+
+
+def _check_experts(files: Files, config: ModelConfig) -> None:
+    """Refuse another number of experts than the routers have, before a name is made for each."""
+    routers = [name for name in files.files if name.endswith(".mlp.gate.weight")]
+    for name in routers:
+        _check_shape(files, name, (config.n_routed_experts, config.hidden_size))
+    has_experts = config.first_k_dense_replace < config.num_hidden_layers
+    if not routers and (has_experts or config.num_nextn_predict_layers):
+        raise ValueError(f"{files.folder}: no layer has a router (mlp.gate.weight)")
+
+
+def _check_shape(files: Files, name: str, wanted: tuple[int, ...]) -> None:
+    shape = files.headers[name].shape
+    if shape != wanted:
+        raise ValueError(
+            f"{files.folder}: {name} has the shape {shape}, config.json asks for {wanted}"
+        )
 
 
 def check(files: Files, config: ModelConfig) -> ModelConfig:
     """Compare headers with the expected names. Return the config, without its MTP layer where no file has it.
 
-    Raises ValueError, in one line, for a missing or unknown tensor or a wrong shape.
+    Raises ValueError, in one line, for a missing or unknown tensor, a wrong shape, or numbers that are not read.
     """
+    _check_writer(files)
+    _check_layers(files, config)
+    config = _settle_mtp(files, config)
+    _check_experts(files, config)
+    wanted = expected(config)
+    # Without shared experts some tools write theirs as matrices of no rows.
+    files.leave_out(
+        [name for name in files.names() if name not in wanted and 0 in files.headers[name].shape]
+    )
     stored = set(files.names())
-    wanted = _with_fused(expected(config), stored, config.n_routed_experts)
+    wanted = _with_fused(wanted, stored, config.n_routed_experts)
     absent = [
         name
         for name, entry in wanted.items()
         if entry.kind != EntryKind.COPY and name not in stored
     ]
-    mtp_prefix = f"model.layers.{config.num_hidden_layers}."
-    has_mtp = any(name.startswith(mtp_prefix) for name in stored)
-    only_mtp_absent = all(wanted[name].kind == EntryKind.MTP for name in absent)
-    if absent and not has_mtp and only_mtp_absent:
-        reason = "config.json promises an MTP layer and no file has it; loading without"
-        warnings.warn(f"{files.folder}: {reason}", stacklevel=4)
-        return check(files, replace(config, num_nextn_predict_layers=0))
-
     unknown = sorted(stored - set(wanted))
     for problem, names in (("is missing", absent), ("is unknown", unknown)):
         if names:
@@ -243,19 +382,17 @@ def check(files: Files, config: ModelConfig) -> ModelConfig:
                 f"{files.folder}: tensor {names[0]} {problem}{more}; config.json describes another model"
             )
     for name in sorted(stored):
-        shape = files.headers[name].shape
-        if shape != wanted[name].shape:
-            raise ValueError(
-                f"{files.folder}: {name} has the shape {shape}, config.json asks for {wanted[name].shape}"
-            )
+        _check_shape(files, name, wanted[name].shape)
+    files.check_dtypes()
     return config
 
 
 def open_folder(folder: str | Path) -> OpenedCheckpoint:
     """Open a checkpoint and check config.json and files against each other. No weight is read."""
     values = read_config(folder)
-    config = from_hf(values, str(Path(folder) / "config.json"))
-    files = Files(folder)
+    where = str(Path(folder) / "config.json")
+    config = from_hf(values, where)
+    files = Files(folder, block_of_config(values, where))
     return OpenedCheckpoint(check(files, config), files, values)
 
 
@@ -280,6 +417,11 @@ def _pieces(name: str, tensor: Tensor, entries: dict[str, Entry]) -> Iterator[Pi
         yield Piece(f"{layer}mlp.experts.{stack}", None, part)
 
 
+def named_dtype(values: Mapping[str, Any]) -> str:
+    """Return the dtype that a config.json names; empty where it names none."""
+    return str(values.get("torch_dtype") or values.get("dtype") or "")
+
+
 def fill(
     model: HFModel,
     files: Files,
@@ -290,11 +432,11 @@ def fill(
     """Read all weights into a model built on the meta device, one tensor at a time.
 
     dtype: of all parameters; None: each as stored, float8 as config.json says. Raises ValueError where matrices of one
-    stack have several dtypes.
+    stack have several dtypes, and where a copy differs from its original.
     """
     entries = expected(model.config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    config_dtype = DTYPES.get(values.get("torch_dtype", values.get("dtype", "")), torch.bfloat16)
+    config_dtype = DTYPES.get(named_dtype(values), torch.bfloat16)
     state: dict[str, Tensor] = {}
 
     def kept_dtype(name: str, tensor: Tensor) -> torch.dtype:
@@ -302,7 +444,7 @@ def fill(
             return torch.float32
         if dtype is not None:
             return dtype
-        return config_dtype if files.headers[name].dtype == "F8_E4M3" else tensor.dtype
+        return config_dtype if files.headers[name].dtype in FLOAT8 else tensor.dtype
 
     def place(name: str) -> None:
         # A function, so that what it read is freed before the next tensor is read.
@@ -325,11 +467,14 @@ def fill(
         else:
             place(name)
     for name in copies:
-        original = state[entries[name].target]
-        if not torch.equal(files.read(name).to(original.dtype), original.cpu()):
-            warnings.warn(
-                f"{files.folder}: {name} differs from {entries[name].target}, which is used",
-                stacklevel=3,
+        original = entries[name].target
+        if not torch.equal(files.read(name).to(state[original].dtype), state[original].cpu()):
+            remedy = "num_nextn_predict_layers to 0 to load without the MTP layer"
+            if _layer_of(name) < 0:
+                remedy = "tie_word_embeddings to false"
+            raise ValueError(
+                f"{files.folder}: {name} differs from {original}, and minglm has one tensor for both; "
+                f"set in config.json {remedy}"
             )
 
     if model.config.tie_word_embeddings:
@@ -339,112 +484,3 @@ def fill(
         model.lm_head.weight = model.model.embed_tokens.weight
     model.dtype = model.lm_head.weight.dtype
     model.checkpoint_origin = HFOrigin(values, dict(files.files))
-
-
-def _plan_files(
-    sizes: dict[str, int], origin: HFOrigin | None, shard_bytes: float
-) -> dict[str, str]:
-    """Return {tensor: file}: the file each came from, or if any is new, shards of about `shard_bytes` in order."""
-    if origin is not None and all(name in origin.files for name in sizes):
-        return {name: origin.files[name] for name in sizes}
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    if len(shards) == 1:
-        return dict.fromkeys(sizes, "model.safetensors")
-    files = {}
-    for number, shard in enumerate(shards, 1):
-        for name in shard:
-            files[name] = f"model-{number:05}-of-{len(shards):05}.safetensors"
-    return files
-
-
-def _stored(name: str, tensor: Tensor, dtype: str | None) -> dict[str, Tensor]:
-    """Return what a file holds of one tensor: {name: tensor}; in float8 two of them."""
-    if dtype == "fp8" and goes_to_float8(name):
-        q, scale = quantize(tensor)
-        return {name: q, f"{name}_scale_inv": scale}
-    if BIAS in name:
-        return {name: tensor.float()}
-    if dtype == "fp8":
-        kept = torch.bfloat16
-    elif dtype is None:
-        kept = tensor.dtype
-    else:
-        kept = DTYPES[dtype]
-    return {name: tensor.to(kept).contiguous()}
-
-
-def _bytes_per_value(dtype: str | None) -> int:
-    """Return the bytes of a value, to plan shards; a tensor that is kept as it is counts as float32."""
-    if dtype == "fp8":
-        return 1
-    return 4 if dtype is None else DTYPES[dtype].itemsize
-
-
-def refuse_taken(folder: str | Path) -> None:
-    """Raise ValueError for a folder that already holds a checkpoint, or anything else with a config.json."""
-    if (Path(folder) / "config.json").exists():
-        raise ValueError(f"{folder} already holds a checkpoint; choose another folder")
-
-
-def save(
-    model: HFModel, folder: str | Path, dtype: str | None = None, shard_gigabytes: float = 5.0
-) -> None:
-    """Write a model as a released checkpoint: shards, their index, and last config.json, which makes it complete.
-
-    dtype: None (each tensor as it is), float32, bfloat16, float16, or fp8 (projections in blocks of float8, the rest in
-    bfloat16). Raises ValueError for another dtype and for a folder that already holds a checkpoint.
-    """
-    folder = Path(folder)
-    origin = model.checkpoint_origin
-    if dtype not in (None, "fp8", *DTYPES):
-        raise ValueError(f"dtype = {dtype!r}: must be one of fp8, {', '.join(DTYPES)}")
-    refuse_taken(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-
-    entries: dict[str, Entry] = {}
-    for name, entry in expected(model.config).items():
-        # Copies are written only if the checkpoint had them.
-        if entry.kind != EntryKind.COPY or (origin is not None and name in origin.files):
-            entries[name] = entry
-    width = _bytes_per_value(dtype)
-    sizes = {name: math.prod(entry.shape) * width for name, entry in entries.items()}
-    file_of = _plan_files(sizes, origin, shard_gigabytes * 1e9)
-
-    state = model.state_dict()
-    written: dict[str, str] = {}
-    total = 0
-    for file in dict.fromkeys(file_of.values()):
-        tensors: dict[str, Tensor] = {}
-        for name, entry in entries.items():
-            if file_of[name] != file:
-                continue
-            whole = state[entry.target].detach()
-            tensor = whole if entry.expert is None else whole[entry.expert]
-            tensors |= _stored(name, tensor.cpu(), dtype)
-        with atomic_path(folder / file) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        written |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-
-    if len(set(written.values())) > 1:
-        weight_map = dict(sorted(written.items()))
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    base = None if origin is None else origin.config
-    config_dtype = _config_dtype(dtype, state["lm_head.weight"])
-    write_json(folder / "config.json", to_hf(model.config, base, config_dtype, dtype == "fp8"))
-
-
-def _config_dtype(dtype: str | None, head_VD: Tensor) -> str:
-    """Return the dtype that config.json names."""
-    if dtype == "fp8":
-        return "bfloat16"
-    if dtype is not None:
-        return dtype
-    return next(name for name, value in DTYPES.items() if value == head_VD.dtype)
