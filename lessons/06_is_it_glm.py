@@ -1,15 +1,16 @@
 # %% [markdown]
 # # 06 Is it GLM? How small is the error of the right model, and would you notice a wrong one?
 #
-# Everything so far was our reading of the paper (2.1, Table 1). Hugging Face's `Glm4MoeForCausalLM` is somebody else's,
-# and it runs the released weights. If both compute the same from the same weights, then what we train is GLM-4.5.
+# Everything so far was our reading of the paper (2.1, Table 1). Hugging Face's `Glm4MoeForCausalLM` is somebody else's
+# reading, and it runs the released weights. If both compute the same result from the same weights, what we train is
+# GLM-4.5.
 #
-# **Your prediction.** Write down first: (1) After six layers in float32, how far are two right implementations apart,
-# relative to the largest value? (2) Six classic mistakes are made below, each in an otherwise right and *trained* model
-# (rotating neighbours in place of halves, for instance). How much does each cost in nats per token? Which of them would
+# **Your prediction.** Write down first: (1) After six layers in float32, how far apart are two correct implementations,
+# relative to the largest value? (2) We make six classic mistakes below, each in an otherwise correct and *trained* model
+# (for instance, rotating neighbours instead of halves). How much does each cost in nats per token? Which of them would
 # you never see in a loss curve? (3) The paper says 355B. Hugging Face shows 358B for the same files. Who is wrong?
 #
-# **Equation** (paper 2.1, Table 1; `minglm/model/parity.py`, `minglm/plan/memory.py`)
+# **Equation** (paper 2.1, Table 1; `minglm/model/parity.py`, `minglm/plan/counts.py`)
 #
 #     error of a module = max |ours - theirs| / max |theirs|,    on the same weights and tokens
 #     355B = body + MTP layer,    358B = that + (embedding + head) twice,    106B = body of Air, without its MTP layer
@@ -22,6 +23,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 from minglm import lesson
 from minglm.config import ModelConfig, load_config
@@ -32,7 +34,7 @@ from minglm.model.glm import GLM
 from minglm.model.layers import RMSNorm
 from minglm.model.parity import compare, first_difference, load_pair
 from minglm.model.router import Router, combine_weights, select_experts
-from minglm.plan import memory
+from minglm.plan.counts import count_parameters
 from minglm.report import drawing
 
 NANO = dataclasses.replace(lesson.NANO, num_hidden_layers=6, routed_scaling_factor=2.5)
@@ -52,44 +54,47 @@ COLOURS = ("#c2571a", "#1f5fa8", "#55958c", "#8a8a92", "#9b6fb0", "#b59a2c")
 # `main` prints them from minglm itself: the rotation, the router's two uses of a score, and how modules are compared.
 #
 # ## Experiment
-# A nano model of six layers reads Python's standard library, with the selection bias at work. It is saved as a released
-# checkpoint, read by transformers, and both compute the same held-out text. Then six mistakes, one at a time.
+# A nano model of six layers reads Python's standard library, with a selection bias that moves. We save it as a released
+# checkpoint and load it with transformers, and both models compute the same held-out text. Then come six mistakes, one
+# at a time.
 
 
 # %%
 def neighbours(x_BSNA, cos, sin):
-    """The rotation of another layout: dimension 2i with 2i + 1, not with i + R/2."""
-    turned, rest = x_BSNA.split([2 * cos.shape[-1], x_BSNA.shape[-1] - 2 * cos.shape[-1]], -1)
-    return torch.cat([rope.rotate_pairs(turned, cos, sin), rest], -1)
+    """Rotate dimension 2i with 2i + 1, as another layout does, not with i + R/2."""
+    R = 2 * cos.shape[-1]
+    rotated, rest = x_BSNA.split([R, x_BSNA.shape[-1] - R], -1)
+    return torch.cat([rope.rotate_pairs(rotated, cos, sin), rest], -1)
 
 
 def norm_last(self, x_BSD, rotation):
-    """QK-norm after the rotation, which mixes dimensions of different weight."""
-    q = rope.rotate(self.q_proj(x_BSD).unflatten(-1, (self.heads, self.head_dim)), *rotation)
-    k = rope.rotate(self.k_proj(x_BSD).unflatten(-1, (self.kv_heads, self.head_dim)), *rotation)
-    return self.q_norm(q), self.k_norm(k)
-
-
-def biased_weights(self, x_TD):
-    """The selection bias in the mixing weights too."""
-    scores_TE, c = (x_TD @ self.weight.T).sigmoid(), self.config
-    experts_TK = select_experts(scores_TE, self.e_score_correction_bias, c.num_experts_per_tok)
-    biased_TE = scores_TE + self.e_score_correction_bias
+    """Apply QK-norm after the rotation, which mixes dimensions of different weight."""
+    q_BSNA = rearrange(self.q_proj(x_BSD), "b s (n a) -> b s n a", n=self.heads)
+    k_BSMA = rearrange(self.k_proj(x_BSD), "b s (m a) -> b s m a", m=self.kv_heads)
     return (
-        experts_TK,
-        combine_weights(biased_TE, experts_TK, c.norm_topk_prob, c.routed_scaling_factor),
-        scores_TE,
+        self.q_norm(rope.rotate(q_BSNA, *rotation)),
+        self.k_norm(rope.rotate(k_BSMA, *rotation)),
     )
 
 
+def biased_weights(self, x_TD):
+    """Use the selection bias in the mixing weights too."""
+    c = self.config
+    scores_TE = (x_TD @ self.weight.T).sigmoid()
+    experts_TK = select_experts(scores_TE, self.e_score_correction_bias, c.num_experts_per_tok)
+    biased_TE = scores_TE + self.e_score_correction_bias
+    weights_TK = combine_weights(biased_TE, experts_TK, c.norm_topk_prob, c.routed_scaling_factor)
+    return experts_TK, weights_TK, scores_TE
+
+
 def unscaled(self, x_TD):
-    """routed_scaling_factor forgotten."""
+    """Forget routed_scaling_factor."""
     experts_TK, weights_TK, scores_TE = RIGHT_ROUTER(self, x_TD)
     return experts_TK, weights_TK / self.config.routed_scaling_factor, scores_TE
 
 
 def other_epsilon(self, x, change=None):
-    """An epsilon of 1e-6, which most models have, in place of 1e-5."""
+    """Normalise with an epsilon of 1e-6, which most models have, instead of 1e-5."""
     total = x if change is None else x + change
     normed = F.rms_norm(total, self.weight.shape, self.weight, 1e-6)
     return normed if change is None else (normed, total)
@@ -107,21 +112,19 @@ MISTAKES = {
 
 
 def measure(model, reference, tokens_BS):
-    """Errors of the layers, the first module that differs, and the loss of minglm's model, as it now computes."""
+    """Return the errors of the layers, the first module that differs, and the loss of minglm's model as patched now."""
     rows = compare(model, reference, tokens_BS[:4])
     errors = {row.name: row.error for row in rows}
-    layers = [errors[f"model.layers.{i}"] for i in range(NANO.num_hidden_layers)] + [
-        errors["lm_head"]
-    ]
+    layers = [errors[f"model.layers.{i}"] for i in range(NANO.num_hidden_layers)]
+    layers.append(errors["lm_head"])
     with torch.no_grad():
-        loss = F.cross_entropy(
-            model(tokens_BS)[:, :-1].float().flatten(0, 1), tokens_BS[:, 1:].flatten()
-        ).item()
-    return {"layers": layers, "first": first_difference(rows), "loss": loss}
+        logits_BSV = model(tokens_BS)[:, :-1].float()
+    loss = F.cross_entropy(logits_BSV.flatten(0, 1), tokens_BS[:, 1:].flatten())
+    return {"layers": layers, "first": first_difference(rows), "loss": loss.item()}
 
 
 def one_seed(seed, shards, heldout_BS, sizes):
-    """Train, save, let transformers read it, compare: right in float32 and bfloat16, then wrong in each way."""
+    """Train, save, load with transformers and compare: correct in float32 and bfloat16, then wrong in each way."""
     model = GLM(NANO, seed)
     rows = lesson.stream(shards, sizes["length"], seed)
     lesson.pretrain(
@@ -130,18 +133,18 @@ def one_seed(seed, shards, heldout_BS, sizes):
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         model, reference = load_pair(folder)
-    found = {"float32": measure(model, reference, heldout_BS)}
+    results = {"float32": measure(model, reference, heldout_BS)}
     model.dtype = torch.bfloat16
-    found["bfloat16"] = measure(model, reference, heldout_BS)
+    results["bfloat16"] = measure(model, reference, heldout_BS)
     model.dtype = torch.float32
     for name, (owner, attribute, wrong) in MISTAKES.items():
         with mock.patch.object(owner, attribute, wrong):
-            found[name] = measure(model, reference, heldout_BS)
-    return found
+            results[name] = measure(model, reference, heldout_BS)
+    return results
 
 
 def experiment(sizes, seeds):
-    """All seeds, and the counts of the released models."""
+    """Run all seeds, and count the released models."""
     shards, heldout, _ = lesson.library(sizes["megabytes"], NANO.vocab_size)
     heldout_BS = lesson.stream(heldout, sizes["length"]).next(sizes["heldout"]).tokens_BS
     runs = [one_seed(seed, shards, heldout_BS, sizes) for seed in range(seeds)]
@@ -150,24 +153,25 @@ def experiment(sizes, seeds):
 
 # %% [markdown]
 # ## At full scale
-# The same check for a folder on your disk: `python -m minglm.model.parity FOLDER`. And the sums, from the configs:
-# the note of Table 1 counts the MTP layer and leaves out embedding and head; whoever shows 358B counts every value in
-# the files, and GLM-4.5's hold embedding and head a second time, with the MTP layer (GLM-4.6's do not: 357B).
+# `python -m minglm.model.parity FOLDER` makes the same check for a folder on your disk. The sums below come from the
+# configs. The note of Table 1 counts the MTP layer and leaves out embedding and head. Whoever shows 358B counts every
+# value in the files, and those of GLM-4.5 hold embedding and head a second time, with the MTP layer (those of GLM-4.6 do
+# not: 357B).
 
 
 # %%
 def counts():
-    """Parameters of the released models by kind, from their configs."""
+    """Count the parameters of the released models by kind, from their configs."""
     configs = {"GLM-4.5": "glm45_355b", "Air": "air_106b", "4.7-Flash": "flash_30b"}
     folder = lesson.FIGURES.parent / "configs"
     return {
-        name: memory.count_parameters(load_config(folder / f"{file}.py").model)
+        name: count_parameters(load_config(folder / f"{file}.py").model)
         for name, file in configs.items()
     }
 
 
 def full_scale():
-    """Which sum gives which name, in billions."""
+    """Return which sum gives which name, in billions."""
     n = counts()
     billions = {
         "GLM-4.5, body and MTP layer (355)": n["GLM-4.5"]["body_with_mtp"],
@@ -182,12 +186,12 @@ def full_scale():
 
 # %%
 def series(log, name, field):
-    """A field of every seed."""
+    """Return a field of every seed."""
     return np.array([run[name][field] for run in log["runs"]])
 
 
 def draw(log):
-    """The figure, from the log alone."""
+    """Draw the figure from the log alone."""
     figure, ((right, wrong), (cost, where)) = drawing.canvas(2, 2, (10, 7.4))
     x = list(range(1, NANO.num_hidden_layers + 2))
     for name, shade in (("float32", "#1f5fa8"), ("bfloat16", "#c2571a")):
@@ -207,44 +211,47 @@ def draw(log):
     cost.tick_params(axis="x", labelsize=6.5)
     kinds = ("experts", "attention", "mtp", "embedding", "head", "shared", "dense", "router")
     for row, n in enumerate(log["counts"].values()):
-        left, total = 0.0, sum(n[kind] for kind in kinds)
+        left = 0.0
+        total = sum(n[kind] for kind in kinds)
         for kind, shade in zip(kinds, ("#1f5fa8", *COLOURS[2:], "#c2571a", "#333333", "#dddddd")):
             where.barh(
                 row, 100 * n[kind] / total, left=left, color=shade, label=kind if row == 0 else None
             )
             left += 100 * n[kind] / total
-    where.set_yticks(
-        range(len(log["counts"])),
-        [f"{k}\n{sum(v[i] for i in kinds) / 1e9:.0f}B" for k, v in log["counts"].items()],
-    )
+    names = []
+    for name, n in log["counts"].items():
+        billions = sum(n[kind] for kind in kinds) / 1e9
+        names.append(f"{name}\n{billions:.0f}B")
+    where.set_yticks(range(len(names)), names)
     where.set_xlim(80, 100)
     where.legend(ncols=4, fontsize=6.5, loc="lower center", bbox_to_anchor=(0.5, -0.42))
-    lesson.panel(right, "Right: minglm beside transformers", "after layer", "relative error")
+    lesson.panel(right, "Correct: minglm against transformers", "after layer", "relative error")
     lesson.panel(wrong, "Wrong in one place", "after layer", "relative error")
     lesson.panel(cost, "What each mistake costs a trained model", "", "nats per token, held out")
-    lesson.panel(where, "Where the parameters sit (from 80%; left of it: experts)", "% of all", "")
+    lesson.panel(where, "Where the parameters are (axis from 80%: experts)", "% of all", "")
     figure.supxlabel(f"mean and range of {len(log['seeds'])} seeds", fontsize=8.5, color="#5c5c64")
     return figure
 
 
 # %% [markdown]
 # ## What would prove us wrong
-# `verdicts` reads the log, and each line can come out False.
+# `verdicts` reads the log, and each claim can come out False.
 #
-# Measured (35 CPU-seconds, 3 seeds): in float32 the two are apart by 4e-7 of the largest value, in bfloat16 by 8e-2 at
-# most (rounding moves nearly equal experts past each other) at a loss that differs by 0.001. **What should worry you:**
-# of six mistakes two cost more than 0.03 nats in the mean, and four at most 0.02. The bias in the mixing weights moves
-# the logits by a tenth and the loss by 0.001; the wrong epsilon, nothing at all. A loss curve would not have shown
-# them; the comparison names the module each time. A right loss does not mean a right model.
+# Measured (35 CPU-seconds, 3 seeds): in float32 the two differ by 4e-7 of the largest value, in bfloat16 by at most 8e-2
+# (rounding swaps experts with nearly equal scores), with a loss that differs by 0.001. **What should worry you:** of six
+# mistakes, two cost more than 0.03 nats on average, and four at most 0.02. The bias in the mixing weights changes the
+# logits by a tenth and the loss by 0.001; the wrong epsilon changes nothing visible. A loss curve would not have shown
+# them; the comparison names the module each time. A good loss does not prove that the model is correct.
 #
 # ## Exercise
 # Write `mine(x_BSNA, cos, sin)`, the half-split rotation, from the equation in `minglm/model/rope.py` alone, and add it
-# to MISTAKES as `(qk_norm_rope_eager, "rotate", mine)`. It is right when `first` is None. Check: `pytest tests/test_compare.py`.
+# to MISTAKES as `(qk_norm_rope_eager, "rotate", mine)`. It is correct when `first` is None. Check:
+# `pytest tests/model/test_parity_report.py`.
 
 
 # %%
 def verdicts(log):
-    """{claim: whether the log supports it}."""
+    """Return {claim: whether the log supports it}."""
     exact, rounded = (series(log, name, "layers").max() for name in ("float32", "bfloat16"))
     gap = {
         name: (series(log, name, "loss") - series(log, "float32", "loss")).mean()
@@ -273,7 +280,7 @@ def verdicts(log):
 
 
 def main(argv=None):
-    """Run the experiment, or only redraw it, and print what it shows."""
+    """Run the experiment, or only redraw its figure, and print what it shows."""
     shown = [rope.rotate, select_experts, combine_weights, compare]
     lesson.Lesson("06_is_it_glm", experiment, draw, verdicts, shown, SIZES, SMOKE, NANO).main(argv)
 

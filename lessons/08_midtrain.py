@@ -32,7 +32,7 @@ from minglm.data.packing import Batch, best_fit
 from minglm.eval.needles import Needle, hide, needle_test
 from minglm.model.glm import GLM
 from minglm.model.rope import angles
-from minglm.plan import memory
+from minglm.plan.counts import flops_per_token, kv_cache_bytes_per_token
 from minglm.report import drawing
 
 NANO = dataclasses.replace(lesson.NANO, max_position_embeddings=2048)
@@ -212,12 +212,12 @@ def full_scale():
             turn, 3
         )
     for length in (4096, 32_768, last):
-        flops = memory.flops_per_token(config, length)
+        flops = flops_per_token(config, length)
         found[f"share of attention in the training FLOPs at {length:,}"] = round(
             flops.attention / flops.total, 3
         )
     found["GiB of keys and values for one such row"] = round(
-        memory.kv_cache_bytes_per_token(config) * last / 2**30, 1
+        kv_cache_bytes_per_token(config) * last / 2**30, 1
     )
     return found
 

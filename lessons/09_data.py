@@ -352,7 +352,7 @@ def draw(log):
 # ## Exercise
 # Write `mine(documents)`, near-duplicate removal that compares every pair by the Jaccard index itself, and hold it to
 # `check_near_duplicates(mine, 0.7)` from `minglm.testing.cleaning`. Then let it keep the *first* of two twins and not
-# the best: which property fails? Check: `pytest tests/test_dedup.py -k "contract or broken"`.
+# the best: which property fails? Check: `pytest tests/data/test_minhash.py -k "contract or broken"`.
 
 
 # %%

@@ -224,7 +224,7 @@ def draw(log):
 #
 # ## Exercise
 # Break the bonus rule: in `verify`, subtract q also where all drafts stand. Which of the four panels shows it? Then see
-# which test does: `pytest tests/test_speculative.py -k "contract or exactly"`.
+# which test does: `pytest tests/inference/test_speculative.py -k "contract or exactly"`.
 
 
 # %%

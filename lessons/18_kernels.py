@@ -40,7 +40,7 @@ from minglm.kernels.cross_entropy.eager import cross_entropy
 from minglm.kernels.dispatch import installed
 from minglm.kernels.toolchain import compile_check, interpreter
 from minglm.kernels.toolchain.tiles import Tiles
-from minglm.plan import memory as plan
+from minglm.plan.counts import unit_counts
 from minglm.report import drawing
 
 ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
@@ -382,7 +382,7 @@ def draw_tiles(axis, log):
 #
 # ## Exercise
 # Let `load_tile` multiply `matrix` as it is, without the cast to 64 bits, and run this lesson again: nothing changes.
-# Then `pytest tests/test_triton_grouped.py -k 32_bits`, and explain the return code -11. Second: let every program of
+# Then `pytest tests/kernels/test_triton_experts.py -k 32_bits`, and explain the return code -11. Second: let every program of
 # `up_kernel` walk over all tiles. All numbers stay right; which panel tells? Check: an element is stored four times.
 
 
@@ -413,9 +413,7 @@ def verdicts(log):
         if r["flops"] / PEAK < r["bytes"] / COPIED and "160 experts, even" in r["case"]
     ]
     step = next(r["flops"] for r in layers if "backward, 16384 tokens, 8 of 160" in r["case"])
-    planned = (
-        6 * 16_384 * ModelConfig().num_experts_per_tok * plan.unit_counts(ModelConfig())["expert"]
-    )
+    planned = 6 * 16_384 * ModelConfig().num_experts_per_tok * unit_counts(ModelConfig())["expert"]
     faults = [fault for kernel in log["compiled"] for fault in compile_check.faults(kernel)]
     claims = [
         (
