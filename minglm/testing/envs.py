@@ -294,10 +294,10 @@ CHEATS = {
         "import os, sys\ndef f(x):\n    secret = ''\n    frame = sys._getframe(1)\n    while frame:\n"
         "        for value in list(frame.f_locals.values()):\n"
         "            if isinstance(value, dict) and 'secret' in value:\n                secret = value['secret']\n"
-        "        frame = frame.f_back\n    for d in range(3, 64):\n        try:\n"
-        "            os.write(d, (secret + '[' + ', '.join(['[\"value\", \"17\"]'] * 8) + ']').encode())\n"
+        "        frame = frame.f_back\n    answer = secret + '\\nvalue i 17' * 8\n    for d in range(3, 64):\n        try:\n"
+        "            os.write(d, answer.encode())\n"
         "        except OSError:\n            pass\n    os._exit(0)",
-        "wrong",
+        "wrong or crash",
     ),
     "an output flood": ("def f(x):\n    return 'x' * 10**6", "crash"),
     "an endless loop": ("def f(x):\n    while True:\n        pass", "timeout"),
@@ -312,6 +312,30 @@ CHEATS = {
 }
 
 
+# Equality is Python's; types are those of the expected value, and an int may stand for a float.
+EQUALITIES = (
+    ("2", 2.0, "passed"),
+    ("2.0", 2, "wrong"),
+    ("-0.0", 0.0, "passed"),
+    ("True", 1, "wrong"),
+    ("0", False, "wrong"),
+    ("None", 0, "wrong"),
+    ("'1'", 1, "wrong"),
+    ("(1,)", [1], "wrong"),
+    ("{2: 'b', 1: 'a'}", {1: "a", 2: "b"}, "passed"),
+    ("{1: 'a'}", {1: "a", 2: "b"}, "wrong"),
+    ("{3, 1, 2}", {1, 2, 3}, "passed"),
+    ("[1, 2, 3]", {1, 2, 3}, "wrong"),
+    ("frozenset([1])", {1}, "wrong"),
+    ("b'ab'", b"ab", "passed"),
+    ("'ab'", b"ab", "wrong"),
+    ("1j + 2", 2 + 1j, "passed"),
+    ("__import__('collections').Counter('aab')", {"a": 2, "b": 1}, "passed"),
+    ("float('nan')", 0.0, "wrong"),
+    ("10**5000", 10**5000, "passed"),
+)
+"""Expression of an answer, expected value, status."""
+
 Judge = Callable[[str, str, Sequence[Case]], Verdict]
 """(source, name of the function, cases) -> Verdict."""
 
@@ -320,7 +344,7 @@ def check_sandbox(judge: Judge) -> None:
     """Check a function like `Sandbox.judge`.
 
     A right program passes, whatever its arguments do to themselves. Each of CHEATS gets its own status. A judgement
-    does not depend on the ones before it. Values of another type never pass.
+    does not depend on the ones before it. Values are equal as EQUALITIES says.
     """
     cases = [([x], 3 * x + 17) for x in range(8)]
     honest = "def f(x):\n    return 17 + x * 3"
@@ -337,6 +361,11 @@ def check_sandbox(judge: Judge) -> None:
     verdict = judge(mutates, "f", [([[]], [1]), ([[]], [1]), ([[2]], [2, 1])])
     assert verdict.status == "passed", "tests share arguments"
 
-    for wrong, right in ((True, 1), (0, False), ((1,), [1]), ("1", 1), (None, 0), (-0.0, 0.0)):
-        verdict = judge(f"def f():\n    return {wrong!r}", "f", [([], right)])
-        assert verdict.status == "wrong", f"{wrong!r} passed for {right!r}"
+    check_equalities(judge)
+
+
+def check_equalities(judge: Judge) -> None:
+    """Check that values are equal as EQUALITIES says."""
+    for answer, expected, status in EQUALITIES:
+        verdict = judge(f"def f():\n    return {answer}", "f", [([], expected)])
+        assert verdict.status == status, f"{answer} for {expected!r}: {verdict.status}"

@@ -1,10 +1,14 @@
 """Run one function written by a model per forked child, in a jail: the inside of the sandbox (paper 3.2, 3.5).
 
-`pool.py` starts this file as `python -I -S jail.py`, with an empty environment and an empty folder. It imports only
-the standard library, and no file of minglm. For each job the server forks a warden, and the warden forks the
-candidate. The candidate puts itself into a jail and only then looks at the source:
+`pool.py` starts this file as `python -I -S jail.py TEMPORARY_FOLDER`, with an empty environment. It imports only the
+standard library and the two files beside it. For each job the server gets one end of a socket, which it never reads. It
+forks a warden, and the warden forks the candidate. The candidate puts itself into a jail, and only then reads the job:
 
-    server --fork--> warden (own session, new namespaces) --fork--> candidate (rlimits, Landlock, seccomp, then source)
+    server --fork--> warden (own session, new namespaces) --fork--> candidate (rlimits, Landlock, seccomp, then the job)
+      ^ seconds, socket                                                ^ source, arguments, secret   v answer
+      +------------------------------ pool.py ---------------------------------------------------+
+
+So the memory that a candidate inherits has never held another job's source, arguments, answers or secret.
 
 | layer      | what it takes away                                                                          |
 |------------|---------------------------------------------------------------------------------------------|
@@ -16,15 +20,16 @@ candidate. The candidate puts itself into a jail and only then looks at the sour
 When the server starts, each layer is tried once in a child; what works is reported and used in every job. A layer that
 worked and then fails is an infrastructure failure, and no source is read.
 
-Choices: modules that solutions use are imported before the jail closes, because nothing can be opened inside. The
-expected values of the tests never come here, so nothing that a candidate finds in this process, or sends, can make a
-wrong answer right. Values go back as `repr` of plain types, which the parent compares as text and never evaluates.
+Choices: the standard library is in memory (`library.py`), because nothing can be opened inside. The folder that the
+server works in is removed at once, so nothing can be made in it and nothing is left of it. The expected values of the
+tests never come here, so nothing that a candidate finds in this process, or sends, can make a wrong answer right. Values
+go back as text (`values.py`), which the parent compares and never evaluates or parses.
 
 This is the only place of the project where text written by a model runs as code. No counterpart in the paper, which
 names its sandbox but does not describe it.
 """
 
-import bisect  # noqa: F401  (solutions may import what is loaded here)
+import bisect  # noqa: F401  (what is loaded here costs a solution nothing to import)
 import collections  # noqa: F401
 import contextlib
 import ctypes
@@ -32,37 +37,64 @@ import datetime  # noqa: F401
 import decimal  # noqa: F401
 import fractions  # noqa: F401
 import functools  # noqa: F401
+import gc
 import heapq  # noqa: F401
+import importlib.util
 import itertools  # noqa: F401
 import json
 import math
 import operator  # noqa: F401
 import os
+import pathlib
+import pickle
 import platform
 import random  # noqa: F401
 import re  # noqa: F401
 import resource
 import select
 import signal
+import socket
 import statistics  # noqa: F401
 import string  # noqa: F401
+import struct
 import sys
+import tempfile
 import time
 import types
 import typing
 
 MEMORY = 256 * 2**20
 """Address space of a candidate, bytes."""
-OUTPUT = 2**20
-"""Most bytes that a candidate may send back."""
 NOMINAL_SECONDS = 0.004
 """Time of `spin` on an idle core of 2024; time limits are multiplied by how much longer it takes here."""
 
-PLAIN = (int, float, bool, str, type(None))
 READY = b"+"
+"""What a candidate sends when its jail is closed."""
+
+CONTROL = 3
+"""Descriptor of the server's socket to `pool.py`."""
+CHANNEL = 3
+"""Descriptor of a candidate's socket to `pool.py`; it has no other but 0, 1 and 2, which lead nowhere."""
+REQUEST = struct.Struct("d")
+"""A request for a job: its seconds. The socket comes with it."""
 
 Job = dict[str, typing.Any]
-"""{"source", "function", "arguments" of each test, "secret", "seconds"}."""
+"""{"source", "function", "arguments": a pickle for each test, "secret"}."""
+
+
+def load_neighbour(name: str) -> types.ModuleType:
+    """Return a module of this folder, without the package that it belongs to."""
+    spec = importlib.util.spec_from_file_location(
+        name, pathlib.Path(__file__).with_name(f"{name}.py")
+    )
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+library = load_neighbour("library")
+values = load_neighbour("values")
 
 
 class SystemCalls(typing.NamedTuple):
@@ -244,61 +276,66 @@ def works(layer: str) -> bool:
     return os.waitpid(pid, 0)[1] == 0
 
 
-def is_plain(value: typing.Any) -> bool:
-    """Return whether a value consists of Python's own plain types; subclasses could pretend to be equal."""
-    if type(value) in (list, tuple):
-        return all(is_plain(item) for item in value)
-    if type(value) is dict:
-        return all(is_plain(key) and is_plain(item) for key, item in value.items())
-    return type(value) in PLAIN
+def run_candidate(job: Job) -> list[str]:
+    """Run every test; return a line for each: "value TYPES TEXT", "odd TYPE" or "raised TYPE".
 
-
-def run_candidate(job: Job) -> list[typing.Any]:
-    """Run every test; return ["value", repr], ["odd", type] or ["raised", type] for each.
-
-    If the source itself raises, return ["raised", type] instead of the list.
+    If the source itself raises, return the one line "failed TYPE".
     """
-    namespace: dict[str, typing.Any] = {"__name__": "candidate"}
+    module = types.ModuleType("candidate")
+    sys.modules["candidate"] = module  # where dataclasses and pickle look for its classes
+    tests = [pickle.loads(arguments) for arguments in job["arguments"]]
     try:
-        types.FunctionType(compile(job["source"], "candidate", "exec"), namespace)()
-        function = namespace[job["function"]]
+        code = compile(job["source"], "candidate", "exec", dont_inherit=True)
+        types.FunctionType(code, module.__dict__)()
+        function = module.__dict__[job["function"]]
     except BaseException as error:  # SystemExit is one of the things that a candidate may raise
-        return ["raised", type(error).__name__]
-    outcomes = []
-    for arguments in job["arguments"]:
+        return [f"failed {type(error).__name__}"]
+    lines = []
+    for arguments in tests:
         try:
-            value = function(*arguments)
-            if is_plain(value):
-                outcome = ["value", repr(value)]
-            else:
-                outcome = ["odd", type(value).__name__]
+            lines.append(describe(function(*arguments)))
         except BaseException as error:
-            outcome = ["raised", type(error).__name__]
-        outcomes.append(outcome)
-    return outcomes
+            lines.append(f"raised {type(error).__name__}")
+    return lines
 
 
-def candidate(job: Job, writer: int, layers: list[str]) -> None:
-    """Close every other descriptor, enter the jail, say READY, run, answer, end."""
-    null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):
-        os.dup2(null, descriptor)
-    os.closerange(3, writer)
-    os.closerange(writer + 1, 256)
+def describe(value: typing.Any) -> str:
+    """Return the line of a test that returned a value."""
+    try:
+        encoded = values.encode(value)
+    except (TypeError, RecursionError):
+        return f"odd {type(value).__name__}"
+    return f"value {encoded.types} {encoded.text}"
+
+
+def receive_job() -> Job:
+    """Read the whole job, up to where the parent stops sending."""
+    chunks = []
+    while chunk := os.read(CHANNEL, 2**20):
+        chunks.append(chunk)
+    return pickle.loads(b"".join(chunks))
+
+
+def candidate(channel: int, seconds: float, layers: list[str]) -> None:
+    """Close every other descriptor, enter the jail, say READY, read the job, run it, answer, end."""
+    os.dup2(channel, CHANNEL)
+    os.closerange(CHANNEL + 1, 256)
     die_with_parent()
-    limit_resources(job["seconds"])
+    limit_resources(seconds)
     for layer in ("landlock", "seccomp"):
         if layer in layers:
             LAYERS[layer]()
-    os.write(writer, READY)
-    answer = (job["secret"] + json.dumps(run_candidate(job))).encode()
+    os.write(CHANNEL, READY)
+    job = receive_job()
+    lines = [job["secret"], *run_candidate(job)]
+    answer = "\n".join(lines).encode("ascii", "backslashreplace")
     while answer:
-        written = os.write(writer, answer)
+        written = os.write(CHANNEL, answer)
         answer = answer[written:]
 
 
-def warden(job: Job, writer: int, layers: list[str]) -> None:
-    """Hold the writer until the candidate is dead, so that the server reads the end of the pipe only then."""
+def warden(channel: int, seconds: float, layers: list[str]) -> None:
+    """Live as long as the candidate, so that the server can wait for both."""
     os.setsid()
     die_with_parent()
     if "namespaces" in layers:
@@ -306,54 +343,40 @@ def warden(job: Job, writer: int, layers: list[str]) -> None:
     pid = os.fork()
     if pid == 0:
         try:
-            candidate(job, writer, layers)
+            candidate(channel, seconds, layers)
         finally:
             os._exit(0)
     os.waitpid(pid, 0)
 
 
-def serve_job(job: Job, layers: list[str]) -> dict[str, typing.Any]:
-    """Run one job to its end or its deadline; return {"ready", "late", "flood", "answer"} for the parent."""
-    reader, writer = os.pipe()
+def serve_job(channel: int, seconds: float, layers: list[str]) -> dict[str, bool]:
+    """Run one job until it ends, its time is over, or the parent hangs up; return {"late", "exhausted"}.
+
+    `late`: the deadline came first. `exhausted`: it ran until its limit of processor time.
+    """
+    alive, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            os.close(reader)
-            warden(job, writer, layers)
+            os.close(alive)
+            warden(channel, seconds, layers)  # which holds the writer
         finally:
             os._exit(0)
     os.close(writer)
-
-    # Read until the candidate is dead, sends too much, or is out of time.
-    deadline = time.monotonic() + job["seconds"]
-    received = b""
-    ended = False
-    while not ended and len(received) <= OUTPUT:
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([reader], [], [], left)[0]:
-            break
-        chunk = os.read(reader, 65536)
-        received += chunk
-        ended = not chunk
-    os.close(reader)
+    events = select.poll()
+    events.register(alive, select.POLLIN)
+    events.register(channel, 0)  # to hear that the parent hung up, and nothing else
+    ended = events.poll(1000 * seconds)
+    os.close(alive)
+    os.close(channel)
 
     for kill in (os.killpg, os.kill):  # the session may not have its own group yet
         with contextlib.suppress(ProcessLookupError):
             kill(pid, signal.SIGKILL)
     usage = os.wait4(pid, 0)[2]
     reap_orphans()
-
-    flood = len(received) > OUTPUT
-    late = not ended and not flood
-    if ended and len(received) <= len(READY):
-        # No answer: the candidate was killed, by its limit of processor time or for another reason.
-        late = usage.ru_utime + usage.ru_stime > 0.9 * math.ceil(job["seconds"])
-    return {
-        "ready": received[:1] == READY,
-        "late": late,
-        "flood": flood,
-        "answer": received[1:].decode(errors="replace") if ended else "",
-    }
+    processor_seconds = usage.ru_utime + usage.ru_stime
+    return {"late": not ended, "exhausted": processor_seconds > 0.9 * math.ceil(seconds)}
 
 
 def reap_orphans() -> None:
@@ -377,16 +400,41 @@ def spin() -> float:
     return min(times)
 
 
+def settle(temporary_folder: str) -> socket.socket:
+    """Leave the files and descriptors of whoever started this process; return the socket to it."""
+    tempfile.tempdir = temporary_folder
+    folder = tempfile.mkdtemp(prefix="minglm-sandbox-")
+    os.chdir(folder)
+    os.rmdir(folder)
+    os.dup2(0, CONTROL, inheritable=False)
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    os.closerange(CONTROL + 1, 256)
+    return socket.socket(fileno=CONTROL)
+
+
 def main() -> None:
-    """Say hello, then answer one line of JSON per line of JSON, until standard input ends."""
+    """Say hello, then run a job for each request, until the parent hangs up."""
+    control = settle(sys.argv[1])
     if sys.platform == "linux":
         libc_call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # adopt orphans
         libc_call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody may read this process's memory
+    library.import_modules_in_c()
+    sys.meta_path.insert(-1, library.Library())  # before the finder that looks at files
     layers = [layer for layer in LAYERS if works(layer)]
     slowness = min(20.0, max(1.0, spin() / NOMINAL_SECONDS))
-    print(json.dumps({"layers": ["rlimits", *layers], "slowness": slowness}), flush=True)
-    for line in sys.stdin:
-        print(json.dumps(serve_job(json.loads(line), layers)), flush=True)
+    gc.freeze()  # the collector leaves what is here alone, and forks go on sharing it
+
+    def say(message: dict[str, typing.Any]) -> None:
+        control.sendall(json.dumps(message).encode() + b"\n")
+
+    say({"layers": ["rlimits", *layers], "slowness": slowness})
+    while True:
+        request, channels, _, _ = socket.recv_fds(control, REQUEST.size, 1)
+        if not request:
+            return
+        say(serve_job(channels[0], REQUEST.unpack(request)[0], layers))
 
 
 if __name__ == "__main__":

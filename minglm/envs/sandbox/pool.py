@@ -2,13 +2,17 @@
 
     Verdict.status = "passed" | "wrong" | "timeout" | "crash" | "infrastructure"
 
-This is the outside of the sandbox; `jail.py` is the inside. Warm interpreters wait for jobs and fork a jailed child for
-each, so a judgement costs milliseconds. The verdict is computed here, by comparing values as text:
+This is the outside of the sandbox; `jail.py` is the inside. Warm interpreters wait for requests and fork a jailed child
+for each, so a judgement costs milliseconds. The child reads its job from a socket that only it and this process use. The
+verdict is computed here, by comparing values as text:
 
-- Exit codes and printed output count for nothing. An answer begins with a secret of its job and has one value per test.
-- Expected values never leave this process; a candidate that reads all of its memory finds only the arguments.
-- Values are plain types, checked by exact type and compared as `repr`: an object that claims to equal everything equals
-  nothing, and True is not 1.
+- Exit codes and printed output count for nothing. An answer begins with a secret of its job and has one line per test.
+- Expected values never leave this process; a candidate that reads all of its memory finds only the arguments, and
+  nothing of another job.
+- Values are plain types. Equality is Python's, and the types of numbers are those of the expected value (`values.py`):
+  an int may stand for a float, True is not 1, and an object that claims to equal everything equals nothing. An expected
+  value that cannot be compared, and an argument that cannot be sent, are errors of the task: ValueError, before it runs.
+- What a candidate sends is cut at OUTPUT bytes and never parsed, so any answer is one verdict.
 - Whole process groups die at the deadline, which grows with how slow the machine is at the moment.
 
 The level of isolation has a name: `full` (namespaces and a system call filter), `no-namespaces` (only the filter),
@@ -21,11 +25,15 @@ of `Worker`. The paper runs code in a sandbox too (3.2, 3.5) and does not descri
 
 import atexit
 import contextlib
+import io
 import json
 import os
+import pickle
 import queue
 import secrets
 import select
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -37,10 +45,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self, TypedDict
+
+from minglm.envs.sandbox.values import NOT_A_NUMBER, Encoded, encode, fits
 
 Case = tuple[Sequence[Any], Any]
-"""One test: the arguments (JSON values) and the expected value (a plain Python one)."""
+"""One test: the arguments and the expected value, all of Python's plain types."""
 
 JAIL = Path(__file__).with_name("jail.py")
 
@@ -49,6 +59,15 @@ LEVELS = ("rlimits-only", "no-namespaces", "full")
 
 GRACE = 10.0
 """Seconds beyond a job's deadline after which a silent worker counts as broken."""
+
+OUTPUT = 2**20
+"""Most bytes that a candidate may send back."""
+
+READY = b"+"
+"""The first byte from a candidate whose jail is closed."""
+
+REQUEST = struct.Struct("d")
+"""A request to a worker: the seconds of the job. The candidate's end of its socket comes with it."""
 
 
 class VerdictStatus(StrEnum):
@@ -79,59 +98,113 @@ class Verdict:
     """One line on the first failure."""
 
 
+class Outcome(TypedDict):
+    """What became of a job."""
+
+    ready: bool
+    """Whether the jail was closed; if not, the candidate did not run."""
+    late: bool
+    """Whether it ran out of time."""
+    flood: bool
+    """Whether it sent more than OUTPUT bytes."""
+    answer: str
+    """What it sent: the secret, then a line for each test. Nothing of it can be trusted."""
+
+
+class Job(NamedTuple):
+    """One candidate with its tests."""
+
+    source: str
+    function: str
+    arguments: list[bytes]
+    """A pickle for each test, so that tests share nothing."""
+    expected: list[Any]
+    """Stays in this process."""
+    seconds: float
+
+
 class WorkerError(Exception):
     """A worker died or did not answer in time."""
 
 
 class Worker:
-    """A warm interpreter that takes one job at a time; not thread-safe."""
+    """A warm interpreter that runs one job at a time; not thread-safe."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self) -> None:
         # Some builds of Python need this variable to start.
         environment = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(JAIL)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env=environment,
-            start_new_session=True,
-        )
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.input = self.process.stdin
-        self.output = self.process.stdout
+        self.control, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(JAIL), os.path.abspath(tempfile.gettempdir())],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,
+            )
         self.buffer = b""
         try:
-            hello = self.receive(GRACE)
-        except (WorkerError, ValueError):
+            hello = None
+            deadline = time.monotonic() + GRACE
+            while hello is None:
+                wait_for({self.control: select.POLLIN}, deadline)
+                hello = self.receive()
+            self.layers: tuple[str, ...] = tuple(hello["layers"])
+            self.slowness: float = hello["slowness"]
+        except (WorkerError, OSError, ValueError):
             self.close()
             raise
-        self.layers: tuple[str, ...] = tuple(hello["layers"])
-        self.slowness: float = hello["slowness"]
 
-    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Send a job and wait for its outcome. Raises WorkerError."""
-        job = job | {"seconds": job["seconds"] * self.slowness}
-        try:
-            self.input.write(json.dumps(job).encode() + b"\n")
-            self.input.flush()
-        except OSError as error:
-            raise WorkerError(f"a sandbox worker is gone: {error}") from error
-        return self.receive(job["seconds"] + GRACE)
+    def ask(self, job: bytes, seconds: float) -> Outcome:
+        """Run a job, given as `jail.py` reads it, and return its Outcome. Raises WorkerError."""
+        seconds *= self.slowness
+        channel, theirs = socket.socketpair()
+        with channel:
+            channel.setblocking(False)
+            with theirs:
+                try:
+                    socket.send_fds(self.control, [REQUEST.pack(seconds)], [theirs.fileno()])
+                except OSError as error:
+                    raise WorkerError(f"a sandbox worker is gone: {error}") from error
+            return self.converse(channel, memoryview(job), time.monotonic() + seconds + GRACE)
 
-    def receive(self, seconds: float) -> dict[str, Any]:
-        """Return the next line as JSON. Raises WorkerError at the end of the stream and after `seconds`."""
-        deadline = time.monotonic() + seconds
-        while b"\n" not in self.buffer:
-            left = max(0.0, deadline - time.monotonic())
-            ready = select.select([self.output], [], [], left)[0]
-            if not ready:
-                raise WorkerError("a sandbox worker is silent")
-            chunk = os.read(self.output.fileno(), 65536)
-            if not chunk:
-                raise WorkerError("a sandbox worker died")
-            self.buffer += chunk
+    def converse(self, channel: socket.socket, unsent: memoryview, deadline: float) -> Outcome:
+        """Send a job and read what comes back, until the worker reports that the candidate is dead."""
+        received = bytearray()
+        watched = {self.control: select.POLLIN, channel: select.POLLIN | select.POLLOUT}
+        report = None
+        while report is None:
+            events = wait_for(watched, deadline)
+            if events.get(channel, 0) & select.POLLOUT:
+                unsent = send_some(channel, unsent)
+                if not unsent:
+                    watched[channel] = select.POLLIN
+            elif channel in events and not read_some(channel, received):
+                del watched[channel]  # the end, or too much; hang up, and wait for the report
+                with contextlib.suppress(OSError):
+                    channel.shutdown(socket.SHUT_RDWR)
+            if self.control in events:
+                report = self.receive()
+        while channel in watched and read_some(channel, received):
+            pass  # what it sent last
+        flood = len(received) > OUTPUT
+        silent = len(received) <= len(READY)
+        return {
+            "ready": received[:1] == READY,
+            "late": not flood and (report["late"] or (silent and report["exhausted"])),
+            "flood": flood,
+            "answer": received[1:].decode("ascii", "replace"),
+        }
+
+    def receive(self) -> dict[str, Any] | None:
+        """Read what the worker has sent; return it as soon as it is a whole line of JSON. Raises WorkerError."""
+        chunk = self.control.recv(65536)
+        if not chunk:
+            raise WorkerError("a sandbox worker died")
+        self.buffer += chunk
+        if b"\n" not in self.buffer:
+            return None
         line, self.buffer = self.buffer.split(b"\n", 1)
         return json.loads(line)
 
@@ -139,9 +212,46 @@ class Worker:
         """End the interpreter; its children die with it."""
         self.process.kill()
         self.process.wait()
-        self.output.close()
-        with contextlib.suppress(OSError):  # part of a job may still be in the buffer
-            self.input.close()
+        self.control.close()
+
+
+def wait_for(watched: dict[socket.socket, int], deadline: float) -> dict[socket.socket, int]:
+    """Wait until something happens on a socket; return {socket: events}. Raises WorkerError at the deadline.
+
+    `select.poll`, since `select.select` knows only the first 1,024 descriptors of a process.
+    """
+    poll = select.poll()
+    by_number = {}
+    for sock, events in watched.items():
+        poll.register(sock, events)
+        by_number[sock.fileno()] = sock
+    found = poll.poll(1000 * max(0.0, deadline - time.monotonic()))
+    if not found:
+        raise WorkerError("a sandbox worker is silent")
+    return {by_number[number]: events for number, events in found}
+
+
+def send_some(channel: socket.socket, unsent: memoryview) -> memoryview:
+    """Send as much as fits; return the rest. After the last byte, or when nobody reads, nothing more is sent."""
+    try:
+        unsent = unsent[channel.send(unsent) :]
+        if not unsent:
+            channel.shutdown(socket.SHUT_WR)
+    except BlockingIOError:
+        pass
+    except OSError:
+        return unsent[:0]  # the candidate is dead
+    return unsent
+
+
+def read_some(channel: socket.socket, received: bytearray) -> bool:
+    """Append what has arrived; return False if nothing has, at the end, and after more than OUTPUT bytes."""
+    try:
+        chunk = channel.recv(65536)
+    except OSError:
+        return False
+    received += chunk
+    return bool(chunk) and len(received) <= OUTPUT
 
 
 class Sandbox:
@@ -166,11 +276,10 @@ class Sandbox:
         else:
             cores = os.cpu_count() or 1
         self.size = workers or cores
-        self.folder = tempfile.TemporaryDirectory(prefix="minglm-sandbox-")
         self.threads = ThreadPoolExecutor(self.size, thread_name_prefix="sandbox")
         # Idle workers. None stands for one that is started when it is first needed.
         self.workers: queue.LifoQueue[Worker | None] = queue.LifoQueue()
-        first = Worker(self.folder.name)
+        first = Worker()
         self.layers = first.layers
         self.level = isolation_level(self.layers)
         for _ in range(self.size - 1):
@@ -188,9 +297,9 @@ class Sandbox:
     ) -> Future[Verdict]:
         """Judge one candidate in a thread, at most `workers` at a time; return the future Verdict.
 
-        Arguments are those of `judge`.
+        Arguments and errors are those of `judge`.
         """
-        return self.threads.submit(self.judge, source, function, cases, seconds)
+        return self.threads.submit(self.run, prepare(source, function, cases, seconds))
 
     def judge(
         self, source: str, function: str, cases: Sequence[Case], seconds: float = 2.0
@@ -200,39 +309,40 @@ class Sandbox:
         Args:
             source: the program.
             function: name of the function in it that is called once for each case.
-            cases: the tests; raises ValueError when there is none.
+            cases: the tests; raises ValueError when there is none, or one that `check_cases` refuses.
             seconds: time for all cases, on a machine of nominal speed.
         """
-        if not cases:
-            raise ValueError(f"no tests for {function!r}: a candidate would pass by doing nothing")
-        job = {
-            "source": source.encode("utf-8", "replace").decode(),  # lone surrogates cannot be sent
-            "function": function,
-            "arguments": [list(arguments) for arguments, _ in cases],
-            "secret": secrets.token_hex(16),
-            "seconds": seconds,
+        return self.run(prepare(source, function, cases, seconds))
+
+    def run(self, job: Job) -> Verdict:
+        """Return the Verdict of a prepared job."""
+        secret = secrets.token_hex(16)
+        message = {
+            "source": job.source,
+            "function": job.function,
+            "arguments": job.arguments,
+            "secret": secret,
         }
         worker = self.workers.get()
         try:
-            worker = worker or Worker(self.folder.name)
-            outcome = worker.ask(job)
-        except (WorkerError, OSError, ValueError) as error:
+            worker = worker or Worker()
+            outcome = worker.ask(pickle.dumps(message), job.seconds)
+        except (WorkerError, OSError, ValueError, LookupError, TypeError) as error:
             if worker:
                 worker.close()
             worker = None  # the next job starts a new one
-            return Verdict(VerdictStatus.INFRASTRUCTURE, 0, len(cases), str(error))
+            return Verdict(VerdictStatus.INFRASTRUCTURE, 0, len(job.expected), str(error))
         finally:
             self.workers.put(worker)
-        return compare(outcome, job["secret"], [expected for _, expected in cases])
+        return compare(outcome, secret, job.expected)
 
     def close(self) -> None:
-        """End all workers and threads, and remove the folder."""
+        """End all workers and threads."""
         self.threads.shutdown(cancel_futures=True)
         while not self.workers.empty():
             worker = self.workers.get()
             if worker:
                 worker.close()
-        self.folder.cleanup()
 
     def __enter__(self) -> Self:
         return self
@@ -248,8 +358,64 @@ def isolation_level(layers: Sequence[str]) -> str:
     return "full" if "namespaces" in layers else "no-namespaces"
 
 
-def compare(outcome: dict[str, Any], secret: str, expected: Sequence[Any]) -> Verdict:
-    """Return the Verdict of a worker's outcome, {"ready", "late", "flood", "answer"}."""
+class PlainPickler(pickle.Pickler):
+    """Writes values of Python's plain types, and refuses all others."""
+
+    def reducer_override(self, value: Any) -> Any:
+        """Refuse what has no notation of its own; of the plain types, that is only complex."""
+        if type(value) is complex or value is complex:
+            return NotImplemented  # as usual
+        raise TypeError(f"{type(value).__name__} is not a plain type")
+
+
+def prepare(source: str, function: str, cases: Sequence[Case], seconds: float) -> Job:
+    """Return the Job of one candidate. Raises ValueError as `check_cases` does, and when there is no case."""
+    if not cases:
+        raise ValueError(f"no tests for {function!r}: a candidate would pass by doing nothing")
+    check_cases(cases)
+    expected = [value for _, value in cases]
+    return Job(source, function, [dump(arguments) for arguments, _ in cases], expected, seconds)
+
+
+def check_cases(cases: Sequence[Case]) -> None:
+    """Check that every argument can be sent and every expected value compared, whatever the candidate.
+
+    Call it where tests are made. Raises ValueError with the number of the case, the value and the remedy.
+    """
+    for i, (arguments, expected) in enumerate(cases):
+        try:
+            dump(arguments)
+            equals_something = NOT_A_NUMBER not in encode(expected).types
+        except (TypeError, RecursionError) as error:
+            raise ValueError(
+                f"test {i}, {short((arguments, expected))}: {error}; arguments and expected values consist of "
+                "None, bool, int, float, complex, str, bytes, list, tuple, dict and set, nested less than 300 deep"
+            ) from error
+        if not equals_something:
+            raise ValueError(
+                f"test {i}: the expected value {short(expected)} contains a NaN, which equals nothing; "
+                "let the function say so in another way, for example by None"
+            )
+
+
+def dump(arguments: Sequence[Any]) -> bytes:
+    """Return the pickle of the arguments of one test. Raises TypeError for a value that is not plain."""
+    stream = io.BytesIO()
+    PlainPickler(stream).dump(list(arguments))
+    return stream.getvalue()
+
+
+def short(value: Any) -> str:
+    """Return a value as at most 80 letters."""
+    try:
+        text = ascii(value)
+    except (RecursionError, ValueError):  # nested too deeply; an int of more than 4,300 digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def compare(outcome: Outcome, secret: str, expected: Sequence[Any]) -> Verdict:
+    """Return the Verdict of a job's outcome, which is read without trust."""
     total = len(expected)
     if not outcome["ready"]:
         return Verdict(VerdictStatus.INFRASTRUCTURE, 0, total, "the jail could not be closed")
@@ -257,30 +423,32 @@ def compare(outcome: dict[str, Any], secret: str, expected: Sequence[Any]) -> Ve
         return Verdict(VerdictStatus.TIMEOUT, 0, total, "out of time")
     if outcome["flood"]:
         return Verdict(VerdictStatus.CRASH, 0, total, "too much output")
-    if not outcome["answer"].startswith(secret):
+    signature, *lines = outcome["answer"].split("\n", total + 1)
+    if signature != secret:
         return Verdict(VerdictStatus.CRASH, 0, total, "ended without an answer")
-    try:
-        answers = json.loads(outcome["answer"].removeprefix(secret))
-    except ValueError:
-        return Verdict(VerdictStatus.CRASH, 0, total, "ended without an answer")
-    if isinstance(answers, list) and answers[:1] == ["raised"]:  # the source itself raised
-        return Verdict(VerdictStatus.CRASH, 0, total, str(answers[-1])[:80])
-    if not isinstance(answers, list) or len(answers) != total:
+    if lines and lines[0].startswith("failed "):
+        return Verdict(VerdictStatus.CRASH, 0, total, short(lines[0].removeprefix("failed ")))
+    if len(lines) != total:
         return Verdict(VerdictStatus.CRASH, 0, total, "not every test was run")
 
-    right = [
-        answer == ["value", repr(value)] for answer, value in zip(answers, expected, strict=True)
-    ]
+    right = [is_right(line, encode(value)) for line, value in zip(lines, expected, strict=True)]
     if all(right):
         return Verdict(VerdictStatus.PASSED, total, total)
-    raised = any(isinstance(answer, list) and answer[:1] == ["raised"] for answer in answers)
+    raised = any(line.startswith("raised ") for line in lines)
     first_wrong = right.index(False)
     return Verdict(
         VerdictStatus.CRASH if raised else VerdictStatus.WRONG,
         sum(right),
         total,
-        f"test {first_wrong}: {str(answers[first_wrong])[:80]}",
+        f"test {first_wrong}: {short(lines[first_wrong])}",
     )
+
+
+def is_right(line: str, expected: Encoded) -> bool:
+    """Return whether a line of an answer, "value TYPES TEXT", tells the expected value."""
+    kind, _, rest = line.partition(" ")
+    types, _, text = rest.partition(" ")
+    return kind == "value" and fits(Encoded(text, types), expected)
 
 
 _LOCK = threading.Lock()
