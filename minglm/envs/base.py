@@ -13,8 +13,8 @@ the trainer, which never re-tokenises what was sampled.
 
 Choices:
 - A task is a function of (index, seed, split), so a resumed run sees the same tasks and nothing is stored.
-- Train and test are divided by a hash of the task's content (one task in ten is a test task): a test task never occurs
-  in training, under any seed.
+- Train and test are divided by a hash of the problem that a task asks for (one in ten is a test problem): a test task
+  never occurs in training, under any seed, nor does the same problem in other words.
 - A malformed message ends the episode at once with value 0 and status "format" (paper 3.3.2: halt and zero). A failure
   of the machine, for example a dead sandbox, has status "infrastructure"; such samples leave the group statistics.
 - Every environment brings an oracle. Its conversations are the cold-start data, and tests play it against the score.
@@ -36,7 +36,7 @@ from typing import Any, Self, TypeVar
 Result = TypeVar("Result")
 
 TEST_SHARE = 10
-"""One task in this many belongs to the test split."""
+"""One problem in this many belongs to the test split."""
 
 LARGEST_REWARD = 1e6
 """Bound on the size of a reward; beyond it the statistics of a group lose their precision in float32."""
@@ -213,12 +213,12 @@ class Environment:
         difficulty = rng.choice(difficulties)
         while True:
             messages, label = self.draw(rng, difficulty)
-            identity = fingerprint([self.name, messages, label])
-            is_test = int(identity, 16) % TEST_SHARE == 0
+            problem = fingerprint([self.name, *self.problem(messages, label)])
+            is_test = int(problem, 16) % TEST_SHARE == 0
             if is_test == (split == "test"):
                 break
         return Task(
-            id=identity,
+            id=fingerprint([self.name, messages, label]),
             environment=self.name,
             messages=tuple(messages),
             tools=self.tools(),
@@ -253,6 +253,13 @@ class Environment:
     def expected_language(self, label: Any) -> str | None:
         """Return the language that replies to a task with this label must be written in; None if any will do."""
         return None
+
+    def problem(self, messages: list[Message], label: Any) -> list[Any]:
+        """Return what a task asks for, as plain JSON values; tasks that ask for the same are in the same split.
+
+        By default that is all of the task. Define it where one problem can be put in several ways.
+        """
+        return [messages, label]
 
     def draw(self, rng: random.Random, difficulty: int) -> tuple[list[Message], Any]:
         """Return one random task as (messages, label), both plain JSON values."""

@@ -7,7 +7,7 @@ The difficulty is the number of steps, 1 to 4. The reward is 1 when hidden tests
 that computes the function is right, however it is written. The source is never run, or even compiled, in this process.
 
 Choices: tests are drawn with the task, and a task is dealt only if leaving out any step, or answering a constant, fails
-one. Each operation has a table row with its words, its expression, and a Python function that gives the expected
+one. Train and test are divided by what is computed, and not by how it is said. Each operation has a table row with its words, its expression, and a Python function that gives the expected
 values, so the oracle's program and the tests come from different columns and check each other.
 
 Grading waits in a thread of the sandbox, so answers are judged in parallel and other episodes continue meanwhile. Equal
@@ -21,6 +21,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import cache
 from typing import Any, NamedTuple
 
 from minglm.envs.base import (
@@ -36,7 +37,7 @@ from minglm.envs.base import (
     user,
     verdict,
 )
-from minglm.envs.sandbox.pool import Case, Sandbox, Verdict, VerdictStatus, shared
+from minglm.envs.sandbox.pool import Case, Sandbox, Verdict, VerdictStatus, check_cases, shared
 
 
 class Operation(NamedTuple):
@@ -89,6 +90,8 @@ LAST_STEPS = {
 }
 STEPS = NUMBER_STEPS | LIST_STEPS | LAST_STEPS
 TESTS = 10
+NUMBERS = range(-30, 40)
+"""Numbers that tests may have as arguments."""
 
 
 class Code(SingleTurn):
@@ -124,6 +127,10 @@ class Code(SingleTurn):
             if every_step_matters(label):
                 words = ", then ".join(STEPS[name].words.format(c=c) for name, c in steps)
                 return [user(f"Write f({label['argument']}): {words}.")], label
+
+    def problem(self, messages: list[Message], label: dict[str, Any]) -> list[Any]:
+        """Return what the function computes: "add 1, then add 2" and "add 3" are one problem."""
+        return [label["argument"], values_everywhere(label)]
 
     def episode(self, task: Task) -> "CodeEpisode":
         """Return a fresh episode of `task`."""
@@ -225,17 +232,37 @@ def cases(label: dict[str, Any]) -> list[Case]:
     rng = random.Random(fingerprint(label))
     inputs: list[Any]
     if label["argument"] == "x":
-        inputs = [0, *rng.sample(range(-30, 0), 4), *rng.sample(range(1, 40), TESTS - 5)]
+        negative = [x for x in NUMBERS if x < 0]
+        positive = [x for x in NUMBERS if x > 0]
+        inputs = [0, *rng.sample(negative, 4), *rng.sample(positive, TESTS - 5)]
     else:
-        inputs = [[]]
-        for _ in range(TESTS - 1):
-            inputs.append([rng.randint(-9, 20) for _ in range(rng.randint(2, 6))])
+        inputs = [[], *(draw_list(rng) for _ in range(TESTS - 1))]
     return [([value], meaning(label["steps"], value)) for value in inputs]
+
+
+def draw_list(rng: random.Random) -> list[int]:
+    """Return a random argument of a function of a list."""
+    return [rng.randint(-9, 20) for _ in range(rng.randint(2, 6))]
+
+
+@cache
+def inputs_everywhere(argument: str) -> tuple[Any, ...]:
+    """Return inputs that tell functions apart: all numbers that tests may have, or twenty lists."""
+    if argument == "x":
+        return tuple(NUMBERS)
+    rng = random.Random(argument)
+    return tuple(draw_list(rng) for _ in range(20))
+
+
+def values_everywhere(label: dict[str, Any]) -> list[Any]:
+    """Return the values of a label's function on `inputs_everywhere`: equal for labels that say the same."""
+    return [meaning(label["steps"], value) for value in inputs_everywhere(label["argument"])]
 
 
 def every_step_matters(label: dict[str, Any]) -> bool:
     """Return whether the tests tell the function from constants, and from itself with any one step left out."""
     tests = cases(label)
+    check_cases(tests)
     if len({str(expected) for _, expected in tests}) < 3:
         return False
     steps = label["steps"]

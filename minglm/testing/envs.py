@@ -53,6 +53,11 @@ def content(task: Task) -> str:
     return json.dumps([task.messages, task.label], ensure_ascii=False, sort_keys=True)
 
 
+def problem(env: Environment, task: Task) -> str:
+    """Return what a task asks for, as text."""
+    return json.dumps(env.problem(list(task.messages), task.label), sort_keys=True)
+
+
 def check_tasks(env: Environment) -> None:
     """Check determinism, plain values, declared difficulties, and splits that share nothing, whatever the seeds."""
 
@@ -79,6 +84,8 @@ def check_tasks(env: Environment) -> None:
             tasks += env.tasks(150, seed, split, env.difficulties)
     contents = {split: {content(task) for task in tasks} for split, tasks in drawn.items()}
     assert not contents["train"] & contents["test"], "a test task occurs in training"
+    problems = {split: {problem(env, task) for task in tasks} for split, tasks in drawn.items()}
+    assert not problems["train"] & problems["test"], "the problem of a test task occurs in training"
     ids = {task.id for tasks in drawn.values() for task in tasks}
     assert len(ids) == len(contents["train"] | contents["test"]), (
         "ids must name contents, one to one"

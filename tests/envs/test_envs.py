@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minglm.envs import ENVIRONMENTS
@@ -28,6 +28,7 @@ from minglm.envs.instructions import CHECKS, VALUE, WORDS, Instructions, split_w
 from minglm.envs.pathology import PathologyPrompts, corrupt, faults
 from minglm.envs.retail import OUTCOME, TOOLS, Retail, RetailEpisode, outcomes_told
 from minglm.envs.sandbox.pool import Verdict
+from minglm.testing import strategies
 from minglm.testing.envs import check_environment, play_all
 from minglm.testing.envs import play as play_messages
 from minglm.testing.strategies import seeds
@@ -63,6 +64,16 @@ class SeedSplit(Arithmetic):
         if split == "test":
             seed += 12345
         return super().task(index, seed, "train", difficulties)
+
+
+class SplitByWords(Arithmetic):
+    """Train and test share no text, and every result that a text can ask for."""
+
+    def problem(self, messages, label):
+        return [label]
+
+    def task(self, index, seed, split="train", difficulties=None):
+        return Arithmetic().task(index, seed, split, difficulties)
 
 
 class CarelessOracle(Arithmetic):
@@ -148,7 +159,8 @@ class Silent(PathologyPrompts):
 BROKEN = {
     Forgetful: "give another task",
     OneSplit: "occurs in training",
-    SeedSplit: "occurs in training",
+    SeedSplit: "a test task occurs in training",
+    SplitByWords: "problem of a test task occurs in training",
     CarelessOracle: "the oracle earns",
     AlwaysThinks: "thoughts where asked for",
     Lenient: "earns",
@@ -471,6 +483,49 @@ def test_code_tests_mean_what_the_words_say(seed, difficulty):
     for i in range(difficulty):
         shorter = steps[:i] + steps[i + 1 :]
         assert any(meaning(shorter, value) != expected for [value], expected in cases(task.label))
+
+
+def computed(task):
+    """What a task's function does to numbers beyond those of the tests, or to lists of its own."""
+    rng = random.Random(0)
+    lists = [[rng.randint(-20, 40) for _ in range(rng.randint(0, 9))] for _ in range(60)]
+    inputs = range(-60, 61) if task.label["argument"] == "x" else lists
+    return json.dumps([meaning(task.label["steps"], value) for value in inputs])
+
+
+@settings(strategies.contract, max_examples=4)
+@given(seeds, seeds, st.sampled_from([(1,), (2,), (1, 2, 3, 4)]))
+def test_no_test_function_is_computed_in_training(seed, other, difficulties):
+    """Whatever the words, the seeds and the difficulties."""
+    env = ENVIRONMENTS["code"]
+    tests = {computed(env.task(i, seed, "test", difficulties)) for i in range(30)}
+    trained = {computed(env.task(i, other, "train")) for i in range(200)}
+    assert not tests & trained and len(tests) >= 3
+
+
+def test_tasks_in_other_words_are_one_problem():
+    """Ways to say a function share a problem; another function, of however little difference, does not."""
+    env = ENVIRONMENTS["code"]
+
+    def problem(*steps, argument="x"):
+        return env.problem([user("any words")], {"argument": argument, "steps": list(steps)})
+
+    assert problem(["add", 3]) == problem(["add", 5], ["subtract", 2])
+    assert problem(["times", 4]) == problem(["times", 2], ["times", 2])
+    assert problem(["at_least", 3]) == problem(["at_least", 2], ["at_least", 3])
+    assert problem(["add", 3]) != problem(["add", 4])
+    assert problem(["abs", None]) != problem(["at_least", 2], ["abs", None])
+    assert problem(["sort", None], argument="xs") == problem(
+        ["reverse", None], ["sort", None], argument="xs"
+    )
+
+
+def test_a_task_of_code_whose_tests_cannot_be_compared_is_never_dealt(monkeypatch):
+    """An operation with such a value is an error when the task is made, not a failure of every answer."""
+    broken = {"add": code_module.STEPS["add"]._replace(meaning=lambda x, c: float("nan"))}
+    monkeypatch.setattr(code_module, "STEPS", code_module.STEPS | broken)
+    with pytest.raises(ValueError, match="equals nothing"):
+        ENVIRONMENTS["code"].tasks(50, 0, difficulties=(1,))
 
 
 def test_code_accepts_any_right_program():
