@@ -6,18 +6,22 @@ The result does not depend on the executor: the functions are pure, a task is a 
 results come back in order. So a laptop and a cluster write the same files. No counterpart in the paper.
 
 Choices: new processes are spawned, not forked, because torch and the tokenizer keep threads, which do not survive a
-fork. Each process gets one thread. Ray is started inside this process, or joins the cluster that RAY_ADDRESS names; on a
-cluster the run's folder must be on a file system that all nodes share.
+fork. Each process gets one thread. It lives as long as its lifeline, a pipe whose other end this process holds: if this
+process is killed or interrupted, the pipe closes and the others end with it. Ray is started inside this process, or joins
+the cluster that RAY_ADDRESS names; on a cluster the run's folder must be on a file system that all nodes share.
 """
 
 import logging
 import multiprocessing
 import os
 import pickle
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from enum import StrEnum
+from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 Task = TypeVar("Task")
@@ -103,14 +107,35 @@ def _one_thread() -> Iterator[None]:
                 os.environ[name] = value
 
 
+def _end_with_parent(lifeline: Connection) -> None:
+    """End this process once the other end of its lifeline is closed; called first in every worker."""
+    # Ctrl-C reaches all processes of a terminal. The parent answers it, and closes the lifelines.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        lifeline.poll(None)  # nothing is ever sent, so this returns at the end of the pipe
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _processes(
     function: Callable[[Task], Result], tasks: Sequence[Task], processes: int
 ) -> Iterator[Result]:
     context = multiprocessing.get_context("spawn")
-    with _one_thread(), ProcessPoolExecutor(processes, context) as pool:
+    lifeline, held = context.Pipe(duplex=False)
+    with (
+        _one_thread(),
+        held,
+        lifeline,
+        ProcessPoolExecutor(
+            processes, context, initializer=_end_with_parent, initargs=(lifeline,)
+        ) as pool,
+    ):
         try:
             yield from pool.map(function, tasks)
         except BaseException:
+            held.close()
             pool.shutdown(cancel_futures=True)
             raise
 

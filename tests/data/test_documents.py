@@ -197,20 +197,6 @@ def test_ray_writes_the_same_shards(built, tmp_path, tiny_chunks):
     assert contents(tmp_path) == contents(built)
 
 
-def fail(task):
-    raise ValueError("a mistake")
-
-
-def test_engines_keep_order_and_mistakes():
-    """Results come in the order of the tasks; a ValueError of a task is one here; other engines are refused."""
-    tasks = [f"{n}" for n in range(5)]
-    assert map_tasks(json.loads, tasks) == [0, 1, 2, 3, 4] and map_tasks(json.loads, []) == []
-    with pytest.raises(ValueError, match="a mistake"):
-        map_tasks(fail, [1])
-    with pytest.raises(ValueError, match=r"--executor spark: must be one of local, ray"):
-        map_tasks(fail, [1], "spark")
-
-
 def test_a_build_that_was_stopped_goes_on(built, tmp_path, tiny_chunks, monkeypatch):
     """Stopped at each of its files in turn, the same command ends with the same shards, and does not begin anew."""
     run, original, read = small(), shards.write_chunk, []
