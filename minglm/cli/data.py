@@ -40,9 +40,10 @@ def table(rows: Sequence[Sequence[Any]]) -> list[str]:
 
 def summary(folder: Path) -> dict[str, Any]:
     """Return everything that is known of the shards under `folder`, as JSON values."""
+    from minglm.data.store.sealed import read_sealed
     from minglm.data.store.shards import source_totals
 
-    about = json.loads((folder / "about.json").read_text())
+    about = read_sealed(folder / "about.json")
     result: dict[str, Any] = {}
     for split in ("train", "heldout"):
         totals = source_totals(folder / split)

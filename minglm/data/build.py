@@ -7,7 +7,8 @@ The sources of the shards are those of the corpus (prose, code, math, science, q
 `tasks:ENVIRONMENT`, the oracle's trajectories for mid-training. The data is built once and kept in the run's folder; the
 same config finds it again. A build that was stopped continues where it was:
 
-    FOLDER/documents/00000.documents ...   the corpus, then `repeats.npy` and `done.json`, which says it is complete
+    FOLDER/documents/00000.documents ...   the corpus, then `repeats.npy` and `done.json`, which says it is complete,
+                                           with the checksums of these and of the tokenizer
     FOLDER/tokenizer.json
     FOLDER/train, FOLDER/heldout           token shards (`minglm.data.store.shards`)
     FOLDER/about.json                      what was done, for the log
@@ -28,18 +29,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from minglm.chat import render, render_text
-from minglm.common.files import atomic_path, write_json
+from minglm.chat import render_text
+from minglm.common.files import atomic_path
 from minglm.common.threads import thread_count
 from minglm.config.data import Quality
 from minglm.config.run import RunConfig, to_dict
 from minglm.data.cleaning import classifier, quality, selection
 from minglm.data.cleaning.classifier import MarkedDocument
 from minglm.data.cleaning.decontaminate import Index
+from minglm.data.dialogues import Conversation, examples
 from minglm.data.sources import corpus
 from minglm.data.sources.files import Skipped
 from minglm.data.store import shards
 from minglm.data.store.documents import Document, chunk_path, read_documents, write_documents
+from minglm.data.store.sealed import file_checksum, read_sealed, write_sealed
 from minglm.data.tokenization import FimOptions, ShardTask, token_dtype, write_shards
 from minglm.data.tokenizer import Tokenizer
 from minglm.data.workers import Executor, map_tasks
@@ -47,11 +50,8 @@ from minglm.data.workers import Executor, map_tasks
 MARKED_PER_KIND = 2000
 """Documents of each kind that the rubric marks for the classifier."""
 
-FORMAT = 3
+FORMAT = 4
 """Shards of another format are built again."""
-
-Conversation = tuple[list[dict], Sequence[dict], bool]
-"""Messages, tools and thinking: the arguments of `minglm.chat.render`."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def prepare(
 ) -> PreparedData:
     """Return the data of a run, from `folder` or built there.
 
-    A build that was stopped continues, and a shard that was cut short is made again.
+    A build that was stopped continues, and a file that was damaged is made again.
 
     Args:
         tasks: what the environments contribute.
@@ -115,64 +115,79 @@ def prepare(
         "seed": run.seed,
         "format": FORMAT,
     }
-    about_path = folder / "about.json"
     splits = [folder / "train", folder / "heldout"]
     for split in splits:
-        if shards.chunk_numbers(split, key) is not None:
-            for number, fault in shards.find_damage(split).items():
-                print(f"minglm: {fault}; it is built again", file=sys.stderr)
-                shards.discard_chunk(split, number)
-    complete = all(shards.chunk_numbers(split, key) is not None for split in splits)
-    if not complete or not about_path.exists():
+        for number, fault in shards.find_damage(split).items():
+            print(f"minglm: {fault}; it is built again", file=sys.stderr)
+            shards.discard_chunk(split, number)
+    about = read_sealed(folder / "about.json")
+    shard_key = _shard_key(key, folder)
+    complete = all(shards.chunk_numbers(split, shard_key) is not None for split in splits)
+    if not complete or about is None:
         workers = Workers(executor, thread_count(run.threads))
-        build(run, folder, key, tasks, workers)
-    train, heldout = (shards.load_shards(split, key) for split in splits)
+        about = build(run, folder, key, tasks, workers)
+    train, heldout = (shards.load_shards(split, _shard_key(key, folder)) for split in splits)
     assert train is not None and heldout is not None
     _check_mixtures(run, train)
-    about = json.loads(about_path.read_text())
     return PreparedData(Tokenizer.load(folder / "tokenizer.json"), train, heldout, about)
 
 
-def build(run: RunConfig, folder: Path, key: Any, tasks: TaskData, workers: Workers) -> None:
-    """Write documents, tokenizer and shards of a run under `folder`, unless they are there under this key."""
+def _shard_key(key: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return what shards are made from: what the documents are, and the tokenizer, whose ids they hold."""
+    return {**key, "tokenizer": file_checksum(folder / "tokenizer.json")}
+
+
+def build(
+    run: RunConfig, folder: Path, key: dict[str, Any], tasks: TaskData, workers: Workers
+) -> dict[str, Any]:
+    """Write documents, tokenizer and shards of a run under `folder`, unless they are there under this key.
+
+    Returns what was done, for the log, and writes it to about.json.
+    """
     began = time.time()
     solved = tasks.solved()
-    documents = folder / "documents"
     tokenizer_path = folder / "tokenizer.json"
 
-    done = _read_done(documents, key)
+    done = _read_done(folder, key)
     if done is None:
         done = _build_documents(run, folder, key, tasks, solved, workers)
 
-    shard_tasks = plan_shards(run, folder, key, done["chunks"])
+    shard_key = _shard_key(key, folder)
+    shard_tasks = plan_shards(run, folder, shard_key, done["chunks"])
     paths = [Path(task.path) for task in shard_tasks]
     workers.map(write_shards, shard_tasks, "tokenize", paths)
     # The solved tasks are the last chunk of the training shards.
-    if shards.chunk_entries(folder / "train", done["chunks"], key) is None:
+    if shards.chunk_entries(folder / "train", done["chunks"], shard_key) is None:
         tokenizer = Tokenizer.load(tokenizer_path)
-        save_solutions(solved, tokenizer, folder / "train", done["chunks"], key)
-    shards.write_index(folder / "heldout", range(done["chunks"]), key)
-    shards.write_index(folder / "train", range(done["chunks"] + 1), key)
+        save_solutions(solved, tokenizer, folder / "train", done["chunks"], shard_key)
+    shards.write_index(folder / "heldout", range(done["chunks"]), shard_key)
+    shards.write_index(folder / "train", range(done["chunks"] + 1), shard_key)
 
     totals = shards.source_totals(folder / "train")
     about: dict[str, Any] = {"tokens": {source: total.tokens for source, total in totals.items()}}
     for name in ("documents", "cleaning", "skipped", "skipped_log"):
         about[name] = done[name]
     about["seconds"] = round(time.time() - began, 1)
-    write_json(folder / "about.json", about)
+    write_sealed(folder / "about.json", about)
     if done["skipped"]:
         message = f"{done['skipped']:,} records could not be used; see {done['skipped_log']}"
         print(f"minglm: {message}", file=sys.stderr)
+    return about
 
 
-def _read_done(documents: Path, key: Any) -> dict[str, Any] | None:
-    """Return what was noted when the documents under this key were complete, or None if they are not."""
-    try:
-        done = json.loads((documents / "done.json").read_text())
-        complete = done["key"] == json.loads(json.dumps(key))
-    except (OSError, ValueError, KeyError):
+def _read_done(folder: Path, key: Any) -> dict[str, Any] | None:
+    """Return what was noted when the documents under this key were complete, or None if they are not, or changed."""
+    done = read_sealed(folder / "documents" / "done.json")
+    if done is None or done["key"] != json.loads(json.dumps(key)):
         return None
-    return done if complete else None
+    for name, checksum in done["files"].items():
+        if file_checksum(folder / name) != checksum:
+            print(
+                f"minglm: damaged {folder / name}; the sources are read again to build it",
+                file=sys.stderr,
+            )
+            return None
+    return done
 
 
 def _build_documents(
@@ -197,15 +212,17 @@ def _build_documents(
     with atomic_path(documents / "repeats.npy") as temporary, open(temporary, "wb") as file:
         np.save(file, repeats)
 
+    files = [*paths, documents / "repeats.npy", folder / "tokenizer.json"]
     done = {
         "key": key,
+        "files": {f"{path.relative_to(folder)}": file_checksum(path) for path in files},
         "chunks": len(paths),
         "documents": report.pop("documents"),
         "cleaning": report,
         "skipped": skipped.count,
         "skipped_log": f"{skipped.path}" if skipped.count else "",
     }
-    write_json(documents / "done.json", done)
+    write_sealed(documents / "done.json", done)
     return done
 
 
@@ -351,15 +368,18 @@ def save_solutions(
     number: int,
     key: Any,
 ) -> None:
-    """Write solved tasks as one chunk of the training shards."""
+    """Write solved tasks as one chunk of the training shards, one document a user turn; see `dialogues`."""
     dtype = token_dtype(tokenizer)
     arrays = {}
+    masks = {}
     sizes = {}
     for environment, conversations in solved.items():
         source = f"tasks:{environment}"
-        arrays[source] = [np.array(render(tokenizer, *c).ids, dtype) for c in conversations]
-        sizes[source] = sum(len(render_text(*c).encode()) for c in conversations)
-    shards.write_chunk(folder, number, arrays, key, sizes)
+        found = [example for c in conversations for example in examples(tokenizer, *c)]
+        arrays[source] = [example.tokens_S.astype(dtype) for example in found]
+        masks[source] = [example.mask_S for example in found]
+        sizes[source] = sum(len(tokenizer.bytes(example.tokens_S)) for example in found)
+    shards.write_chunk(folder, number, arrays, key, sizes, masks)
 
 
 def training_texts(paths: Iterable[Path], repeats: np.ndarray) -> Iterator[str]:

@@ -84,8 +84,8 @@ class Mixture:
         Args:
             sources: {name: documents}; every document brings its end token.
             weights: {name: relative weight in tokens}; sources without a weight are not drawn.
-            masks: {name: boolean arrays, one per document}, False for tokens that are not targets, such as a user's
-                turn. In a source without masks every token is a target.
+            masks: {name: boolean arrays, one per document}, or a `Shard` of them; False for tokens that are not targets,
+                such as a user's turn. In a source without masks every token is a target.
             pad: id that fills up rows.
 
         Raises:
@@ -106,7 +106,7 @@ class Mixture:
                 raise ValueError(
                     f"source {name!r} has no tokens; take it out of the mixture or add documents to it"
                 )
-            if name in self.masks and [len(m) for m in self.masks[name]] != lengths.tolist():
+            if name in self.masks and not np.array_equal(_lengths(self.masks[name]), lengths):
                 raise ValueError(
                     f"masks of source {name!r} do not have the lengths of its documents"
                 )

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from minglm.common.files import write_json
-from minglm.data.build import Conversation
+from minglm.data.dialogues import Conversation
 from minglm.envs import ENVIRONMENTS
 from minglm.envs.base import Message, Task
 from minglm.envs.pathology import PathologyPrompts, corrupt

@@ -28,7 +28,7 @@ from minglm.kernels import dispatch
 from minglm.recipe.context import RunContext
 from minglm.recipe.evaluation import evaluate
 from minglm.recipe.solutions import task_data
-from minglm.recipe.stages import Stage, is_done, plan_stages
+from minglm.recipe.stages import Stage, is_done, long_row, plan_stages
 from minglm.recipe.training import train_stage
 from minglm.report.records import (
     DataRecord,
@@ -144,6 +144,7 @@ class RecipeRunner:
                 tokens=stage.tokens,
                 sequence_length=stage.sequence_length,
                 learning_rate=stage.learning_rate,
+                note=long_row(stage),
             )
             self.log.write(begin)
         trained = train_stage(self.context, stage, model, base_state)

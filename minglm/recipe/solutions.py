@@ -1,7 +1,8 @@
 """Draw solved tasks for mid-training, and the texts that training data must not contain (paper 2.3)."""
 
 from minglm.config import RunConfig
-from minglm.data.build import Conversation, TaskData
+from minglm.data.build import TaskData
+from minglm.data.dialogues import Conversation
 from minglm.envs import ENVIRONMENTS
 from minglm.eval.tasks import TEST_SEED
 

@@ -357,4 +357,24 @@ def table(run: RunConfig, stages: Sequence[Stage], speed: float) -> str:
         words = [cell.ljust(width) for cell, width in zip(row[:2], widths)]
         numbers = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:])]
         lines.append("  ".join([*words, *numbers]))
-    return "\n".join([f"{run.name}, config {run.hash()}", *lines])
+    notes = [note for stage in stages if (note := long_row(stage))]
+    return "\n".join([f"{run.name}, config {run.hash()}", *lines, *notes])
+
+
+def long_row(stage: Stage) -> str | None:
+    """Return a line that says so where a step trains more tokens than the config asks for: it has at least one row."""
+    match stage:
+        case PretrainStage(phase=phase):
+            tokens = max(
+                phase.batch_tokens(seen) for seen in (phase.start, phase.start + phase.tokens)
+            )
+        case ColdStartStage(config=config) | UnifiedStage(config=config):
+            tokens = config.batch_tokens
+        case _:
+            return None
+    if tokens >= stage.sequence_length:
+        return None
+    return (
+        f"{stage.name}: a step trains {stage.sequence_length:,} tokens, one row, "
+        f"where {tokens:,} are configured (batch_tokens)"
+    )

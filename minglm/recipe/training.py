@@ -9,11 +9,13 @@ Each function trains the model that it is given in place and returns what the st
 weights: the tokens trained on, and after pre-training the state of the optimizer.
 """
 
+import sys
 from functools import partial
 from typing import Any
 
 from minglm.common.device import measured_flops, pick_dtype
 from minglm.config import Packing, SFTConfig
+from minglm.data.dialogues import examples
 from minglm.data.mixture import Mixture
 from minglm.envs import ENVIRONMENTS
 from minglm.model.glm import GLM
@@ -28,7 +30,13 @@ from minglm.recipe.conversations import (
 )
 from minglm.recipe.evaluation import measure_bits
 from minglm.recipe.stages import ColdStartStage, PretrainStage, RLStage, Stage, UnifiedStage
-from minglm.report.records import RejectionRecord, RLRecord, read_records, select
+from minglm.report.records import (
+    ConversationsRecord,
+    RejectionRecord,
+    RLRecord,
+    read_records,
+    select,
+)
 from minglm.rl.episode import Player, SamplingSettings
 from minglm.rl.loop import TaskSchedule
 from minglm.rl.loop import reinforce as reinforcement_loop
@@ -67,13 +75,15 @@ def pretrain(
     optimizer = Muon(model, run.optimizer)
     if base_state is not None:
         optimizer.load_state_dict(base_state["optimizer"])
+    masks = {name: shard.masks for name, shard in context.shards.items()}
     stream = Mixture(
         context.shards,
         stage.config.mixture,
         stage.config.sequence_length,
         stage.config.packing,
         stage.seed,
-        pad=context.tokenizer.pad,
+        {name: mask for name, mask in masks.items() if mask is not None},
+        context.tokenizer.pad,
     )
     _run_trainer(
         context,
@@ -92,22 +102,31 @@ def fine_tune(
 ) -> State:
     """Fine-tune on conversations, each of them `config.epochs` times; sources are drawn by their tokens (paper 3.1).
 
-    Conversations longer than a row are left out. Raises ValueError where none is left.
+    Examples longer than a row are left out, counted in the log. Raises ValueError where none is left.
     """
     tokens = {}
     masks = {}
+    counts = {}
+    too_long = {}
     for environment, group in conversations.items():
-        examples = [
-            example
-            for messages, tools, thinking in group
-            for example in sft.examples(context.tokenizer, messages, tools, thinking)
-            if len(example.tokens_S) <= config.sequence_length
-        ]
-        if examples:
-            tokens[environment] = tuple(example.tokens_S for example in examples)
-            masks[environment] = tuple(example.mask_S for example in examples)
+        found = [example for c in group for example in examples(context.tokenizer, *c)]
+        fitting = [e for e in found if len(e.tokens_S) <= config.sequence_length]
+        counts[environment] = len(found)
+        if len(fitting) < len(found):
+            too_long[environment] = len(found) - len(fitting)
+        if fitting:
+            tokens[environment] = tuple(example.tokens_S for example in fitting)
+            masks[environment] = tuple(example.mask_S for example in fitting)
     if not tokens:
         raise ValueError(f"{name}: no conversation fits sequence_length = {config.sequence_length}")
+    if not context.checkpoints.is_interrupted(name):  # a resumed stage has logged it already
+        context.log.write(ConversationsRecord(stage=name, examples=counts, too_long=too_long))
+    for environment, count in too_long.items():
+        print(
+            f"minglm: {name}: {count:,} of {counts[environment]:,} examples of {environment} are left out, "
+            f"longer than sequence_length = {config.sequence_length:,}",
+            file=sys.stderr,
+        )
     weights = {environment: float(sum(map(len, group))) for environment, group in tokens.items()}
     phase = sft.phase(name, config, context.run, int(config.epochs * sum(weights.values())))
     stream = Mixture(

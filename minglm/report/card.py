@@ -16,6 +16,7 @@ from minglm.report.curves import FIGURES
 from minglm.report.drawing import label, thousands
 from minglm.report.records import (
     BitsPerByteRecord,
+    ConversationsRecord,
     DataRecord,
     EndRecord,
     EvaluationRecord,
@@ -237,6 +238,11 @@ def markdown(records: Sequence[Record], figures: Sequence[str] = ()) -> str:
     rejections: list[Row] = []
     for rejection in select(records, RejectionRecord):
         rejections += rejection.counts.items()
+    left_out = [
+        (label(r.stage), environment, f"{count:,}", f"{r.examples[environment]:,}")
+        for r in select(records, ConversationsRecord)
+        for environment, count in r.too_long.items()
+    ]
     bits = [
         (label(r.stage), r.source, f"{r.value:.3f}") for r in select(records, BitsPerByteRecord)
     ]
@@ -254,6 +260,7 @@ def markdown(records: Sequence[Record], figures: Sequence[str] = ()) -> str:
             "Training",
             picture("loss"),
             picture("load"),
+            table(("stage", "environment", "longer than a row, left out", "of"), left_out),
             table(("after", "source", "bits per byte"), bits),
             table(("after", "MTP drafts accepted"), acceptance),
         ),

@@ -81,6 +81,8 @@ class StageBeginRecord(StageRecord):
     """Positions of a row; for RL the bound on one answer, in tokens."""
     learning_rate: float
     """Peak learning rate."""
+    note: str | None = None
+    """What differs from the config: a row longer than a step; absent otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,6 +322,21 @@ class RejectionRecord(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConversationsRecord(StageRecord):
+    """What a stage of fine-tuning learns from: one example for each user turn of a conversation."""
+
+    kind: ClassVar[str] = "conversations"
+    examples: dict[str, int]
+    """Examples of each environment."""
+    too_long: dict[str, int]
+    """Those of them that were left out, because they are longer than a row.
+
+    Healthy: empty
+    Broken: all examples of an environment: it is not learned; raise `sequence_length`
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationRecord(StageRecord):
     """Scores of one environment's held-out tasks after a stage."""
 
@@ -474,6 +491,7 @@ RECORDS: dict[str, type[Record]] = {
         RollbackRecord,
         RLRecord,
         RejectionRecord,
+        ConversationsRecord,
         EvaluationRecord,
         SampleRecord,
         PathologyRecord,

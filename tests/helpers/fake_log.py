@@ -6,6 +6,7 @@ import random
 
 from minglm.report.records import (
     BitsPerByteRecord,
+    ConversationsRecord,
     DataRecord,
     EndRecord,
     EvaluationRecord,
@@ -166,6 +167,9 @@ def posttraining_records(rng):
             yield evaluation(f"{expert}.rl", env, group, True, after, valid_calls=calls)
     yield RejectionRecord(
         counts={"drawn": 4000, "wrong": 1300, "format": 60, "repetition": 12, "kept": 2628}
+    )
+    yield ConversationsRecord(
+        stage="unified", examples={"code": 900, "retail": 800}, too_long={"retail": 35}
     )
     yield from training(rng, "unified", 400_000, 60, 0, 2.2, 0.8, late=True)
     yield stage_end("unified", 60.0, 400_000)

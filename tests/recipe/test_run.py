@@ -446,3 +446,28 @@ def test_conversations_that_do_not_fit_are_left_out(context):
         ValueError, match=r"reasoning\.sft: no conversation fits sequence_length = 4"
     ):
         fine_tune(context, "reasoning.sft", short, None, {"arithmetic": [(messages, (), False)]})
+
+
+def test_examples_longer_than_a_row_are_counted(context, monkeypatch, capsys):
+    """The log says how many examples of which environment are missing; an environment without any is named too."""
+    monkeypatch.setattr("minglm.recipe.training._run_trainer", lambda *args, **options: None)
+    monkeypatch.setattr("minglm.recipe.training.Muon", lambda *args: None)
+
+    def conversation(words):
+        messages = [
+            {"role": "user", "content": "1+1="},
+            {"role": "assistant", "content": "2 " * words},
+        ]
+        return messages, (), False
+
+    config = dataclasses.replace(small().posttraining.reasoning.sft, sequence_length=64)
+    conversations = {
+        "arithmetic": [conversation(1), conversation(100), conversation(2)],
+        "code": [conversation(100)],
+    }
+    fine_tune(context, "reasoning.sft", config, None, conversations)
+    record = select(read_records(context.log.path), ConversationsRecord)[-1]
+    assert record.stage == "reasoning.sft"
+    assert record.examples == {"arithmetic": 3, "code": 1}
+    assert record.too_long == {"arithmetic": 1, "code": 1}
+    assert "1 of 1 examples of code are left out" in capsys.readouterr().err

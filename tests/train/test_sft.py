@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from minglm.chat import render
 from minglm.config import SFTConfig, load_config
+from minglm.data import dialogues
 from minglm.data.mixture import Mixture
 from minglm.envs import ENVIRONMENTS
 from minglm.testing.strategies import seeds
@@ -58,7 +59,7 @@ def spoken(message, thinking):
 def test_targets_are_what_the_assistant_says_last(conversation, tokenizer):
     """One example per user turn; its targets spell the assistant's messages after that turn, and nothing before."""
     tokenizer, (messages, tools, thinking) = tokenizer(), conversation
-    found = sft.examples(tokenizer, messages, tools, thinking)
+    found = dialogues.examples(tokenizer, messages, tools, thinking)
     starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
     assert len(found) == len(starts)
     for (tokens, mask), start, end in zip(found, starts, [*starts[1:], len(messages)]):
@@ -76,19 +77,19 @@ def test_targets_are_what_the_assistant_says_last(conversation, tokenizer):
 def test_a_question_without_an_answer_is_no_example(conversation):
     """A user turn at the end, or two in a row, add nothing to learn."""
     messages, tools, thinking = conversation
-    expected = sft.examples(byte_tokenizer(), messages, tools, thinking)
+    expected = dialogues.examples(byte_tokenizer(), messages, tools, thinking)
     asked = [*messages, {"role": "user", "content": "And?"}]
     for longer in (asked, [*asked, {"role": "user", "content": "Hello?"}]):
-        found = sft.examples(byte_tokenizer(), longer, tools, thinking)
+        found = dialogues.examples(byte_tokenizer(), longer, tools, thinking)
         assert len(found) == len(expected)
         assert all((a == c).all() and (b == d).all() for (a, b), (c, d) in zip(found, expected))
-    assert sft.examples(byte_tokenizer(), messages[:1], tools, thinking) == []
+    assert dialogues.examples(byte_tokenizer(), messages[:1], tools, thinking) == []
 
 
 def test_thinking_off_trains_no_thought():
     """Without thinking the empty think tags belong to the prompt, and no think token is a target."""
     messages = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
-    ((tokens, mask),) = sft.examples(byte_tokenizer(), messages, thinking=False)
+    ((tokens, mask),) = dialogues.examples(byte_tokenizer(), messages, thinking=False)
     think = [byte_tokenizer().special[tag] for tag in ("<think>", "</think>")]
     assert set(think) <= set(tokens[~mask].tolist()) and not set(think) & set(tokens[mask].tolist())
     assert byte_tokenizer().special["/nothink"] in tokens
@@ -101,7 +102,7 @@ def test_every_demonstration_can_be_learned(seed, thinking):
         if name == "code":
             continue  # its oracle runs programs, which takes long; the format is that of the others
         task = environment.task(0, seed)
-        found = sft.examples(
+        found = dialogues.examples(
             byte_tokenizer(), environment.demonstrate(task, thinking), task.tools, thinking
         )
         assert found
@@ -113,7 +114,7 @@ def test_every_demonstration_can_be_learned(seed, thinking):
 @given(st.lists(conversations(), min_size=1, max_size=4), seeds)
 def test_packed_rows_keep_the_targets(drawn, seed):
     """Best-fit rows of these examples: the targets of each document in a row are those of one example, and none is lost."""
-    pairs = [pair for c in drawn for pair in sft.examples(byte_tokenizer(), *c)]
+    pairs = [pair for c in drawn for pair in dialogues.examples(byte_tokenizer(), *c)]
     documents, masks = [t for t, _ in pairs], [m for _, m in pairs]
     longest = max(map(len, documents))
     stream = Mixture(

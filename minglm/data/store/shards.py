@@ -1,18 +1,24 @@
-"""Token shards on disk: memory-mapped files with an index and checksums (paper 2.2).
+"""Token shards on disk: arrays with an index and checksums (paper 2.2).
 
     FOLDER/00003.01.tokens.npy   all ids of one source in chunk 3 of the corpus, one document after the other
     FOLDER/00003.01.ends.npy     the position where each of its documents ends
-    FOLDER/00003.json            the shards of chunk 3: source, documents, tokens, bytes of text, checksums
+    FOLDER/00003.01.targets.npy  which of the ids are trained on; only for sources where not all are
+    FOLDER/00003.json            the shards of chunk 3: source, documents, tokens, bytes of text, files, checksums
     FOLDER/index.json            written last: the numbers of all chunks; a folder with an index is complete
 
 The shards of a chunk are written by one process that needs nothing from the others. So any number of processes work at
-once, a build that was killed continues with the missing chunks, and a file that was cut short is rebuilt alone. Ids
+once, a build that was killed continues with the missing chunks, and a file that was damaged is rebuilt alone. Ids
 are uint16 if the vocabulary allows it, else uint32.
 
-Choices: .npy files, because every program that knows numpy can memory-map them; a chunk has some megabytes, so there
-are few files and each is read in long runs. CRC-32 detects damage, not malice.
+Choices:
+- .npy files, because every program that knows numpy can read them; a chunk has some megabytes, so there are few files
+  and each is read in long runs.
+- A file is open only while it is read, so the number of chunks is not bounded by that of open files.
+- A file is compared with its checksum when it is first read from. So no damaged token is trained on, and opening a
+  large folder stays cheap. CRC-32 detects damage, not malice.
 """
 
+import io
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,16 +27,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minglm.common.files import atomic_path, write_json
+from minglm.common.files import atomic_path
+from minglm.data.store.sealed import read_sealed, write_sealed
+
+VERIFIED_BYTES = 2**30
+"""The files of a smaller folder are compared with their checksums each time it is opened."""
 
 
-class ShardFiles(NamedTuple):
-    """The two arrays of one source in one chunk."""
+class DamagedShard(ValueError):
+    """A file of token shards that is missing or is not as it was written."""
 
-    tokens: np.ndarray
-    """uint16 or uint32: the ids of all documents, concatenated; memory-mapped."""
-    ends: np.ndarray
-    """int64: the position in `tokens` where each document ends."""
+    def __init__(self, path: Path, why: str):
+        self.fault = f"damaged token shard {path}: {why}"
+        super().__init__(f"{self.fault}; minglm data CONFIG --verify builds it again")
+
+
+class FileSeal(NamedTuple):
+    """What a file had when it was written."""
+
+    dtype: str
+    size: int
+    """Bytes, the header of numpy included."""
+    crc32: int
 
 
 class ShardEntry(NamedTuple):
@@ -43,8 +61,8 @@ class ShardEntry(NamedTuple):
     tokens: int
     bytes: int
     """Bytes of UTF-8 text that the tokens were made from."""
-    crc32: list[int]
-    """Checksums of tokens and ends."""
+    files: dict[str, FileSeal]
+    """By the middle of their name: tokens, ends, and perhaps targets."""
 
 
 class SourceTotals(NamedTuple):
@@ -55,11 +73,71 @@ class SourceTotals(NamedTuple):
     bytes: int
 
 
+class ArrayFile:
+    """A one-dimensional array in an .npy file, of which slices are read."""
+
+    def __init__(self, path: Path, length: int, seal: FileSeal):
+        self.path = path
+        self.length = length
+        self.seal = seal
+        self.dtype = np.dtype(seal.dtype)
+        self._is_verified = False
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Return a slice. Raises `DamagedShard` if the file is not as it was written."""
+        if not self._is_verified:
+            self.verify()
+        start, stop, step = part.indices(self.length)
+        assert step == 1, "an array in a file is read in order"
+        # The header has never to be understood: what the file holds is known.
+        header = self.seal.size - self.length * self.dtype.itemsize
+        offset = header + start * self.dtype.itemsize
+        try:
+            return np.fromfile(self.path, self.dtype, max(0, stop - start), offset=offset)
+        except OSError as error:
+            raise DamagedShard(self.path, error.strerror or str(error)) from None
+
+    def check_size(self) -> None:
+        """Raise `DamagedShard` if the file is missing or has another size; nothing is read."""
+        try:
+            size = self.path.stat().st_size
+        except OSError as error:
+            raise DamagedShard(self.path, error.strerror or str(error)) from None
+        if size != self.seal.size:
+            why = f"it has {size:,} bytes and was written with {self.seal.size:,}"
+            raise DamagedShard(self.path, why)
+
+    def verify(self) -> None:
+        """Read the whole file. Raises `DamagedShard` if its checksum is another one."""
+        self.check_size()
+        try:
+            checksum = zlib.crc32(self.path.read_bytes())
+        except OSError as error:
+            raise DamagedShard(self.path, error.strerror or str(error)) from None
+        if checksum != self.seal.crc32:
+            raise DamagedShard(self.path, "wrong checksum")
+        self._is_verified = True
+
+
+class ShardFiles(NamedTuple):
+    """The arrays of one source in one chunk."""
+
+    tokens: np.ndarray | ArrayFile
+    """uint16 or uint32: the ids of all documents, concatenated."""
+    ends: np.ndarray
+    """int64: the position in `tokens` where each document ends."""
+    targets: np.ndarray | ArrayFile | None = None
+    """bool: the ids that are trained on; None: all."""
+
+
 class Shard(Sequence[np.ndarray]):
     """The documents of one source: a sequence of integer arrays, stored in any number of chunks."""
 
-    def __init__(self, chunks: Sequence[ShardFiles | tuple[np.ndarray, np.ndarray]]):
-        self.chunks = [ShardFiles(*chunk) for chunk in chunks]
+    def __init__(self, chunks: Sequence[ShardFiles]):
+        self.chunks = list(chunks)
         counts = [len(chunk.ends) for chunk in self.chunks]
         # first_document[k] is the index of the first document of chunk k; the last entry is the total.
         self.first_document = np.cumsum([0, *counts])
@@ -83,9 +161,15 @@ class Shard(Sequence[np.ndarray]):
         lengths = [np.diff(chunk.ends, prepend=0) for chunk in self.chunks]
         return np.concatenate(lengths or [np.zeros(0, np.int64)])
 
-
-def _checksum(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data)
+    @property
+    def masks(self) -> "Shard | None":
+        """Return for each document which of its tokens are trained on, or None where all are."""
+        chunks = [
+            ShardFiles(chunk.targets, chunk.ends)
+            for chunk in self.chunks
+            if chunk.targets is not None
+        ]
+        return Shard(chunks) if chunks and len(chunks) == len(self.chunks) else None
 
 
 def _entries_path(folder: Path | str, number: int) -> Path:
@@ -96,9 +180,13 @@ def _index_path(folder: Path | str) -> Path:
     return Path(folder) / "index.json"
 
 
-def _save_array(path: Path, array: np.ndarray) -> None:
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array)
+def _save_array(path: Path, array: np.ndarray) -> FileSeal:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    data = buffer.getvalue()
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+    return FileSeal(array.dtype.str, len(data), zlib.crc32(data))
 
 
 def write_chunk(
@@ -107,6 +195,7 @@ def write_chunk(
     documents_by_source: Mapping[str, Sequence[np.ndarray]],
     key: Any,
     text_bytes: Mapping[str, int] | None = None,
+    masks_by_source: Mapping[str, Sequence[np.ndarray]] | None = None,
 ) -> None:
     """Write the shards of one chunk.
 
@@ -114,25 +203,33 @@ def write_chunk(
         documents_by_source: {source: integer arrays, one a document}.
         key: any JSON value that describes what the tokens were made from.
         text_bytes: {source: bytes of text}, for the record.
+        masks_by_source: {source: boolean arrays, one a document}, False for tokens that are not trained on; in a source
+            without masks all are.
     """
     folder = Path(folder)
     entries = []
     for place, (source, documents) in enumerate(documents_by_source.items()):
         ends = np.cumsum([len(d) for d in documents], dtype=np.int64)
         tokens = np.concatenate(documents) if len(documents) else np.zeros(0, dtype=np.uint16)
+        arrays = {"tokens": tokens, "ends": ends}
+        masks = (masks_by_source or {}).get(source)
+        if masks:
+            arrays["targets"] = np.concatenate(masks)
         name = f"{number:05d}.{place:02d}"
-        _save_array(folder / f"{name}.tokens.npy", tokens)
-        _save_array(folder / f"{name}.ends.npy", ends)
+        seals = {
+            kind: _save_array(folder / f"{name}.{kind}.npy", array)
+            for kind, array in arrays.items()
+        }
         entry = ShardEntry(
             source=source,
             name=name,
             documents=len(ends),
             tokens=len(tokens),
             bytes=(text_bytes or {}).get(source, 0),
-            crc32=[_checksum(tokens), _checksum(ends)],
+            files=seals,
         )
         entries.append(entry._asdict())
-    write_json(_entries_path(folder, number), {"key": key, "shards": entries})
+    write_sealed(_entries_path(folder, number), {"key": key, "shards": entries})
 
 
 def _same_key(saved: Any, key: Any) -> bool:
@@ -141,65 +238,81 @@ def _same_key(saved: Any, key: Any) -> bool:
 
 
 def chunk_entries(folder: Path | str, number: int, key: Any = None) -> list[ShardEntry] | None:
-    """Return the entries of a chunk, or None if it is missing or was written under another key."""
+    """Return the entries of a chunk, or None if it is missing, damaged, or was written under another key."""
+    saved = read_sealed(_entries_path(folder, number))
     try:
-        saved = json.loads(_entries_path(folder, number).read_text())
         if not _same_key(saved["key"], key):
             return None
-        return [ShardEntry(**entry) for entry in saved["shards"]]
-    except (OSError, ValueError, KeyError, TypeError):  # absent, or cut short
+        entries = []
+        for values in saved["shards"]:
+            seals = {kind: FileSeal(*seal) for kind, seal in values["files"].items()}
+            entries.append(ShardEntry(**{**values, "files": seals}))
+        return entries
+    except (KeyError, TypeError, AttributeError):  # absent, or of another format
         return None
 
 
 def write_index(folder: Path | str, numbers: Iterable[int], key: Any) -> None:
     """Declare a folder complete: write the index with the numbers of its chunks."""
-    write_json(_index_path(folder), {"key": key, "chunks": list(numbers)})
+    write_sealed(_index_path(folder), {"key": key, "chunks": list(numbers)})
 
 
 def chunk_numbers(folder: Path | str, key: Any = None) -> list[int] | None:
     """Return the numbers of a complete folder's chunks, or None without an index or with one of another key."""
+    saved = read_sealed(_index_path(folder))
     try:
-        saved = json.loads(_index_path(folder).read_text())
         return saved["chunks"] if _same_key(saved["key"], key) else None
-    except (OSError, ValueError, KeyError):
+    except (KeyError, TypeError):
         return None
 
 
-def _read_files(folder: Path | str, entry: ShardEntry) -> ShardFiles:
-    path = Path(folder) / f"{entry.name}.tokens.npy"
-    try:
-        # numpy cannot map an empty file into memory.
-        tokens = np.load(path, mmap_mode="r" if entry.tokens else None)
-        ends = np.load(path.with_name(f"{entry.name}.ends.npy"))
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"damaged token shard {path}: {error}") from None
-    complete = len(tokens) == entry.tokens and len(ends) == entry.documents
-    if not complete or (len(ends) and ends[-1] != len(tokens)):
-        raise ValueError(f"damaged token shard {path}: its length is not the one that was written")
-    return ShardFiles(tokens, ends)
+def _array_file(folder: Path | str, entry: ShardEntry, kind: str) -> ArrayFile:
+    length = entry.documents if kind == "ends" else entry.tokens
+    return ArrayFile(Path(folder) / f"{entry.name}.{kind}.npy", length, entry.files[kind])
+
+
+def _open_files(folder: Path | str, entry: ShardEntry) -> ShardFiles:
+    """Open the arrays of one source in one chunk. Raises `DamagedShard` for ends that changed, or another size."""
+    arrays = {kind: _array_file(folder, entry, kind) for kind in entry.files}
+    for array in arrays.values():
+        array.check_size()
+    return ShardFiles(arrays["tokens"], arrays["ends"][:], arrays.get("targets"))
+
+
+def _written_numbers(folder: Path | str) -> list[int]:
+    """Return the numbers of the chunks that are there or should be."""
+    paths = Path(folder).glob("[0-9]*.json")
+    there = {int(path.stem) for path in paths if path.stem.isdigit()}
+    return sorted({*there, *(chunk_numbers(folder) or [])})
 
 
 def find_damage(folder: Path | str, verify: bool = False) -> dict[int, str]:
-    """Return {chunk number: fault} of a complete folder, for files that are missing or cut short.
+    """Return {chunk number: fault} for files that are missing or are not as they were written.
 
-    verify: also compare checksums, which reads every file.
+    Checksums of tokens are compared where the folder has no more than VERIFIED_BYTES, or if `verify` asks for it;
+    otherwise only sizes.
     """
     faults = {}
-    for number in chunk_numbers(folder) or []:
+    entries_of = {}
+    size = 0
+    for number in _written_numbers(folder):
         entries = chunk_entries(folder, number)
         if entries is None:
-            path = _entries_path(folder, number)
-            faults[number] = f"damaged token shard {path}: missing or unreadable"
+            faults[number] = DamagedShard(_entries_path(folder, number), "unreadable").fault
             continue
-        for entry in entries:
-            try:
-                files = _read_files(folder, entry)
-            except ValueError as error:
-                faults[number] = str(error)
-                continue
-            if verify and [_checksum(files.tokens), _checksum(files.ends)] != entry.crc32:
-                path = Path(folder) / f"{entry.name}.tokens.npy"
-                faults[number] = f"damaged token shard {path}: wrong checksum"
+        entries_of[number] = entries
+        size += sum(seal.size for entry in entries for seal in entry.files.values())
+    for number, entries in entries_of.items():
+        try:
+            for entry in entries:
+                for kind in entry.files:
+                    array = _array_file(folder, entry, kind)
+                    if verify or size <= VERIFIED_BYTES or kind == "ends":
+                        array.verify()
+                    else:
+                        array.check_size()
+        except DamagedShard as error:
+            faults[number] = error.fault
     return faults
 
 
@@ -212,19 +325,18 @@ def discard_chunk(folder: Path | str, number: int) -> None:
 def load_shards(folder: Path | str, key: Any = None) -> dict[str, Shard] | None:
     """Return {source: Shard} of a folder that is complete under `key` (None: any key), or None.
 
-    Tokens are memory-mapped. Raises ValueError naming a file that is missing or cut short.
+    Tokens are read when they are asked for. Raises `DamagedShard` naming a file that is missing or cut short.
     """
     numbers = chunk_numbers(folder, key)
     if numbers is None:
         return None
-    faults = find_damage(folder)
-    if faults:
-        first = next(iter(faults.values()))
-        raise ValueError(f"{first}; delete {_index_path(folder)} to build it again")
     files: dict[str, list[ShardFiles]] = {}
     for number in numbers:
-        for entry in chunk_entries(folder, number) or []:
-            files.setdefault(entry.source, []).append(_read_files(folder, entry))
+        entries = chunk_entries(folder, number)
+        if entries is None:
+            raise DamagedShard(_entries_path(folder, number), "unreadable")
+        for entry in entries:
+            files.setdefault(entry.source, []).append(_open_files(folder, entry))
     return {source: Shard(chunks) for source, chunks in files.items()}
 
 
