@@ -18,6 +18,7 @@ Simplified against the paper: its vocabulary has 151,365 entries, trained on tex
 """
 
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -91,6 +92,16 @@ PROBE = "".join(chr(code) for code in range(1, 128)) + "  Größe café\n\t 汉�
 
 SAMPLE_BYTES = 6_000_000
 """Text that merges are counted on, at most: more text hardly changes 2,000 merges."""
+
+COUNTED_WORD = 256
+"""Characters of a word that merges are counted in, at most. The cost of a merge grows with the square of the word, and a
+run of letters without a space, such as a genome, is one word."""
+
+PIECE_CHARACTERS = 250_000
+"""A longer text is encoded in pieces, because the encoder takes about 150 bytes of memory for each byte."""
+
+# Between these every tokenizer of this kind begins a new word: after a line break, and before a space between letters.
+PIECE_ENDS = re.compile(r"(?<=\n)(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])")
 
 # Words carry the space before them; runs of spaces (indentation) and of line breaks are words; a digit is one word.
 WORDS = (
@@ -193,14 +204,14 @@ class Tokenizer:
             raise ValueError(
                 f"vocab_size = {vocab_size}: 256 bytes and 36 special tokens need at least 292"
             )
+        words_of_text = pre_tokenizers.Split(Regex(WORDS), "isolated")
+        pieces_of_word = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{COUNTED_WORD}}}"), "isolated")
+        as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        counting = pre_tokenizers.Sequence([words_of_text, pieces_of_word, as_bytes])
+        encoding = pre_tokenizers.Sequence([words_of_text, as_bytes])
         backend = Backend(models.BPE())
         # The stubs of `tokenizers` declare these two as read-only.
-        backend.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
-            [
-                pre_tokenizers.Split(Regex(WORDS), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        backend.pre_tokenizer = counting  # pyright: ignore[reportAttributeAccessIssue]
         backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
         trainer = trainers.BpeTrainer(
             vocab_size=words_size,
@@ -208,6 +219,7 @@ class Tokenizer:
             show_progress=False,
         )
         backend.train_from_iterator(_sample(texts, sample_bytes), trainer)
+        backend.pre_tokenizer = encoding  # pyright: ignore[reportAttributeAccessIssue]
 
         specification = json.loads(backend.to_str())
         words = specification["model"]["vocab"]
@@ -247,13 +259,20 @@ class Tokenizer:
 
         Half a surrogate pair, which Python strings may hold and UTF-8 may not, is read as U+FFFD.
         """
-        return self._backend.encode(_valid_utf8(text), add_special_tokens=False).ids
+        ids = []
+        for piece in _pieces(_valid_utf8(text)):
+            ids += self._backend.encode(piece, add_special_tokens=False).ids
+        return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, computed on all cores."""
-        texts = [_valid_utf8(text) for text in texts]
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        ids: list[list[int]] = [[] for _ in texts]
+        for batch in _batches(texts):
+            pieces = [piece for _, piece in batch]
+            encodings = self._backend.encode_batch_fast(pieces, add_special_tokens=False)
+            for (n, _), encoding in zip(batch, encodings, strict=True):
+                ids[n] += encoding.ids
+        return ids
 
     def bytes(self, ids: Sequence[int] | Ids, skip_special: bool = False) -> bytes:
         """Return the exact bytes of the ids; special tokens as their names unless skipped.
@@ -320,6 +339,38 @@ def _valid_utf8(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Yield a text in pieces of about PIECE_CHARACTERS, whose ids join to those of the text.
+
+    They end where words end. In a run of letters without an end they end anywhere, and a word is cut in two.
+    """
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        last = start + PIECE_CHARACTERS
+        end = PIECE_ENDS.search(text, last - PIECE_CHARACTERS // 10, last)
+        # The search begins inside the piece, so it never ends at its start.
+        stop = end.start() if end else last
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
+    """Yield batches of about PIECE_CHARACTERS from all texts, as (number of the text, piece of it), in order."""
+    batch = []
+    size = 0
+    for n, text in enumerate(texts):
+        for piece in _pieces(_valid_utf8(text)):
+            batch.append((n, piece))
+            size += len(piece)
+            if size >= PIECE_CHARACTERS:
+                yield batch
+                batch = []
+                size = 0
+    if batch:
+        yield batch
 
 
 def _added_token(token: int, name: str) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The tokenizer: identity on any text, special tokens out of reach of text, exchange with Hugging Face's format."""
 
 import json
+import random
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minglm.data import tokenizer as tokenizer_module
 from minglm.data.tokenizer import SPECIAL_TOKENS, Tokenizer, _sample
 from minglm.testing.data import check_tokenizer
 from minglm.testing.strategies import texts
@@ -18,9 +21,13 @@ CORPUS = [f"def add_{n}(a, b):\n    return a + b + {n}  # the sum, 总和\n" for
 ] * 50
 
 
+TOKENIZER = Tokenizer.train(CORPUS, 512)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.train(CORPUS, 512)
+    """Return a tokenizer of 512 ids."""
+    return TOKENIZER
 
 
 def test_contract_holds(tokenizer):
@@ -215,3 +222,42 @@ def test_bad_input_is_one_clear_line(tokenizer, tmp_path):
     for token in (512, -1):
         with pytest.raises(ValueError, match=f"token id {token}"):
             tokenizer.decode([1, token])
+
+
+@given(
+    st.lists(st.sampled_from(["word", "Wörter 两个", "12345", "\n", "\r\n\n  ", "  ", "!?", " a"])),
+    st.integers(10, 40),
+)
+def test_pieces_have_the_ids_of_the_whole(parts, size):
+    """A long text of words is encoded in pieces, by itself or in a batch, to the ids that it has in one piece."""
+    text = " and so on\n".join(parts)
+    whole = TOKENIZER.encode(text)
+    with pytest.MonkeyPatch.context() as patch:
+        # A tenth of a piece is searched for an end, and every eleven characters there is one.
+        patch.setattr(tokenizer_module, "PIECE_CHARACTERS", 10 * size + 200)
+        assert TOKENIZER.encode(text) == whole
+        assert TOKENIZER.encode_batch([text, "x", text]) == [whole, TOKENIZER.encode("x"), whole]
+
+
+@given(st.text(), st.integers(1, 5))
+def test_pieces_of_any_text_decode_to_it(text, size):
+    """Also where no word ends in a piece, nothing is lost."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "PIECE_CHARACTERS", size)
+        ids = TOKENIZER.encode(text)
+        assert TOKENIZER.encode_batch([text]) == [ids]
+    assert TOKENIZER.decode(ids) == text.encode("utf-8", "replace").decode()
+
+
+@pytest.mark.parametrize("letters", ["ACGT", "01", "两个词", "!?-", " "])
+def test_training_is_linear_in_a_run_of_letters(letters):
+    """Twice as long a run without a word's end takes about twice the time, not four times; 3 leaves room for noise."""
+
+    def seconds(length):
+        text = "".join(random.Random(0).choices(letters, k=length))
+        began = time.process_time()
+        Tokenizer.train([text], 400)
+        return time.process_time() - began
+
+    seconds(1000)  # what is done only once
+    assert seconds(40_000) < 3 * seconds(20_000) + 0.1

@@ -37,6 +37,7 @@ from minglm.recipe.conversations import (
 from minglm.recipe.run import RecipeRunner
 from minglm.recipe.stages import plan_stages
 from minglm.recipe.training import fine_tune
+from minglm.report.records import ConversationsRecord, read_records, select
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pipeline")]
 __all__ = ["copied", "finished"]  # fixtures
