@@ -48,7 +48,15 @@ def summary(folder: Path) -> dict[str, Any]:
     for split in ("train", "heldout"):
         totals = source_totals(folder / split)
         result[split] = {source: total._asdict() for source, total in totals.items()}
-    for name in ("documents", "cleaning", "skipped", "skipped_log", "seconds"):
+    for name in (
+        "documents",
+        "cleaning",
+        "skipped",
+        "skipped_log",
+        "skipped_reasons",
+        "not_read",
+        "seconds",
+    ):
         result[name] = about[name]
     return result
 
@@ -67,6 +75,10 @@ def render(summary: dict[str, Any]) -> list[str]:
     if summary["skipped"]:
         skipped += f"; see {summary['skipped_log']}"
     lines.append(skipped)
+    lines += [f"    {count:,}: {why}" for why, count in (summary["skipped_reasons"] or {}).items()]
+    if summary["not_read"]:
+        kinds = ", ".join(f"{suffix} {count:,}" for suffix, count in summary["not_read"].items())
+        lines.append(f"files of a kind that is not read: {kinds}")
     return lines
 
 

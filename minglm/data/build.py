@@ -50,6 +50,9 @@ from minglm.data.workers import Executor, map_tasks
 MARKED_PER_KIND = 2000
 """Documents of each kind that the rubric marks for the classifier."""
 
+REASONS = 20
+"""The most frequent reasons for skipping a record, that are noted with their counts."""
+
 FORMAT = 4
 """Shards of another format are built again."""
 
@@ -165,7 +168,7 @@ def build(
 
     totals = shards.source_totals(folder / "train")
     about: dict[str, Any] = {"tokens": {source: total.tokens for source, total in totals.items()}}
-    for name in ("documents", "cleaning", "skipped", "skipped_log"):
+    for name in ("documents", "cleaning", "skipped", "skipped_log", "skipped_reasons", "not_read"):
         about[name] = done[name]
     about["seconds"] = round(time.time() - began, 1)
     write_sealed(folder / "about.json", about)
@@ -221,6 +224,8 @@ def _build_documents(
         "cleaning": report,
         "skipped": skipped.count,
         "skipped_log": f"{skipped.path}" if skipped.count else "",
+        "skipped_reasons": dict(skipped.reasons.most_common(REASONS)) or None,
+        "not_read": dict(skipped.not_read.most_common()) or None,
     }
     write_sealed(documents / "done.json", done)
     return done

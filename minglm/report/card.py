@@ -184,6 +184,8 @@ def cleaning_rows(records: Sequence[Record]) -> list[Row]:
 
         where = f", named in {data.skipped_log}" if data.skipped_log else ""
         rows.append((f"records that could not be used{where}", f"{data.skipped:,}"))
+        for suffix, count in (data.not_read or {}).items():
+            rows.append((f"files that are not read, {suffix}", f"{count:,}"))
     return rows
 
 

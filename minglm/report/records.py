@@ -66,6 +66,10 @@ class DataRecord(Record):
     """File that names them; empty when there are none."""
     seconds: float
     """Wall-clock seconds of the preparation."""
+    skipped_reasons: dict[str, int] | None = None
+    """The most frequent reasons why records could not be used; absent when there are none."""
+    not_read: dict[str, int] | None = None
+    """Files in folders of data that are of a kind that is not read, by suffix; absent when there are none."""
 
 
 @dataclass(frozen=True, kw_only=True)

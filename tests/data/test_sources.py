@@ -1,10 +1,17 @@
 """Your own text: every kind of file, bounded memory, bad records counted and named, unreadable files refused."""
 
 import builtins
+import bz2
 import dataclasses
+import gzip
 import json
+import lzma
+import os
+import tempfile
 import tracemalloc
+from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -144,12 +151,9 @@ def test_a_repository_too_long_to_hold_is_not_joined(tmp_path, monkeypatch):
 @given(st.lists(st.text(max_size=30), max_size=12), st.integers(6, 40))
 def test_pieces_of_a_long_text_join_to_it(lines, size):
     """Read in pieces of any size, a text is the text as Python reads it, and no character is cut in two."""
-    import tempfile
-    from pathlib import Path
-
     text = "\n".join(lines).encode("utf-8", "replace")
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "PIECE_BYTES", size)
+        patch.setattr(files, "PIECE_CHARACTERS", size)
         path = Path(folder) / "long.txt"
         path.write_bytes(text)
         found = list(user_files([path]))
@@ -172,7 +176,7 @@ def test_lines_of_a_stream_do_not_depend_on_its_chunks(data, size, longest):
 @pytest.mark.parametrize("name", ["big.jsonl", "big.jsonl.zst", "big.parquet", "big.txt"])
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, name):
     """Of a file of 24 MB no more than 6 MB are held at any time (256 rows of parquet, a megabyte of bytes, a piece)."""
-    monkeypatch.setattr(files, "PIECE_BYTES", 2**20)
+    monkeypatch.setattr(files, "PIECE_CHARACTERS", 2**20)
     path, line = tmp_path / name, "some words and some more of them, " * 60 + "\n"
     if name.endswith(".txt"):
         path.write_text(line * 12_000)
@@ -304,7 +308,7 @@ def test_missing_and_empty_paths_are_named(tmp_path):
 
 def test_documents_of_a_file_are_held_out_together(tmp_path, monkeypatch):
     """The pieces of a long text are all in training or all held out."""
-    monkeypatch.setattr(files, "PIECE_BYTES", 8)
+    monkeypatch.setattr(files, "PIECE_CHARACTERS", 8)
     for n in range(20):
         (tmp_path / f"{n}.txt").write_text("word\n" * 10)
     found = list(user_files([tmp_path], ReadOptions(heldout=0.5)))
@@ -312,3 +316,201 @@ def test_documents_of_a_file_are_held_out_together(tmp_path, monkeypatch):
         assert len({d.heldout for d in found if d.name.startswith(f"{tmp_path}/{n}.txt")}) == 1
     assert {d.heldout for d in found} == {True, False}
     assert dataclasses.replace(found[0], quality=0.5).quality == 0.5 and found[0].quality is None
+
+
+ROWS = b'{"text": "one"}\n{"text": "two"}\n'
+
+
+def truncated(data):
+    """Return bytes without their end."""
+    return data[: len(data) * 2 // 3]
+
+
+def parquet_bytes(rows):
+    """Return rows as the bytes of a parquet file."""
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
+
+
+DAMAGED = {
+    "a.parquet": truncated(parquet_bytes([{"text": "x"}] * 9)),
+    "b.jsonl.zst": truncated(zstd(bytes(range(256)) * 90)),
+    "c.jsonl.gz": truncated(gzip.compress(ROWS)),
+    "d.jsonl.gz": b"no gzip",
+    "e.jsonl.xz": truncated(lzma.compress(ROWS)),
+    "f.jsonl.bz2": truncated(bz2.compress(ROWS)),
+    "g.txt.gz": gzip.compress(b"caf\xe9"),
+    "h.jsonl": b'{"body": "x"}\n',
+    "i.txt": b"caf\xe9",
+    "j.parquet": parquet_bytes([{"body": "x"}]),
+    "k.jsonl": b"[" * 100_000,
+    "l.py": None,  # a link to nothing
+    "m.jsonl": b"\x00" * 50,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_does_not_end_the_reading_of_its_folder(tmp_path, name):
+    """It is counted and named; the files before and after it are read. Named by itself it is an error of one line."""
+    path = tmp_path / name
+    if DAMAGED[name] is None:
+        path.symlink_to(tmp_path / "nowhere")
+    else:
+        path.write_bytes(DAMAGED[name])
+    (tmp_path / "0.txt").write_text("before")
+    (tmp_path / "z.txt").write_text("after")
+    skipped = Skipped(tmp_path / ".log")
+    found = [d.text for d in user_files([tmp_path], ReadOptions(skipped=skipped))]
+    assert found[0] == "before" and found[-1] == "after"
+    record = json.loads((tmp_path / ".log").read_text().splitlines()[-1])
+    assert record["file"] == f"{path}"
+    assert len(record["why"]) < 300
+    with pytest.raises(ValueError, match=f"^data.files: [^\\n]*{name}"):
+        list(user_files([path]))
+    for other in ("0.txt", "z.txt"):
+        (tmp_path / other).unlink()
+    if not name.startswith(("c", "e", "f")):  # these may hold a row before the damage
+        with pytest.raises(ValueError, match=rf"the folder .* can be used; .*{name}"):
+            list(user_files([tmp_path]))
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress, zstd])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.txt", "a.md", "a.rs", "a.py"])
+def test_packed_files_are_read_as_what_they_hold(tmp_path, pack, name):
+    """Rows, text and code give the same documents packed and plain."""
+    suffix = {gzip.compress: ".gz", bz2.compress: ".bz2", lzma.compress: ".xz"}.get(pack, ".zst")
+    plain = tmp_path / name
+    plain.write_bytes(ROWS)
+    packed = tmp_path / f"{name}{suffix}"
+    packed.write_bytes(pack(ROWS))
+    (texts, other) = (
+        [(d.text, d.source, d.language) for d in user_files([path])] for path in (plain, packed)
+    )
+    assert texts == other
+
+
+@given(
+    st.lists(
+        st.sampled_from([".cc", ".tsx", ".cs", ".kt", ".swift", ".scala", ".rb", ".php", ".txt"])
+        | st.sampled_from([".json", ".gz", ".pdf", ".json.gz", "", ".exe", ".TXT", ".zzz"]),
+        max_size=8,
+    )
+)
+def test_every_file_of_a_folder_is_read_or_counted(suffixes):
+    """No file vanishes: its text is a document, or its suffix is counted."""
+    with tempfile.TemporaryDirectory() as folder:
+        for n, suffix in enumerate(["", *suffixes]):
+            (Path(folder) / f"{n}{suffix}").write_text("some words\n")
+        (Path(folder) / "last.txt").write_text("some words\n")
+        skipped = Skipped()
+        found = [
+            d
+            for d in user_files([folder], ReadOptions(skipped=skipped))
+            if d.source != "repository"
+        ]
+        assert len(found) + skipped.not_read.total() == len(suffixes) + 2
+        assert skipped.count == 0
+        not_read = {suffix for suffix in suffixes if suffix in (".json", ".pdf", ".exe", ".zzz")}
+        assert not_read <= set(skipped.not_read)
+
+
+def test_folders_that_are_passed_over_are_counted(tmp_path, monkeypatch):
+    """A folder that cannot be read, a link to a folder and the folder of a run are named, each with its reason."""
+    (tmp_path / "a.txt").write_text("words")
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "closed")
+    (tmp_path / "run" / "data").mkdir(parents=True)
+    (tmp_path / "run" / "log.jsonl").write_text("")
+    original = os.scandir
+
+    def scandir(path):
+        if f"{path}".endswith("closed"):
+            raise PermissionError(13, "Permission denied", f"{path}")
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    skipped = Skipped(tmp_path / ".log")
+    assert [d.text for d in user_files([tmp_path], ReadOptions(skipped=skipped))] == ["words"]
+    records = [json.loads(line) for line in (tmp_path / ".log").read_text().splitlines()]
+    assert {Path(record["file"]).name for record in records} == {"closed", "linked", "run"}
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    # Halves of surrogate pairs too, which JSON may escape and no file may hold.
+    | st.text(st.characters(categories=["Cs", "L"]), min_size=1, max_size=3),
+    lambda inside: (
+        st.lists(inside, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["text", "html", "source", "language"]), inside, max_size=4
+        )
+    ),
+    max_leaves=6,
+)
+LINES = (
+    VALUES.map(lambda value: json.dumps(value).encode())
+    | st.binary(max_size=20).map(lambda data: data.replace(b"\n", b" "))
+    | st.sampled_from(
+        [b"9" * 5000, b"[" * 5000, b'"' + b"x" * 5000 + b'"', b"NaN", b'{"text": "\\ud800"}']
+    )
+    | st.sampled_from([b'{"text": "a", "source": "\\ud800"}', b'{"text": "\\ud83d\\ude00"}'])
+)
+
+
+@given(st.lists(LINES, max_size=6))
+def test_any_line_is_a_document_or_counted(lines):
+    """Whatever stands in a line, it gives a text that can be written, or one record in the log with a short reason."""
+    with tempfile.TemporaryDirectory() as folder:
+        name = os.fsdecode(b"caf\xe9.jsonl")  # a name that is not UTF-8
+        path = Path(folder) / name
+        path.write_bytes(b"\n".join([b'{"text": "good"}', *lines]))
+        skipped = Skipped(Path(folder) / "log")
+        found = list(user_files([path], ReadOptions(heldout=0.5, skipped=skipped)))
+        for document in found:
+            for value in (document.text, document.source, document.language, document.name):
+                value.encode()
+        log = (Path(folder) / "log").read_text(encoding="utf-8").splitlines()
+        assert len(found) + len(log) == 1 + sum(bool(line.strip()) for line in lines)
+        assert all(len(json.loads(record)["why"]) < 100 for record in log)
+        assert len(skipped.reasons) <= 12
+
+
+def test_the_log_of_a_file_of_bad_rows_is_bounded(tmp_path, monkeypatch):
+    """A file of nothing but bad rows has a bounded part of the log, and every row is counted."""
+    monkeypatch.setattr(files, "NAMED_RECORDS", 10)
+    (tmp_path / "a.jsonl").write_text('"x"\n' * 500 + '{"text": "good"}\n')
+    skipped = Skipped(tmp_path / "log")
+    assert len(list(user_files([tmp_path / "a.jsonl"], ReadOptions(skipped=skipped)))) == 1
+    assert skipped.count == 500
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert len(lines) == 10
+    assert "only counted" in lines[-1]
+
+
+def test_a_long_row_comes_in_pieces(tmp_path, monkeypatch):
+    """A row of any length gives documents of a bounded length, which join to it and are held out together."""
+    monkeypatch.setattr(files, "PIECE_CHARACTERS", 100)
+    text = "some words and more\n" * 30 + "x" * 350
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    found = list(user_files([tmp_path / "a.jsonl"], ReadOptions(heldout=0.5)))
+    assert "".join(d.text for d in found) == text
+    assert max(len(d.text) for d in found) <= 100
+    assert len({d.name for d in found}) == len(found)
+    assert len({d.heldout for d in found}) == 1
+
+
+def test_parquet_with_strings_that_are_no_utf8(tmp_path):
+    """Such a row is one record; the rows around it are read."""
+    offsets = pyarrow.py_buffer(np.array([0, 3, 7, 10], np.int32))
+    data = pyarrow.py_buffer(b"onecaf\xe9two")
+    texts = pyarrow.StringArray.from_buffers(3, offsets, data)
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    skipped = Skipped()
+    found = list(user_files([tmp_path / "a.parquet"], ReadOptions(skipped=skipped)))
+    assert [d.text for d in found] == ["one", "two"]
+    assert skipped.reasons == {"not UTF-8": 1}

@@ -1,81 +1,90 @@
 """Read your own text as a stream: files, folders, rows of JSON lines and parquet, data sets by name (paper 2.2).
 
     path of                            gives documents of source
-    .txt .md .rst                      prose; a file above PIECE_BYTES comes in pieces that end at line ends
-    a code file                        code
-    .jsonl .jsonl.zst .parquet         one a row, from its "text"; its "source" and "language", if it names them;
+    .txt .md .rst                      prose; a text above PIECE_CHARACTERS comes in pieces that end at line ends
+    a code file                        code; `languages` lists the suffixes
+    .jsonl .ndjson .parquet            one a row, from its "text"; its "source" and "language", if it names them;
                                        from its "html", if it has no text and the page holds code: see `web_code`
+    any but .parquet, and .gz .bz2 .xz .zst     the same, unpacked
     a folder                           all of these under it; its code, or that of each checkout in it, is a repository
     hf:NAME or hf:NAME:CONFIG          the rows of a Hugging Face data set, as they arrive
     git:CHECKOUT or git:CHECKOUT:ISSUES    repository: issues, pull requests, commits; see `history`
 
-Only one piece, row group or repository is in memory, so memory does not grow with the corpus.
+Only one piece, row group or repository is in memory, so memory does not grow with the corpus. Hidden files and folders
+are no part of a folder.
 
-A row that cannot be used, or a file in a folder that is not text, is skipped, counted, and named in a log with the
-reason: one bad line in a million must not end a night's work. A file that was named and cannot be read at all, or in
-which no row can be used, is an error: then the mistake is probably in the name. Quality is measured later, by several
-processes.
+A row that cannot be used, or a file or folder in a folder that cannot be read, is skipped, counted, and named in a log
+with the reason: one bad line in a million must not end a night's work. Files of a kind that is not read are counted by
+their suffix. A file that was named and cannot be read, or a file or folder in which nothing can be used, is an error:
+then the mistake is probably in the name. Quality is measured later, by several processes.
 """
 
+import codecs
 import hashlib
+import io
+import itertools
 import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from minglm.data.sources import history, repository, web_code
-from minglm.data.sources.rows import Row, Unreadable, dataset, jsonl, parquet
+from minglm.data.sources.languages import CODE_SUFFIXES, LANGUAGE_OF_SUFFIX
+from minglm.data.sources.rows import (
+    PACKED_SUFFIXES,
+    Row,
+    Unreadable,
+    UnusableFile,
+    dataset,
+    jsonl,
+    parquet,
+    read_unpacked,
+)
 from minglm.data.store.documents import Document
 
-CODE_LANGUAGES = {
-    ".py": "python",
-    ".c": "c",
-    ".h": "c",
-    ".cpp": "c++",
-    ".hpp": "c++",
-    ".cu": "cuda",
-    ".java": "java",
-    ".js": "javascript",
-    ".ts": "typescript",
-    ".go": "go",
-    ".rs": "rust",
-    ".rb": "ruby",
-    ".sh": "shell",
-    ".r": "r",
-}
-"""Suffixes read as code, and their languages."""
-
-CODE_SUFFIXES = tuple(CODE_LANGUAGES)
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
-ROW_SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet")
-READABLE_SUFFIXES = (*CODE_SUFFIXES, *TEXT_SUFFIXES, *ROW_SUFFIXES)
+ROW_SUFFIXES = (".jsonl", ".ndjson")
+PARQUET = ".parquet"
+PACKABLE_SUFFIXES = (*CODE_SUFFIXES, *TEXT_SUFFIXES, *ROW_SUFFIXES)
 
 SYNTHETIC_SOURCES = ("math", "science", "qa", "long")
 BUILT_IN_SOURCES = ("code", "prose", "repository", *SYNTHETIC_SOURCES)
 
-PIECE_BYTES = 4 * 2**20
-"""A larger text is read in pieces."""
+PIECE_CHARACTERS = 4 * 2**20
+"""A longer text comes in pieces, so that what is done to one document needs little memory."""
 
 REPOSITORY_CHARACTERS = 16 * 2**20
 """The files of a larger repository are not joined."""
 
 
+NAMED_RECORDS = 1000
+"""Records of a file that are named in the log; the rest is counted."""
+
+
+def printable(path: Path | str) -> str:
+    """Return a path as text that can be written; bytes of its name that are not UTF-8 are written as escapes."""
+    return f"{path}".encode("utf-8", "backslashreplace").decode()
+
+
 class Skipped:
-    """Count the records that could not be used, and name each in a log.
+    """Count what could not be used, and name it in a log.
 
     Attributes:
-        count: how many there are.
+        count: how many records there are.
         reasons: how often each reason was given.
-        path: the log, one line of JSON for each record; None: no log.
+        not_read: how many files of a kind that is not read there are, by suffix.
+        path: the log, one line of JSON for each record, at most NAMED_RECORDS for a file; None: no log.
     """
 
     def __init__(self, path: Path | str | None = None):
         self.path = None if path is None else Path(path)
         self.count = 0
         self.reasons: Counter[str] = Counter()
+        self.not_read: Counter[str] = Counter()
+        self._of_file: Counter[str] = Counter()
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text("")
@@ -86,14 +95,19 @@ class Skipped:
         Args:
             file: the file it is in.
             where: its place in the file, such as "line 7".
-            why: the reason.
+            why: the reason, one of a few.
         """
+        name = printable(file)
         self.count += 1
         self.reasons[why] += 1
-        if self.path:
-            record = {"file": str(file), "where": where, "why": why}
-            with open(self.path, "a", encoding="utf-8") as log:
-                log.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._of_file[name] += 1
+        if self.path is None or self._of_file[name] > NAMED_RECORDS:
+            return
+        if self._of_file[name] == NAMED_RECORDS:
+            why = f"{why}; further records of this file are only counted"
+        record = {"file": name, "where": where, "why": why}
+        with open(self.path, "a", encoding="utf-8") as log:
+            log.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def is_heldout(name: str, share: float) -> bool:
@@ -137,15 +151,21 @@ def user_files(
             yield from _folder_documents(path, options)
         elif not path.is_file():
             raise ValueError(f"data.files: there is no file or folder {path}")
-        elif _has_suffix(path, READABLE_SUFFIXES):
+        elif _kind(path):
             yield from _file_documents(path, None, options)
         else:
-            known = ".txt, .md, .jsonl, .jsonl.zst, .parquet, a code file, a folder, hf:NAME or git:CHECKOUT"
+            known = ".txt, .md, .jsonl, .parquet, a code file, one of these packed (.gz, .zst), a folder, hf:NAME or git:CHECKOUT"
             raise ValueError(f"data.files: {path} is none of {known}")
 
 
-def _has_suffix(path: Path, suffixes: tuple[str, ...]) -> bool:
-    return path.name.lower().endswith(suffixes)
+def _kind(path: Path) -> str | None:
+    """Return the suffix that says how a file is read, without that of its packing; None for a file that is not read."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes[-1:] == [PARQUET]:
+        return PARQUET
+    if suffixes and suffixes[-1] in PACKED_SUFFIXES:
+        del suffixes[-1]
+    return suffixes[-1] if suffixes and suffixes[-1] in PACKABLE_SUFFIXES else None
 
 
 def _history_documents(name: str, heldout: float) -> Iterator[Document]:
@@ -189,22 +209,17 @@ class _OpenRepository:
 
 def _folder_documents(top: Path, options: ReadOptions) -> Iterator[Document]:
     """Yield documents of all files below a folder, in order of their paths; each repository after its last file."""
+    skipped = options.skipped
     open_repositories: dict[Path, _OpenRepository] = {}
-    empty = True
-    for folder_name, subfolders, names in os.walk(top):
-        if "log.jsonl" in names and "data" in subfolders:
-            # The folder of a run of minglm, perhaps of the one that is reading.
-            subfolders.clear()
-            continue
-        folder = Path(folder_name)
+    usable = False
+    first_fault = ""
+    for folder, subfolders, names in _walk(top, skipped):
         parents = (folder, *folder.parents)
-        is_checkout = ".git" in subfolders or ".git" in names
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-
         # Close the repositories that this folder is not in.
         for root in list(open_repositories):
             if root not in parents:
-                yield from open_repositories.pop(root).close(options.skipped)
+                yield from open_repositories.pop(root).close(skipped)
+        is_checkout = ".git" in subfolders or ".git" in names
         if is_checkout or folder == top:
             open_repositories[folder] = _OpenRepository(folder)
         innermost = next(parent for parent in parents if parent in open_repositories)
@@ -212,22 +227,46 @@ def _folder_documents(top: Path, options: ReadOptions) -> Iterator[Document]:
 
         for name in sorted(names):
             path = folder / name
-            readable = _has_suffix(path, READABLE_SUFFIXES) and path.is_file()
-            if name.startswith(".") or not readable:
+            if name.startswith("."):
                 continue
-            empty = False
+            if _kind(path) is None:
+                skipped.not_read["".join(path.suffixes[-1:]).lower() or "no suffix"] += 1
+                continue
             try:
-                for document in _file_documents(path, f"{current.root}", options):
+                for document in _file_documents(path, printable(current.root), options):
+                    usable = True
                     yield document
                     current.add(document)
-            except _NotTextError as error:
-                options.skipped.add(path, "file", f"not UTF-8 ({error})")
+            except UnusableFile as fault:
+                first_fault = first_fault or f"; {fault}"
+                skipped.add(path, "file", f"{fault}".removeprefix("data.files: "))
     for current in open_repositories.values():
-        yield from current.close(options.skipped)
-    if empty:
+        yield from current.close(skipped)
+    if not usable:
         raise ValueError(
-            f"data.files: the folder {top} holds no text, code, .jsonl, .jsonl.zst or .parquet files"
+            f"data.files: the folder {top} holds no text, code, .jsonl or .parquet files that can be used{first_fault}"
         )
+
+
+def _walk(top: Path, skipped: Skipped) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Yield (folder, names of its folders, names of its files) in order; count the folders that are passed over."""
+
+    def unreadable(error: OSError) -> None:
+        skipped.add(error.filename, "folder", f"cannot be read ({error.strerror})")
+
+    for folder_name, subfolders, names in os.walk(top, onerror=unreadable):
+        folder = Path(folder_name)
+        if "log.jsonl" in names and "data" in subfolders:
+            # Perhaps of the run that is reading.
+            skipped.add(folder, "folder", "holds a run of minglm")
+            subfolders.clear()
+            continue
+        found = list(subfolders)
+        subfolders[:] = sorted(name for name in found if not name.startswith("."))
+        for name in subfolders:
+            if (folder / name).is_symlink():
+                skipped.add(folder / name, "folder", "a link to a folder, not followed")
+        yield folder, found, names
 
 
 def repositories(files: Iterable[Document]) -> Iterator[Document]:
@@ -256,69 +295,60 @@ def repositories(files: Iterable[Document]) -> Iterator[Document]:
 # Single files
 
 
-class _NotTextError(ValueError):
-    """A file that is not UTF-8."""
-
-
 def _file_documents(path: Path, repository: str | None, options: ReadOptions) -> Iterator[Document]:
-    """Yield the documents of one file. Raises ValueError if it cannot be read."""
-    suffix = path.suffix.lower()
-    if _has_suffix(path, ROW_SUFFIXES):
-        rows = parquet(path) if suffix == ".parquet" else jsonl(path)
-        yield from _row_documents(f"{path}", rows, options)
+    """Yield the documents of one file. Raises `UnusableFile` if it cannot be read."""
+    kind = _kind(path)
+    name = printable(path)
+    if not path.is_file():
+        raise UnusableFile(f"data.files: {name} is not a file")
+    if kind == PARQUET or kind in ROW_SUFFIXES:
+        rows = parquet(path) if kind == PARQUET else jsonl(path)
+        yield from _row_documents(name, rows, options)
         return
-    heldout = is_heldout(f"{path}", options.heldout)
-    is_code = _has_suffix(path, CODE_SUFFIXES)
+    language = LANGUAGE_OF_SUFFIX.get(kind or "")
+    heldout = is_heldout(name, options.heldout)
     for number, text in enumerate(_pieces(path)):
         if number == 0 and not text.strip():
             options.skipped.add(path, "file", "empty")
         yield Document(
             text=text,
-            source="code" if is_code else "prose",
-            language=CODE_LANGUAGES.get(suffix, "en"),
+            source="code" if language else "prose",
+            language=language or "en",
             quality=None,
-            name=f"{path}/{number}" if number else f"{path}",
-            repository=repository if is_code else None,
+            name=f"{name}/{number}" if number else name,
+            repository=repository if language else None,
             heldout=heldout,
         )
 
 
 def _pieces(path: Path) -> Iterator[str]:
-    """Yield the text of a file in pieces of about PIECE_BYTES, which end at line ends."""
-    try:
-        with open(path, "rb") as file:
-            start = 0  # of the piece in the file, for error messages
-            rest = b""
-            while True:
-                chunk = file.read(PIECE_BYTES)
-                piece = rest + chunk
-                rest = b""
-                is_last = len(chunk) < PIECE_BYTES
-                if not is_last:
-                    cut = _cut(piece)
-                    piece, rest = piece[:cut], piece[cut:]
-                try:
-                    text = piece.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    where = f"(byte {start + error.start}); convert it first"
-                    raise _NotTextError(f"data.files: {path} is not UTF-8 text {where}") from None
-                if piece or start == 0:
-                    yield text.replace("\r\n", "\n").replace("\r", "\n")
-                start += len(piece)
-                if is_last:
-                    return
-    except OSError as error:
-        raise ValueError(f"data.files: cannot read {path}: {error.strerror}") from None
+    """Yield the text of a file in pieces of about PIECE_CHARACTERS, which end at line ends."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    ends = io.IncrementalNewlineDecoder(None, translate=True)
+    read = 0
+    rest = ""
+    is_first = True
+    for chunk in itertools.chain(read_unpacked(path), [None]):
+        try:
+            rest += ends.decode(decoder.decode(chunk or b"", final=chunk is None), chunk is None)
+        except UnicodeDecodeError as error:
+            # A character may have begun in the chunk before.
+            byte = read + error.start - (len(error.object) - len(chunk or b""))
+            where = f"(byte {byte}); convert it first"
+            raise UnusableFile(f"data.files: {path} is not UTF-8 text {where}") from None
+        read += len(chunk or b"")
+        while len(rest) > PIECE_CHARACTERS:
+            cut = _cut(rest)
+            yield rest[:cut]
+            is_first = False
+            rest = rest[cut:]
+    if rest or is_first:
+        yield rest
 
 
-def _cut(piece: bytes) -> int:
-    """Return where to cut: after the last line end, or near the end where a UTF-8 character begins."""
-    after_line = piece.rfind(b"\n") + 1
-    cut = after_line or len(piece) - 4
-    # Bytes 10xxxxxx continue a character.
-    while cut < len(piece) and piece[cut] & 0xC0 == 0x80:
-        cut += 1
-    return cut
+def _cut(text: str) -> int:
+    """Return where to cut a text that is too long: after the last line end in a piece of it, or at its end."""
+    return text.rfind("\n", 0, PIECE_CHARACTERS) + 1 or PIECE_CHARACTERS
 
 
 # Rows
@@ -329,7 +359,7 @@ def _row_documents(
 ) -> Iterator[Document]:
     """Convert rows to documents, up to `megabytes` of text (0: all). Skip and count the rows that cannot be used.
 
-    Raises ValueError if there are rows and none of them can be used.
+    Raises `UnusableFile` if there are rows and none of them can be used.
     """
     usable = 0
     first_fault = None
@@ -342,12 +372,25 @@ def _row_documents(
             options.skipped.add(name, where, str(fault))
             continue
         usable += 1
-        yield document
+        yield from _document_pieces(document)
         room -= len(document.text.encode("utf-8", "replace"))
         if room < 0:
             break
     if first_fault and not usable:
-        raise ValueError(f"data.files: nothing in {name} can be used; {first_fault}")
+        raise UnusableFile(f"data.files: nothing in {name} can be used; {first_fault}")
+
+
+def _document_pieces(document: Document) -> Iterator[Document]:
+    """Yield a document in pieces of about PIECE_CHARACTERS, which end at line ends."""
+    rest = document.text
+    number = 0
+    while len(rest) > PIECE_CHARACTERS:
+        cut = _cut(rest)
+        name = f"{document.name}/{number}" if number else document.name
+        yield replace(document, text=rest[:cut], name=name)
+        rest = rest[cut:]
+        number += 1
+    yield replace(document, text=rest, name=f"{document.name}/{number}") if number else document
 
 
 def _row_document(name: str, where: str, row: Any, options: ReadOptions) -> Document:
@@ -370,8 +413,20 @@ def _row_document(name: str, where: str, row: Any, options: ReadOptions) -> Docu
     language = row.get("language") or "en"
     if not isinstance(source, str) or not isinstance(language, str):
         raise Unreadable('"source" and "language" must be strings')
+    for field_name, value in (("text", text), ("source", source), ("language", language)):
+        if not _is_unicode(value):
+            raise Unreadable(f'"{field_name}" holds half a surrogate pair, which is no character')
     if source not in BUILT_IN_SOURCES and not source.startswith("user:"):
         source = f"user:{source}"
     row_name = f"{name}/{where}"
     heldout = is_heldout(row_name, options.heldout)
     return Document(text, source, language, None, row_name, None, heldout)
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a text can be written as UTF-8; JSON may escape half a surrogate pair, which cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

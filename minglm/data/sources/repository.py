@@ -16,9 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
 from minglm.data.cleaning.python_ast import outline
-
-HASH_COMMENTS = (".py", ".sh", ".rb", ".r")
-"""Suffixes of files in which # begins a comment; in all others // does."""
+from minglm.data.sources.languages import LANGUAGE_OF_SUFFIX, LANGUAGES
 
 
 def modules(paths: Iterable[str]) -> dict[str, str]:
@@ -94,6 +92,7 @@ def concatenate(files: Mapping[str, str]) -> str:
     """Return the text of the repository document, from {path: text}."""
     texts = []
     for path in order(dependencies(files)):
-        comment = "#" if PurePosixPath(path).suffix in HASH_COMMENTS else "//"
+        language = LANGUAGE_OF_SUFFIX.get(PurePosixPath(path).suffix.lower())
+        comment = LANGUAGES[language].comment if language else "//"
         texts.append(f"{comment} {path}\n{files[path].rstrip()}\n")
     return "\n".join(texts)

@@ -1,11 +1,15 @@
 """Read rows of JSON lines, parquet files and Hugging Face data sets, as a stream (no counterpart in the paper).
 
 Each reader yields (where, row), such as ("line 7", {"text": ...}). A row that cannot be read is an `Unreadable` with the
-reason. A reader keeps one row group, or a megabyte and one line. A file that cannot be read at all is a ValueError that
-names the file and how far it was read.
+reason. A reader keeps one row group, or a megabyte and one line. A file that cannot be read, or not to its end, is an
+`UnusableFile` that names the file and how far it was read. Files may be packed with gzip, bzip2, xz or zstd.
 """
 
+import bz2
+import gzip
 import json
+import lzma
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,27 +22,40 @@ ROWS_PER_BATCH = 256
 COLUMNS = ("text", "html", "source", "language")
 """Columns of a parquet file that documents need."""
 
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+PACKED_SUFFIXES = (*OPENERS, ".zst")
+
 
 class Unreadable(Exception):
     """The reason why a row cannot be used."""
+
+
+class UnusableFile(ValueError):
+    """A file that cannot be read, or not to its end, or in which nothing can be used."""
 
 
 Row = tuple[str, Any]
 """Where it is, and its JSON value or an `Unreadable`."""
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
-    """Yield the bytes of a file, unpacked if its name ends in .zst, a megabyte at a time."""
-    if path.suffix.lower() != ".zst":
-        with open(path, "rb") as file:
-            yield from iter(lambda: file.read(READ_BYTES), b"")
-        return
-    pyarrow = _import_pyarrow(path)
+def read_unpacked(path: Path) -> Iterator[bytes]:
+    """Yield the bytes of a file, unpacked if its suffix says so, a megabyte at a time. Raises `UnusableFile`."""
+    suffix = path.suffix.lower()
     try:
-        with pyarrow.CompressedInputStream(pyarrow.OSFile(f"{path}"), "zstd") as file:
+        if suffix == ".zst":
+            pyarrow = _import_pyarrow(path)
+            file = pyarrow.CompressedInputStream(pyarrow.OSFile(f"{path}"), "zstd")
+        else:
+            file = OPENERS.get(suffix, open)(path, "rb")
+        with file:
             yield from iter(lambda: file.read(READ_BYTES), b"")
-    except OSError as error:
-        raise ValueError(f"data.files: cannot unpack {path}: {error}; get it again") from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or error
+        if suffix in PACKED_SUFFIXES:
+            raise UnusableFile(
+                f"data.files: cannot unpack {path}: {reason}; get it again"
+            ) from None
+        raise UnusableFile(f"data.files: cannot read {path}: {reason}") from None
 
 
 def _import_pyarrow(path: Path) -> Any:
@@ -69,16 +86,13 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes | None]]:
 
 
 def jsonl(path: Path) -> Iterator[Row]:
-    """Yield the rows of a file of JSON lines, plain or packed with zstd."""
-    try:
-        for number, line in _lines(_chunks(path)):
-            where = f"line {number}"
-            if line is None:
-                yield where, Unreadable(f"longer than {MAX_LINE_BYTES} bytes")
-            elif line.strip():
-                yield where, _parse(line)
-    except OSError as error:
-        raise ValueError(f"data.files: cannot read {path}: {error.strerror or error}") from None
+    """Yield the rows of a file of JSON lines, plain or packed."""
+    for number, line in _lines(read_unpacked(path)):
+        where = f"line {number}"
+        if line is None:
+            yield where, Unreadable(f"longer than {MAX_LINE_BYTES} bytes")
+        elif line.strip():
+            yield where, _parse(line)
 
 
 def _parse(line: bytes) -> Any:
@@ -88,6 +102,8 @@ def _parse(line: bytes) -> Any:
         return Unreadable("not UTF-8")
     except json.JSONDecodeError as error:
         return Unreadable(f"not JSON ({error.msg})")
+    except ValueError:  # Python reads no number of more than 4,300 digits
+        return Unreadable("not JSON (a number of too many digits)")
     except RecursionError:
         return Unreadable("not JSON (too deep)")
 
@@ -100,12 +116,27 @@ def parquet(path: Path) -> Iterator[Row]:
         file = pyarrow.parquet.ParquetFile(path)
         columns = [name for name in COLUMNS if name in file.schema_arrow.names]
         for batch in file.iter_batches(ROWS_PER_BATCH, columns=columns):
-            for row in batch.to_pylist():
+            for row in _batch_rows(batch):
                 number += 1
                 yield f"row {number}", row
     except (OSError, pyarrow.ArrowException) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"data.files: cannot read {path} after row {number}: {reason}") from None
+        raise UnusableFile(f"data.files: cannot read {path} after row {number}: {reason}") from None
+
+
+def _batch_rows(batch: Any) -> Iterator[Any]:
+    """Yield the rows of a batch of parquet; its strings need not be UTF-8, though they should."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except UnicodeDecodeError:
+        pass
+    for number in range(len(batch)):
+        try:
+            (row,) = batch.slice(number, 1).to_pylist()
+        except UnicodeDecodeError:
+            row = Unreadable("not UTF-8")
+        yield row
 
 
 def dataset(name: str) -> Iterator[Row]:
