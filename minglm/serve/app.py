@@ -1,6 +1,7 @@
 """An OpenAI-compatible server with a chat page (no section in the paper; the thinking switch and tools are 3.1's).
 
     POST /v1/chat/completions, /v1/completions      whole or streamed (`requests.py` says what is supported)
+    POST /v1/responses, /v1/messages                OpenAI's Responses and Anthropic's Messages, for a chat with tools
     GET  /v1/models, /health, /metrics, /           the model's name, whether the engine runs, Prometheus text, chat page
 
     minglm serve runs/toy --port 8000
@@ -22,11 +23,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from minglm.serve.anthropic_messages import MessagesFormat, error_body
 from minglm.serve.engine_thread import EngineThread, SteppedEngine
 from minglm.serve.errors import APIError, as_api_error
+from minglm.serve.formats import APIFormat, OpenAIFormat, as_json
 from minglm.serve.metrics import Metrics
-from minglm.serve.requests import Job, ServedModel, chat_job, text_job
-from minglm.serve.responses import JSONObject, response_chunks, whole_response
+from minglm.serve.openai_responses import ResponsesFormat
+from minglm.serve.requests import ServedModel
 from minglm.serve.stream import AnswerStream
 
 if TYPE_CHECKING:  # starlette is an optional package, imported where it is used
@@ -41,6 +44,7 @@ DRAIN_FACTOR = 8  # read a body up to this many times the limit before closing t
 CLIENT_GONE = 499  # nginx's status for a client that disconnected
 
 T = TypeVar("T")
+JSONObject = dict[str, Any]
 
 
 class ClientGone(Exception):
@@ -109,17 +113,12 @@ def _no_constant(word: str) -> float:
     raise ValueError(f"{word} is not a JSON number")
 
 
-def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
-
-
 class EventStreamResponse:
     """A streamed response: server-sent events, as an ASGI application. However it ends, the engine is told."""
 
-    def __init__(self, job: Job, stream: AnswerStream, model_name: str, metrics: Metrics) -> None:
-        self.job = job
+    def __init__(self, answer_format: APIFormat, stream: AnswerStream, metrics: Metrics) -> None:
+        self.format = answer_format
         self.stream = stream
-        self.model_name = model_name
         self.metrics = metrics
         self.status_code = 200
 
@@ -142,15 +141,14 @@ class EventStreamResponse:
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
-            async for chunk in response_chunks(self.job, self.stream, self.model_name):
-                await self._send_event(send, _json(chunk))
+            async for event in self.format.events(self.stream):
+                await self._send_part(send, event)
         except Exception as error:
             # The status has been sent: the error becomes an event.
-            await self._send_event(send, _json(as_api_error(error).body))
-        await self._send_event(send, b"[DONE]", more=False)
+            await self._send_part(send, self.format.failure(as_api_error(error)))
+        await self._send_part(send, b"", more=False)
 
-    async def _send_event(self, send: "Send", data: bytes, more: bool = True) -> None:
-        body = b"data: " + data + b"\n\n"
+    async def _send_part(self, send: "Send", body: bytes, more: bool = True) -> None:
         await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
@@ -177,9 +175,28 @@ class Service:
 
     async def completion(self, request: "Request") -> "EventStreamResponse | JSONObject":
         """Answer a completion request, of a chat or of plain text."""
+        started = time.monotonic()
+        thread = self.engine_thread
+        answer_format = await self.accepted(request)
+        job = answer_format.job
+        stream = AnswerStream(thread, job, self.served.tokenizer, self.metrics, started)
+        if job.stream:
+            return EventStreamResponse(answer_format, stream, self.metrics)
+        try:
+            response = answer_format.whole(stream)
+            return await while_connected(request.receive, response)
+        finally:
+            stream.close()
+
+    async def count_tokens(self, request: "Request") -> JSONObject:
+        """Answer how many tokens the prompt of a message has."""
+        answer_format = await self.accepted(request)
+        return {"input_tokens": len(answer_format.job.requests[0].prompt)}
+
+    async def accepted(self, request: "Request") -> APIFormat:
+        """Read a request, and check it in the words of its API. Raises `APIError`."""
         from starlette.concurrency import run_in_threadpool
 
-        started = time.monotonic()
         thread = self.engine_thread
         room = thread.max_open_requests - thread.open_requests - self.arriving
         self.arriving += 1
@@ -188,25 +205,32 @@ class Service:
             if room <= 0:
                 raise thread.queue_full()
             # Tokenizing a long prompt takes a while: not in the event loop.
-            job = await run_in_threadpool(self.accept, body, request.url.path)
+            return await run_in_threadpool(self.accept, body, request.url.path)
         finally:
             self.arriving -= 1
-        stream = AnswerStream(thread, job, self.served.tokenizer, self.metrics, started)
-        if job.stream:
-            return EventStreamResponse(job, stream, self.served.name, self.metrics)
-        try:
-            response = whole_response(job, stream, self.served.name)
-            return await while_connected(request.receive, response)
-        finally:
-            stream.close()
 
-    def accept(self, body: bytes, path: str) -> Job:
-        """Return the `Job` of a body. Raises `APIError`."""
-        make_job = chat_job if path.endswith("/chat/completions") else text_job
+    def accept(self, body: bytes, path: str) -> APIFormat:
+        """Return a body in the words of its API, checked. Raises `APIError`."""
         try:
-            return make_job(parse_body(body), self.served)
+            parsed = parse_body(body)
+            answer_format: APIFormat
+            if path == "/v1/responses":
+                answer_format = ResponsesFormat(parsed, self.served)
+            elif path.startswith("/v1/messages"):
+                needs_limit = not path.endswith("/count_tokens")
+                answer_format = MessagesFormat(parsed, self.served, needs_limit)
+            else:
+                chat = path.endswith("/chat/completions")
+                answer_format = OpenAIFormat(parsed, self.served, chat)
         except RecursionError:
             raise APIError("the body is nested too deeply") from None
+        job = answer_format.job
+        try:
+            # All requests of a job have the same grammar; it may take a while to compile.
+            self.engine_thread.engine.prepare(job.requests[0])
+        except ValueError as error:
+            raise APIError(str(error), job.grammar_field or None) from None
+        return answer_format
 
     def model_entry(self) -> JSONObject:
         """Return the model's entry in the list of models."""
@@ -270,6 +294,8 @@ class Service:
             except Exception as exception:
                 error = as_api_error(exception)
                 result = error.body
+                if request.url.path.startswith("/v1/messages"):
+                    result = error_body(error)
                 status = error.status
                 if status == 429:
                     headers["retry-after"] = "1"
@@ -277,7 +303,7 @@ class Service:
                 self._count(request, status)
             if not isinstance(result, dict):
                 return result
-            return Response(_json(result), status, headers, media_type="application/json")
+            return Response(as_json(result), status, headers, media_type="application/json")
 
         return handle
 
@@ -312,6 +338,9 @@ def create_app(engine: SteppedEngine, served: ServedModel, **limits: int) -> "St
     table = (
         ("POST", "/v1/chat/completions", service.completion),
         ("POST", "/v1/completions", service.completion),
+        ("POST", "/v1/responses", service.completion),
+        ("POST", "/v1/messages", service.completion),
+        ("POST", "/v1/messages/count_tokens", service.count_tokens),
         ("GET", "/v1/models", service.models),
         ("GET", "/v1/models/{name:path}", service.model),
         ("GET", "/health", service.health),

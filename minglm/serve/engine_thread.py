@@ -38,6 +38,10 @@ class SteppedEngine(Protocol):
         """Queue a request, and return its number."""
         ...
 
+    def prepare(self, request: Request) -> None:
+        """Do the slow part of `submit` ahead, in any thread."""
+        ...
+
     def cancel(self, number: int) -> bool:
         """End a request at the next step."""
         ...
@@ -173,7 +177,8 @@ class TokenStream:
             if index not in self.unfinished:
                 continue  # sampled before the engine saw the cancellation
             if event.finish_reason in (FinishReason.ERROR, FinishReason.CANCELLED):
-                raise EngineFailed("the engine failed while it was answering")
+                reason = f": {event.error}" if event.error else ""
+                raise EngineFailed(f"the engine failed while it was answering{reason}")
             if event.finish_reason is not None:
                 self.unfinished.discard(index)
             return index, event

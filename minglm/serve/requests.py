@@ -2,18 +2,22 @@
 
     body (parsed JSON) -> Job: prompts as token ids, sampler settings, and how to decode and send the choices
 
-Every value is checked here, before anything is queued; what is wrong raises an `APIError` that names the field. Fields
-that would change the answer and that this server does not support (penalties, a forced JSON format) are refused; fields
-that change nothing (`user`, `metadata`) and unknown fields are ignored.
+Every value is checked here, before anything is queued; what is wrong raises an `APIError` that names the field. No field
+is ignored that could change the answer (`fields.py`).
 
-Beyond OpenAI: `chat_template_kwargs` {enable_thinking, clear_thinking} or `thinking` {type, clear_thinking}, `top_k`,
-`min_p`, and `return_token_ids`, with which an agent trains on exactly the tokens that were sampled. A prompt of
-`/v1/completions` may be token ids. `stop` strings are matched against visible content only, not against reasoning.
+Beyond OpenAI, in the words of vLLM: `chat_template_kwargs` {enable_thinking, clear_thinking}, `top_k`, `min_p`,
+`repetition_penalty`, `min_tokens`, `ignore_eos`, `stop_token_ids`, `allowed_token_ids`, `prompt_logprobs`,
+`structured_outputs` and `guided_*`, and `return_token_ids`, with which an agent trains on exactly the tokens that were
+sampled. A prompt of `/v1/completions` may be token ids. `stop` strings are matched against visible content only, not
+against reasoning.
 
-A forced call (`tool_choice` required, or a named function) is started in the prompt, after empty reasoning, so the model
-can only complete the call.
+The model has two settings of thinking, on and off. `reasoning_effort` none or minimal switches it off, any other on.
+
+A forced call (`tool_choice` required, or a named function) is started in the prompt, after empty reasoning, and a grammar
+on the logits completes it; so it does what `response_format` asks for, and calls of strict tools (`grammars.py`).
 """
 
+import json
 import math
 import re
 import secrets
@@ -24,8 +28,16 @@ from typing import Any, NamedTuple, TypeVar
 from minglm.chat.schema import schema_mistake
 from minglm.chat.template import dialect_of, render
 from minglm.data.tokenizer import Tokenizer
+from minglm.inference.grammar import json_rule, quoted
 from minglm.inference.request import Request
 from minglm.serve.errors import APIError
+from minglm.serve.fields import CHAT, TEXT, refuse_unknown
+from minglm.serve.grammars import (
+    forced_call_grammar,
+    pattern_terminal,
+    plain_grammar,
+    turn_grammar,
+)
 
 JSONObject = dict[str, Any]
 
@@ -33,6 +45,19 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_TOOLS = 256
 MAX_TOP_LOGPROBS = 20
+MAX_STOP_IDS = 1024
+MAX_BIASES = 1024
+MAX_GUIDED_CHOICES = 4096
+EFFORTS = {
+    "none": False,
+    "minimal": False,
+    "low": True,
+    "medium": True,
+    "high": True,
+    "xhigh": True,
+    "max": True,
+}
+"""Whether the model thinks, for each `reasoning_effort`."""
 MIN_TEMPERATURE = 1e-3  # logits divided by less overflow
 SEED_STEP = (
     0x9E3779B97F4A7C15  # 2^64 over the golden ratio: seeds of the choices that differ in every bit
@@ -78,6 +103,14 @@ class Job:
     parallel_tool_calls: bool = True
     """False ends the message after its first call."""
     return_token_ids: bool = False
+    echo: bool = False
+    """The text begins with the prompt, and so do the log-probabilities."""
+    prompt_logprobs: bool = False
+    """Report the log-probabilities of the prompt's tokens, in vLLM's form."""
+    named_call: bool = False
+    """A named function was asked for: the answer's end is "stop", as OpenAI's is."""
+    grammar_field: str = ""
+    """The field that asked for a grammar."""
     created: int = field(default_factory=lambda: int(time.time()))
     """Unix time in seconds."""
     id: str = field(default_factory=lambda: secrets.token_hex(12))
@@ -97,6 +130,17 @@ class OfferedTools(NamedTuple):
     tools: list[JSONObject]
     forced: str | None
     """The name of the function to call, "" for any, None if no call is forced."""
+    named: bool = False
+    """Whether the request names the function."""
+
+
+class Format(NamedTuple):
+    """What the answer has to look like."""
+
+    rule: str | None
+    """The right-hand side of a grammar's rule, None for any text."""
+    asked_by: str
+    """The field of the request."""
 
 
 class ChatPrompt(NamedTuple):
@@ -109,8 +153,8 @@ class ChatPrompt(NamedTuple):
 
 def chat_job(body: Any, served: ServedModel) -> Job:
     """Return the `Job` of a chat completion. Raises `APIError`."""
-    common = _common_fields(body, served)
-    sampler = _sampler_settings(body)
+    common = _common_fields(body, served, CHAT)
+    sampler = _sampler_settings(body, served.tokenizer)
     switches = _thinking(body)
     offered = _offered_tools(body)
     messages = _messages(body)
@@ -126,6 +170,12 @@ def chat_job(body: Any, served: ServedModel) -> Job:
         limit_field = "max_tokens"
     max_new_tokens = _integer(body, limit_field, served.max_model_len, 1)
     sampler["top_logprobs"] = logprobs or 0
+    several = _typed(body, "parallel_tool_calls", bool, True)
+    budget = None
+    if body.get("thinking_token_budget") is not None and thinking:
+        budget = _integer(body, "thinking_token_budget", 0, 1)
+    form = _chat_grammar(_format(body), offered, thinking, several, budget, served)
+    sampler["grammar"] = form.rule
     return Job(
         chat=True,
         requests=_requests([prompt.ids], max_new_tokens, sampler, body, served),
@@ -133,35 +183,42 @@ def chat_job(body: Any, served: ServedModel) -> Job:
         tools=offered.tools,
         opened=thinking and dialect_of(served.dialect).opens,
         prefix=prompt.prefix,
-        parallel_tool_calls=_typed(body, "parallel_tool_calls", bool, True),
+        parallel_tool_calls=several,
+        named_call=offered.named,
+        grammar_field=form.asked_by,
         **common,
     )
 
 
 def text_job(body: Any, served: ServedModel) -> Job:
     """Return the `Job` of a plain completion. Raises `APIError`."""
-    common = _common_fields(body, served)
-    sampler = _sampler_settings(body)
+    common = _common_fields(body, served, TEXT)
+    sampler = _sampler_settings(body, served.tokenizer)
     prompts = _prompts(body, served.tokenizer)
-    for name in ("echo", "suffix"):
-        if body.get(name):
-            raise APIError("echo and suffix are not supported", name)
     logprobs = None
     if body.get("logprobs") is not None:
         logprobs = _integer(body, "logprobs", 0, 0, MAX_TOP_LOGPROBS)
-    max_new_tokens = _integer(body, "max_tokens", 16, 1)
+    max_new_tokens = _integer(body, "max_tokens", 16, 0)
     sampler["top_logprobs"] = logprobs or 0
+    echo = _typed(body, "echo", bool, False)
+    if echo and logprobs is not None:
+        sampler["prompt_logprobs"] = max(logprobs, sampler["prompt_logprobs"] or 0)
+    form = _format(body)
+    if form.rule is not None:
+        sampler["grammar"] = plain_grammar(form.rule)
     return Job(
         chat=False,
         requests=_requests(prompts, max_new_tokens, sampler, body, served),
         prompts=len(prompts),
         logprobs=logprobs,
+        echo=echo,
+        grammar_field=form.asked_by,
         **common,
     )
 
 
-def _common_fields(body: Any, served: ServedModel) -> JSONObject:
-    """Return the fields of a `Job` that both endpoints share."""
+def _common_fields(body: Any, served: ServedModel, honoured: frozenset[str]) -> JSONObject:
+    """Return the fields of a `Job` that both endpoints share; refuse what the endpoint does not honour."""
     if not isinstance(body, dict):
         raise APIError("the body must be a JSON object")
     model = body.get("model", served.name)
@@ -170,26 +227,120 @@ def _common_fields(body: Any, served: ServedModel) -> JSONObject:
     if model != served.name:
         message = f"the model {model!r:.80} is not served here; {served.name!r} is"
         raise APIError(message, "model", 404, "model_not_found")
-    _refuse_unsupported(body)
+    refuse_unknown(body, honoured)
+    stream = _typed(body, "stream", bool, False)
     options = _typed(body, "stream_options", dict, {})
+    refuse_unknown(options, {"include_usage", "include_obfuscation"}, "stream_options")
+    if options.get("continuous_usage_stats"):
+        raise APIError("stream_options.continuous_usage_stats is not supported", "stream_options")
+    if stream and body.get("prompt_logprobs") is not None:
+        message = "prompt_logprobs is not supported with stream; echo and logprobs are"
+        raise APIError(message, "prompt_logprobs")
     return {
-        "stream": _typed(body, "stream", bool, False),
-        "include_usage": bool(options.get("include_usage")),
+        "stream": stream,
+        "include_usage": _typed(options, "include_usage", bool, False),
+        "prompt_logprobs": body.get("prompt_logprobs") is not None,
         "stop_strings": _stop_strings(body),
         "return_token_ids": _typed(body, "return_token_ids", bool, False),
     }
 
 
-def _refuse_unsupported(body: JSONObject) -> None:
-    """Refuse fields that would change the answer and that this server cannot honour."""
-    penalties = ("frequency_penalty", "presence_penalty", "logit_bias")
-    for name in (*penalties, "functions", "function_call"):
-        if body.get(name):
-            raise APIError(f"{name} is not supported", name, code="unsupported_parameter")
-    response_format = body.get("response_format") or {"type": "text"}
-    if not isinstance(response_format, dict) or response_format.get("type") != "text":
-        message = "response_format: only text is supported"
-        raise APIError(message, "response_format", code="unsupported_parameter")
+def _format(body: JSONObject) -> Format:
+    """Return what the answer has to look like, in any of the spellings that clients use."""
+    formats = [
+        _response_format(body),
+        *_guided(body, {"json": "guided_json", "regex": "guided_regex", "choice": "guided_choice"}),
+    ]
+    outputs = _typed(body, "structured_outputs", dict, {})
+    known = {"json", "regex", "choice", "json_object"}
+    refuse_unknown(outputs, known, "structured_outputs")
+    for name, value in outputs.items():
+        if value is None or name not in known or value is False:
+            continue
+        if name == "json_object":
+            formats.append(Format(json_rule({"type": "object"}), "structured_outputs"))
+        else:
+            formats.append(
+                Format(_guided_rule(name, value, "structured_outputs"), "structured_outputs")
+            )
+    asked = [form for form in formats if form.rule is not None]
+    if len(asked) > 1:
+        message = f"{asked[0].asked_by} and {asked[1].asked_by} both ask for a format; give one"
+        raise APIError(message, asked[1].asked_by)
+    return asked[0] if asked else Format(None, "")
+
+
+def _response_format(body: JSONObject) -> Format:
+    name = "response_format"
+    form = _typed(body, name, dict, {"type": "text"})
+    kind = form.get("type")
+    if kind == "text":
+        return Format(None, name)
+    if kind == "json_object":
+        return Format(json_rule({"type": "object"}), name)
+    if kind != "json_schema":
+        raise APIError(f"{name}.type must be text, json_object or json_schema", name)
+    described = form.get("json_schema", form)  # the Responses API has no inner object
+    if not isinstance(described, dict) or not isinstance(described.get("schema"), dict):
+        raise APIError(f"{name}.json_schema.schema must be a JSON schema, an object", name)
+    lenient = described.get("strict") is False
+    return Format(json_rule(described["schema"], lenient), name)
+
+
+def _guided(body: JSONObject, names: dict[str, str]) -> list[Format]:
+    """Return the formats of vLLM's older fields, {kind: field}."""
+    return [
+        Format(_guided_rule(kind, body[name], name), name)
+        for kind, name in names.items()
+        if body.get(name) is not None
+    ]
+
+
+def _guided_rule(kind: str, value: Any, name: str) -> str:
+    """Return the rule of a format in vLLM's words: a JSON schema, a regular expression, or a list of texts."""
+    if kind == "json":
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                value = None
+        if not isinstance(value, dict):
+            raise APIError(f"{name} must be a JSON schema, an object", name)
+        return json_rule(value)
+    if kind == "regex":
+        if not isinstance(value, str) or not value:
+            raise APIError(f"{name} must be a regular expression", name)
+        return pattern_terminal(value)
+    if not isinstance(value, list) or not value or not all(isinstance(one, str) for one in value):
+        raise APIError(f"{name} must be a list of at least one text", name)
+    if len(value) > MAX_GUIDED_CHOICES:
+        raise APIError(f"{name}: at most {MAX_GUIDED_CHOICES} texts", name)
+    return " | ".join(map(quoted, value))
+
+
+def _chat_grammar(
+    form: Format,
+    offered: OfferedTools,
+    thinking: bool,
+    several: bool,
+    budget: int | None,
+    served: ServedModel,
+) -> Format:
+    """Return the grammar of an assistant's turn as the rule, None if any turn will do, and the field that asks for it."""
+    special = served.tokenizer.special
+    dialect = dialect_of(served.dialect)
+    strict = any(tool["function"].get("strict") is True for tool in offered.tools)
+    try:
+        if offered.forced is not None:
+            grammar = forced_call_grammar(special, dialect, offered.tools, offered.forced, several)
+            return Format(grammar, "tools")
+        if form.rule is None and not strict and budget is None:
+            return form
+        tools = offered.tools
+        grammar = turn_grammar(special, dialect, thinking, form.rule, tools, several, budget)
+        return Format(grammar, form.asked_by or "tools")
+    except ValueError as error:
+        raise APIError(str(error), "tools") from None
 
 
 def _stop_strings(body: JSONObject) -> tuple[str, ...]:
@@ -206,15 +357,60 @@ def _stop_strings(body: JSONObject) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _sampler_settings(body: JSONObject) -> JSONObject:
+def _sampler_settings(body: JSONObject, tokenizer: Tokenizer) -> JSONObject:
     """Return the sampler's fields of a `Request`."""
     temperature = _number(body, "temperature", 1.0, 0, 2)
+    more_stops = _ids(body, "stop_token_ids", tokenizer, MAX_STOP_IDS) or ()
+    stops = () if _typed(body, "ignore_eos", bool, False) else tokenizer.stop_ids
+    prompt_logprobs = None
+    if body.get("prompt_logprobs") is not None:
+        prompt_logprobs = _integer(body, "prompt_logprobs", 0, 0, MAX_TOP_LOGPROBS)
     return {
+        "stop_ids": (*stops, *more_stops),
+        "min_new_tokens": _integer(body, "min_tokens", 0, 0),
+        "allowed_ids": _ids(body, "allowed_token_ids", tokenizer, tokenizer.vocab_size),
+        "logit_bias": _logit_bias(body, tokenizer),
+        "presence_penalty": _number(body, "presence_penalty", 0.0, -2, 2),
+        "frequency_penalty": _number(body, "frequency_penalty", 0.0, -2, 2),
+        "repetition_penalty": _number(body, "repetition_penalty", 1.0, 0.01, 100),
+        "prompt_logprobs": prompt_logprobs,
         "temperature": temperature if temperature >= MIN_TEMPERATURE else 0.0,
         "top_p": _number(body, "top_p", 1.0, 0, 1),
         "min_p": _number(body, "min_p", 0.0, 0, 1),
         "top_k": max(0, _integer(body, "top_k", 0, -1, 2**31)),  # other servers: -1 is everything
     }
+
+
+def _ids(body: JSONObject, name: str, tokenizer: Tokenizer, most: int) -> tuple[int, ...] | None:
+    """Return a list of token ids, None if the field is absent."""
+    ids = body.get(name)
+    if ids is None:
+        return None
+    if not _are_ids(ids, tokenizer.vocab_size) or not 0 < len(ids) <= most:
+        message = f"{name} must be a list of 1 to {most} ids from 0 to {tokenizer.vocab_size - 1}"
+        if ids == [] and name != "allowed_token_ids":
+            return None
+        raise APIError(message, name)
+    return tuple(ids)
+
+
+def _logit_bias(body: JSONObject, tokenizer: Tokenizer) -> tuple[tuple[int, float], ...]:
+    """Return OpenAI's {"id": bias}."""
+    biases = _typed(body, "logit_bias", dict, {})
+    message = (
+        f"logit_bias must be an object of at most {MAX_BIASES} biases from -100 to 100,"
+        f" by ids from 0 to {tokenizer.vocab_size - 1}"
+    )
+    if len(biases) > MAX_BIASES:
+        raise APIError(message, "logit_bias")
+    checked: list[tuple[int, float]] = []
+    for key, bias in biases.items():
+        is_id = key.isascii() and key.isdecimal() and int(key[:12]) < tokenizer.vocab_size
+        is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
+        if not is_id or not is_number or not -100 <= bias <= 100:
+            raise APIError(message, "logit_bias")
+        checked.append((int(key), float(bias)))
+    return tuple(checked)
 
 
 T = TypeVar("T")
@@ -319,17 +515,56 @@ def _chat_prompt(
 
 
 def _thinking(body: JSONObject) -> Thinking:
-    """Return the switches, in the two spellings that clients use; `chat_template_kwargs` wins."""
+    """Return the switches, in any of the spellings that clients use; two that disagree are a mistake."""
     kwargs = _typed(body, "chat_template_kwargs", dict, {})
-    spelled = _typed(body, "thinking", dict, {})
-    if spelled.get("type", "enabled") not in ("enabled", "disabled"):
-        raise APIError("thinking.type must be enabled or disabled", "thinking")
-    enabled = kwargs.get("enable_thinking", spelled.get("type") != "disabled")
-    clear = kwargs.get("clear_thinking", spelled.get("clear_thinking", True))
-    if not isinstance(enabled, bool) or not isinstance(clear, bool):
-        message = "enable_thinking and clear_thinking must be true or false"
-        raise APIError(message, "chat_template_kwargs")
-    return Thinking(enabled, clear)
+    known = {"enable_thinking", "thinking", "clear_thinking", "reasoning_effort"}
+    refuse_unknown(kwargs, known, "chat_template_kwargs")
+    asked: list[tuple[str, Any]] = []  # (field, true or false)
+    clear: list[tuple[str, Any]] = []
+    for source, where in ((kwargs, "chat_template_kwargs"), (body, "")):
+        for name in ("enable_thinking", "thinking", "reasoning_effort", "clear_thinking"):
+            value = source.get(name)
+            path = f"{where}.{name}" if where else name
+            if value is None or (name == "clear_thinking" and not where):
+                continue
+            if name == "clear_thinking":
+                clear.append((path, value))
+            elif name == "reasoning_effort":
+                asked.append((path, _effort(value, path)))
+            elif name == "thinking" and isinstance(value, dict):
+                refuse_unknown(value, {"type", "clear_thinking"}, path)
+                kind = value.get("type", "enabled")
+                if kind not in ("enabled", "disabled"):
+                    raise APIError(f"{path}.type must be enabled or disabled", path)
+                asked.append((path, kind == "enabled"))
+                if value.get("clear_thinking") is not None:
+                    clear.append((path, value["clear_thinking"]))
+            else:
+                asked.append((path, value))
+    reasoning = _typed(body, "reasoning", dict, {})
+    refuse_unknown(reasoning, {"effort", "enabled", "summary"}, "reasoning")
+    if reasoning.get("effort") is not None:
+        asked.append(("reasoning", _effort(reasoning["effort"], "reasoning")))
+    if reasoning.get("enabled") is not None:
+        asked.append(("reasoning", reasoning["enabled"]))
+    return Thinking(_agreed(asked, True), _agreed(clear, True))
+
+
+def _effort(value: Any, path: str) -> bool:
+    """Return whether the model thinks with this `reasoning_effort`."""
+    if not isinstance(value, str) or value not in EFFORTS:
+        raise APIError(f"{path} must be one of {', '.join(EFFORTS)}", path)
+    return EFFORTS[value]
+
+
+def _agreed(asked: list[tuple[str, Any]], default: bool) -> bool:
+    """Return the one value that all spellings of a switch have."""
+    for path, value in asked:
+        if not isinstance(value, bool):
+            raise APIError(f"{path} must be true or false", path.partition(".")[0])
+        if value != asked[0][1]:
+            raise APIError(f"{asked[0][0]} and {path} disagree; give one", path.partition(".")[0])
+    return asked[0][1] if asked else default
 
 
 def _offered_tools(body: JSONObject) -> OfferedTools:
@@ -354,7 +589,7 @@ def _offered_tools(body: JSONObject) -> OfferedTools:
     if name not in names:
         message = "tool_choice must be none, auto, required, or name a function of tools"
         raise APIError(message, "tool_choice")
-    return OfferedTools(tools, name)
+    return OfferedTools(tools, name, named=True)
 
 
 def _check_tool(tool: Any, where: str) -> None:

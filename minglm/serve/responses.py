@@ -76,9 +76,14 @@ async def whole_response(job: Job, stream: AnswerStream, model_name: str) -> JSO
     for index, (builder, answer) in enumerate(zip(builders, stream.answers, strict=True)):
         content = {"message": builder.message()} if job.chat else {"text": builder.text()}
         choice = {"index": index, **content, "logprobs": builder.logprobs}
+        if job.prompt_logprobs and not job.chat:
+            choice["prompt_logprobs"] = answer.vllm_prompt_logprobs()
         choices.append(choice | _end(job, index, answer))
-    head = _head(job, model_name, streamed=False)
-    return head | {"choices": choices, "usage": usage(job, stream)}
+    response = _head(job, model_name, streamed=False)
+    response |= {"choices": choices, "usage": usage(job, stream)}
+    if job.prompt_logprobs and job.chat:
+        response["prompt_logprobs"] = stream.answers[0].vllm_prompt_logprobs()
+    return response
 
 
 async def response_chunks(

@@ -10,6 +10,8 @@ something back, so the mark is not sent; the choice names the fault in `format_e
 not have and that their clients pass on. So it does with a call that was repaired.
 """
 
+import codecs
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -20,11 +22,14 @@ from minglm.chat.parser import Delta as ParsedDelta
 from minglm.chat.parser import DeltaKind
 from minglm.chat.stream import StreamDecoder, TextDecoder
 from minglm.data.tokenizer import Tokenizer
-from minglm.inference.request import Event, FinishReason
+from minglm.inference.request import Event, FinishReason, PromptLogprob
 from minglm.serve.engine_thread import EngineThread, TokenStream
 from minglm.serve.errors import APIError
 from minglm.serve.metrics import Metrics
 from minglm.serve.requests import Job
+
+SMALLEST_LOGPROB = -9999.0
+"""What is reported for less, as OpenAI does: JSON has no infinity."""
 
 Delta = dict[str, Any]
 """What a token adds to a choice, in OpenAI's form, or {"withdrawn": a field whose last value no longer counts}."""
@@ -52,6 +57,7 @@ class StopStrings:
         self.stops = stops
         self.held = ""
         self.hit = False
+        self.found: str | None = None  # the stop string that ended the text
 
     def feed(self, text: str, last: bool = False) -> str:
         """Return the text that is certain to precede any stop string. last: no more text will follow."""
@@ -68,7 +74,8 @@ class StopStrings:
                 matches.append((start + len(stop), start))
         if matches:
             self.hit = True
-            _, start = min(matches)
+            end, start = min(matches)
+            self.found = text[start:end]
             return text[:start]
 
         # The longest end of the text that begins a stop string is held back.
@@ -83,15 +90,32 @@ class StopStrings:
         return text[:-keep]
 
 
+class Offsets:
+    """Finds where each token's text begins: the number of characters that were complete before it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.utf8_decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.characters = 0
+
+    def next(self, token: int | None) -> int:
+        """Return where a token begins, and take it in."""
+        start = self.characters
+        if token is not None:
+            self.characters += len(self.utf8_decoder.decode(self.tokenizer.bytes([token])))
+        return start
+
+
 class Answer:
     """One choice of a response while it grows. `finish_reason` is None until it has ended.
 
-    ids: sampled so far. reasoning_tokens: those between `<think>` and `</think>`, the closing tag included.
-    format_error: the name of a format fault, or None.
+    index: the number of the choice. ids: sampled so far. reasoning_tokens: those between `<think>` and `</think>`, the
+    closing tag included. format_error: the name of a format fault, or None.
     """
 
-    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+    def __init__(self, job: Job, tokenizer: Tokenizer, index: int = 0) -> None:
         self.job = job
+        self.index = index
         self.tokenizer = tokenizer
         self.decoder = (
             StreamDecoder(tokenizer, job.tools or [], job.opened, job.prefix, strict=False)
@@ -107,13 +131,17 @@ class Answer:
         self.format_error: str | None = None
         self._thinking = job.opened
         self._unreported: list[Event] = []  # events whose log-probabilities are not sent yet
-        self._chars_sent = 0  # of plain text, for the offsets beside log-probabilities
+        self._offsets = Offsets(tokenizer)  # of plain text, beside log-probabilities
+        self.prompt_logprobs: Sequence[PromptLogprob] = ()
+        self._prompt_pending = job.echo  # the prompt is still to be sent
 
     def take(self, event: Event) -> list[Delta]:
         """Read an engine event, and return the deltas that it adds."""
         if self.finish_reason is not None:
             return []
         parsed: list[ParsedDelta] = []
+        if event.prompt_logprobs:
+            self.prompt_logprobs = event.prompt_logprobs
         if event.token is not None:
             self.ids.append(event.token)
             self._count_reasoning(event.token)
@@ -127,13 +155,17 @@ class Answer:
         last = event.finish_reason is not None
         if last:
             parsed += self.decoder.flush()
-        deltas = self._chat_deltas(parsed, last) if self.job.chat else self._text(parsed, last)
+        if self.job.chat:
+            deltas = self._chat_deltas(parsed, last)
+        else:
+            deltas = self._echo() + self._text(parsed, last)
 
         if self._cut_off or event.finish_reason == FinishReason.STOP:
             self.finish_reason = ChoiceEnd.STOP
         elif event.finish_reason == FinishReason.LENGTH:
             self.finish_reason = ChoiceEnd.LENGTH
-        if self.calls and self.finish_reason == ChoiceEnd.STOP:
+        calls_end_it = self.calls > 0 and not self.job.named_call
+        if calls_end_it and self.finish_reason == ChoiceEnd.STOP:
             self.finish_reason = ChoiceEnd.TOOL_CALLS
         if self.finish_reason is not None and isinstance(self.decoder, StreamDecoder):
             self.format_error = self.decoder.finish()["error"]
@@ -207,28 +239,72 @@ class Answer:
             return None
         if self.job.chat:
             return {"content": [self._chat_logprob(event) for event in events], "refusal": None}
-        texts = [self._token_text(event.token) for event in events]
-        offsets = []
-        for text in texts:
-            offsets.append(self._chars_sent)
-            self._chars_sent += len(text)
         return {
-            "tokens": texts,
-            "token_logprobs": [event.logprob for event in events],
-            "top_logprobs": [
-                {self._token_text(token): logprob for token, logprob in event.top_logprobs}
-                for event in events
-            ],
-            "text_offset": offsets,
+            "tokens": [self._token_name(event.token) for event in events],
+            "token_logprobs": [self._shown(event) for event in events],
+            "top_logprobs": [self._top(event) for event in events],
+            "text_offset": [self._offsets.next(event.token) for event in events],
         }
 
-    def _token_text(self, token: int | None) -> str:
-        return "" if token is None else self.tokenizer.decode([token])
+    def _echo(self) -> list[Delta]:
+        """Return the prompt as the first delta of a choice that echoes it."""
+        if not self._prompt_pending:
+            return []
+        self._prompt_pending = False
+        prompt = self.job.requests[self.index].prompt
+        if self.job.logprobs is not None:
+            shown = [Event(0, prompt[0], math.nan)]
+            for score in self.prompt_logprobs:
+                shown.append(Event(0, score.token, score.logprob, score.top[: self.job.logprobs]))
+            self._unreported = shown + self._unreported
+        return [{"text": self.tokenizer.decode(prompt)}]
+
+    def _shown(self, event: Event) -> float | None:
+        """Return a log-probability as JSON can have it; None for the first token of a prompt."""
+        return None if math.isnan(event.logprob) else max(event.logprob, SMALLEST_LOGPROB)
+
+    def _top(self, event: Event) -> dict[str, float] | None:
+        """Return the most likely tokens by their names, the best first; ids of equal names are all kept."""
+        if math.isnan(event.logprob):
+            return None
+        top: dict[str, float] = {}
+        for token, logprob in event.top_logprobs:
+            name = self._token_name(token)
+            if name in top:
+                name = f"token_id:{token}"
+            top[name] = max(logprob, SMALLEST_LOGPROB)
+        return top
+
+    def _token_name(self, token: int | None) -> str:
+        """Return a token as text, or as OpenAI writes bytes that are no text: bytes:\\xe2."""
+        if token is None:
+            return ""
+        data = self.tokenizer.bytes([token])
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def vllm_prompt_logprobs(self) -> list[dict[str, Any] | None]:
+        """Return the log-probabilities of the prompt in vLLM's form, None for its first token."""
+        entries: list[dict[str, Any] | None] = [None]
+        for score in self.prompt_logprobs:
+            ranked = [(token, logprob, rank) for rank, (token, logprob) in enumerate(score.top, 1)]
+            entry: dict[str, Any] = {}
+            for token, logprob, rank in [(score.token, score.logprob, score.rank), *ranked]:
+                shown = max(logprob, SMALLEST_LOGPROB)
+                name = self._token_name(token)
+                entry.setdefault(
+                    str(token), {"logprob": shown, "rank": rank, "decoded_token": name}
+                )
+            entries.append(entry)
+        return entries
 
     def _chat_logprob(self, event: Event) -> dict[str, Any]:
         def entry(token: int, logprob: float) -> dict[str, Any]:
             data = self.tokenizer.bytes([token])
-            return {"token": self._token_text(token), "logprob": logprob, "bytes": list(data)}
+            shown = max(logprob, SMALLEST_LOGPROB)
+            return {"token": self._token_name(token), "logprob": shown, "bytes": list(data)}
 
         assert event.token is not None, "only events with a token are reported"
         top = [entry(token, logprob) for token, logprob in event.top_logprobs]
@@ -263,7 +339,7 @@ class AnswerStream:
         self.job = job
         self.metrics = metrics
         self.started = started
-        self.answers = [Answer(job, tokenizer) for _ in job.requests]
+        self.answers = [Answer(job, tokenizer, index) for index in range(len(job.requests))]
         try:
             self.tokens = TokenStream(engine_thread, job.requests)
         except ValueError as error:

@@ -37,6 +37,9 @@ class Script:
             self.lock.notify_all()
         return number
 
+    def prepare(self, request):
+        """Nothing to do: a script is held to no grammar."""
+
     def cancel(self, number):
         """Forget a request."""
         with self.lock:

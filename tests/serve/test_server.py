@@ -10,6 +10,7 @@ from pathlib import Path
 import openai
 import pytest
 from helpers.serving import TOKENIZER, Script, running, settled
+from helpers.shop import SHOP, script
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,43 +23,7 @@ from minglm.serve.stream import Answer, StopStrings
 from minglm.testing.chat import TOOLS, assistant_messages
 
 README = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
-ORDER = {
-    "type": "object",
-    "properties": {"order_id": {"type": "integer"}},
-    "required": ["order_id"],
-}
-SHOP = [
-    {"type": "function", "function": {"name": name, "parameters": ORDER}}
-    for name in ("get_order", "cancel_order")
-]
-CALL = "<tool_call>get_order\n<arg_key>order_id</arg_key>\n<arg_value>123</arg_value>\n</tool_call>"
 HI = [{"role": "user", "content": "hi"}]
-
-
-def script(prompt):
-    """Answers of a small shop, by the last question; a prompt that forces a call is finished."""
-    if prompt.endswith("<tool_call>get_order\n"):
-        return CALL.removeprefix("<tool_call>get_order\n") + "<|observation|>"
-    if prompt.endswith("<tool_call>"):
-        return CALL.removeprefix("<tool_call>") + "<|observation|>"
-    if prompt.endswith("</tool_response><|assistant|>"):
-        return "\n<think>It says pending.</think>\nIt is pending.<|user|>"
-    question = prompt.rsplit("<|user|>", 1)[-1]
-    if "crash" in question:
-        return RuntimeError("a fault on purpose")
-    if "endless" in question:
-        return "\n<think></think>\n" + "on and on " * 10_000
-    if "broken" in question:
-        return "\n<think></think>\n<tool_call>{}</tool_call><|user|>"
-    if "two" in question:
-        return f"\n<think></think>\n{CALL}\n{CALL}<|observation|>"
-    if "order" in question:
-        return f"\n<think>Look it up.</think>\nLet me see.\n{CALL}<|observation|>"
-    if prompt.endswith("</think>"):
-        return "\nAt once.<|user|>"
-    if "<|assistant|>" not in prompt:
-        return " and so on, é.<|endoftext|>"
-    return "\n<think>A greeting.</think>\nHello, wörld; and more.<|user|>"
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +36,8 @@ def shop():
 
 def post(http, path="/v1/chat/completions", **body):
     """(status, the parsed answer) of a plain POST."""
-    answer = http.post(path, json={"model": "tiny", "messages": HI, **body})
+    question = {"messages": HI} if path.endswith("/chat/completions") else {}
+    answer = http.post(path, json={"model": "tiny", **question, **body})
     return answer.status_code, answer.json()
 
 
@@ -157,7 +123,10 @@ def test_tool_choice(shop):
     for choice in ("required", {"type": "function", "function": {"name": "get_order"}}):
         _, found = post(http, messages=order, tools=SHOP, tool_choice=choice)
         message = found["choices"][0]["message"]
-        assert message["content"] is None and found["choices"][0]["finish_reason"] == "tool_calls"
+        assert message["content"] is None
+        # OpenAI ends an answer to a named function with stop.
+        ended = "tool_calls" if choice == "required" else "stop"
+        assert found["choices"][0]["finish_reason"] == ended
         assert message["tool_calls"][0]["function"] == {
             "name": "get_order",
             "arguments": '{"order_id": 123}',
@@ -262,8 +231,8 @@ MALFORMED = [
     ({"stream": "yes"}, "stream"),
     ({"top_logprobs": 5}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 99}, "top_logprobs"),
-    ({"frequency_penalty": 0.5}, "frequency_penalty"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"frequency_penalty": 5}, "frequency_penalty"),
+    ({"response_format": {"type": "xml"}}, "response_format"),
     ({"tools": {"name": "f"}}, "tools"),
     ({"tools": [{"type": "function"}]}, "tools[0]"),
     ({"tools": [{"function": {"name": "a b"}}]}, "tools[0]"),
@@ -327,7 +296,7 @@ def test_what_is_no_request(shop):
     )
     assert (
         post(http, "/v1/completions", prompt="")[0]
-        == post(http, "/v1/completions", prompt="x", echo=True)[0]
+        == post(http, "/v1/completions", prompt="x", suffix="y")[0]
         == 400
     )
     with pytest.raises(openai.NotFoundError, match="not served"):
