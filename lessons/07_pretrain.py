@@ -1,15 +1,15 @@
 # %% [markdown]
 # # 07 Pre-training: one schedule over five stages
 #
-# GLM-4.5 reads 23 trillion tokens in five stages (paper 2.2 to 2.4, Figure 3). The data change at each border, the rows
-# become 8 and then 32 times longer, and four numbers change on the way: learning rate, batch, and at 15T tokens the
-# step of the router's bias (to 0) and the weight of MTP (0.3 to 0.1). One cosine spans it all: the authors tried a
-# constant rate with a decay at the end (WSD) and found it worse.
+# GLM-4.5 reads 23 trillion tokens in five stages (paper 2.2 to 2.4, Figure 3). The data change at each stage boundary,
+# the rows become 8 and then 32 times longer, and four numbers change during training: the learning rate, the batch size,
+# and at 15T tokens the step of the router's bias (to 0) and the weight of MTP (0.3 to 0.1). One cosine spans all stages:
+# the authors tried a constant rate with a decay at the end (WSD) and found it worse.
 #
 # **Your prediction.** Write down first: (1) At equal tokens, does cosine or WSD end lower here, and by how much?
-# (2) The batch grows four times over the first part. Against the small batch throughout, what does the ramp cost in
-# loss and save in steps? Against the large batch throughout? (3) Which of the four borders shows in the loss, and why?
-# (4) What is lost if nothing is switched at 15T?
+# (2) The batch grows fourfold over the first part. Compared with the small batch throughout, what does the ramp cost in
+# loss and save in steps? And compared with the large batch throughout? (3) Which of the four boundaries shows in the
+# loss, and why? (4) What is lost if nothing is switched at 15T?
 #
 # **Equation** (paper 2.4; `minglm/optim/schedule.py`): all are functions of the tokens seen, t, never of the step
 #
@@ -69,18 +69,20 @@ SMOKE = {"tokens": 3_072, "megabytes": 0.02, "documents": 20, "peak_lr": 0.02, "
 
 # %% [markdown]
 # ## The lines that matter
-# `main` prints the schedules and `phases`, which turns a config into five `Phase`s. The loop knows no stage but these.
+# `main` prints the schedules and `phases`, which turns a config into five `Phase`s, all that the loop knows of stages.
 #
 # ## Experiment
-# A nano model goes through all five stages, with each of five schedules and each seed: the paper's; WSD in place of the
-# cosine; the small batch throughout; the large batch; no switch after the first stage. All see the same tokens.
-# The stages are 45, 25, 10, 10 and 10% of the tokens: the paper's last three together are 5%, too few steps here.
+# A nano model goes through all five stages, with each of five schedules and each seed: the paper's; WSD instead of the
+# cosine; the small batch throughout; the large batch throughout; and no switch after the first stage. All see the same
+# tokens. The stages are 45, 25, 10, 10 and 10% of the tokens: the paper's last three together are 5%, which would be too
+# few steps here.
 
 
 # %%
 def config(sizes, seed, **changes):
-    """The RunConfig of one training: nano, with the paper's stages in its proportions of length."""
-    total, small = sizes["tokens"], min(1024, sizes["tokens"] // 12)
+    """Return the RunConfig of one training: nano, with the paper's stages and their proportions of row length."""
+    total = sizes["tokens"]
+    small = min(1024, total // 12)
     row = min(2048, total // 12)  # the longest: 32 times the shortest, as in the paper
     general, code, repository, reasoning, long = (int(share * total) for share in SHARES.values())
     stages = StagesConfig(
@@ -114,9 +116,11 @@ def config(sizes, seed, **changes):
 
 
 def train(name, run, tokenizer, shards, heldout, limit):
-    """One run through the five stages: records of its steps, and bits per byte of held-out text after each stage."""
+    """Train through the five stages. Returns its steps, and bits per byte of held-out text after each stage."""
     model = GLM(NANO, run.seed)
-    optimizer, steps, bits = Muon(model, run.optimizer), [], []
+    optimizer = Muon(model, run.optimizer)
+    steps = []
+    bits = []
     for phase in phases(run):
         if name == "no switch":
             first = {
@@ -126,90 +130,89 @@ def train(name, run, tokenizer, shards, heldout, limit):
             phase = replace(phase, **first)
         stage = getattr(run.stages, phase.name)
         model.rope_theta = stage.rope_theta
-        draws = (
+        stream = Mixture(
+            shards,
             stage.mixture,
             stage.sequence_length,
             stage.packing,
             run.seed * 100 + phase.start % 97,
+            pad=tokenizer.pad,
         )
-        stream, done = Mixture(shards, *draws, pad=tokenizer.pad), 0
-        while done < phase.tokens:
-            seen = phase.start + done
+        seen = phase.start
+        while seen < phase.start + phase.tokens:
             rows = max(1, round(phase.batch_tokens(seen) / phase.sequence_length))
-            found = step(model, optimizer, stream.next(rows), phase, seen)
-            done += rows * phase.sequence_length
-            load = float(np.mean(found.load_max_over_mean))
-            steps.append(
-                [phase.start + done, found.loss, found.learning_rate, load, found.mtp_loss]
-            )
-        both = [
-            bits_per_byte(model, tokenizer, heldout[name], 64, limit) for name in ("prose", "code")
-        ]
-        bits.append(sum(both) / 2)
+            metrics = step(model, optimizer, stream.next(rows), phase, seen)
+            seen += rows * phase.sequence_length
+            load = float(np.mean(metrics.load_max_over_mean))
+            steps.append([seen, metrics.loss, metrics.learning_rate, load, metrics.mtp_loss])
+        prose = bits_per_byte(model, tokenizer, heldout["prose"], 64, limit)
+        code = bits_per_byte(model, tokenizer, heldout["code"], 64, limit)
+        bits.append((prose + code) / 2)
     return {"variant": name, "seed": run.seed, "steps": np.round(steps, 5).tolist(), "bits": bits}
 
 
 def experiment(sizes, seeds):
-    """All runs."""
+    """Make all runs."""
+    first = config(sizes, 0)
+    cells = []
+    for seed in range(seeds):
+        for name, changes in VARIANTS.items():
+            cells.append((name, config(sizes, seed, **changes)))
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer, shards, heldout, _ = prepare(
-            config(sizes, 0), Path(folder), task_data(config(sizes, 0))
-        )
-        cells = [
-            (name, config(sizes, seed, **VARIANTS[name]))
-            for seed in range(seeds)
-            for name in VARIANTS
-        ]
-        data = (tokenizer, shards, heldout, sizes["heldout"])
-        runs = [train(*cell, *data) for cell in tqdm(cells, desc="runs", disable=None)]
-    bounds = [phase.start for phase in phases(config(sizes, 0))] + [sizes["tokens"]]
+        tokenizer, shards, heldout, _ = prepare(first, Path(folder), task_data(first))
+        runs = []
+        for name, run in tqdm(cells, desc="runs", disable=None):
+            runs.append(train(name, run, tokenizer, shards, heldout, sizes["heldout"]))
+    bounds = [phase.start for phase in phases(first)] + [sizes["tokens"]]
     return {"runs": runs, "bounds": bounds, "full_scale": full_scale()}
 
 
 # %% [markdown]
 # ## At full scale
-# The same functions with the paper's numbers. The ramp is over after 2% of the tokens, the switch comes after 65%.
-# (Its length and the warm-up's are our guesses: the paper gives neither.)
+# These are the same functions with the paper's numbers. The ramp ends after 2% of the tokens; the switch comes after 65%.
+# (The lengths of the ramp and of the warm-up are our guesses: the paper gives neither.)
 
 
 # %%
 def full_scale():
-    """What the schedules say at a few points of GLM-4.5's 23.1 trillion tokens."""
-    run, found = RunConfig("glm", ModelConfig()), {}
+    """Return what the schedules say at a few points of GLM-4.5's 23.1 trillion tokens."""
+    run = RunConfig("glm", ModelConfig())
     total = run.stages.total_tokens
+    values = {}
     for tokens in (10**12, 15 * 10**12, 22 * 10**12):
-        rate, batch = (
-            schedule.learning_rate(tokens, run.optimizer, total),
-            schedule.batch_tokens(tokens, run.optimizer),
-        )
-        weight, bias = (
-            f(tokens, run.balance, run.stages) for f in (schedule.mtp_weight, schedule.bias_rate)
-        )
-        about = f"at {tokens / 1e12:g}T: rate, batch, MTP weight, bias rate"
-        found[about] = f"{rate:.3g}, {batch:,}, {weight}, {bias}"
-    seen = steps = 0
+        rate = schedule.learning_rate(tokens, run.optimizer, total)
+        batch = schedule.batch_tokens(tokens, run.optimizer)
+        weight = schedule.mtp_weight(tokens, run.balance, run.stages)
+        bias = schedule.bias_rate(tokens, run.balance, run.stages)
+        name = f"at {tokens / 1e12:g}T: rate, batch, MTP weight, bias rate"
+        values[name] = f"{rate:.3g}, {batch:,}, {weight}, {bias}"
+    seen = 0
+    steps = 0
     while seen < total:
-        seen, steps = seen + schedule.batch_tokens(seen, run.optimizer), steps + 1
-    return found | {"optimizer steps": f"{steps:,}"}
+        seen += schedule.batch_tokens(seen, run.optimizer)
+        steps += 1
+    return values | {"optimizer steps": f"{steps:,}"}
 
 
 # %%
 def smooth(run, points=60):
-    """(tokens, loss) of a run as means over `points` equal parts of the tokens."""
+    """Return (tokens, loss) of a run as means over `points` equal intervals of the tokens."""
     tokens, loss = np.array(run["steps"])[:, :2].T
     edges = np.linspace(0, tokens[-1], points + 1)
-    at = np.clip(np.searchsorted(edges, tokens) - 1, 0, points - 1)
-    filled, at = np.unique(at, return_inverse=True)
-    return ((edges[1:] + edges[:-1]) / 2)[filled], np.bincount(at, loss) / np.bincount(at)
+    centres = (edges[1:] + edges[:-1]) / 2
+    interval = np.clip(np.searchsorted(edges, tokens) - 1, 0, points - 1)
+    # Intervals without a step are left out.
+    filled, index = np.unique(interval, return_inverse=True)
+    return centres[filled], np.bincount(index, loss) / np.bincount(index)
 
 
 def of(log, name):
-    """The runs of one variant, one a seed."""
+    """Return the runs of one variant, one per seed."""
     return [run for run in log["runs"] if run["variant"] == name]
 
 
 def draw(log):
-    """The figure, from the log alone."""
+    """Draw the figure from the log alone."""
     figure, ((curve, rate), (batch, end)) = drawing.canvas(2, 2, (10.5, 7.2))
     first = of(log, "cosine, ramp")
     x = smooth(first[0])[0] / 1000
@@ -248,7 +251,7 @@ def draw(log):
     values = [run["bits"][-1] for run in log["runs"]]
     lesson.panel(
         end,
-        "At the end, each seed a tick",
+        "At the end; each tick is a seed",
         "",
         "bits per byte",
         ylim=(min(values) - 0.1, max(values) + 0.1),
@@ -259,27 +262,29 @@ def draw(log):
 
 # %% [markdown]
 # ## What would prove us wrong
-# `verdicts` reads the log, and each line can come out False. Seeds are compared in pairs: same data, same first values.
+# `verdicts` reads the log, and each claim can come out False. Seeds are compared in pairs: same data, same initial
+# weights.
 #
-# Measured (173 CPU-seconds, 3 seeds), bits per byte of held-out prose and code at the end: WSD 0.09 above the cosine
-# (0.08 to 0.11); the large batch 0.07 above the ramp, in 31 steps against 44; the small batch 0.03 *below* it (0.02 to
-# 0.05), in 113 steps. **That claim is on the border:** the same runs with other rounding gave 0.03 to 0.07, outside it.
-# The loss rises at the third and fifth border because the text is another one; the held-out bits do not. Without the
-# switch the trunk ends 0.003 lower and the MTP layer, as it should, 0.07 nats lower: here the switch is nearly free.
+# Measured (173 CPU-seconds, 3 seeds), in bits per byte of held-out prose and code at the end: WSD ends 0.09 above the
+# cosine (0.08 to 0.11); the large batch 0.07 above the ramp, in 31 steps against 44; the small batch 0.03 *below* it
+# (0.02 to 0.05), in 113 steps. **That last claim is borderline:** the same runs with different rounding gave 0.03 to
+# 0.07, outside it. The training loss rises at the third and fifth stage because the text changes; the held-out bits do
+# not rise. Without the switch the trunk ends 0.003 lower and the MTP layer, as it should, 0.07 nats lower: the switch is
+# nearly free here.
 #
-# **What the toy does not show.** All have one peak rate, chosen for none of them. WSD keeps it for most of the run, and
-# a lower one may suit it better. It is 44 steps, the mix of the last stages changes while WSD decays, and the paper
-# judged by SimpleQA and MMLU. After so few steps of 0.001 the router's bias has hardly moved, so the balance is the
-# same whether it rests or not (2.7 and 2.6 times the mean load).
+# **What the toy does not show.** All variants share one peak rate, which was tuned for none of them. WSD keeps it for
+# most of the run, and a lower rate may suit it better. There are only 44 steps, the data change while WSD decays, and
+# the paper judged by SimpleQA and MMLU. After a few steps of 0.001 the router's bias has hardly moved, so the balance
+# is the same with and without the switch (2.7 and 2.6 times the mean load).
 #
 # ## Exercise
-# Write a schedule that is linear from the peak to a tenth, give it the signature of `learning_rate`, and hold it to
-# `minglm.testing.optim.check_schedule`. Check: put it into `minglm.train.stages` beside `wsd` and run this lesson.
+# Write a schedule that falls linearly from the peak to a tenth, give it the signature of `learning_rate`, and test it
+# with `minglm.testing.optim.check_schedule`. Check: add it to `minglm.train.stages` beside `wsd` and run this lesson.
 
 
 # %%
 def verdicts(log):
-    """{claim: whether the log supports it}."""
+    """Return {claim: whether the log supports it}."""
     ends = {name: np.array([run["bits"][-1] for run in of(log, name)]) for name in VARIANTS}
     steps = {name: len(of(log, name)[0]["steps"]) for name in VARIANTS}
     gain = {name: (ends[name] - ends["cosine, ramp"]) for name in VARIANTS}
@@ -318,7 +323,7 @@ def verdicts(log):
 
 
 def main(argv=None):
-    """Run the experiment, or only redraw it, and print what it shows."""
+    """Run the experiment, or only redraw its figure, and print what it shows."""
     shown = [schedule.learning_rate, schedule.learning_rate_wsd, schedule.batch_tokens, phases]
     lesson.Lesson("07_pretrain", experiment, draw, verdicts, shown, SIZES, SMOKE, NANO).main(argv)
 

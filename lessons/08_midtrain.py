@@ -2,13 +2,13 @@
 # # 08 Mid-training: how does a model of short rows learn long ones?
 #
 # After 22T tokens in rows of 4,096 GLM-4.5 reads 1.1T more: rows of 32K, then of 128K (paper 2.3, Figure 3). With the
-# first long stage the rotary base rises from 10,000 to 1,000,000. And documents are no longer cut anywhere but packed
-# whole, by best fit, so that no repository or chain of thought is taken apart (paper 2.4).
+# first long stage the rotary base rises from 10,000 to 1,000,000. Documents are no longer cut at arbitrary places but
+# packed whole, by best fit, so that no repository or chain of thought is split (paper 2.4).
 #
-# **Your prediction.** Write down first: (1) A model trained on rows of 64 has to find a fact in 512. How much better
-# than guessing is it? After some training on rows of 512, what does it find in 2,048? (2) Does it matter at which depth
-# the fact stands? (3) Kept or raised: which base ends higher, and already at 512 or only at 2,048? (4) What do cut
-# repositories cost at equal tokens, in right answers about whole ones?
+# **Your prediction.** Write down first: (1) A model trained on rows of 64 has to find a fact in 512 tokens. How much
+# better than guessing is it? After some training on rows of 512, what does it find in 2,048? (2) Does the depth of the
+# fact matter? (3) Which base ends higher, kept or raised, and already at 512 or only at 2,048? (4) At equal tokens, what
+# do cut repositories cost in right answers about whole ones?
 #
 # **Equation** (paper 2.3, 2.4; `minglm/model/rope.py`, `minglm/eval/needles.py`)
 #
@@ -38,12 +38,13 @@ from minglm.report import drawing
 NANO = dataclasses.replace(lesson.NANO, max_position_embeddings=2048)
 BASES = {"kept": (10_000.0, "#c2571a"), "raised": (1_000_000.0, "#1f5fa8")}
 PACKINGS = {"truncate": "#c2571a", "best_fit": "#1f5fa8"}
-THINGS, MARKS, SHOWN = 32, 4, 8
-ASK, MARK, NOISE = (
-    128,
-    160,
-    200,
-)  # ids: a question about a thing, a mark, filler; 0 to 127 say a thing with its mark
+# The vocabulary of the puzzle: ids 0 to 127 show a thing with its mark.
+THINGS = 32
+MARKS = 4
+SHOWN = 8  # things in a row
+ASK = 128  # + thing: asks for the mark of a thing
+MARK = 160  # + mark: an answer
+NOISE = 200  # + 0 to 63: filler
 SIZES = {
     "lengths": [64, 512, 2048],
     "tokens": [163_840, 32_768, 32_768],
@@ -67,14 +68,14 @@ SMOKE |= {"repositories": 40, "tests": 2}
 
 # %% [markdown]
 # ## The lines that matter
-# `main` prints them from minglm. A longer row needs nothing new in the model: the base is one attribute, the rest data.
+# `main` prints them from minglm. Longer rows need nothing new in the model: the base is one attribute, the rest is data.
 #
 # ## Experiment 1: needles
-# So small a model does not learn to read keys off prose. It learns the puzzle of lesson 02 instead: single tokens say a
-# thing with its mark, others ask for the mark of a thing shown before, the rest is noise; only answers are targets. It
-# is trained on rows of 64, then 512, then 2,048 tokens, eight times and four times longer as in the paper, once with
-# the base kept and once raised with the first extension. Before and after each, one statement is hidden at five depths
-# of rows of noise, in which other things are mentioned too.
+# A model this small does not learn to read keys from prose. It learns the puzzle of lesson 02 instead: single tokens
+# show a thing with its mark, others ask for the mark of a thing shown before, and the rest is noise; only answers are
+# targets. It is trained on rows of 64, then 512, then 2,048 tokens (eight times and then four times longer, as in the
+# paper), once with the base kept and once with the base raised at the first extension. Before and after each extension
+# we hide one statement at five depths of rows of noise, in which other things are mentioned too.
 
 
 # %%
@@ -134,9 +135,10 @@ def study(model, stage, stream, sizes):
 
 # %% [markdown]
 # ## Experiment 2: repositories, cut or whole
-# A repository here is a document that defines eight names in its first lines and asks about them until its end, 64 to
-# 512 tokens later; another one defines the same names otherwise. The model of rows of 64 reads the same tokens of them
-# in rows of 512, cut anywhere or packed by best fit, and is asked about whole new ones, alone in their rows.
+# A repository here is a document of 64 to 512 tokens that defines eight names in its first lines and asks about them
+# until its end; another repository defines the same names differently. The model trained on rows of 64 reads the same
+# tokens of repositories in rows of 512, cut anywhere or packed by best fit. Then it is asked about whole new
+# repositories, alone in their rows.
 
 
 # %%
@@ -175,7 +177,7 @@ def copy_of(model, base):
 
 
 def experiment(sizes, seeds):
-    """All runs."""
+    """Make all runs."""
     log = {"needles": [], "packing": []}
     for seed in tqdm(range(seeds), desc="seeds", disable=None):
         short = copy_of(GLM(NANO, seed), "kept")
@@ -198,8 +200,8 @@ def experiment(sizes, seeds):
 
 # %% [markdown]
 # ## At full scale
-# 64 dimensions of each head rotate. With the first base the slowest pair goes round almost three times in 131,072
-# positions, so that far and near look alike to it; with the second, 3% of once. Long rows cost what attention costs.
+# 64 dimensions of each head rotate. With the first base the slowest pair makes almost three turns in 131,072 positions,
+# so it cannot tell far from near; with the second it makes 3% of a turn. The cost of long rows is the cost of attention.
 
 
 # %%
@@ -236,7 +238,7 @@ def packed(log, packing):
 
 
 def draw(log):
-    """The figure, from the log alone."""
+    """Draw the figure from the log alone."""
     figure, axes = drawing.canvas(2, 3, (11.5, 6.8))
     lengths, probes, (*maps, curves, bars) = (
         log["sizes"]["lengths"],
@@ -283,27 +285,30 @@ def draw(log):
 
 # %% [markdown]
 # ## What would prove us wrong
-# `verdicts` reads the log, and each line can come out False: three of four do.
+# `verdicts` reads the log, and each claim can come out False: three of four do.
 #
-# Measured (192 CPU-seconds, 3 seeds; needles found at 2,048 tokens, mean of depths). Rows of 64 only: 35% (chance is
-# 25%), and what stands right before the question is found more often (50%). After 16 batches of rows of 512, 58% with
-# the base kept and 77% with it raised; after 8 of rows of 2,048, 67% and 83%. At 64 and 512 then, 92 to 100%. **So an
-# extension is cheap, and the raised base helps most beyond the trained rows**, but not in every seed (42, 12 and -3
-# points), and the last 17% need more than 8 batches: one seed with two to three times as many found 95% and more with
-# either base. **Cutting costs nothing here:** 98.3% right against 98.7%, and the sign changes with the seed. Perhaps
-# the questions that stay whole in a cut row are enough to learn from; that was not measured.
+# Measured (192 CPU-seconds, 3 seeds; needles found at 2,048 tokens, mean of depths). With rows of 64 only: 35% (chance
+# is 25%), and needles right before the question are found more often (50%). After 16 batches of rows of 512: 58% with
+# the base kept and 77% with it raised; after 8 batches of rows of 2,048: 67% and 83%. At 64 and 512 tokens the model
+# then finds 92 to 100%. **An extension is therefore cheap, and the raised base helps most beyond the trained rows**, but
+# not in every seed (42, 12 and -3 points). The last 17% need more than 8 batches: one seed with two to three times as
+# many found 95% and more with either base. **Cutting costs nothing here:** 98.3% right against 98.7%, and the sign
+# changes with the seed. Perhaps the questions that stay whole in a cut row are enough to learn from; we did not measure
+# that.
 #
-# **What the toy does not show.** It looks up single tokens among 64 kinds of noise. A model that reads a key off prose,
-# follows an import or invents what was cut off has more to lose. And four pairs rotate here, 32 in GLM-4.5.
+# **What the toy does not show.** It looks up single tokens among 64 kinds of noise. A model that reads a key from prose,
+# follows an import, or invents what was cut off has more to lose. And only four pairs rotate here, compared with 32 in
+# GLM-4.5.
 #
 # ## Exercise
-# Say two marks of one thing: which does the model name, the first or the last? Hide the first with an empty question
-# and answer, and give that row to `hide` as filler. Check: with the same mark twice it finds what `probe` says or more.
+# Show two different marks for one thing: which does the model name, the first or the last? Hide the first with an empty
+# question and answer, and give that row to `hide` as filler. Check: with the same mark twice it finds at least what
+# `probe` reports.
 
 
 # %%
 def verdicts(log):
-    """{claim: whether the log supports it}."""
+    """Return {claim: whether the log supports it}."""
     probes, lengths = log["sizes"]["probes"], log["sizes"]["lengths"]
     last, chance = probes.index(lengths[-1]), 100 / MARKS
     ends = [
@@ -325,7 +330,7 @@ def verdicts(log):
 
 
 def main(argv=None):
-    """Run the experiment, or only redraw it, and print what it shows."""
+    """Run the experiment, or only redraw its figure, and print what it shows."""
     lesson.Lesson(
         "08_midtrain", experiment, draw, verdicts, [angles, hide, best_fit], SIZES, SMOKE, NANO
     ).main(argv)

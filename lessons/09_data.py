@@ -1,14 +1,14 @@
 # %% [markdown]
 # # 09 Data: what do deduplication, quality buckets and fill-in-the-middle each buy?
 #
-# Before GLM-4.5 trains on a page, the page has been compared with all others twice (MinHash, then SemDedup, "which
-# removes template pages that MinHash misses"), scored, and put into a bucket: the lowest is dropped, the best is read
+# Before GLM-4.5 trains on a page, the page is compared with all others twice (MinHash, then SemDedup, "which removes
+# template pages that MinHash misses"), scored, and put into a bucket: the lowest bucket is dropped, the best is read
 # more than 3.2 times. Code is rewritten so that the model learns to insert (paper 2.2).
 #
 # **Your prediction.** Six tenths of a corpus are rubbish: mirrors, forms, advertisements, tables, shuffled words.
-# (1) Which step lowers the loss on clean text most at equal tokens: MinHash, SemDedup, or the buckets? (2) What does
-# each take that it should leave? (3) Fill-in-the-middle on half of the code: what does it cost from left to right, and
-# does so small a model look at the suffix at all?
+# (1) At equal tokens, which step lowers the loss on clean text most: MinHash, SemDedup, or the buckets? (2) What does
+# each step remove that it should keep? (3) With fill-in-the-middle on half of the code, what is the cost from left to
+# right, and does a model this small use the suffix at all?
 #
 # **Equation** (paper 2.2; `minglm/data/cleaning/minhash.py`, `semdedup.py`, `classifier.py`, `quality.py`, `fim.py`)
 #
@@ -66,22 +66,21 @@ SMOKE = {
     "held": 8,
 }
 ASKED = ["left to right", "middle, prefix only", "middle, both sides"]
-LENGTH, SPAN, ADVERT = (
-    128,
-    150,
-    "BUY NOW!!! CHEAP $$$ OFFER click here >>> 50% OFF free FREE win only today!",
-)
+LENGTH = 128  # tokens of a row
+SPAN = 150
+ADVERT = "BUY NOW!!! CHEAP $$$ OFFER click here >>> 50% OFF free FREE win only today!"
 
 # %% [markdown]
 # ## The lines that matter
-# `main` prints them: what stays after MinHash, what stays inside a cluster, and how a score is calibrated.
+# `main` prints them: what MinHash keeps, what is kept inside a cluster, and how a score is calibrated.
 #
 # ## Experiment
-# Clean text: the docstrings of Python's library, a tenth of them held out. Rubbish, 350 pages of each kind: mirrors
-# (clean pages with three words changed), forms (ten templates, new names in each page), salad (the words of a page,
-# shuffled), advertisements, tables. Each step of cleaning goes on with what the step before left. A nano model then
-# reads 98 k tokens of it, and is asked for the held-out docstrings. The classifier learns from 500 pages, marked 1 for
-# good and 0 for bad, one mark in ten wrong; a mirror looks good. It judges *instead of* the rubric. Three seeds.
+# The clean text is the docstrings of Python's library, a tenth of them held out. There are 350 pages of each kind of
+# rubbish: mirrors (clean pages with three words changed), forms (ten templates, with new names in each page), salad (the
+# words of a page, shuffled), advertisements, and tables. Each cleaning step works on what the step before kept. A nano
+# model then reads 98 k tokens of the result, and we measure its loss on the held-out docstrings. The classifier learns
+# from 500 pages, labelled 1 for good and 0 for bad, with one label in ten wrong; a mirror looks good. It is used
+# *instead of* the rubric. Three seeds.
 
 
 # %%
@@ -256,7 +255,7 @@ def insert(sizes, files, tokenizer, seed):
 
 
 def experiment(sizes, seeds):
-    """All runs."""
+    """Make all runs."""
     files = list(corpus.python_library(0.1, sizes["megabytes"]))
     tokenizer = Tokenizer.train([d.text for d in files if not d.heldout], NANO.vocab_size)
     log = {"ladder": [], "calibration": [], "fim": []}
@@ -270,10 +269,10 @@ def experiment(sizes, seeds):
 
 # %% [markdown]
 # ## At full scale
-# Every step is a function of a part of 16 MB of text, or of a few hundred bytes a document, so a corpus of any size
-# goes through it by as many processes as there are (`python -m minglm data CONFIG`, `--engine ray` on a cluster). What
-# the toy cannot show: 15 trillion tokens are more than there is clean text, so repeating the best competes with
-# *running out*; here there is always more.
+# Every step works on chunks of 16 MB of text, or on a few hundred bytes per document, so any number of processes can
+# clean a corpus of any size (`python -m minglm data CONFIG`, `--engine ray` on a cluster). What the toy cannot show:
+# there is less clean text than 15 trillion tokens, so repeating the best competes with *running out*; here there is
+# always more.
 
 
 # %%
@@ -285,7 +284,7 @@ def of(log, part, key, **where):
 
 
 def draw(log):
-    """The figure, from the log alone."""
+    """Draw the figure from the log alone."""
     figure, ((left, losses), (curves, inserted)) = drawing.canvas(2, 2, (10, 7))
     highest = 0.0
     for at, step in enumerate(STEPS):
@@ -337,27 +336,27 @@ def draw(log):
 
 # %% [markdown]
 # ## What would prove us wrong
-# `verdicts` reads the log, and each line can come out False; a gain must show in every seed.
+# `verdicts` reads the log, and each claim can come out False; a gain must show in every seed.
 #
-# Measured (215 CPU-seconds, 3 seeds): the buckets buy most (0.09 nats by the rubric, 0.12 by the learned score), then
-# SemDedup (0.04), then MinHash (0.01, less than the spread of the seeds). SemDedup takes nearly all forms and adverts,
-# and most of the salad, for which the rubric has no mark: the same words are the same embedding. It also takes a fifth
-# of the clean text, which the real one must not do; a threshold has this price. The classifier finds salad by its
-# pairs of words.
-# **Where the toy shows nothing:** calibration. Logistic regression is as reliable before as after (error 0.05 and
-# 0.06): a hundred marks move two numbers about as far as their own noise. And the suffix: the model trained with FIM
-# inserts no better with both sides than with the prefix alone, so what it learned is to begin anywhere. FIM cost
+# Measured (215 CPU-seconds, 3 seeds): the buckets gain most (0.09 nats with the rubric, 0.12 with the learned score),
+# then SemDedup (0.04), then MinHash (0.01, less than the spread of the seeds). SemDedup removes nearly all forms and
+# adverts, and most of the salad, which the rubric cannot detect: the same words have the same embedding. It also removes
+# a fifth of the clean text, which a real pipeline must not do; this is the price of the threshold. The classifier
+# detects salad by its pairs of words.
+# **Where the toy shows nothing:** calibration. Logistic regression is as reliable before as after (error 0.05 and 0.06):
+# fitting two numbers to a hundred labels moves them about as far as their own noise. And the suffix: the model trained
+# with FIM inserts no better with both sides than with the prefix alone, so all it learned is to begin anywhere. FIM cost
 # nothing from left to right either, beyond the spread of the seeds (-0.02 to +0.03).
 #
 # ## Exercise
-# Write `mine(documents)`, near-duplicate removal that compares every pair by the Jaccard index itself, and hold it to
-# `check_near_duplicates(mine, 0.7)` from `minglm.testing.cleaning`. Then let it keep the *first* of two twins and not
+# Write `mine(documents)`, near-duplicate removal that compares every pair by the Jaccard index itself, and test it with
+# `check_near_duplicates(mine, 0.7)` from `minglm.testing.cleaning`. Then keep the *first* of two duplicates instead of
 # the best: which property fails? Check: `pytest tests/data/test_minhash.py -k "contract or broken"`.
 
 
 # %%
 def verdicts(log):
-    """{claim: whether the log supports it}."""
+    """Return {claim: whether the log supports it}."""
     ladder = {step: of(log, "ladder", "loss", step=step) for step in STEPS}
     claims = {}
     for before, after in [*itertools.pairwise(STEPS[:4]), ("SemDedup", STEPS[4])]:
@@ -383,7 +382,7 @@ def verdicts(log):
 
 
 def main(argv=None):
-    """Run the experiment, or only redraw it, and print what it shows."""
+    """Run the experiment, or only redraw its figure, and print what it shows."""
     shown = [minhash.keep_best, semdedup._to_drop, classifier.calibrate]
     lesson.Lesson("09_data", experiment, draw, verdicts, shown, SIZES, SMOKE, NANO).main(argv)
 

@@ -1,19 +1,19 @@
 # %% [markdown]
-# # 11 Engine: how are many answers produced at once, and how do drafts make that faster without changing them?
+# # 11 Engine: how does one model generate many answers at once, and how do drafts speed it up without changing them?
 #
-# In reinforcement learning most of the time goes into producing answers (paper 3.5). A pass of the model for one answer
-# reads all weights to get one token; for many answers it reads them once. What grows with the batch is the cache of
-# keys and values. The MTP layer (paper 2.1) takes another way: it drafts tokens, and one pass of the trunk checks them
-# all. GLM-4.5 is served with three steps of drafting from its one MTP layer.
+# In reinforcement learning most of the time goes into generating answers (paper 3.5). A pass of the model for one answer
+# reads all weights to get one token; a pass for many answers also reads them only once. What grows with the batch is the
+# cache of keys and values. The MTP layer (paper 2.1) helps in another way: it drafts tokens, and one pass of the trunk
+# checks them all. GLM-4.5 is served with three draft steps from its one MTP layer.
 #
-# **Your prediction.** Write down first: (1) How many times more tokens a second do 64 answers at once give than one?
+# **Your prediction.** Write down first: (1) How many times more tokens per second do 64 answers at once give than one?
 # (2) How much less cache do eight samples need when they share their prompt? (3) With drafts from an MTP layer after a
 # short training, how many passes does a token cost with 1, 2, 3 and 4 drafts? (4) Do the answers' probabilities change?
 #
 # **Equation** (`minglm/inference/speculative.py`, arXiv 2211.17192)
 #
 #     keep draft x ~ q with probability min(1, p(x) / q(x)), else draw from max(0, p - q);   after n kept, one from p
-#     tokens of a pass = 1 + a + a^2 + ... + a^n   if each draft stands with probability a
+#     tokens per pass = 1 + a + a^2 + ... + a^n   if each draft is accepted with probability a
 
 # %%
 import dataclasses
@@ -58,34 +58,36 @@ SHADES = ["#8a8a92", "#9fc3e6", "#5f93c8", "#1f5fa8", "#123a68"]
 # (`extend`), the test of the drafts (`verify`), and where drafts come from (`draft`).
 #
 # ## Experiment
-# A nano model reads Python's standard library. Then it answers: 1 to 64 prompts at once, all different or eight
-# samples of each; the beginnings of 6 held-out texts with 0 to 4 drafts; and, with a vocabulary of four and untrained,
-# a prompt of two tokens thousands of times, so that every possible answer can be counted.
+# A nano model reads Python's standard library. Then it answers 1 to 64 prompts at once, all different or eight samples
+# of each, and continues the beginnings of 6 held-out texts with 0 to 4 drafts. An untrained model with a vocabulary of
+# four answers a prompt of two tokens thousands of times, so that every possible answer can be counted.
 
 
 # %%
 def speed(model, prompts, sizes):
-    """Tokens a second, and the bytes of cache at its fullest: prompts all different, and eight samples of each."""
-    rows, per_token = [], 4 * np.prod(model.config.cache_shape) * model.config.num_hidden_layers
+    """Measure tokens per second and peak bytes of cache, for different prompts and for eight samples of each."""
+    rows = []
+    per_token = 4 * np.prod(model.config.cache_shape) * model.config.num_hidden_layers  # float32
     for batch, samples in itertools.product(sizes["batches"], (1, 8)):
         if batch % samples:
             continue
         chosen = [prompt for prompt in prompts[: batch // samples] for _ in range(samples)]
-        engine, most = Engine(model), 0
+        engine = Engine(model)
+        peak_blocks = 0
         began = time.process_time()
         for i, prompt in enumerate(chosen):
             engine.submit(Request(prompt, sizes["answer"], seed=i, stop_ids=()))
         while engine.busy:
             engine.step()
-            most = max(most, engine.blocks.num_used_blocks)
+            peak_blocks = max(peak_blocks, engine.blocks.num_used_blocks)
         rate = batch * sizes["answer"] / (time.process_time() - began)
-        cache = most * engine.blocks.block_size * int(per_token)
+        cache = peak_blocks * engine.blocks.block_size * int(per_token)
         rows.append({"batch": batch, "samples": samples, "speed": rate, "cache": cache})
     return rows
 
 
 def drafting(model, prompts, sizes):
-    """Passes of the trunk per token, and the share of drafts that stand, one text at a time."""
+    """Measure the trunk's passes per token, and the share of accepted drafts, one text at a time."""
     rows = []
     for temperature, drafts in itertools.product((0.0, 1.0), sizes["drafts"]):
         passes = drafted = accepted = tokens = 0
@@ -95,12 +97,11 @@ def drafting(model, prompts, sizes):
             (done,) = engine.generate(
                 [Request(prompt, sizes["answer"], temperature, seed=i, stop_ids=())]
             )
-            passes, tokens = passes + engine.passes, tokens + len(done.tokens)
+            passes += engine.passes
+            tokens += len(done.tokens)
             if drafts:
-                drafted, accepted = (
-                    drafted + engine.drafter.drafted,
-                    accepted + engine.drafter.accepted,
-                )
+                drafted += engine.drafter.drafted
+                accepted += engine.drafter.accepted
         row = {"temperature": temperature, "drafts": drafts, "passes": passes / tokens}
         rows.append(
             row | {"accepted": accepted / max(1, drafted), "seconds": time.process_time() - began}
@@ -110,11 +111,12 @@ def drafting(model, prompts, sizes):
 
 @torch.no_grad()
 def counted(seed, sizes):
-    """Every answer of three tokens from a vocabulary of four: exact probability, and shares without and with drafts."""
-    model, prompt = (
-        GLM(dataclasses.replace(NANO, vocab_size=4, initializer_range=0.3), seed),
-        [1, 2],
-    )
+    """Count all answers of three tokens over a vocabulary of four.
+
+    Returns the exact probability of each, and its share of the samples without and with drafts.
+    """
+    model = GLM(dataclasses.replace(NANO, vocab_size=4, initializer_range=0.3), seed)
+    prompt = [1, 2]
     answers = list(itertools.product(range(4), repeat=3))
     texts = torch.tensor([[*prompt, *answer] for answer in answers])
     log_p = model(texts)[:, 1:-1].log_softmax(-1).gather(2, texts[:, 2:, None])
@@ -150,13 +152,13 @@ def experiment(sizes, seeds):
 
 # %% [markdown]
 # ## At full scale
-# The same cache of `configs/glm45_355b.py` holds, in bfloat16, what `full_scale` prints; a paged one gives each answer
-# what it has written. Eight samples of a prompt of 32,768 tokens share 12 GB of it.
+# `full_scale` prints the size of the cache of `configs/glm45_355b.py` in bfloat16; a paged cache takes only what each
+# answer has written so far. Eight samples of a prompt of 32,768 tokens share 12 GB of it.
 
 
 # %%
 def full_scale():
-    """What the cache of GLM-4.5 costs, from its config."""
+    """Return what the cache of GLM-4.5 costs, from its config."""
     c = ModelConfig()
     token = 2 * int(np.prod(c.cache_shape)) * c.num_hidden_layers
     return {
@@ -170,7 +172,7 @@ def full_scale():
 
 # %%
 def values(log, part, field, **where):
-    """A field of the rows that match, (seeds, rows)."""
+    """Return a field of the rows that match: (seeds, rows)."""
     rows = [
         [r for r in run[part] if all(r[k] == v for k, v in where.items())] for run in log["runs"]
     ]
@@ -178,7 +180,7 @@ def values(log, part, field, **where):
 
 
 def draw(log):
-    """The figure, from the log alone."""
+    """Draw the figure from the log alone."""
     figure, ((speeds, caches), (passes, exact)) = drawing.canvas(2, 2, (10, 7.4))
     for samples, name, shade in (
         (1, "prompts differ", SHADES[0]),
@@ -215,21 +217,21 @@ def draw(log):
 
 # %% [markdown]
 # ## What would prove us wrong
-# `verdicts` reads the log, and each line can come out False.
+# `verdicts` reads the log, and each claim can come out False.
 #
-# Measured (41 CPU-seconds, 3 seeds): 64 answers at once give 27 times the tokens of one; a shared prompt takes the
-# cache to 0.56. With four drafts a token costs 0.39 passes of the trunk when sampling and 0.58 when greedy; of single
-# drafts 79% stand, of four 47%, because each later draft rests on the earlier ones. The answers follow the model
-# as before. Passes are not seconds: four drafts took 2.1 times the CPU-seconds of none (sampling).
+# Measured (41 CPU-seconds, 3 seeds): 64 answers at once give 27 times the tokens of one; a shared prompt reduces the
+# cache to 0.56. With four drafts a token costs 0.39 passes of the trunk when sampling and 0.58 when greedy. 79% of single
+# drafts are accepted, and 47% of four, because each later draft depends on the earlier ones. The answers still follow
+# the model's distribution. Passes are not seconds: four drafts took 2.1 times the CPU-seconds of none (sampling).
 #
 # ## Exercise
-# Break the bonus rule: in `verify`, subtract q also where all drafts stand. Which of the four panels shows it? Then see
-# which test does: `pytest tests/inference/test_speculative.py -k "contract or exactly"`.
+# Break the bonus rule: in `verify`, subtract q even where all drafts are accepted. Which of the four panels shows it?
+# Then see which test does: `pytest tests/inference/test_speculative.py -k "contract or exactly"`.
 
 
 # %%
 def verdicts(log):
-    """{claim: whether the log supports it}."""
+    """Return {claim: whether the log supports it}."""
     batches, alone = log["sizes"]["batches"], values(log, "speed", "speed", samples=1)
     gain = (alone[:, -1] / alone[:, 0]).mean()
     cache = {n: values(log, "speed", "cache", samples=n, batch=batches[-1]).mean() for n in (1, 8)}
@@ -266,7 +268,7 @@ def verdicts(log):
 
 
 def main(argv=None):
-    """Run the experiment, or only redraw it, and print what it shows."""
+    """Run the experiment, or only redraw its figure, and print what it shows."""
     shown = [BlockManager.match_prefix, BlockManager.extend, verify, Drafter.draft]
     lesson.Lesson("11_engine", experiment, draw, verdicts, shown, SIZES, SMOKE, NANO).main(argv)
 

@@ -1,17 +1,17 @@
 # %% [markdown]
 # # 18 Kernels: how far can you trust a GPU kernel on a laptop?
 #
-# A kernel in Triton (`minglm/kernels/*/triton_*.py`) is written for one tile of the result; a GPU runs thousands of its
-# programs at a time. Without a GPU four things can still be known: its numbers, because Triton's interpreter runs the
-# programs one after another in numpy; who stores what, by watching them; what the compiler makes of it for an H100; and
-# how fast it can be at best, by counting. What stays unknown is its time, how the units of a GPU round their sums, and
-# what else they insist on: the first run on an H100 (`figures/bench_kernels.png`; `LOG.md` has what went wrong) found
-# one kernel of thirty that died, because its copies began at odd 64 bytes.
+# A Triton kernel (`minglm/kernels/*/triton_*.py`) is written for one tile of the result; a GPU runs thousands of its
+# programs at a time. Four things can be checked without a GPU: the numbers, because Triton's interpreter runs the
+# programs one after another in numpy; which program stores what, by watching them; what the compiler produces for an
+# H100; and how fast the kernel can be at best, by counting. What remains unknown is its time, how the units of a GPU
+# round their sums, and what else they require: in the first run on an H100 (`figures/bench_kernels.png`; `LOG.md` says
+# what went wrong) one kernel of thirty crashed, because its copies began at odd multiples of 64 bytes.
 #
-# **Your prediction.** Write down first: (1) The interpreter has a fault: it multiplies bfloat16 wrongly. By how much,
-# and what does it report? (2) Mended, how does the error of a sum of 32, 256, 2,048 products grow in float32, float16
-# and bfloat16? (3) How many times less memory does the loss of 2,048 tokens over 8,192 words need when it is computed
-# in chunks? (4) For how many tokens is GLM-4.5's expert layer bound by memory, however good its kernel?
+# **Your prediction.** Write down first: (1) The interpreter has a bug: it multiplies bfloat16 wrongly. By how much is it
+# off, and what does it report? (2) Once patched, how does the error of a sum of 32, 256, 2,048 products grow in float32,
+# float16 and bfloat16? (3) How many times less memory does the loss of 2,048 tokens over a vocabulary of 8,192 need when
+# it is computed in chunks? (4) Up to how many tokens is GLM-4.5's expert layer bound by memory, however good its kernel?
 #
 # **Equation** (the layers are those of paper 2.1; kernels have no section)
 #
@@ -47,10 +47,9 @@ ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 SHADES = {"float32": "#55958c", "float16": "#1f5fa8", "bfloat16": "#c2571a"}
 MARKS = {"grouped product": "o", "attention": "s", "log-probability": "^", "norm": "D"}
 PROGRAMS = ["#1f5fa8", "#c2571a", "#55958c", "#b8b8c0"]
-PEAK, COPIED = (
-    989e12,
-    3.35e12,
-)  # bfloat16 products and bytes a second: an H100's data sheet, not measured
+# An H100's data sheet, not measured.
+PEAK = 989e12  # bfloat16 operations per second
+COPIED = 3.35e12  # bytes per second
 LOSSES = {"full logits": cross_entropy, "in chunks": linear_cross_entropy}
 NAMES = {"moe": "expert layer", "attention": "attention", "linear_cross_entropy": "head and loss"}
 GARBAGE = 1e9  # stands for "not a number" and for a crash
@@ -73,12 +72,13 @@ SMOKE = SIZES | {
 
 # %% [markdown]
 # ## The lines that matter
-# `main` prints them from minglm itself: how a kernel finds its tile (`locate`), and reads one with offsets that do not
-# overflow (`load_tile`); how the interpreter is patched and its stores watched; what the compiled code must keep to.
+# `main` prints them from minglm itself: how a kernel finds its tile (`locate`) and reads it with offsets that do not
+# overflow (`load_tile`); how the interpreter is patched and its stores watched; which limits the compiled code must keep.
 #
 # ## Experiment
-# Four kernels, in three dtypes, over sums of three lengths, against float64; in bfloat16 also before the interpreter is
-# patched. Then the memory of the loss, the stores of a grouped product, and what was compiled and counted.
+# Four kernels run in three dtypes, over sums of three lengths, and are compared with float64; in bfloat16 also before the
+# interpreter is patched. Then we measure the memory of the loss, watch the stores of a grouped product, and read what
+# was compiled and counted.
 
 
 # %%
@@ -128,7 +128,7 @@ def operations(size, kind, seed):
 
 
 def errors(kind, sizes, seed):
-    """The largest error of each kernel, as a share of the largest exact number."""
+    """Measure the largest error of each kernel, as a share of the largest exact number."""
     rows = []
     for size in sizes:
         for name, (kernel, exact) in operations(size, getattr(torch, kind), seed).items():
@@ -144,7 +144,7 @@ def errors(kind, sizes, seed):
 
 
 def memory(sizes):
-    """Bytes that the loss with its gradients takes at its peak, beyond the gradients themselves, in bfloat16."""
+    """Measure the peak bytes of the loss with its gradients, beyond the gradients themselves, in bfloat16."""
 
     def gradients(loss, x, head, *rest):
         return torch.autograd.grad(loss(x, head, *rest), (x, head))
@@ -158,7 +158,7 @@ def memory(sizes):
 
 
 def stored(sizes):
-    """Every store of a grouped product, its program and the box of its tile; and how often an element is stored."""
+    """Return every store of a grouped product (program, box of its tile), and how often elements are stored."""
     from minglm.kernels.experts import triton_layer as layer
 
     loads, F = torch.tensor(sizes["loads"]), sizes["outputs"]
@@ -189,7 +189,7 @@ def stored(sizes):
 
 
 def counted():
-    """Operations and bytes of what `bench kernels` would measure of these operations, at GLM-4.5's sizes."""
+    """Count the operations and bytes of the cases of `bench kernels`, at GLM-4.5's sizes."""
     found = {name: importlib.import_module(f"minglm.bench.cases.{name}") for name in NAMES}
     return [
         {"operation": name, "case": c.name, "flops": c.flops, "bytes": c.bytes}
@@ -199,7 +199,7 @@ def counted():
 
 
 def experiment(sizes, seeds):
-    """All measurements. The first are made before the interpreter is patched: in a process of its own, once."""
+    """Make all measurements. The first need an interpreter that is not patched yet, so this runs once in a process."""
     trap = [row for seed in range(seeds) for row in errors("bfloat16", [sizes["trap"]], seed)]
     interpreter.patch_interpreter()
     cells = [(kind, seed) for seed in range(seeds) for kind in ROUNDING]
@@ -215,14 +215,14 @@ def experiment(sizes, seeds):
 
 # %% [markdown]
 # ## At full scale
-# GLM-4.5's layers (`configs/glm45_355b.py`) at 16,384 tokens, 160 experts on one GPU. Its expert rows pass 2^31
-# elements at 52,429 tokens: with 32-bit offsets a kernel that is right in every small test reads somewhere else. The
-# test that finds this on a laptop fills one tile of a tensor that is allocated in full and not touched otherwise.
+# These are GLM-4.5's layers (`configs/glm45_355b.py`) at 16,384 tokens, with 160 experts on one GPU. The expert rows
+# exceed 2^31 elements at 52,429 tokens: with 32-bit offsets, a kernel that passes every small test then reads the wrong
+# memory. The test that finds this on a laptop allocates the full tensor but touches only one tile of it.
 
 
 # %%
 def full_scale():
-    """Bytes and bounds, from the config and the formulas."""
+    """Return bytes and bounds, from the config and the formulas."""
     c, T = ModelConfig(), 16_384
     layer = next(row for row in counted() if "forward, 16384 tokens, 8 of 160" in row["case"])
     return {
@@ -237,7 +237,7 @@ def full_scale():
 
 # %%
 def draw(log):
-    """The figure, from the log alone."""
+    """Draw the figure from the log alone."""
     figure, ((sums, trap, memory), (product, roof, code)) = drawing.canvas(2, 3, (13.5, 8))
     sizes, note = log["sizes"], {"textcoords": "offset points", "fontsize": 7}
     for kind, shade in SHADES.items():
@@ -333,7 +333,7 @@ def draw(log):
 
 
 def draw_tiles(axis, log):
-    """The tiles of a grouped product as they were stored, in their program's colour, numbered in its order."""
+    """Draw the tiles of a grouped product as stored, in their program's colour, numbered in its order."""
     turns = dict.fromkeys(range(len(PROGRAMS)), 0)
     for tile in log["product"]["tiles"]:
         (row, column, height, width), program = tile["box"], tile["program"]
@@ -369,26 +369,27 @@ def draw_tiles(axis, log):
 
 # %% [markdown]
 # ## What would prove us wrong
-# `verdicts` reads the log, and each line can come out False.
+# `verdicts` reads the log, and each claim can come out False.
 #
 # Measured (51 CPU-seconds, 3 seeds): before patching, products of bfloat16 are off by 10^8 and more, without an error or
-# a warning, and a norm, which has no product, by 1.7 times what it should be: results are cut off, not rounded. That is
-# the worse fault, because a tolerance written for bfloat16 lets it pass. Mended, a result that is rounded once is off
-# by less than u; log-probabilities of bfloat16 states by 1e-7, since no logit is ever rounded.
+# a warning. A norm, which has no product, has 1.7 times the error it should have: results are truncated, not rounded.
+# That is the worse bug, because a tolerance written for bfloat16 lets it pass. Once patched, a result that is rounded
+# once is off by less than u; log-probabilities of bfloat16 states by 1e-7, since no logit is ever rounded.
 # **Wrong prediction:** float32's error grows 1.9 times where the root of the length says 8. A kernel adds 32 products
-# at a time to its sum, so 2,048 of them are 64 additions. (How a tensor core adds, the interpreter cannot show.)
+# at a time to its sum, so 2,048 products are 64 additions. (The interpreter cannot show how a tensor core adds.)
 # The loss takes 12 times less memory in chunks, and no more for more tokens; at 16,384 tokens of GLM-4.5 one copy of
-# the logits is 9.9 GB. The expert layer is bound by memory while it decodes, and up to 4,096 tokens of training.
+# the logits is 9.9 GB. The expert layer is bound by memory when decoding, and in training up to 4,096 tokens.
 #
 # ## Exercise
-# Let `load_tile` multiply `matrix` as it is, without the cast to 64 bits, and run this lesson again: nothing changes.
-# Then `pytest tests/kernels/test_triton_experts.py -k 32_bits`, and explain the return code -11. Second: let every program of
-# `up_kernel` walk over all tiles. All numbers stay right; which panel tells? Check: an element is stored four times.
+# Make `load_tile` multiply `matrix` as it is, without the cast to 64 bits, and run this lesson again: nothing changes.
+# Then run `pytest tests/kernels/test_triton_experts.py -k 32_bits`, and explain the return code -11. Second: make every
+# program of `up_kernel` walk over all tiles. All numbers stay right; which panel shows it? Check: an element is stored
+# four times.
 
 
 # %%
 def verdicts(log):
-    """{claim: whether the log supports it}."""
+    """Return {claim: whether the log supports it}."""
     sums, seeds, u = log["sizes"]["sums"], log["seeds"], ROUNDING["bfloat16"]
     at = {(r["kernel"], r["kind"], r["size"], r["seed"]): r["error"] for r in log["errors"]}
     before = {name: [r["error"] for r in log["trap"] if r["kernel"] == name] for name in MARKS}
@@ -455,7 +456,7 @@ def verdicts(log):
 
 
 def main(argv=None):
-    """Run the experiment, or only redraw it, and print what it shows."""
+    """Run the experiment, or only redraw its figure, and print what it shows."""
     if not installed():
         sys.exit("lesson 18 runs Triton kernels: pip install triton (Linux)")
     from minglm.kernels.experts.triton_kernels import load_tile, locate
