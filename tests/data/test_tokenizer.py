@@ -261,3 +261,107 @@ def test_training_is_linear_in_a_run_of_letters(letters):
 
     seconds(1000)  # what is done only once
     assert seconds(40_000) < 3 * seconds(20_000) + 0.1
+
+
+# Files of others
+
+
+def changed(tokenizer, **parts):
+    """Return our tokenizer.json with other parts; those of the model are named model_PART."""
+    specification = {**tokenizer._specification, "added_tokens": tokenizer._added_tokens}
+    model = dict(specification["model"])
+    for name, value in parts.items():
+        if name.startswith("model_"):
+            model[name.removeprefix("model_")] = value
+        else:
+            specification[name] = value
+    specification.setdefault("model", {})
+    return {**specification, "model": parts.get("model", model)}
+
+
+USED_BEFORE = {
+    "truncation": {
+        "max_length": 8,
+        "strategy": "LongestFirst",
+        "stride": 0,
+        "direction": "Right",
+    },
+    "padding": {
+        "strategy": {"Fixed": 64},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    },
+    "model_dropout": 0.5,
+}
+
+
+@given(text=texts(), parts=st.sets(st.sampled_from(sorted(USED_BEFORE)), min_size=1))
+def test_what_a_file_was_used_for_changes_no_text(tokenizer, text, parts):
+    """A file saved with truncation, padding or dropout in force gives every text the same ids as without."""
+    loaded = Tokenizer(changed(tokenizer, **{part: USED_BEFORE[part] for part in parts}))
+    long = 20 * text
+    assert loaded.encode(long) == tokenizer.encode(long)
+    assert loaded.encode_batch([long, "a"]) == tokenizer.encode_batch([long, "a"])
+    assert loaded.same_ids(tokenizer)
+
+
+def broken_files(tokenizer):
+    """Yield (what the line names, a tokenizer.json) of each way in which a file cannot be used."""
+    words = tokenizer._specification["model"]["vocab"]
+    merges = tokenizer._specification["model"]["merges"]
+    added = tokenizer._added_tokens
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    yield "parenthesis", changed(tokenizer, pre_tokenizer={**split, "pattern": {"Regex": "(("}})
+    yield "vocabulary", changed(tokenizer, model_merges=[*merges, ["zz", "qq"]])
+    yield "byte-level", changed(tokenizer, model={"type": "Unigram", "vocab": [["a", 0.0]]})
+    yield "byte-level", changed(tokenizer, model_type="WordPiece")
+    yield "byte-level", changed(tokenizer, model_vocab=[["a", 1]])
+    yield "byte-level", changed(tokenizer, model=3)
+    yield "byte-level", changed(tokenizer, decoder=None)
+    yield "byte-level", changed(tokenizer, decoder=["ByteLevel"])
+    for token in (2**31, 2**33, 10**30, -1):
+        yield f"has the id {token}", changed(tokenizer, model_vocab={**words, "aaa": token})
+    for token in (1.5, "1", None, True, [1]):
+        yield (
+            "must be a text and an integer",
+            changed(tokenizer, model_vocab={**words, "aaa": token}),
+        )
+    yield "have one id", changed(tokenizer, model_vocab={**words, "aaa": 5})
+    yield "have one id", changed(tokenizer, added_tokens=[*added, {**added[0], "content": "<x>"}])
+    yield "names a token twice", changed(tokenizer, added_tokens=[*added, {**added[0], "id": 900}])
+    yield "must be a text", changed(tokenizer, added_tokens=[*added, {"id": 900}])
+    yield "must be a text", changed(tokenizer, added_tokens=[*added, {"content": "<x>"}])
+    yield "added_tokens", changed(tokenizer, added_tokens={"a": 1})
+    yield "added_tokens", changed(tokenizer, added_tokens=["<x>"])
+    yield "changes the text", changed(tokenizer, normalizer={"type": "Lowercase"})
+    yield "changes the text", changed(tokenizer, pre_tokenizer=None)
+    prefixed = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
+    yield "changes the text", changed(tokenizer, pre_tokenizer={**prefixed, "use_regex": True})
+    yield (
+        "no token for the byte 97",
+        changed(
+            tokenizer,
+            model_vocab={word: token for word, token in words.items() if "a" not in word},
+            model_merges=[],
+        ),
+    )
+    for value in ([], 3, "x", None, {}, {"model": {}}):
+        yield "", value
+
+
+def test_a_file_that_cannot_be_used_is_one_line(tokenizer, tmp_path):
+    """Of every kind: the line names the file and what is wrong in it."""
+    path = tmp_path / "tokenizer.json"
+    for words, specification in broken_files(tokenizer):
+        path.write_text(json.dumps(specification))
+        with pytest.raises(ValueError, match=r"tokenizer\.json: ") as error:
+            Tokenizer.load(path)
+        assert words in str(error.value), (words, str(error.value))
+        assert "\n" not in str(error.value)
+    for text in ("", "{", "[" * 100_000, '{"a": 1' + "0" * 5000 + "}"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"tokenizer\.json: "):
+            Tokenizer.load(path)
