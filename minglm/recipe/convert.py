@@ -90,7 +90,9 @@ def import_checkpoint(run: RunConfig, folder: str | Path, out: str | Path) -> st
     folder = Path(folder)
     out = Path(out)
     refuse_used(out)
-    config, files, values = open_folder(folder)
+    with warnings.catch_warnings():  # it is opened again to be read, and warns then
+        warnings.simplefilter("ignore")
+        config, files, values = open_folder(folder)
     _check_model(run, folder, config)
     tokenizer = _tokenizer(run, folder)
     pretraining = phases(run)

@@ -9,6 +9,7 @@ from minglm.config.run import from_dict
 from minglm.data.tokenizer import Tokenizer
 from minglm.kernels import dispatch
 from minglm.model.glm import GLM
+from minglm.model.hf.config import from_hf
 from minglm.model.hf.files import read_config
 from minglm.recipe.stages import PretrainStage, plan_stages
 from minglm.train.checkpoint import CheckpointStore
@@ -95,6 +96,11 @@ def load_hf(folder: Path, stage: str | None = None) -> LoadedModel:
     if stage is not None:
         raise ValueError(f"--stage {stage}: {folder} is a released checkpoint, which has no stages")
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    rows = from_hf(read_config(folder), str(folder / "config.json")).vocab_size
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"{folder}: tokenizer.json has {tokenizer.vocab_size} ids, the model {rows}; fetch the tokenizer again"
+        )
     model = GLM.from_pretrained(folder, device=pick_device())
     config = RunConfig(folder.name, model.config)
     return LoadedModel(model.eval(), tokenizer, config, "released", from_hf=True)

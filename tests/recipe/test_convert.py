@@ -196,3 +196,81 @@ def test_a_run_goes_on_from_an_import(run, tmp_path, capsys):
     assert before.keys() == after.keys() and not torch.equal(
         before["lm_head.weight"], after["lm_head.weight"]
     )
+
+
+def test_an_import_can_be_exported_at_once(run, tmp_path, capsys):
+    """Before any stage has run, the import already has the tokenizer that belongs to its weights."""
+    output(capsys, "export", run, tmp_path / "a", "--dtype", "fp8")
+    tokenizer = ["--data.tokenizer", tmp_path / "a" / "tokenizer.json"]
+    output(capsys, "import", CONFIG, tmp_path / "a", "--out", tmp_path / "again", *tokenizer)
+    # What came in blocks of float8 goes out so, from the import as from the folder itself.
+    for source in ("a", "again"):
+        said = output(capsys, "export", tmp_path / source, tmp_path / f"from {source}")
+        assert "in fp8" in said
+        found = tensors(tmp_path / f"from {source}")
+        for name, tensor in tensors(tmp_path / "a").items():
+            assert found[name].dtype == tensor.dtype, name
+    said = output(capsys, "export", run, tmp_path / "b")
+    assert "in bfloat16" in said or "in float32" in said
+
+
+def test_a_size_of_shards_counts_for_a_released_source(run, tmp_path, capsys):
+    """`--shard-gigabytes` splits a folder of one file; without it the files stay."""
+    output(capsys, "export", run, tmp_path / "a")
+    output(capsys, "export", tmp_path / "a", tmp_path / "b", "--shard-gigabytes", 1e-4)
+    output(capsys, "export", tmp_path / "a", tmp_path / "c")
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) > 1
+    assert len(list((tmp_path / "c").glob("*.safetensors"))) == 1
+
+
+def test_an_export_carries_no_file_of_elsewhere(run, tmp_path, capsys):
+    """A link out of the folder is left out; one into the store of the hub's cache is followed."""
+    output(capsys, "export", run, tmp_path / "hub" / "snapshots" / "one")
+    folder = tmp_path / "hub" / "snapshots" / "one"
+    (tmp_path / "hub" / "blobs").mkdir()
+    (tmp_path / "hub" / "blobs" / "123").write_text("{{ messages }}")
+    (tmp_path / "secret").write_text("mine")
+    (folder / "chat_template.jinja").symlink_to("../../blobs/123")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.warns(UserWarning, match=r"notes\.txt is a link out of the folder; left out"):
+        output(capsys, "export", folder, tmp_path / "copy")
+    names = {path.name for path in (tmp_path / "copy").iterdir()}
+    assert "chat_template.jinja" in names
+    assert "notes.txt" not in names
+    # The list of files of an import names files of the folder only.
+    imported = run / "imported_from"
+    imported.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (imported / name).write_bytes((folder / name).read_bytes())
+    names = {"weight_map": {"lm_head.weight": "../../escaped.safetensors"}}
+    (imported / INDEX).write_text(json.dumps(names))
+    said = output(capsys, "export", run, tmp_path / "other", status=2)
+    assert "must be the name of a file of the folder" in said
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_refused_export_leaves_nothing(run, tmp_path, capsys):
+    """Arguments are checked first, so that no tokenizer of one model waits for the weights of another."""
+    for words in (["--dtype", "int4"], ["--shard-gigabytes", "nan"], ["--stage", "none"]):
+        output(capsys, "export", run, tmp_path / "new", *words, status=2)
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_tokenizer_of_another_model_is_refused(run, tmp_path, capsys):
+    """Ids that the model has no row for would end in the middle of a text."""
+    output(capsys, "export", run, tmp_path / "a")
+    larger = Tokenizer.train(["a sum of sums\n"], load_config(CONFIG).model.vocab_size + 1)
+    larger.save(tmp_path / "a" / "tokenizer.json")
+    said = output(capsys, "export", tmp_path / "a", tmp_path / "b", status=2)
+    assert "tokenizer.json has" in said
+    assert "ids, the model" in said
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "3", '{"config": 3}', "{"])
+def test_a_folder_of_nothing_known_is_one_line(text, tmp_path, capsys):
+    """A config.json that is neither a run's nor a released one's."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.json").write_text(text)
+    said = output(capsys, "export", tmp_path / "a", tmp_path / "b", status=2)
+    assert "config.json" in said
+    assert said.count("\n") == 1
