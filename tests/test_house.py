@@ -23,6 +23,8 @@ SOURCES = {
 # What `pip install minglm` brings. Every other package is optional, and imported where it is used.
 DEPENDENCIES = {
     "torch",
+    "jsonschema",
+    "referencing",
     "einops",
     "numpy",
     "tqdm",

@@ -449,6 +449,9 @@ class _Call:
                 key, tag = yield from self._read_key(tag)
             yield from self._read_argument(key.strip(), tag)
             text, tag = yield from self._until_tag()
+            while tag.name == "</arg_value>" and not text.strip():
+                self._repair()
+                text, tag = yield from self._until_tag()
             key = None
             if text.strip():
                 if tag.name != "</arg_key>":
@@ -558,6 +561,8 @@ class _Call:
                 return
             elif piece is END or (piece.name in _END_VALUES and not piece.letters):
                 self._break(piece)
+            elif piece.name == "<arg_value>" and not piece.letters and not argument.texts:
+                self._repair()
             else:
                 argument.add(piece.name)
                 if not piece.letters:
@@ -570,7 +575,8 @@ class _Call:
             ahead = yield from parser._tag_ahead()
             if ahead.text:  # a key whose opening tag is missing
                 return ahead.tag is not None and ahead.tag.name == "</arg_key>"
-            ends = ahead.is_blank_before("<arg_key>", "</tool_call>", "<tool_call>", END.name)
+            followers = ("<arg_key>", "</tool_call>", "<tool_call>", "</arg_value>", END.name)
+            ends = ahead.is_blank_before(*followers)
             return ends or (yield from self._stops(ahead))
         if tag.name == "<arg_key>":
             key = yield from parser._tag_ahead()

@@ -131,20 +131,20 @@ class Argument:
     def read(self, text: str, strict: bool = True) -> Value:
         """Return the value that `text` stands for. One that fits no type stays text, or is JSON where text is no option."""
         if self.types == TEXT:
-            return Value(text, self._fits(text))
+            return Value(text, self.accepts(text))
         untyped = self.types == EXAMPLES.keys()
         value: Any = text
         try:
             value = self._whole(_from_json(text))
-            if (untyped or not isinstance(value, str)) and self._fits(value):
+            if (untyped or not isinstance(value, str)) and self.accepts(value):
                 return Value(value, True)
         except ValueError:
             pass
-        if "string" in self.types and self._fits(text):
+        if "string" in self.types and self.accepts(text):
             return Value(text, True)
         if not strict:
             for other in map(self._whole, _other_spellings(text)):
-                if not isinstance(other, str) and self._fits(other):
+                if not isinstance(other, str) and self.accepts(other):
                     return Value(other, False)
         # Of the right type, and not one of the values that are listed.
         listed = not isinstance(value, str) and _json_type(value) in self.types
@@ -170,18 +170,19 @@ class Argument:
         first += "".join(_FIRST_CHARACTERS.get(name, "") for name in self.types)
         return beginning[0] not in first
 
+    def accepts(self, value: Any) -> bool:
+        """Return whether a value fits the schema."""
+        try:
+            return self.checker.is_valid(value)
+        except _NO_REFERENCE:
+            return True
+
     def _whole(self, value: Any) -> Any:
         """Return 12 for 12.0 where only integers are allowed."""
         only_integers = "integer" in self.types and "number" not in self.types
         if only_integers and isinstance(value, float) and value.is_integer():
             return int(value)
         return value
-
-    def _fits(self, value: Any) -> bool:
-        try:
-            return self.checker.is_valid(value)
-        except _NO_REFERENCE:
-            return True
 
 
 class Parameters:

@@ -58,14 +58,13 @@ class StreamDecoder(TextDecoder):
         self.parser = Parser(tools, opened, strict)
         self._prefix_deltas = self.parser.feed(prefix) if prefix else []
         self._tags = {token: name for name, token in tokenizer.special.items()}
-        for name in TEXT_TAGS:
-            self._tags.pop(tokenizer.special.get(name, -1), None)
 
     def feed_all(self, tokens: Sequence[int]) -> list[Delta]:
         """Read several tokens at once; the deltas joined are those of `feed`, token by token."""
         deltas = self._taken_prefix()
-        for piece in self._pieces(tokens):
-            deltas += self.parser.read(piece)
+        for piece in self.pieces(tokens):
+            is_text = isinstance(piece, Tag) and piece.name in TEXT_TAGS
+            deltas += self.parser.read(piece.name if is_text else piece)
         return deltas
 
     def flush(self) -> list[Delta]:
@@ -77,8 +76,8 @@ class StreamDecoder(TextDecoder):
         self.flush()
         return self.parser.finish()
 
-    def _pieces(self, tokens: Sequence[int]) -> Iterator[Piece]:
-        """Yield text and tags."""
+    def pieces(self, tokens: Sequence[int]) -> Iterator[Piece]:
+        """Yield the text and the tags of some tokens."""
         start = 0
         for index, token in enumerate(tokens):
             if token not in self._tags:
@@ -102,6 +101,11 @@ class StreamDecoder(TextDecoder):
 
     def _read(self, text: str) -> list[Delta]:
         return self.parser.read(text) if text else []
+
+
+def turn_pieces(tokenizer: ByteDecoder, tokens: Sequence[int]) -> list[Piece]:
+    """Return the text and the tags of a whole sampled turn."""
+    return list(StreamDecoder(tokenizer).pieces(tokens))
 
 
 def decode_turn(

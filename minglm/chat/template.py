@@ -25,7 +25,8 @@ What a reader should know:
 - Argument values: strings are written as they are, everything else as JSON. Code needs no escaping.
 
 Deviations, all on input that the published templates reject or garble: content None is empty instead of "None",
-arguments may be a JSON string or absent, text parts in a tool result are joined, and an unknown role or part raises.
+arguments may be a JSON string or absent, text parts in a tool result are joined, outputs that are not text are JSON, and
+an unknown role or part raises.
 """
 
 import json
@@ -71,6 +72,9 @@ TAGS = (
 """The tags of an assistant turn, all of them special tokens."""
 
 NO_THINK = "/nothink"
+
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
+"""Where clients put the reasoning of earlier turns: first DeepSeek's name, then vLLM's and OpenRouter's, then Ollama's."""
 
 # The wording the released model was trained on: data of the format, equal to the published one byte by byte.
 TOOLS_BEFORE = """
@@ -282,8 +286,8 @@ def _last_index(roles: Sequence[Role], role: Role) -> int:
 def _tools(tools: Sequence[Tool], form: Dialect) -> Iterator[Segment]:
     yield Segment(ROLES[Role.SYSTEM], special=True)
     yield Segment(TOOLS_BEFORE)
-    for tool in tools:
-        yield Segment(_json(tool) + "\n")
+    for index, tool in enumerate(tools):
+        yield Segment(_json(tool, f"tools[{index}]") + "\n")
     # Only the example of a call, which begins at the first <tool_call>, follows the dialect's newlines.
     sentence, tag, example = TOOLS_AFTER.partition("<tool_call>")
     text = sentence + tag + example.replace("\n", form.line)
@@ -327,7 +331,8 @@ def _assistant(
             yield Segment("</arg_key>", special=True, trained=True)
             yield line
             yield Segment("<arg_value>", special=True, trained=True)
-            yield Segment(value if isinstance(value, str) else _json(value), trained=True)
+            text = value if isinstance(value, str) else _json(value, f"messages[{index}]: {key}")
+            yield Segment(text, trained=True)
             yield Segment("</arg_value>", special=True, trained=True)
             yield line
         yield Segment("</tool_call>", special=True, trained=True)
@@ -352,8 +357,10 @@ def _generation_prompt(thinking: bool, form: Dialect) -> Iterator[Segment]:
 def _tool_results(message: Message, index: int, form: Dialect) -> Iterator[Segment]:
     outputs = _tool_outputs(message)
     if outputs is None:
-        outputs = [_content(message, index)]
-    for output in outputs:
+        texts = [_content(message, index)]
+    else:
+        texts = [_tool_output(output, index) for output in outputs]
+    for output in texts:
         yield Segment(form.line)
         yield Segment("<tool_response>", special=True)
         yield Segment(f"{form.line}{output}{form.line}")
@@ -367,23 +374,36 @@ def _tool_outputs(message: Message) -> list[Any] | None:
         return None
     if all(isinstance(item, dict) and "text" in item for item in content):
         return None  # text parts of one result
-    return [item.get("output", item) if isinstance(item, dict) else item for item in content]
+    return list(content)
+
+
+def _tool_output(item: Any, index: int) -> str:
+    """Return the text of one of several results: a string, {"output": ...}, or a part of text."""
+    output = item
+    if isinstance(item, dict):
+        output = item.get("output", item.get("text"))
+    if isinstance(output, str):
+        return output
+    parts = output if isinstance(output, list) else [output]
+    if output is None or any(isinstance(part, dict) and "type" in part for part in parts):
+        return _content({"content": [item if output is None else part for part in parts]}, index)
+    return _json(output, f"messages[{index}]: a tool's output")
 
 
 def _reasoning_and_content(message: Message, index: int) -> tuple[str, str]:
-    """Return reasoning and content; reasoning from its own field, or cut out of content that still holds the think tags.
+    """Return reasoning and content; reasoning from a field of its own, or cut out of content that still holds the tags.
 
     Content is stripped. Whitespace in reasoning is preserved: for whitespace-only reasoning 4.7 writes both tags, for
     empty reasoning only the closing one.
     """
-    reasoning = message.get("reasoning_content")
     content = _content(message, index)
-    if not isinstance(reasoning, str):
-        reasoning = ""
-        if "</think>" in content:
-            pieces = content.split("</think>")
-            reasoning = pieces[0].rstrip("\n").split("<think>")[-1].lstrip("\n")
-            content = pieces[-1]
+    fields = [message.get(name) for name in REASONING_FIELDS]
+    texts = [field for field in fields if isinstance(field, str)]
+    reasoning = next(filter(None, texts), "")
+    if not texts and "</think>" in content:
+        pieces = content.split("</think>")
+        reasoning = pieces[0].rstrip("\n").split("<think>")[-1].lstrip("\n")
+        content = pieces[-1]
     return reasoning, content.strip()
 
 
@@ -422,9 +442,10 @@ def _call(call: Any, index: int) -> tuple[str, dict[str, Any]]:
             raise ValueError(
                 f"messages[{index}]: arguments of {name!r} are not JSON: {error}"
             ) from error
-    if not isinstance(name, str) or not isinstance(arguments, dict):
+    named = isinstance(arguments, dict) and all(isinstance(key, str) for key in arguments)
+    if not isinstance(name, str) or not named:
         raise ValueError(
-            f"messages[{index}]: a tool call needs a name and an object of arguments, got {call!r:.80}"
+            f"messages[{index}]: a tool call needs a name and an object of arguments with names, got {call!r:.80}"
         )
     return name, arguments
 
@@ -436,8 +457,12 @@ def _role(message: Any, index: int) -> Role:
     return Role(role)
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def _json(value: Any, what: str) -> str:
+    """Return a value as JSON. Raises ValueError that names `what` if it is none."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is not JSON: {error}") from None
 
 
 def _joined(walk: Iterable[Segment]) -> list[Segment]:

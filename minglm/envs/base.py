@@ -33,6 +33,8 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from minglm.chat.schema import parameters_of
+
 Result = TypeVar("Result")
 
 TEST_SHARE = 10
@@ -79,6 +81,8 @@ class Task:
     """Difficulty, from 1."""
     expected_language: str | None = None
     """Language that every reply must be written in, "en" or "zh"; None if the task does not ask for one."""
+    spelled_tags_are_noise: bool = False
+    """Whether text that spells a tag of the template is a fault of form, because nothing in the task speaks of tags."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +194,8 @@ class Environment:
     """All difficulties."""
     default_difficulties: tuple[int, ...] = difficulties
     """Those dealt unless the caller names others."""
+    spelled_tags_are_noise: bool = False
+    """As in `Task`."""
 
     def task(
         self,
@@ -225,6 +231,7 @@ class Environment:
             label=label,
             difficulty=difficulty,
             expected_language=self.expected_language(label),
+            spelled_tags_are_noise=self.spelled_tags_are_noise,
         )
 
     def tasks(
@@ -391,16 +398,6 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-JSON_TYPES: dict[str, type | tuple[type, ...]] = {
-    "integer": int,
-    "string": str,
-    "number": (int, float),
-    "boolean": bool,
-    "array": list,
-    "object": dict,
-}
-
-
 def message_fault(message: Any, tools: Iterable[dict[str, Any]]) -> str | None:
     """Return why an assistant message is malformed, or None. Checks its shape and every call against the schemas."""
     if not isinstance(message, dict) or not isinstance(message.get("content"), str):
@@ -413,7 +410,7 @@ def message_fault(message: Any, tools: Iterable[dict[str, Any]]) -> str | None:
     if not isinstance(calls, (list, tuple)):
         return "tool_calls is not a list"
     functions = [tool.get("function", tool) for tool in tools]  # with or without OpenAI's wrapper
-    schemas = {function["name"]: function.get("parameters", {}) for function in functions}
+    schemas = {function["name"]: function.get("parameters") for function in functions}
     for call in calls:
         fault = _call_fault(call, schemas)
         if fault:
@@ -431,14 +428,12 @@ def _call_fault(call: Any, schemas: Mapping[str, dict[str, Any]]) -> str | None:
     arguments = call.get("arguments")
     if not isinstance(arguments, dict):
         return "arguments are not an object"
-    properties = schemas[name].get("properties", {})
-    required = set(schemas[name].get("required", ()))
-    if not required <= set(arguments) or not set(arguments) <= set(properties):
+    parameters = parameters_of(schemas[name])
+    declared = all(isinstance(key, str) and parameters.argument(key).declared for key in arguments)
+    if not declared or parameters.lacks(arguments):
         return f"wrong arguments of {name}"
     for key, value in arguments.items():
-        type_name = properties[key].get("type", "string")
-        fits = isinstance(value, JSON_TYPES.get(type_name, object))
-        # Python's bool is an int; JSON's is not.
-        if not fits or (isinstance(value, bool) and type_name != "boolean"):
-            return f"{key} is not of type {type_name}"
+        argument = parameters.argument(key)
+        if not argument.accepts(value):
+            return f"{key} is not of type {' or '.join(sorted(argument.types))}"
     return None

@@ -164,6 +164,7 @@ class PathologyPrompts(SingleTurn):
 
     name = "provocation"
     group = "chat"
+    spelled_tags_are_noise = True
     chance = 0.6  # one clean English sentence for every prompt is right for those that want English
 
     def draw(self, rng: random.Random, difficulty: int) -> tuple[list[Message], str]:

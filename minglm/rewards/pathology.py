@@ -3,7 +3,7 @@
 These appear in less than 1% of outputs, so general RL hardly ever meets them. The paper's remedy is a last phase on
 prompts chosen because they provoke them, with penalties that are cheap to compute. The paper names the three faults;
 how to find them is our choice, and each detector reads only the raw text of one assistant turn, with special tokens
-spelled out:
+spelled out, or for the format its pieces, so that text which spells a tag is text:
 
     language mixing   share of words outside the script of the expected language        > 1% (en), > 30% (zh)
     repetition        share of the text inside its longest run of copies of one piece   > 20%, and over 40 characters
@@ -19,16 +19,19 @@ Choices
   line is no loop. Sentences that return without being adjacent are left to the 4-grams.
 - Format is a grammar over the tags alone: at most one block of reasoning, which comes first, then text and calls.
 
-Simplified: scripts stand for languages (French passes for English), two languages are known, and a special token that
-is quoted in prose on purpose counts as stray.
+Simplified: scripts stand for languages (French passes for English), two languages are known, and where only letters are
+given a special token that is quoted in prose on purpose counts as stray.
 """
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from minglm.chat.parser import TEXT_TAGS, Piece
+from minglm.chat.template import STOPS
 
 FAULTS = ("language_mixing", "repetition", "format")
 
@@ -46,7 +49,6 @@ _FORMULA = re.compile(
 _TAG = re.compile(
     r"<\|[a-z_]+\|>|</?(?:think|tool_call|tool_response|arg_key|arg_value|tools)>|\[g?s?MASK\]|<sop>|<eop>|/nothink\b"
 )
-_BOXES = ("<|begin_of_box|>", "<|end_of_box|>")
 _STOP = re.compile(r"<\|(?:user|observation|endoftext)\|>\s*\Z")
 _RULER = re.compile(r"[-\s=_*~#|+:.]+")
 _SCRIPTS = {"en": "LATIN", "zh": "CJK"}
@@ -164,17 +166,20 @@ def distinctness(text: str, n: int = 4) -> Distinctness:
     return Distinctness(len(set(grams)) / len(grams), len(grams))
 
 
-def broken_format(turn: str | Mapping[str, Any]) -> bool:
+def broken_format(turn: str | Sequence[Piece] | Mapping[str, Any]) -> bool:
     """Return whether an assistant turn breaks the template.
 
-    turn: the raw text after `<|assistant|>`, with or without the role token that ends it; or a parsed message, which is
-    broken when it carries an error, says nothing, or still holds template tags in its text.
+    turn: the raw text after `<|assistant|>`, with or without the role token that ends it; or its pieces; or a parsed
+    message, which is broken when it carries an error, says nothing, or still holds template tags in its text.
     """
     if isinstance(turn, Mapping):
         return _broken_message(turn)
-    text = _STOP.sub("", turn)
-    tags = _TAG.findall(text)
-    between = _TAG.split(text)  # between[i] comes before tags[i]
+    if isinstance(turn, str):
+        text = _STOP.sub("", turn)
+        tags = _TAG.findall(text)
+        between = _TAG.split(text)  # between[i] comes before tags[i]
+    else:
+        tags, between = _tags_and_text(turn)
     if not _ORDER.fullmatch("".join(_TAG_CODES.get(tag, "?") for tag in tags)):
         return True
     thinks = tags[:1] == ["<think>"]
@@ -194,12 +199,31 @@ def _broken_message(message: Mapping[str, Any]) -> bool:
     content = message.get("content") or ""
     reasoning = message.get("reasoning_content") or ""
     says_nothing = not content.strip() and not message.get("tool_calls")
-    stray_tags = set(_TAG.findall(f"{content} {reasoning}")) - set(_BOXES)
+    stray_tags = set(_TAG.findall(f"{content} {reasoning}")) - set(TEXT_TAGS)
     return bool(message.get("error")) or says_nothing or bool(stray_tags)
 
 
+def _tags_and_text(pieces: Sequence[Piece]) -> tuple[list[str], list[str]]:
+    """Return the tags, without the stop token at the end, and the text before each and after the last."""
+    tags: list[str] = []
+    between = [""]
+    for piece in pieces:
+        if isinstance(piece, str):
+            between[-1] += piece
+        else:
+            tags.append(piece.name)
+            between.append("")
+    if tags and tags[-1] in STOPS and not between[-1].strip():
+        tags.pop()
+        between.pop()
+    return tags, between
+
+
 def detect(
-    text: str, language: str | None = None, message: Mapping[str, Any] | None = None
+    text: str,
+    language: str | None = None,
+    message: Mapping[str, Any] | None = None,
+    pieces: Sequence[Piece] | None = None,
 ) -> dict[str, bool]:
     """Detect the three faults of one assistant turn: {"language_mixing", "repetition", "format"}.
 
@@ -207,6 +231,7 @@ def detect(
         text: raw text, special tokens spelled out.
         language: "en", "zh" or None, for an unknown language, which is never mixed.
         message: the parsed message, if there is one; its error counts as broken format.
+        pieces: the text and the tags of the turn, where they are known. Otherwise tags are read from the letters.
 
     The bounds are those of the module's docstring.
     """
@@ -221,7 +246,8 @@ def detect(
     variety = distinctness(text)
     is_monotonous = variety.grams >= MIN_GRAMS and variety.share < MIN_DISTINCT_SHARE
 
-    broken = broken_format(text) or (message is not None and broken_format(message))
+    broken = broken_format(text if pieces is None else pieces)
+    broken = broken or (message is not None and broken_format(message))
     return {
         "language_mixing": mixes,
         "repetition": is_loop or is_monotonous,

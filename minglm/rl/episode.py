@@ -27,7 +27,8 @@ from typing import TypeVar
 
 from minglm.chat import continuation, render
 from minglm.chat.messages import Tool
-from minglm.chat.stream import decode_turn
+from minglm.chat.parser import Piece
+from minglm.chat.stream import decode_turn, turn_pieces
 from minglm.data.tokenizer import Tokenizer
 from minglm.envs.base import (
     Environment,
@@ -119,6 +120,8 @@ class Trajectory:
     """Whether a bound on tokens cut the episode off."""
     switch_obeyed: bool = True
     """Whether every turn had reasoning exactly when thinking was on."""
+    last_pieces: list[Piece] | None = None
+    """The text and the tags of the last assistant turn."""
 
     @property
     def length(self) -> int:
@@ -134,7 +137,9 @@ class Trajectory:
         """Return the pathologies of the last turn, {name: bool}; language only if the task asks for one."""
         if not self.texts:  # the environment failed before the first turn
             return dict.fromkeys(FAULTS, False)
-        return detect(self.texts[-1], self.task.expected_language)
+        # Letters that spell a tag are text, unless the task says that they are noise.
+        pieces = None if self.task.spelled_tags_are_noise else self.last_pieces
+        return detect(self.texts[-1], self.task.expected_language, pieces=pieces)
 
 
 async def play(
@@ -238,6 +243,7 @@ async def _take_turn(
     message, text = read_turn(player.tokenizer, completion, tools, trajectory.thinking)
     trajectory.segments[-1].add_sampled(completion.tokens, completion.logprobs)
     trajectory.texts.append(text)
+    trajectory.last_pieces = turn_pieces(player.tokenizer, completion.tokens)
     if completion.finish_reason != FinishReason.STOP:
         trajectory.truncated = True
     if bool(message.get("reasoning_content")) != trajectory.thinking:

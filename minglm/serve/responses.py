@@ -58,8 +58,9 @@ class CompletionBuilder:
             "role": "assistant",
             "content": self.texts.get("content", no_content),
         }
-        if "reasoning_content" in self.texts:
-            message["reasoning_content"] = self.texts["reasoning_content"]
+        # Sent back without the field, an answer that speaks of the tag would be cut there by the template.
+        if "reasoning_content" in self.texts or "</think>" in (message["content"] or ""):
+            message["reasoning_content"] = self.texts.get("reasoning_content", "")
         if self.tool_calls:
             message["tool_calls"] = self.tool_calls
         return message

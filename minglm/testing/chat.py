@@ -335,6 +335,52 @@ WRONG: list[tuple[str, str]] = [
 Parse = Callable[[str, list[dict[str, Any]]], AssistantMessage]
 
 
+def as_sent_by_a_client(message: AssistantMessage) -> dict[str, Any]:
+    """Return a message as a client of the server sends it back: OpenAI's form, arguments as JSON text."""
+    calls = [
+        {
+            "id": f"call_{number}",
+            "type": "function",
+            "function": {"name": call["name"], "arguments": json.dumps(call["arguments"])},
+        }
+        for number, call in enumerate(message["tool_calls"])
+    ]
+    sent = {"role": "assistant", "content": message["content"], "tool_calls": calls}
+    return sent | {"reasoning_content": message["reasoning_content"]}
+
+
+def explain_difference(
+    tokenizer: DecodingTokenizer,
+    sampled: Sequence[int],
+    rendered: Sequence[int],
+    message: AssistantMessage,
+) -> str | None:
+    """Explain why a turn that is sent back renders to other ids than were sampled; None if it does not.
+
+    sampled: prompt and sampled turn. rendered: the conversation with the message that was read. Raises AssertionError
+    for a difference that has no reason.
+    """
+    if list(sampled) == list(rendered):
+        return None
+    pairs = enumerate(zip(sampled, rendered, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(sampled), len(rendered)))
+    text, again = tokenizer.decode(sampled), tokenizer.decode(rendered)
+    same = len(tokenizer.decode(sampled[:at]))
+    if text == again:
+        reason = "the same text in other tokens"
+    elif message["error"]:
+        reason = f"the turn was malformed: {message['error']}"
+    elif "".join(text.split()) == "".join(again.split()):
+        reason = "white space between the parts of a turn is the template's"
+    elif text.replace("<think></think>", "</think>") == again:
+        reason = "reasoning that was opened and left empty is rendered as none"
+    elif "<arg_value>" in text[:same] and "</arg_value>" in text[same:]:
+        reason = "a value that is no text is written as JSON, in one way"
+    else:
+        raise AssertionError(f"no reason: {text[same:][:80]!r} became {again[same:][:80]!r}")
+    return f"token {at}: {text[same:][:20]!r} became {again[same:][:20]!r}: {reason}"
+
+
 class StreamParser(Protocol):
     """An incremental parser, as `minglm.chat.parser.Parser`."""
 
