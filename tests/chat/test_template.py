@@ -255,3 +255,46 @@ def test_every_border_of_the_mask_is_a_special_token():
             assert left.special or right.special
     with pytest.raises(AssertionError):
         _joined([Segment("a", trained=True), Segment("b")])
+
+
+@pytest.mark.parametrize("field", ["reasoning", "thinking"])
+@given(conversation=conversations())
+def test_reasoning_under_other_names(field, conversation):
+    """A history in which another server named the reasoning renders to the same tokens."""
+    renamed = [
+        {field if key == "reasoning_content" else key: value for key, value in message.items()}
+        for message in conversation
+    ]
+    assert render(ByteTokenizer(), renamed) == render(ByteTokenizer(), conversation)
+
+
+def calls(arguments):
+    """A turn with one call."""
+    return [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}]
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        calls({1: "a"}),
+        calls({None: "a"}),
+        calls({"a": {1, 2}}),
+        calls({"a": b"x"}),
+        calls({"a": float("nan")}),
+        calls([1]),
+        [{"role": "tool", "content": [IMAGE]}],
+        [{"role": "tool", "content": [{"type": "text", "text": "a"}, IMAGE]}],
+        [{"role": "tool", "content": [{"output": IMAGE}]}],
+        [{"role": "tool", "content": [{"output": [IMAGE]}]}],
+        [{"role": "tool", "content": [{"type": "input_audio"}]}],
+        [{"role": "tool", "content": [5, None]}],
+    ],
+)
+def test_what_cannot_be_rendered_is_refused_in_one_line(messages):
+    """Arguments that are no JSON object, and parts that are no text, never become Python's spelling of them."""
+    with pytest.raises(ValueError, match=r"^messages\[0\]") as refused:
+        render_text(messages)
+    assert "\n" not in str(refused.value) and "base64" not in str(refused.value)
