@@ -320,3 +320,39 @@ def test_without_a_compiler_pytorch_is_used(monkeypatch, capsys, tmp_path):
     assert (
         build.build(compiler, tmp_path) == made and len(calls) == 1
     )  # asks for the compiler's version only
+
+
+@pytest.mark.parametrize("damage", ["cut short", "empty", "a bit flipped", "no checksum"])
+def test_a_damaged_library_is_compiled_again(damage, tmp_path, monkeypatch):
+    """What is in the cache is loaded only if it is what was compiled; loading half a library ends the process."""
+    monkeypatch.setattr(build, "FLAGS", ("-O0", "-fPIC", "-std=gnu11", "-pthread", "-w"))
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
+    (tmp_path / "one.c").write_text("int one(void) { return 1; }\n")
+    cache = tmp_path / "cache"
+    library = build.build(build.compiler(), cache)
+    whole = library.read_bytes()
+    assert build.is_whole(library)
+    damaged = {
+        "cut short": whole[: len(whole) // 2],
+        "empty": b"",
+        "a bit flipped": bytes([whole[0] ^ 1]) + whole[1:],
+        "no checksum": whole,
+    }
+    library.write_bytes(damaged[damage])
+    if damage == "no checksum":
+        build.checksum_path(library).unlink()
+    assert not build.is_whole(library)
+    assert build.build(build.compiler(), cache) == library
+    assert build.is_whole(library)
+
+
+def test_a_user_without_a_home_gets_a_folder(monkeypatch):
+    """The cache folder is an OSError then, after which a temporary one is used."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(build.Path, "home", no_home)
+    with pytest.raises(OSError, match="home"):
+        build.cache_folder()

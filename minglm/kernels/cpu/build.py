@@ -2,8 +2,9 @@
 
     cc -O3 -march=native -ffast-math *.c  ->  cache/minglm/cpu-<hash of sources, compiler, processor>.so  ->  ctypes
 
-Compiling takes seconds, once for a machine, and without a compiler PyTorch is used. It is quick because the C code does
-not include PyTorch's headers.
+Compiling takes seconds, once for a machine, and without a compiler PyTorch is used. A cached library is loaded only if
+it has the checksum it was compiled with; otherwise it is compiled again. Compiling is quick because the C code does not
+include PyTorch's headers.
 """
 
 import contextlib
@@ -31,8 +32,17 @@ SIGNATURES = {"decode": "p", "sample": "pppppqppp" + "ll", "newton_schulz": "ppp
 
 
 def cache_folder() -> Path:
-    """Return where compiled libraries are kept: $XDG_CACHE_HOME/minglm, by default ~/.cache/minglm."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minglm"
+    """Return where compiled libraries are kept: $XDG_CACHE_HOME/minglm, by default ~/.cache/minglm.
+
+    Raises OSError for a user without a home.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME")
+    if cache:
+        return Path(cache) / "minglm"
+    try:
+        return Path.home() / ".cache" / "minglm"
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
 
 
 def _processor() -> str:
@@ -57,7 +67,7 @@ def build(compiler: str, folder: Path) -> Path:
     settings = _processor().encode() + " ".join(flags).encode()
     digest = hashlib.sha256(source_bytes + version + settings).hexdigest()
     library = folder / f"cpu-{digest[:16]}.so"
-    if library.exists():
+    if is_whole(library):
         return library
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,8 +79,29 @@ def build(compiler: str, folder: Path) -> Path:
         linked = Path(work) / "cpu.so"
         link_command = [compiler, "-shared", "-pthread", *objects, "-o", linked, "-lm"]
         subprocess.run(link_command, capture_output=True, check=True)
+        checksum = Path(work) / "checksum"
+        checksum.write_text(checksum_of(linked), encoding="utf-8")
         os.replace(linked, library)
+        os.replace(checksum, checksum_path(library))
     return library
+
+
+def checksum_path(library: Path) -> Path:
+    """Return the file beside a library that holds its checksum."""
+    return library.with_suffix(".sha256")
+
+
+def checksum_of(library: Path) -> str:
+    """Return the SHA-256 of a library."""
+    return hashlib.sha256(library.read_bytes()).hexdigest()
+
+
+def is_whole(library: Path) -> bool:
+    """Return whether a cached library is what was compiled. To load one that was cut short ends the process."""
+    try:
+        return checksum_of(library) == checksum_path(library).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
 
 
 def compiler() -> str | None:
