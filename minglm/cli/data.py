@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minglm.cli.arguments import add_config
+from minglm.cli.arguments import add_config, path, whole
 
 if TYPE_CHECKING:
     from minglm.data.store.shards import Shard
@@ -142,7 +142,7 @@ def samples(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `data`."""
     add_config(parser)
-    parser.add_argument("--out", help="folder of the run (default: runs/NAME)")
+    parser.add_argument("--out", type=path, help="folder of the run (default: runs/NAME)")
     parser.add_argument(
         "--executor",
         default="local",
@@ -153,10 +153,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--verify", action="store_true", help="read every shard and compare its checksum"
     )
     parser.add_argument(
-        "--samples", type=int, default=0, metavar="N", help="show N documents of each source"
+        "--samples", type=whole(0), default=0, metavar="N", help="show N documents of each source"
     )
     parser.add_argument(
-        "--skipped", type=int, default=3, metavar="N", help="show N records that could not be used"
+        "--skipped",
+        type=whole(0),
+        default=3,
+        metavar="N",
+        help="show N records that could not be used",
     )
     parser.add_argument("--json", action="store_true", help="print as JSON")
     parser.add_argument(
@@ -166,27 +170,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Build the token shards of CONFIG where they are missing; print what is in them and what cleaning took."""
-    from minglm.common.files import read_jsonl
+    from minglm.common.files import check_out, read_jsonl
+    from minglm.common.lock import locked
     from minglm.config import load_config
     from minglm.data.build import prepare
     from minglm.data.store import shards
     from minglm.data.workers import Executor
+    from minglm.recipe import preflight
     from minglm.recipe.solutions import task_data
 
     run = load_config(args.config, args.overrides)
-    folder = Path(args.out or f"runs/{run.name}") / "data"
+    out = Path(args.out or f"runs/{run.name}")
+    check_out(out)
+    preflight.check_data(run)
+    folder = out / "data"
     splits = [folder / "train", folder / "heldout"]
     if args.dry_run:
         built = all(shards.chunk_numbers(split) is not None for split in splits)
         state = "are" if built else "would be"
         print(f"the shards of {run.name}, config {run.hash()}, {state} in {folder}")
         return
-    if args.verify:
-        for split in splits:
-            for number, fault in shards.find_damage(split, verify=True).items():
-                print(f"{fault}; it is built again")
-                shards.discard_chunk(split, number)
-    data = prepare(run, folder, task_data(run), Executor(args.executor))
+    with locked(out):
+        if args.verify:
+            for split in splits:
+                for number, fault in shards.find_damage(split, verify=True).items():
+                    print(f"{fault}; it is built again")
+                    shards.discard_chunk(split, number)
+        data = prepare(run, folder, task_data(run), Executor(args.executor))
     found = summary(folder)
     if args.json:
         print(json.dumps(found, indent=1, ensure_ascii=False))

@@ -1,15 +1,22 @@
 """Redraw figures from what is stored: the verb `figures`."""
 
 import argparse
-import json
 import runpy
 from collections.abc import Iterable
 from pathlib import Path
 
+import minglm
+from minglm.cli import arguments
+
+ROOT = Path(minglm.__file__).parent.parent
+"""The checkout: its lessons draw their logs. Code that lies beside a path is never run."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `figures`."""
-    parser.add_argument("paths", nargs="*", help="default: everything under figures/")
+    parser.add_argument(
+        "paths", type=arguments.path, nargs="*", help="default: everything under figures/"
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -22,13 +29,13 @@ def default_paths() -> list[Path]:
     """Return everything under figures/ that can be redrawn, and the toy config for the picture of its stages."""
     figures = Path("figures")
     seed_folders = sorted({log.parent for log in figures.glob("*/seed*.jsonl")})
-    return [*sorted(figures.glob("*_*.json")), *seed_folders, Path("configs/toy.py")]
+    return [*sorted(figures.glob("*_*.json")), *seed_folders, ROOT / "configs" / "toy.py"]
 
 
 def redraw(paths: Iterable[str | Path]) -> list[Path]:
     """Redraw figures from what is stored; return the paths of the PNGs. Raises ValueError for any other path.
 
-    A run folder: its figures, from its log. A lesson's log `figures/NN_name.json`: with `draw(log)` of
+    A run folder: its figures, from its log. A lesson's log `NN_name.json`: with `draw(log)` of this checkout's
     `lessons/NN_name.py`. A benchmark's record `bench_NAME.json`. A config `configs/NAME.py`: the picture of its stages,
     `figures/stages.png`. A folder of logs `seedN.jsonl`, runs of one config: `rl.png`, its reinforcement curves over
     the seeds.
@@ -41,24 +48,27 @@ def redraw(paths: Iterable[str | Path]) -> list[Path]:
 
 def _redraw(path: Path) -> list[Path]:
     """Redraw the figures of one path."""
+    from minglm.common.files import read_object
     from minglm.config import load_config
+    from minglm.recipe.folder import check_log
     from minglm.report.card import draw_all
     from minglm.report.curves import draw_rl_seeds
     from minglm.report.drawing import save
     from minglm.report.records import read_records
     from minglm.report.stages_diagram import draw_stages
 
-    lesson = path.parent.parent / "lessons" / f"{path.stem}.py"
+    lesson = ROOT / "lessons" / f"{path.stem}.py"
     seed_logs = sorted(path.glob("seed*.jsonl"))
     if seed_logs:
         curves = path / "rl.png"
         draw_rl_seeds([read_records(log) for log in seed_logs], curves)
         return [curves]
     if path.is_dir():
+        check_log(path)  # figures of all records are not replaced by those of fewer
         return [path / "figures" / f"{name}.png" for name in draw_all(path)]
     if path.suffix == ".json" and path.is_file() and lesson.is_file():
         draw = runpy.run_path(str(lesson))["draw"]
-        figure = draw(json.loads(path.read_text(encoding="utf-8")))
+        figure = draw(read_object(path))
         picture = path.with_suffix(".png")
         save(figure, picture)
         return [picture]

@@ -6,13 +6,13 @@ import shlex
 import sys
 from pathlib import Path
 
-from minglm.cli.arguments import add_config
+from minglm.cli.arguments import add_config, path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `run`."""
     add_config(parser)
-    parser.add_argument("--out", help="folder of the run (default: runs/NAME)")
+    parser.add_argument("--out", type=path, help="folder of the run (default: runs/NAME)")
     parser.add_argument(
         "--only", metavar="STAGE", help="run this stage only; the stage before must be complete"
     )
@@ -30,38 +30,49 @@ def main(args: argparse.Namespace) -> int:
     The same command continues a run that was stopped. With CONFIG, --help lists every field of it.
     """
     from minglm.common.device import measured_flops, pick_device, pick_dtype
+    from minglm.common.files import check_out
+    from minglm.common.lock import locked
+    from minglm.common.signals import Stopped
     from minglm.config import load_config
     from minglm.config.run import to_dict
     from minglm.plan.counts import count_parameters
     from minglm.recipe import preflight
+    from minglm.recipe.folder import check_folder, check_log
     from minglm.recipe.run import RecipeRunner
     from minglm.recipe.stages import plan_stages, table
     from minglm.report import card
+    from minglm.train.checkpoint import CheckpointStore
 
     config = load_config(args.config, args.overrides)
+    out = Path(args.out or f"runs/{config.name}")
+    check_out(out)
+    preflight.check_run(config)
     stages = plan_stages(config)
+    preflight.check_stage_names(stages, args.only, args.until)
+    check_folder(out, config)
+    preflight.check_order(stages, CheckpointStore(out), args.only, args.until)
+    disk = preflight.disk_need(config, stages, out)
     device = pick_device(config.device)
     speed = measured_flops(device, pick_dtype(config.dtype, device))
     print(table(config, stages, speed), flush=True)
-    preflight.check_run(config)
-    preflight.check_stage_names(stages, args.only, args.until)
-    out = Path(args.out or f"runs/{config.name}")
-    disk = preflight.disk_need(config, stages, out)
     if args.dry_run:
         print(json.dumps(to_dict(config), indent=1))
         print(f"body: {count_parameters(config.model)['body']:,} parameters")
         print(disk)
         return 0
+    preflight.check_memory(config)
     preflight.check_disk(disk, out)
+    check_log(out)
     try:
-        complete = RecipeRunner(config, out).execute(args.only, args.until)
-    except KeyboardInterrupt:
+        with locked(out):
+            complete = RecipeRunner(config, out).execute(args.only, args.until)
+            print(card.write(out))
+    except KeyboardInterrupt as stop:
         print(
             f"\nstopped; everything up to here is saved. Continue with: {args.command}",
             file=sys.stderr,
         )
-        return 130
-    print(card.write(out))
+        return stop.status if isinstance(stop, Stopped) else 130
     program = ["python", "-m", "minglm"]
     if complete:
         print(f"talk to it: {shlex.join([*program, 'chat', str(out)])}")

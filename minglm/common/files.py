@@ -9,6 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from minglm.common.mistakes import shown
+
+LONGEST_NAME = 255
+"""Bytes of a file's name, on the usual file systems."""
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
@@ -85,14 +90,60 @@ def write_json(path: str | Path, value: Any) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
+def read_json(path: str | Path) -> Any:
+    """Return the value in a JSON file. Raises ValueError, in one line, that names the file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}; restore it, or write it again") from error
+
+
+def read_object(path: str | Path, *names: str) -> dict[str, Any]:
+    """Return the object in a JSON file, which must have these names. Raises ValueError, in one line."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {shown(value, quoted=True)}: must be an object of JSON")
+    for name in names:
+        if name not in value:
+            raise ValueError(f"{path} has no {name!r}; restore it, or write it again")
+    return value
+
+
+def check_out(path: str | Path, option: str = "--out") -> None:
+    """Raise ValueError, in one line, where no folder can be made or written at `path`. Writes nothing."""
+    path = Path(path)
+    folder = path.absolute()
+    try:
+        while not folder.exists():
+            if len(os.fsencode(folder.name)) > LONGEST_NAME:
+                raise OSError(None, "the name is too long")
+            folder = folder.parent
+        if not folder.is_dir():
+            raise OSError(None, f"{folder} is not a folder")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise OSError(None, f"no permission to write in {folder}")
+    except OSError as error:
+        raise ValueError(
+            f"{option} {shown(str(path))}: {error.strerror}; choose another folder"
+        ) from error
+
+
 def read_jsonl(path: str | Path) -> list[Any]:
-    """Return all complete records of a JSON-lines file, in order; a last line torn by a crash is left out."""
+    """Return all records of a JSON-lines file, in order; a last line torn by a crash is left out.
+
+    Raises ValueError, in one line, that names the file and the line which is no JSON.
+    """
     path = Path(path)
     if not path.exists():
         return []
     records = []
     lines = path.read_bytes().split(b"\n")  # splitlines would also split at U+2028 inside a text
-    for line in lines:
-        with contextlib.suppress(ValueError):  # torn inside a number, a string, or a character
+    for number, line in enumerate(lines, 1):
+        try:
             records.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            if number < len(lines):  # no crash tears a line that has its line break
+                raise ValueError(
+                    f"{path}, line {number} is not JSON: {error}; restore the file"
+                ) from error
     return records

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from minglm.common.files import atomic_path
+
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
@@ -40,9 +42,9 @@ class Log:
         self.path = Path(path)
         self.watch = watch
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        end_of_last_line = self.path.read_bytes().rfind(b"\n") + 1 if self.path.exists() else 0
         self.file = open(self.path, "ab")
-        self.cut(end_of_last_line)  # a line torn by a crash would swallow the next record
+        self.file.truncate(complete_bytes(self.path))  # a torn line would swallow the next record
+        self.file.seek(0, os.SEEK_END)
 
     def write(self, record: Record) -> None:
         """Append one record, `{"kind": kind, ...}`, and flush it."""
@@ -59,7 +61,62 @@ class Log:
         return self.file.tell()
 
     def cut(self, position: int) -> None:
-        """Remove everything after `position` bytes; a shorter log stays as it is."""
-        size = self.file.seek(0, os.SEEK_END)
-        self.file.truncate(min(position, size))
+        """Remove everything after `position` bytes. Raises ValueError, in one line, for a log that is shorter."""
+        check_length(self.path, position)
+        self.file.truncate(position)
         self.file.seek(0, os.SEEK_END)
+
+
+def complete_bytes(path: Path) -> int:
+    """Return the bytes of the complete lines of a log; 0 without one."""
+    return path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+
+
+def check_length(path: Path, position: int) -> None:
+    """Refuse a log that has lost lines which it held when a checkpoint was written at this position."""
+    size = complete_bytes(path)
+    if size < position:
+        raise ValueError(
+            f"{path} has {size:,} bytes, but held {position:,} when the last checkpoint was written: "
+            "restore it from a copy, or start again with another --out"
+        )
+
+
+def forget_stage(path: Path, position: int, stage: str, make_note: Callable[[int], Record]) -> None:
+    """Replace the records of a stage that will be trained again by a note, make_note(number of records).
+
+    The records of a stage are contiguous, from one of kind "stage_begin" to one of kind "stage_end". The note is as
+    long as what it replaces, so the positions in the checkpoints of other stages stay right. position: bytes of the
+    log that count; what comes after them is removed.
+    """
+    content = path.read_bytes()[:position] if path.exists() else b""
+    note_kind = make_note(0).kind
+    spans: list[tuple[bool, list[bytes]]] = []
+    current = None  # the stage that has begun
+    for number, line in enumerate(content.splitlines(keepends=True), 1):
+        try:
+            record = json.loads(line)
+            kind = record["kind"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path}, line {number} is no record: {error}; restore the file"
+            ) from error
+        if kind == "stage_begin":
+            current = record.get("stage")
+        is_forgotten = kind != note_kind and record.get("stage", current) == stage
+        if not spans or spans[-1][0] != is_forgotten:
+            spans.append((is_forgotten, []))
+        spans[-1][1].append(line)
+        if kind == "stage_end":
+            current = None
+    if not any(is_forgotten for is_forgotten, _ in spans):
+        return
+
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        for is_forgotten, lines in spans:
+            text = b"".join(lines)
+            if is_forgotten:
+                note = make_note(len(lines))
+                short = json.dumps({"kind": note.kind, **note.values()}, ensure_ascii=False)
+                text = short.encode().ljust(len(text) - 1) + b"\n"
+            file.write(text)

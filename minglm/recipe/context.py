@@ -52,9 +52,7 @@ class RunContext:
         model.dtype = pick_dtype(self.run.dtype, self.device)
         if stage is None:
             return model, None
-        state = self.checkpoints.load(stage)
-        model.load_state_dict(state["model"])
-        return model, state
+        return model, self.checkpoints.restore(stage, model)
 
     def rollout_generator(self, model: GLM) -> EngineGenerator:
         """Return the generator that answers for RL and for distillation, in the precision of the config."""

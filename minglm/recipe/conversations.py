@@ -8,13 +8,12 @@ The corrupted replies give the model a bad habit that pathology RL can then cure
 text, would have none.
 """
 
-import json
 import random
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from minglm.common.files import write_json
+from minglm.common.files import read_json, write_json
 from minglm.data.dialogues import Conversation
 from minglm.envs import ENVIRONMENTS
 from minglm.envs.base import Message, Task
@@ -112,7 +111,7 @@ def experts_answers(context: RunContext, stage: UnifiedStage) -> Distillation:
     """Sample answers of every expert and keep the right ones; the result is kept on disk, in data/accepted.json."""
     path = context.out / "data" / "accepted.json"
     if path.exists():
-        answers, counts = json.loads(path.read_text())
+        answers, counts = read_json(path)
         return Distillation([Answer(*answer) for answer in answers], counts)
     answers: list[Answer] = []
     counts: dict[str, int] = {}

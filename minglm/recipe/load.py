@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minglm.common.device import pick_device, pick_dtype
+from minglm.common.files import read_object
 from minglm.config import RunConfig
-from minglm.config.run import from_dict
 from minglm.data.tokenizer import Tokenizer
 from minglm.kernels import dispatch
 from minglm.model.glm import GLM
 from minglm.model.hf.config import from_hf
 from minglm.model.hf.files import read_config
+from minglm.recipe.folder import stored_run
 from minglm.recipe.stages import PretrainStage, plan_stages
 from minglm.train.checkpoint import CheckpointStore
 
@@ -50,7 +51,7 @@ def load_run(folder: str | Path, stage: str | None = None) -> LoadedModel:
         raise ValueError(
             f"{folder} is not the folder of a run: it has no config.json; give the --out of a run"
         )
-    values = read_config(folder)
+    values = read_object(path)
     if "model_type" in values:  # the config.json of a released checkpoint
         return load_hf(folder, stage)
     if not isinstance(values.get("config"), dict):
@@ -58,7 +59,7 @@ def load_run(folder: str | Path, stage: str | None = None) -> LoadedModel:
             f"{path}: neither model_type, of a released checkpoint, nor config, of a run; give the folder of one of them"
         )
 
-    config = from_dict(values["config"]).check()
+    config = stored_run(folder).config
     store = CheckpointStore(folder)
     stages = {planned.name: planned for planned in plan_stages(config)}
     complete = store.complete(stages)
@@ -69,7 +70,7 @@ def load_run(folder: str | Path, stage: str | None = None) -> LoadedModel:
         )
     name = stage or complete[-1]
     model = GLM(config.model)
-    model.load_state_dict(store.load(name)["model"])
+    store.restore(name, model)
     model.dtype = pick_dtype(config.dtype, model.device)
     planned = stages[name]
     if isinstance(planned, PretrainStage):  # later stages have the model's own rotary base

@@ -4,23 +4,28 @@
     files        data.files, data.tokenizer and data.web_labels exist; the tokenizer fits the vocabulary
     kernels      Triton has a GPU to run on
     stages       --only and --until name stages
+    order        the stages that --only and --until leave out are done where others build on them
+    memory       weights and gradients fit
     disk         the checkpoints fit, estimated from the weights and the state of the optimizer
 
 The values themselves were checked when the config was loaded, the environments when the stages were planned.
 """
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from minglm.common.device import pick_device
-from minglm.config import Kernels, RunConfig
+from minglm.config import Kernels, RunConfig, Tracker
 from minglm.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from minglm.plan.counts import count_parameters
 from minglm.plan.memory import optimizer_split
-from minglm.recipe.solutions import solved_environments
+from minglm.recipe.solutions import check_environments, solved_environments
 from minglm.recipe.stages import Stage, StageKind, is_done
 from minglm.train.checkpoint import CheckpointStore
 
@@ -50,10 +55,17 @@ class DiskNeed(NamedTuple):
 
 def check_run(run: RunConfig) -> None:
     """Raise ValueError, in one line, for sources, files or kernels that this run cannot have."""
+    check_data(run)
+    check_kernels(run)
+    check_tracker(run)
+
+
+def check_data(run: RunConfig) -> None:
+    """Raise ValueError, in one line, for sources, files or a tokenizer from which no data can be made."""
+    check_environments(run)
     check_sources(run)
     check_files(run)
     check_vocabulary(run)
-    check_kernels(run)
 
 
 def check_sources(run: RunConfig) -> None:
@@ -118,6 +130,61 @@ def check_stage_names(stages: Sequence[Stage], only: str | None, until: str | No
     for option, name in (("--only", only), ("--until", until)):
         if name is not None and name not in names:
             raise ValueError(f"{option} {name}: no such stage; the stages are {', '.join(names)}")
+
+
+def check_order(
+    stages: Sequence[Stage], checkpoints: CheckpointStore, only: str | None, until: str | None
+) -> None:
+    """Refuse --only or --until where another stage must come first: the base of a stage, or an interrupted one."""
+    wanted = wanted_stages(stages, only, until)
+    remaining = [stage for stage in stages if not is_done(stage, stages, checkpoints)]
+    for stage in remaining:
+        if stage.name not in wanted and checkpoints.is_interrupted(stage.name):
+            raise ValueError(
+                f"stage {stage.name} was interrupted; finish it first, with --only {stage.name}"
+            )
+    missing = {stage.name for stage in remaining}
+    for stage in remaining:
+        if only == stage.name and stage.base in missing:
+            raise ValueError(
+                f"--only {only}: the stage before has not been run: "
+                f"there is no {checkpoints.stage(str(stage.base)).final}; run it first, with --until {stage.base}"
+            )
+
+
+def wanted_stages(stages: Sequence[Stage], only: str | None, until: str | None) -> list[str]:
+    """Return the names of the stages that --only or --until asks for; of all stages without either."""
+    names = [stage.name for stage in stages]
+    if only is not None:
+        return [only]
+    if until is not None:
+        return names[: names.index(until) + 1]
+    return names
+
+
+def check_tracker(run: RunConfig) -> None:
+    """Refuse a tracker whose package is missing."""
+    packages = {Tracker.TENSORBOARD: "tensorboard", Tracker.WANDB: "wandb"}
+    package = packages.get(run.watch)
+    if package and importlib.util.find_spec(package) is None:
+        raise ValueError(f"watch = {run.watch.value!r} needs a package: pip install 'minglm[log]'")
+
+
+def check_memory(run: RunConfig) -> None:
+    """Refuse a model whose weights and gradients alone, at 4 bytes a number, do not fit this machine's memory."""
+    needed = 2 * 4 * count_parameters(run.model)["total_with_mtp"]
+    device = pick_device(run.device)
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    elif "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if needed > memory:
+        raise ValueError(
+            f"model: weights and gradients need {needed / GIB:,.0f} GiB, this machine has {memory / GIB:,.0f} GiB; "
+            "use a smaller config (`plan` estimates what one needs)"
+        )
 
 
 def disk_need(run: RunConfig, stages: Sequence[Stage], out: Path) -> DiskNeed:

@@ -11,14 +11,13 @@ calls general RL the final one and distils experts into the main model, which le
 Simplified: one process. The experts are trained one after the other; in the paper they are trained side by side.
 """
 
-import json
 import time
 from pathlib import Path
 
 from minglm.common import trackers
 from minglm.common.device import pick_device, seed_everything
 from minglm.common.files import write_json
-from minglm.common.log import Log
+from minglm.common.log import Log, forget_stage
 from minglm.common.threads import use_threads
 from minglm.common.version import versions
 from minglm.config import RunConfig
@@ -27,12 +26,15 @@ from minglm.data.build import prepare
 from minglm.kernels import dispatch
 from minglm.recipe.context import RunContext
 from minglm.recipe.evaluation import evaluate
+from minglm.recipe.folder import check_folder, check_log
+from minglm.recipe.preflight import check_order, wanted_stages
 from minglm.recipe.solutions import task_data
 from minglm.recipe.stages import Stage, is_done, long_row, plan_stages
 from minglm.recipe.training import train_stage
 from minglm.report.records import (
     DataRecord,
     EndRecord,
+    ForgottenRecord,
     StageBeginRecord,
     StageEndRecord,
     StartRecord,
@@ -42,22 +44,11 @@ from minglm.report.records import (
 from minglm.train.checkpoint import CheckpointStore
 
 
-def check_folder(out: Path, run: RunConfig) -> None:
-    """Raise ValueError when `out` holds a run of another config."""
-    path = out / "config.json"
-    if not path.exists():
-        return
-    stored = json.loads(path.read_text())["hash"]
-    if stored != run.hash():
-        raise ValueError(
-            f"{out} holds a run of another config (hash {stored}, this one is {run.hash()}); choose another --out"
-        )
-
-
 class RecipeRunner:
     """A run in a folder: prepares the data, then trains stages in order.
 
-    Raises ValueError when the folder belongs to another config, or when the data cannot be prepared.
+    Raises ValueError when the folder belongs to another config, when its log has lost records, or when the data cannot
+    be prepared. Only one process may run in a folder (`minglm.common.lock`).
     """
 
     def __init__(self, run: RunConfig, out: str | Path, quiet: bool = False) -> None:
@@ -70,11 +61,13 @@ class RecipeRunner:
         threads = use_threads(run.threads, inside=device.type != "cpu" or run.compile)
         self.stages = plan_stages(run)
 
+        log_path = self.out / "log.jsonl"
+        position = check_log(self.out)
+        self._forget_deleted_stages(log_path, position)
         tracker = trackers.writer(run.watch, self.out / "watch", to_dict(run))
-        self.log = Log(self.out / "log.jsonl", tracker)
+        self.log = Log(log_path, tracker)
         self.checkpoints = CheckpointStore(self.out, self.log, run.checkpoint_seconds)
         # What was logged after the last checkpoint will be done, and logged, again.
-        position = self.checkpoints.log_position()
         self.log.cut(position)
         for leftover in self.out.rglob(".*.tmp"):
             leftover.unlink()  # half a file of a process that was killed
@@ -100,6 +93,18 @@ class RecipeRunner:
             quiet=quiet,
         )
 
+    def _forget_deleted_stages(self, log_path: Path, position: int) -> None:
+        """Take the records of each stage whose checkpoint was deleted out of the log: it will be trained again."""
+        store = CheckpointStore(self.out)
+        for stage in self.stages:
+            if not is_done(stage, self.stages, store) and not store.is_interrupted(stage.name):
+                forget_stage(
+                    log_path,
+                    position,
+                    stage.name,
+                    lambda count, name=stage.name: ForgottenRecord(stage=name, records=count),
+                )
+
     def is_done(self, stage: Stage) -> bool:
         """Return whether a stage need not be trained."""
         return is_done(stage, self.stages, self.checkpoints)
@@ -110,20 +115,10 @@ class RecipeRunner:
         An interrupted stage comes first, because its log is cut back to its checkpoint. Raises ValueError when it is
         not among those asked for.
         """
-        names = [stage.name for stage in self.stages]
-        wanted = names
-        if only is not None:
-            wanted = [only]
-        elif until is not None:
-            wanted = names[: names.index(until) + 1]
-
+        check_order(self.stages, self.checkpoints, only, until)
+        wanted = wanted_stages(self.stages, only, until)
         remaining = [stage for stage in self.stages if not self.is_done(stage)]
         interrupted = [s.name for s in remaining if self.checkpoints.is_interrupted(s.name)]
-        for name in interrupted:
-            if name not in wanted:
-                raise ValueError(
-                    f"stage {name} was interrupted; finish it first, with --only {name}"
-                )
         for stage in sorted(remaining, key=lambda stage: stage.name not in interrupted):
             if stage.name in wanted:
                 self.execute_stage(stage)

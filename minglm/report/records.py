@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar
 
 from minglm.common.files import read_jsonl
 from minglm.common.log import Record
+from minglm.common.mistakes import shown
 
 
 class Moment(StrEnum):
@@ -100,6 +101,15 @@ class StageEndRecord(StageRecord):
     """Wall-clock seconds of training."""
     evaluation_seconds: float
     """Wall-clock seconds of the evaluation after it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgottenRecord(StageRecord):
+    """A note in place of the records of a stage whose checkpoint was deleted, and which was trained again."""
+
+    kind: ClassVar[str] = "forgotten"
+    records: int
+    """Records that stood here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -504,6 +514,7 @@ RECORDS: dict[str, type[Record]] = {
         NeedleRecord,
         BitsByPositionRecord,
         StageEndRecord,
+        ForgottenRecord,
         EndRecord,
     )
 }
@@ -512,11 +523,15 @@ RECORDS: dict[str, type[Record]] = {
 R = TypeVar("R", bound=Record)
 
 
-def parse(values: dict[str, Any]) -> Record:
+def parse(values: Any) -> Record:
     """Convert a line of a log to its record. Raises ValueError for a kind or a field that is not declared here."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{shown(values, quoted=True)} is no record")
     kind = values.get("kind")
-    if kind not in RECORDS:
-        raise ValueError(f"log record of unknown kind {kind!r}; it was written by another version")
+    if not isinstance(kind, str) or kind not in RECORDS:
+        raise ValueError(
+            f"log record of unknown kind {shown(kind, quoted=True)}; it was written by another version"
+        )
     fields = {name: value for name, value in values.items() if name != "kind"}
     try:
         return RECORDS[kind](**fields)
@@ -529,7 +544,13 @@ def parse(values: dict[str, Any]) -> Record:
 
 def read_records(path: str | Path) -> list[Record]:
     """Read the records of a log in order; an empty list when there is no file. Raises ValueError as `parse` does."""
-    return [parse(values) for values in read_jsonl(path)]
+    records = []
+    for number, values in enumerate(read_jsonl(path), 1):
+        try:
+            records.append(parse(values))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+    return records
 
 
 def select(records: Iterable[Record], kind: type[R], **where: object) -> list[R]:

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from minglm.common.log import Log
+from minglm.common.signals import Stopped, stop_between_steps
 from minglm.envs.base import Environment, Task
 from minglm.report.records import RLRecord, RollbackRecord
 from minglm.rewards.pathology import incidence
 from minglm.rl.episode import Player, Trajectory
 from minglm.rl.rollout import rollout
 from minglm.rl.trainer import PolicyTrainer
-from minglm.train.checkpoint import Interrupted, StageCheckpoints, stop_between_steps
+from minglm.train.checkpoint import StageCheckpoints
 
 SEEDS_PER_STAGE = 7919  # a prime, so that the rollout seeds of two stages do not meet early
 
@@ -112,7 +113,7 @@ def reinforce(
     stage: str,
     quiet: bool = False,
 ) -> None:
-    """Train for `trainer.config.steps` steps, resuming from `checkpoints`. Ctrl-C saves and raises Interrupted.
+    """Train for `trainer.config.steps` steps, resuming from `checkpoints`. A request to end saves and raises `Stopped`.
 
     Args:
         trainer: makes the updates.
@@ -141,7 +142,7 @@ def reinforce(
             bar.update()
             try:
                 stop()
-            except Interrupted:
+            except Stopped:
                 state.save(checkpoints)
                 raise
             if checkpoints.due() and not trainer.guard.in_a_row:

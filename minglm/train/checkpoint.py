@@ -18,12 +18,10 @@ those steps will be done, and logged, again.
 one machine holds.
 """
 
-import signal
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ import torch
 
 from minglm.common.files import atomic_path
 from minglm.common.log import Log
+from minglm.common.mistakes import shown
 
 State = dict[str, Any]
 """The content of a checkpoint: tensors and plain values by name."""
@@ -67,6 +66,22 @@ class CheckpointStore:
     def load(self, stage: str) -> State:
         """Return the final state of a stage. Raises ValueError when it is missing or damaged."""
         return read(self.stage(stage).final)
+
+    def restore(self, stage: str, model: torch.nn.Module) -> State:
+        """Give `model` the weights of a complete stage, and return its final state.
+
+        Raises ValueError when they are missing, damaged, or those of another model.
+        """
+        state = self.load(stage)
+        try:
+            model.load_state_dict(state["model"])
+        except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+            path = self.stage(stage).final
+            reason = shown(" ".join(str(error).split()))
+            raise ValueError(
+                f"{path} does not hold the weights of this model ({reason}); delete it to repeat its stage"
+            ) from error
+        return state
 
     def save(self, stage: str, state: State) -> None:
         """Write the final state of a stage, which is then complete."""
@@ -151,33 +166,12 @@ def read(path: Path) -> State:
             damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"{damaged} is not what was written")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not isinstance(state.get("log_position"), int):
+            raise ValueError("it holds no state of a stage")
+        return state
     except Exception as error:  # a damaged file raises almost anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = shown((str(error) or type(error).__name__).splitlines()[0])
         raise ValueError(
             f"cannot read checkpoint {path}: {reason}; delete it to repeat its stage"
         ) from error
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, raised between two steps so that the state can be saved."""
-
-
-@contextmanager
-def stop_between_steps() -> Iterator[Callable[[], None]]:
-    """Hold back Ctrl-C during a step: the yielded function raises `Interrupted` if it was pressed since."""
-    interrupts: list[int] = []
-    try:
-        previous = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
-    except ValueError:  # not the main thread, so someone else handles signals
-        yield lambda: None
-        return
-
-    def check() -> None:
-        if interrupts:
-            raise Interrupted
-
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, previous)

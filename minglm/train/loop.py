@@ -20,13 +20,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minglm.common.log import Log
+from minglm.common.signals import Stopped, stop_between_steps
 from minglm.config import OptimizerConfig
 from minglm.data.packing import Batch
 from minglm.model.balance import update_expert_bias
 from minglm.model.glm import GLM
 from minglm.parallel import Replicas, parallelize
 from minglm.report.records import RollbackRecord, StepMetrics, StepRecord
-from minglm.train.checkpoint import Interrupted, StageCheckpoints, stop_between_steps
+from minglm.train.checkpoint import StageCheckpoints
 from minglm.train.guard import Guard, guarded_step
 from minglm.train.loss import LossWeights, count_targets, training_loss
 from minglm.train.state import Stateful, TrainingState
@@ -231,7 +232,7 @@ class Trainer:
     def run(self) -> None:
         """Train to the end. Leaves a partial checkpoint; the caller marks the stage complete.
 
-        Ctrl-C saves and raises `Interrupted`.
+        A request to end saves and raises `Stopped`.
         """
         resumed = self.state.restore(self.checkpoints)
         if self.guard.rollback_after and not resumed:
@@ -247,7 +248,7 @@ class Trainer:
                 self.evaluate(record.batch_tokens)
                 try:
                     stop()
-                except Interrupted:
+                except Stopped:
                     self.state.save(self.checkpoints)
                     raise
                 if self.checkpoints.due() and not self.guard.in_a_row:

@@ -1,6 +1,8 @@
 """Files survive a crash, logs can be cut and read at any byte, seeds repeat, devices and threads are what was asked."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,9 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.common import device, threads
-from minglm.common.files import atomic_path, read_jsonl, write_json
-from minglm.common.log import Log, Record
+from minglm.common import device, signals, threads
+from minglm.common.files import atomic_path, check_out, read_jsonl, read_object, write_json
+from minglm.common.lock import locked
+from minglm.common.log import Log, Record, check_length, forget_stage
 from minglm.common.version import versions
 
 
@@ -79,6 +82,151 @@ def test_a_log_cut_back_forgets_what_came_after(before, lost, after):
             log.write(Event(value))
         assert read_jsonl(log.path) == [{"kind": "event", **value} for value in before + after]
         log.file.close()
+
+
+@given(records, st.data())
+def test_a_log_shorter_than_its_checkpoint_says_is_refused(content, data):
+    """Deleted, emptied or cut: one line with the file, and nothing is changed or made."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "log.jsonl"
+        write(path, [*content, {"last": "record"}])
+        position = path.stat().st_size
+        check_length(path, position)
+        left = data.draw(st.integers(-1, position - 1))
+        path.unlink() if left < 0 else os.truncate(path, left)
+        with pytest.raises(ValueError, match=r"log\.jsonl has .* bytes, but held") as error:
+            check_length(path, position)
+        assert "\n" not in str(error.value)
+        assert (path.stat().st_size if path.exists() else -1) == left
+
+
+class Note(Event):
+    """What stands in place of forgotten records."""
+
+    kind = "note"
+
+    def __init__(self, count):
+        super().__init__({"count": count})
+
+
+stage_names = st.sampled_from(["a", "b", "c"])
+
+
+@given(st.lists(stage_names, unique=True), stage_names, st.integers(0, 3), st.text(max_size=9))
+def test_a_forgotten_stage_leaves_a_note_of_the_same_length(stages, gone, count, torn):
+    """Its records go, also those that do not name it; every other record keeps its place in bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "log.jsonl"
+        expected = [{"kind": "start"}]
+        lines = [{"kind": "start"}]
+        for stage in stages:
+            own = [
+                {"kind": "stage_begin", "stage": stage},
+                *[{"kind": "step", "stage": stage, "step": number} for number in range(count)],
+                {"kind": "rejection"},
+                {"kind": "stage_end", "stage": stage},
+            ]
+            lines += own
+            expected += own if stage != gone else [{"kind": "note", "count": len(own)}]
+        content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        path.write_bytes(content + torn.encode())
+        forget_stage(path, len(content), gone, Note)
+        if gone in stages:
+            assert path.stat().st_size == len(content)
+            assert read_jsonl(path) == expected
+            before, after = content.splitlines(), path.read_bytes().splitlines()
+            for line in after:
+                assert line in before or json.loads(line)["kind"] == "note"
+        else:
+            assert path.read_bytes() == content + torn.encode()
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    """A line that is no JSON, but has its line break, is no crash's."""
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"kind": "event"}\n{"kind": "ev\n{"kind": "event"}\n')
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 2 is not JSON"):
+        read_jsonl(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[" * 100_000, b"\xff", b"[]", b"3", b"null", b"{}", b'"hash"']
+)
+def test_a_file_that_holds_no_such_object_is_one_line(content, tmp_path):
+    """The line names the file."""
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json ") as error:
+        read_object(path, "hash")
+    assert str(error.value).isprintable()
+
+
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_made(tmp_path):
+    """Under a file, with a name that is too long; one that can be made is accepted, and not made."""
+    (tmp_path / "file").write_text("")
+    for wrong in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+        with pytest.raises(ValueError, match="choose another folder"):
+            check_out(wrong)
+    check_out(tmp_path / "a" / "b")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+HOLD = """
+import sys
+from minglm.common.lock import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_has_one_process_at_a_time(tmp_path):
+    """A second process is refused in one line; a lock ends with its process, also when it is killed."""
+    folder = tmp_path / "run"
+    root = Path(__file__).parent.parent.parent
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder],
+        cwd=root,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match=rf"is in use by process {holder.pid} on"), locked(folder):
+        pass
+    holder.kill()
+    holder.communicate()
+    with locked(folder):
+        pass
+
+
+@pytest.mark.parametrize("number", signals.SIGNALS)
+def test_a_signal_stops_between_steps_or_anywhere(number):
+    """Held back during a step, raised between two; without steps raised at once; the handler before is restored."""
+    before = signal.getsignal(number)
+    with signals.stop_between_steps() as stop:
+        stop()
+        signal.raise_signal(number)  # nothing happens yet
+        with pytest.raises(signals.Stopped) as stopped:
+            stop()
+    assert stopped.value.status == 128 + number
+    assert signal.getsignal(number) is before
+    with signals.stoppable() as received:
+        with pytest.raises(signals.Stopped):
+            signal.raise_signal(number)
+        assert received == [number]
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As nohup asks for SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.stoppable() as received:
+            signal.raise_signal(signal.SIGHUP)
+        assert not received
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_missing_log_is_empty(tmp_path):

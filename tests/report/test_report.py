@@ -11,6 +11,7 @@ from helpers.fake_log import fake_log, stage_end
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minglm.cli import figures
 from minglm.cli.figures import redraw
 from minglm.config import ModelConfig, RunConfig, StagesConfig
 from minglm.report import card, claims, curves, drawing
@@ -251,8 +252,9 @@ def test_thousands_keep_three_figures(tokens):
     assert math.isclose(value, tokens, rel_tol=5e-3, abs_tol=0.5)
 
 
-def test_redraw_runs_a_lessons_own_draw_and_refuses_the_rest(tmp_path):
+def test_redraw_runs_a_lessons_own_draw_and_refuses_the_rest(tmp_path, monkeypatch):
     """A lesson's log is drawn by the lesson; any other path is refused by name."""
+    monkeypatch.setattr(figures, "ROOT", tmp_path)  # the checkout whose lessons may run
     for name in ("lessons", "figures"):
         (tmp_path / name).mkdir()
     lesson = "from minglm.report.drawing import canvas\ndef draw(log):\n    return canvas(log['rows'])[0]\n"

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from minglm.common.files import read_jsonl
 from minglm.common.log import Log
+from minglm.common.signals import Stopped
 from minglm.config import OptimizerConfig, RLConfig
 from minglm.envs import ENVIRONMENTS
 from minglm.envs.base import Environment, Episode, Score, Task, assistant, user
@@ -29,7 +30,7 @@ from minglm.rl.rollout import rollout
 from minglm.rl.trainer import PolicyTrainer, Sample, collate, sampled_log_probabilities
 from minglm.testing.model import tiny_model
 from minglm.testing.strategies import numbers, seeds
-from minglm.train.checkpoint import CheckpointStore, Interrupted
+from minglm.train.checkpoint import CheckpointStore
 
 TASK = Task("0", "letters", (user("?"),), (), None, 1)
 CONFIG = RLConfig(("letters",), steps=1, prompts=2, samples=2, max_new_tokens=8, peak_lr=1e-2)
@@ -649,7 +650,7 @@ def test_stopped_and_resumed_equals_straight(straight, tmp_path_factory, stops):
     for stop in stops:
         if stop > left:
             break
-        with pytest.raises(Interrupted):
+        with pytest.raises(Stopped):
             Run(folder, stop_after=stop).go()
         left -= stop
     resumed = Run(folder).go()
@@ -665,7 +666,7 @@ def test_stopped_and_resumed_equals_straight(straight, tmp_path_factory, stops):
 
 def test_the_guard_is_saved_and_restored(tmp_path):
     """A resumed run knows the gradient norms of the steps before, and the counts of skipped ones."""
-    with pytest.raises(Interrupted):
+    with pytest.raises(Stopped):
         Run(tmp_path, stop_after=3, spike_factor=9.0).go()
     state = Run(tmp_path).checkpoints.load()
     taken = [r for r in logged(tmp_path) if not r["skipped"]]
@@ -694,10 +695,10 @@ def test_a_stage_that_keeps_failing_rolls_back(tmp_path):
 def test_steps_after_the_last_checkpoint_are_done_once(straight, tmp_path):
     """Killed without a word: the steps since the last checkpoint are repeated, and occur in the log once."""
     whole, run = straight
-    with pytest.raises(Interrupted):
+    with pytest.raises(Stopped):
         Run(tmp_path, stop_after=2).go()
     kept = (tmp_path / "checkpoints" / "letters.rl" / "partial.pt").read_bytes()
-    with pytest.raises(Interrupted):
+    with pytest.raises(Stopped):
         Run(tmp_path, stop_after=2).go()
     (tmp_path / "checkpoints" / "letters.rl" / "partial.pt").write_bytes(kept)
     resumed = Run(tmp_path).go()

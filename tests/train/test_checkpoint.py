@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 from minglm.common.files import read_jsonl
 from minglm.common.log import Log
+from minglm.common.signals import Stopped
 from minglm.config import OptimizerConfig
 from minglm.data.mixture import Mixture
 from minglm.model.glm import GLM
 from minglm.optim.muon import Muon
 from minglm.testing.model import tiny_model
 from minglm.testing.strategies import numbers
-from minglm.train.checkpoint import CheckpointStore, Interrupted, read
+from minglm.train.checkpoint import CheckpointStore, read
 from minglm.train.loop import LoopOptions, Trainer
 
 STEPS, ROWS, S = 6, 2, 8
@@ -110,7 +111,7 @@ def test_stopped_and_resumed_equals_straight(straight, tmp_path_factory, stops):
     for stop in stops:
         if stop > left:
             break
-        with pytest.raises(Interrupted):
+        with pytest.raises(Stopped):
             Run(folder, packing, stop_after=stop).go()
         left -= stop
     resumed = Run(folder, packing).go()
@@ -122,10 +123,10 @@ def test_stopped_and_resumed_equals_straight(straight, tmp_path_factory, stops):
 def test_killed_between_checkpoints_equals_straight(straight, tmp_path, after):
     """Killed some steps after the last checkpoint: those steps are repeated, and in the end logged once."""
     packing, whole, run = straight
-    with pytest.raises(Interrupted):
+    with pytest.raises(Stopped):
         Run(tmp_path, packing, stop_after=2).go()
     kept = (tmp_path / "checkpoints" / "general" / "partial.pt").read_bytes()
-    with pytest.raises(Interrupted):
+    with pytest.raises(Stopped):
         Run(tmp_path, packing, stop_after=min(after, STEPS - 2)).go()
     (tmp_path / "checkpoints" / "general" / "partial.pt").write_bytes(
         kept
@@ -167,7 +168,7 @@ def test_twenty_kills_equal_straight(tmp_path):
 def test_the_checkpoint_before_takes_over(straight, tmp_path, damage):
     """If the last checkpoint has a flipped bit or is missing, the one before it leads to the same result."""
     packing, whole, run = straight
-    with pytest.raises(Interrupted):
+    with pytest.raises(Stopped):
         Run(tmp_path, packing, seconds=0, stop_after=4).go()
     path = tmp_path / "checkpoints" / "general" / "partial.pt"
     if damage == "gone":
@@ -214,7 +215,7 @@ def test_a_finished_stage_is_not_trained_again(tmp_path):
 def test_ctrl_c_means_what_it_did_before(tmp_path):
     """The previous handler is restored when the loop ends or is interrupted."""
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Stopped):
         Run(tmp_path, stop_after=1).go()
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -226,7 +227,7 @@ def test_damaged_checkpoint_is_refused_in_one_line(tmp_path, damage):
     """Any damage to the file gives one line that names it and says what to do, never a traceback of unpickling."""
     path = tmp_path / "partial.pt"
     model = tiny_model(1)
-    torch.save({"model": model.state_dict(), "tokens": 3}, path)
+    torch.save({"model": model.state_dict(), "tokens": 3, "log_position": 0}, path)
     whole, weight = path.read_bytes(), model.lm_head.weight.detach().numpy().tobytes()
     broken = {
         "cut short": whole[: len(whole) // 2],
