@@ -17,11 +17,3 @@ class BenchOptions:
     """Tokens of a training batch."""
     repeats: int = 3
     """Turns of each side; the best counts."""
-
-    def check(self) -> None:
-        """Raise ValueError, one line, for a size below 1."""
-        sizes = (self.prompt, self.tokens, self.train_tokens, self.repeats, *self.batches)
-        if min(sizes) < 1:
-            raise ValueError(
-                "--batches, --prompt, --tokens, --train-tokens and --repeats must be at least 1"
-            )

@@ -1,6 +1,73 @@
-"""Arguments that several verbs share (no section in the paper)."""
+"""Arguments that several verbs share, and the one parser of all verbs (no section in the paper).
+
+    --problems many    ->    minglm: --problems: 'many': must be a whole number from 1 to 100,000
+
+A mistake in any word is a ValueError in one line. Types refuse what is out of bounds, so it is refused before a verb
+does anything.
+"""
 
 import argparse
+import math
+from collections.abc import Callable
+from typing import NoReturn
+
+from minglm.common.mistakes import shown
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are ValueErrors; an option must be written out."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ValueError with argparse's message."""
+        message = message.removeprefix("argument ")
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def whole(minimum: int, maximum: int = 10**9) -> Callable[[str], int]:
+    """Return the type of a whole number between these bounds."""
+
+    def convert(word: str) -> int:
+        try:
+            value = int(word)
+        except ValueError:
+            value = minimum - 1
+        if not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(
+                f"{shown(word, quoted=True)}: must be a whole number from {minimum:,} to {maximum:,}"
+            )
+        return value
+
+    return convert
+
+
+def number(minimum: float, maximum: float, above: bool = False) -> Callable[[str], float]:
+    """Return the type of a number between these bounds. above: refuse the minimum itself."""
+
+    def convert(word: str) -> float:
+        try:
+            value = float(word)
+        except ValueError:
+            value = math.nan
+        if not minimum <= value <= maximum or (above and value == minimum):
+            first = f"above {minimum:,}" if above else f"from {minimum:,}"
+            raise argparse.ArgumentTypeError(
+                f"{shown(word, quoted=True)}: must be a number {first} to {maximum:,}"
+            )
+        return value
+
+    return convert
+
+
+def path(word: str) -> str:
+    """Return a path; the type of files and folders. Raises ArgumentTypeError for one that cannot be."""
+    if not word or "\0" in word:
+        raise argparse.ArgumentTypeError(
+            f"{shown(word, quoted=True)}: must be the path of a file or folder"
+        )
+    return word
 
 
 def add_config(parser: argparse.ArgumentParser, example: str = "configs/toy.py") -> None:
@@ -13,7 +80,7 @@ def add_config(parser: argparse.ArgumentParser, example: str = "configs/toy.py")
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Add the positional argument RUN and the option --stage."""
-    parser.add_argument("run", help="folder of a run, or of a released checkpoint")
+    parser.add_argument("run", type=path, help="folder of a run, or of a released checkpoint")
     parser.add_argument(
         "--stage", help="use the model as this stage left it (default: the last complete one)"
     )

@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from minglm.bench.options import BenchOptions
+from minglm.cli.arguments import number, path, whole
 
 WHAT = ("generate", "train", "kernels", "compile")
 
@@ -39,28 +40,44 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     default = BenchOptions()
     parser.add_argument("config", nargs="?", default="configs/toy.py", help="a config file")
     parser.add_argument(
-        "--batches", type=int, nargs="+", default=default.batches, help="answers at once"
+        "--batches",
+        type=whole(1, 10**6),
+        nargs="+",
+        default=default.batches,
+        help="answers at once",
     )
-    parser.add_argument("--prompt", type=int, default=default.prompt, help="tokens of each prompt")
-    parser.add_argument("--tokens", type=int, default=default.tokens, help="tokens of each answer")
     parser.add_argument(
-        "--train-tokens", type=int, default=default.train_tokens, help="tokens of a training batch"
+        "--prompt", type=whole(1, 10**6), default=default.prompt, help="tokens of each prompt"
     )
     parser.add_argument(
-        "--repeats", type=int, default=default.repeats, help="turns of each side; the best counts"
+        "--tokens", type=whole(1, 10**6), default=default.tokens, help="tokens of each answer"
     )
-    parser.add_argument("--out", default="figures", help="folder of the record and the figure")
+    parser.add_argument(
+        "--train-tokens",
+        type=whole(1, 10**6),
+        default=default.train_tokens,
+        help="tokens of a training batch",
+    )
+    parser.add_argument(
+        "--repeats",
+        type=whole(1, 10**6),
+        default=default.repeats,
+        help="turns of each side; the best counts",
+    )
+    parser.add_argument(
+        "--out", type=path, default="figures", help="folder of the record and the figure"
+    )
 
 
 def _add_kernels(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `kernels`."""
     parser.add_argument("--only", nargs="+", default=[], metavar="OPERATION", help="default: all")
     parser.add_argument(
-        "--rounds", type=int, default=20, help="turns of each form; the median counts"
+        "--rounds", type=whole(1, 10**6), default=20, help="turns of each form; the median counts"
     )
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=number(0, 10**6, above=True),
         default=3.0,
         help="seconds for one case, after which each form gets three turns at most",
     )
@@ -74,7 +91,7 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--smoke", action="store_true", help="toy sizes: shows only that the benchmark runs"
     )
-    parser.add_argument("--out", default="figures/bench_kernels.json", help="the record")
+    parser.add_argument("--out", type=path, default="figures/bench_kernels.json", help="the record")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -82,6 +99,8 @@ def main(args: argparse.Namespace) -> None:
     if args.what == "kernels":
         _bench_kernels(args)
         return
+    from minglm.common.files import check_out
+
     options = BenchOptions(
         batches=tuple(args.batches),
         prompt=args.prompt,
@@ -89,7 +108,7 @@ def main(args: argparse.Namespace) -> None:
         train_tokens=args.train_tokens,
         repeats=args.repeats,
     )
-    options.check()
+    check_out(args.out)
     from minglm.bench.plots import redraw
     from minglm.bench.run import run
     from minglm.config import load_config
@@ -103,8 +122,9 @@ def _bench_kernels(args: argparse.Namespace) -> None:
     """Run `bench kernels`."""
     if args.overrides:
         raise ValueError(f"bench kernels: unknown words: {' '.join(args.overrides)}")
-    if args.rounds < 1:
-        raise ValueError("--rounds must be at least 1")
+    from minglm.common.files import check_out
+
+    check_out(Path(args.out).parent)
     import torch
 
     from minglm.bench.kernels import Schedule, require_gpu, run

@@ -4,14 +4,21 @@ import argparse
 import dataclasses
 import json
 
-from minglm.cli.arguments import add_run
+from minglm.cli.arguments import add_run, whole
+from minglm.config.posttraining import MOST_PROBLEMS, MOST_SAMPLES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `eval`."""
     add_run(parser)
-    parser.add_argument("--problems", type=int, help="problems per task (default: the config's)")
-    parser.add_argument("--samples", type=int, help="answers k per problem (default: the config's)")
+    parser.add_argument(
+        "--problems", type=whole(1, MOST_PROBLEMS), help="problems per task (default: the config's)"
+    )
+    parser.add_argument(
+        "--samples",
+        type=whole(1, MOST_SAMPLES),
+        help="answers k per problem (default: the config's)",
+    )
     parser.add_argument("--task", action="append", help="score only this task; may be repeated")
     parser.add_argument("--json", action="store_true", help="print records as JSON lines")
 
@@ -24,20 +31,16 @@ def main(args: argparse.Namespace) -> None:
     from minglm.inference.client import EngineGenerator
     from minglm.recipe.load import load_run
 
-    loaded = load_run(args.run, args.stage)
-    changes = {}
-    for option, value in (("problems", args.problems), ("samples", args.samples)):
-        if value is not None and value < 1:
-            raise ValueError(f"--{option} {value}: must be at least 1")
-        if value is not None:
-            changes[option] = value
-    settings = dataclasses.replace(loaded.config.evaluation, **changes)
     names = args.task or list(ENVIRONMENTS)
     for name in names:
         if name not in ENVIRONMENTS:
             raise ValueError(
                 f"--task {name}: no such task; the tasks are {', '.join(ENVIRONMENTS)}"
             )
+    loaded = load_run(args.run, args.stage)
+    options = {"problems": args.problems, "samples": args.samples}
+    changes = {name: value for name, value in options.items() if value is not None}
+    settings = dataclasses.replace(loaded.config.evaluation, **changes)
     for name in names:
         for thinking in (True, False):
             record, _ = tasks.tasks(

@@ -2,13 +2,13 @@
 
 import argparse
 
-from minglm.cli.arguments import add_run
+from minglm.cli.arguments import add_run, number, path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `export`."""
     add_run(parser)
-    parser.add_argument("folder", help="a new folder")
+    parser.add_argument("folder", type=path, help="a new folder")
     parser.add_argument(
         "--dtype",
         help="float32, bfloat16, float16, float64 or fp8 (float8 in blocks); default: that of the source, bfloat16 "
@@ -16,17 +16,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--shard-gigabytes",
-        type=float,
+        type=number(0, 10**6, above=True),
         help="size of one safetensors file; default: files as they came, of a run 5",
     )
 
 
 def main(args: argparse.Namespace) -> None:
     """Write a run as a released checkpoint, or a released checkpoint in another dtype."""
-    if args.shard_gigabytes is not None and not args.shard_gigabytes > 0:
-        raise ValueError(f"--shard-gigabytes {args.shard_gigabytes}: must be positive")
+    from minglm.common.files import check_out
     from minglm.recipe import convert
 
+    check_out(args.folder, "FOLDER")
     written = convert.export_checkpoint(
         args.run, args.folder, args.stage, args.dtype, args.shard_gigabytes
     )

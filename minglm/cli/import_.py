@@ -3,14 +3,14 @@
 import argparse
 import shlex
 
-from minglm.cli.arguments import add_config
+from minglm.cli.arguments import add_config, path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `import`."""
     add_config(parser, example="configs/air_106b.py")
-    parser.add_argument("folder", help="folder with config.json and safetensors")
-    parser.add_argument("--out", required=True, help="folder of the new run")
+    parser.add_argument("folder", type=path, help="folder with config.json and safetensors")
+    parser.add_argument("--out", type=path, required=True, help="folder of the new run")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -18,10 +18,12 @@ def main(args: argparse.Namespace) -> None:
 
     CONFIG must describe the same model.
     """
+    from minglm.common.files import check_out
     from minglm.config import load_config
     from minglm.recipe import convert
 
     config = load_config(args.config, args.overrides)
+    check_out(args.out)
     stage = convert.import_checkpoint(config, args.folder, args.out)
     words = ["python", "-m", "minglm", "run", args.config, "--out", args.out, *args.overrides]
     print(f"{args.folder} is stage {stage} of {args.out}; continue with: {shlex.join(words)}")

@@ -3,14 +3,19 @@
 import argparse
 import json
 
-from minglm.cli.arguments import add_config
+from minglm.cli.arguments import add_config, number, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `plan`."""
     add_config(parser, example="configs/glm45_355b.py")
-    parser.add_argument("--gpus", type=int, default=1, help="number of GPUs")
-    parser.add_argument("--gpu-memory-gib", type=float, default=80.0, help="memory of one GPU")
+    parser.add_argument("--gpus", type=whole(1, 10**7), default=1, help="number of GPUs")
+    parser.add_argument(
+        "--gpu-memory-gib",
+        type=number(0, 10**6, above=True),
+        default=80.0,
+        help="memory of one GPU",
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 

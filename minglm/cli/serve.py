@@ -3,11 +3,15 @@
 import argparse
 from pathlib import Path
 
+from minglm.cli.arguments import path, whole
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `serve`."""
     parser.add_argument(
-        "model", help="folder of a run, or of a Hugging Face checkpoint with its tokenizer.json"
+        "model",
+        type=path,
+        help="folder of a run, or of a Hugging Face checkpoint with its tokenizer.json",
     )
     parser.add_argument(
         "--stage", help="serve the model as this stage left it (default: the last complete one)"
@@ -20,17 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
     )
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    parser.add_argument("--port", type=whole(0, 65535), default=8000, help="0 takes a free one")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--max-batch", type=int, default=64, help="answers at once")
+    parser.add_argument("--max-batch", type=whole(1, 4096), default=64, help="answers at once")
     parser.add_argument(
         "--max-queue",
-        type=int,
+        type=whole(0),
         default=256,
         help="answers that may wait; more are refused with status 429",
     )
     parser.add_argument(
-        "--cache-tokens", type=int, help="bound on the key/value cache, in tokens (default: none)"
+        "--cache-tokens",
+        type=whole(1, 10**12),
+        help="bound on the key/value cache, in tokens (default: none)",
     )
     parser.add_argument(
         "--dry-run",
@@ -41,10 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Answer over HTTP as OpenAI's API does: chat, completions, tools, a chat page, health and metrics."""
-    if args.max_batch < 1 or args.max_queue < 0 or (args.cache_tokens or 1) < 1:
-        raise ValueError(
-            "--max-batch and --cache-tokens must be at least 1, --max-queue at least 0"
-        )
     try:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401

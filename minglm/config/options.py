@@ -107,7 +107,7 @@ def check_fields(config: Any, prefix: str = "") -> None:
     for name, value, field, kind in _leaves(config, prefix):
         if not _has_type(value, kind):
             raise ValueError(mismatch(name, value, kind))
-        texts = value if isinstance(value, tuple) else (value,)
+        texts: tuple[Any, ...] = value if isinstance(value, tuple) else (value,)
         for text in texts:
             if isinstance(text, str) and not text.isprintable():
                 raise ValueError(
@@ -151,7 +151,7 @@ def _leaves(config: Any, prefix: str) -> Iterator[tuple[str, Any, dataclasses.Fi
         name = prefix + field.name
         value = getattr(config, field.name)
         kind = types[field.name]
-        if dataclasses.is_dataclass(kind) and isinstance(value, kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, kind):
             yield from _leaves(value, name + ".")
         else:
             yield name, value, field, kind
