@@ -63,8 +63,9 @@ class StreamDecoder(TextDecoder):
         """Read several tokens at once; the deltas joined are those of `feed`, token by token."""
         deltas = self._taken_prefix()
         for piece in self.pieces(tokens):
-            is_text = isinstance(piece, Tag) and piece.name in TEXT_TAGS
-            deltas += self.parser.read(piece.name if is_text else piece)
+            if isinstance(piece, Tag) and piece.name in TEXT_TAGS:
+                piece = piece.name
+            deltas += self.parser.read(piece)
         return deltas
 
     def flush(self) -> list[Delta]:
