@@ -206,56 +206,61 @@ def smooth(run, points=60):
     return centres[filled], np.bincount(index, loss) / np.bincount(index)
 
 
-def of(log, name):
+def runs_of(log, name):
     """Return the runs of one variant, one per seed."""
     return [run for run in log["runs"] if run["variant"] == name]
+
+
+def annotate(axis, point, text, offset, **look):
+    """Write `text` beside a point of the plot, `offset` points away from it."""
+    axis.annotate(text, xy=point, xytext=offset, textcoords="offset points", **look)
 
 
 def draw(log):
     """Draw the figure from the log alone."""
     figure, ((curve, rate), (batch, end)) = drawing.canvas(2, 2, (10.5, 7.2))
-    first = of(log, "cosine, ramp")
-    x = smooth(first[0])[0] / 1000
-    lesson.curve(curve, x, [smooth(run)[1] for run in first], "", SHADES["cosine, ramp"])
+
+    # The training loss of the paper's schedule, with the boundaries of the stages.
+    paper = runs_of(log, "cosine, ramp")
+    tokens, loss = smooth(paper[0])
+    losses = [smooth(run)[1] for run in paper]
+    lesson.curve(curve, tokens / 1000, losses, "", SHADES["cosine, ramp"])
     for stage, bound in zip(SHARES, log["bounds"], strict=False):
-        curve.axvline(bound / 1000, color=drawing.PALE, linewidth=1)
-        at = {
-            "xy": (bound / 1000, max(smooth(first[0])[1])),
-            "xytext": (3, 0),
-            "textcoords": "offset points",
-        }
-        curve.annotate(stage.replace("_", " "), **at, fontsize=7, rotation=-90, va="top")
+        x = bound / 1000
+        curve.axvline(x, color=drawing.PALE, linewidth=1)
+        label = stage.replace("_", " ")
+        annotate(curve, (x, max(loss)), label, (3, 0), fontsize=7, rotation=-90, va="top")
     lesson.panel(curve, "Five stages, one curve", "tokens (thousands)", "loss (nats per token)")
-    for name, ends in (("cosine, ramp", (6, 0)), ("WSD, ramp", (6, 6))):
-        steps = np.array(of(log, name)[0]["steps"])
-        rate.plot(steps[:, 0] / 1000, steps[:, 2], color=SHADES[name], linewidth=1.6)
-        at = {
-            "xy": (steps[-1, 0] / 1000, steps[-1, 2]),
-            "xytext": ends,
-            "textcoords": "offset points",
-        }
-        rate.annotate(name.split(",")[0], **at, color=SHADES[name], fontsize=8)
+
+    # The learning rate of both schedules.
+    for name, offset in (("cosine, ramp", (6, 0)), ("WSD, ramp", (6, 6))):
+        steps = np.array(runs_of(log, name)[0]["steps"])
+        tokens = steps[:, 0] / 1000
+        rates = steps[:, 2]
+        shade = SHADES[name]
+        rate.plot(tokens, rates, color=shade, linewidth=1.6)
+        last = (tokens[-1], rates[-1])
+        annotate(rate, last, name.split(",")[0], offset, color=shade, fontsize=8)
     lesson.panel(rate, "Learning rate", "tokens (thousands)", "")
+
+    # Held-out text after each stage, as a mean of the seeds.
+    stages = range(1, 6)
     for name in VARIANTS:
-        means = np.mean([run["bits"] for run in of(log, name)], 0)
-        batch.plot(range(1, 6), means, "o-", color=SHADES[name], linewidth=1.4, markersize=3.5)
-    batch.set_xticks(range(1, 6))
+        means = np.mean([run["bits"] for run in runs_of(log, name)], 0)
+        batch.plot(stages, means, "o-", color=SHADES[name], linewidth=1.4, markersize=3.5)
+    batch.set_xticks(stages)
     lesson.panel(batch, "Held-out text after each stage", "stage", "bits per byte")
-    names = [f"{name}\n{len(of(log, name)[0]['steps'])} steps" for name in VARIANTS]
-    lesson.bars(
-        end,
-        names,
-        [[run["bits"][-1] for run in of(log, name)] for name in VARIANTS],
-        SHADES.values(),
-    )
-    values = [run["bits"][-1] for run in log["runs"]]
-    lesson.panel(
-        end,
-        "At the end; each tick is a seed",
-        "",
-        "bits per byte",
-        ylim=(min(values) - 0.1, max(values) + 0.1),
-    )
+
+    # Held-out text at the end, one tick a seed.
+    names = []
+    ends = []
+    for name in VARIANTS:
+        runs = runs_of(log, name)
+        names.append(f"{name}\n{len(runs[0]['steps'])} steps")
+        ends.append([run["bits"][-1] for run in runs])
+    lesson.bars(end, names, ends, SHADES.values())
+    limits = (min(map(min, ends)) - 0.1, max(map(max, ends)) + 0.1)
+    lesson.panel(end, "At the end; each tick is a seed", "", "bits per byte", ylim=limits)
     end.tick_params(axis="x", labelsize=7)
     return figure
 
@@ -283,43 +288,46 @@ def draw(log):
 
 
 # %%
+def late_balance(log, name):
+    """Return (load of the busiest expert over the mean, MTP loss) over the last eight steps, means of the seeds."""
+    last = [[step[3:] for step in run["steps"][-8:]] for run in runs_of(log, name)]
+    load, mtp = np.mean(last, (0, 1))
+    return load, mtp
+
+
 def verdicts(log):
     """Return {claim: whether the log supports it}."""
-    ends = {name: np.array([run["bits"][-1] for run in of(log, name)]) for name in VARIANTS}
-    steps = {name: len(of(log, name)[0]["steps"]) for name in VARIANTS}
-    gain = {name: (ends[name] - ends["cosine, ramp"]) for name in VARIANTS}
-    text = {
-        name: f"{values.mean():+.3f} ({values.min():+.3f} to {values.max():+.3f})"
-        for name, values in gain.items()
-    }
-    late = {
-        name: np.mean([[s[3:] for s in run["steps"][-8:]] for run in of(log, name)], (0, 1))
-        for name in VARIANTS
-    }
-    load, mtp = zip(late["cosine, ramp"], late["no switch"], strict=True)
-    return {
-        f"cosine ends below WSD with every seed; WSD {text['WSD, ramp']} bits per byte": gain[
-            "WSD, ramp"
-        ].min()
-        > 0,
-        f"the ramp ends below the large batch; that {text['large batch']}": gain[
-            "large batch"
-        ].min()
-        > 0,
-        f"the ramp ends within 0.05 of the small batch, {text['small batch']}, in "
-        f"{steps['cosine, ramp']} steps against {steps['small batch']}": gain["small batch"].min()
-        > -0.05,
-        f"the switch costs the trunk less than 0.02: without it {text['no switch']}": gain[
-            "no switch"
-        ].min()
-        > -0.02,
-        f"and the balance stays: max over mean {load[0]:.2f} with it, {load[1]:.2f} without": load[
-            0
-        ]
-        < 1.1 * load[1],
-        f"MTP alone pays: its loss {mtp[0]:.2f} with the switch, {mtp[1]:.2f} without": mtp[0]
-        > mtp[1],
-    }
+    # Bits per byte at the end, compared with the paper's schedule, one value a seed.
+    ends = {}
+    for name in VARIANTS:
+        ends[name] = np.array([run["bits"][-1] for run in runs_of(log, name)])
+    gain = {}
+    text = {}
+    for name, values in ends.items():
+        away = values - ends["cosine, ramp"]
+        gain[name] = away
+        text[name] = f"{away.mean():+.3f} ({away.min():+.3f} to {away.max():+.3f})"
+    ramp_steps = len(runs_of(log, "cosine, ramp")[0]["steps"])
+    small_steps = len(runs_of(log, "small batch")[0]["steps"])
+    # What the switch at 15T changes: the balance of the experts, and the loss of the MTP layer.
+    load, mtp = late_balance(log, "cosine, ramp")
+    load_without, mtp_without = late_balance(log, "no switch")
+
+    claims = {}
+    claim = f"cosine ends below WSD with every seed; WSD {text['WSD, ramp']} bits per byte"
+    claims[claim] = gain["WSD, ramp"].min() > 0
+    claim = f"the ramp ends below the large batch; that {text['large batch']}"
+    claims[claim] = gain["large batch"].min() > 0
+    claim = f"the ramp ends within 0.05 of the small batch, {text['small batch']}, "
+    claim += f"in {ramp_steps} steps against {small_steps}"
+    claims[claim] = gain["small batch"].min() > -0.05
+    claim = f"the switch costs the trunk less than 0.02: without it {text['no switch']}"
+    claims[claim] = gain["no switch"].min() > -0.02
+    claim = f"and the balance stays: max over mean {load:.2f} with it, {load_without:.2f} without"
+    claims[claim] = load < 1.1 * load_without
+    claim = f"MTP alone pays: its loss {mtp:.2f} with the switch, {mtp_without:.2f} without"
+    claims[claim] = mtp > mtp_without
+    return claims
 
 
 def main(argv=None):
