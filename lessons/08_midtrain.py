@@ -80,55 +80,78 @@ SMOKE |= {"repositories": 40, "tests": 2}
 
 # %%
 def rows(random, count, length, spread):
-    """(tokens, mask) of `count` rows: SHOWN things, then and between them questions about those shown so far.
+    """Return (tokens, mask) of `count` rows: SHOWN things, and questions about those shown so far.
 
     spread: things are shown anywhere in the row; else all of them at its beginning, as a repository defines its names.
     """
-    blocks, row = length // 2, np.arange(count)[:, None]
+    blocks = (
+        length // 2
+    )  # a block is two tokens: a thing and noise, a question and its answer, or noise
+    row = np.arange(count)[:, None]
+    # Which things each row shows, and with which marks.
     things = random.permuted(np.tile(np.arange(THINGS), (count, 1)), axis=1)[:, :SHOWN]
     marks = random.integers(MARKS, size=(count, SHOWN))
+    # Noise everywhere, at first.
     tokens = NOISE + random.integers(64, size=(count, blocks, 2))
+    # The blocks in which the things are shown. The first block always shows one.
     places = random.permuted(np.tile(np.arange(1, blocks), (count, 1)), axis=1)[:, : SHOWN - 1]
-    places = (
-        np.concatenate([np.zeros((count, 1), int), np.sort(places)], 1)
-        if spread
-        else np.arange(SHOWN)[None]
-    )
+    if spread:
+        places = np.concatenate([np.zeros((count, 1), int), np.sort(places)], 1)
+    else:
+        places = np.arange(SHOWN)[None]
+    # How many things each block has before it or in it, and which of them it would ask about.
     shown = (places[:, :, None] <= np.arange(blocks)).sum(1) + np.zeros((count, 1), int)
     which = random.integers(shown)
+    # Half of the other blocks ask.
     asks = random.random((count, blocks)) < 0.5
     asks[row, places] = False
     tokens[row, places, 0] = things * MARKS + marks
     questions = np.stack([ASK + things[row, which], MARK + marks[row, which]], 2)
-    tokens = np.where(asks[:, :, None], questions, tokens).reshape(count, length)
-    return tokens, np.stack([np.zeros_like(asks), asks], 2).reshape(count, length)
+    tokens = np.where(asks[:, :, None], questions, tokens)
+    # Only the answer, the second token of a block that asks, is a target.
+    mask = np.stack([np.zeros_like(asks), asks], 2)
+    return tokens.reshape(count, length), mask.reshape(count, length)
 
 
 def puzzle(length, seed):
-    """A stream of rows of one length."""
+    """Return a stream of rows of one length."""
     random = np.random.default_rng(seed)
-    return SimpleNamespace(
-        next=lambda count: Batch(*map(torch.tensor, rows(random, count, length, spread=True)))
-    )
+
+    def draw_batch(count):
+        tokens, mask = rows(random, count, length, spread=True)
+        return Batch(torch.tensor(tokens), torch.tensor(mask))
+
+    return SimpleNamespace(next=draw_batch)
 
 
 def probe(model, sizes):
-    """Found, as lists over lengths of lists over depths. Needles are the last 16 things, the noise names the others."""
-    random, size = np.random.default_rng(9), 5 * max(sizes["probes"])
-    said, marked = random.integers(THINGS // 2 * MARKS, size=size), random.random(size) < 1 / 64
-    noise = np.where(marked, said, NOISE + random.integers(64, size=size))
+    """Return the shares of needles found, as lists over lengths of lists over depths.
+
+    The needles are the last 16 things; the noise names the others.
+    """
+    random = np.random.default_rng(9)
+    size = 5 * max(sizes["probes"])
+    # Noise, in which one token in 64 mentions a thing of the first half with a mark.
+    mentions = random.integers(THINGS // 2 * MARKS, size=size)
+    mentioned = random.random(size) < 1 / 64
+    noise = np.where(mentioned, mentions, NOISE + random.integers(64, size=size))
+    # The statements to hide: (thing, mark) of the second half.
     hidden = random.integers((THINGS // 2, 0), (THINGS, MARKS), (sizes["needles"], 2)).tolist()
-    needles = [
-        Needle([thing * MARKS + mark], [ASK + thing], [MARK + mark]) for thing, mark in hidden
-    ]
+    needles = []
+    for thing, mark in hidden:
+        needles.append(Needle([thing * MARKS + mark], [ASK + thing], [MARK + mark]))
     results = needle_test(model, noise, needles, sizes["probes"])
-    records = [result._asdict() for result in results]
-    return [[r["found"] for r in records if r["length"] == length] for length in sizes["probes"]]
+    shares = []
+    for length in sizes["probes"]:
+        shares.append([result.found for result in results if result.length == length])
+    return shares
 
 
 def study(model, stage, stream, sizes):
     """Train on a stream with the lengths and sizes of one stage."""
-    length, tokens, batch = (sizes[name][stage] for name in ("lengths", "tokens", "batch"))
+    length = sizes["lengths"][stage]
+    tokens = sizes["tokens"][stage]
+    batch = sizes["batch"][stage]
     rate = sizes["rate"] / (2 if stage else 1)
     lesson.pretrain(model, stream, length, tokens, batch, rate, bias_rate=1e-3)
 
@@ -143,58 +166,72 @@ def study(model, stage, stream, sizes):
 
 # %%
 def repositories(count, longest, seed):
-    """Documents and masks, of any even length from an eighth of the longest on."""
+    """Return documents and their masks, of any even length from an eighth of the longest on."""
     random = np.random.default_rng([seed, 1])
     lengths = 2 * random.integers(max(SHOWN, longest // 16), longest // 2 + 1, count)
-    pairs = [rows(random, 1, int(length), spread=False) for length in lengths]
-    return [tokens[0] for tokens, _ in pairs], [mask[0] for _, mask in pairs]
+    documents = []
+    masks = []
+    for length in lengths:
+        tokens, mask = rows(random, 1, int(length), spread=False)
+        documents.append(tokens[0])
+        masks.append(mask[0])
+    return documents, masks
 
 
 def read_repositories(model, packing, seed, sizes):
-    """Train on repositories. Returns the share of right answers about whole ones, and of rows that was not padding."""
+    """Train on repositories. Return the share of right answers about whole ones, and of the rows that is not padding."""
     length = sizes["lengths"][1]
     documents, masks = repositories(sizes["repositories"], length, seed)
     stream = Mixture(
         {"repository": documents}, {"repository": 1.0}, length, packing, seed, {"repository": masks}
     )
     study(model, 1, stream, sizes)
-    right = asked = 0
+    # Ask about new repositories, each alone in its row.
+    right = 0
+    asked = 0
     for tokens, mask in zip(*repositories(sizes["tests"], length, seed + 1000)):
         with torch.no_grad():
-            said = model(torch.tensor(tokens)[None])[0, :-1].argmax(-1).numpy()
-        right, asked = right + (said == tokens[1:])[mask[1:]].sum(), asked + mask[1:].sum()
-    fitted = sum(map(len, documents)) / (
-        length * len(best_fit([len(d) for d in documents], length))
-    )
-    return {"right": float(right / asked), "filled": 1.0 if packing == "truncate" else fitted}
+            answers = model(torch.tensor(tokens)[None])[0, :-1].argmax(-1).numpy()
+        right += (answers == tokens[1:])[mask[1:]].sum()
+        asked += mask[1:].sum()
+    if packing == "truncate":
+        filled = 1.0
+    else:
+        lengths = [len(document) for document in documents]
+        filled = sum(lengths) / (length * len(best_fit(lengths, length)))
+    return {"right": float(right / asked), "filled": filled}
 
 
 def copy_of(model, base):
-    """The same model with one of BASES."""
+    """Return a copy of the model with one of BASES."""
     model = copy.deepcopy(model)
     model.rope_theta = BASES[base][0]
     return model
+
+
+def needle_record(model, seed, stage, base, sizes):
+    """Return what the model finds after a stage, as a row of the log."""
+    return {"seed": seed, "stage": stage, "base": base, "found": probe(model, sizes)}
 
 
 def experiment(sizes, seeds):
     """Make all runs."""
     log = {"needles": [], "packing": []}
     for seed in tqdm(range(seeds), desc="seeds", disable=None):
+        # Stage 0: short rows. All other models of this seed start as copies of this one.
         short = copy_of(GLM(NANO, seed), "kept")
         study(short, 0, puzzle(sizes["lengths"][0], [seed, 0]), sizes)
-        log["needles"].append(
-            {"seed": seed, "stage": 0, "base": "kept", "found": probe(short, sizes)}
-        )
+        log["needles"].append(needle_record(short, seed, 0, "kept", sizes))
+        # Experiment 1: two extensions with each base.
         for base in BASES:
             model = copy_of(short, base)
             for stage in (1, 2):
                 study(model, stage, puzzle(sizes["lengths"][stage], [seed, stage]), sizes)
-                log["needles"].append(
-                    {"seed": seed, "stage": stage, "base": base, "found": probe(model, sizes)}
-                )
+                log["needles"].append(needle_record(model, seed, stage, base, sizes))
+        # Experiment 2: repositories, cut or whole.
         for packing in PACKINGS:
-            found = read_repositories(copy_of(short, "raised"), packing, seed, sizes)
-            log["packing"].append({"seed": seed, "packing": packing, **found})
+            result = read_repositories(copy_of(short, "raised"), packing, seed, sizes)
+            log["packing"].append({"seed": seed, "packing": packing, **result})
     return log | {"full_scale": full_scale()}
 
 
@@ -206,79 +243,84 @@ def experiment(sizes, seeds):
 
 # %%
 def full_scale():
-    """What the paper's lengths mean for GLM-4.5, from its config."""
-    config, last, found = ModelConfig(), 131_072, {}
+    """Return what the paper's lengths mean for GLM-4.5, from its config."""
+    config = ModelConfig()
+    last = 131_072
+    values = {}
     for theta, _ in BASES.values():
-        turn = theta ** -((config.rotary_dim - 2) / config.rotary_dim) * last / (2 * math.pi)
-        found[f"turns of the slowest pair in {last:,} positions, base {theta:,.0f}"] = round(
-            turn, 3
-        )
+        # The slowest pair turns by s theta^(-(R - 2) / R) at position s.
+        turns = theta ** -((config.rotary_dim - 2) / config.rotary_dim) * last / (2 * math.pi)
+        name = f"turns of the slowest pair in {last:,} positions, base {theta:,.0f}"
+        values[name] = round(turns, 3)
     for length in (4096, 32_768, last):
         flops = flops_per_token(config, length)
-        found[f"share of attention in the training FLOPs at {length:,}"] = round(
-            flops.attention / flops.total, 3
-        )
-    found["GiB of keys and values for one such row"] = round(
-        kv_cache_bytes_per_token(config) * last / 2**30, 1
-    )
-    return found
+        name = f"share of attention in the training FLOPs at {length:,}"
+        values[name] = round(flops.attention / flops.total, 3)
+    cache = kv_cache_bytes_per_token(config) * last
+    values["GiB of keys and values for one such row"] = round(cache / 2**30, 1)
+    return values
 
 
 # %%
-def of(log, stage, base):
-    """Found in percent, (seeds, lengths, depths), after a stage."""
-    return 100 * np.array(
-        [r["found"] for r in log["needles"] if (r["stage"], r["base"]) == (stage, base)]
-    )
+def found(log, stage, base):
+    """Return the needles found after a stage, in percent: (seeds, lengths, depths)."""
+    chosen = []
+    for record in log["needles"]:
+        if record["stage"] == stage and record["base"] == base:
+            chosen.append(record["found"])
+    return 100 * np.array(chosen)
 
 
 def packed(log, packing):
-    """Right answers about repositories in percent, one a seed."""
+    """Return the right answers about repositories in percent, one a seed."""
     return np.array([100 * run["right"] for run in log["packing"] if run["packing"] == packing])
+
+
+def draw_map(axis, log, stage, base):
+    """Draw the needles found after a stage as a map of length and depth."""
+    length = log["sizes"]["lengths"][stage]
+    probes = log["sizes"]["probes"]
+    percent = found(log, stage, base).mean(0)
+    axis.imshow(percent.T, vmin=0, vmax=100, cmap="Blues", aspect="auto")
+    for place, value in np.ndenumerate(percent):
+        shade = "white" if value > 60 else drawing.INK
+        axis.text(*place, f"{value:.0f}", ha="center", va="center", fontsize=7, color=shade)
+    axis.set_xticks(range(len(probes)), probes)
+    axis.set_yticks(range(5), [0, 25, 50, 75, 100])
+    axis.grid(visible=False)
+    title = f"Rows of {length}, base {base}: found (%)"
+    lesson.panel(axis, title, "tokens of the row", "depth of the needle (%)")
 
 
 def draw(log):
     """Draw the figure from the log alone."""
     figure, axes = drawing.canvas(2, 3, (11.5, 6.8))
-    lengths, probes, (*maps, curves, bars) = (
-        log["sizes"]["lengths"],
-        log["sizes"]["probes"],
-        axes.flat,
-    )
+    *maps, curves, bars = axes.flat
+    lengths = log["sizes"]["lengths"]
+    probes = log["sizes"]["probes"]
+
+    # Four maps: before the extensions, after each of them, and with the base kept.
     for axis, (stage, base) in zip(
         maps, ((0, "kept"), (1, "raised"), (2, "raised"), (2, "kept")), strict=True
     ):
-        found = of(log, stage, base).mean(0)
-        axis.imshow(found.T, vmin=0, vmax=100, cmap="Blues", aspect="auto")
-        for at, value in np.ndenumerate(found):
-            shade = "white" if value > 60 else drawing.INK
-            axis.text(*at, f"{value:.0f}", ha="center", va="center", fontsize=7, color=shade)
-        axis.set_xticks(range(len(probes)), probes)
-        axis.set_yticks(range(5), [0, 25, 50, 75, 100])
-        axis.grid(visible=False)
-        lesson.panel(
-            axis,
-            f"Rows of {lengths[stage]}, base {base}: found (%)",
-            "tokens of the row",
-            "depth of the needle (%)",
-        )
+        draw_map(axis, log, stage, base)
+
+    # The mean of the depths, by base and longest rows.
     x = np.log2(probes)
+    styles = (":", "--", "-")
     for stage, base in ((0, "kept"), (1, "kept"), (1, "raised"), (2, "kept"), (2, "raised")):
-        name, style = (
-            f"{base}, {lengths[stage]}" if stage else f"{lengths[0]} only",
-            (":", "--", "-")[stage],
-        )
-        lesson.curve(
-            curves, x, of(log, stage, base).mean(2), name, BASES[base][1], style=style, fontsize=7
-        )
+        name = f"{base}, {lengths[stage]}" if stage else f"{lengths[0]} only"
+        means = found(log, stage, base).mean(2)
+        shade = BASES[base][1]
+        lesson.curve(curves, x, means, name, shade, style=styles[stage], fontsize=7)
     curves.axhline(100 / MARKS, color=drawing.PALE, linewidth=0.8, linestyle=":")
     curves.set_xticks(x, probes)
-    lesson.panel(
-        curves, "By base and longest rows; mean of depths", "tokens of the row", "found (%)"
-    )
-    lesson.bars(
-        bars, ["cut anywhere", "best fit"], [packed(log, p) for p in PACKINGS], PACKINGS.values()
-    )
+    title = "By base and longest rows; mean of depths"
+    lesson.panel(curves, title, "tokens of the row", "found (%)")
+
+    # Right answers about whole repositories.
+    answers = [packed(log, packing) for packing in PACKINGS]
+    lesson.bars(bars, ["cut anywhere", "best fit"], answers, PACKINGS.values())
     lesson.panel(bars, "Questions about whole repositories", "", "right (%)", ylim=(90, 100.5))
     return figure
 
@@ -309,24 +351,32 @@ def draw(log):
 # %%
 def verdicts(log):
     """Return {claim: whether the log supports it}."""
-    probes, lengths = log["sizes"]["probes"], log["sizes"]["lengths"]
-    last, chance = probes.index(lengths[-1]), 100 / MARKS
-    ends = [
-        of(log, stage, base)[:, last].mean(1)
-        for stage, base in ((0, "kept"), (2, "kept"), (2, "raised"))
-    ]
-    gain, better = ends[2] - ends[1], packed(log, "best_fit") - packed(log, "truncate")
+    probes = log["sizes"]["probes"]
+    lengths = log["sizes"]["lengths"]
+    last = probes.index(lengths[-1])
+    chance = 100 / MARKS
+    # Needles found at the longest length, mean of depths, one value a seed.
+    short = found(log, 0, "kept")[:, last].mean(1)
+    kept = found(log, 2, "kept")[:, last].mean(1)
+    raised = found(log, 2, "raised")[:, last].mean(1)
+    gain = raised - kept
+    # Right answers about repositories: best fit against cut anywhere.
+    better = packed(log, "best_fit") - packed(log, "truncate")
     filled = next(run["filled"] for run in log["packing"] if run["packing"] == "best_fit")
+
     where = f"is found at {probes[last]} (chance {chance:.0f}%)"
-    return {
-        f"from rows of {lengths[0]}, less than half {where}: {ends[0].mean():.0f}%": ends[0].max()
-        < 50,
-        f"extended, more than 90% {where}: {ends[2].mean():.0f}%": ends[2].min() > 90,
-        f"the raised base finds more there than the kept one, each seed: {gain.round().tolist()}": gain.min()
-        > 0,
-        f"best fit, {filled:.0%} full, answers more, each seed: {better.round(1).tolist()} points": better.min()
-        > 0,
-    }
+    claims = {}
+    claim = f"from rows of {lengths[0]}, less than half {where}: {short.mean():.0f}%"
+    claims[claim] = short.max() < 50
+    claim = f"extended, more than 90% {where}: {raised.mean():.0f}%"
+    claims[claim] = raised.min() > 90
+    points = gain.round().tolist()
+    claim = f"the raised base finds more there than the kept one, each seed: {points}"
+    claims[claim] = gain.min() > 0
+    points = better.round(1).tolist()
+    claim = f"best fit, {filled:.0%} full, answers more, each seed: {points} points"
+    claims[claim] = better.min() > 0
+    return claims
 
 
 def main(argv=None):
