@@ -330,7 +330,7 @@ def labels(teacher: str, paths: Sequence[Path]) -> list[MarkedDocument]:
             if document.source in quality.SCIENCE:
                 mark = quality.educational(document.text)
             else:
-                mark = quality.score(document.text, document.language)
+                mark = quality.score(document.text, document.language, document.source)
             marked.append(MarkedDocument(document.text, mark, document.source, document.language))
     return marked
 

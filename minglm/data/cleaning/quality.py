@@ -4,28 +4,53 @@ The paper sorts pages into quality buckets with a trained scorer, drops the lowe
 in more than 3.2 epochs; code goes into three tiers by per-language models. Here the scorer is a rubric, the mean of
 marks between 0 and 1, each of which can be argued with:
 
-    prose   letters     share of characters that are letters or whitespace: full from 85 %, none at 50 %
+    prose   letters     share of characters that are letters, their marks, or white space: full from 85 %, none at 50 %
             sentence    mean words per sentence: full from 8 to 30, none at 2 or 80
             variety     different words among the first 200: full from 50 %, none at 20 %
             length      full from 600 characters, none at 60
-    code    documented  functions and classes with a docstring: full from 60 %
-            line        share of lines up to 100 characters: full at 100 %, none at 80 %
+    code    line        share of lines up to 100 characters: full at 100 %, none at 80 %
             comments    share of lines with a comment: full from 5 %
             data        share of digits, brackets and commas: full up to 15 %, none at 50 % (tables of numbers)
+    Python  documented  functions and classes with a docstring: full from 60 %
+    other languages
+            names       words that stand in sentences, as in prose: full up to 20 %, none at 60 %
+            closed      brackets with their partner, and tokens that the language has: full at 100 %, none at 80 %
 
     math, science   `educational`: share of sentences that compute or explain
 
-Code that does not parse, and text without letters, scores 0. `epochs` makes buckets by rank and not by the score
-itself, so that the learned score of `classifier` can replace this one.
+Scripts that write no space between words (Chinese, Japanese, Thai and others) are counted by characters: two of them are
+taken for a word, and a text of them has as many letters in 200 characters as an alphabet has in 600. The script is read
+from the text itself and not from the name of its language.
+
+Code that does not parse, or of which `names` or `closed` is none, and text without letters, scores 0. `epochs` makes
+buckets by rank and not by the score itself, so that the learned score of `classifier` can replace this one.
 """
 
 import re
 import zlib
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from minglm.data.cleaning.code_tokens import MAX_CHARACTERS, read_tokens
 from minglm.data.cleaning.python_ast import outline
+from minglm.data.languages import LANGUAGES
+
+DENSE = (
+    r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # kana, Han
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
+)
+DENSE_SCRIPTS = re.compile(f"[{DENSE}]")
+"""Characters of scripts that write no space between words."""
+
+MARKS = r"\u0300-\u036f\u0591-\u05c7\u0610-\u065f\u0670\u0900-\u0dff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+"""Characters that belong to a word and that Python does not count as letters, such as the vowels of Hindi."""
+
+DENSE_WORDS = re.compile(rf"[{DENSE}]{{2}}|[{DENSE}]|[^\W{DENSE}]+")
+WORDS = re.compile(rf"(?:\w|[{MARKS}])+")
+LETTERS_AND_SPACES = re.compile(rf"(?:[^\W\d_]|\s|[{MARKS}])+")
+SENTENCE_ENDS = re.compile(r"[.!?\u06d4\u061f\u0964](?:\s|$)|[。！？]|\n\s*\n")
+"""What ends a sentence: also in Urdu, Arabic and Hindi, and with the wide signs that no space follows."""
 
 TOP_EPOCHS = 3.0
 """How often documents of the top bucket are used; the paper reports more than 3.2 epochs."""
@@ -75,45 +100,86 @@ def _ramp(value: float, none: float, full: float) -> float:
 
 def prose_marks(text: str) -> dict[str, float]:
     """Return the marks of a prose text, {name: 0 to 1}."""
-    words = re.findall(r"\w+", text)
-    sentences = len(re.findall(r"[.!?。！？](?:\s|$)|\n\s*\n", text))
+    dense = len(DENSE_SCRIPTS.findall(text))
+    letters_and_spaces = sum(len(run) for run in LETTERS_AND_SPACES.findall(text))
+    is_dense = dense > letters_and_spaces / 2
+    words = DENSE_WORDS.findall(text) if is_dense else WORDS.findall(text)
+    sentences = len(SENTENCE_ENDS.findall(text))
     words_per_sentence = len(words) / max(1, sentences)
-    letters_and_spaces = re.findall(r"(?:[^\W\d_]|\s)+", text)
-    letters = sum(len(run) for run in letters_and_spaces) / max(1, len(text))
+    letters = letters_and_spaces / max(1, len(text))
     first_words = [word.lower() for word in words[:200]]
     variety = len(set(first_words)) / max(1, len(first_words))
     return {
-        "letters": _ramp(letters, 0.5, 0.85),
+        # Sentences of a dense script are short, so their punctuation weighs more.
+        "letters": _ramp(letters, 0.5, 0.8 if is_dense else 0.85),
         "sentence": min(_ramp(words_per_sentence, 2, 8), _ramp(words_per_sentence, 80, 30)),
         "variety": _ramp(variety, 0.2, 0.5),
-        "length": _ramp(len(text), 60, 600),
+        "length": _ramp(len(text), 20, 200) if is_dense else _ramp(len(text), 60, 600),
     }
 
 
-def code_marks(text: str) -> dict[str, float] | None:
-    """Return the marks of a Python file, {name: 0 to 1}, or None if it does not parse."""
+def code_marks(text: str, language: str = "python") -> dict[str, float] | None:
+    """Return the marks of a program, {name: 0 to 1}, or None if it is no program of its language."""
+    found = _python_marks(text) if language == "python" else _token_marks(text, language)
+    if found is None:
+        return None
+    lines = [line for line in text.splitlines() if line.strip()]
+    short_lines = sum(len(line) <= 100 for line in lines)
+    data_characters = len(re.findall(r"[0-9\[\]{}(),\\]", text))
+    return {
+        **found.marks,
+        "line": _ramp(short_lines / max(1, len(lines)), 0.8, 1),
+        "comments": _ramp(found.commented, 0, 0.05),
+        "data": _ramp(data_characters / max(1, len(text)), 0.5, 0.15),
+    }
+
+
+class _Syntax(NamedTuple):
+    """What the syntax of a program says."""
+
+    marks: dict[str, float]
+    commented: float
+    """Share of lines with a comment."""
+
+
+def _python_marks(text: str) -> _Syntax | None:
+    """Return the marks from the syntax tree of Python, or None if it does not parse."""
     file = outline(text)
     if file is None:
         return None
     # The docstring of the module has line 0 and does not count.
     documented = sum(docstring.line > 0 for docstring in file.docstrings)
     lines = [line for line in text.splitlines() if line.strip()]
-    short_lines = sum(len(line) <= 100 for line in lines)
     comment_lines = sum("#" in line for line in lines)
-    data_characters = len(re.findall(r"[0-9\[\]{}(),\\]", text))
-    return {
-        "documented": _ramp(documented / max(1, file.definitions), 0, 0.6),
-        "line": _ramp(short_lines / max(1, len(lines)), 0.8, 1),
-        "comments": _ramp(comment_lines / max(1, len(lines)), 0, 0.05),
-        "data": _ramp(data_characters / max(1, len(text)), 0.5, 0.15),
+    marks = {"documented": _ramp(documented / max(1, file.definitions), 0, 0.6)}
+    return _Syntax(marks, comment_lines / max(1, len(lines)))
+
+
+def _token_marks(text: str, language: str) -> _Syntax | None:
+    """Return the marks from the tokens of any other language, or None if these are not its tokens."""
+    found = read_tokens(text, language)
+    lines = sum(bool(line.strip()) for line in text[:MAX_CHARACTERS].splitlines())
+    unmatched = found.unmatched / max(1, found.brackets)
+    unknown = found.errors / max(1, found.tokens)
+    marks = {
+        "names": _ramp(found.words_in_sentences / max(1, found.words), 0.6, 0.2),
+        "closed": _ramp(max(unmatched, unknown), 0.2, 0),
     }
+    if not found.tokens or not all(marks.values()):
+        return None
+    return _Syntax(marks, found.comment_lines / max(1, lines))
 
 
-def score(text: str, language: str = "en") -> float:
-    """Return the quality of a text, 0 to 1. "python" uses the rubric for code, any other language the one for prose."""
+def score(text: str, language: str = "en", source: str = "prose") -> float:
+    """Return the quality of a text, 0 to 1, by the rubric of its kind.
+
+    Code is what has the source "code" or the name of a programming language; all other text is prose.
+    """
     if not text.strip():
         return 0.0
-    marks = code_marks(text) if language == "python" else prose_marks(text)
+    language = language.lower()
+    is_code = source == "code" or language in LANGUAGES
+    marks = code_marks(text, language) if is_code else prose_marks(text)
     if marks is None or marks.get("letters") == 0:
         return 0.0
     return sum(marks.values()) / len(marks)

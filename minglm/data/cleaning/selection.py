@@ -118,7 +118,9 @@ def _with_quality(document: Document, educational: bool) -> Document:
     if educational and document.source in quality.SCIENCE:
         return replace(document, quality=quality.educational(document.text))
     if document.quality is None:
-        return replace(document, quality=quality.score(document.text, document.language))
+        return replace(
+            document, quality=quality.score(document.text, document.language, document.source)
+        )
     return document
 
 

@@ -31,8 +31,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from minglm.data.languages import CODE_SUFFIXES, LANGUAGE_OF_SUFFIX
 from minglm.data.sources import history, repository, web_code
-from minglm.data.sources.languages import CODE_SUFFIXES, LANGUAGE_OF_SUFFIX
 from minglm.data.sources.rows import (
     PACKED_SUFFIXES,
     Row,

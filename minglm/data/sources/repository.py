@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
 from minglm.data.cleaning.python_ast import outline
-from minglm.data.sources.languages import LANGUAGE_OF_SUFFIX, LANGUAGES
+from minglm.data.languages import LANGUAGE_OF_SUFFIX, LANGUAGES
 
 
 def modules(paths: Iterable[str]) -> dict[str, str]:
