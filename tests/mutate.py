@@ -40,7 +40,10 @@ TESTS = {
     "minglm/kernels/attention/eager.py": ["tests/kernels/test_kernels.py"],
     "minglm/kernels/cross_entropy/eager.py": ["tests/kernels/test_kernels.py"],
     "minglm/kernels/experts/eager.py": ["tests/kernels/test_kernels.py"],
-    "minglm/kernels/fp8/eager.py": ["tests/kernels/test_fp8.py"],
+    "minglm/kernels/fp8/eager.py": [
+        "tests/kernels/test_fp8.py",
+        "tests/kernels/test_triton_fp8.py",
+    ],
     "minglm/kernels/newton_schulz/eager.py": ["tests/optim/test_muon.py"],
     "minglm/kernels/norm/eager.py": ["tests/kernels/test_kernels.py"],
     "minglm/kernels/qk_norm_rope/eager.py": ["tests/kernels/test_kernels.py"],
@@ -187,7 +190,7 @@ class Run(NamedTuple):
     """CPU seconds."""
 
 
-def run_tests(folder: Path, tests: list[str], limit: int | None, output: Path) -> Run:
+def run_tests(folder: Path, tests: list[str], match: str, limit: int | None, output: Path) -> Run:
     """Run the tests in a copy of the repository, in a forked process, until the first failure."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     child = os.fork()
@@ -204,7 +207,7 @@ def run_tests(folder: Path, tests: list[str], limit: int | None, output: Path) -
             sys.dont_write_bytecode = True  # two changes of one second and size would share it
             import pytest
 
-            options = ["-x", "-q", "-n0", "--tb=line", "-p", "no:cacheprovider"]
+            options = ["-x", "-q", "-n0", "--tb=line", "-k", match, "-p", "no:cacheprovider"]
             code = int(pytest.main([*options, f"--rootdir={folder}", *tests]))
         finally:
             os._exit(code)
@@ -221,6 +224,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20, help="mutations to draw; 0: all")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw")
     parser.add_argument("--tests", nargs="*", help="test files, where they are not found by name")
+    parser.add_argument("--match", default="", help="only tests with these names, as pytest's -k")
     parser.add_argument("--lines", nargs="*", type=int, help="only changes of these lines")
     options = parser.parse_args()
     module = str((ROOT / options.module).relative_to(ROOT))
@@ -244,7 +248,7 @@ def main() -> None:
         folder = Path(name)
         output = folder / "output.txt"
         copy_of_repository(folder)
-        unchanged = run_tests(folder, tests, None, output)
+        unchanged = run_tests(folder, tests, options.match, None, output)
         if not unchanged.passed:
             raise SystemExit(f"{module}: its own tests fail\n{output.read_text()}")
         limit = int(FACTOR * unchanged.seconds + SPARE)
@@ -253,7 +257,7 @@ def main() -> None:
         began = time.monotonic()
         for mutation in sorted(drawn, key=lambda mutation: mutation.line):
             (folder / module).write_text(mutation.source)
-            if run_tests(folder, tests, limit, output).passed:
+            if run_tests(folder, tests, options.match, limit, output).passed:
                 survivors.append(mutation)
                 text = mutation.source.splitlines()[mutation.line - 1].strip()
                 print(

@@ -32,6 +32,7 @@ class Cache(RuleBasedStateMachine):
             )
             return False
         if copy:
+            assert self.blocks.ref_count[copy.source], "copied although nobody else holds it"
             for slot in range(SIZE):
                 self.store[copy[1], slot] = self.store.get((copy[0], slot))
         for at in range(start, len(text)):

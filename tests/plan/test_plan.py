@@ -1,5 +1,6 @@
 """The planner: published counts to the last parameter, and its formulas against models that are built and run."""
 
+import dataclasses
 import json
 import math
 from dataclasses import replace
@@ -269,6 +270,17 @@ def test_operations_at_full_scale():
         assert planned.matmul == pytest.approx(197.1e9, rel=1e-3)
         assert planned.attention == pytest.approx(attention, rel=2e-3)
         assert planned.total == planned.matmul + planned.attention + planned.mtp
+
+
+def test_operations_of_the_mtp_layer_at_full_scale():
+    """6 for each of its active parameters and of the head's, and one layer of attention; nothing without the layer."""
+    parameters = GOLDEN["active_with_mtp"][0] - GOLDEN["active_body"][0] + GOLDEN["head"][0]
+    attention = (
+        6 * 96 * 128 * 4096
+    )  # forward and backward over half of the sequence: heads, width, positions
+    assert flops_per_token(GLM45.model, 4096).mtp == 6 * parameters + attention
+    without = dataclasses.replace(GLM45.model, num_nextn_predict_layers=0)
+    assert flops_per_token(without, 4096).mtp == 0
 
 
 def test_cache_at_full_scale():
