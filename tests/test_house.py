@@ -515,7 +515,13 @@ def test_the_tests_mirror_the_package():
     rooms = {path.name for path in (ROOT / "minglm").iterdir() if path.is_dir()}
     assert folders <= rooms | {"helpers"}
     loose = {path.name for path in (ROOT / "tests").glob("*.py")}
-    assert loose <= {"conftest.py", "test_house.py", "test_readme.py", "test_lessons.py"}
+    assert loose <= {
+        "conftest.py",
+        "mutate.py",
+        "test_house.py",
+        "test_readme.py",
+        "test_lessons.py",
+    }
 
 
 def test_import_is_light():
