@@ -136,7 +136,7 @@ def test_expected_group_gradient_is_the_policy_gradient(seed, arms, samples):
 
 
 off_policy = st.floats(-200, 200) | st.sampled_from(
-    [-20.0, 20.0, 100.0, -100.0, math.inf, -math.inf]
+    [-20.0, 20.0, 20.5, -20.5, 100.0, -100.0, math.inf, -math.inf]
 )
 
 
@@ -169,6 +169,18 @@ def test_any_log_ratio_has_a_finite_gradient(log_ratios, advantage, proximal):
             assert found == 0 or seen == pytest.approx(math.log(1.28), abs=1e-6)
         else:
             assert found == pytest.approx(-math.exp(seen) * advantage, rel=1e-4)  # float32 exp
+
+
+def test_the_bound_on_the_log_ratio():
+    """A token 20 nats off still has its gradient, one slightly further has none; the loss stays that of 20 nats."""
+    for nats, expected in ((19.5, math.exp(19.5)), (20.5, 0.0)):
+        logprobs_BS = torch.zeros(1, 1, requires_grad=True)
+        loss_BS, metrics = policy_loss(
+            logprobs_BS, torch.full((1, 1), -nats), torch.tensor([-1.0]), 0.2, 0.2
+        )
+        loss_BS.sum().backward()
+        assert float(logprobs_BS.grad) == pytest.approx(expected, rel=1e-4)  # float32 exp
+        assert float(metrics.ratio_max) == pytest.approx(math.exp(min(nats, 20)), rel=1e-4)
 
 
 @given(

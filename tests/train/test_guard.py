@@ -62,6 +62,14 @@ def test_a_spike_is_judged_by_the_last_fifty_accepted_norms(ones, twos, factor):
     assert guard.norms[-1] == factor * middle and len(guard.norms) == min(50, len(accepted) + 1)
 
 
+def test_ten_norms_are_a_history():
+    """With nine accepted norms any finite one is accepted, with ten a spike is found."""
+    for count, reason in ((9, None), (10, "spike")):
+        guard = Guard(spike_factor=2.0)
+        assert [guard.reason(1.0) for _ in range(count)] == [None] * count
+        assert guard.reason(1e9) == reason
+
+
 @given(st.integers(0, 4), st.lists(st.booleans(), max_size=12))
 def test_it_gives_up_after_so_many_in_a_row(limit, healthy_steps):
     """Skipped steps are counted from the last accepted one, from none at the start; 0 never gives up."""
