@@ -85,7 +85,7 @@ ADVERT = "BUY NOW!!! CHEAP $$$ OFFER click here >>> 50% OFF free FREE win only t
 
 # %%
 def page(kind, words, number, rng, forms):
-    """One page of rubbish. words: of the clean page that it is made from."""
+    """Return one page of rubbish. words: of the clean page that it is made from."""
     if kind == "mirrors":
         words = list(words)
         for _ in range(3):
@@ -105,7 +105,7 @@ def page(kind, words, number, rng, forms):
 
 
 def rubbish(clean, pages, rng):
-    """`pages` pages of each kind of rubbish."""
+    """Return `pages` pages of each kind of rubbish."""
     long = [d.text.split() for d in clean if len(d.text) > 300]
     forms = []
     for words in rng.sample(long, 10):  # a form: a real page with every fifth word a gap
@@ -115,7 +115,7 @@ def rubbish(clean, pages, rng):
 
 
 def buckets(documents):
-    """Documents as often as their bucket says."""
+    """Return each document as often as its bucket says."""
     times = quality.epochs(documents, lowest_share=0.3, top_share=0.1, top_epochs=3.2)
     return [document for document, n in zip(documents, times, strict=True) for _ in range(n)]
 
@@ -129,126 +129,144 @@ def keep_best(documents, method, features, threshold):
 
 
 def ladder(documents, marks, marked):
-    """{step: what the corpus is after it}, and how reliable a score is that learned from the `marked`."""
+    """Return {step: the corpus after it}, and how reliable a score is that was learned from the `marked` documents."""
     model, about = classifier.fit([documents[i].text for i in marked], [marks[i] for i in marked])
-    left = {"as it came": documents}
-    left["MinHash"] = keep_best(documents, minhash, minhash.signatures, 0.7)
-    left["SemDedup"] = keep_best(left["MinHash"], semdedup, semdedup.embed, 0.8)
-    left["rubric\nbuckets"] = buckets(left["SemDedup"])
-    scores = model.score([d.text for d in left["SemDedup"]])
-    judged = [
-        dataclasses.replace(d, quality=float(s))
-        for d, s in zip(left["SemDedup"], scores, strict=True)
-    ]
-    left["learned\nbuckets"] = buckets(judged)
+    corpora = {"as it came": documents}
+    corpora["MinHash"] = keep_best(documents, minhash, minhash.signatures, 0.7)
+    distinct = keep_best(corpora["MinHash"], semdedup, semdedup.embed, 0.8)
+    corpora["SemDedup"] = distinct
+    corpora["rubric\nbuckets"] = buckets(distinct)
+    # The same buckets by the learned score in place of the rubric's.
+    scores = model.score([d.text for d in distinct])
+    judged = []
+    for document, score in zip(distinct, scores, strict=True):
+        judged.append(dataclasses.replace(document, quality=float(score)))
+    corpora["learned\nbuckets"] = buckets(judged)
+    # Reliability, on documents that the classifier has not seen.
     others = sorted(set(range(len(documents))) - set(marked))
-    fresh, truth = [documents[i].text for i in others], [marks[i] for i in others]
+    fresh = [documents[i].text for i in others]
+    truth = [marks[i] for i in others]
     raw = torch.sigmoid(model.logits(fresh)).numpy()
-    found = {"raw": raw, "calibrated": model.score(fresh)}
-    errors = {name: classifier.calibration_error(scores, truth) for name, scores in found.items()}
-    curves = {name: classifier.reliability(scores, truth) for name, scores in found.items()}
-    return left, {"error": errors, "curves": curves, "marks": about["documents"]}
+    scored = {"raw": raw, "calibrated": model.score(fresh)}
+    errors = {name: classifier.calibration_error(scores, truth) for name, scores in scored.items()}
+    curves = {name: classifier.reliability(scores, truth) for name, scores in scored.items()}
+    return corpora, {"error": errors, "curves": curves, "marks": about["documents"]}
 
 
 def origin(document):
-    """Where a page is from, a key of ORIGINS."""
+    """Return where a page is from, a key of ORIGINS."""
     kind = document.name.split("/")[0]
     return kind if kind in ORIGINS else "docstrings"
 
 
 @torch.no_grad()
 def loss_of(model, sequences, starts):
-    """Mean loss of the tokens of each sequence from its start on, over all sequences: nats per token."""
-    total = count = 0
-    for at in range(0, len(sequences), 32):
-        some = [torch.tensor(ids) for ids in sequences[at : at + 32]]
-        tokens_BS = torch.nn.utils.rnn.pad_sequence(some, batch_first=True)
-        first_B1 = torch.tensor(starts[at : at + 32])[:, None]
-        last_B1 = torch.tensor([len(ids) for ids in some])[:, None]
-        logits_BSV, place_S = model(tokens_BS)[:, :-1], torch.arange(1, tokens_BS.shape[1])
+    """Return the mean loss of the tokens of each sequence from its start on, over all sequences: nats per token."""
+    total = 0.0
+    count = 0
+    for begin in range(0, len(sequences), 32):
+        batch = [torch.tensor(ids) for ids in sequences[begin : begin + 32]]
+        tokens_BS = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
+        first_B1 = torch.tensor(starts[begin : begin + 32])[:, None]
+        last_B1 = torch.tensor([len(ids) for ids in batch])[:, None]
+        logits_BSV = model(tokens_BS)[:, :-1]
         losses_BS = torch.nn.functional.cross_entropy(
             logits_BSV.mT, tokens_BS[:, 1:], reduction="none"
         )
-        wanted_BS = (place_S >= first_B1) & (place_S < last_B1)
-        total, count = total + float(losses_BS[wanted_BS].sum()), count + int(wanted_BS.sum())
+        # Only from the start of a sequence to its end: neither what is given, nor padding.
+        position_S = torch.arange(1, tokens_BS.shape[1])
+        wanted_BS = (position_S >= first_B1) & (position_S < last_B1)
+        total += float(losses_BS[wanted_BS].sum())
+        count += int(wanted_BS.sum())
     return total / count
 
 
 def train(shards, tokens, rate, seed, packing="truncate"):
-    """A nano model trained on these shards."""
-    model, rows = (
-        GLM(NANO, seed),
-        mixture.Mixture(shards, dict.fromkeys(shards, 1.0), LENGTH, packing, seed),
-    )
+    """Return a nano model trained on these shards."""
+    model = GLM(NANO, seed)
+    rows = mixture.Mixture(shards, dict.fromkeys(shards, 1.0), LENGTH, packing, seed)
     pretrain(model, rows, LENGTH, tokens, 1024, rate, bias_rate=0.01)
     return model
 
 
 def clean_up(sizes, files, tokenizer, seed):
-    """One seed of the ladder: a loss and a composition for each step, and the calibration."""
-    rng, prose = random.Random(seed), list(corpus.docstrings(files))
-    held = [tokenizer.encode(d.text)[:LENGTH] for d in prose if d.heldout]
-    held = [ids for ids in held if len(ids) > 1][: sizes["held"]]
+    """Return one seed of the ladder: a loss and a composition for each step, and the calibration."""
+    rng = random.Random(seed)
+    prose = list(corpus.docstrings(files))
+    heldout = [tokenizer.encode(d.text)[:LENGTH] for d in prose if d.heldout]
+    heldout = [ids for ids in heldout if len(ids) > 1][: sizes["held"]]
     clean = [d for d in prose if not d.heldout]
     documents = clean + rubbish(clean, sizes["pages"], rng)
     rng.shuffle(documents)
+    # A label is 1 for a good page and 0 for a bad one, with one label in ten wrong.
     good = [origin(d) in ("docstrings", "mirrors") for d in documents]
     marks = [float(one != (rng.random() < 0.1)) for one in good]
-    left, calibration = ladder(documents, marks, rng.sample(range(len(documents)), sizes["marks"]))
+    marked = rng.sample(range(len(documents)), sizes["marks"])
+    corpora, calibration = ladder(documents, marks, marked)
     runs = []
     for step in STEPS:
-        model = train(
-            tokenization.tokenize(left[step], tokenizer), sizes["tokens"], sizes["rate"], seed
-        )
-        parts = {
-            name: sum(len(d.text) for d in left[step] if origin(d) == name) for name in ORIGINS
-        }
-        runs.append(
-            {
-                "step": step,
-                "seed": seed,
-                "loss": loss_of(model, held, [1] * len(held)),
-                "characters": parts,
-            }
-        )
+        shards = tokenization.tokenize(corpora[step], tokenizer)
+        model = train(shards, sizes["tokens"], sizes["rate"], seed)
+        loss = loss_of(model, heldout, [1] * len(heldout))
+        characters = dict.fromkeys(ORIGINS, 0)
+        for document in corpora[step]:
+            characters[origin(document)] += len(document.text)
+        runs.append({"step": step, "seed": seed, "loss": loss, "characters": characters})
     return runs, calibration
 
 
 def insertion(ids, tokenizer):
-    """(prefix, middle) of a text that `fim` rewrote to these ids."""
+    """Return (prefix, middle) of a text that `fim` rewrote to these ids."""
     names = {tokenizer.special[f"<|code_{name}|>"]: name for name in ("prefix", "middle", "suffix")}
-    parts, name = {"prefix": [], "middle": [], "suffix": []}, None
+    texts = {"prefix": [], "middle": [], "suffix": []}
+    name = None
     for token in ids:
-        name = names.get(token, name)
-        if token not in names:
-            parts[name].append(token)
-    return parts["prefix"], parts["middle"]
+        if token in names:
+            name = names[token]
+        else:
+            texts[name].append(token)
+    return texts["prefix"], texts["middle"]
 
 
 def insert(sizes, files, tokenizer, seed):
-    """One seed of fill-in-the-middle: losses of a model trained with it and of one without."""
-    code, rng = [d for d in files if not d.heldout], np.random.default_rng(seed)
-    spans = [s for d in files if d.heldout for s in fim.spans(d.text, SPAN) if len(s) > 60]
-    spans = [
-        spans[i] for i in rng.choice(len(spans), min(sizes["held"], len(spans)), replace=False)
-    ]
-    text = [tokenizer.encode(d.text) for d in files if d.heldout]
-    held = [ids[at : at + LENGTH] for ids in text for at in range(0, len(ids) - LENGTH, LENGTH)][
-        : sizes["held"]
-    ]
-    rewritten = [fim.fim(span, tokenizer, rng) for span in spans]
-    cuts = [insertion(ids, tokenizer) for ids in rewritten]
-    kept = [n for n, (prefix, middle) in enumerate(cuts) if prefix and middle]
-    both = [rewritten[n] for n in kept], [len(rewritten[n]) - len(cuts[n][1]) for n in kept]
-    one = [cuts[n][0] + cuts[n][1] for n in kept], [len(cuts[n][0]) for n in kept]
+    """Return one seed of fill-in-the-middle: the losses of a model trained with it and of one without."""
+    rng = np.random.default_rng(seed)
+    code = [d for d in files if not d.heldout]
+    heldout = [d for d in files if d.heldout]
+    # Spans of held-out code, a random choice of them.
+    spans = []
+    for document in heldout:
+        spans += [span for span in fim.spans(document.text, SPAN) if len(span) > 60]
+    chosen = rng.choice(len(spans), min(sizes["held"], len(spans)), replace=False)
+    spans = [spans[i] for i in chosen]
+    # Whole rows of held-out code, for the loss from left to right.
+    rows = []
+    for document in heldout:
+        ids = tokenizer.encode(document.text)
+        for begin in range(0, len(ids) - LENGTH, LENGTH):
+            rows.append(ids[begin : begin + LENGTH])
+    rows = rows[: sizes["held"]]
+    # Each span with both sides before its middle, and with the prefix alone before it.
+    both_sides = []
+    both_starts = []
+    prefix_only = []
+    prefix_starts = []
+    for span in spans:
+        rewritten = fim.fim(span, tokenizer, rng)
+        prefix, middle = insertion(rewritten, tokenizer)
+        if prefix and middle:
+            both_sides.append(rewritten)
+            both_starts.append(len(rewritten) - len(middle))
+            prefix_only.append(prefix + middle)
+            prefix_starts.append(len(prefix))
     runs = []
     for rate in (0.0, 0.5):
         shards = tokenization.tokenize(code, tokenizer, FimOptions(rate, SPAN, seed))
         model = train(shards, sizes["fim_tokens"], sizes["rate"], seed, "best_fit")
-        losses = {"left to right": loss_of(model, held, [1] * len(held))}
-        losses |= {
-            "middle, prefix only": loss_of(model, *one),
-            "middle, both sides": loss_of(model, *both),
+        losses = {
+            "left to right": loss_of(model, rows, [1] * len(rows)),
+            "middle, prefix only": loss_of(model, prefix_only, prefix_starts),
+            "middle, both sides": loss_of(model, both_sides, both_starts),
         }
         runs.append({"rate": rate, "seed": seed, **losses})
     return runs
@@ -276,61 +294,70 @@ def experiment(sizes, seeds):
 
 
 # %%
-def of(log, part, key, **where):
-    """Values of the runs of a part, one a seed."""
-    return [
-        run[key] for run in log[part] if all(run[name] == value for name, value in where.items())
-    ]
+def values(log, kind, key, **where):
+    """Return the values of the matching runs of one kind, one a seed."""
+    chosen = []
+    for run in log[kind]:
+        if all(run[name] == value for name, value in where.items()):
+            chosen.append(run[key])
+    return chosen
+
+
+def draw_composition(axis, log):
+    """Draw what the corpus consists of after each step, for seed 0."""
+    highest = 0.0
+    for column, step in enumerate(STEPS):
+        characters = values(log, "ladder", "characters", step=step, seed=0)[0]
+        bottom = 0.0
+        for name, shade in ORIGINS.items():
+            height = characters[name] / 1e6
+            label = name if column == 0 else None
+            axis.bar(column, height, 0.62, bottom, color=shade, label=label)
+            bottom += height
+        highest = max(highest, bottom)
+    axis.set_xticks(range(len(STEPS)), STEPS)
+    axis.legend(frameon=False, fontsize=7.5, ncols=3, loc="upper right")
+    panel(axis, "What is left after each step", "", "million characters", ylim=(0, 1.25 * highest))
+
+
+def draw_insertion(axis, log):
+    """Draw the losses of the models trained without and with FIM, side by side."""
+    for side, rate, shade in ((-0.2, 0.0, "#c2571a"), (0.2, 0.5, "#1f5fa8")):
+        for column, name in enumerate(ASKED):
+            losses = values(log, "fim", name, rate=rate)
+            x = column + side
+            label = None if column else f"rate {rate}"
+            axis.bar(x, np.mean(losses), 0.36, color=shade, alpha=0.7, label=label)
+            axis.plot([x] * len(losses), losses, "_", color=drawing.INK, markersize=10)
+    axis.set_xticks(range(3), [name.replace(", ", ",\n") for name in ASKED])
+    axis.legend(frameon=False, fontsize=8)
+    heights = [run[name] for run in log["fim"] for name in ASKED]
+    limits = (min(heights) - 0.3, max(heights) + 0.3)
+    title = "Fill-in-the-middle: trained without and with"
+    panel(axis, title, "", "nats per token", ylim=limits)
 
 
 def draw(log):
     """Draw the figure from the log alone."""
-    figure, ((left, losses), (curves, inserted)) = drawing.canvas(2, 2, (10, 7))
-    highest = 0.0
-    for at, step in enumerate(STEPS):
-        parts, bottom = of(log, "ladder", "characters", step=step, seed=0)[0], 0.0
-        for name, shade in ORIGINS.items():
-            left.bar(
-                at, parts[name] / 1e6, 0.62, bottom, color=shade, label=name if at == 0 else None
-            )
-            bottom += parts[name] / 1e6
-        highest = max(highest, bottom)
-    left.set_xticks(range(len(STEPS)), STEPS)
-    left.legend(frameon=False, fontsize=7.5, ncols=3, loc="upper right")
-    panel(left, "What is left after each step", "", "million characters", ylim=(0, 1.25 * highest))
-    ends = [of(log, "ladder", "loss", step=step) for step in STEPS]
+    figure, ((composition, losses), (curves, inserted)) = drawing.canvas(2, 2, (10, 7))
+    draw_composition(composition, log)
+
+    ends = [values(log, "ladder", "loss", step=step) for step in STEPS]
     bars(losses, STEPS, ends, ["#b5b5bd", "#e0a458", "#c2571a", "#55958c", "#1f5fa8"])
     limits = (min(map(min, ends)) - 0.1, max(map(max, ends)) + 0.05)
     heading = f"Held-out docstrings after {log['sizes']['tokens'] // 1000} k tokens"
     panel(losses, heading, "", "nats per token", ylim=limits)
+
     curves.plot([0, 1], [0, 1], color=drawing.PALE, linewidth=0.8)
     for name, shade, height in (("raw", "#c2571a", 0.93), ("calibrated", "#1f5fa8", 0.85)):
         for calibration in log["calibration"]:
             score, mark, _ = zip(*calibration["curves"][name], strict=True)
             curves.plot(score, mark, "o-", color=shade, markersize=3, linewidth=1, alpha=0.7)
         curves.text(0.03, height, name, color=shade)
-    panel(
-        curves, "Reliability of the learned score, all seeds", "score", "share of pages marked good"
-    )
-    for side, rate, shade in ((-0.2, 0.0, "#c2571a"), (0.2, 0.5, "#1f5fa8")):
-        for at, name in enumerate(ASKED):
-            values = of(log, "fim", name, rate=rate)
-            inserted.bar(
-                at + side,
-                np.mean(values),
-                0.36,
-                color=shade,
-                alpha=0.7,
-                label=None if at else f"rate {rate}",
-            )
-            inserted.plot([at + side] * len(values), values, "_", color=drawing.INK, markersize=10)
-    inserted.set_xticks(range(3), [name.replace(", ", ",\n") for name in ASKED])
-    inserted.legend(frameon=False, fontsize=8)
-    heights = [run[name] for run in log["fim"] for name in ASKED]
-    limits = (min(heights) - 0.3, max(heights) + 0.3)
-    panel(
-        inserted, "Fill-in-the-middle: trained without and with", "", "nats per token", ylim=limits
-    )
+    title = "Reliability of the learned score, all seeds"
+    panel(curves, title, "score", "share of pages marked good")
+
+    draw_insertion(inserted, log)
     return figure
 
 
@@ -355,29 +382,35 @@ def draw(log):
 
 
 # %%
+def lowered(before, after):
+    """Return by how much a loss fell, one value a seed."""
+    return [round(a - b, 3) for a, b in zip(before, after, strict=True)]
+
+
 def verdicts(log):
     """Return {claim: whether the log supports it}."""
-    ladder = {step: of(log, "ladder", "loss", step=step) for step in STEPS}
     claims = {}
+    # Each step against the one before it; both kinds of buckets against SemDedup.
+    losses = {step: values(log, "ladder", "loss", step=step) for step in STEPS}
     for before, after in [*itertools.pairwise(STEPS[:4]), ("SemDedup", STEPS[4])]:
-        gain = [round(a - b, 3) for a, b in zip(ladder[before], ladder[after], strict=True)]
+        gain = lowered(losses[before], losses[after])
         claims[f"{after} lowers the loss (by {gain} nats)".replace("\n", " ")] = min(gain) > 0
-    errors = [
-        (round(c["error"]["raw"], 3), round(c["error"]["calibrated"], 3))
-        for c in log["calibration"]
-    ]
-    claims[f"calibration makes the score more reliable (error {errors})"] = all(
-        after < raw for raw, after in errors
-    )
-    without, trained = (
-        {name: of(log, "fim", name, rate=rate) for name in ASKED} for rate in (0.0, 0.5)
-    )
-    cost = [round(a - b, 3) for a, b in zip(trained[ASKED[0]], without[ASKED[0]], strict=True)]
+
+    errors = []
+    for calibration in log["calibration"]:
+        error = calibration["error"]
+        errors.append((round(error["raw"], 3), round(error["calibrated"], 3)))
+    better = all(calibrated < raw for raw, calibrated in errors)
+    claims[f"calibration makes the score more reliable (error {errors})"] = better
+
+    left_to_right, prefix_only, both_sides = ASKED
+    without = values(log, "fim", left_to_right, rate=0.0)
+    cost = lowered(values(log, "fim", left_to_right, rate=0.5), without)
     claims[f"FIM costs less than 0.02 nats from left to right ({cost})"] = max(cost) < 0.02
-    suffix = [round(a - b, 3) for a, b in zip(trained[ASKED[1]], trained[ASKED[2]], strict=True)]
-    claims[f"the model trained with FIM uses the suffix (it lowers the loss by {suffix} nats)"] = (
-        min(suffix) > 0
-    )
+    prefix = values(log, "fim", prefix_only, rate=0.5)
+    gain = lowered(prefix, values(log, "fim", both_sides, rate=0.5))
+    claim = f"the model trained with FIM uses the suffix (it lowers the loss by {gain} nats)"
+    claims[claim] = min(gain) > 0
     return claims
 
 
