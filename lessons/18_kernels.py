@@ -83,33 +83,30 @@ SMOKE = SIZES | {
 
 # %%
 def operations(size, kind, seed):
-    """{name: (a kernel as a function of nothing, the same in float64)}: sums of `size` numbers of dtype `kind`."""
+    """Return {name: (a kernel without arguments, its exact result in float64)}: sums of `size` numbers of dtype `kind`."""
     from minglm.kernels.attention.triton_layer import flash_attention_triton
     from minglm.kernels.cross_entropy.triton_kernel import log_probabilities_triton
     from minglm.kernels.experts.triton_layer import product
     from minglm.kernels.norm.triton_kernel import add_norm_triton
 
-    random, ends = (
-        torch.Generator().manual_seed(seed),
-        torch.tensor([10, 10, 24], dtype=torch.int32),
-    )
+    random = torch.Generator().manual_seed(seed)
+    ends = torch.tensor([10, 10, 24], dtype=torch.int32)  # the second expert has no rows
 
     def drawn(*shape, scale=1.0):
         x = torch.randn(*shape, generator=random).mul(scale).to(kind)
         return x, x.double()
 
-    (x, X), (w, W), (v, V) = (
-        drawn(24, size),
-        drawn(3, 64, size, scale=size**-0.5),
-        drawn(1, size, 1, 64),
-    )
-    (head, HEAD), (q, Q), (k, K) = (
-        drawn(256, size, scale=size**-0.5),
-        drawn(1, size, 1, 64),
-        drawn(1, size, 1, 64),
-    )
-    scores = Q[0, :, 0] @ K[0, :, 0].T / 8 + torch.full((size, size), -torch.inf).triu(1)
-    rows, logp = torch.arange(24), (X @ HEAD.T).log_softmax(1)
+    # A capital letter is the same tensor in float64.
+    x, X = drawn(24, size)
+    w, W = drawn(3, 64, size, scale=size**-0.5)
+    v, V = drawn(1, size, 1, 64)
+    head, HEAD = drawn(256, size, scale=size**-0.5)
+    q, Q = drawn(1, size, 1, 64)
+    k, K = drawn(1, size, 1, 64)
+    rows = torch.arange(24)
+    future = torch.full((size, size), -torch.inf).triu(1)
+    scores = Q[0, :, 0] @ K[0, :, 0].T / 8 + future
+    log_p = (X @ HEAD.T).log_softmax(1)
     return {
         "grouped product": (
             lambda: product([(x, w)], rows, ends, 1, pick=False, transposed=True),
@@ -119,7 +116,10 @@ def operations(size, kind, seed):
             lambda: flash_attention_triton(q, k, v)[0, :, 0],
             scores.softmax(1) @ V[0, :, 0],
         ),
-        "log-probability": (lambda: log_probabilities_triton(x, head, rows)[0], logp[rows, rows]),
+        "log-probability": (
+            lambda: log_probabilities_triton(x, head, rows)[0],
+            log_p[rows, rows],
+        ),
         "norm": (
             lambda: add_norm_triton(x, torch.ones(size), 0.0)[0],
             X / X.square().mean(1, keepdim=True).sqrt(),
@@ -149,11 +149,14 @@ def memory(sizes):
     def gradients(loss, x, head, *rest):
         return torch.autograd.grad(loss(x, head, *rest), (x, head))
 
-    V, D, rows = sizes["words"], sizes["width"], []
+    V = sizes["words"]
+    D = sizes["width"]
+    rows = []
     for T, (name, loss) in itertools.product(sizes["tokens"], LOSSES.items()):
-        x, head = (torch.randn(n, D).bfloat16().requires_grad_() for n in (T, V))
-        most = lesson.peak_bytes(gradients, loss, x, head, torch.arange(T) % V, torch.ones(T))
-        rows.append({"form": name, "tokens": T, "bytes": most - x.nbytes - head.nbytes})
+        x = torch.randn(T, D).bfloat16().requires_grad_()
+        head = torch.randn(V, D).bfloat16().requires_grad_()
+        peak = lesson.peak_bytes(gradients, loss, x, head, torch.arange(T) % V, torch.ones(T))
+        rows.append({"form": name, "tokens": T, "bytes": peak - x.nbytes - head.nbytes})
     return rows
 
 
@@ -161,26 +164,29 @@ def stored(sizes):
     """Return every store of a grouped product (program, box of its tile), and how often elements are stored."""
     from minglm.kernels.experts import triton_layer as layer
 
-    loads, F = torch.tensor(sizes["loads"]), sizes["outputs"]
-    R, D = int(loads.sum()), 64
-    ends, gate = loads.cumsum(0).int(), torch.randn(len(loads), F, D).half()
-    x, order, weights, tile = (
-        torch.randn(R, D).half(),
-        torch.arange(R),
-        torch.ones(R, 1),
-        Tiles(16, 64, 64, 4, 2),
-    )
+    loads = torch.tensor(sizes["loads"])
+    ends = loads.cumsum(0).int()
+    R = int(loads.sum())
+    D = 64
+    F = sizes["outputs"]
+    gate = torch.randn(len(loads), F, D).half()
+    x = torch.randn(R, D).half()
+    order = torch.arange(R)
+    weights = torch.ones(R, 1)
+    # One form of the kernel, run by as many programs as there are colours.
+    tile = Tiles(16, 64, 64, 4, 2)
     changed = {"UP": {2**31: tile}, "programs": lambda x, each=1: len(PROGRAMS)}
     with patch.multiple(layer, **changed), interpreter.watched() as stores:
         h, _, _ = layer.up(x, order, weights, ends, gate, gate, save=False)
-    counts, tiles = np.zeros((R, F), dtype=int), []
+    counts = np.zeros((R, F), dtype=int)
+    tiles = []
     for program, addresses, mask in stores:
-        rows, columns = np.divmod(
-            (addresses[mask].astype(np.int64) - h.data_ptr()) // h.element_size(), F
-        )
+        # An address says which element of h it is.
+        elements = (addresses[mask].astype(np.int64) - h.data_ptr()) // h.element_size()
+        rows, columns = np.divmod(elements, F)
         np.add.at(counts, (rows, columns), 1)
-        box = [int(v) for v in (rows.min(), columns.min(), np.ptp(rows) + 1, np.ptp(columns) + 1)]
-        tiles.append({"program": int(program[0]), "box": box})
+        box = [rows.min(), columns.min(), np.ptp(rows) + 1, np.ptp(columns) + 1]
+        tiles.append({"program": int(program[0]), "box": [int(value) for value in box]})
     return {
         "tiles": tiles,
         "ends": ends.tolist(),
@@ -334,36 +340,28 @@ def draw(log):
 
 def draw_tiles(axis, log):
     """Draw the tiles of a grouped product as stored, in their program's colour, numbered in its order."""
+    outputs = log["sizes"]["outputs"]
+    ends = log["product"]["ends"]
     turns = dict.fromkeys(range(len(PROGRAMS)), 0)
     for tile in log["product"]["tiles"]:
-        (row, column, height, width), program = tile["box"], tile["program"]
+        program = tile["program"]
         turns[program] += 1
-        x, y = (
-            (column, column + width, column + width, column),
-            (row, row, row + height, row + height),
-        )
+        row, column, height, width = tile["box"]
+        # The four corners.
+        x = (column, column + width, column + width, column)
+        y = (row, row, row + height, row + height)
         axis.fill(x, y, color=PROGRAMS[program], alpha=0.6, edgecolor="white")
-        axis.text(
-            column + width / 2,
-            row + height / 2,
-            turns[program],
-            ha="center",
-            va="center",
-            fontsize=6,
-        )
-    for expert, (begin, end) in enumerate(
-        zip([0, *log["product"]["ends"]], log["product"]["ends"])
-    ):
-        axis.plot([0, log["sizes"]["outputs"]], [end, end], color=drawing.INK, linewidth=1.2)
+        centre = (column + width / 2, row + height / 2)
+        axis.text(*centre, turns[program], ha="center", va="center", fontsize=6)
+    begin = 0
+    for expert, end in enumerate(ends):
+        axis.plot([0, outputs], [end, end], color=drawing.INK, linewidth=1.2)
         name = f"expert {expert}" if begin < end else ""
-        axis.text(log["sizes"]["outputs"] + 4, (begin + end) / 2, name, va="center", fontsize=7)
-    lesson.panel(
-        axis,
-        "A grouped product, as stored",
-        "columns (colour: program, number: its turn)",
-        "rows by expert",
-    )
-    axis.set(xlim=(0, 1.2 * log["sizes"]["outputs"]), ylim=(log["product"]["ends"][-1], 0))
+        axis.text(outputs + 4, (begin + end) / 2, name, va="center", fontsize=7)
+        begin = end
+    below = "columns (colour: program, number: its turn)"
+    lesson.panel(axis, "A grouped product, as stored", below, "rows by expert")
+    axis.set(xlim=(0, 1.2 * outputs), ylim=(ends[-1], 0))
     axis.grid(False)
 
 
@@ -390,22 +388,30 @@ def draw_tiles(axis, log):
 # %%
 def verdicts(log):
     """Return {claim: whether the log supports it}."""
-    sums, seeds, u = log["sizes"]["sums"], log["seeds"], ROUNDING["bfloat16"]
-    at = {(r["kernel"], r["kind"], r["size"], r["seed"]): r["error"] for r in log["errors"]}
+    sums = log["sizes"]["sums"]
+    seeds = log["seeds"]
+    u = ROUNDING["bfloat16"]
+    # Errors once patched, and before.
+    error = {(r["kernel"], r["kind"], r["size"], r["seed"]): r["error"] for r in log["errors"]}
     before = {name: [r["error"] for r in log["trap"] if r["kernel"] == name] for name in MARKS}
-    product = {
-        k: [max(at["grouped product", k, size, seed] for seed in seeds) for size in sums]
-        for k in ROUNDING
-    }
-    root, growth = (sums[-1] / sums[0]) ** 0.5, product["float32"][-1] / product["float32"][0]
+    garbage = min(min(before[name]) for name in MARKS if name != "norm")
     norm = min(
-        old / at["norm", "bfloat16", log["sizes"]["trap"], r]
-        for r, old in zip(seeds, before["norm"])
+        old / error["norm", "bfloat16", log["sizes"]["trap"], seed]
+        for seed, old in zip(seeds, before["norm"])
     )
-    garbage = min(error for name in MARKS if name != "norm" for error in before[name])
-    loss = max(at["log-probability", "bfloat16", size, seed] for size in sums for seed in seeds)
+    # The largest error of the seeds, by the length of the sum.
+    product = {}
+    for kind in ROUNDING:
+        product[kind] = [
+            max(error["grouped product", kind, size, seed] for seed in seeds) for size in sums
+        ]
+    root = (sums[-1] / sums[0]) ** 0.5
+    growth = product["float32"][-1] / product["float32"][0]
+    loss = max(error["log-probability", "bfloat16", size, seed] for size in sums for seed in seeds)
+    # Memory of the loss, and the operations and bytes of the expert layer.
     held = {(r["form"], r["tokens"]): r["bytes"] for r in log["memory"]}
-    few, most = log["sizes"]["tokens"][0], log["sizes"]["tokens"][-1]
+    few = log["sizes"]["tokens"][0]
+    most = log["sizes"]["tokens"][-1]
     saved = held["full logits", most] / held["in chunks", most]
     layers = [r for r in log["counted"] if r["operation"] == "moe"]
     bound = [
