@@ -182,28 +182,31 @@ def values(log, part, field, **where):
 def draw(log):
     """Draw the figure from the log alone."""
     figure, ((speeds, caches), (passes, exact)) = drawing.canvas(2, 2, (10, 7.4))
-    for samples, name, shade in (
-        (1, "prompts differ", SHADES[0]),
-        (8, "8 samples a prompt", SHADES[3]),
-    ):
-        x = values(log, "speed", "batch", samples=samples)[0]
-        lesson.curve(
-            speeds, x, values(log, "speed", "speed", samples=samples), name, shade, style="o-"
-        )
-        lesson.curve(
-            caches, x, values(log, "speed", "cache", samples=samples) / 1e6, name, shade, style="o-"
-        )
+
+    # Speed and cache, by answers at once.
+    forms = ((1, "prompts differ", SHADES[0]), (8, "8 samples a prompt", SHADES[3]))
+    for samples, name, shade in forms:
+        batches = values(log, "speed", "batch", samples=samples)[0]
+        rates = values(log, "speed", "speed", samples=samples)
+        megabytes = values(log, "speed", "cache", samples=samples) / 1e6
+        lesson.curve(speeds, batches, rates, name, shade, style="o-")
+        lesson.curve(caches, batches, megabytes, name, shade, style="o-")
+
+    # Tokens of one pass, by drafts.
     for temperature, name, shade in ((0.0, "greedy", SHADES[0]), (1.0, "temperature 1", SHADES[3])):
-        x = values(log, "drafting", "drafts", temperature=temperature)[0]
-        y = 1 / values(log, "drafting", "passes", temperature=temperature)
-        lesson.curve(passes, x, y, name, shade, style="o-")
+        drafts = values(log, "drafting", "drafts", temperature=temperature)[0]
+        tokens = 1 / values(log, "drafting", "passes", temperature=temperature)
+        lesson.curve(passes, drafts, tokens, name, shade, style="o-")
+
+    # Every possible answer: its exact probability against its share of the samples.
     one = log["runs"][0]["counted"]
-    exact.plot([0, max(one["exact"])], [0, max(one["exact"])], color=drawing.PALE, linewidth=0.8)
+    highest = max(one["exact"])
+    exact.plot([0, highest], [0, highest], color=drawing.PALE, linewidth=0.8)
     for drafts, shade in (("0", SHADES[0]), ("3", SHADES[3])):
-        exact.plot(
-            one["exact"], one[drafts], "o", color=shade, markersize=3, label=f"{drafts} drafts"
-        )
+        label = f"{drafts} drafts"
+        exact.plot(one["exact"], one[drafts], "o", color=shade, markersize=3, label=label)
     exact.legend(frameon=False, fontsize=8)
+
     for axis in (speeds, caches):
         axis.set(xscale="log", yscale="log")
         axis.set_xlim(None, 400)
@@ -232,19 +235,29 @@ def draw(log):
 # %%
 def verdicts(log):
     """Return {claim: whether the log supports it}."""
-    batches, alone = log["sizes"]["batches"], values(log, "speed", "speed", samples=1)
+    batches = log["sizes"]["batches"]
+    alone = values(log, "speed", "speed", samples=1)
     gain = (alone[:, -1] / alone[:, 0]).mean()
-    cache = {n: values(log, "speed", "cache", samples=n, batch=batches[-1]).mean() for n in (1, 8)}
-    passes = {t: values(log, "drafting", "passes", temperature=t).mean(0) for t in (0.0, 1.0)}
-    best = {
-        t: f"{p.min():.2f} with {log['sizes']['drafts'][int(p.argmin())]}"
-        for t, p in passes.items()
-    }
+    cache = {}
+    for samples in (1, 8):
+        peaks = values(log, "speed", "cache", samples=samples, batch=batches[-1])
+        cache[samples] = peaks.mean()
+    # The fewest passes of the trunk per token, and with how many drafts.
+    passes = {}
+    best = {}
+    for temperature in (0.0, 1.0):
+        means = values(log, "drafting", "passes", temperature=temperature).mean(0)
+        passes[temperature] = means
+        drafts = log["sizes"]["drafts"][int(means.argmin())]
+        best[temperature] = f"{means.min():.2f} with {drafts}"
     accepted = values(log, "drafting", "accepted", temperature=1.0).mean(0)[1:].round(2).tolist()
-    n, worst = log["sizes"]["answers"], 0.0
+    # Chi-square of the answers with drafts against the exact probabilities: the worst seed.
+    n = log["sizes"]["answers"]
+    worst = 0.0
     for run in log["runs"]:
         p = np.array(run["counted"]["exact"])
-        worst = max(worst, float((n * (np.array(run["counted"]["3"]) - p) ** 2 / p).sum()))
+        share = np.array(run["counted"]["3"])
+        worst = max(worst, float((n * (share - p) ** 2 / p).sum()))
     claims = [
         (f"{batches[-1]} answers at once give {gain:.1f} times the tokens of one", gain > 5),
         (
