@@ -245,7 +245,10 @@ def full_scale():
 def draw(log):
     """Draw the figure from the log alone."""
     figure, ((sums, trap, memory), (product, roof, code)) = drawing.canvas(2, 3, (13.5, 8))
-    sizes, note = log["sizes"], {"textcoords": "offset points", "fontsize": 7}
+    sizes = log["sizes"]
+    note = {"textcoords": "offset points", "fontsize": 7}
+
+    # Errors by the length of the sum.
     for kind, shade in SHADES.items():
         sums.axhline(ROUNDING[kind], color=shade, linewidth=0.8, linestyle=":")
         sums.annotate(
@@ -258,58 +261,47 @@ def draw(log):
     sums.legend(
         handles=sums.lines[1:5], labels=list(MARKS), frameon=False, fontsize=7, loc=(0.6, 0.4)
     )
-    for at, name in enumerate(MARKS):
-        for shade, label, rows in (
-            (PROGRAMS[1], "as it is", log["trap"]),
-            (PROGRAMS[0], "patched", log["errors"]),
-        ):
+
+    # Errors in bfloat16, before and after patching.
+    states = ((PROGRAMS[1], "as it is", log["trap"]), (PROGRAMS[0], "patched", log["errors"]))
+    for column, name in enumerate(MARKS):
+        for shade, state, rows in states:
             values = [r["error"] for r in rows if (r["kernel"], r["kind"]) == (name, "bfloat16")]
-            look = {"color": shade, "markersize": 16, "label": None if at else label}
-            trap.plot([at] * len(values), values, "_", **look)
+            label = None if column else state
+            x = [column] * len(values)
+            trap.plot(x, values, "_", color=shade, markersize=16, label=label)
     trap.annotate("not a number, or more", (0, GARBAGE), (-12, 6), **note)
     trap.set_xticks(range(4), [name.replace(" ", "\n").replace("-", "-\n") for name in MARKS])
     trap.legend(frameon=False, fontsize=8, loc=(0.7, 0.6))
+
+    # Memory of the loss.
     for shade, form in zip(PROGRAMS[1::-1], LOSSES):
         rows = [r for r in log["memory"] if r["form"] == form]
-        lesson.curve(
-            memory,
-            [r["tokens"] for r in rows],
-            [[r["bytes"] / 2**20 for r in rows]],
-            form,
-            shade,
-            style="o-",
-        )
+        tokens = [r["tokens"] for r in rows]
+        mebibytes = [r["bytes"] / 2**20 for r in rows]
+        lesson.curve(memory, tokens, [mebibytes], form, shade, style="o-")
     memory.set(xlim=(0, 1.5 * sizes["tokens"][-1]), ylim=(0, None))
     draw_tiles(product, log)
+
+    # The roofline, and where the cases of the benchmark lie on it.
     intensity = np.geomspace(0.5, 1e5, 100)
     roof.plot(intensity, np.minimum(PEAK, intensity * COPIED) / 1e12, color=drawing.PALE)
     for shade, (name, label) in zip(PROGRAMS, NAMES.items()):
         x = np.array([r["flops"] / r["bytes"] for r in log["counted"] if r["operation"] == name])
-        roof.plot(
-            x,
-            np.minimum(PEAK, x * COPIED) / 1e12,
-            "o",
-            color=shade,
-            markersize=4,
-            alpha=0.6,
-            label=label,
-        )
+        y = np.minimum(PEAK, x * COPIED) / 1e12
+        roof.plot(x, y, "o", color=shade, markersize=4, alpha=0.6, label=label)
     roof.annotate("decoding", (3, 3 * COPIED / 1e12), (8, -8), **note)
     roof.legend(frameon=False, fontsize=8, loc="lower right")
+
+    # Registers and shared memory of every compiled kernel, and the most of both there is.
     for unit, shade in zip(("HGMMA", "QGMMA", ""), (PROGRAMS[0], PROGRAMS[1], PROGRAMS[3])):
         rows = [k for k in log["compiled"] if k["asked"]["unit"] == unit]
-        look = {
-            "color": shade,
-            "markersize": 4,
-            "alpha": 0.7,
-            "label": f"{unit or 'no products'}: {len(rows)}",
-        }
-        code.plot(
-            [k["registers"] for k in rows], [k["shared_bytes"] / 1024 for k in rows], "o", **look
-        )
-    code.plot(
-        [0, 255, 255], [compile_check.SHARED_BYTES / 1024] * 2 + [0], color=drawing.PALE
-    )  # the most there are
+        registers = [k["registers"] for k in rows]
+        shared = [k["shared_bytes"] / 1024 for k in rows]
+        label = f"{unit or 'no products'}: {len(rows)}"
+        code.plot(registers, shared, "o", color=shade, markersize=4, alpha=0.7, label=label)
+    most = compile_check.SHARED_BYTES / 1024
+    code.plot([0, 255, 255], [most, most, 0], color=drawing.PALE)
     code.legend(frameon=False, fontsize=8, loc=(0.02, 0.7))
     log_log = {"xscale": "log", "yscale": "log"}
     lesson.panel(
