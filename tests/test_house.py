@@ -23,8 +23,6 @@ SOURCES = {
 # What `pip install minglm` brings. Every other package is optional, and imported where it is used.
 DEPENDENCIES = {
     "torch",
-    "jsonschema",
-    "referencing",
     "einops",
     "numpy",
     "tqdm",
@@ -32,6 +30,9 @@ DEPENDENCIES = {
     "tokenizers",
     "safetensors",
     "tyro",
+    "jsonschema",
+    "referencing",
+    "pygments",
     "minglm",
 }
 

@@ -101,6 +101,10 @@ class EngineGenerator:
             await finished
         except asyncio.CancelledError:
             self.engine.cancel(number)
+            if (
+                len(self.unfinished) == 1
+            ):  # nobody else needs a step, at which the request would leave
+                self.engine.step()
             raise
         finally:
             del self.unfinished[number]

@@ -343,7 +343,8 @@ FORMS: dict[Operation, tuple[Form, ...]] = {
             "minglm.kernels.attention.gluon_forward:forward_gluon",
             (hopper, half_precision, head_dim_128),
         ),
-        Form("triton", "minglm.kernels.attention.triton_forward:forward_triton", (triton,)),
+        # Without conditions: only the Triton form of attention, whose conditions hold then, asks.
+        Form("triton", "minglm.kernels.attention.triton_forward:forward_triton"),
     ),
     Operation.PAGED_ATTENTION: (
         Form("triton", "minglm.kernels.attention.paged:in_place", (head_dim_in_tiles, triton)),

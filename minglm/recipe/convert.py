@@ -185,7 +185,7 @@ def export_checkpoint(
             tokens = {key: value for key, value in values.items() if key.endswith("token_id")}
             write_json(temporary / "generation_config.json", tokens)
         write(model, temporary, dtype, shard_gigabytes)
-    written = dtype or str(model.lm_head.weight.dtype).removeprefix("torch.")
+    written = dtype or str(next(model.parameters()).dtype).removeprefix("torch.")
     return Exported(loaded.stage, written)
 
 

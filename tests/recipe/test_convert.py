@@ -162,7 +162,7 @@ def test_mistakes_of_export_and_of_a_folder(run, tmp_path, capsys):
     assert "dtype = 'int3'" in output(
         capsys, "export", run, tmp_path / "b", "--dtype", "int3", status=2
     )
-    assert "must be positive" in output(
+    assert "must be a number above 0" in output(
         capsys, "export", run, tmp_path / "c", "--shard-gigabytes", "0", status=2
     )
     assert "which has no stages" in output(

@@ -327,7 +327,7 @@ def unfinish(folder, *stages, partial=()):
     [
         (["chat.sft", "chat.rl"], [], None, None, ["chat.sft", "chat.rl"]),
         (["chat.sft", "chat.rl"], [], None, "chat.sft", ["chat.sft"]),
-        (["chat.sft", "chat.rl"], [], "chat.rl", None, ["chat.rl"]),
+        (["chat.sft", "chat.rl"], [], "chat.rl", None, "the stage before has not been run"),
         (["agent.sft", "chat.sft"], ["chat.sft"], None, None, ["chat.sft", "agent.sft"]),
         (["agent.sft", "chat.sft"], ["chat.sft"], "chat.sft", None, ["chat.sft"]),
         (

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 from helpers.fake_log import fake_log, stage_end
+from helpers.package_map import field_docs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +24,6 @@ from minglm.report.records import (
     RLRecord,
     SampleRecord,
     StepRecord,
-    field_docs,
     parse,
     read_records,
     select,

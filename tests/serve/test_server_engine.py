@@ -139,7 +139,7 @@ def test_a_released_checkpoint_is_served(tmp_path, capsys):
     [
         (["nowhere"], "is not the folder of a run"),
         (["nowhere", "--dialect", "glm-9"], "choose one of glm-4.5"),
-        (["nowhere", "--max-batch", "0"], "at least 1"),
+        (["nowhere", "--max-batch", "0"], "--max-batch: '0': must be a whole number from 1"),
     ],
 )
 def test_mistakes_of_the_verb(words, said, capsys):
