@@ -113,7 +113,7 @@ def check_fields(config: Any, prefix: str = "") -> None:
                 raise ValueError(
                     f"{name} = {shown(text, quoted=True)}: must be printable text in one line"
                 )
-        if kind in (int, float):
+        if kind in (int, float) and isinstance(value, int | float):
             _check_bounds(name, value, about(field))
 
 

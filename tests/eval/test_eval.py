@@ -228,7 +228,7 @@ def test_failures_of_the_environment_leave_the_statistics():
     assert (record["avg"], record["pass_k"], record["n"], record["infrastructure"]) == (1, 1, 3, 5)
     assert len(played) == 8
     environment.judge = lambda task, message: 1 / 0
-    with pytest.raises(ValueError, match="every environment failed: .*ZeroDivisionError"):
+    with pytest.raises(ValueError, match=r"every environment failed: .*ZeroDivisionError"):
         eval_tasks.tasks(generator, tokenizer, environment, CONFIG)
 
 

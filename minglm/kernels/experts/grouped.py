@@ -133,7 +133,10 @@ class _GroupedExperts(torch.autograd.Function):
         return dx_TD, None, dweight[row_TK], dgate, dup, ddown
 
 
-@torch.compiler.disable  # grouped_mm can be traced in bfloat16 only, and addresses of tensors cannot
+# The compiler can trace grouped_mm in bfloat16 only, and no addresses of tensors.
+_apply_uncompiled: Any = torch.compiler.disable(_GroupedExperts.apply)
+
+
 def experts_grouped(
     x_TD: torch.Tensor,
     experts_TK: torch.Tensor,
@@ -143,4 +146,4 @@ def experts_grouped(
     down_EDF: torch.Tensor,
 ) -> torch.Tensor:
     """Compute `experts_loop` of `eager.py`: x and y (T, D), experts int64 and weights float32 (T, K), all else x's dtype."""
-    return _GroupedExperts.apply(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF)
+    return _apply_uncompiled(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF)
