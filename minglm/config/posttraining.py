@@ -20,6 +20,15 @@ class Aggregation(StrEnum):
     """A constant, the largest number of tokens that a sample may have."""
 
 
+def check_answer(name: str, max_new_tokens: int, longest: int) -> None:
+    """Refuse answers longer than the model's text. name: dotted, of the section; longest: positions of the model."""
+    if max_new_tokens > longest:
+        raise ValueError(
+            f"{name}.max_new_tokens = {max_new_tokens}: "
+            f"must be at most model.max_position_embeddings = {longest}"
+        )
+
+
 @dataclass(frozen=True)
 class SFTConfig:
     """One supervised fine-tuning phase (paper 3.1)."""
@@ -77,12 +86,16 @@ class RLConfig:
     updates_per_rollout: int = positive(1)
     """Optimizer steps that share one batch of rollouts."""
 
-    def check(self, name: str) -> None:
-        """Raise ValueError, in one line, for a phase that cannot learn. name: dotted, for the message."""
+    def check(self, name: str, longest: int) -> None:
+        """Raise ValueError, in one line, for a phase that cannot learn. name: dotted, for the message.
+
+        longest: positions of the model.
+        """
         if self.samples < 2:
             raise ValueError(
                 f"{name}.samples = {self.samples}: a group of one has no advantage; use 2 or more"
             )
+        check_answer(name, self.max_new_tokens, longest)
 
 
 @dataclass(frozen=True)
@@ -157,7 +170,7 @@ class PostTrainingConfig:
         for name, sft in self.fine_tunings().items():
             sft.check(f"posttraining.{name}", longest)
         for name, rl in self.reinforcements().items():
-            rl.check(f"posttraining.{name}")
+            rl.check(f"posttraining.{name}", longest)
 
 
 @dataclass(frozen=True)
@@ -180,3 +193,7 @@ class EvaluationConfig:
     """Tokens of pre-training between measurements of bits per byte; 0: only at the end of a stage."""
     needles: int = option(0, maximum=10_000)
     """Rows of the needle test by length and depth, after a stage with longer rows; with bits by position. 0: none."""
+
+    def check(self, longest: int) -> None:
+        """Raise ValueError, in one line, for answers longer than the model's text. longest: positions of the model."""
+        check_answer("evaluation", self.max_new_tokens, longest)

@@ -127,6 +127,7 @@ class RunConfig:
         self._check_rope()
         self._check_muon()
         self.posttraining.check(self.model.max_position_embeddings)
+        self.evaluation.check(self.model.max_position_embeddings)
         return self
 
     def _check_names(self) -> None:

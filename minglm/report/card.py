@@ -144,14 +144,12 @@ def rl_rows(records: Sequence[Record]) -> list[Row]:
     rows: list[Row] = []
     for stage in stages_of(records, RLRecord):
         steps = select(records, RLRecord, stage=stage)
-        first = [step.reward for step in steps[:5]]
-        last = [step.reward for step in steps[-5:]]
         rows.append(
             (
                 label(stage),
                 len(steps),
-                f"{sum(first) / len(first):.3f}",
-                f"{sum(last) / len(last):.3f}",
+                reward_text(steps[:5]),
+                reward_text(steps[-5:]),
                 percent(mean(step.live_groups for step in steps)),
                 percent(mean(step.truncated for step in steps)),
                 percent(mean(step.clip_share for step in steps), 2),  # a skipped step clips nothing
@@ -159,6 +157,12 @@ def rl_rows(records: Sequence[Record]) -> list[Row]:
             )
         )
     return rows
+
+
+def reward_text(steps: Sequence[RLRecord]) -> str:
+    """Format the mean reward of some steps; 'n/a' when every environment failed in all of them."""
+    reward = mean(step.reward for step in steps)
+    return "n/a" if reward is None else f"{reward:.3f}"
 
 
 def cleaning_rows(records: Sequence[Record]) -> list[Row]:

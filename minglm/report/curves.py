@@ -306,11 +306,19 @@ def draw_rl_seeds(runs: Sequence[Records], path: str | Path) -> Path | None:
     size = (2.1 * len(stages) + 0.8, 5.2)
     figure, axes = canvas(len(RL_PANELS), len(stages), size, sharex="col", sharey="row")
     for column, stage in enumerate(stages):
-        phases = [select(run, RLRecord, stage=stage) for run in runs]
-        x = [step.step for step in min(phases, key=len)]
+        # A step whose environments all failed measured nothing: it is left out, in every run.
+        phases = [
+            {
+                step.step: step
+                for step in select(run, RLRecord, stage=stage)
+                if step.reward is not None
+            }
+            for run in runs
+        ]
+        x = [step for step in phases[0] if all(step in steps for steps in phases)]
         for row, field in enumerate(RL_PANELS):
             axis = axes[row][column]
-            curves = [[getattr(step, field) for step in steps[: len(x)]] for steps in phases]
+            curves = [[getattr(steps[step], field) for step in x] for steps in phases]
             if len(runs) == 1:
                 draw_curve(axis, x, curves[0], colour(stage))
             else:

@@ -232,28 +232,28 @@ class RLRecord(StageRecord):
     """Number of the step in its stage, from 1."""
     seconds: float
     """Wall-clock seconds of rollout and updates."""
-    reward: float
-    """Mean score over all samples of the rollout, 0 to 1.
+    reward: float | None = None
+    """Mean score over all samples of the rollout, 0 to 1; absent when every environment failed.
 
     Healthy: rises, noisily
     Broken: falls for many steps: tasks too hard, or rate too high
     """
     reward_by_env: dict[str, float]
-    """Mean score of each environment."""
-    length: float
-    """Mean tokens that the model produced per episode.
+    """Mean score of each environment; one that always failed is missing."""
+    length: float | None = None
+    """Mean tokens that the model produced per episode; absent when every environment failed.
 
     Healthy: moves slowly
     Broken: runs to the limit or to almost nothing: the reward pays for length
     """
-    truncated: float
-    """Share of samples stopped by the token limit.
+    truncated: float | None = None
+    """Share of samples stopped by the token limit; absent when every environment failed.
 
     Healthy: below 0.05
     Broken: above: the limit hides answers from the reward
     """
-    switch_ok: float
-    """Share of answers that think when asked to and do not when not.
+    switch_ok: float | None = None
+    """Share of answers that think when asked to and do not when not; absent when every environment failed.
 
     Healthy: 1
     Broken: below: the data has thinking in the wrong half
@@ -265,7 +265,7 @@ class RLRecord(StageRecord):
     Broken: below: the template in training and in generation differ
     """
     incidence: dict[str, float]
-    """Share of answers with mixed languages, repetition, broken format, or any of them.
+    """Share of answers with mixed languages, repetition, broken format, or any of them; empty without answers.
 
     Healthy: below 0.05
     Broken: rises with the reward: the reward pays for it

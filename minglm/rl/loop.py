@@ -74,7 +74,8 @@ def evenly_spread(number: int, share: float) -> bool:
 def summarize(groups: Sequence[Sequence[Trajectory]]) -> dict[str, Any]:
     """Return numbers of one rollout for the log: reward, length, truncation, calls, faults.
 
-    Samples whose environment failed are left out. The numbers are fields of `RLRecord`.
+    Samples whose environment failed are left out. The numbers are fields of `RLRecord`. When every environment failed
+    the means are None and the shares by name are empty: 0 would say that every answer was wrong.
     """
     everything = [t for group in groups for t in group]
     trajectories = [t for t in everything if t.valid]
@@ -86,22 +87,22 @@ def summarize(groups: Sequence[Sequence[Trajectory]]) -> dict[str, Any]:
         if t.task.tools:
             calls += t.score.parts["calls"]
             valid_calls += t.score.parts["valid_calls"]
-    faults = incidence([t.faults() for t in trajectories])
+    faults = incidence([t.faults() for t in trajectories]) if trajectories else {}
     return {
-        "reward": round(mean([t.score.value for t in trajectories]), 4),
-        "reward_by_env": {name: round(fmean(v), 4) for name, v in by_environment.items()},
-        "length": round(mean([t.length for t in trajectories]), 2),
-        "truncated": round(mean([t.truncated for t in trajectories]), 4),
-        "switch_ok": round(mean([t.switch_obeyed for t in trajectories]), 4),
+        "reward": mean([t.score.value for t in trajectories], 4),
+        "reward_by_env": {name: mean(v, 4) for name, v in by_environment.items()},
+        "length": mean([t.length for t in trajectories], 2),
+        "truncated": mean([t.truncated for t in trajectories], 4),
+        "switch_ok": mean([t.switch_obeyed for t in trajectories], 4),
         "valid_calls": round(valid_calls / calls, 4) if calls else None,
         "incidence": {name: round(value, 4) for name, value in faults.items()},
         "infrastructure": len(everything) - len(trajectories) or None,
     }
 
 
-def mean(values: Sequence[float]) -> float:
-    """Return the mean of the values, 0 when every environment failed and there are none."""
-    return fmean(values) if values else 0.0
+def mean(values: Sequence[float], digits: int) -> float | None:
+    """Return the mean of the values, rounded to so many decimal digits; None without values."""
+    return round(fmean(values), digits) if values else None
 
 
 def reinforce(
@@ -136,9 +137,8 @@ def reinforce(
             log.write(record)
             if trainer.guard.gives_up:
                 log.write(roll_back(trainer, player, checkpoints, stage))
-            bar.set_postfix_str(
-                f"reward {record.reward:.3f}, live {record.live_groups:.0%}", refresh=False
-            )
+            reward = "none" if record.reward is None else f"{record.reward:.3f}"
+            bar.set_postfix_str(f"reward {reward}, live {record.live_groups:.0%}", refresh=False)
             bar.update()
             try:
                 stop()

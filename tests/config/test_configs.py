@@ -89,6 +89,8 @@ WRONG = {
     "--optimizer.batch_tokens_start 0": "optimizer.batch_tokens_start = 0",
     "--optimizer.peak_lr nan": "optimizer.peak_lr = nan",
     "--posttraining.reasoning.rl.samples 1": "posttraining.reasoning.rl.samples = 1: a group of one has no advantage",
+    "--posttraining.general_rl.max_new_tokens 131073": "posttraining.general_rl.max_new_tokens = 131073: must be at most model.max_position_embeddings = 131072",
+    "--evaluation.max_new_tokens 200000": "evaluation.max_new_tokens = 200000: must be at most model.max_position_embeddings",
     "--posttraining.general_rl.aggregation sum": "posttraining.general_rl.aggregation = 'sum': must be token, sequence or constant",
     "--posttraining.thinking_share 2": "posttraining.thinking_share = 2.0",
     "--dtype float16": "dtype = 'float16': must be float32 or bfloat16",

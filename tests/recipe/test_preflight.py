@@ -52,6 +52,10 @@ MISTAKES = {
         ["--model.vocab_size", "200"],
         "model.vocab_size = 200: 256 bytes and 36 special tokens",
     ),
+    "an answer": (
+        ["--evaluation.max_new_tokens", "4096"],
+        "evaluation.max_new_tokens = 4096: must be at most model.max_position_embeddings = 2048",
+    ),
     "kernels": (["--kernels", "triton", "--device", "cpu"], "kernels = 'triton' needs a GPU"),
     "a stage": (["--only", "sleeping"], "--only sleeping: no such stage; the stages are general, "),
     "an environment": (

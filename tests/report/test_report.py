@@ -33,6 +33,7 @@ from minglm.report.stages_diagram import draw_stages
 
 LOG = fake_log()
 STEP = select(LOG, StepRecord)[0]
+RL = select(LOG, RLRecord)
 
 
 def verdicts(records):
@@ -190,6 +191,23 @@ def test_reinforcement_over_seeds(tmp_path):
     drawn = redraw(folders)
     assert drawn == [folder / "rl.png" for folder in folders]
     assert len({path.read_bytes() for path in drawn}) == 3
+
+
+def test_a_step_without_reward_is_left_out_of_means_and_curves(tmp_path):
+    """Where every environment failed nothing was measured: the means are those of the other steps."""
+    first = [dataclasses.replace(r, stage="agent.rl", step=i) for i, r in enumerate(RL[:4])]
+    failed = dataclasses.replace(
+        first[0], step=4, reward=None, length=None, truncated=None, switch_ok=None
+    )
+    log = [*first, failed]
+    measured, with_gap = card.rl_rows(first)[0], card.rl_rows(log)[0]
+    assert with_gap[1] == measured[1] + 1
+    assert with_gap[2:4] == measured[2:4]
+    assert card.rl_rows([failed])[0][2:4] == ("n/a", "n/a")
+    figures_of = [curves.draw_rl(part, tmp_path / f"{len(part)}.png") for part in (first, log)]
+    assert figures_of[0].read_bytes() == figures_of[1].read_bytes()
+    assert curves.draw_rl_seeds([log, first], tmp_path / "seeds.png")
+    assert curves.draw_rl([failed], tmp_path / "failed.png")
 
 
 @given(st.text("`~ab\n|", max_size=60))

@@ -1,6 +1,7 @@
 """The trainer and the loop of RL: what was sampled is trained, equal rewards teach nothing, a stopped run resumes."""
 
 import dataclasses
+import json
 import math
 import signal
 from collections import Counter
@@ -23,6 +24,7 @@ from minglm.inference.client import EngineGenerator
 from minglm.model.embedding import LMHead
 from minglm.model.glm import GLM, Output
 from minglm.optim.muon import Muon
+from minglm.report.records import RLRecord, parse
 from minglm.rl import trainer
 from minglm.rl.episode import Player, SamplingSettings, Segment, Trajectory
 from minglm.rl.loop import TaskSchedule, reinforce, summarize
@@ -561,6 +563,18 @@ def test_the_log_says_what_happened():
     assert (found["length"], found["truncated"], found["switch_ok"]) == (3.0, 0.25, 0.75)
     assert found["valid_calls"] == 0.6 and found["incidence"]["repetition"] == 0.25
     assert summarize(groups[:1])["valid_calls"] is None
+
+
+def test_a_step_whose_environments_all_failed_logs_no_reward():
+    """No 0, which would say that the policy was wrong, and no NaN: the means are absent, and the failures are counted."""
+    failed = Trajectory(TASK, True, [], [], ["fine"], Score(0.0, "infrastructure"))
+    found = summarize([[failed, failed]])
+    shares = {"live_groups": 0.0, "skipped": True}
+    record = RLRecord(stage="rl", step=1, seconds=0.1, **found, **shares)
+    absent = {"reward", "length", "truncated", "switch_ok"}
+    assert not absent & record.values().keys()
+    assert (found["reward_by_env"], found["incidence"], found["infrastructure"]) == ({}, {}, 2)
+    assert parse({"kind": "rl", **json.loads(json.dumps(record.values()))}) == record
 
 
 class Letters(Environment):
