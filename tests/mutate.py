@@ -230,7 +230,7 @@ def main() -> None:
     module = str((ROOT / options.module).relative_to(ROOT))
     tests = options.tests or tests_of(module)
 
-    source = (ROOT / module).read_text()
+    source = (ROOT / module).read_text(encoding="utf-8")
     drawn = list(mutations(source))
     sites = len(drawn)
     if options.lines:
@@ -250,13 +250,13 @@ def main() -> None:
         copy_of_repository(folder)
         unchanged = run_tests(folder, tests, options.match, None, output)
         if not unchanged.passed:
-            raise SystemExit(f"{module}: its own tests fail\n{output.read_text()}")
+            raise SystemExit(f"{module}: its own tests fail\n{output.read_text(encoding='utf-8')}")
         limit = int(FACTOR * unchanged.seconds + SPARE)
 
         survivors = []
         began = time.monotonic()
         for mutation in sorted(drawn, key=lambda mutation: mutation.line):
-            (folder / module).write_text(mutation.source)
+            (folder / module).write_text(mutation.source, encoding="utf-8")
             if run_tests(folder, tests, options.match, limit, output).passed:
                 survivors.append(mutation)
                 text = mutation.source.splitlines()[mutation.line - 1].strip()

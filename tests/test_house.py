@@ -322,6 +322,22 @@ def runs_text(path: str, text: str) -> list[str]:
     ]
 
 
+def text_without_encoding(path: str, text: str) -> list[str]:
+    """Text files that are read or written in the encoding of the machine's locale, which differs between machines."""
+    offences = []
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Call):
+            continue
+        called = node.func
+        is_text = isinstance(called, ast.Attribute) and called.attr in ("read_text", "write_text")
+        if isinstance(called, ast.Name) and called.id == "open":
+            modes = [*node.args[1:2], *(word.value for word in node.keywords if word.arg == "mode")]
+            is_text = not any("b" in str(getattr(mode, "value", "")) for mode in modes)
+        if is_text and not any(word.arg == "encoding" for word in node.keywords):
+            offences.append(f"{path}:{node.lineno}: {ast.unparse(node)} names no encoding")
+    return offences
+
+
 def leftovers(path: str, text: str) -> list[str]:
     """Unfinished work, packed lines that are defended from the formatter, and paths of one machine."""
     words = (
@@ -351,6 +367,7 @@ RULES: dict[Rule, tuple[str, str]] = {
     missing_types: ("minglm/model/moe.py", "def f(x: int, y) -> int:\n    return x + y\n"),
     missing_docstrings: ("minglm/model/moe.py", '"""A module."""\n\ndef f():\n    return 1\n'),
     docstrings_without_a_verb: ("minglm/model/moe.py", 'def f():\n    """The number one."""\n'),
+    text_without_encoding: ("minglm/data/x.py", "def f(path):\n    return path.read_text()\n"),
     runs_text: ("minglm/envs/code.py", "def f(answer):\n    return eval(answer)\n"),
     leftovers: ("minglm/model/moe.py", "def f():\n    raise NotImplementedError\n"),
 }
@@ -379,6 +396,7 @@ def test_what_the_rules_allow():
     assert not unknown_axes(
         "minglm/model/moe.py", "scores_TE = weight_1V + self.last_id + MASK_Z\n"
     )
+    assert not text_without_encoding("minglm/data/x.py", 'open(path, "rb").read()\n')
     assert not missing_types("minglm/kernels/x.py", "@triton.jit\ndef f(x):\n    return x\n")
     noun = 'class C:\n    @property\n    def f(self):\n        """The number one."""\n'
     assert not docstrings_without_a_verb("minglm/model/moe.py", noun)

@@ -113,7 +113,7 @@ def test_the_blocks_are_found():
 
 def test_first_screen_is_what_ci_does():
     """`.ci/run` installs and tests with README's second command, and runs its first at nano scale."""
-    steps = (ROOT / ".ci" / "run").read_text()
+    steps = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert COMMANDS[:4] == [
         "pip install -e .",
         "python -m minglm run configs/toy.py",
@@ -199,7 +199,8 @@ def test_every_contract_is_named():
             "",
         )
         names = (
-            set(re.findall(r"^def (check_\w+)", path.read_text(), re.MULTILINE)) - parts
+            set(re.findall(r"^def (check_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+            - parts
         )  # of check_environment
         assert not [name for name in sorted(names) if f"`{name}`" not in row], path.name
 

@@ -247,7 +247,8 @@ def memory(side: Side, config: RunConfig, batch: Batch) -> int:
     trainee = build(side, config)
 
     def status(name: str) -> int:
-        return int(Path("/proc/self/status").read_text().split(name)[1].split()[1]) * 1024
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.split(name)[1].split()[1]) * 1024
 
     before = status("VmRSS")
     trainee.step(batch)

@@ -25,7 +25,7 @@ def test_smoke_run_writes_every_form(tmp_path, capsys):
         )
         == 0
     )
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text(encoding="utf-8"))
     drawn = path.with_suffix(".png").read_bytes()
     assert (
         redraw([path]) == [path.with_suffix(".png")]

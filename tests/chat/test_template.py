@@ -19,7 +19,9 @@ from minglm.testing.chat import (
     conversations,
 )
 
-CASES = json.loads((Path(__file__).parent / "goldens" / "chat_glm45.json").read_text())["cases"]
+CASES = json.loads(
+    (Path(__file__).parent / "goldens" / "chat_glm45.json").read_text(encoding="utf-8")
+)["cases"]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,9 @@ from minglm.testing.chat import (
     conversations,
 )
 
-CASES = json.loads((Path(__file__).parent / "goldens" / "chat_glm45.json").read_text())["cases"]
+CASES = json.loads(
+    (Path(__file__).parent / "goldens" / "chat_glm45.json").read_text(encoding="utf-8")
+)["cases"]
 BYTES = ByteTokenizer()
 
 
@@ -35,7 +37,7 @@ def published():
         0
     ]  # found, not imported: that takes seconds
     template = environment.from_string(
-        (Path(folder) / "chat_templates" / "glm4moe.jinja").read_text()
+        (Path(folder) / "chat_templates" / "glm4moe.jinja").read_text(encoding="utf-8")
     )
 
     def text(messages, tools=None, thinking=True, generation_prompt=False):

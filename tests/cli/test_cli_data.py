@@ -22,7 +22,9 @@ OVERRIDES = [
 def run(tmp_path_factory):
     """(function that calls the verb on one folder, that folder): with some text of the user, a part of it bad."""
     folder = tmp_path_factory.mktemp("stock")
-    (folder / "mail.jsonl").write_text('{"text": "a letter", "source": "mail"}\n{"text": 3}\n' * 3)
+    (folder / "mail.jsonl").write_text(
+        '{"text": "a letter", "source": "mail"}\n{"text": 3}\n' * 3, encoding="utf-8"
+    )
     words = [
         CONFIG,
         "--out",

@@ -178,7 +178,7 @@ def test_a_mistake_is_one_line_and_starts_nothing(name, capsys, tmp_path, monkey
     """Exit status 2, one line with the field or word and the remedy; no folder is made."""
     words, part = MISTAKES[name]
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     line = output(capsys, *[word.replace("{tmp}", str(tmp_path)) for word in words], status=2)
     assert part.replace("{tmp}", str(tmp_path)) in line
     assert os.listdir(tmp_path) == ["file"]

@@ -211,7 +211,7 @@ def test_figures_run_no_code_beside_their_path(capsys, tmp_path):
     """A file lessons/X.py beside figures/X.json is not executed: only the lessons of this checkout draw."""
     (tmp_path / "lessons").mkdir()
     (tmp_path / "figures").mkdir()
-    (tmp_path / "lessons" / "99_x.py").write_text("raise SystemExit('it ran')\n")
+    (tmp_path / "lessons" / "99_x.py").write_text("raise SystemExit('it ran')\n", encoding="utf-8")
     write_json(tmp_path / "figures" / "99_x.json", {})
     assert "cannot redraw" in refusal(capsys, ["figures", str(tmp_path / "figures" / "99_x.json")])
     assert not (tmp_path / "figures" / "99_x.png").exists()
@@ -242,6 +242,6 @@ def test_what_can_be_checked_is_checked_before_anything_is_written(
 ):
     """Status 2 and one line; the folder holds what it held."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     refusal(capsys, words)
     assert os.listdir(tmp_path) == ["file"]

@@ -144,7 +144,7 @@ def test_a_forgotten_stage_leaves_a_note_of_the_same_length(stages, gone, count,
 def test_a_damaged_line_is_named(tmp_path):
     """A line that is no JSON, but has its line break, is no crash's."""
     path = tmp_path / "log.jsonl"
-    path.write_text('{"kind": "event"}\n{"kind": "ev\n{"kind": "event"}\n')
+    path.write_text('{"kind": "event"}\n{"kind": "ev\n{"kind": "event"}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"log\.jsonl, line 2 is not JSON"):
         read_jsonl(path)
 
@@ -163,7 +163,7 @@ def test_a_file_that_holds_no_such_object_is_one_line(content, tmp_path):
 
 def test_a_folder_that_cannot_be_is_refused_before_anything_is_made(tmp_path):
     """Under a file, with a name that is too long; one that can be made is accepted, and not made."""
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     for wrong in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("x" * 300)):
         with pytest.raises(ValueError, match="choose another folder"):
             check_out(wrong)
@@ -240,11 +240,11 @@ def test_atomic_path_replaces_or_leaves_alone(tmp_path):
     write_json(path, {"text": "词 \u2028"})
     old = path.read_bytes()
     with pytest.raises(KeyError), atomic_path(path) as temporary:
-        temporary.write_text("half")
+        temporary.write_text("half", encoding="utf-8")
         raise KeyError
     assert path.read_bytes() == old
     write_json(path, [1])
-    assert path.read_text() == "[\n 1\n]\n"
+    assert path.read_text(encoding="utf-8") == "[\n 1\n]\n"
     assert os.listdir(path.parent) == ["file.json"]
 
 
@@ -271,7 +271,7 @@ def test_a_full_disk_is_one_line(tmp_path):
     with pytest.raises(ValueError, match=message) as error, atomic_path(path):
         raise OSError(28, "No space left on device")
     assert "\n" not in str(error.value)
-    assert path.read_text() == "1\n"
+    assert path.read_text(encoding="utf-8") == "1\n"
 
 
 @given(st.integers(0, 2**40))

@@ -111,7 +111,7 @@ def test_missing_files_and_functions_are_one_line(tmp_path):
         ValueError, match=r"no config file at nowhere\.py; the ladder is in configs/"
     ):
         load_config("nowhere.py")
-    (tmp_path / "mine.py").write_text("x = 1\n")
+    (tmp_path / "mine.py").write_text("x = 1\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"mine\.py has no function mine\(\)"):
         load_config(tmp_path / "mine.py")
     with pytest.raises(ValueError, match=r"has no function other\(\)"):

@@ -229,7 +229,7 @@ def test_a_file_that_is_no_config_is_one_line(fault, tmp_path, recwarn):
     """The line names the file and, where there is one, the line in it."""
     text, expected = FILES[fault]
     path = tmp_path / "mine.py"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     message = refusal(load_config, path)
     assert expected in message
     assert str(path) in message or "name = " in message or fault.startswith("a field")
@@ -253,7 +253,7 @@ def test_a_path_that_is_no_file_is_one_line(path):
 def test_an_interrupted_config_is_an_interrupt(tmp_path):
     """Ctrl-C while a config runs is no mistake of the config."""
     path = tmp_path / "mine.py"
-    path.write_text("raise KeyboardInterrupt\n")
+    path.write_text("raise KeyboardInterrupt\n", encoding="utf-8")
     with pytest.raises(KeyboardInterrupt):
         load_config(path)
 

@@ -149,7 +149,7 @@ def test_a_learned_score_decides_the_buckets(tmp_path, taught_by):
     ]
     marks = tmp_path / "marks.jsonl"
     rows = [{"text": d.text, "label": float(d in noise)} for d in pages + noise]
-    marks.write_text("\n".join(map(json.dumps, rows)))
+    marks.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     times, done = clean(
         pages + noise, lowest_share=0.5, quality="learned" if taught_by == "rubric" else f"{marks}"
     )
@@ -296,18 +296,18 @@ def test_damage_to_any_byte_is_found(written, bit, accident, data):
             victim.unlink()
         else:
             victim.write_bytes(b"")
-        intact = json.loads(written.joinpath("index.json").read_text())
+        intact = json.loads(written.joinpath("index.json").read_text(encoding="utf-8"))
         try:
-            unchanged = json.loads(victim.read_text()) == intact
+            unchanged = json.loads(victim.read_text(encoding="utf-8")) == intact
         except (OSError, ValueError):
             unchanged = False
         if victim.name == "index.json":
             # A flip between two white spaces changes no value.
             assert unchanged or shards.chunk_numbers(folder) is None
         elif accident == "flip" and victim.suffix == ".json":
-            same = json.loads(written.joinpath(victim.name).read_text())
+            same = json.loads(written.joinpath(victim.name).read_text(encoding="utf-8"))
             with contextlib.suppress(ValueError):
-                unchanged = json.loads(victim.read_text()) == same
+                unchanged = json.loads(victim.read_text(encoding="utf-8")) == same
             assert unchanged or list(find_damage(folder)) == [int(victim.name[:5])]
         else:
             assert list(find_damage(folder)) == [int(victim.name[:5])]
@@ -427,8 +427,10 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path):
 
 def test_documents_longer_than_any_row_and_sources_that_run_dry(tmp_path):
     """A text of a hundred rows is read in pieces by either packing, and a source of one short text is repeated."""
-    (tmp_path / "long.txt").write_text("word after word " * 4000)
-    (tmp_path / "short.jsonl").write_text('{"text": "one short text", "source": "tiny"}\n')
+    (tmp_path / "long.txt").write_text("word after word " * 4000, encoding="utf-8")
+    (tmp_path / "short.jsonl").write_text(
+        '{"text": "one short text", "source": "tiny"}\n', encoding="utf-8"
+    )
     run = small(
         "--data.files",
         str(tmp_path / "long.txt"),

@@ -80,7 +80,7 @@ def checkout(tmp_path):
         }
     ]
     rows += [{"number": 3, "title": "Signs"}]
-    issues.write_text("\n".join(map(json.dumps, rows)))
+    issues.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return repository
 
 
@@ -180,6 +180,8 @@ def test_mistakes_are_one_line(tmp_path, checkout):
         list(user_files([f"git:{tmp_path / 'empty'}"]))
     with pytest.raises(ValueError, match=r"cannot read the issues .*none\.jsonl"):
         list(user_files([f"git:{checkout.folder}:{tmp_path / 'none.jsonl'}"]))
-    (tmp_path / "bad.jsonl").write_text('{"number": 1, "title": "x"}\n{"number": 2}\n')
+    (tmp_path / "bad.jsonl").write_text(
+        '{"number": 1, "title": "x"}\n{"number": 2}\n', encoding="utf-8"
+    )
     with pytest.raises(ValueError, match=r'bad\.jsonl, line 2: needs a "number" and a "title"'):
         list(user_files([f"git:{checkout.folder}:{tmp_path / 'bad.jsonl'}"]))

@@ -261,10 +261,13 @@ def test_each_kind_has_its_own_judge(tmp_path):
 def test_wrong_labels_are_named(tmp_path, line, said):
     """A mark that cannot be used is an error with its line; right ones are read with their source and language."""
     path = tmp_path / "marks.jsonl"
-    path.write_text('{"text": "x", "label": 1, "source": "code", "language": "go"}\n' + line + "\n")
+    path.write_text(
+        '{"text": "x", "label": 1, "source": "code", "language": "go"}\n' + line + "\n",
+        encoding="utf-8",
+    )
     with pytest.raises(ValueError, match=said):
         read_labels(path)
-    path.write_text(json.dumps({"text": "y", "label": 0.5}) + "\n\n")
+    path.write_text(json.dumps({"text": "y", "label": 0.5}) + "\n\n", encoding="utf-8")
     assert read_labels(path) == [("y", 0.5, "prose", "en")]
     with pytest.raises(ValueError, match=r"cannot read the labels .*absent"):
         read_labels(tmp_path / "absent")

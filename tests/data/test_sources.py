@@ -44,18 +44,20 @@ def write_rows(path, rows):
 
 def test_user_files_of_every_kind(tmp_path):
     """Text, code, folders, JSON lines and parquet become documents of the sources they name."""
-    (tmp_path / "note.md").write_text("# Title\n\nSome prose.\n")
-    (tmp_path / "tool.py").write_text("x = 1\n")
+    (tmp_path / "note.md").write_text("# Title\n\nSome prose.\n", encoding="utf-8")
+    (tmp_path / "tool.py").write_text("x = 1\n", encoding="utf-8")
     some = [
         {"text": "one"},
         {"text": "二", "source": "math", "language": "zh"},
         {"text": "three", "source": "mail"},
     ]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, some)) + "\n\n")
+    (tmp_path / "rows.jsonl").write_text(
+        "\n".join(map(json.dumps, some)) + "\n\n", encoding="utf-8"
+    )
     (tmp_path / "repo" / ".git").mkdir(parents=True)
-    (tmp_path / "repo" / ".git" / "hidden.py").write_text("secret = 1\n")
-    (tmp_path / "repo" / "a.py").write_text("import b\n")
-    (tmp_path / "repo" / "b.py").write_text("y = 2\n")
+    (tmp_path / "repo" / ".git" / "hidden.py").write_text("secret = 1\n", encoding="utf-8")
+    (tmp_path / "repo" / "a.py").write_text("import b\n", encoding="utf-8")
+    (tmp_path / "repo" / "b.py").write_text("y = 2\n", encoding="utf-8")
     (tmp_path / "repo" / "c.bin").write_bytes(b"\xff\xfe")
     paths = [str(tmp_path / name) for name in ("note.md", "tool.py", "rows.jsonl", "repo")]
     found = list(user_files(paths))
@@ -118,7 +120,7 @@ def test_a_folder_is_walked_in_order_and_each_checkout_is_a_repository(tmp_path)
         "runs/toy/data/x.txt": "",
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="utf-8")
     found = list(user_files([tmp_path]))
     names = [
         d.name.removeprefix(f"{tmp_path}/").removeprefix(f"repository/{tmp_path}") for d in found
@@ -142,7 +144,7 @@ def test_a_repository_too_long_to_hold_is_not_joined(tmp_path, monkeypatch):
     """Its files stand alone, and the log says so."""
     monkeypatch.setattr(files, "REPOSITORY_CHARACTERS", 30)
     for n in range(4):
-        (tmp_path / f"{n}.py").write_text("x = 123456789\n")
+        (tmp_path / f"{n}.py").write_text("x = 123456789\n", encoding="utf-8")
     skipped = Skipped()
     assert [d.source for d in user_files([tmp_path], ReadOptions(skipped=skipped))] == ["code"] * 4
     assert skipped.count == 1 and "not joined" in next(iter(skipped.reasons))
@@ -179,7 +181,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, name):
     monkeypatch.setattr(files, "PIECE_CHARACTERS", 2**20)
     path, line = tmp_path / name, "some words and some more of them, " * 60 + "\n"
     if name.endswith(".txt"):
-        path.write_text(line * 12_000)
+        path.write_text(line * 12_000, encoding="utf-8")
     elif name.endswith(".parquet"):
         table = pyarrow.table({"text": [line] * 12_000})
         pyarrow.parquet.write_table(table, path, row_group_size=1000)
@@ -216,7 +218,8 @@ def test_bad_records_are_counted_named_and_skipped(tmp_path):
         "also good",
     ]
     log = [
-        json.loads(line) for line in (tmp_path / "log" / "skipped.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (tmp_path / "log" / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     assert [(record["file"].rpartition("/")[2], record["where"]) for record in log] == [
         *(("latin.txt", "file"), ("none.txt", "file")),
@@ -310,7 +313,7 @@ def test_documents_of_a_file_are_held_out_together(tmp_path, monkeypatch):
     """The pieces of a long text are all in training or all held out."""
     monkeypatch.setattr(files, "PIECE_CHARACTERS", 8)
     for n in range(20):
-        (tmp_path / f"{n}.txt").write_text("word\n" * 10)
+        (tmp_path / f"{n}.txt").write_text("word\n" * 10, encoding="utf-8")
     found = list(user_files([tmp_path], ReadOptions(heldout=0.5)))
     for n in range(20):
         assert len({d.heldout for d in found if d.name.startswith(f"{tmp_path}/{n}.txt")}) == 1
@@ -358,12 +361,12 @@ def test_a_damaged_file_does_not_end_the_reading_of_its_folder(tmp_path, name):
         path.symlink_to(tmp_path / "nowhere")
     else:
         path.write_bytes(DAMAGED[name])
-    (tmp_path / "0.txt").write_text("before")
-    (tmp_path / "z.txt").write_text("after")
+    (tmp_path / "0.txt").write_text("before", encoding="utf-8")
+    (tmp_path / "z.txt").write_text("after", encoding="utf-8")
     skipped = Skipped(tmp_path / ".log")
     found = [d.text for d in user_files([tmp_path], ReadOptions(skipped=skipped))]
     assert found[0] == "before" and found[-1] == "after"
-    record = json.loads((tmp_path / ".log").read_text().splitlines()[-1])
+    record = json.loads((tmp_path / ".log").read_text(encoding="utf-8").splitlines()[-1])
     assert record["file"] == f"{path}"
     assert len(record["why"]) < 300
     with pytest.raises(ValueError, match=f"^data.files: [^\\n]*{name}"):
@@ -401,8 +404,8 @@ def test_every_file_of_a_folder_is_read_or_counted(suffixes):
     """No file vanishes: its text is a document, or its suffix is counted."""
     with tempfile.TemporaryDirectory() as folder:
         for n, suffix in enumerate(["", *suffixes]):
-            (Path(folder) / f"{n}{suffix}").write_text("some words\n")
-        (Path(folder) / "last.txt").write_text("some words\n")
+            (Path(folder) / f"{n}{suffix}").write_text("some words\n", encoding="utf-8")
+        (Path(folder) / "last.txt").write_text("some words\n", encoding="utf-8")
         skipped = Skipped()
         found = [
             d
@@ -417,11 +420,11 @@ def test_every_file_of_a_folder_is_read_or_counted(suffixes):
 
 def test_folders_that_are_passed_over_are_counted(tmp_path, monkeypatch):
     """A folder that cannot be read, a link to a folder and the folder of a run are named, each with its reason."""
-    (tmp_path / "a.txt").write_text("words")
+    (tmp_path / "a.txt").write_text("words", encoding="utf-8")
     (tmp_path / "closed").mkdir()
     (tmp_path / "linked").symlink_to(tmp_path / "closed")
     (tmp_path / "run" / "data").mkdir(parents=True)
-    (tmp_path / "run" / "log.jsonl").write_text("")
+    (tmp_path / "run" / "log.jsonl").write_text("", encoding="utf-8")
     original = os.scandir
 
     def scandir(path):
@@ -432,7 +435,9 @@ def test_folders_that_are_passed_over_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", scandir)
     skipped = Skipped(tmp_path / ".log")
     assert [d.text for d in user_files([tmp_path], ReadOptions(skipped=skipped))] == ["words"]
-    records = [json.loads(line) for line in (tmp_path / ".log").read_text().splitlines()]
+    records = [
+        json.loads(line) for line in (tmp_path / ".log").read_text(encoding="utf-8").splitlines()
+    ]
     assert {Path(record["file"]).name for record in records} == {"closed", "linked", "run"}
 
 
@@ -483,11 +488,11 @@ def test_any_line_is_a_document_or_counted(lines):
 def test_the_log_of_a_file_of_bad_rows_is_bounded(tmp_path, monkeypatch):
     """A file of nothing but bad rows has a bounded part of the log, and every row is counted."""
     monkeypatch.setattr(files, "NAMED_RECORDS", 10)
-    (tmp_path / "a.jsonl").write_text('"x"\n' * 500 + '{"text": "good"}\n')
+    (tmp_path / "a.jsonl").write_text('"x"\n' * 500 + '{"text": "good"}\n', encoding="utf-8")
     skipped = Skipped(tmp_path / "log")
     assert len(list(user_files([tmp_path / "a.jsonl"], ReadOptions(skipped=skipped)))) == 1
     assert skipped.count == 500
-    lines = (tmp_path / "log").read_text().splitlines()
+    lines = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 10
     assert "only counted" in lines[-1]
 
@@ -496,7 +501,7 @@ def test_a_long_row_comes_in_pieces(tmp_path, monkeypatch):
     """A row of any length gives documents of a bounded length, which join to it and are held out together."""
     monkeypatch.setattr(files, "PIECE_CHARACTERS", 100)
     text = "some words and more\n" * 30 + "x" * 350
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
     found = list(user_files([tmp_path / "a.jsonl"], ReadOptions(heldout=0.5)))
     assert "".join(d.text for d in found) == text
     assert max(len(d.text) for d in found) <= 100

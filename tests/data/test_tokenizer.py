@@ -163,7 +163,7 @@ def released(tokenizer, folder):
             name: {"id": name, "ids": [token], "tokens": [name]} for name, token in prefix.items()
         },
     }
-    (folder / "tokenizer.json").write_text(json.dumps(specification))
+    (folder / "tokenizer.json").write_text(json.dumps(specification), encoding="utf-8")
     return folder / "tokenizer.json"
 
 
@@ -205,10 +205,10 @@ def test_bad_input_is_one_clear_line(tokenizer, tmp_path):
         Tokenizer.train(CORPUS, 100)
     with pytest.raises(ValueError, match=r"cannot read tokenizer .*absent"):
         Tokenizer.load(tmp_path / "absent.json")
-    (tmp_path / "torn.json").write_text('{"model": ')
+    (tmp_path / "torn.json").write_text('{"model": ', encoding="utf-8")
     with pytest.raises(ValueError, match=r"torn\.json"):
         Tokenizer.load(tmp_path / "torn.json")
-    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "list.json").write_text("[]", encoding="utf-8")
     with pytest.raises(ValueError, match=r"list\.json"):
         Tokenizer.load(tmp_path / "list.json")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
@@ -216,7 +216,7 @@ def test_bad_input_is_one_clear_line(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"words\.json: not a byte-level"):
         Tokenizer.load(tmp_path / "words.json")
     bare = {**tokenizer._specification, "added_tokens": tokenizer._added_tokens[:3]}
-    (tmp_path / "bare.json").write_text(json.dumps(bare))
+    (tmp_path / "bare.json").write_text(json.dumps(bare), encoding="utf-8")
     with pytest.raises(ValueError, match=r"bare\.json: .*<\|user\|> is missing"):
         Tokenizer.load(tmp_path / "bare.json")
     for token in (512, -1):
@@ -356,12 +356,12 @@ def test_a_file_that_cannot_be_used_is_one_line(tokenizer, tmp_path):
     """Of every kind: the line names the file and what is wrong in it."""
     path = tmp_path / "tokenizer.json"
     for words, specification in broken_files(tokenizer):
-        path.write_text(json.dumps(specification))
+        path.write_text(json.dumps(specification), encoding="utf-8")
         with pytest.raises(ValueError, match=r"tokenizer\.json: ") as error:
             Tokenizer.load(path)
         assert words in str(error.value), (words, str(error.value))
         assert "\n" not in str(error.value)
     for text in ("", "{", "[" * 100_000, '{"a": 1' + "0" * 5000 + "}"):
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=r"tokenizer\.json: "):
             Tokenizer.load(path)

@@ -94,7 +94,7 @@ def test_rows_of_html_become_pages_of_their_own_language(tmp_path):
     """A row with html and no text is a page to be ranked among pages; one without code is counted and left out."""
     rows = [{"html": "<p>see <code>x</code></p>"}, {"html": "<p>a menu</p>"}]
     rows += [{"html": "<pre>y</pre>", "text": "as given"}]
-    (tmp_path / "pages.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "pages.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     skipped = Skipped()
     found = list(user_files([tmp_path / "pages.jsonl"], ReadOptions(skipped=skipped)))
     rest = [(d.text, d.source, d.language) for d in found]
@@ -118,12 +118,12 @@ def test_marked_pages_teach_a_run_which_pages_are_code(tmp_path):
         {"text": prose(*named[n % 2], n), "label": n % 2}
         for n in range(4 * classifier.MIN_DOCUMENTS)
     ]
-    (tmp_path / "marked.jsonl").write_text("\n".join(map(json.dumps, marked)))
+    (tmp_path / "marked.jsonl").write_text("\n".join(map(json.dumps, marked)), encoding="utf-8")
     pages = [
         {"html": f"<p>{prose(*named[n % 2], n + 1000)}</p>", "source": f"user:{n % 2}"}
         for n in range(20)
     ]
-    (tmp_path / "pages.jsonl").write_text("\n".join(map(json.dumps, pages)))
+    (tmp_path / "pages.jsonl").write_text("\n".join(map(json.dumps, pages)), encoding="utf-8")
     config = DataConfig(
         files=(f"{tmp_path / 'pages.jsonl'}",), web_labels=f"{tmp_path / 'marked.jsonl'}"
     )

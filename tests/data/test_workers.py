@@ -40,7 +40,7 @@ def test_executors_keep_order_and_mistakes():
 def start_parent(tmp_path, seconds):
     """Start a process that maps tasks of so many seconds on two workers; return it and its descendants."""
     script = tmp_path / "parent.py"
-    script.write_text(PARENT.replace("SECONDS", f"{seconds}"))
+    script.write_text(PARENT.replace("SECONDS", f"{seconds}"), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
     parent = subprocess.Popen([sys.executable, script], env=environment, stderr=subprocess.PIPE)
     inside = psutil.Process(parent.pid)

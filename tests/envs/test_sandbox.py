@@ -54,7 +54,8 @@ def only(layers, tmp_path, monkeypatch, change=""):
         "import importlib.util\n"
         f"spec = importlib.util.spec_from_file_location('jail', {str(JAIL)!r})\n"
         "jail = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(jail)\n"
-        f"jail.LAYERS = {{k: v for k, v in jail.LAYERS.items() if k in {layers!r}}}\n{change}\njail.main()\n"
+        f"jail.LAYERS = {{k: v for k, v in jail.LAYERS.items() if k in {layers!r}}}\n{change}\njail.main()\n",
+        encoding="utf-8",
     )
     monkeypatch.setattr(module, "JAIL", script)
 
@@ -159,7 +160,7 @@ def attack(tmp_path):
     folder = tmp_path / "outside"
     folder.mkdir()
     canary = folder / "canary"
-    canary.write_text("alive")
+    canary.write_text("alive", encoding="utf-8")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
 
@@ -168,7 +169,7 @@ def attack(tmp_path):
             return sandbox.judge(f"def f():\n    {body}", "f", [([], True)], seconds=1.0)
 
         yield run
-    assert canary.read_text() == "alive" and canary.stat().st_mode & 0o777 != 0o777
+    assert canary.read_text(encoding="utf-8") == "alive" and canary.stat().st_mode & 0o777 != 0o777
     assert os.listdir(folder) == ["canary"]
 
 
@@ -182,7 +183,7 @@ def children(pid):
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            stat = path.read_text()
+            stat = path.read_text(encoding="utf-8")
         except OSError:
             continue  # it ended meanwhile
         if int(stat.rpartition(")")[2].split()[1]) == pid:
@@ -293,7 +294,8 @@ def test_broken_jail_is_an_infrastructure_failure(script, tmp_path, monkeypatch)
     hello = '{"layers": ["rlimits"], "slowness": 1}\n'
     broken.write_text(
         "import socket, time\ncontrol = socket.socket(fileno=0)\n"
-        f"control.send({hello.encode()!r})\n{script}\n"
+        f"control.send({hello.encode()!r})\n{script}\n",
+        encoding="utf-8",
     )
     monkeypatch.setattr(module, "JAIL", broken)
     with Sandbox(workers=1, floor="rlimits-only") as box:

@@ -100,7 +100,7 @@ def finished(tmp_path_factory):
         finished_folder.append(tmp_path_factory.mktemp("nano") / "run")
         status, printed, errors = complete(finished_folder[0])
         assert status == 0, f"{printed}\n{errors}"
-        (finished_folder[0] / "printed.txt").write_text(printed)
+        (finished_folder[0] / "printed.txt").write_text(printed, encoding="utf-8")
     return finished_folder[0]
 
 

@@ -136,7 +136,7 @@ def release(model, folder, copies=False, own_file=False, dtype=None):
         folder, dtype, shard_gigabytes=4e-6
     )  # four kilobytes, so that there are several files
     last, held = f"model.layers.{model.config.num_hidden_layers}.", tensors(folder)
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
     moved = {name for name in held if own_file and name.startswith(last)}
     for file in sorted(set(index["weight_map"].values())):
         kept = {n: held[n] for n, f in index["weight_map"].items() if f == file and n not in moved}
@@ -152,7 +152,7 @@ def release(model, folder, copies=False, own_file=False, dtype=None):
     index["weight_map"] = {
         n: f for n, f in index["weight_map"].items() if n not in moved
     }  # GLM-4.6's names no MTP file
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     return tensors(folder)
 
 

@@ -327,7 +327,7 @@ def test_a_damaged_library_is_compiled_again(damage, tmp_path, monkeypatch):
     """What is in the cache is loaded only if it is what was compiled; loading half a library ends the process."""
     monkeypatch.setattr(build, "FLAGS", ("-O0", "-fPIC", "-std=gnu11", "-pthread", "-w"))
     monkeypatch.setattr(build, "FOLDER", tmp_path)
-    (tmp_path / "one.c").write_text("int one(void) { return 1; }\n")
+    (tmp_path / "one.c").write_text("int one(void) { return 1; }\n", encoding="utf-8")
     cache = tmp_path / "cache"
     library = build.build(build.compiler(), cache)
     whole = library.read_bytes()

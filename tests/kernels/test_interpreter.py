@@ -204,7 +204,9 @@ assert torch.equal(out, tile[0])
 @pytest.mark.parametrize("wide", [True, False])
 def test_32_bit_offsets_die_at_real_size(wide, tmp_path):
     """GLM-4.5's expert weights pass 2^31 elements: a 32-bit expert offset reads elsewhere, a 64-bit one the tile."""
-    (tmp_path / "kernels.py").write_text(ADDRESS)  # triton reads a kernel's source from its file
+    (tmp_path / "kernels.py").write_text(
+        ADDRESS, encoding="utf-8"
+    )  # triton reads a kernel's source from its file
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from kernels import *\n"
         + RUN.format(wide=wide)

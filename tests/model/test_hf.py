@@ -147,7 +147,7 @@ def test_import_and_export_are_the_identity(latent, seed, copies, own_file, dtyp
     with tempfile.TemporaryDirectory() as temporary:
         first, second = Path(temporary) / "a", Path(temporary) / "b"
         wanted = release(mtp_model(seed, latent), first, copies, own_file, dtype)
-        values = json.loads((first / "config.json").read_text()) | {
+        values = json.loads((first / "config.json").read_text(encoding="utf-8")) | {
             "eos_token_id": [1, 2],
             "added_by": {"some": "one"},
         }
@@ -157,7 +157,7 @@ def test_import_and_export_are_the_identity(latent, seed, copies, own_file, dtyp
         }
         if not latent:
             values["rope_parameters"]["partial_rotary_factor"] = values.pop("partial_rotary_factor")
-        (first / "config.json").write_text(json.dumps(values))
+        (first / "config.json").write_text(json.dumps(values), encoding="utf-8")
         model = GLM.from_pretrained(first)
         assert model.config.rope_theta == 5.0 and model.dtype == getattr(torch, dtype)
         assert model.mtp is not None and all(p.requires_grad for p in model.parameters())
@@ -165,7 +165,7 @@ def test_import_and_export_are_the_identity(latent, seed, copies, own_file, dtyp
         same(tensors(second), wanted)
         assert (
             layout(second) == layout(first)
-            and json.loads((second / "config.json").read_text()) == values
+            and json.loads((second / "config.json").read_text(encoding="utf-8")) == values
         )
 
 
@@ -182,8 +182,8 @@ def test_transformers_loads_what_minglm_writes(latent, data):
         model = GLM.from_pretrained(there)
         model.save_pretrained(back)
         same(tensors(back), tensors(there))
-        assert json.loads((back / "config.json").read_text()) == json.loads(
-            (there / "config.json").read_text()
+        assert json.loads((back / "config.json").read_text(encoding="utf-8")) == json.loads(
+            (there / "config.json").read_text(encoding="utf-8")
         )
         model.checkpoint_origin = None  # now config.json is ours from the first key to the last
         model.save_pretrained(own)
@@ -244,8 +244,10 @@ def test_a_copy_that_differs_is_refused(copy, folder):
     remedy = "set in config.json num_nextn_predict_layers to 0"
     with pytest.raises(ValueError, match=rf"{re.escape(name)} differs from .*{remedy}"):
         GLM.from_pretrained(folder)
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**values, "num_nextn_predict_layers": 0}))
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(
+        json.dumps({**values, "num_nextn_predict_layers": 0}), encoding="utf-8"
+    )
     with pytest.warns(UserWarning, match="files hold an MTP layer"):
         assert GLM.from_pretrained(folder).mtp is None
 
@@ -307,13 +309,15 @@ def test_float8_in_and_out(latent, tmp_path):
         else:
             assert torch.equal(second[name].float(), tensor.float()), name
     assert (
-        json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"][
-            "weight_block_size"
-        ]
+        json.loads((tmp_path / "a" / "config.json").read_text(encoding="utf-8"))[
+            "quantization_config"
+        ]["weight_block_size"]
         == [128] * 2
     )
     again.save_pretrained(tmp_path / "c", "bfloat16")
-    assert "quantization_config" not in json.loads((tmp_path / "c" / "config.json").read_text())
+    assert "quantization_config" not in json.loads(
+        (tmp_path / "c" / "config.json").read_text(encoding="utf-8")
+    )
 
 
 def test_transformers_reads_the_same_float8(tmp_path):
@@ -426,7 +430,7 @@ def test_one_tensor_at_a_time(folder, monkeypatch):
 
 def spoil(folder, what):
     """Damage a checkpoint in one way; returns what the message must name."""
-    held, config = tensors(folder), json.loads((folder / "config.json").read_text())
+    held, config = tensors(folder), json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if what in ("missing", "unknown", "misshapen", "partial MTP"):
         expert = "model.layers.1.mlp.experts.{}.up_proj.weight"
         name = "model.layers.2.hnorm.weight" if what == "partial MTP" else expert.format(3)
@@ -458,10 +462,10 @@ def spoil(folder, what):
             path.unlink()
         return "no *.safetensors file"
     if what == "torn config":
-        (folder / "config.json").write_text('{"model_type": "glm4')
+        (folder / "config.json").write_text('{"model_type": "glm4', encoding="utf-8")
         return "config.json: "
     changes, name = CONFIG_MISTAKES[what]
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    (folder / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
     return name
 
 
@@ -552,7 +556,7 @@ def test_config_survives_in_any_spelling(latent, data):
 
 def test_only_what_changed_is_changed(folder):
     """A model with a longer context writes its config.json with that one value changed."""
-    values = json.loads((folder / "config.json").read_text()) | {"some_key": 1}
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"some_key": 1}
     config = from_hf({**values, "max_position_embeddings": 512, "rope_theta": 7.0})
     written = to_hf(config, values, "float32")
     assert {k for k in written if written[k] != values.get(k)} == {

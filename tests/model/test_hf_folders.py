@@ -39,8 +39,8 @@ def put(folder, held=None, **values):
     """Replace the weights of a folder, or values of its config.json."""
     if held is not None:
         save_file(held, folder / "model.safetensors")
-    written = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**written, **values}))
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**written, **values}), encoding="utf-8")
 
 
 def refusal(folder):
@@ -172,7 +172,7 @@ def test_other_floats_go_in_and_out(dtype, folder, tmp_path):
     for name, tensor in tensors(tmp_path / "again").items():
         assert tensor.dtype == (torch.float32 if "e_score" in name else dtype)
         assert torch.equal(tensor.double(), held[name].double())
-    values = json.loads((tmp_path / "again" / "config.json").read_text())
+    values = json.loads((tmp_path / "again" / "config.json").read_text(encoding="utf-8"))
     assert values["dtype"] == str(dtype).removeprefix("torch.")
 
 
@@ -300,7 +300,7 @@ def test_a_used_folder_is_refused_and_stays(folder, tmp_path):
     model = GLM.from_pretrained(folder)
     used = tmp_path / "used"
     used.mkdir()
-    (used / "notes.txt").write_text("mine")
+    (used / "notes.txt").write_text("mine", encoding="utf-8")
     (tmp_path / "link").symlink_to(used)
     for target in (used, used / "notes.txt", tmp_path / "link", tmp_path):
         with pytest.raises(ValueError, match="choose another"):
@@ -357,7 +357,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     living = tmp_path / f".out.{os.getppid()}.tmp"
     living.mkdir()
     with new_folder(target) as folder:
-        (folder / "small").write_text("y")
+        (folder / "small").write_text("y", encoding="utf-8")
     assert sorted(tmp_path.iterdir()) == [living, target]
     assert [path.name for path in target.iterdir()] == ["small"]
 
@@ -392,6 +392,8 @@ def test_float8_goes_out_where_it_came_in(folder, tmp_path):
     written = {name: tensor.dtype for name, tensor in tensors(tmp_path / "again").items()}
     float8 = {name for name, dtype in written.items() if dtype == torch.float8_e4m3fn}
     assert float8 == {name for name in held if goes_to_float8(name)} - {kept}
-    values = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    values = json.loads((tmp_path / "again" / "config.json").read_text(encoding="utf-8"))[
+        "quantization_config"
+    ]
     assert values["modules_to_not_convert"] == about["modules_to_not_convert"]
     assert values["weight_block_size"] == [128, 128]

@@ -27,7 +27,7 @@ def run(tmp_path):
     CheckpointStore(tmp_path / "run").save("long_agent", {"model": model.state_dict()})
     tokenizer.save(tmp_path / "run" / "data" / "tokenizer.json")
     (tmp_path / "run" / "config.json").write_text(
-        json.dumps({"hash": config.hash(), "config": to_dict(config)})
+        json.dumps({"hash": config.hash(), "config": to_dict(config)}), encoding="utf-8"
     )
     return tmp_path / "run"
 
@@ -66,10 +66,10 @@ def test_an_exported_run_is_a_model_for_everybody(run, tmp_path, capsys):
         and same.special == tokenizer.special
     )
     assert torch.equal(again(tokens_BS), model(tokens_BS))
-    values = json.loads((folder / "config.json").read_text()) | {
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {
         "max_position_embeddings": 160
     }  # short answers
-    (folder / "config.json").write_text(json.dumps(values))
+    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
     line = output(
         capsys, "eval", folder, "--problems", 1, "--samples", 1, "--task", "instructions", "--json"
     )
@@ -80,9 +80,11 @@ def test_import_is_the_inverse_of_export(run, tmp_path, capsys):
     """Out, in and out again: the same weights, dtype, files, and keys of config.json, also those of others."""
     first, again, second = (tmp_path / name for name in ("first", "again", "second"))
     output(capsys, "export", run, first, "--dtype", "bfloat16", "--shard-gigabytes", 1e-4)
-    values = json.loads((first / "config.json").read_text()) | {"added": "by somebody"}
-    (first / "config.json").write_text(json.dumps(values))
-    (first / "chat_template.jinja").write_text("{{ messages }}")
+    values = json.loads((first / "config.json").read_text(encoding="utf-8")) | {
+        "added": "by somebody"
+    }
+    (first / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    (first / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
     tokenizer = ["--data.tokenizer", first / "tokenizer.json"]
     assert "continue with: python -m minglm run" in output(
         capsys, "import", CONFIG, first, "--out", again, *tokenizer
@@ -97,7 +99,7 @@ def test_import_is_the_inverse_of_export(run, tmp_path, capsys):
     assert all(found[n].dtype == t.dtype and torch.equal(found[n], t) for n, t in wanted.items())
     assert {path.name for path in first.iterdir()} == {path.name for path in second.iterdir()}
     for name in ("config.json", INDEX, "chat_template.jinja", "generation_config.json"):
-        kept = [(folder / name).read_text() for folder in (first, second)]
+        kept = [(folder / name).read_text(encoding="utf-8") for folder in (first, second)]
         assert (
             kept[0] == kept[1]
             if name.endswith("jinja")
@@ -146,7 +148,7 @@ def test_an_import_that_cannot_be_is_one_line(what, run, tmp_path, capsys):
         overrides = ["--data.tokenizer", tmp_path / "other.json"]
     for name in there:
         (tmp_path / "again").mkdir()
-        (tmp_path / "again" / name).write_text("{}")
+        (tmp_path / "again" / name).write_text("{}", encoding="utf-8")
     said = output(
         capsys, "import", CONFIG, tmp_path / "a", "--out", tmp_path / "again", *overrides, status=2
     )
@@ -228,8 +230,8 @@ def test_an_export_carries_no_file_of_elsewhere(run, tmp_path, capsys):
     output(capsys, "export", run, tmp_path / "hub" / "snapshots" / "one")
     folder = tmp_path / "hub" / "snapshots" / "one"
     (tmp_path / "hub" / "blobs").mkdir()
-    (tmp_path / "hub" / "blobs" / "123").write_text("{{ messages }}")
-    (tmp_path / "secret").write_text("mine")
+    (tmp_path / "hub" / "blobs" / "123").write_text("{{ messages }}", encoding="utf-8")
+    (tmp_path / "secret").write_text("mine", encoding="utf-8")
     (folder / "chat_template.jinja").symlink_to("../../blobs/123")
     (folder / "notes.txt").symlink_to(tmp_path / "secret")
     with pytest.warns(UserWarning, match=r"notes\.txt is a link out of the folder; left out"):
@@ -243,7 +245,7 @@ def test_an_export_carries_no_file_of_elsewhere(run, tmp_path, capsys):
     for name in ("config.json", "tokenizer.json"):
         (imported / name).write_bytes((folder / name).read_bytes())
     names = {"weight_map": {"lm_head.weight": "../../escaped.safetensors"}}
-    (imported / INDEX).write_text(json.dumps(names))
+    (imported / INDEX).write_text(json.dumps(names), encoding="utf-8")
     said = output(capsys, "export", run, tmp_path / "other", status=2)
     assert "must be the name of a file of the folder" in said
     assert not (tmp_path / "other").exists()
@@ -270,7 +272,7 @@ def test_a_tokenizer_of_another_model_is_refused(run, tmp_path, capsys):
 def test_a_folder_of_nothing_known_is_one_line(text, tmp_path, capsys):
     """A config.json that is neither a run's nor a released one's."""
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "config.json").write_text(text)
+    (tmp_path / "a" / "config.json").write_text(text, encoding="utf-8")
     said = output(capsys, "export", tmp_path / "a", tmp_path / "b", status=2)
     assert "config.json" in said
     assert said.count("\n") == 1

@@ -104,19 +104,19 @@ def test_steps_go_on_from_stage_to_stage(finished):
 
 def test_the_report_is_there(finished):
     """report.md, every figure, and at the end of the output the claims and what to do next."""
-    report = (finished / "report.md").read_text()
+    report = (finished / "report.md").read_text(encoding="utf-8")
     for heading in ("# Run nano", "## Claims", "## Scores", "## Samples", "## Time"):
         assert heading in report
     drawn = {path.stem for path in (finished / "figures").glob("*.png")}
     assert {"loss", "load", "scores", "rl", "pathology", "time"} <= drawn
-    printed = (finished / "printed.txt").read_text()
+    printed = (finished / "printed.txt").read_text(encoding="utf-8")
     assert all(stage in printed for stage in STAGES) and "report:" in printed
     assert f"talk to it: python -m minglm chat {finished}" in printed.splitlines()[-1]
 
 
 def test_the_folder_is_as_documented(finished):
     """config.json with its hash, the log, a final checkpoint for each stage, and nothing half done."""
-    config = json.loads((finished / "config.json").read_text())
+    config = json.loads((finished / "config.json").read_text(encoding="utf-8"))
     assert config["hash"] == small().hash() and config["config"]["name"] == "nano"
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == sorted(STAGES)
     assert {p.name for p in finished.rglob("*") if p.parent.parent.name == "checkpoints"} == {
@@ -232,7 +232,7 @@ def test_a_folder_of_another_config_is_refused(finished, capsys, change):
 )
 def test_how_it_is_computed_is_no_other_config(finished, change):
     """Threads, device and seconds between checkpoints may change from one start to the next."""
-    found = json.loads((finished / "config.json").read_text())["hash"]
+    found = json.loads((finished / "config.json").read_text(encoding="utf-8"))["hash"]
     assert load_config(CONFIG, [*OVERRIDES, *change]).hash() == found
 
 
@@ -248,7 +248,7 @@ BAD_ROWS = {
 def test_an_unreadable_data_file_is_named_with_its_line(tmp_path, capsys, rows):
     """One line with file and line, before anything is trained; the folder is free for the corrected config."""
     bad, out = tmp_path / "mine.jsonl", tmp_path / "run"
-    bad.write_text(rows)
+    bad.write_text(rows, encoding="utf-8")
     line = one_line(capsys, ["run", CONFIG, "--out", out, *OVERRIDES, "--data.files", bad])
     assert f"nothing in {bad} can be used; {BAD_ROWS[rows]}" in line
     assert not (out / "config.json").exists() and not (out / "checkpoints").exists()

@@ -59,7 +59,7 @@ def lines(records):
 def write_log(folder, records):
     """Store records as a run's log."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "log.jsonl").write_text(lines(records))
+    (folder / "log.jsonl").write_text(lines(records), encoding="utf-8")
     return folder
 
 
@@ -152,7 +152,7 @@ def test_figures_of_a_killed_run(length, tmp_path_factory):
     folder = write_log(tmp_path_factory.mktemp("run"), LOG[:length])
     card.write(folder)
     drawn = {path.stem for path in (folder / "figures").glob("*.png")}
-    text = (folder / "report.md").read_text()
+    text = (folder / "report.md").read_text(encoding="utf-8")
     assert drawn == {name for name in curves.FIGURES if f"(figures/{name}.png)" in text}
 
 
@@ -164,7 +164,7 @@ def test_whole_report_and_redrawing_to_the_byte(tmp_path):
     assert len(drawn) == len(curves.FIGURES)
     for path in drawn:
         assert path.read_bytes() == (first / "figures" / path.name).read_bytes()
-    text = (first / "report.md").read_text()
+    text = (first / "report.md").read_text(encoding="utf-8")
     for word in (
         "abcdef012345",
         "2.13.0+cpu",
@@ -187,7 +187,7 @@ def test_reinforcement_over_seeds(tmp_path):
                 dataclasses.replace(r, reward=scale * r.reward) if isinstance(r, RLRecord) else r
                 for r in LOG
             ]
-            (folder / f"seed{seed}.jsonl").write_text(lines(log))
+            (folder / f"seed{seed}.jsonl").write_text(lines(log), encoding="utf-8")
     drawn = redraw(folders)
     assert drawn == [folder / "rl.png" for folder in folders]
     assert len({path.read_bytes() for path in drawn}) == 3
@@ -276,9 +276,9 @@ def test_redraw_runs_a_lessons_own_draw_and_refuses_the_rest(tmp_path, monkeypat
     for name in ("lessons", "figures"):
         (tmp_path / name).mkdir()
     lesson = "from minglm.report.drawing import canvas\ndef draw(log):\n    return canvas(log['rows'])[0]\n"
-    (tmp_path / "lessons" / "01_x.py").write_text(lesson)
+    (tmp_path / "lessons" / "01_x.py").write_text(lesson, encoding="utf-8")
     log = tmp_path / "figures" / "01_x.json"
-    log.write_text('{"rows": 2}')
+    log.write_text('{"rows": 2}', encoding="utf-8")
     assert redraw([log]) == [log.with_suffix(".png")]
     assert log.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"other\.json"):

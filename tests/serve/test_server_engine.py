@@ -123,7 +123,7 @@ def test_a_released_checkpoint_is_served(tmp_path, capsys):
     TOKENIZER.save(tmp_path / "glm" / "tokenizer.json")
     assert load_served(tmp_path / "glm")[2:] == ("glm-4.5", "released", True)
     (tmp_path / "glm" / "chat_template.jinja").write_text(
-        "{%- if clear_thinking is defined -%}{%- endif -%}"
+        "{%- if clear_thinking is defined -%}{%- endif -%}", encoding="utf-8"
     )
     found, tokenizer, dialect, stage, _ = load_served(tmp_path / "glm")
     assert (dialect, stage) == ("glm-4.7", "released")

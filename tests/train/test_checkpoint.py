@@ -131,7 +131,7 @@ def test_killed_between_checkpoints_equals_straight(straight, tmp_path, after):
     (tmp_path / "checkpoints" / "general" / "partial.pt").write_bytes(
         kept
     )  # as if the process had died before saving
-    with open(tmp_path / "log.jsonl", "a") as log:
+    with open(tmp_path / "log.jsonl", "a", encoding="utf-8") as log:
         log.write('{"kind": "step", "sta')  # and in the middle of a line
     resumed = Run(tmp_path, packing).go()
     assert_equal_states(resumed, run)

@@ -87,7 +87,7 @@ class Skipped:
         self._of_file: Counter[str] = Counter()
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("")
+            self.path.write_text("", encoding="utf-8")
 
     def add(self, file: Path | str, where: str, why: str) -> None:
         """Count one record.

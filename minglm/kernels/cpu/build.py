@@ -48,7 +48,7 @@ def cache_folder() -> Path:
 def _processor() -> str:
     """Return the properties of the processor that -march=native depends on."""
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         features = (line for line in lines if line.startswith(("flags", "Features")))
         return platform.machine() + next(features, "")
     return platform.machine() + platform.processor()
