@@ -9,7 +9,8 @@ continues with the next batches, not with those that led there. Tokens and sched
 all of it. No checkpoint is written between the first skipped step and the next accepted one, since it might be bad.
 
 The paper reports no instability (it relies on QK-norm and clipping), so by default only steps with a NaN or infinite
-gradient are skipped.
+gradient are skipped. On many ranks all judge the norm of the whole gradient (`minglm.parallel.gradients`), so all skip
+the same steps.
 """
 
 import math
@@ -20,6 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from minglm.parallel.gradients import clip_gradients, global_norm
 
 WINDOW = 50  # accepted norms that the median is taken over
 MIN_HISTORY = 10  # accepted norms before a median means something
@@ -107,14 +110,13 @@ def guarded_step(
 
     clip_norm: bound on the global gradient norm; 0 turns it off.
     """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = global_norm(model)
     left_out = guard.reason(float(norm))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     if left_out is None:
         if clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
+            clip_gradients(model, clip_norm, norm)
         optimizer.step()
     optimizer.zero_grad()
     return StepResult(float(norm), left_out)

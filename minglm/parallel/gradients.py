@@ -1,0 +1,54 @@
+"""Measure and clip the gradient of a whole model, wherever its parameters are (no section in the paper).
+
+    |g|^2 = sum over ranks, and over the parameters of each, of |g_local|^2 / copies;      g <- g min(1, bound / |g|)
+
+Dense parameters and experts are sharded over different meshes, and pipeline stages have different parameters, so no mesh
+holds all. One number each rank can always add: the squares of its own rows. Rows that `dp_replicate` ranks hold in copies
+count as a part each. One all-reduce of one number then gives the norm, for any layout.
+
+- A NaN or an infinity on one rank makes the sum NaN or infinite on all, and all ranks get the same bits from the
+  all-reduce. So whatever is decided by the norm, such as to skip a step, is decided equally everywhere.
+- The squares are summed in float64. In float32 the square of a norm above 1.8e19 is infinite, and the step would be skipped.
+- A model that is not sharded is measured by `torch.nn.utils.get_total_norm`, without any communication.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from minglm.parallel.local import copies, local
+
+CLIP_EPS = 1e-6
+"""Added to the norm before it divides, as in `torch.nn.utils.clip_grad_norm_`."""
+
+
+@torch.no_grad()
+def global_norm(model: nn.Module) -> Tensor:
+    """Return the 2-norm of all gradients of a model: a scalar, the same on every rank.
+
+    Of a model with DTensors every rank must call it, whether it has gradients or not. Raises ValueError for a model of
+    which only some parameters are DTensors: it cannot be known which ranks hold the others.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    sharded = {isinstance(parameter, DTensor) for parameter in model.parameters()}
+    if sharded == {True, False}:
+        raise ValueError("a model is sharded whole or not at all: some parameters are no DTensors")
+    if True not in sharded:
+        return torch.nn.utils.get_total_norm(gradients)
+
+    device = local(next(model.parameters())).device
+    square = torch.zeros((), dtype=torch.float64, device=device)
+    norms = torch._foreach_norm([local(gradient) for gradient in gradients]) if gradients else []
+    for gradient, norm in zip(gradients, norms, strict=True):
+        square += norm.double().square() / copies(gradient)
+    dist.all_reduce(square)
+    return square.sqrt().float()
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, bound: float, norm: Tensor) -> None:
+    """Scale all gradients of a model in place so that their norm, now `norm`, is at most `bound`."""
+    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, (bound / (norm + CLIP_EPS)).clamp(max=1.0))
