@@ -1,14 +1,20 @@
 """GRPO: advantages within groups, the clipped surrogate, and what they amount to together."""
 
+import ast
+import importlib.util
 import itertools
 import math
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.rl.aggregation import aggregate
+from minglm.config.posttraining import Aggregation
+from minglm.rl.aggregation import aggregate, denominator
 from minglm.rl.grpo import (
     PolicyLoss,
     TruncatedImportanceSampling,
@@ -220,6 +226,104 @@ def test_metrics_are_means_over_the_produced_tokens(seed, shape):
     assert float(metrics.ratio_max) == pytest.approx(max(rhos, default=0), rel=1e-5)
     assert float(metrics.clip_share) == pytest.approx(clipped / count, abs=1e-6)
     assert float(metrics.kl) == pytest.approx(divergence, rel=1e-4, abs=1e-6)  # float32
+
+
+@pytest.fixture(scope="module")
+def compute_loss_of_trl():
+    """GRPOTrainer._compute_loss of the installed trl package; compiled alone, since importing its module takes seconds."""
+    folder = Path(importlib.util.find_spec("trl").submodule_search_locations[0])
+    source = (folder / "trainer" / "grpo_trainer.py").read_text(encoding="utf-8")
+    (method,) = (
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef) and node.name == "_compute_loss"
+    )
+    names = {
+        "torch": torch,
+        "nanmin": torch.amin,
+        "nanmax": torch.amax,
+    }  # these two are only logged
+    exec(compile(ast.Module([method], []), "grpo_trainer.py", "exec"), names)
+    return names["_compute_loss"]
+
+
+LOSS_TYPES = {
+    Aggregation.TOKEN: "bnpo",
+    Aggregation.SEQUENCE: "grpo",
+    Aggregation.CONSTANT: "dr_grpo",
+}
+
+
+def trl_trainer(logprobs_BS, mode, clip_low, clip_high, length):
+    """Return what trl's method reads of its trainer, with log-probabilities in place of a model."""
+    off = {"aux_loss_enabled": False, "use_vllm": False, "_entropy_bonus_enabled": False}
+    return SimpleNamespace(
+        **off,
+        _get_per_token_logps_and_entropies=lambda *_, **__: (
+            logprobs_BS,
+            torch.zeros_like(logprobs_BS),
+            None,
+        ),
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level="token",
+        beta=0.0,
+        loss_type=LOSS_TYPES[mode],
+        epsilon_low=clip_low,
+        epsilon_high=clip_high,
+        max_completion_length=length,
+        current_gradient_accumulation_steps=1,
+        args=SimpleNamespace(delta=None),
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(
+            gather=lambda tensor: tensor, reduce=lambda tensor, reduction: tensor
+        ),
+        _metrics={"train": defaultdict(list)},
+    )
+
+
+@given(
+    seed=seeds,
+    shape=shapes,
+    mode=st.sampled_from(list(Aggregation)),
+    clip_low=st.floats(0.05, 0.4),
+    clip_high=st.floats(0.05, 0.4),
+)
+def test_loss_and_gradient_are_those_of_trl(
+    compute_loss_of_trl, seed, shape, mode, clip_low, clip_high
+):
+    """In each aggregation, with rewards of groups of two: loss, gradient, and the share that is clipped."""
+    B, S = 2 * shape[0], shape[1]
+    logprobs_BS = -2 * torch.rand(B, S, generator=numbers(seed))
+    sampling_BS = logprobs_BS + 0.4 * torch.randn(B, S, generator=numbers(seed + 1))
+    advantages_B = advantages(torch.rand(shape[0], 2, generator=numbers(seed + 2))).flatten()
+    mask_BS = torch.rand(B, S, generator=numbers(seed + 3)) < 0.6
+    mask_BS[:, 0] = True  # trl counts a row without a token as a sample
+    length = S + 3
+
+    ours_BS = logprobs_BS.clone().requires_grad_()
+    loss_BS, metrics = policy_loss(ours_BS, sampling_BS, advantages_B, clip_low, clip_high, mask_BS)
+    loss = aggregate(loss_BS, mask_BS, mode, denominator(mask_BS, mode, length))
+    loss.backward()
+
+    theirs_BS = logprobs_BS.clone().requires_grad_()
+    trainer = trl_trainer(theirs_BS, mode, clip_low, clip_high, length)
+    no_prompt = torch.zeros(B, 0, dtype=torch.int64)
+    inputs = {
+        "prompt_ids": no_prompt,
+        "prompt_mask": no_prompt,
+        "completion_ids": torch.zeros(B, S, dtype=torch.int64),
+        "completion_mask": mask_BS.long(),
+        "advantages": advantages_B,
+        "old_per_token_logps": sampling_BS,
+    }
+    expected = compute_loss_of_trl(trainer, None, inputs)
+    expected.backward()
+    # float32 sums of at most 108 numbers of size 1
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours_BS.grad, theirs_BS.grad, atol=1e-6, rtol=1e-4)
+    (clipped,) = trainer._metrics["train"]["clip_ratio/region_mean"]
+    assert float(metrics.clip_share) == pytest.approx(clipped, abs=1e-6)
 
 
 @given(seed=seeds, shape=shapes)

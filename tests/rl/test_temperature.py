@@ -128,6 +128,21 @@ def test_a_plateau_is_a_small_change_of_the_mean(rise, window, gain, noise):
         assert len(subject.rewards) == 2 * window
 
 
+@pytest.mark.parametrize(("rise", "chosen"), [(0.0099, 1.1), (0.0101, 1.0)])
+def test_the_defaults_compare_twenty_steps_with_twenty_and_probe_from_0_8_to_1_4(rise, chosen):
+    """A rise of less than 0.01 from one window to the next is a plateau; 1% of the best score may be lost."""
+    table = {0.8: 0.5, 0.9: 0.5, 1.0: 0.5, 1.1: 0.4951, 1.2: 0.4949, 1.3: 0.1, 1.4: 0.1}
+    probes = []
+    subject = TemperatureController()
+    for step in range(40):
+        assert not probes and subject.temperature == 1.0
+        noise = 0.05 * (-1) ** step  # the same in both windows, and larger than the gain
+        reward = 0.5 + noise + (rise if step >= 20 else 0.0)
+        found = subject.observe(reward, lambda t: probes.append(t) or table[t])
+    assert found == chosen
+    assert probes == (sorted(table) if chosen == 1.1 else [])
+
+
 def test_a_change_of_exactly_the_gain_is_a_plateau():
     """And so is no change where the gain is 0; numbers that float64 holds exactly."""
     for gain in (0.0, 0.25):

@@ -8,6 +8,7 @@ import torch
 from helpers.tiny import constant_phase, drawn_batch, gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from minglm.config import OptimizerConfig
 from minglm.data.packing import Batch
@@ -114,6 +115,24 @@ def test_losses_of_parts_add_up(seed, packed, rows):
         torch.testing.assert_close(total, getattr(whole, name), atol=1e-5, rtol=1e-5, msg=name)
     expected = whole.cross_entropy + 0.3 * whole.mtp + 0.1 * whole.balance
     torch.testing.assert_close(whole.loss, expected)
+
+
+@given(seed=seeds, rows=st.integers(1, 3))
+def test_the_loss_of_a_batch_in_parts_is_that_of_transformers(seed, rows):
+    """Labels of -100 where the mask is False, and the number of targets of the whole batch, as its trainer passes it."""
+    model, batch = tiny_model(seed), drawn_batch(seed, 3, 8, packed=False)
+    weights = LossWeights(mtp=0.0, balance=0.0)
+    counts = count_targets(model, batch, weights)
+    parts = [training_loss(model, part, counts, weights).loss for part in batch.split(rows)]
+
+    with torch.no_grad():
+        logits_BSV = model(batch.tokens_BS)
+    labels_BS = batch.tokens_BS.masked_fill(~batch.mask_BS, -100)
+    targets = (labels_BS[:, 1:] != -100).sum()
+    expected = ForCausalLMLoss(
+        logits_BSV, labels_BS, model.config.vocab_size, num_items_in_batch=targets
+    )
+    torch.testing.assert_close(sum(parts), expected, atol=1e-5, rtol=1e-5)  # float32
 
 
 def optimizer(model, rate=0.0):
