@@ -1,20 +1,27 @@
-"""Change one operator, constant or bound of a module at a time, and list the changes that its own tests do not notice.
+"""Change one operator, constant or bound of a module at a time, and record which changes its own tests do not notice.
 
-    python tests/mutate.py minglm/rl/grpo.py --count 20 --seed 0
+    python tests/mutate.py                                                every module of HEARTS
+    python tests/mutate.py minglm/rl/grpo.py --count 40 --seconds 300     this one, 40 changes, five minutes at most
+    python tests/mutate.py minglm/rl/grpo.py --again                      only what survived, after a new test
+    python tests/mutate.py --table                                        tests/mutations.md, from the records
 
-A change that survives is either equivalent (nothing that the module promises differs) or a hole in the tests. Not part
-of the default run: a mutation costs as much as the module's tests. The source stays as it is; the changes are made in
-a temporary copy of the repository. Each runs in a process of its own, forked from one that has imported torch.
+A change that survives is either equivalent (nothing that the module promises differs) or a hole in the tests. Which of
+the two is written into the record by hand: verdict "equivalent", and why. Not part of the default run: a change costs
+as much as the module's tests. The source stays as it is; the changes are made in a temporary copy of the repository.
+Each runs in a process of its own, forked from one that has imported torch.
 
 Choices
 - What a bound is worth shows at the bound, so `<` becomes `<=`, `min` becomes `max`, and numbers grow by one.
 - Not changed: annotations, decorators, texts, and what an error message prints.
+- Records are tests/mutations/MODULE.json, one change each. What is recorded is not run again, so a sample that was
+  stopped continues; a record whose line has changed is dropped, and another change is drawn for it.
 - Limits are in CPU seconds, so a busy machine kills no mutation.
 """
 
 import argparse
 import ast
 import itertools
+import json
 import os
 import random
 import re
@@ -26,33 +33,73 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "tests" / "mutations"
+TABLE = ROOT / "tests" / "mutations.md"
 FACTOR = 5  # a mutation may take this many times the CPU seconds of the unchanged module
-SPARE = 20  # and this many more CPU seconds
+SPARE = 10  # and this many more CPU seconds
 
-# The tests of modules whose name is not that of their test file.
-TESTS = {
-    "minglm/common/statistics.py": ["tests/common/test_common.py", "tests/rl/test_curriculum.py"],
+HEARTS = {
+    "minglm/common/statistics.py": ["tests/rl/test_curriculum.py"],
+    "minglm/data/cleaning/decontaminate.py": ["tests/data/test_decontaminate.py"],
+    "minglm/data/cleaning/minhash.py": ["tests/data/test_minhash.py"],
+    "minglm/data/cleaning/quality.py": ["tests/data/test_quality.py"],
+    "minglm/data/cleaning/semdedup.py": ["tests/data/test_minhash.py"],
+    "minglm/data/cleaning/shingles.py": [
+        "tests/data/test_minhash.py",
+        "tests/data/test_decontaminate.py",
+    ],
+    "minglm/data/fim.py": ["tests/data/test_fim.py"],
+    "minglm/data/mixture.py": ["tests/data/test_mixture.py"],
+    "minglm/data/packing.py": ["tests/data/test_packing.py"],
+    "minglm/eval/needles.py": ["tests/eval/test_needles.py"],
+    "minglm/eval/text.py": ["tests/eval/test_eval.py"],
     "minglm/inference/kv_cache.py": ["tests/inference/test_kv_cache.py"],
+    "minglm/inference/logit_rules.py": ["tests/inference/test_rules.py"],
+    "minglm/inference/sampling.py": ["tests/inference/test_sampling.py"],
+    "minglm/inference/speculative.py": ["tests/inference/test_speculative.py"],
+    "minglm/kernels/attention/chunked.py": ["tests/kernels/test_kernels.py"],
     "minglm/kernels/attention/eager.py": ["tests/kernels/test_kernels.py"],
+    "minglm/kernels/cross_entropy/chunked.py": ["tests/kernels/test_kernels.py"],
     "minglm/kernels/cross_entropy/eager.py": ["tests/kernels/test_kernels.py"],
     "minglm/kernels/experts/eager.py": ["tests/kernels/test_kernels.py"],
-    "minglm/kernels/fp8/eager.py": [
-        "tests/kernels/test_fp8.py",
-        "tests/kernels/test_triton_fp8.py",
-    ],
+    "minglm/kernels/experts/grouped.py": ["tests/kernels/test_kernels.py"],
+    "minglm/kernels/fp8/eager.py": ["tests/kernels/test_fp8.py"],
     "minglm/kernels/newton_schulz/eager.py": ["tests/optim/test_muon.py"],
+    "minglm/kernels/newton_schulz/polynomials.py": ["tests/optim/test_muon.py"],
     "minglm/kernels/norm/eager.py": ["tests/kernels/test_kernels.py"],
+    "minglm/kernels/norm/fused.py": ["tests/kernels/test_kernels.py"],
     "minglm/kernels/qk_norm_rope/eager.py": ["tests/kernels/test_kernels.py"],
+    "minglm/kernels/qk_norm_rope/fused.py": ["tests/kernels/test_kernels.py"],
     "minglm/kernels/router/eager.py": ["tests/model/test_router.py"],
+    "minglm/model/balance.py": ["tests/model/test_balance.py"],
+    "minglm/model/mla.py": ["tests/model/test_mla.py"],
+    "minglm/model/moe.py": ["tests/model/test_moe.py"],
+    "minglm/model/mtp.py": ["tests/model/test_mtp.py"],
+    "minglm/model/rope.py": ["tests/model/test_rope.py"],
+    "minglm/model/router.py": ["tests/model/test_router.py"],
+    "minglm/optim/muon.py": ["tests/optim/test_muon.py"],
+    "minglm/optim/schedule.py": ["tests/optim/test_schedule.py"],
     "minglm/plan/counts.py": ["tests/plan/test_plan.py"],
     "minglm/plan/memory.py": ["tests/plan/test_plan.py"],
-    "minglm/train/loop.py": ["tests/train/test_loop.py", "tests/train/test_guard.py"],
+    "minglm/rewards/pathology.py": ["tests/rewards/test_pathology.py"],
+    "minglm/rewards/shaping.py": ["tests/rewards/test_shaping.py"],
+    "minglm/rl/aggregation.py": ["tests/rl/test_aggregation.py"],
+    "minglm/rl/curriculum.py": ["tests/rl/test_curriculum.py"],
+    "minglm/rl/distill.py": ["tests/rl/test_distill.py"],
+    "minglm/rl/grpo.py": ["tests/rl/test_grpo.py"],
+    "minglm/rl/temperature.py": ["tests/rl/test_temperature.py"],
+    "minglm/rl/trainer.py": ["tests/rl/test_trainer.py"],
+    "minglm/train/guard.py": ["tests/train/test_guard.py"],
     "minglm/train/loss.py": ["tests/train/test_loop.py"],
+    "minglm/train/sft.py": ["tests/train/test_sft.py"],
 }
+"""The modules with a numeric heart, and the tests that guard each: files, or single tests of a file."""
 
 COMPARISONS: dict[type[ast.cmpop], list[str]] = {
     ast.Lt: ["<="],
@@ -89,6 +136,8 @@ class Mutation(NamedTuple):
     """One change of a source."""
 
     line: int
+    column: int
+    """Characters of the line before it."""
     was: str
     becomes: str
     source: str
@@ -111,8 +160,10 @@ def mutations(source: str) -> Iterator[Mutation]:
 
     def change(first: int, last: int, becomes: str) -> Mutation:
         changed = encoded[:first] + becomes.encode() + encoded[last:]
-        line = encoded[:first].count(b"\n") + 1
-        return Mutation(line, encoded[first:last].decode(), becomes, changed.decode())
+        line = encoded[:first].count(b"\n")
+        column = len(encoded[starts[line] : first].decode())
+        was = encoded[first:last].decode()
+        return Mutation(line + 1, column, was, becomes, changed.decode())
 
     def between(left: ast.expr, right: ast.expr, becomes: str) -> Mutation:
         gap = encoded[end(left) : start(right)]
@@ -160,16 +211,89 @@ def _values(node: ast.AST) -> Iterator[ast.AST]:
                 yield from _values(child)
 
 
-def tests_of(module: str) -> list[str]:
-    """Return the test files of a module: by the table, or of its name. Raises SystemExit where there are none."""
-    path = Path(module)
-    named = TESTS.get(module)
-    if named:
-        return named
-    found = sorted((ROOT / "tests").rglob(f"test_{path.stem}.py"))
-    if not found:
-        raise SystemExit(f"{module}: no tests/*/test_{path.stem}.py; name the files with --tests")
-    return [str(file.relative_to(ROOT)) for file in found]
+class Verdict(StrEnum):
+    """What became of a change."""
+
+    KILLED = "killed"
+    """A test failed, or took too long."""
+    SURVIVED = "survived"
+    """No test noticed it: a hole, until it is judged."""
+    EQUIVALENT = "equivalent"
+    """Nothing that the module promises differs; the record says why."""
+
+
+@dataclass
+class Entry:
+    """One recorded change."""
+
+    line: int
+    text: str
+    """The line, without its indentation."""
+    column: int
+    """Where in the text the change is."""
+    was: str
+    becomes: str
+    verdict: Verdict
+    why: str = ""
+    """Why it is equivalent."""
+
+
+Place = tuple[str, int, str, int]
+"""Text, column, what it becomes, and which of the lines with this text."""
+
+
+def places(source: str, changes: list[Mutation]) -> dict[Place, Mutation]:
+    """Return every change by where it is, so that it is found again when lines above it come and go."""
+    lines = source.splitlines()
+    found: dict[Place, Mutation] = {}
+    for change in changes:
+        line = lines[change.line - 1]
+        text = line.strip()
+        same_before = sum(other.strip() == text for other in lines[: change.line - 1])
+        column = change.column - (len(line) - len(line.lstrip()))
+        found[text, column, change.becomes, same_before] = change
+    return found
+
+
+def read_entries(module: str) -> list[Entry]:
+    """Return the record of a module; an empty list without one."""
+    path = record_of(module)
+    if not path.exists():
+        return []
+    entries = []
+    for values in json.loads(path.read_text(encoding="utf-8")):
+        verdict = Verdict(values.pop("verdict"))
+        entries.append(Entry(**values, verdict=verdict))
+    return entries
+
+
+def write_entries(module: str, entries: list[Entry]) -> None:
+    """Store the record of a module, one change a line, in the order of the source."""
+    entries.sort(key=lambda entry: (entry.line, entry.column, entry.becomes))
+    lines = [json.dumps(asdict(entry), ensure_ascii=False) for entry in entries]
+    RECORDS.mkdir(exist_ok=True)
+    record_of(module).write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+
+
+def record_of(module: str) -> Path:
+    """Return the file of a module's record."""
+    name = module.removeprefix("minglm/").removesuffix(".py").replace("/", ".")
+    return RECORDS / f"{name}.json"
+
+
+def still_there(entries: list[Entry], found: dict[Place, Mutation]) -> dict[Place, Entry]:
+    """Return the entries whose change can still be made, by place, with the line where it is now."""
+    kept: dict[Place, Entry] = {}
+    for entry in entries:
+        for same_before in itertools.count():
+            place = (entry.text, entry.column, entry.becomes, same_before)
+            if place not in found:
+                break
+            if place not in kept:
+                entry.line = found[place].line
+                kept[place] = entry
+                break
+    return kept
 
 
 def copy_of_repository(folder: Path) -> None:
@@ -190,7 +314,7 @@ class Run(NamedTuple):
     """CPU seconds."""
 
 
-def run_tests(folder: Path, tests: list[str], match: str, limit: int | None, output: Path) -> Run:
+def run_tests(folder: Path, tests: list[str], limit: int | None) -> Run:
     """Run the tests in a copy of the repository, in a forked process, until the first failure."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     child = os.fork()
@@ -200,14 +324,14 @@ def run_tests(folder: Path, tests: list[str], match: str, limit: int | None, out
             os.setsid()
             if limit:
                 resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
-            descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
+            output = os.open(folder / OUTPUT, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
             os.chdir(folder)
             sys.dont_write_bytecode = True  # two changes of one second and size would share it
             import pytest
 
-            options = ["-x", "-q", "-n0", "--tb=line", "-k", match, "-p", "no:cacheprovider"]
+            options = ["-x", "-q", "-n0", "--tb=line", "-m", "not slow", "-p", "no:cacheprovider"]
             code = int(pytest.main([*options, f"--rootdir={folder}", *tests]))
         finally:
             os._exit(code)
@@ -217,26 +341,140 @@ def run_tests(folder: Path, tests: list[str], match: str, limit: int | None, out
     return Run(os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0, seconds)
 
 
-def main() -> None:
-    """Parse the command line, run the mutations, and print the survivors."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("module", help="a source file, such as minglm/rl/grpo.py")
-    parser.add_argument("--count", type=int, default=20, help="mutations to draw; 0: all")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draw")
-    parser.add_argument("--tests", nargs="*", help="test files, where they are not found by name")
-    parser.add_argument("--match", default="", help="only tests with these names, as pytest's -k")
-    parser.add_argument("--lines", nargs="*", type=int, help="only changes of these lines")
-    options = parser.parse_args()
-    module = str((ROOT / options.module).relative_to(ROOT))
-    tests = options.tests or tests_of(module)
+OUTPUT = "output.txt"
 
+
+class Sample(NamedTuple):
+    """How much of a module is tried."""
+
+    count: int
+    """Changes; 0: all."""
+    seed: int
+    """Seed of the draw."""
+    again: bool
+    """Only those that survived before."""
+
+
+def work_on(module: str, tests: list[str], sample: Sample, folder: Path, until: float) -> None:
+    """Try changes of a module, and record what became of each as soon as it is known. until: a monotonic time."""
     source = (ROOT / module).read_text(encoding="utf-8")
-    drawn = list(mutations(source))
-    sites = len(drawn)
-    if options.lines:
-        drawn = [mutation for mutation in drawn if mutation.line in options.lines]
-    if 0 < options.count < len(drawn):
-        drawn = random.Random(options.seed).sample(drawn, options.count)
+    found = places(source, list(mutations(source)))
+    kept = still_there(read_entries(module), found)
+    if sample.again:
+        todo = [place for place, entry in kept.items() if entry.verdict == Verdict.SURVIVED]
+    else:
+        rest = [place for place in found if place not in kept]
+        random.Random(sample.seed).shuffle(rest)
+        todo = rest[: max(0, sample.count - len(kept))] if sample.count else rest
+    write_entries(module, list(kept.values()))
+    if not todo:
+        return
+
+    unchanged = run_tests(folder, tests, None)
+    if not unchanged.passed:
+        output = (folder / OUTPUT).read_text(encoding="utf-8")
+        raise SystemExit(f"{module}: its own tests fail\n{output}")
+    limit = int(FACTOR * unchanged.seconds + SPARE)
+    began = time.monotonic()
+    survivors = 0
+    tried = 0
+    for place in todo:
+        if time.monotonic() > until:
+            break
+        change = found[place]
+        (folder / module).write_text(change.source, encoding="utf-8")
+        passed = run_tests(folder, tests, limit).passed
+        verdict = Verdict.SURVIVED if passed else Verdict.KILLED
+        text, column, becomes, _ = place
+        kept[place] = Entry(change.line, text, column, change.was, becomes, verdict)
+        write_entries(module, list(kept.values()))
+        tried += 1
+        if passed:
+            survivors += 1
+            print(f"{module}:{change.line}: {change.was!r} -> {becomes!r}: {text}", flush=True)
+    (folder / module).write_text(source, encoding="utf-8")
+    seconds = time.monotonic() - began
+    print(
+        f"{module}: {tried - survivors} of {tried} killed in {seconds:.0f} s "
+        f"({len(todo) - tried} to do, unchanged {unchanged.seconds:.0f} s)",
+        flush=True,
+    )
+
+
+def write_table() -> None:
+    """Write the table of all records, every equivalent change with its reason, and what is left."""
+    rows = []
+    equivalents = []
+    left = []
+    totals = dict.fromkeys(Verdict, 0)
+    for module in HEARTS:
+        source = (ROOT / module).read_text(encoding="utf-8")
+        found = places(source, list(mutations(source)))
+        entries = list(still_there(read_entries(module), found).values())
+        counts = dict.fromkeys(Verdict, 0)
+        for entry in entries:
+            counts[entry.verdict] += 1
+            totals[entry.verdict] += 1
+            change = f"`{entry.text}`, `{entry.was}` to `{entry.becomes or 'nothing'}`"
+            where = f"- {module}, line {entry.line}: {change}"
+            if entry.verdict == Verdict.EQUIVALENT:
+                equivalents.append(f"{where}: {entry.why}")
+            elif entry.verdict == Verdict.SURVIVED:
+                left.append(where)
+        rows.append(_row(module, len(found), counts))
+    possible = sum(int(row.split("|")[2]) for row in rows)
+    text = [
+        "# Which changes of the source its tests notice",
+        "",
+        "Made by `python tests/mutate.py --table` from the records in tests/mutations/. A change is one operator,",
+        "constant or bound; it is killed when the module's own tests fail. The share counts the changes that are not",
+        "equivalent.",
+        "",
+        "| module | possible | tried | killed | equivalent | left | share killed |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+        _row("all", possible, totals),
+        "",
+        "## Left",
+        "",
+        *(left or ["None."]),
+        "",
+        "## Equivalent, and why",
+        "",
+        *(equivalents or ["None."]),
+        "",
+    ]
+    TABLE.write_text("\n".join(text), encoding="utf-8")
+
+
+def _row(name: str, possible: int, counts: dict[Verdict, int]) -> str:
+    """Format one row of the table."""
+    killed = counts[Verdict.KILLED]
+    equivalent = counts[Verdict.EQUIVALENT]
+    left = counts[Verdict.SURVIVED]
+    judged = killed + left
+    share = f"{100 * killed / judged:.1f}%" if judged else "n/a"
+    tried = judged + equivalent
+    return f"| {name} | {possible} | {tried} | {killed} | {equivalent} | {left} | {share} |"
+
+
+def main() -> None:
+    """Parse the command line, and run the changes or write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("modules", nargs="*", help="source files; none: every module of HEARTS")
+    parser.add_argument("--count", type=int, default=12, help="changes of a module; 0: all")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw")
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop after so many")
+    parser.add_argument("--again", action="store_true", help="only what survived before")
+    parser.add_argument("--table", action="store_true", help="write tests/mutations.md")
+    options = parser.parse_args()
+    if options.table:
+        write_table()
+        return
+    modules = [str((ROOT / module).relative_to(ROOT)) for module in options.modules or HEARTS]
+    for module in modules:
+        if module not in HEARTS:
+            raise SystemExit(f"{module}: not in HEARTS; add it there, with its tests")
 
     os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "TRITON_INTERPRET": "1"}
     import einops  # noqa: F401  # imported once, before the forks
@@ -244,30 +482,14 @@ def main() -> None:
     import pytest  # noqa: F401
     import torch  # noqa: F401
 
+    until = time.monotonic() + options.seconds
+    sample = Sample(options.count, options.seed, options.again)
     with tempfile.TemporaryDirectory(prefix="mutate-") as name:
         folder = Path(name)
-        output = folder / "output.txt"
         copy_of_repository(folder)
-        unchanged = run_tests(folder, tests, options.match, None, output)
-        if not unchanged.passed:
-            raise SystemExit(f"{module}: its own tests fail\n{output.read_text(encoding='utf-8')}")
-        limit = int(FACTOR * unchanged.seconds + SPARE)
-
-        survivors = []
-        began = time.monotonic()
-        for mutation in sorted(drawn, key=lambda mutation: mutation.line):
-            (folder / module).write_text(mutation.source, encoding="utf-8")
-            if run_tests(folder, tests, options.match, limit, output).passed:
-                survivors.append(mutation)
-                text = mutation.source.splitlines()[mutation.line - 1].strip()
-                print(
-                    f"{module}:{mutation.line}: {mutation.was!r} -> {mutation.becomes!r}: {text}",
-                    flush=True,
-                )
-    killed = len(drawn) - len(survivors)
-    print(
-        f"{module}: {killed} of {len(drawn)} killed ({sites} possible, {time.monotonic() - began:.0f} s)"
-    )
+        for module in modules:
+            if time.monotonic() < until:
+                work_on(module, HEARTS[module], sample, folder, until)
 
 
 if __name__ == "__main__":
