@@ -5,6 +5,7 @@ run = load_config("configs/toy.py", ["--seed", "1"])
 
 from minglm.config.data import DataConfig, Quality
 from minglm.config.model import ModelConfig
+from minglm.config.parallel import Layout, ParallelConfig, TokenExchange
 from minglm.config.posttraining import (
     Aggregation,
     EvaluationConfig,
@@ -38,9 +39,11 @@ __all__ = [
     "EvaluationConfig",
     "ExpertConfig",
     "Kernels",
+    "Layout",
     "ModelConfig",
     "OptimizerConfig",
     "Packing",
+    "ParallelConfig",
     "Polynomial",
     "PostTrainingConfig",
     "Precision",
@@ -52,6 +55,7 @@ __all__ = [
     "Schedule",
     "StageConfig",
     "StagesConfig",
+    "TokenExchange",
     "Tracker",
     "load_config",
 ]

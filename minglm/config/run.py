@@ -25,6 +25,7 @@ from minglm.config.data import DataConfig
 from minglm.config.model import ModelConfig
 from minglm.config.options import about, check_fields, mismatch, option, types_of
 from minglm.config.overrides import override
+from minglm.config.parallel import ParallelConfig
 from minglm.config.posttraining import EvaluationConfig, PostTrainingConfig
 from minglm.config.training import BalanceConfig, OptimizerConfig, StagesConfig
 
@@ -82,6 +83,7 @@ class RunConfig:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     posttraining: PostTrainingConfig = field(default_factory=PostTrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    parallel: ParallelConfig = option(ParallelConfig(), runtime=True)
     seed: int = option(0, maximum=2**32 - 1)
     """Seed of every random draw."""
     device: str = option("auto", runtime=True)
@@ -123,6 +125,7 @@ class RunConfig:
         self.stages.check()
         self.data.check()
         self.optimizer.check()
+        self.parallel.check(self.model)
         self._check_lengths()
         self._check_rope()
         self._check_muon()

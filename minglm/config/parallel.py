@@ -1,0 +1,136 @@
+"""Options of parallelism: how the ranks of a run share weights, experts and sequences (no section in the paper).
+
+    world  =  pp  x  dp_replicate  x  fsdp          dense weights: each pipeline stage, replica by replica, sharded by fsdp
+    fsdp   =  efsdp  x  ep                          experts: the same ranks in two factors
+    fsdp   =  data groups  x  cp                    batch: the ranks of one group share the rows, each a part of every row
+
+Expert and context parallelism borrow ranks from the sharding and never add any: a rank holds a part of the dense weights,
+a part of the experts, and reads a part of the batch. A layout changes where numbers are computed, not which, so it is
+no part of a config's hash: a run may resume on another one.
+
+The rules are here, free of torch, so that the planner and a run refuse the same layouts.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from minglm.config.model import ModelConfig
+from minglm.config.options import option, positive
+
+MOST_RANKS = 2**20
+
+
+class TokenExchange(StrEnum):
+    """How tokens travel to the ranks of their experts."""
+
+    ALL_TO_ALL = "all_to_all"
+    """Two all-to-alls of torch.distributed, on any device."""
+    DEEPEP = "deepep"
+    """The kernels of the package deep_ep, which need GPUs of one NVLink or RDMA fabric."""
+
+
+class Layout(NamedTuple):
+    """The sizes of a layout for a certain number of ranks; their product is that number."""
+
+    pp: int
+    dp_replicate: int
+    fsdp: int
+    ep: int
+    cp: int
+
+    @property
+    def world(self) -> int:
+        """Return the number of ranks."""
+        return self.pp * self.dp_replicate * self.fsdp
+
+    @property
+    def efsdp(self) -> int:
+        """Return the ranks over which the weights of each expert are sharded."""
+        return self.fsdp // self.ep
+
+    @property
+    def data_groups(self) -> int:
+        """Return into how many parts the rows of a batch are divided."""
+        return self.dp_replicate * self.fsdp // self.cp
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The layout of a run over the ranks that torchrun starts; one process needs none of it."""
+
+    pp: int = positive(1, maximum=MOST_RANKS)
+    """Pipeline stages: each holds consecutive layers."""
+    dp_replicate: int = positive(1, maximum=MOST_RANKS)
+    """Copies of the sharded weights (hybrid sharding)."""
+    fsdp: int = option(0, maximum=MOST_RANKS)
+    """Ranks over which the dense weights are sharded (FSDP2); 0: all that are left, ranks / (pp * dp_replicate)."""
+    ep: int = positive(1, maximum=MOST_RANKS)
+    """Ranks over which the experts are divided; must divide fsdp and the number of experts."""
+    cp: int = positive(1, maximum=MOST_RANKS)
+    """Ranks that share each sequence; must divide fsdp."""
+    reshard_after_forward: bool = True
+    """Free the gathered weights of a layer after its forward pass and gather them again for the backward pass."""
+    dispatcher: TokenExchange = TokenExchange.ALL_TO_ALL
+    """How tokens travel to their experts: all_to_all, or deepep, which needs its package."""
+    timeout_seconds: float = option(600.0, positive=True, maximum=10**7)
+    """Seconds after which a rank that waits for another gives up."""
+
+    def check(self, model: ModelConfig) -> None:
+        """Raise ValueError, in one line, for sizes that no number of ranks makes possible."""
+        if model.n_routed_experts % self.ep:
+            best = nearest(self.ep, divisors(model.n_routed_experts))
+            raise ValueError(
+                f"parallel.ep = {self.ep}: must divide model.n_routed_experts = {model.n_routed_experts}; "
+                f"use {best}"
+            )
+        for name in ("ep", "cp"):
+            size = getattr(self, name)
+            if self.fsdp and self.fsdp % size:
+                best = nearest(size, divisors(self.fsdp))
+                raise ValueError(
+                    f"parallel.{name} = {size}: must divide parallel.fsdp = {self.fsdp}; use {best}"
+                )
+
+    def layout(self, world: int, model: ModelConfig) -> Layout:
+        """Return the sizes for this many ranks.
+
+        Raises ValueError, in one line with the nearest sizes that work, where they do not fit that number.
+        """
+        ranks = "1 rank" if world == 1 else f"{world:,} ranks"
+        outer = self.pp * self.dp_replicate
+        if world % outer:
+            best = nearest(outer, divisors(world))
+            raise ValueError(
+                f"parallel.pp * parallel.dp_replicate = {outer}: must divide {ranks}; "
+                f"use a product of {best}, or start another number of ranks with torchrun"
+            )
+        fsdp = self.fsdp or world // outer
+        if outer * fsdp != world:
+            raise ValueError(
+                f"parallel.fsdp = {fsdp}: pp * dp_replicate * fsdp = {outer * fsdp:,}, but there is {ranks}; "
+                f"use {world // outer}, or start {outer * fsdp:,} ranks with torchrun"
+            )
+        for name in ("ep", "cp"):
+            size = getattr(self, name)
+            if fsdp % size:
+                possible = divisors(fsdp)
+                if name == "ep":
+                    possible = [n for n in possible if model.n_routed_experts % n == 0]
+                raise ValueError(
+                    f"parallel.{name} = {size}: must divide fsdp = {fsdp} of {ranks}; "
+                    f"use {nearest(size, possible)}, or start another number of ranks with torchrun"
+                )
+        return Layout(self.pp, self.dp_replicate, fsdp, self.ep, self.cp)
+
+
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a number, smallest first."""
+    small = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
+
+
+def nearest(size: int, possible: Iterable[int]) -> int:
+    """Return the possible size nearest to `size`; of two equally near, the larger one."""
+    return min(possible, key=lambda other: (abs(other - size), -other))
