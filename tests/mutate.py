@@ -86,7 +86,7 @@ HEARTS = {
     "minglm/optim/muon.py": ["tests/optim/test_muon.py"],
     "minglm/optim/schedule.py": ["tests/optim/test_schedule.py"],
     "minglm/plan/counts.py": ["tests/plan/test_plan.py"],
-    "minglm/plan/memory.py": ["tests/plan/test_plan.py"],
+    "minglm/plan/memory.py": ["tests/plan/test_memory.py", "tests/plan/test_plan.py"],
     "minglm/rewards/pathology.py": ["tests/rewards/test_pathology.py"],
     "minglm/rewards/shaping.py": ["tests/rewards/test_shaping.py"],
     "minglm/rl/aggregation.py": ["tests/rl/test_aggregation.py"],
