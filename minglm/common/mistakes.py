@@ -5,6 +5,8 @@ speaks alike; `one_line` guards the form, and `shown` keeps a value readable, ho
 """
 
 import math
+import os
+from collections.abc import Callable
 from typing import Any
 
 LONGEST_VALUE = 80
@@ -42,3 +44,25 @@ def _printable(text: str) -> str:
     return "".join(
         character if character.isprintable() else ascii(character)[1:-1] for character in text
     )
+
+
+def _first_of_this_machine() -> bool:
+    """Return whether this process speaks before the ranks know one another: one on each machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+_may_speak: Callable[[], bool] = _first_of_this_machine
+
+
+def ask_before_speaking(may_speak: Callable[[], bool]) -> None:
+    """Let `may_speak` decide which of many ranks tells of a mistake, so that the user reads one line and not one a rank."""
+    global _may_speak
+    _may_speak = may_speak
+
+
+def may_speak() -> bool:
+    """Return whether this process is to tell the user of what ended it. One process alone always is."""
+    try:
+        return _may_speak()
+    except Exception:  # the ranks can no longer ask one another; another one has spoken
+        return False
