@@ -53,7 +53,7 @@ MARKED_PER_KIND = 2000
 REASONS = 20
 """The most frequent reasons for skipping a record, that are noted with their counts."""
 
-FORMAT = 4
+FORMAT = 5
 """Shards of another format are built again."""
 
 
@@ -380,7 +380,11 @@ def save_solutions(
     sizes = {}
     for environment, conversations in solved.items():
         source = f"tasks:{environment}"
-        found = [example for c in conversations for example in examples(tokenizer, *c)]
+        found = [
+            example
+            for conversation in conversations
+            for example in examples(tokenizer, *conversation, language_modelling=True)
+        ]
         arrays[source] = [example.tokens_S.astype(dtype) for example in found]
         masks[source] = [example.mask_S for example in found]
         sizes[source] = sum(len(tokenizer.bytes(example.tokens_S)) for example in found)

@@ -74,6 +74,25 @@ def test_targets_are_what_the_assistant_says_last(conversation, tokenizer):
 
 
 @given(conversations())
+def test_mid_training_trains_every_token_of_a_conversation_once(conversation):
+    """Language modelling: all of the first example is trained on; of a later one all that follows its role token."""
+    tokenizer, (messages, tools, thinking) = byte_tokenizer(), conversation
+    found = dialogues.examples(tokenizer, messages, tools, thinking, language_modelling=True)
+    fine_tuning = dialogues.examples(tokenizer, messages, tools, thinking)
+    starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    for number, (tokens, mask) in enumerate(found):
+        same_tokens, answers = fine_tuning[number]
+        assert (tokens == same_tokens).all()
+        assert mask[answers].all()
+        untrained = ""
+        if number:
+            question = messages[starts[number]]["content"]
+            prompt = render(tokenizer, messages[: starts[number] + 1], tools, thinking).text
+            untrained = prompt[: prompt.rindex(f"\n{question}")]
+        assert tokenizer.decode(tokens[~mask]) == untrained
+
+
+@given(conversations())
 def test_a_question_without_an_answer_is_no_example(conversation):
     """A user turn at the end, or two in a row, add nothing to learn."""
     messages, tools, thinking = conversation
