@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.config import ModelConfig
+from minglm.kernels.router.eager import group_by_expert
 from minglm.model.glm import GLM
 from minglm.model.router import Router, combine_weights, select_experts
 from minglm.testing.model import check_router, normal, tiny_model
-from minglm.testing.strategies import seeds
+from minglm.testing.strategies import numbers, seeds
 
 
 def ours(scores_TE, bias_E, config):
@@ -152,6 +153,28 @@ def test_training_with_one_normalised_expert_is_refused_with_the_reason():
     assert (
         not torch.autograd.grad(weights_TK.sum(), scores_TE)[0].abs().max() > 1e-6
     )  # why it is refused
+
+
+@given(
+    seed=seeds,
+    T=st.integers(1, 9),
+    E=st.integers(2, 6),
+    K=st.integers(1, 3),
+    multiple=st.sampled_from([1, 2, 5]),
+)
+def test_pairs_sorted_by_expert(seed, T, E, K, multiple):
+    """Each expert has the pairs of its tokens in order, and as few rows of padding as fill it up; those name pair 0."""
+    experts_TK = torch.rand(T, E, generator=numbers(seed)).argsort(1)[:, :K]
+    order, inverse, ends_E = group_by_expert(experts_TK, E, multiple)
+    pairs = experts_TK.flatten().tolist()
+    start = 0
+    for e, end in enumerate(ends_E.tolist()):
+        own = [pair for pair, expert in enumerate(pairs) if expert == e]
+        padding = -len(own) % multiple
+        assert order[start:end].tolist() == own + [0] * padding
+        assert inverse[own].tolist() == list(range(start, start + len(own)))
+        start = end
+    assert start == len(order) and ends_E.dtype == torch.int32
 
 
 CONVERSIONS = {
