@@ -48,7 +48,10 @@ HEARTS = {
     "minglm/common/statistics.py": ["tests/rl/test_curriculum.py"],
     "minglm/data/cleaning/decontaminate.py": ["tests/data/test_decontaminate.py"],
     "minglm/data/cleaning/minhash.py": ["tests/data/test_minhash.py"],
-    "minglm/data/cleaning/quality.py": ["tests/data/test_quality.py"],
+    "minglm/data/cleaning/quality.py": [
+        "tests/data/test_quality.py",
+        "tests/data/test_quality_languages.py",
+    ],
     "minglm/data/cleaning/semdedup.py": ["tests/data/test_minhash.py"],
     "minglm/data/cleaning/shingles.py": [
         "tests/data/test_minhash.py",

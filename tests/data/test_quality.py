@@ -59,6 +59,124 @@ def test_rubric_prefers(better, worse, language):
     assert quality.score(better, language) > quality.score(worse, language)
 
 
+def prose_mark(name, text):
+    """One mark of a prose text."""
+    return quality.prose_marks(text)[name]
+
+
+@pytest.mark.parametrize(("letters", "mark"), [(100, 0.0), (135, 0.5), (170, 1.0), (200, 1.0)])
+def test_letters_count_from_50_to_85_percent(letters, mark):
+    """Of 200 characters, the others being digits; spaces and the marks of Hindi count as letters."""
+    for kind in ("a", " ", "\u0901"):
+        text = "a" + kind * (letters - 1) + "7" * (200 - letters)
+        assert prose_mark("letters", text) == pytest.approx(mark)
+
+
+@pytest.mark.parametrize(("letters", "mark"), [(100, 0.0), (130, 0.5), (160, 1.0)])
+def test_letters_of_a_script_without_spaces_count_from_50_to_80_percent(letters, mark):
+    """Its sentences are short, so their punctuation weighs more."""
+    assert prose_mark("letters", "词" * letters + "，" * (200 - letters)) == pytest.approx(mark)
+
+
+@pytest.mark.parametrize(
+    ("words", "mark"),
+    [(2, 0.0), (5, 0.5), (8, 1.0), (30, 1.0), (55, 0.5), (80, 0.0), (100, 0.0)],
+)
+def test_sentences_have_8_to_30_words(words, mark):
+    """None below 2 or above 80; a text without an end is one sentence; two characters of Chinese are a word."""
+    for copies, end in ((1, ""), (1, ". "), (3, "! "), (3, "\n \n"), (2, "? ")):
+        assert prose_mark("sentence", ("word " * words + end) * copies) == pytest.approx(mark)
+    for end in ("。", "！", "？"):
+        assert prose_mark("sentence", ("这里" * words + end) * 3) == pytest.approx(mark)
+    # an odd character of each piece is a word of its own
+    assert prose_mark("sentence", ("词，" * words + "。") * 3) == pytest.approx(mark)
+
+
+@pytest.mark.parametrize(("different", "mark"), [(40, 0.0), (70, 0.5), (100, 1.0), (200, 1.0)])
+def test_variety_is_the_share_of_different_words_among_the_first_200(different, mark):
+    """From 20% to 50%, capital letters or not; what comes after the 200 does not count."""
+    names = [f"w{number}" for number in range(different)]
+    words = (names + names * 5)[:200]
+    text = " ".join(word.upper() if place % 2 else word for place, word in enumerate(words))
+    assert prose_mark("variety", text) == pytest.approx(mark)
+    assert prose_mark("variety", text + " w0" * 50) == pytest.approx(mark)
+    assert prose_mark("variety", text + " another 9" * 50) == pytest.approx(mark)
+
+
+@pytest.mark.parametrize(("size", "mark"), [(60, 0.0), (330, 0.5), (600, 1.0), (900, 1.0)])
+def test_length_counts_from_60_to_600_characters(size, mark):
+    """From 20 to 200 where a character is half a word: where more than half of the letters are such characters."""
+    assert prose_mark("length", "a" * size) == pytest.approx(mark)
+    assert prose_mark("length", "词" * (size // 2) + "a" * (size // 2)) == pytest.approx(mark)
+    for share in (1.0, 0.6):
+        dense = round(share * size) // 3
+        text = "词" * dense + "a" * (size // 3 - dense)
+        assert prose_mark("length", text) == pytest.approx(mark, abs=0.01)
+
+
+def code_mark(name, lines, language="python"):
+    """One mark of a program that has these lines."""
+    return quality.code_marks("\n".join(lines), language)[name]
+
+
+@pytest.mark.parametrize(("long", "mark"), [(0, 1.0), (2, 0.5), (4, 0.0), (6, 0.0)])
+def test_lines_of_code_have_up_to_100_characters(long, mark):
+    """All of them for the full mark, four fifths for none; empty lines do not count."""
+    lines = ["x" * 100] * (20 - long) + ["x" * 101] * long + ["", " "] * 5
+    assert code_mark("line", lines) == pytest.approx(mark)
+
+
+@pytest.mark.parametrize(("comments", "mark"), [(0, 0.0), (1, 0.5), (2, 1.0), (9, 1.0)])
+def test_comments_are_full_from_one_line_in_twenty(comments, mark):
+    """Empty lines do not count."""
+    lines = ["x = y  # why"] * comments + ["x = y"] * (40 - comments) + [""] * 9
+    assert code_mark("comments", lines) == pytest.approx(mark)
+
+
+@pytest.mark.parametrize(("data", "mark"), [(15, 1.0), (30, 1.0), (65, 0.5), (100, 0.0)])
+def test_data_is_full_up_to_15_percent_and_none_at_50(data, mark):
+    """Digits, brackets and commas among 200 characters."""
+    assert code_mark("data", ["a" + "1" * data + "b" * (199 - data)]) == pytest.approx(mark)
+    assert code_mark("data", [f"{'b' * 94}  # [1](2){{3}},\\" + "c" * 88]) == 1.0
+
+
+@pytest.mark.parametrize(("documented", "mark"), [(0, 0.0), (3, 0.5), (6, 1.0), (10, 1.0)])
+def test_definitions_are_documented(documented, mark):
+    """Full from three of five functions; the docstring of the module does not count."""
+    bare = ["def f():", "    return 1"]
+    told = ["def f():", '    """Say what."""', "    return 1"]
+    lines = told * documented + bare * (10 - documented)
+    assert code_mark("documented", lines) == pytest.approx(mark)
+    assert code_mark("documented", ['"""A module."""', *lines]) == pytest.approx(mark)
+
+
+def test_the_score_is_the_mean_of_the_marks():
+    """Prose and code by their kind; no letters, no text or no program at all is 0."""
+    text = "Some words of a sentence that is short. " * 3
+    marks = quality.prose_marks(text)
+    assert quality.score(text) == pytest.approx(sum(marks.values()) / 4)
+    marks = quality.code_marks(GOOD)
+    assert quality.score(GOOD, "Python") == pytest.approx(sum(marks.values()) / 4)
+    assert quality.score("7 " * 30) < quality.score("seven " * 30)
+    assert quality.score("7" * 30) == quality.score(" \n") == quality.score("def (", "python") == 0
+
+
+def test_buckets_at_their_bounds():
+    """Of ten documents the lowest tenth is the worst one, the top two tenths the best two; by default a tenth each."""
+    some = [document(f"{n}", n / 10) for n in range(10)]
+    assert quality.epochs(some) == [0, *[1] * 8, 3]
+    assert quality.epochs(some[::-1]) == [3, *[1] * 8, 0]
+    assert quality.epochs(some, 0.3, 0.2, 2.0) == [0, 0, 0, 1, 1, 1, 1, 1, 2, 2]
+    assert quality.epochs(some, 0.5, 0.5, 4.0) == [0] * 5 + [4] * 5
+    assert quality.epochs(some, 0.0, 0.0) == [1] * 10
+    assert quality.epochs(some, 1.0, 0.0) == [0] * 10
+    equal = [document(name, 0.5) for name in "ba"]  # of equals the later name is the better one
+    assert quality.epochs(equal, 0.5, 0.5, 2.0) == [2, 0]
+    for lowest, top in ((-0.1, 0.1), (0.1, -0.1), (0.6, 0.5)):
+        with pytest.raises(ValueError, match="quality buckets"):
+            quality.epochs(some, lowest, top)
+
+
 def document(name, score, source="code", language="python"):
     return Document("x", source, language, score, name)
 

@@ -135,6 +135,89 @@ def test_sentences_that_return_without_touching_are_found():
     assert detect(" ".join(pieces))["repetition"]
 
 
+@pytest.mark.parametrize(
+    ("foreign", "own", "language", "mixes"),
+    [
+        (2, 198, "en", False),  # one in a hundred is allowed
+        (2, 197, "en", True),
+        (1, 1, "en", False),  # one is a quotation
+        (2, 0, "en", True),
+        (3, 7, "zh", False),  # three in ten are allowed
+        (4, 9, "zh", True),
+        (1, 2, "zh", False),
+        (2, 4, "zh", True),
+    ],
+)
+def test_languages_mix_above_their_bounds(foreign, own, language, mixes):
+    """More than 1% of the words in English, more than 30% in Chinese, and at least two."""
+    latin, han = (own, foreign) if language == "en" else (foreign, own)
+    text = " ".join([*(["ab"] * latin), *("词" * han)])
+    assert count_words(text, language) == (foreign, own)
+    assert detect(text, language)["language_mixing"] == mixes
+
+
+def test_a_single_letter_of_another_script_is_a_symbol():
+    """A lone pi or a choice B is no word; a single Han, kana or Hangul character is one."""
+    assert count_words("π β x y", "en") == (0, 2)
+    assert count_words("词 B x", "zh") == (0, 1)
+    assert count_words("あ カ 한 词 πβ", "en") == (5, 0)
+
+
+DIFFERENT = "".join(chr(0x4E00 + number) for number in range(300))
+"""Characters of which none returns, so that no part of them is a loop."""
+
+
+@pytest.mark.parametrize(
+    ("run", "others", "loops"),
+    [(40, 0, False), (41, 0, True), (60, 239, False), (60, 238, True), (50, 199, False)],
+)
+def test_a_loop_has_more_than_40_characters_and_more_than_a_fifth_of_the_text(run, others, loops):
+    """The text ends in a space, which counts: 60 of 300 characters are exactly a fifth."""
+    text = DIFFERENT[:others] + "w" * run
+    assert longest_run(text) == (run, others + run + 1)
+    assert detect(text)["repetition"] == loops
+
+
+@pytest.mark.parametrize("size", [1, 2, 255, 256, 257])
+def test_three_copies_of_up_to_256_characters_are_a_run(size):
+    """Two copies are none, nor are three of which the last lacks a character."""
+    piece = DIFFERENT[:size]
+    assert longest_run(piece * 3).characters == (3 * size if size <= 256 else 0)
+    assert longest_run(piece * 2).characters == 0
+    assert longest_run((piece * 3)[:-1]).characters == 0
+    assert longest_run(piece).share == 0
+
+
+def unlike(words, fresh=0):
+    """Two words in the order of Thue and Morse, which repeats no piece three times in a row; then words of their own."""
+    order = [["left", "right"][number.bit_count() % 2] for number in range(words)]
+    return " ".join([*order, *DIFFERENT[:fresh]])
+
+
+@pytest.mark.parametrize(
+    ("words", "fresh", "grams", "different", "monotonous"),
+    [
+        (66, 0, 63, 10, False),  # too few to judge
+        (67, 0, 64, 10, True),
+        (65, 3, 65, 13, False),  # exactly a fifth
+        (66, 3, 66, 13, True),
+    ],
+)
+def test_variety_is_judged_from_64_runs_of_four_words(words, fresh, grams, different, monotonous):
+    """Fewer different ones than a fifth are a fault, although no piece is a loop."""
+    text = unlike(words, fresh)
+    assert longest_run(text).characters == 0
+    assert distinctness(text) == (different / grams, grams)
+    assert detect(text)["repetition"] == monotonous
+
+
+def test_three_words_have_no_run_of_four():
+    """Nothing to compare is full variety."""
+    assert distinctness("one two three") == (1.0, 0)
+    assert distinctness("one two three four") == (1.0, 1)
+    assert distinctness("a b a b", n=2) == (2 / 3, 3)
+
+
 def test_message_with_an_error_is_broken():
     """A parsed message speaks for itself, and `detect` believes it over the text."""
     message = {
