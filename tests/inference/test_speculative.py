@@ -70,6 +70,48 @@ def test_contract_finds_broken_verifiers(broken):
         check_verifier(broken)
 
 
+def verified(p_SV, q_SV, drafts, accept, last=0.5, length=None):
+    """(accepted, token) of one row."""
+    accepted_B, tokens_B = verify(
+        torch.tensor([p_SV]),
+        torch.tensor([q_SV]),
+        torch.tensor([drafts]),
+        torch.tensor([len(drafts) if length is None else length]),
+        torch.tensor([accept], dtype=torch.float64),
+        torch.tensor([last], dtype=torch.float64),
+    )
+    return accepted_B.item(), tokens_B.item()
+
+
+def test_verification_at_its_bounds():
+    """What the target cannot say is never accepted, not even at u = 0; a share that is just reached is rejected."""
+    half, first, last = [0.5, 0.5], [1.0, 0.0], [0.0, 1.0]
+    assert verified([first, half], [last], [1], [0.0]) == (0, 0)
+    assert verified([[0.25, 0.75], last], [half], [0], [0.49]) == (1, 1)
+    assert verified([[0.25, 0.75], last], [half], [0], [0.5]) == (
+        0,
+        1,
+    )  # 0.5 * 0.5 is not below 0.25
+    # neither has to be normalised
+    assert verified([[1.0, 3.0], last], [[4.0, 4.0]], [0], [0.49]) == (1, 1)
+    assert verified([[1.0, 3.0], last], [[4.0, 4.0]], [0], [0.51]) == (0, 1)
+
+
+def test_where_target_and_drafts_agree_a_rejection_draws_from_the_target():
+    """Only rounding can reject then; nothing is left over of p, and what p cannot say is not said."""
+    only = [0.0, 0.0, 1.0, 0.0]
+    for u in (0.0, 0.5, 0.999):
+        assert verified([only, only], [only], [2], [1.0], u) == (0, 2)
+
+
+def test_drafts_beyond_the_length_of_a_row_are_filling():
+    """They are not accepted; the bonus token is drawn after the row's own drafts."""
+    first, second, third = torch.eye(3).tolist()
+    assert verified([first, second, third], [first, second], [0, 1], [0.0, 0.0]) == (2, 2)
+    assert verified([first, second, third], [first, second], [0, 1], [0.0, 0.0], length=1) == (1, 1)
+    assert verified([first, second, third], [first, second], [0, 1], [0.0, 0.0], length=0) == (0, 0)
+
+
 @torch.no_grad()
 def exact(model, prompt, length, temperature):
     """The probability of every answer of `length` tokens, from plain forward passes."""
