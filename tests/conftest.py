@@ -15,7 +15,7 @@ if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # No deadline and no complaint about slow data: a shared machine may stop a test for a second at any time.
 settings.register_profile(
@@ -27,6 +27,9 @@ settings.register_profile(
 )
 settings.register_profile(
     "nightly", parent=settings.get_profile("ci"), max_examples=300, derandomize=False
+)
+settings.register_profile(  # of tests/mutate.py, which asks only whether a property fails
+    "mutate", parent=settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate]
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

@@ -15,7 +15,7 @@ Choices
 - Not changed: annotations, decorators, texts, and what an error message prints.
 - Records are tests/mutations/MODULE.json, one change each. What is recorded is not run again, so a sample that was
   stopped continues; a record whose line has changed is dropped, and another change is drawn for it.
-- Limits are in CPU seconds, so a busy machine kills no mutation.
+- Limits are in CPU seconds, so a busy machine kills no mutation. A counterexample is not made smaller.
 """
 
 import argparse
@@ -489,6 +489,7 @@ def main() -> None:
             raise SystemExit(f"{module}: not in HEARTS; add it there, with its tests")
 
     os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "TRITON_INTERPRET": "1"}
+    os.environ["HYPOTHESIS_PROFILE"] = "mutate"
     import einops  # noqa: F401  # imported once, before the forks
     import hypothesis  # noqa: F401
     import pytest  # noqa: F401
