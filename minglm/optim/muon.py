@@ -20,24 +20,28 @@ Choices:
   name and other implementations leave out (`muon_output_head` moves it). A matrix with one row or one column is a
   vector, and AdamW trains it too. Parameters with one axis have no weight decay. The table is `minglm.model.parameters`.
 - All matrices of one shape go through Newton-Schulz as one stack: a few large products, not hundreds.
+- Sharded parameters (DTensors) are trained by the same lines. All that is done value by value is done on the rows in this
+  process; for Newton-Schulz each matrix goes whole to one rank and back, in two collectives for each shape
+  (`minglm.parallel.owners`). The state has the parameters' shards.
 - `polynomial` = polar_express takes coefficients that bring singular values nearer to one in as many products.
 - A matrix whose gradient is exactly zero does not move, but for its decay: an expert without tokens says nothing. Its
   momentum shrinks all the same. Without this rule it would go on at the full rate, in the last direction, until the
   momentum underflows, because the orthogonal factor of a matrix does not shrink with it.
 - State exists from the start, so an expert or a layer that has had no gradient yet has the same keys in a checkpoint.
 
-The learning rate is set from outside, in every group's "lr", before each step (`minglm.optim.schedule`). Simplified: one
-process; an optimizer for sharded weights overrides `orthogonalize_all` alone, since only that step needs whole matrices.
+The learning rate is set from outside, in every group's "lr", before each step (`minglm.optim.schedule`). Simplified: a
+sharded parameter has a gradient on all its ranks or on none, as `fully_shard` leaves it; an expert without tokens has
+zeros.
 """
 
 import functools
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from einops import rearrange
+import torch.distributed as dist
 from torch import Tensor
 
 from minglm.config import OptimizerConfig, Polynomial
@@ -49,6 +53,8 @@ from minglm.model.parameters import (
     ParameterKind,
     kind_of,
 )
+from minglm.parallel.local import local
+from minglm.parallel.owners import bring_together, ranks_of_rows
 
 ADAM_EPS = 1e-8
 
@@ -135,7 +141,7 @@ class Muon(torch.optim.Optimizer):
     parameters: a module, or an iterable of (name, parameter), already on their device.
     config: OptimizerConfig. orthogonalize: (stack, steps) -> stack, where another precision or algorithm is wanted;
     None is Newton-Schulz with the config's polynomial.
-    Raises ValueError as `assign` does, and when no parameter needs a gradient.
+    Raises ValueError as `assign` and `ranks_of_rows` do, and when no parameter needs a gradient.
     """
 
     def __init__(
@@ -158,6 +164,7 @@ class Muon(torch.optim.Optimizer):
     @staticmethod
     def _initial_state(kind: str, parameter: Tensor) -> dict[str, Tensor]:
         if kind == OptimizerKind.MUON:
+            ranks_of_rows(parameter)  # refuses what cannot be trained
             return {"momentum": torch.zeros_like(parameter)}
         return {
             "first": torch.zeros_like(parameter),
@@ -172,61 +179,67 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        turns: Counter[dist.ProcessGroup] = Counter()  # matrices that each group of ranks was given
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
                 continue
-            gradients = [parameter.grad for parameter in parameters]
-            states = [self.state[parameter] for parameter in parameters]
+            weights = [local(parameter) for parameter in parameters]
+            gradients = [local(parameter.grad) for parameter in parameters]
+            states = [self._local_state(parameter) for parameter in parameters]
             # W <- W - lr wd W
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             if group["kind"] == OptimizerKind.MUON:
-                self._muon(group, parameters, gradients, states)
+                updates = self._momentum(group, gradients, states)
+                self._muon(group, parameters, gradients, updates, turns)
             else:
-                self._adamw(group, parameters, gradients, states)
+                self._adamw(group, weights, gradients, states)
         return loss
+
+    def _local_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        return {name: local(value) for name, value in self.state[parameter].items()}
+
+    @staticmethod
+    def _momentum(
+        group: dict[str, Any], gradients: list[Tensor], states: list[dict[str, Tensor]]
+    ) -> Sequence[Tensor]:
+        """Advance the momentum. Return what is to be orthogonalised."""
+        momenta = [state["momentum"] for state in states]
+        # M <- mu M + (1 - mu) g
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        # mu M + (1 - mu) g
+        return torch._foreach_lerp(gradients, momenta, group["momentum"])
 
     def _muon(
         self,
         group: dict[str, Any],
         parameters: list[Tensor],
         gradients: list[Tensor],
-        states: list[dict[str, Tensor]],
+        updates: Sequence[Tensor],
+        turns: "Counter[dist.ProcessGroup]",
     ) -> None:
-        momenta = [state["momentum"] for state in states]
-        # M <- mu M + (1 - mu) g
-        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        # mu M + (1 - mu) g
-        updates = list(torch._foreach_lerp(gradients, momenta, group["momentum"]))
-        if group.get("head_dim"):
-            size = group["head_dim"]
-            updates = [
-                rearrange(update, "(heads size) width -> heads size width", size=size)
-                for update in updates
-            ]
-        orthogonal = self.orthogonalize_all(updates, group["steps"])
-        for parameter, gradient, update in zip(parameters, gradients, orthogonal, strict=True):
-            # W <- W - lr 0.2 sqrt(max(rows, columns)) U, where there is a gradient
-            informed = gradient.reshape(update.shape).flatten(-2).any(-1)[..., None, None]
-            scale = update_scale(update.shape, group["update_rms"])
-            step = (update * informed).reshape(parameter.shape)
-            parameter.add_(step, alpha=-group["lr"] * scale)
-
-    def orthogonalize_all(self, updates: list[Tensor], steps: int) -> list[Tensor]:
-        """Orthogonalise matrices and stacks of matrices of any shapes. Returns a list in the same order and shapes."""
-        # All matrices of one shape, dtype and device are one stack.
+        # All matrices of one shape, dtype and device, with rows on the same ranks, are one stack.
         alike: dict[Any, list[int]] = defaultdict(list)
-        for index, update in enumerate(updates):
-            alike[update.shape[-2:], update.dtype, update.device].append(index)
+        for index, parameter in enumerate(parameters):
+            rows = group.get("head_dim") or parameter.shape[-2]
+            columns = parameter.shape[-1]
+            ranks = ranks_of_rows(parameter)
+            alike[rows, columns, ranks, parameter.dtype, parameter.device].append(index)
 
-        results: dict[int, Tensor] = {}
-        for (shape, _, _), indices in alike.items():
-            stacks = [updates[index].reshape(-1, *shape) for index in indices]
-            lengths = [len(stack) for stack in stacks]
-            orthogonal = self.newton_schulz(torch.cat(stacks), steps).split(lengths)
-            for index, stack in zip(indices, orthogonal, strict=True):
-                results[index] = stack.reshape(updates[index].shape)
-        return [results[index] for index in range(len(updates))]
+        for (rows, columns, ranks, _, _), indices in alike.items():
+            chosen = [parameters[index] for index in indices]
+            together = bring_together(chosen, rows, ranks, turns)
+            stack, informed = together.to_owners(
+                [updates[index] for index in indices], [gradients[index] for index in indices]
+            )
+            if len(stack):
+                # U, or zeros where there is no gradient
+                stack = self.newton_schulz(stack, group["steps"]) * informed
+            scale = update_scale((rows, columns), group["update_rms"])
+            for parameter, step in zip(chosen, together.from_owners(stack), strict=True):
+                # W <- W - lr 0.2 sqrt(max(rows, columns)) U
+                weight = local(parameter)
+                weight.add_(step.reshape(weight.shape), alpha=-group["lr"] * scale)
 
     def _adamw(
         self,

@@ -8,7 +8,7 @@ count as a part each. One all-reduce of one number then gives the norm, for any 
 
 - A NaN or an infinity on one rank makes the sum NaN or infinite on all, and all ranks get the same bits from the
   all-reduce. So whatever is decided by the norm, such as to skip a step, is decided equally everywhere.
-- The squares are summed in float64. In float32 the square of a norm above 1.8e19 is infinite, and the step would be skipped.
+- The squares are summed in float64, whose range the square of no float32 number leaves.
 - A model that is not sharded is measured by `torch.nn.utils.get_total_norm`, without any communication.
 """
 

@@ -24,6 +24,7 @@ from minglm.testing.model import (
     check_router,
 )
 from minglm.testing.optim import check_optimizer, check_schedule
+from minglm.testing.parallel import check_sequence_exchange, check_sharded_optimizer
 from minglm.testing.rl import (
     check_advantages,
     check_aggregation,
@@ -58,6 +59,8 @@ __all__ = [
     "check_schedule",
     "check_scorer",
     "check_semantic_duplicates",
+    "check_sequence_exchange",
+    "check_sharded_optimizer",
     "check_stream",
     "check_temperature",
     "check_template",
