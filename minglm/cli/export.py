@@ -22,12 +22,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write a run as a released checkpoint, or a released checkpoint in another dtype."""
+    """Write a run as a released checkpoint, or a released checkpoint in another dtype.
+
+    Started with torchrun, ranks divide the files.
+    """
     from minglm.common.files import check_out
+    from minglm.config import ParallelConfig
+    from minglm.parallel.world import start_world
     from minglm.recipe import convert
 
     check_out(args.folder, "FOLDER")
+    world = start_world("cpu", ParallelConfig().timeout_seconds)
     written = convert.export_checkpoint(
         args.run, args.folder, args.stage, args.dtype, args.shard_gigabytes
     )
-    print(f"{args.folder} holds {args.run}, stage {written.stage}, in {written.dtype}")
+    if world.is_writer:
+        print(f"{args.folder} holds {args.run}, stage {written.stage}, in {written.dtype}")
+    world.close()

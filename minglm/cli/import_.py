@@ -16,14 +16,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Make a released checkpoint the base of a run: `run` then continues after mid-training.
 
-    CONFIG must describe the same model.
+    CONFIG must describe the same model. Started with torchrun, ranks divide the files.
     """
     from minglm.common.files import check_out
     from minglm.config import load_config
+    from minglm.parallel.world import start_world
     from minglm.recipe import convert
 
     config = load_config(args.config, args.overrides)
     check_out(args.out)
+    world = start_world("cpu", config.parallel.timeout_seconds)
     stage = convert.import_checkpoint(config, args.folder, args.out)
-    words = ["python", "-m", "minglm", "run", args.config, "--out", args.out, *args.overrides]
-    print(f"{args.folder} is stage {stage} of {args.out}; continue with: {shlex.join(words)}")
+    if world.is_writer:
+        words = ["python", "-m", "minglm", "run", args.config, "--out", args.out, *args.overrides]
+        print(f"{args.folder} is stage {stage} of {args.out}; continue with: {shlex.join(words)}")
+    world.close()

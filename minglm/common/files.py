@@ -72,6 +72,20 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove(path: Path | None) -> None:
+    """Remove a file or a folder, if there is one. A folder has a temporary name, .NAME.tmp, while its files go."""
+    if path is None or not path.exists():
+        return
+    if not path.is_dir():
+        path.unlink()
+        return
+    if path.suffix != ".tmp":
+        doomed = path.with_name(f".{path.name}.old.tmp")
+        shutil.rmtree(doomed, ignore_errors=True)
+        path = path.replace(doomed)
+    shutil.rmtree(path)
+
+
 def _is_alive(pid: str) -> bool:
     """Return True for the number of a running process."""
     try:

@@ -7,6 +7,7 @@ also where a thread does it in the background, and it takes no memory of a GPU. 
 """
 
 import contextlib
+import datetime
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,9 @@ from minglm.common.files import new_folder
 from minglm.common.mistakes import one_line
 
 Result = TypeVar("Result")
+
+LONG = datetime.timedelta(days=1)
+"""Most time that ranks wait for one that writes a file. One that dies closes its connections, which ends the wait."""
 
 
 class Ranks:
@@ -30,7 +34,9 @@ class Ranks:
     @classmethod
     def of_the_world(cls) -> "Ranks":
         """Return all ranks of the world, one where there is no process group. All of them must call this."""
-        return cls(dist.new_group(backend="gloo") if dist.is_initialized() else None)
+        if not dist.is_initialized():
+            return cls()
+        return cls(dist.new_group(backend="gloo", timeout=LONG))
 
     def together(self, work: Callable[[], Result]) -> list[Result]:
         """Call `work` on every rank. Return the results by rank; raise the error of any rank on all, as a ValueError.

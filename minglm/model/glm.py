@@ -88,10 +88,10 @@ class GLM(nn.Module):
         dtype: of all parameters, torch.float32 to train; None: as stored, and computed in. Raises ValueError, one line,
         for a folder that is not a whole checkpoint of a GLM-4.5 model.
         """
-        config, files, values = open_folder(folder)
+        opened = open_folder(folder)
         with torch.device("meta"):
-            model = cls(config)
-        fill(model, files, values, dtype, device)
+            model = cls(opened.config)
+        fill(model, opened, dtype, device)
         return model
 
     def save_pretrained(

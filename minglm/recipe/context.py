@@ -14,7 +14,8 @@ from minglm.data.tokenizer import Tokenizer
 from minglm.inference import Engine
 from minglm.inference.client import EngineGenerator
 from minglm.model.glm import GLM
-from minglm.train.checkpoint import CheckpointStore, State
+from minglm.train.checkpoint import CheckpointStore
+from minglm.train.checkpoint_files import weights_of
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,10 @@ class RunContext:
     quiet: bool = False
     """Whether to show no progress bars."""
 
-    def load_model(self, stage: str | None) -> tuple[GLM, State | None]:
-        """Return the model as a stage left it, and the final state of that stage.
+    def load_model(self, stage: str | None) -> GLM:
+        """Return the model as a stage left it; None: freshly initialised.
 
-        stage: None for a freshly initialised model, without a state. Raises ValueError where the stage is not complete.
+        Raises ValueError where the stage is not complete.
         """
         if stage is not None and not self.checkpoints.is_complete(stage):
             path = self.checkpoints.stage(stage).final
@@ -50,9 +51,9 @@ class RunContext:
         if self.run.compile:
             model.compile_layers()
         model.dtype = pick_dtype(self.run.dtype, self.device)
-        if stage is None:
-            return model, None
-        return model, self.checkpoints.restore(stage, model)
+        if stage is not None:
+            self.checkpoints.restore(stage, weights_of(model))
+        return model
 
     def rollout_generator(self, model: GLM) -> EngineGenerator:
         """Return the generator that answers for RL and for distillation, in the precision of the config."""

@@ -137,7 +137,7 @@ def experts_answers(context: RunContext, stage: UnifiedStage) -> Distillation:
 
 def _sample(context: RunContext, teacher: Teacher, tasks: Sequence[Task]) -> list[Trajectory]:
     """Return an expert's answers to tasks, `responses_per_prompt` to each, sampled as in the evaluation."""
-    model, _ = context.load_model(teacher.stage)
+    model = context.load_model(teacher.stage)
     sampler = context.run.evaluation
     settings = SamplingSettings(sampler.max_new_tokens, sampler.temperature, sampler.top_p)
     player = Player(context.rollout_generator(model), context.tokenizer, settings)

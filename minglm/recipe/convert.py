@@ -7,36 +7,43 @@ A run that began with an import keeps everything but the weights of the original
 exports restore the original form: the keys of config.json, names of tensors, files, dtype, and every other file.
 Weights are float32 in a run, since they are trained.
 
-Simplified: a run's checkpoint is one file, so an import is for models that one machine holds. `GLM.from_pretrained`
-reads any size.
+No model is built: tensors go from the files of one form to those of the other, a file at a time, so one machine converts a
+checkpoint of any size. Started with `torchrun`, ranks divide the files. Only a released checkpoint that is exported again
+is loaded as a whole.
 """
 
 import dataclasses
+import math
 import shutil
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from minglm.common.files import new_folder, refuse_used, write_json
+from minglm.common.files import refuse_used, write_json
+from minglm.common.ranks import Ranks, new_folder_of
 from minglm.config import ModelConfig, RunConfig
 from minglm.config.run import to_dict
 from minglm.data.tokenizer import Tokenizer
-from minglm.model.glm import GLM
 from minglm.model.hf.config import to_hf
 from minglm.model.hf.files import (
     DTYPES,
     INDEX,
     HFOrigin,
+    ReleasedWeights,
     named_dtype,
     open_folder,
     read_config,
     read_weight_map,
 )
-from minglm.model.hf.write import check_dtype, write
-from minglm.recipe.load import LoadedModel, load_run
+from minglm.model.hf.write import SHARD_GIGABYTES, ModelWeights, Weights, check_dtype, write
+from minglm.recipe.load import choose_stage, is_released, load_hf
 from minglm.train.checkpoint import CheckpointStore
+from minglm.train.checkpoint_files import StoredTensors
 from minglm.train.stages import phases
 
 MAX_EXTRA_BYTES = 100 * 2**20  # of a file beside the weights: a tokenizer has 20 MB
@@ -90,10 +97,8 @@ def import_checkpoint(run: RunConfig, folder: str | Path, out: str | Path) -> st
     folder = Path(folder)
     out = Path(out)
     refuse_used(out)
-    with warnings.catch_warnings():  # it is opened again to be read, and warns then
-        warnings.simplefilter("ignore")
-        config, files, values = open_folder(folder)
-    _check_model(run, folder, config)
+    opened = open_folder(folder)
+    _check_model(run, folder, opened.config)
     tokenizer = _tokenizer(run, folder)
     pretraining = phases(run)
     if not pretraining:
@@ -101,20 +106,49 @@ def import_checkpoint(run: RunConfig, folder: str | Path, out: str | Path) -> st
             f"{run.name} has no stage before post-training; give --stages.long_agent.tokens 1"
         )
 
-    model = GLM.from_pretrained(folder, torch.float32)
+    parts = import_parts(ReleasedWeights(opened, torch.float32), opened.config)
     stage = pretraining[-1].name
-    with new_folder(out) as temporary:
-        origin = temporary / "imported_from"
-        origin.mkdir()
-        for path in extra_files(folder):
-            shutil.copyfile(path, origin / path.name)
-        write_json(origin / "config.json", values)
-        write_json(origin / INDEX, {"weight_map": files.files})
-        if tokenizer is not None:  # the run's data, when it is built, replaces it by the same
-            tokenizer.save(temporary / "data" / "tokenizer.json")
-        CheckpointStore(temporary).save(stage, {"model": model.state_dict(), "tokens": 0})
-        write_json(temporary / "config.json", {"hash": run.hash(), "config": to_dict(run)})
+    ranks = Ranks.of_the_world()
+    with new_folder_of(ranks, out) as temporary:
+
+        def write_about() -> None:
+            origin = temporary / "imported_from"
+            origin.mkdir()
+            for path in extra_files(folder):
+                shutil.copyfile(path, origin / path.name)
+            write_json(origin / "config.json", opened.values)
+            write_json(origin / INDEX, {"weight_map": opened.files.files})
+            if tokenizer is not None:  # the run's data, when it is built, replaces it by the same
+                tokenizer.save(temporary / "data" / "tokenizer.json")
+            write_json(temporary / "config.json", {"hash": run.hash(), "config": to_dict(run)})
+
+        ranks.first(write_about)
+        CheckpointStore(temporary).save_parts(stage, parts, {"tokens": 0})
     return stage
+
+
+def import_parts(
+    weights: ReleasedWeights, config: ModelConfig
+) -> list[Callable[[], dict[str, Tensor]]]:
+    """Divide the tensors of a model among the files of a run's checkpoint; return what reads the tensors of each."""
+    files: list[list[str]] = [[]]
+    filled = 0
+    for name, shape in weights.shapes.items():
+        size = 4 * math.prod(shape)
+        if files[-1] and filled + size > SHARD_GIGABYTES * 1e9:
+            files.append([])
+            filled = 0
+        files[-1].append(name)
+        filled += size
+
+    def read(names: list[str]) -> dict[str, Tensor]:
+        tensors = {f"model.{name}": tensor for name, tensor in weights.read(names).items()}
+        embedding = "model.model.embed_tokens.weight"
+        if config.tie_word_embeddings and embedding in tensors:
+            tensors["model.lm_head.weight"] = tensors[embedding].clone()
+        return tensors
+
+    return [partial(read, names) for names in files]
 
 
 def _tokenizer(run: RunConfig, folder: Path) -> Tokenizer | None:
@@ -161,32 +195,92 @@ def export_checkpoint(
     out = Path(out)
     check_dtype(dtype)
     refuse_used(out)
-    loaded = load_run(source, stage)
-    model = loaded.model
-    origin = source if loaded.from_hf else source / "imported_from"
-    extras = []
+    ranks = Ranks.of_the_world()
+    exported = _released(source, stage) if is_released(source) else _run(source, stage)
+    values = exported.values
+    dtype = dtype or exported.dtype
+
+    with new_folder_of(ranks, out) as temporary:
+
+        def write_about() -> None:
+            for path in exported.extras:
+                shutil.copyfile(path, temporary / path.name)
+            if not (temporary / "tokenizer.json").exists():
+                exported.tokenizer.save(temporary / "tokenizer.json")
+            if not (temporary / "generation_config.json").exists():
+                tokens = {key: value for key, value in values.items() if key.endswith("token_id")}
+                write_json(temporary / "generation_config.json", tokens)
+
+        ranks.first(write_about)
+        write(exported.weights, temporary, dtype, shard_gigabytes, ranks)
+    head = "lm_head.weight"
+    written = dtype or str(exported.weights.dtype_of(head)).removeprefix("torch.")
+    return Exported(exported.stage, written)
+
+
+class _Source(NamedTuple):
+    """What an export is made of."""
+
+    weights: Weights
+    tokenizer: Tokenizer
+    stage: str
+    values: dict[str, Any]
+    """The config.json to begin with."""
+    extras: list[Path]
+    """Files that are copied."""
+    dtype: str | None
+    """Of the weights, where the user names none."""
+
+
+def _released(folder: Path, stage: str | None) -> _Source:
+    """Load a released checkpoint, to write it again."""
+    loaded = load_hf(folder, stage)
+    values = read_config(folder)
+    return _Source(
+        weights=ModelWeights(loaded.model),
+        tokenizer=loaded.tokenizer,
+        stage=loaded.stage,
+        values=values,
+        extras=extra_files(folder),
+        dtype=_original_dtype(values, in_memory=True),
+    )
+
+
+def _run(folder: Path, stage: str | None) -> _Source:
+    """Open a stage of a run."""
+    chosen = choose_stage(folder, stage)
+    tokenizer = Tokenizer.load(folder / "data" / "tokenizer.json")
+    config = dataclasses.replace(chosen.run.model, rope_theta=chosen.rope_theta)
+    origin = folder / "imported_from"
     if origin.exists():
         values = read_config(origin)
+        files = read_weight_map(origin / INDEX)
         extras = extra_files(origin)
-        if not loaded.from_hf:
-            model.checkpoint_origin = HFOrigin(values, read_weight_map(origin / INDEX))
-        dtype = dtype or _original_dtype(values, loaded.from_hf)
+        dtype = _original_dtype(values, in_memory=False)
     else:
-        values = _new_config(loaded)
-        model.checkpoint_origin = HFOrigin(values, {})
-    model.config = dataclasses.replace(model.config, rope_theta=model.rope_theta)
+        values = _new_config(config, tokenizer)
+        files = {}
+        extras = []
+        dtype = None
+    stored = CheckpointStore(folder).stored(chosen.name)
+    return _Source(
+        weights=RunWeights(config, HFOrigin(values, files), stored),
+        tokenizer=tokenizer,
+        stage=chosen.name,
+        values=values,
+        extras=extras,
+        dtype=dtype,
+    )
 
-    with new_folder(out) as temporary:
-        for path in extras:
-            shutil.copyfile(path, temporary / path.name)
-        if not (temporary / "tokenizer.json").exists():
-            loaded.tokenizer.save(temporary / "tokenizer.json")
-        if not (temporary / "generation_config.json").exists():
-            tokens = {key: value for key, value in values.items() if key.endswith("token_id")}
-            write_json(temporary / "generation_config.json", tokens)
-        write(model, temporary, dtype, shard_gigabytes)
-    written = dtype or str(next(model.parameters()).dtype).removeprefix("torch.")
-    return Exported(loaded.stage, written)
+
+class RunWeights:
+    """The weights of a run, which are read when they are written."""
+
+    def __init__(self, config: ModelConfig, origin: HFOrigin, stored: StoredTensors) -> None:
+        self.config = config
+        self.origin: HFOrigin | None = origin
+        self.dtype_of = stored.dtype_of
+        self.read = stored.read
 
 
 def _original_dtype(values: dict[str, Any], in_memory: bool) -> str | None:
@@ -204,10 +298,9 @@ def _original_dtype(values: dict[str, Any], in_memory: bool) -> str | None:
     return named if named in DTYPES else "bfloat16"
 
 
-def _new_config(loaded: LoadedModel) -> dict[str, Any]:
+def _new_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the config.json of a model that was never released."""
-    config = dataclasses.replace(loaded.model.config, rope_theta=loaded.model.rope_theta)
     values = to_hf(config)
-    values["eos_token_id"] = list(loaded.tokenizer.stop_ids)
-    values["pad_token_id"] = loaded.tokenizer.pad
+    values["eos_token_id"] = list(tokenizer.stop_ids)
+    values["pad_token_id"] = tokenizer.pad
     return values

@@ -14,6 +14,7 @@ from minglm.model.hf.files import read_config
 from minglm.recipe.folder import stored_run
 from minglm.recipe.stages import PretrainStage, plan_stages
 from minglm.train.checkpoint import CheckpointStore
+from minglm.train.checkpoint_files import weights_of
 
 
 class LoadedModel(NamedTuple):
@@ -46,6 +47,21 @@ def load_run(folder: str | Path, stage: str | None = None) -> LoadedModel:
     stage: of a run; None: its last complete one. Raises ValueError where there is no model.
     """
     folder = Path(folder)
+    if is_released(folder):
+        return load_hf(folder, stage)
+    chosen = choose_stage(folder, stage)
+    config = chosen.run
+    model = GLM(config.model)
+    CheckpointStore(folder).restore(chosen.name, weights_of(model))
+    model.dtype = pick_dtype(config.dtype, model.device)
+    model.rope_theta = chosen.rope_theta
+    dispatch.use(config.kernels)
+    tokenizer = Tokenizer.load(folder / "data" / "tokenizer.json")
+    return LoadedModel(model.eval(), tokenizer, config, chosen.name, from_hf=False)
+
+
+def is_released(folder: Path) -> bool:
+    """Return True for the folder of a released checkpoint, False for that of a run. Raises ValueError for another."""
     path = folder / "config.json"
     if not path.exists():
         raise ValueError(
@@ -53,31 +69,40 @@ def load_run(folder: str | Path, stage: str | None = None) -> LoadedModel:
         )
     values = read_object(path)
     if "model_type" in values:  # the config.json of a released checkpoint
-        return load_hf(folder, stage)
+        return True
     if not isinstance(values.get("config"), dict):
         raise ValueError(
             f"{path}: neither model_type, of a released checkpoint, nor config, of a run; give the folder of one of them"
         )
+    return False
 
-    config = stored_run(folder).config
-    store = CheckpointStore(folder)
-    stages = {planned.name: planned for planned in plan_stages(config)}
-    complete = store.complete(stages)
+
+class ChosenStage(NamedTuple):
+    """A complete stage of a run."""
+
+    run: RunConfig
+    name: str
+    rope_theta: float
+    """The rotary base that its weights were trained with."""
+
+
+def choose_stage(folder: Path, stage: str | None) -> ChosenStage:
+    """Return a complete stage of a run, the last one without a name. Raises ValueError where there is none."""
+    run = stored_run(folder).config
+    stages = {planned.name: planned for planned in plan_stages(run)}
+    complete = CheckpointStore(folder).complete(stages)
     if not complete or (stage is not None and stage not in complete):
         missing = f" {stage}" if stage else ""
         raise ValueError(
             f"{folder}: no complete stage{missing}; complete: {', '.join(complete) or 'none'}"
         )
     name = stage or complete[-1]
-    model = GLM(config.model)
-    store.restore(name, model)
-    model.dtype = pick_dtype(config.dtype, model.device)
     planned = stages[name]
-    if isinstance(planned, PretrainStage):  # later stages have the model's own rotary base
-        model.rope_theta = planned.config.rope_theta
-    dispatch.use(config.kernels)
-    tokenizer = Tokenizer.load(folder / "data" / "tokenizer.json")
-    return LoadedModel(model.eval(), tokenizer, config, name, from_hf=False)
+    # Stages after pre-training have the model's own rotary base.
+    rope_theta = run.model.rope_theta
+    if isinstance(planned, PretrainStage):
+        rope_theta = planned.config.rope_theta
+    return ChosenStage(run, name, rope_theta)
 
 
 def load_served(folder: str | Path, stage: str | None = None) -> ServedModel:

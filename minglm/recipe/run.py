@@ -16,7 +16,7 @@ from pathlib import Path
 
 from minglm.common import trackers
 from minglm.common.device import pick_device, seed_everything
-from minglm.common.files import write_json
+from minglm.common.files import remove, write_json
 from minglm.common.log import Log, forget_stage
 from minglm.common.threads import use_threads
 from minglm.common.version import versions
@@ -42,6 +42,7 @@ from minglm.report.records import (
     select,
 )
 from minglm.train.checkpoint import CheckpointStore
+from minglm.train.checkpoint_files import moments_of, weights_of
 
 
 class RecipeRunner:
@@ -69,8 +70,8 @@ class RecipeRunner:
         self.checkpoints = CheckpointStore(self.out, self.log, run.checkpoint_seconds)
         # What was logged after the last checkpoint will be done, and logged, again.
         self.log.cut(position)
-        for leftover in self.out.rglob(".*.tmp"):
-            leftover.unlink()  # half a file of a process that was killed
+        for leftover in list(self.out.rglob(".*.tmp")):
+            remove(leftover)  # half a file of a process that was killed, or half a checkpoint
 
         data = prepare(run, self.out / "data", task_data(run))
         write_json(self.out / "config.json", {"hash": run.hash(), "config": to_dict(run)})
@@ -131,7 +132,7 @@ class RecipeRunner:
     def execute_stage(self, stage: Stage) -> None:
         """Train one stage from the weights of its base, evaluate it, and mark it complete."""
         began = time.time()
-        model, base_state = self.context.load_model(stage.base)
+        model = self.context.load_model(stage.base)
         if not self.checkpoints.is_interrupted(stage.name):  # a resumed stage has logged it already
             begin = StageBeginRecord(
                 stage=stage.name,
@@ -142,17 +143,20 @@ class RecipeRunner:
                 note=long_row(stage),
             )
             self.log.write(begin)
-        trained = train_stage(self.context, stage, model, base_state)
+        trained = train_stage(self.context, stage, model)
         seconds = time.time() - began
         evaluate(self.context, stage, model)
         end = StageEndRecord(
             stage=stage.name,
-            tokens=trained["tokens"],
+            tokens=trained.tokens,
             seconds=round(seconds, 1),
             evaluation_seconds=round(time.time() - began - seconds, 1),
         )
         self.log.write(end)
-        self.checkpoints.save(stage.name, {"model": model.state_dict(), **trained})
+        tensors = weights_of(model)
+        if trained.optimizer is not None:
+            tensors |= moments_of(model, trained.optimizer)
+        self.checkpoints.save(stage.name, tensors, {"tokens": trained.tokens})
 
     def seconds_spent(self) -> float:
         """Return the seconds of data preparation, training and evaluation in the log."""

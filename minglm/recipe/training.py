@@ -6,12 +6,12 @@
     RLStage           GRPO without the KL term
 
 Each function trains the model that it is given in place and returns what the stage's final checkpoint holds beside the
-weights: the tokens trained on, and after pre-training the state of the optimizer.
+weights: the tokens trained on, and after pre-training the optimizer, which the next stage continues with.
 """
 
 import sys
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from minglm.common.device import measured_flops, pick_dtype
 from minglm.config import Packing, SFTConfig
@@ -42,18 +42,24 @@ from minglm.rl.loop import TaskSchedule
 from minglm.rl.loop import reinforce as reinforcement_loop
 from minglm.rl.trainer import PolicyTrainer
 from minglm.train import sft
-from minglm.train.checkpoint import State
+from minglm.train.checkpoint_files import moments_of
 from minglm.train.loop import LoopOptions, Phase, Trainer
 
 
-def train_stage(context: RunContext, stage: Stage, model: GLM, base_state: State | None) -> State:
-    """Train `model` on a stage, and return what its final checkpoint holds beside the weights.
+class Trained(NamedTuple):
+    """What the final checkpoint of a stage holds beside the weights."""
 
-    base_state: final state of the stage that the weights came from; None where they are freshly initialised.
-    """
+    tokens: int
+    """Tokens trained on."""
+    optimizer: Muon | None = None
+    """The optimizer, where the next stage continues with it."""
+
+
+def train_stage(context: RunContext, stage: Stage, model: GLM) -> Trained:
+    """Train `model` on a stage, and return what its final checkpoint holds beside the weights."""
     match stage:
         case PretrainStage():
-            return pretrain(context, stage, model, base_state)
+            return pretrain(context, stage, model)
         case ColdStartStage():
             return fine_tune(
                 context, stage.name, stage.config, model, cold_start_conversations(stage)
@@ -66,15 +72,13 @@ def train_stage(context: RunContext, stage: Stage, model: GLM, base_state: State
             raise TypeError(f"{stage.name}: a stage of an unknown kind, {stage.kind}")
 
 
-def pretrain(
-    context: RunContext, stage: PretrainStage, model: GLM, base_state: State | None
-) -> State:
+def pretrain(context: RunContext, stage: PretrainStage, model: GLM) -> Trained:
     """Train on documents; weights and optimizer continue from the stage before (paper Figure 3)."""
     run = context.run
     model.rope_theta = stage.config.rope_theta
     optimizer = Muon(model, run.optimizer)
-    if base_state is not None:
-        optimizer.load_state_dict(base_state["optimizer"])
+    if stage.base is not None:
+        context.checkpoints.restore(stage.base, moments_of(model, optimizer))
     masks = {name: shard.masks for name, shard in context.shards.items()}
     stream = Mixture(
         context.shards,
@@ -94,12 +98,12 @@ def pretrain(
         evaluate=partial(measure_bits, context, stage, model),
         evaluate_every=run.evaluation.every_tokens,
     )
-    return {"optimizer": optimizer.state_dict(), "tokens": stage.phase.tokens}
+    return Trained(stage.phase.tokens, optimizer)
 
 
 def fine_tune(
     context: RunContext, name: str, config: SFTConfig, model: GLM, conversations: Conversations
-) -> State:
+) -> Trained:
     """Fine-tune on conversations, each of them `config.epochs` times; sources are drawn by their tokens (paper 3.1).
 
     Examples longer than a row are left out, counted in the log. Raises ValueError where none is left.
@@ -139,10 +143,10 @@ def fine_tune(
         context.tokenizer.pad,
     )
     _run_trainer(context, model, Muon(model, context.run.optimizer), stream, phase)
-    return {"tokens": phase.tokens}
+    return Trained(phase.tokens)
 
 
-def unify(context: RunContext, stage: UnifiedStage, model: GLM) -> State:
+def unify(context: RunContext, stage: UnifiedStage, model: GLM) -> Trained:
     """Train one hybrid model, from the base, on the experts' right answers (paper 3.1)."""
     answers, counts = experts_answers(context, stage)
     if not context.checkpoints.is_interrupted(stage.name):  # a resumed stage has logged it already
@@ -151,7 +155,7 @@ def unify(context: RunContext, stage: UnifiedStage, model: GLM) -> State:
     return fine_tune(context, stage.name, stage.config, model, conversations)
 
 
-def reinforce(context: RunContext, stage: RLStage, model: GLM) -> State:
+def reinforce(context: RunContext, stage: RLStage, model: GLM) -> Trained:
     """Train by GRPO on the tasks of an expert, or on the mix of a general stage (paper 3.2 to 3.4)."""
     run = context.run
     config = stage.config
@@ -179,7 +183,7 @@ def reinforce(context: RunContext, stage: RLStage, model: GLM) -> State:
         trainer, player, schedule, checkpoints, context.log, stage.name, context.quiet
     )
     records = select(read_records(context.log.path), RLRecord, stage=stage.name)
-    return {"tokens": sum(record.segment_tokens or 0 for record in records)}
+    return Trained(sum(record.segment_tokens or 0 for record in records))
 
 
 def _run_trainer(

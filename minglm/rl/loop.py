@@ -146,7 +146,7 @@ def reinforce(
                 state.save(checkpoints)
                 raise
             if checkpoints.due() and not trainer.guard.in_a_row:
-                state.save(checkpoints)
+                state.save(checkpoints, background=True)
 
 
 def reinforce_step(

@@ -252,7 +252,7 @@ class Trainer:
                     self.state.save(self.checkpoints)
                     raise
                 if self.checkpoints.due() and not self.guard.in_a_row:
-                    self.state.save(self.checkpoints)
+                    self.state.save(self.checkpoints, background=True)
         self.state.save(self.checkpoints)
 
     def step(self) -> StepRecord:

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from minglm.train.checkpoint import StageCheckpoints, State
+from minglm.train.checkpoint import StageCheckpoints
+from minglm.train.checkpoint_files import Tensors, moments_of, weights_of
 from minglm.train.guard import Guard
 
 
@@ -41,41 +42,32 @@ class TrainingState:
     tokens: int = 0
     """Tokens seen in this stage."""
 
-    def save(self, checkpoints: StageCheckpoints) -> None:
-        """Write a partial checkpoint."""
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "guard": self.guard.state_dict(),
-            "tokens": self.tokens,
-            "step": self.step,
-        }
+    def save(self, checkpoints: StageCheckpoints, background: bool = False) -> None:
+        """Write a partial checkpoint. background: while the training goes on."""
+        values = {"guard": self.guard.state_dict(), "tokens": self.tokens, "step": self.step}
         if self.stream is not None:
-            state["stream"] = self.stream.state_dict()
-        checkpoints.save(state)
+            values["stream"] = self.stream.state_dict()
+        checkpoints.save(self._tensors(), values, background=background)
 
     def restore(self, checkpoints: StageCheckpoints) -> bool:
         """Resume from the partial checkpoint, and cut the log back to it. Return whether there was one."""
-        state = checkpoints.load()
-        if state is None:
+        values = checkpoints.load(self._tensors())
+        if values is None:
             return False
-        self._restore_weights(state)
         if self.stream is not None:
-            self.stream.load_state_dict(state["stream"])
-        if "guard" in state:  # reinforcement learning has stored it only since it has a guard
-            self.guard.load_state_dict(state["guard"])
-        self.step = state["step"]
-        self.tokens = state.get("tokens", 0)
+            self.stream.load_state_dict(values["stream"])
+        if "guard" in values:  # reinforcement learning has stored it only since it has a guard
+            self.guard.load_state_dict(values["guard"])
+        self.step = values["step"]
+        self.tokens = values.get("tokens", 0)
         return True
 
     def roll_back(self, checkpoints: StageCheckpoints) -> int:
         """Restore weights and optimizer from the last checkpoint. Return the step that it was made at."""
-        state = checkpoints.newest()
-        assert state is not None, "a loop with rollbacks saves before its first step"
-        self._restore_weights(state)
+        values = checkpoints.read(self._tensors())
+        assert values is not None, "a loop with rollbacks saves before its first step"
         self.guard.in_a_row = 0
-        return state["step"]
+        return values["step"]
 
-    def _restore_weights(self, state: State) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def _tensors(self) -> Tensors:
+        return weights_of(self.model) | moments_of(self.model, self.optimizer)

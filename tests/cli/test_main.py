@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -278,8 +279,8 @@ def test_mistakes_with_a_run(finished, capsys, words, part):
 @on_a_run
 def test_a_run_without_a_complete_stage(copied, capsys):
     """Nothing to talk to yet, in one line."""
-    for path in (copied / "checkpoints").rglob("final.pt"):
-        path.unlink()
+    for path in (copied / "checkpoints").rglob("final"):
+        shutil.rmtree(path)
     for verb in ("chat", "eval"):
         assert "no complete stage; complete: none" in output(capsys, verb, copied, status=2)
 
@@ -288,11 +289,14 @@ def test_a_run_without_a_complete_stage(copied, capsys):
 @pytest.mark.parametrize("damage", ["checkpoint", "tokenizer"])
 def test_damaged_files_of_a_run(copied, capsys, damage):
     """The damaged file is named."""
-    path = {"checkpoint": "checkpoints/pathology_rl/final.pt", "tokenizer": "data/tokenizer.json"}[
-        damage
-    ]
-    (copied / path).write_bytes((copied / path).read_bytes()[:-500])
-    assert path in output(capsys, "eval", copied, status=2)
+    final = "checkpoints/pathology_rl/final"
+    shard = f"{final}/shard-00001-model-00001-of-00001.safetensors"
+    file, named = {
+        "checkpoint": (shard, final),
+        "tokenizer": ("data/tokenizer.json", "data/tokenizer.json"),
+    }[damage]
+    (copied / file).write_bytes((copied / file).read_bytes()[:-500])
+    assert named in output(capsys, "eval", copied, status=2)
 
 
 @on_a_run

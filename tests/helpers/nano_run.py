@@ -12,7 +12,10 @@ import pytest
 
 from minglm.common.files import read_jsonl
 from minglm.config import load_config
+from minglm.model.glm import GLM
+from minglm.recipe.folder import stored_run
 from minglm.train.checkpoint import CheckpointStore
+from minglm.train.checkpoint_files import weights_of
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = {
@@ -90,7 +93,9 @@ def records(folder, kind=None):
 
 def weights(folder, stage):
     """Return the weights that a stage left."""
-    return CheckpointStore(folder).load(stage)["model"]
+    model = GLM(stored_run(Path(folder)).config.model)
+    CheckpointStore(folder).restore(stage, weights_of(model))
+    return model.state_dict()
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,15 @@
 """A run leaves as a released checkpoint, comes back, and goes on; nothing is lost on the way."""
 
+import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from helpers.nano_run import CONFIG, OVERRIDES, complete
+from helpers.nano_run import CONFIG, OVERRIDES, complete, weights
 from helpers.released import tensors
 
 from minglm.__main__ import main
@@ -16,6 +20,7 @@ from minglm.model.glm import GLM
 from minglm.model.hf.files import INDEX
 from minglm.recipe.load import load_run
 from minglm.train.checkpoint import CheckpointStore
+from minglm.train.checkpoint_files import weights_of
 
 
 @pytest.fixture
@@ -24,7 +29,7 @@ def run(tmp_path):
     config = load_config(CONFIG)
     model = GLM(config.model, seed=3)
     tokenizer = Tokenizer.train(["a sum of sums, 1 + 2 = 3\n"] * 3, config.model.vocab_size)
-    CheckpointStore(tmp_path / "run").save("long_agent", {"model": model.state_dict()})
+    CheckpointStore(tmp_path / "run").save("long_agent", weights_of(model), {})
     tokenizer.save(tmp_path / "run" / "data" / "tokenizer.json")
     (tmp_path / "run" / "config.json").write_text(
         json.dumps({"hash": config.hash(), "config": to_dict(config)}), encoding="utf-8"
@@ -89,8 +94,8 @@ def test_import_is_the_inverse_of_export(run, tmp_path, capsys):
     assert "continue with: python -m minglm run" in output(
         capsys, "import", CONFIG, first, "--out", again, *tokenizer
     )
-    trained = CheckpointStore(again).load("long_agent")["model"]
-    original = CheckpointStore(run).load("long_agent")["model"]
+    trained = weights(again, "long_agent")
+    original = weights(run, "long_agent")
     for name, tensor in original.items():
         rounded = tensor if "e_score" in name else tensor.bfloat16().float()
         assert trained[name].dtype == torch.float32 and torch.equal(trained[name], rounded), name
@@ -191,7 +196,7 @@ def test_a_run_goes_on_from_an_import(run, tmp_path, capsys):
     )
     status, printed, said = complete(tmp_path / "again", *tokenizer, "--until", "reasoning.sft")
     assert status == 0, said
-    stages = {path.parent.name for path in (tmp_path / "again").glob("checkpoints/*/final.pt")}
+    stages = {path.parent.name for path in (tmp_path / "again").glob("checkpoints/*/final")}
     assert stages == {"long_agent", "reasoning.sft"} and (tmp_path / "again" / "report.md").exists()
     output(capsys, "export", tmp_path / "again", tmp_path / "tuned")
     before, after = tensors(tmp_path / "a"), tensors(tmp_path / "tuned")
@@ -276,3 +281,72 @@ def test_a_folder_of_nothing_known_is_one_line(text, tmp_path, capsys):
     said = output(capsys, "export", tmp_path / "a", tmp_path / "b", status=2)
     assert "config.json" in said
     assert said.count("\n") == 1
+
+
+CONVERSION = """
+import sys, threading, time
+from pathlib import Path
+import torch
+from minglm.config import load_config
+from minglm.model.hf import write
+from minglm.recipe import convert
+
+def held():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+
+def watch():
+    global most
+    while True:
+        most = max(most, held())
+        time.sleep(0.002)
+
+config, released, run, again, *overrides = sys.argv[1:]
+torch.set_num_threads(1)
+convert.SHARD_GIGABYTES = 0.02
+torch.empty(1).to(torch.bfloat16)  # what the first operation loads
+before = most = held()
+threading.Thread(target=watch, daemon=True).start()
+convert.import_checkpoint(load_config(config, overrides), released, run)
+convert.export_checkpoint(run, again, shard_gigabytes=0.02)
+print(most - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to count memory")
+def test_no_conversion_holds_the_model(tmp_path):
+    """Imported and exported again: the memory is that of a few files, far below the model; the same bytes come out."""
+    shape = {
+        "hidden_size": 128,
+        "num_hidden_layers": 5,
+        "moe_intermediate_size": 256,
+        "n_routed_experts": 64,
+    }
+    config = dataclasses.replace(load_config(CONFIG).model, **shape)
+    with torch.device("meta"):
+        model = GLM(config)
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        dtype = torch.float32 if "e_score" in name else torch.bfloat16
+        state[name] = torch.rand(tensor.shape, generator=generator).to(dtype)
+    model.load_state_dict(state, assign=True)
+    model.save_pretrained(tmp_path / "released", shard_gigabytes=0.02)
+    tokenizer = Tokenizer.train(["a sum of sums, 1 + 2 = 3\n"] * 3, config.vocab_size)
+    tokenizer.save(tmp_path / "released" / "tokenizer.json")
+
+    overrides = [word for name, value in shape.items() for word in (f"--model.{name}", str(value))]
+    overrides += ["--data.tokenizer", str(tmp_path / "released" / "tokenizer.json")]
+    folders = [str(tmp_path / name) for name in ("released", "run", "again")]
+    done = subprocess.run(
+        [sys.executable, "-c", CONVERSION, CONFIG, *folders, *overrides],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    whole = 4 * sum(tensor.numel() for tensor in state.values())  # a run holds float32
+    assert int(done.stdout) < whole / 2, (int(done.stdout), whole)
+    found, wanted = tensors(tmp_path / "again"), tensors(tmp_path / "released")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -135,9 +135,9 @@ def test_the_disk_must_hold_the_checkpoints_that_are_missing(tmp_path):
         preflight.check_disk(preflight.DiskNeed(need.needed, need.needed - 1), tmp_path)
 
     store = CheckpointStore(tmp_path / "run")
-    store.save("long_agent", {})  # as an import leaves it: the stages before count as done
+    store.save("long_agent", {}, {})  # as an import leaves it: the stages before count as done
     imported = preflight.disk_need(run, stages, tmp_path / "run").needed
     assert imported < need.needed - 5 * weights
     for stage in stages:
-        store.save(stage.name, {})
+        store.save(stage.name, {}, {})
     assert preflight.disk_need(run, stages, tmp_path / "run").needed == 0

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 
@@ -26,6 +27,7 @@ from helpers.nano_run import (
 
 from minglm.__main__ import main
 from minglm.common.files import read_jsonl
+from minglm.common.log import Log
 from minglm.config import load_config
 from minglm.envs.pathology import CATALOGUE
 from minglm.recipe.conversations import (
@@ -38,6 +40,7 @@ from minglm.recipe.run import RecipeRunner
 from minglm.recipe.stages import plan_stages
 from minglm.recipe.training import fine_tune
 from minglm.report.records import ConversationsRecord, read_records, select
+from minglm.train.checkpoint import CheckpointStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pipeline")]
 __all__ = ["copied", "finished"]  # fixtures
@@ -120,7 +123,7 @@ def test_the_folder_is_as_documented(finished):
     assert config["hash"] == small().hash() and config["config"]["name"] == "nano"
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == sorted(STAGES)
     assert {p.name for p in finished.rglob("*") if p.parent.parent.name == "checkpoints"} == {
-        "final.pt"
+        "final"
     }
     assert not list(finished.rglob("*.tmp"))
 
@@ -314,12 +317,11 @@ def test_a_full_disk_under_the_log_is_one_line(copied, capsys, monkeypatch):
 def unfinish(folder, *stages, partial=()):
     """Take stages back; some of them to a checkpoint that says they were interrupted."""
     for stage in stages:
-        path = folder / "checkpoints" / stage / "final.pt"
+        path = folder / "checkpoints" / stage / "final"
         if stage in partial:
-            torch.save(
-                {"log_position": (folder / "log.jsonl").stat().st_size}, path.parent / "partial.pt"
-            )
-        path.unlink()
+            log = Log(folder / "log.jsonl")
+            CheckpointStore(folder, log).stage(stage).save({}, {})
+        shutil.rmtree(path)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -22,10 +23,12 @@ from minglm.model.glm import GLM
 from minglm.optim.muon import Muon
 from minglm.testing.model import tiny_model
 from minglm.testing.strategies import numbers
-from minglm.train.checkpoint import CheckpointStore, read
+from minglm.train.checkpoint import CheckpointStore
+from minglm.train.checkpoint_files import weights_of
 from minglm.train.loop import LoopOptions, Trainer
 
 STEPS, ROWS, S = 6, 2, 8
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 UNREPEATABLE = ("tokens_per_second", "seconds")  # the clock
 
 
@@ -125,12 +128,12 @@ def test_killed_between_checkpoints_equals_straight(straight, tmp_path, after):
     packing, whole, run = straight
     with pytest.raises(Stopped):
         Run(tmp_path, packing, stop_after=2).go()
-    kept = (tmp_path / "checkpoints" / "general" / "partial.pt").read_bytes()
+    partial = tmp_path / "checkpoints" / "general" / "partial"
+    shutil.copytree(partial, tmp_path / "kept")
     with pytest.raises(Stopped):
         Run(tmp_path, packing, stop_after=min(after, STEPS - 2)).go()
-    (tmp_path / "checkpoints" / "general" / "partial.pt").write_bytes(
-        kept
-    )  # as if the process had died before saving
+    shutil.rmtree(partial)
+    shutil.copytree(tmp_path / "kept", partial)  # as if the process had died before saving
     with open(tmp_path / "log.jsonl", "a", encoding="utf-8") as log:
         log.write('{"kind": "step", "sta')  # and in the middle of a line
     resumed = Run(tmp_path, packing).go()
@@ -164,20 +167,25 @@ def test_twenty_kills_equal_straight(tmp_path):
     assert steps_logged(tmp_path / "killed") == steps_logged(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("damage", ["a bit flipped", "gone"])
+def flip_a_bit(path):
+    """Flip one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [SHARD, "state.json", "gone"])
 def test_the_checkpoint_before_takes_over(straight, tmp_path, damage):
     """If the last checkpoint has a flipped bit or is missing, the one before it leads to the same result."""
     packing, whole, run = straight
     with pytest.raises(Stopped):
         Run(tmp_path, packing, seconds=0, stop_after=4).go()
-    path = tmp_path / "checkpoints" / "general" / "partial.pt"
+    path = tmp_path / "checkpoints" / "general" / "partial"
     if damage == "gone":
-        path.unlink()
+        shutil.rmtree(path)
         resumed = Run(tmp_path, packing).go()
     else:
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
+        flip_a_bit(path / damage)
         with pytest.warns(UserWarning, match="Resuming from the one before"):
             resumed = Run(tmp_path, packing).go()
     assert_equal_states(resumed, run)
@@ -206,10 +214,13 @@ def test_a_finished_stage_is_not_trained_again(tmp_path):
     run, again = Run(tmp_path).go(), Run(tmp_path).go()
     assert again.steps == 0
     assert_equal_states(again, run)
-    again.checkpoints.save({"model": again.model.state_dict()}, final=True)
+    again.checkpoints.save(weights_of(again.model), {}, final=True)
     assert again.checkpoints.final.exists() and not again.checkpoints.partial.exists()
-    assert again.checkpoints.load() is None
-    assert read(again.checkpoints.final)["model"].keys() == again.model.state_dict().keys()
+    assert again.checkpoints.load({}) is None
+    other = GLM(again.model.config, seed=4)
+    CheckpointStore(tmp_path).restore("general", weights_of(other))
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name])
 
 
 def test_ctrl_c_means_what_it_did_before(tmp_path):
@@ -220,70 +231,148 @@ def test_ctrl_c_means_what_it_did_before(tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize(
-    "damage", ["cut short", "empty", "a bit flipped", "another format", "missing"]
-)
-def test_damaged_checkpoint_is_refused_in_one_line(tmp_path, damage):
-    """Any damage to the file gives one line that names it and says what to do, never a traceback of unpickling."""
-    path = tmp_path / "partial.pt"
-    model = tiny_model(1)
-    torch.save({"model": model.state_dict(), "tokens": 3, "log_position": 0}, path)
-    whole, weight = path.read_bytes(), model.lm_head.weight.detach().numpy().tobytes()
-    broken = {
-        "cut short": whole[: len(whole) // 2],
-        "empty": b"",
-        "a bit flipped": whole[: (at := whole.index(weight))]
-        + bytes([weight[0] ^ 1])
-        + whole[at + 1 :],
-        "another format": b"not a checkpoint at all",
-    }
-    path.unlink() if damage == "missing" else path.write_bytes(broken[damage])
-    with pytest.raises(ValueError, match="checkpoint") as error:
-        read(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+def saved(folder, *counts):
+    """Return a store in which a stage has a final checkpoint (counts empty), or partial ones with these counts."""
+    checkpoints = CheckpointStore(folder).stage("general")
+    for count in counts:
+        checkpoints.save({"model.a": torch.full((3,), float(count))}, {"tokens": count})
+    if not counts:
+        checkpoints.save(weights_of(tiny_model(1)), {"tokens": 3}, final=True)
+    return checkpoints
 
 
-def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
+@pytest.mark.parametrize("damage", ["cut short", "empty", "a bit flipped", "missing"])
+@pytest.mark.parametrize("file", [SHARD, "state.json"])
+def test_damaged_checkpoint_is_refused_in_one_line(tmp_path, file, damage):
+    """Any damage to any file gives one line that names the checkpoint and says what to do, and nothing is loaded."""
+    path = saved(tmp_path).final / file
+    whole = path.read_bytes()
+    if damage == "a bit flipped":
+        flip_a_bit(path)
+    elif damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(whole[: len(whole) // 2] if damage == "cut short" else b"")
+    model = tiny_model(2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="cannot read checkpoint") as error:
+        CheckpointStore(tmp_path).restore("general", weights_of(model))
+    assert str(path.parent) in str(error.value) and "\n" not in str(error.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("change", ["another shape", "a layer more", "a layer less"])
+def test_another_model_is_refused_in_one_line(tmp_path, change):
+    """Weights of another shape, missing ones, and ones that the model has not."""
+    saved(tmp_path)
+    tensors = weights_of(tiny_model(1))
+    if change == "another shape":
+        tensors["model.lm_head.weight"] = torch.zeros(3, 4)
+    elif change == "a layer more":
+        tensors["model.model.layers.9.weight"] = torch.zeros(3)
+    else:
+        tensors = {name: t for name, t in tensors.items() if ".layers.1." not in name}
+    with pytest.raises(ValueError, match="does not hold the weights of this model") as error:
+        CheckpointStore(tmp_path).restore("general", tensors)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, background):
     """A state that cannot be written leaves the old checkpoint in place, and no other file behind."""
-    checkpoints = CheckpointStore(tmp_path).stage("general")
-    checkpoints.save({"tokens": 1})
-    with pytest.raises(Exception):  # noqa: B017
-        checkpoints.save({"tokens": lambda: 2})
-    assert read(checkpoints.partial)["tokens"] == 1 and [
-        p.name for p in checkpoints.partial.parent.iterdir()
-    ] == ["partial.pt"]
+    checkpoints = saved(tmp_path, 1)
+    with pytest.raises(TypeError):
+        checkpoints.save({}, {"tokens": lambda: 2}, background=background)
+        checkpoints.writer.wait()
+    assert checkpoints.load({"model.a": torch.zeros(3)})["tokens"] == 1
+    assert [path.name for path in checkpoints.partial.parent.iterdir()] == ["partial"]
 
 
 def test_a_full_disk_keeps_both_checkpoints(tmp_path, monkeypatch):
     """A disk that fills up while saving gives one line; the last checkpoint and the one before stay intact."""
-    checkpoints = CheckpointStore(tmp_path).stage("general")
-    for number in (1, 2):
-        checkpoints.save({"tokens": number})
+    checkpoints = saved(tmp_path, 1, 2)
 
-    def full(state, file):
-        file.write(b"half of it")
+    def full(file):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(ValueError, match=r"cannot write .*partial\.pt: No space left"):
-        checkpoints.save({"tokens": 3})
-    assert sorted(p.name for p in checkpoints.partial.parent.iterdir()) == [
-        "partial.pt",
-        "previous.pt",
-    ]
-    assert [read(p)["tokens"] for p in (checkpoints.partial, checkpoints.previous)] == [2, 1]
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(ValueError, match=r"cannot write .*partial: No space left"):
+            checkpoints.save({"model.a": torch.zeros(3)}, {"tokens": 3})
+    names = sorted(path.name for path in checkpoints.partial.parent.iterdir())
+    assert names == ["partial", "previous"]
+    tensors = {"model.a": torch.zeros(3)}
+    assert checkpoints.load(tensors)["tokens"] == tensors["model.a"][0] == 2
+    flip_a_bit(checkpoints.partial / SHARD)
+    with pytest.warns(UserWarning, match="Resuming from the one before"):
+        assert checkpoints.load(tensors)["tokens"] == tensors["model.a"][0] == 1
 
 
-def test_a_checkpoint_runs_no_code(tmp_path):
-    """A file that would execute code when unpickled is refused."""
+def test_a_background_save_is_of_its_moment(tmp_path):
+    """What changes while a checkpoint is written in the background is not in it."""
+    checkpoints = CheckpointStore(tmp_path).stage("general")
+    tensors = {"model.a": torch.ones(1000, 1000)}
+    checkpoints.save(tensors, {"tokens": 1}, background=True)
+    tensors["model.a"].fill_(7)
+    assert checkpoints.load(tensors)["tokens"] == 1 and (tensors["model.a"] == 1).all()
+
+
+def as_earlier_runs_did(run):
+    """Write the state of a run as minglm wrote it when a checkpoint was one file, with numbers for parameters."""
+    torch.save(
+        {
+            "model": run.model.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+            "guard": {"norms": [], "in_a_row": 0, "left_out": 0},
+            "tokens": 2 * ROWS * S,
+            "step": 2,
+            "stream": run.stream.state_dict(),
+            "log_position": run.log.position,
+        },
+        run.checkpoints.partial.with_suffix(".pt"),
+    )
+
+
+def test_a_checkpoint_of_an_earlier_run_resumes(straight, tmp_path):
+    """One file of torch.save: the run continues from it bit for bit, and replaces it by a folder."""
+    packing, whole, straight_run = straight
+    stopped = Run(tmp_path, packing, stop_after=2)
+    with pytest.raises(Stopped):
+        stopped.go()
+    shutil.rmtree(stopped.checkpoints.partial)
+    as_earlier_runs_did(stopped)
+    assert CheckpointStore(tmp_path).log_position() == stopped.log.position
+    resumed = Run(tmp_path, packing).go()
+    assert_equal_states(resumed, straight_run)
+    assert steps_logged(tmp_path) == steps_logged(whole)
+    names = sorted(path.name for path in resumed.checkpoints.partial.parent.iterdir())
+    assert names == ["partial", "previous.pt"]
+
+
+def test_a_final_file_of_an_earlier_run_is_loaded(tmp_path):
+    """The weights of final.pt; a flipped bit in it, and one that would run code, are refused in one line."""
 
     class Evil:
         def __reduce__(self):
             return (print, ("executed",))
 
-    torch.save({"model": Evil()}, tmp_path / "partial.pt")
+    path = tmp_path / "checkpoints" / "general" / "final.pt"
+    path.parent.mkdir(parents=True)
+    old = tiny_model(1)
+    model = tiny_model(2)
+    store = CheckpointStore(tmp_path)
+    torch.save({"model": old.state_dict(), "tokens": 5, "log_position": 0}, path)
+    assert store.restore("general", weights_of(model))["tokens"] == 5
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, old.state_dict()[name])
+    content = path.read_bytes()
+    place = content.index(old.lm_head.weight.detach().numpy().tobytes())
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     with pytest.raises(ValueError, match="cannot read checkpoint"):
-        read(tmp_path / "partial.pt")
+        store.restore("general", weights_of(model))
+    torch.save({"model": Evil()}, path)
+    with pytest.raises(ValueError, match="cannot read checkpoint"):
+        store.restore("general", weights_of(model))
 
 
 def test_a_store_knows_which_stages_are_complete(tmp_path):
@@ -292,12 +381,12 @@ def test_a_store_knows_which_stages_are_complete(tmp_path):
     store = CheckpointStore(tmp_path, log)
     assert store.complete(["a", "b"]) == [] and store.log_position() == 0
     log.file.write(b"12345\n")
-    store.stage("a").save({"tokens": 1})
+    store.stage("a").save({}, {"tokens": 1})
     assert store.is_interrupted("a") and not store.is_complete("a") and store.log_position() == 6
-    store.save("a", {"tokens": 2})
+    store.save("a", {}, {"tokens": 2})
     log.file.write(b"12345\n")
-    store.stage("b").save({"tokens": 3})
+    store.stage("b").save({}, {"tokens": 3})
     assert not store.is_interrupted("a") and store.complete(["b", "a"]) == ["a"]
-    assert store.load("a")["tokens"] == 2 and store.log_position() == 12
-    with pytest.raises(ValueError, match=r"no checkpoint at .*b.final\.pt"):
-        store.load("b")
+    assert store.restore("a", {})["tokens"] == 2 and store.log_position() == 12
+    with pytest.raises(ValueError, match=r"no checkpoint at .*b.final"):
+        store.restore("b", {})

@@ -13,7 +13,7 @@ from test_checkpoint import ROWS, STEPS, Run, S
 from minglm.common.files import read_jsonl
 from minglm.testing.model import tiny_model
 from minglm.testing.strategies import seeds
-from minglm.train.checkpoint import read
+from minglm.train.checkpoint_files import read_values
 from minglm.train.guard import MIN_HISTORY, Guard
 from minglm.train.loop import LoopOptions, Trainer
 
@@ -145,10 +145,14 @@ def test_no_checkpoint_is_written_while_steps_fail(tmp_path, monkeypatch):
     run = Poisoned(tmp_path, {3, 4, 5}, rollback_after=9)
     save = run.checkpoints.save
     monkeypatch.setattr(
-        run.checkpoints, "save", lambda state: seen.append(state["step"]) or save(state)
+        run.checkpoints,
+        "save",
+        lambda tensors, values, background: seen.append(values["step"]) or save(tensors, values),
     )
     run.go()
-    assert seen == [0, 1, 2, 6, 6] and read(run.checkpoints.partial)["guard"]["left_out"] == 3
+    assert (
+        seen == [0, 1, 2, 6, 6] and read_values(run.checkpoints.partial)["guard"]["left_out"] == 3
+    )
 
 
 @settings(max_examples=8)

@@ -20,7 +20,7 @@ Choices
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -422,65 +422,105 @@ def named_dtype(values: Mapping[str, Any]) -> str:
     return str(values.get("torch_dtype") or values.get("dtype") or "")
 
 
-def fill(
-    model: HFModel,
-    files: Files,
-    values: dict[str, Any],
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-) -> None:
-    """Read all weights into a model built on the meta device, one tensor at a time.
+class ReleasedWeights:
+    """The weights of an opened checkpoint, as the tensors of the model.
 
-    dtype: of all parameters; None: each as stored, float8 as config.json says. Raises ValueError where matrices of one
-    stack have several dtypes, and where a copy differs from its original.
+    dtype: of all parameters; None: each as stored, float8 as config.json says.
     """
-    entries = expected(model.config)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    config_dtype = DTYPES.get(named_dtype(values), torch.bfloat16)
-    state: dict[str, Tensor] = {}
 
-    def kept_dtype(name: str, tensor: Tensor) -> torch.dtype:
+    def __init__(self, opened: OpenedCheckpoint, dtype: torch.dtype | None = None) -> None:
+        self.files = opened.files
+        self.dtype = dtype
+        self.config_dtype = DTYPES.get(named_dtype(opened.values), torch.bfloat16)
+        self.entries = expected(opened.config)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for entry in self.entries.values():
+            stack = () if entry.expert is None else (opened.config.n_routed_experts,)
+            self.shapes[entry.target] = (*stack, *entry.shape)
+
+    def kept_dtype(self, name: str, stored: torch.dtype) -> torch.dtype:
+        """Return the dtype in which a tensor of a file is kept."""
         if BIAS in name:
             return torch.float32
-        if dtype is not None:
-            return dtype
-        return config_dtype if files.headers[name].dtype in FLOAT8 else tensor.dtype
+        if self.dtype is not None:
+            return self.dtype
+        return self.config_dtype if self.files.headers[name].dtype in FLOAT8 else stored
 
-    def place(name: str) -> None:
-        # A function, so that what it read is freed before the next tensor is read.
-        tensor = files.read(name)
-        kept = kept_dtype(name, tensor)
-        for target, expert, part in _pieces(name, tensor, entries):
+    def targets_of(self, name: str) -> list[str]:
+        """Return the tensors of the model that a tensor of a file belongs to."""
+        if name in self.entries:
+            return [self.entries[name].target]
+        layer, _, fused = name.partition("mlp.experts.")
+        return [f"{layer}mlp.experts.{stack}" for stack in FUSED[fused]]
+
+    def read(
+        self, targets: Collection[str], device: str | torch.device = "cpu"
+    ) -> dict[str, Tensor]:
+        """Read some tensors of the model, one tensor of a file at a time.
+
+        Raises ValueError where matrices of one stack have several dtypes, and where a copy differs from its original.
+        """
+        state: dict[str, Tensor] = {}
+        copies = []
+        for name in self.files.names():
+            if not any(target in targets for target in self.targets_of(name)):
+                continue
+            if name in self.entries and self.entries[name].kind == EntryKind.COPY:
+                copies.append(name)
+            else:
+                self._place(name, state, targets, device)
+        for name in copies:
+            self._compare(name, state[self.entries[name].target])
+        return state
+
+    def _place(
+        self,
+        name: str,
+        state: dict[str, Tensor],
+        targets: Collection[str],
+        device: str | torch.device,
+    ) -> None:
+        """Copy one tensor of a file to where it belongs; it is freed before the next one is read."""
+        tensor = self.files.read(name)
+        kept = self.kept_dtype(name, tensor.dtype)
+        for target, expert, part in _pieces(name, tensor, self.entries):
+            if target not in targets:
+                continue
             if target not in state:
-                state[target] = torch.empty(shapes[target], dtype=kept, device=device)
+                state[target] = torch.empty(self.shapes[target], dtype=kept, device=device)
             if state[target].dtype != kept:
                 raise ValueError(
-                    f"{files.folder}: {name} is {kept}, other matrices of its stack {state[target].dtype}"
+                    f"{self.files.folder}: {name} is {kept}, other matrices of its stack {state[target].dtype}"
                 )
             destination = state[target] if expert is None else state[target][expert]
             destination.copy_(part)
 
-    copies = []
-    for name in files.names():
-        if name in entries and entries[name].kind == EntryKind.COPY:
-            copies.append(name)
-        else:
-            place(name)
-    for name in copies:
-        original = entries[name].target
-        if not torch.equal(files.read(name).to(state[original].dtype), state[original].cpu()):
-            remedy = "num_nextn_predict_layers to 0 to load without the MTP layer"
-            if _layer_of(name) < 0:
-                remedy = "tie_word_embeddings to false"
-            raise ValueError(
-                f"{files.folder}: {name} differs from {original}, and minglm has one tensor for both; "
-                f"set in config.json {remedy}"
-            )
+    def _compare(self, name: str, original: Tensor) -> None:
+        """Refuse a copy that differs from its original."""
+        if torch.equal(self.files.read(name).to(original.dtype), original.cpu()):
+            return
+        remedy = "num_nextn_predict_layers to 0 to load without the MTP layer"
+        if _layer_of(name) < 0:
+            remedy = "tie_word_embeddings to false"
+        raise ValueError(
+            f"{self.files.folder}: {name} differs from {self.entries[name].target}, and minglm has one tensor for both; "
+            f"set in config.json {remedy}"
+        )
 
+
+def fill(
+    model: HFModel,
+    opened: OpenedCheckpoint,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> None:
+    """Read all weights into a model built on the meta device. dtype, errors: as in `ReleasedWeights`."""
+    weights = ReleasedWeights(opened, dtype)
+    state = weights.read(weights.shapes, device)
     if model.config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.dtype = model.lm_head.weight.dtype
-    model.checkpoint_origin = HFOrigin(values, dict(files.files))
+    model.checkpoint_origin = HFOrigin(opened.values, dict(opened.files.files))

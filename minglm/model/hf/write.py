@@ -1,14 +1,15 @@
 """Write released checkpoints: safetensors shards, their index, and config.json (no section in the paper).
 
-Streaming: one shard is collected, and written. Memory never holds more than that beside the model. Everything is written
-into a new folder that takes its name when it is complete, so that no folder ever holds parts of two checkpoints.
+Streaming: one shard is collected, and written. Memory never holds more than that beside the model, which itself may be on
+the disk: `Weights` is read tensor by tensor. Ranks divide the shards. Everything is written into a new folder that takes
+its name when it is complete, so that no folder ever holds parts of two checkpoints.
 """
 
 import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minglm.common.files import atomic_path, new_folder, write_json
+from minglm.common.ranks import Ranks
+from minglm.config import ModelConfig
 from minglm.kernels.fp8 import quantize
 from minglm.model.hf.config import to_hf
 from minglm.model.hf.files import BIAS, DTYPES, INDEX, HFModel, HFOrigin
@@ -33,22 +36,22 @@ class _Form:
     float8: frozenset[str]
     """The tensors that become blocks of float8."""
 
-    def dtype_of(self, name: str, tensor: Tensor) -> torch.dtype:
-        """Return the dtype of a stored tensor, of a float8 one without its scales."""
+    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype in which a tensor of this dtype is stored, of a float8 one without its scales."""
         if name in self.float8:
             return torch.float8_e4m3fn
         if BIAS in name:
             return torch.float32
         if self.dtype == "fp8":
             return torch.bfloat16
-        return tensor.dtype if self.dtype is None else DTYPES[self.dtype]
+        return dtype if self.dtype is None else DTYPES[self.dtype]
 
     def stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """Return what a file holds of one tensor: {name: tensor}; in float8 two of them."""
         if name in self.float8:
             q, scale = quantize(tensor)
             return {name: q, f"{name}_scale_inv": scale}
-        return {name: tensor.to(self.dtype_of(name, tensor)).contiguous()}
+        return {name: tensor.to(self.dtype_of(name, tensor.dtype)).contiguous()}
 
 
 def _form(dtype: str | None, names: list[str], origin: HFOrigin | None) -> _Form:
@@ -91,6 +94,40 @@ def check_dtype(dtype: str | None) -> None:
         raise ValueError(f"dtype = {dtype!r}: must be one of fp8, {', '.join(DTYPES)}")
 
 
+class Weights(Protocol):
+    """What is written: the tensors of a model, in memory or read when they are wanted."""
+
+    config: ModelConfig
+    origin: HFOrigin | None
+    """The released checkpoint that they came from."""
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor."""
+        ...
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """Return a tensor, or one matrix of a stack, on the CPU."""
+        ...
+
+
+class ModelWeights:
+    """The weights of a model in memory."""
+
+    def __init__(self, model: HFModel) -> None:
+        self.config = model.config
+        self.origin = model.checkpoint_origin
+        self.state = model.state_dict()
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor."""
+        return self.state[name].dtype
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """Return a tensor, or one matrix of a stack, on the CPU."""
+        whole = self.state[name].detach()
+        return (whole if index is None else whole[index]).cpu()
+
+
 def save(
     model: HFModel,
     folder: str | Path,
@@ -105,54 +142,82 @@ def save(
     """
     check_dtype(dtype)
     with new_folder(folder) as temporary:
-        write(model, temporary, dtype, shard_gigabytes)
+        write(ModelWeights(model), temporary, dtype, shard_gigabytes, Ranks())
 
 
 def write(
-    model: HFModel,
+    weights: Weights,
     folder: Path,
-    dtype: str | None = None,
-    shard_gigabytes: float | None = None,
+    dtype: str | None,
+    shard_gigabytes: float | None,
+    ranks: Ranks,
 ) -> None:
-    """Write what `save` writes into a folder that exists."""
-    origin = model.checkpoint_origin
+    """Write what `save` writes into a folder that exists; ranks divide the files. Memory holds one file at a time."""
+    origin = weights.origin
+    wanted = expected(weights.config)
     entries: dict[str, Entry] = {}
-    for name, entry in expected(model.config).items():
+    for name, entry in wanted.items():
         # Copies are written only if the checkpoint had them.
         if entry.kind != EntryKind.COPY or (origin is not None and name in origin.files):
             entries[name] = entry
-    state = model.state_dict()
     form = _form(dtype, list(entries), origin)
     sizes = {}
     for name, entry in entries.items():
-        width = form.dtype_of(name, state[entry.target]).itemsize
+        width = form.dtype_of(name, weights.dtype_of(entry.target)).itemsize
         sizes[name] = math.prod(entry.shape) * width
-    _check_space(folder, sum(sizes.values()))
+    ranks.first(lambda: _check_space(folder, sum(sizes.values())))
 
     in_file: dict[str, list[str]] = {}
     for name, file in _plan_files(sizes, origin, shard_gigabytes).items():
         in_file.setdefault(file, []).append(name)
-    written: dict[str, str] = {}
-    total = 0
-    for file, names in in_file.items():
-        tensors: dict[str, Tensor] = {}
-        for name in names:
-            entry = entries[name]
-            whole = state[entry.target].detach()
-            tensor = (whole if entry.expert is None else whole[entry.expert]).cpu()
-            if entry.kind == EntryKind.COPY:  # a file may not hold one memory under two names
-                tensor = tensor.clone()
-            tensors |= form.stored(name, tensor)
-        _write_file(folder / file, tensors)
-        written |= dict.fromkeys(tensors, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
 
-    if len(in_file) > 1:
-        weight_map = dict(sorted(written.items()))
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    base = None if origin is None else origin.config
-    config_dtype = _config_dtype(dtype, state["lm_head.weight"])
-    write_json(folder / "config.json", to_hf(model.config, base, config_dtype, dtype == "fp8"))
+    def write_own() -> list[_Written]:
+        own = list(in_file.items())[ranks.rank :: ranks.size]
+        return [_write_tensors(folder / file, names, entries, weights, form) for file, names in own]
+
+    written = [file for files in ranks.together(write_own) for file in files]
+    head = wanted["lm_head.weight"].target
+    config_dtype = _config_dtype(dtype, weights.dtype_of(head))
+
+    def write_about() -> None:
+        if len(written) > 1:
+            weight_map = {name: file.name for file in written for name in file.tensors}
+            total = sum(file.size for file in written)
+            content = {
+                "metadata": {"total_size": total},
+                "weight_map": dict(sorted(weight_map.items())),
+            }
+            write_json(folder / INDEX, content)
+        base = None if origin is None else origin.config
+        write_json(
+            folder / "config.json", to_hf(weights.config, base, config_dtype, dtype == "fp8")
+        )
+
+    ranks.first(write_about)
+
+
+class _Written(NamedTuple):
+    """A file that was written."""
+
+    name: str
+    tensors: list[str]
+    size: int
+    """Bytes of its tensors."""
+
+
+def _write_tensors(
+    path: Path, names: list[str], entries: dict[str, Entry], weights: Weights, form: _Form
+) -> _Written:
+    """Write one file."""
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        entry = entries[name]
+        tensor = weights.read(entry.target, entry.expert)
+        if entry.kind == EntryKind.COPY:  # a file may not hold one memory under two names
+            tensor = tensor.clone()
+        tensors |= form.stored(name, tensor)
+    _write_file(path, tensors)
+    return _Written(path.name, list(tensors), sum(tensor.nbytes for tensor in tensors.values()))
 
 
 def _check_space(folder: Path, needed: int) -> None:
@@ -173,10 +238,10 @@ def _write_file(path: Path, tensors: dict[str, Any]) -> None:
             raise OSError(str(error)) from error
 
 
-def _config_dtype(dtype: str | None, head_VD: Tensor) -> str:
+def _config_dtype(dtype: str | None, kept: torch.dtype) -> str:
     """Return the dtype that config.json names."""
     if dtype == "fp8":
         return "bfloat16"
     if dtype is not None:
         return dtype
-    return next(name for name, value in DTYPES.items() if value == head_VD.dtype)
+    return next(name for name, value in DTYPES.items() if value == kept)
