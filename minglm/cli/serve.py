@@ -85,6 +85,7 @@ def main(args: argparse.Namespace) -> None:
         dialect,
         bare_tools=not loaded.from_hf,
         max_choices=args.max_batch,
+        environments=loaded.environments,
     )
     about = f"{name}, template {dialect}, up to {limit} tokens"
     if args.dry_run:

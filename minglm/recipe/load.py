@@ -28,6 +28,8 @@ class LoadedModel(NamedTuple):
     """The stage that trained the weights; "released" for a released checkpoint."""
     from_hf: bool
     """True for a released checkpoint, False for a run of minglm."""
+    environments: tuple[str, ...] = ()
+    """Those that the stage was to learn; empty for a released checkpoint."""
 
 
 class ServedModel(NamedTuple):
@@ -39,6 +41,7 @@ class ServedModel(NamedTuple):
     """The chat template: glm-4.5 or glm-4.7."""
     stage: str
     from_hf: bool
+    environments: tuple[str, ...] = ()
 
 
 def load_run(folder: str | Path, stage: str | None = None) -> LoadedModel:
@@ -57,7 +60,7 @@ def load_run(folder: str | Path, stage: str | None = None) -> LoadedModel:
     model.rope_theta = chosen.rope_theta
     dispatch.use(config.kernels)
     tokenizer = Tokenizer.load(folder / "data" / "tokenizer.json")
-    return LoadedModel(model.eval(), tokenizer, config, chosen.name, from_hf=False)
+    return LoadedModel(model.eval(), tokenizer, config, chosen.name, False, chosen.environments)
 
 
 def is_released(folder: Path) -> bool:
@@ -84,6 +87,8 @@ class ChosenStage(NamedTuple):
     name: str
     rope_theta: float
     """The rotary base that its weights were trained with."""
+    environments: tuple[str, ...]
+    """Those that it was to learn."""
 
 
 def choose_stage(folder: Path, stage: str | None) -> ChosenStage:
@@ -102,7 +107,7 @@ def choose_stage(folder: Path, stage: str | None) -> ChosenStage:
     rope_theta = run.model.rope_theta
     if isinstance(planned, PretrainStage):
         rope_theta = planned.config.rope_theta
-    return ChosenStage(run, name, rope_theta)
+    return ChosenStage(run, name, rope_theta, planned.evaluation.environments)
 
 
 def load_served(folder: str | Path, stage: str | None = None) -> ServedModel:
@@ -114,7 +119,14 @@ def load_served(folder: str | Path, stage: str | None = None) -> ServedModel:
         text = template.read_text(encoding="utf-8", errors="replace")
         if "clear_thinking" in text:  # a variable that the template of 4.7 introduced
             dialect = "glm-4.7"
-    return ServedModel(loaded.model, loaded.tokenizer, dialect, loaded.stage, loaded.from_hf)
+    return ServedModel(
+        loaded.model,
+        loaded.tokenizer,
+        dialect,
+        loaded.stage,
+        loaded.from_hf,
+        loaded.environments,
+    )
 
 
 def load_hf(folder: Path, stage: str | None = None) -> LoadedModel:

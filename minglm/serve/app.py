@@ -3,6 +3,7 @@
     POST /v1/chat/completions, /v1/completions      whole or streamed (`requests.py` says what is supported)
     POST /v1/responses, /v1/messages                OpenAI's Responses and Anthropic's Messages, for a chat with tools
     GET  /v1/models, /health, /metrics, /           the model's name, whether the engine runs, Prometheus text, chat page
+    GET  /page/...                                  the page's files, and what it suggests to ask
 
     minglm serve runs/toy --port 8000
     OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none").chat.completions.create(model="toy", messages=...)
@@ -20,15 +21,16 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from minglm.serve.anthropic_messages import MessagesFormat, error_body
 from minglm.serve.engine_thread import EngineThread, SteppedEngine
 from minglm.serve.errors import APIError, as_api_error
+from minglm.serve.examples import examples
 from minglm.serve.formats import APIFormat, OpenAIFormat, as_json
 from minglm.serve.metrics import Metrics
 from minglm.serve.openai_responses import ResponsesFormat
+from minglm.serve.page_files import read_page_files
 from minglm.serve.requests import ServedModel
 from minglm.serve.stream import AnswerStream
 
@@ -38,7 +40,6 @@ if TYPE_CHECKING:  # starlette is an optional package, imported where it is used
     from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
 
-CHAT_PAGE = Path(__file__).with_name("chat_page.html")
 BODY_SECONDS = 60  # a body must arrive within this time
 DRAIN_FACTOR = 8  # read a body up to this many times the limit before closing the connection
 CLIENT_GONE = 499  # nginx's status for a client that disconnected
@@ -171,7 +172,7 @@ class Service:
         self.metrics = Metrics()
         self.started_at = int(time.time())
         self.arriving = 0  # requests whose body is being read or checked
-        self.page = CHAT_PAGE.read_text(encoding="utf-8")
+        self.page_files = read_page_files()
 
     async def completion(self, request: "Request") -> "EventStreamResponse | JSONObject":
         """Answer a completion request, of a chat or of plain text."""
@@ -271,11 +272,22 @@ class Service:
         text = self.metrics.text(**values)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
-    async def chat_page(self, request: "Request") -> "Response":
-        """Answer with the chat page."""
-        from starlette.responses import HTMLResponse
+    async def page(self, request: "Request") -> "Response":
+        """Answer with a file of the chat page, or with status 304 if the client has it. Raises `APIError`."""
+        from starlette.responses import Response
 
-        return HTMLResponse(self.page)
+        name = request.path_params.get("name", "index.html")
+        if name not in self.page_files:
+            raise APIError(f"the chat page has no file {name!r:.80}", status=404)
+        file = self.page_files[name]
+        headers = {"etag": file.etag, "cache-control": file.cache_control}
+        if file.etag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        return Response(file.body, headers=headers, media_type=file.media_type)
+
+    async def page_examples(self, request: "Request") -> JSONObject:
+        """Answer with what the chat page suggests to ask."""
+        return examples(self.served.environments)
 
     def guarded(
         self, handler: Callable[["Request"], Awaitable[Any]]
@@ -345,7 +357,9 @@ def create_app(engine: SteppedEngine, served: ServedModel, **limits: int) -> "St
         ("GET", "/v1/models/{name:path}", service.model),
         ("GET", "/health", service.health),
         ("GET", "/metrics", service.prometheus),
-        ("GET", "/", service.chat_page),
+        ("GET", "/", service.page),
+        ("GET", "/page/examples.json", service.page_examples),
+        ("GET", "/page/{name:path}", service.page),
     )
     routes = [
         Route(path, service.guarded(handler), methods=[method]) for method, path, handler in table

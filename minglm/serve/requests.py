@@ -77,6 +77,8 @@ class ServedModel:
     """Render {"name", ...} in place of {"type": "function", "function": {"name", ...}}, as in figure 4 and in our runs."""
     max_choices: int = 64
     """Most choices of one request: n times prompts."""
+    environments: tuple[str, ...] = ()
+    """Those that the model was trained on; empty if not known."""
 
 
 @dataclass(frozen=True)

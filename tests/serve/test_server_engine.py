@@ -121,11 +121,11 @@ def test_a_released_checkpoint_is_served(tmp_path, capsys):
     model = tiny_model(0, vocab_size=TOKENIZER.vocab_size)
     model.save_pretrained(tmp_path / "glm")
     TOKENIZER.save(tmp_path / "glm" / "tokenizer.json")
-    assert load_served(tmp_path / "glm")[2:] == ("glm-4.5", "released", True)
+    assert load_served(tmp_path / "glm")[2:] == ("glm-4.5", "released", True, ())
     (tmp_path / "glm" / "chat_template.jinja").write_text(
         "{%- if clear_thinking is defined -%}{%- endif -%}", encoding="utf-8"
     )
-    found, tokenizer, dialect, stage, _ = load_served(tmp_path / "glm")
+    found, tokenizer, dialect, stage, *_ = load_served(tmp_path / "glm")
     assert (dialect, stage) == ("glm-4.7", "released")
     request = Request(TOKENIZER.encode("Once"), 5, seed=1)
     same = [Engine(one, tokenizer).generate([request])[0].tokens for one in (model, found)]
