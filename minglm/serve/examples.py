@@ -38,7 +38,7 @@ def examples(environments: Sequence[str]) -> JSONObject:
         task = environment.task(index, seed=0, split="test", difficulties=[easiest])
         text = task.messages[-1]["content"]
         idea = {"text": text, "kind": environment.name, "tools": list(task.tools)}
-        if len(found) < MOST:
+        if len(found) < MOST and text.isascii():  # in the language of the page
             found.setdefault(text, idea)
     return {
         "about": f"This model was trained on {_listed(environments)}.",

@@ -61,8 +61,10 @@ class Page:
         return self.driver.find_element("css selector", css)
 
     def click(self, css):
-        """Press a button."""
-        self.find(css).click()
+        """Press a button; it may be under another part of the page before."""
+        button = self.find(css)
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", button)
+        button.click()
 
     def type(self, css, text):
         """Type into a field, and press Enter."""

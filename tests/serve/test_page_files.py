@@ -10,13 +10,16 @@ from minglm.envs import ENVIRONMENTS
 from minglm.serve.examples import GENERAL, MOST, MOST_DRAWS, examples
 from minglm.serve.page_files import FOLDER, read_page_files
 
-REFERENCE = re.compile(r"""(?:\b(?:src|href)="|\bfrom "|^import ")([^"]+)\"""", re.MULTILINE)
+REFERENCES = {
+    ".html": re.compile(r'\b(?:src|href)="([^"]+)"'),
+    ".js": re.compile(r'^import .*?"([^"]+)";', re.MULTILINE),
+}
 
 
 def referenced(name, text):
     """The paths, in the page's folder, that a file of the page refers to."""
     found = set()
-    for target in REFERENCE.findall(text):
+    for target in REFERENCES[Path(name).suffix].findall(text):
         if target.startswith("page/"):  # from the page itself, which is at /
             found.add(target.removeprefix("page/"))
         elif target.startswith("./"):
@@ -32,7 +35,7 @@ def loaded_from(name, files):
     while waiting:
         name = waiting.pop()
         done.add(name)
-        if not name.startswith("vendor/"):
+        if Path(name).suffix in REFERENCES and not name.startswith("vendor/"):
             waiting |= referenced(name, files[name].body.decode()) - done
     return done
 

@@ -81,7 +81,7 @@ const offences = box => [...box.querySelectorAll("*")].flatMap(node => [
   ...node.getAttributeNames().filter(name => !ATTRIBUTES.includes(name)),
   ...(node.tagName === "A" && !/^(https?|mailto):/.test(node.href) ? [node.href] : []),
   ...(node.tagName === "A" && !node.relList.contains("noopener") ? ["no noopener"] : []),
-  ...(/hljs|code|wide-table|raw|small|^$/.test(node.className) ? [] : [node.className]),
+  ...(/^(hljs-[\\w ]+|language-\\w+|code|code-head|wide-table|raw|small|)$/.test(node.className) ? [] : [node.className]),
 ]);
 """
 
@@ -173,9 +173,7 @@ def test_a_hostile_answer_does_nothing(page):
     check = SHOW + OFFENCES + "return values[0].flatMap(text => offences(draw(text)));"
     for text in HOSTILE:
         assert harm(page, page.run(check, [text])) == [], text
-    for anchor in page.run(SHOW + "draw(values[0]); return 0", HOSTILE[14]) or []:
-        anchor.click()
-    assert [fault for fault in page.faults() if "favicon" not in fault] == []
+    assert page.faults() == []
 
 
 def test_without_the_walls_the_check_fails(driver):
@@ -235,7 +233,7 @@ def test_markdown_is_drawn(page):
 
 
 def test_a_long_answer_stays_fast(page):
-    """A hundred thousand characters in a thousand pieces: what is settled is drawn once, and all of it in seconds."""
+    """Ninety thousand characters in four hundred pieces: what is settled is drawn once, and all of it in seconds."""
     text = (ESSAY + "\n\n") * 170
     once, drawing, kept = page.run(
         SHOW
@@ -243,21 +241,21 @@ def test_a_long_answer_stays_fast(page):
         const text = values[0], first = performance.now();
         draw(text);
         const once = performance.now() - first;
-        const box = document.createElement("div"), prose = new Prose(box), size = text.length / 1000;
+        const box = document.createElement("div"), prose = new Prose(box), size = text.length / 400;
         document.querySelector("main").replaceChildren(box);
         let head = null;
         const start = performance.now();
-        for (let piece = 1; piece <= 1000; piece++) {
+        for (let piece = 1; piece <= 400; piece++) {
           prose.show(text.slice(0, Math.ceil(piece * size)));
-          if (piece === 100) head = box.firstChild;
+          if (piece === 40) head = box.firstChild;
         }
         return [once, performance.now() - start, head === box.firstChild];
         """,
         text,
     )
     assert len(text) > 90_000 and kept
-    # Drawn anew each time it would take 500 times as long as once; the factor leaves room for a busy machine.
-    assert drawing < 60 * once, (once, drawing)
+    # Drawn anew each time it would take 200 times as long as once; the factor leaves room for a busy machine.
+    assert drawing < 40 * once, (once, drawing)
 
 
 def test_drawing_is_rare(driver):
@@ -330,9 +328,9 @@ def weak_colours(page):
     return weak
 
 
-def too_wide(page):
-    """How many pixels the page is wider than the window."""
-    return page.run("return document.documentElement.scrollWidth - innerWidth")
+def too_wide(page, width):
+    """Whether the page is wider than a window; a telephone makes its window wider in that case."""
+    return page.run("return document.documentElement.scrollWidth") > width
 
 
 def small_targets(page):
@@ -362,7 +360,7 @@ def test_everything_can_be_read(driver, width, scheme):
 
         def looked_at():
             assert weak_colours(page) == []
-            assert too_wide(page) <= 0
+            assert not too_wide(page, width)
             assert small_targets(page) == []
 
         looked_at()
@@ -393,7 +391,7 @@ def test_a_weak_colour_is_seen(driver):
         page.run("document.querySelector('h1').style.color = '#aaa'")
         assert [entry[0] for entry in weak_colours(page)] == ["text"]
         page.run("document.querySelector('main').style.minWidth = '500px'")
-        assert too_wide(page) > 0
+        assert too_wide(page, 390)
 
 
 def test_the_keyboard_is_enough(driver):
@@ -408,7 +406,7 @@ def test_the_keyboard_is_enough(driver):
               .map(node => node.outerHTML);
             """
         )
-        assert nameless == []
+        assert nameless == [], nameless
         from selenium.webdriver.common.keys import Keys
 
         page.run("document.activeElement.blur(); document.querySelector('#open').focus()")

@@ -46,7 +46,8 @@ def script(prompt):
     if "break" in prompt:
         return "\n<think></think>\n<tool_call>{}</tool_call><|user|>"
     if "withdraw" in prompt:
-        return f"\n<think></think>\n{CALL[:-12]}<tool_call><|user|>"
+        broken = CALL.replace("</tool_call>", "<arg_key>x</tool_call>")
+        return f"\n<think></think>\n{broken}\n{CALL}<|observation|>"
     if "crash" in prompt:
         return RuntimeError("a fault on purpose")
     if "essay" in prompt:
@@ -163,8 +164,10 @@ def test_what_happens_is_said(driver):
         page.click("#fresh")
         page.click("#offer")
         page.type("#say", "withdraw it")
-        assert page.shows(".note", "tool call") and quiet(page)
-        assert page.all(".call") == [] and page.shows(".said", "get_order")
+        assert page.shows(".note", "A tool call was malformed.") and quiet(page)
+        # The broken one is text, the whole one a call.
+        assert page.shows(".said", "<arg_key>x") and len(page.all(".call")) == 1
+        assert page.all(".call td") == ["123"]
 
         page.type("#say", "crash")
         assert page.shows(".fault", "Your message is back in the field below.") and quiet(page)

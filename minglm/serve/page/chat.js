@@ -226,6 +226,8 @@ async function reply(tools) {
   keep();
   const clock = setInterval(() => tell(mine), 250);
   const failure = await read(mine, tools);
+  // A page that is left loses its connection first. It does not come to say so: `keep` at its end says more.
+  if (failure?.kind === "cut off") await new Promise(resolve => setTimeout(resolve, 300));
   clearInterval(clock);
   clearTimeout(mine.timer);
   if (started !== messages) return;  // a new chat has begun

@@ -35,6 +35,7 @@ const ALLOWED = {
   ],
   ALLOWED_ATTR: ["href", "start", "align", "class", "data-language"],
   ALLOWED_URI_REGEXP: LINK,
+  ADD_URI_SAFE_ATTR: ["start", "align", "data-language"],  // no addresses
   ALLOW_ARIA_ATTR: false,
   ALLOW_DATA_ATTR: false,
   RETURN_DOM_FRAGMENT: true,

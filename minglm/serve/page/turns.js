@@ -104,9 +104,10 @@ export class Answer {
 
   /** Draw a message that has ended, with what happened to it. */
   end(message, about) {
+    for (const card of this.cards) card?.box.remove();  // those of withdrawn calls are among them
+    this.cards = [];
     this.show({content: message.content, reasoning: message.reasoning_content, calls: message.tool_calls ?? []}, true);
     if (!message.reasoning_content) this.thought.remove();
-    this.cards.splice((message.tool_calls ?? []).length).forEach(card => card.box.remove());
     const isUnfinished = !message.content && !message.tool_calls && about.reason !== "stop";
     this.thoughtLabel.textContent = thoughtLabel(about.thought, isUnfinished);
     for (const note of notes(about)) this.foot.before(make("p", note.kind, note.text));
