@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from minglm.envs import ENVIRONMENTS
+from minglm.envs.base import Environment, Task
 
 JSONObject = dict[str, Any]
 
 MOST = 4
 """Suggestions on the page."""
-MOST_DRAWS = 40
+TASKS = 20
+"""Tasks of an environment to choose from."""
 GENERAL = (
     "What is a mixture of experts?",
     "Write a Python function that reverses a list.",
@@ -31,19 +33,24 @@ def examples(environments: Sequence[str]) -> JSONObject:
     if not environments:
         general = [{"text": text, "kind": "", "tools": []} for text in GENERAL]
         return {"about": "", "examples": general}
-    found: dict[str, JSONObject] = {}  # by text: small environments repeat themselves
-    for index in range(MOST_DRAWS):
-        environment = ENVIRONMENTS[environments[index % len(environments)]]
-        easiest = min(environment.default_difficulties)
-        task = environment.task(index, seed=0, split="test", difficulties=[easiest])
+    found: list[JSONObject] = []
+    for place in range(MOST):
+        environment = ENVIRONMENTS[environments[place % len(environments)]]
+        task = _easy_task(environment, [idea["text"] for idea in found])
         text = task.messages[-1]["content"]
-        idea = {"text": text, "kind": environment.name, "tools": list(task.tools)}
-        if len(found) < MOST and text.isascii():  # in the language of the page
-            found.setdefault(text, idea)
-    return {
-        "about": f"This model was trained on {_listed(environments)}.",
-        "examples": list(found.values()),
-    }
+        found.append({"text": text, "kind": environment.name, "tools": list(task.tools)})
+    return {"about": f"This model was trained on {_listed(environments)}.", "examples": found}
+
+
+def _easy_task(environment: Environment, taken: Sequence[str]) -> Task:
+    """Return a test task of the least difficulty that is not taken, in English as the page is if there is one."""
+    easiest = [min(environment.default_difficulties)]
+    tasks = [environment.task(index, 0, "test", easiest) for index in range(TASKS)]
+    for task in tasks:
+        text = task.messages[-1]["content"]
+        if text.isascii() and text not in taken:
+            return task
+    return tasks[0]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ import pytest
 from helpers.serving import Script, running
 
 from minglm.envs import ENVIRONMENTS
-from minglm.serve.examples import GENERAL, MOST, MOST_DRAWS, examples
+from minglm.serve.examples import GENERAL, MOST, TASKS, examples
 from minglm.serve.page_files import FOLDER, read_page_files
 
 REFERENCES = {
@@ -108,7 +108,7 @@ def test_suggestions_are_easy_unseen_tasks_of_the_models_environments(names):
         environment = ENVIRONMENTS[idea["kind"]]
         assert idea["tools"] == list(environment.tools())
         easiest = [min(environment.default_difficulties)]
-        tests = [environment.task(index, 0, "test", easiest) for index in range(MOST_DRAWS)]
+        tests = [environment.task(index, 0, "test", easiest) for index in range(TASKS)]
         assert idea["text"] in [task.messages[-1]["content"] for task in tests]
     assert len({idea["text"] for idea in found["examples"]}) == MOST
 
