@@ -281,21 +281,3 @@ def test_a_reader_stays_where_they_are(driver):
         )
         assert settled(lambda: page.run(end) < 40)
         page.click("#fresh")
-
-
-def test_a_key_is_asked_for(driver):
-    """A server with a key: the page shows a field, keeps the key for the tab, and sends it; a wrong one is refused."""
-    from minglm.serve.access import Access
-
-    engine = Script(script)
-    with running(engine, access=Access(key="open-sesame")) as (http, _, _):
-        page = Page(driver, str(http.base_url))
-        assert page.shows("#key-form", "API key") and page.shows("#model.key", "needs a key")
-        page.type("#key", "wrong")
-        assert page.shows("#key-note", "does not accept this key")
-        page.type("#key", "open-sesame")
-        assert page.shows("#model.up", "tiny") and page.lacks("#key-form:not([hidden])")
-        driver.refresh()
-        assert page.shows("#model.up", "tiny")
-        page.type("#say", "hello")
-        assert page.shows(".said", "Hello") and quiet(page)
