@@ -21,7 +21,7 @@ Choices:
   vector, and AdamW trains it too. Parameters with one axis have no weight decay. The table is `minglm.model.parameters`.
 - All matrices of one shape go through Newton-Schulz as one stack: a few large products, not hundreds.
 - Sharded parameters (DTensors) are trained by the same lines. All that is done value by value is done on the rows in this
-  process; for Newton-Schulz each matrix goes whole to one rank and back, in two collectives for each shape
+  process; for Newton-Schulz each matrix goes whole to one rank and back, in two collectives for each stack
   (`minglm.parallel.owners`). The state has the parameters' shards.
 - `polynomial` = polar_express takes coefficients that bring singular values nearer to one in as many products.
 - A matrix whose gradient is exactly zero does not move, but for its decay: an expert without tokens says nothing. Its
@@ -37,7 +37,7 @@ zeros.
 import functools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,10 +53,12 @@ from minglm.model.parameters import (
     ParameterKind,
     kind_of,
 )
-from minglm.parallel.local import local
+from minglm.parallel.local import average_bytes, local
 from minglm.parallel.owners import bring_together, ranks_of_rows
 
 ADAM_EPS = 1e-8
+STACK_BYTES = 1 << 30
+"""Most bytes of a rank's rows that are updated at a time: an update takes a few times its size in memory."""
 
 POLYNOMIALS: dict[Polynomial, Callable[[int], Any]] = {
     Polynomial.JORDAN: lambda steps: None,  # the kernel's own coefficients, the same in every step
@@ -135,6 +137,32 @@ def update_scale(shape: torch.Size | tuple[int, ...], update_rms: float) -> floa
     return update_rms * math.sqrt(max(shape[-2:]))
 
 
+def alike(parameters: Sequence[Tensor], head_dim: int = 0) -> Iterator[list[Tensor]]:
+    """Yield parameters whose matrices can be one stack: of one shape, dtype and device, with rows on the same ranks.
+
+    head_dim: rows of a matrix, where each head is one; 0: all rows of the parameter. At most `STACK_BYTES` of them at a
+    time, on the average of the ranks, so that all ranks divide them equally.
+    """
+    stacks: dict[Any, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        rows, columns = parameter.shape[-2:]
+        ranks = ranks_of_rows(parameter)
+        kind = (head_dim or rows, columns, ranks, parameter.dtype, parameter.device)
+        stacks[kind].append(parameter)
+    for stack in stacks.values():
+        chosen: list[Tensor] = []
+        filled = 0
+        for parameter in stack:
+            size = average_bytes(parameter)
+            if chosen and filled + size > STACK_BYTES:
+                yield chosen
+                chosen = []
+                filled = 0
+            chosen.append(parameter)
+            filled += size
+        yield chosen
+
+
 class Muon(torch.optim.Optimizer):
     """Muon and AdamW over one model (equations in the module docstring).
 
@@ -185,61 +213,46 @@ class Muon(torch.optim.Optimizer):
             if not parameters:
                 continue
             weights = [local(parameter) for parameter in parameters]
-            gradients = [local(parameter.grad) for parameter in parameters]
-            states = [self._local_state(parameter) for parameter in parameters]
             # W <- W - lr wd W
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             if group["kind"] == OptimizerKind.MUON:
-                updates = self._momentum(group, gradients, states)
-                self._muon(group, parameters, gradients, updates, turns)
+                for chosen in alike(parameters, group.get("head_dim", 0)):
+                    self._muon(group, chosen, turns)
             else:
+                gradients = [local(parameter.grad) for parameter in parameters]
+                states = [self._local_state(parameter) for parameter in parameters]
                 self._adamw(group, weights, gradients, states)
         return loss
 
     def _local_state(self, parameter: Tensor) -> dict[str, Tensor]:
         return {name: local(value) for name, value in self.state[parameter].items()}
 
-    @staticmethod
-    def _momentum(
-        group: dict[str, Any], gradients: list[Tensor], states: list[dict[str, Tensor]]
-    ) -> Sequence[Tensor]:
-        """Advance the momentum. Return what is to be orthogonalised."""
-        momenta = [state["momentum"] for state in states]
-        # M <- mu M + (1 - mu) g
-        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        # mu M + (1 - mu) g
-        return torch._foreach_lerp(gradients, momenta, group["momentum"])
-
     def _muon(
         self,
         group: dict[str, Any],
         parameters: list[Tensor],
-        gradients: list[Tensor],
-        updates: Sequence[Tensor],
         turns: "Counter[dist.ProcessGroup]",
     ) -> None:
-        # All matrices of one shape, dtype and device, with rows on the same ranks, are one stack.
-        alike: dict[Any, list[int]] = defaultdict(list)
-        for index, parameter in enumerate(parameters):
-            rows = group.get("head_dim") or parameter.shape[-2]
-            columns = parameter.shape[-1]
-            ranks = ranks_of_rows(parameter)
-            alike[rows, columns, ranks, parameter.dtype, parameter.device].append(index)
+        """Update parameters whose matrices have one shape and are in one place. turns: see `bring_together`."""
+        gradients = [local(parameter.grad) for parameter in parameters]
+        momenta = [local(self.state[parameter]["momentum"]) for parameter in parameters]
+        # M <- mu M + (1 - mu) g
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        # mu M + (1 - mu) g
+        updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
 
-        for (rows, columns, ranks, _, _), indices in alike.items():
-            chosen = [parameters[index] for index in indices]
-            together = bring_together(chosen, rows, ranks, turns)
-            stack, informed = together.to_owners(
-                [updates[index] for index in indices], [gradients[index] for index in indices]
-            )
-            if len(stack):
-                # U, or zeros where there is no gradient
-                stack = self.newton_schulz(stack, group["steps"]) * informed
-            scale = update_scale((rows, columns), group["update_rms"])
-            for parameter, step in zip(chosen, together.from_owners(stack), strict=True):
-                # W <- W - lr 0.2 sqrt(max(rows, columns)) U
-                weight = local(parameter)
-                weight.add_(step.reshape(weight.shape), alpha=-group["lr"] * scale)
+        rows, columns = parameters[0].shape[-2:]
+        rows = group.get("head_dim") or rows
+        together = bring_together(parameters, rows, turns)
+        stack, informed = together.to_owners(updates, gradients)
+        if len(stack):
+            # U, or zeros where there is no gradient
+            stack = self.newton_schulz(stack, group["steps"]) * informed
+        scale = update_scale((rows, columns), group["update_rms"])
+        for parameter, step in zip(parameters, together.from_owners(stack), strict=True):
+            # W <- W - lr 0.2 sqrt(max(rows, columns)) U
+            weight = local(parameter)
+            weight.add_(step.reshape(weight.shape), alpha=-group["lr"] * scale)
 
     def _adamw(
         self,

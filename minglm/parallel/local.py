@@ -27,3 +27,11 @@ def copies(tensor: Tensor) -> int:
         for size, placement in zip(sizes, tensor.placements, strict=True)
         if placement.is_replicate()
     )
+
+
+def average_bytes(tensor: Tensor) -> int:
+    """Return how many bytes of a tensor are in a process, on the average of its ranks: equal on all of them."""
+    whole = tensor.numel() * tensor.element_size()
+    if not isinstance(tensor, DTensor):
+        return whole
+    return whole * copies(tensor) // tensor.device_mesh.size()

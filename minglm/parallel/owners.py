@@ -3,8 +3,8 @@
     ranks hold rows  ->  all-to-all  ->  each matrix whole on one rank, its owner  ->  all-to-all  ->  ranks hold rows
 
 Muon needs whole matrices, and a sharded model has rows. If every rank collected every matrix, all would do the same
-work: 34 s a step for GLM-4.5 on 512 GPUs, where owners take 66 ms (arithmetic for an H100 at 400 TFLOP/s). All matrices of
-one shape travel in two collectives, however many they are.
+work: 34 s a step for GLM-4.5 on 512 GPUs, where owners take 66 ms (arithmetic for an H100 at 400 TFLOP/s). Matrices
+of one shape travel together, in two collectives.
 
 `to_owners` and `from_owners` have two forms. `AllHere` is for matrices that are whole in this process, and moves nothing.
 `Owners` exchanges rows within a group of ranks.
@@ -222,14 +222,14 @@ class Owners:
 def bring_together(
     parameters: Sequence[Tensor],
     matrix_rows: int,
-    group: dist.ProcessGroup | None,
     turns: "Counter[dist.ProcessGroup]",
 ) -> Together:
-    """Return what brings the matrices of these parameters together: all with columns alike, and `ranks_of_rows` = group.
+    """Return what brings the matrices of these parameters together: all of one shape, with rows on the same ranks.
 
     matrix_rows: rows of a matrix; fewer than those of a parameter where each of its heads is one. turns: the matrices
     that each group has been given in this step; the new ones are added.
     """
+    group = ranks_of_rows(parameters[0])
     if group is None:
         return AllHere(matrix_rows)
     parts = []

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from minglm.config import OptimizerConfig
+from minglm.optim import muon
 from minglm.optim.muon import Muon
 from minglm.parallel import owners
 from minglm.parallel.local import local
@@ -78,19 +79,23 @@ def test_sharded_muon_keeps_the_contract(ranks):
 class ShardsAreMatrices(Muon):
     """The trap: each rank orthogonalises the rows that it has."""
 
-    def _muon(self, group, parameters, gradients, updates, turns):
-        for parameter, update in zip(parameters, updates, strict=True):
-            if update.numel():
-                orthogonal = self.newton_schulz(update, group["steps"])
+    def _muon(self, group, parameters, turns):
+        for parameter in parameters:
+            gradient = local(parameter.grad)
+            if gradient.numel():
+                orthogonal = self.newton_schulz(gradient, group["steps"])
                 local(parameter).add_(orthogonal, alpha=-group["lr"])
 
 
 class RestsByRows(Muon):
     """The trap of the rule for rest: rows rest where their rank has no gradient, not where the matrix has none."""
 
-    def _muon(self, group, parameters, gradients, updates, turns):
-        resting = [u * g.any() for u, g in zip(updates, gradients, strict=True)]
-        super()._muon(group, parameters, gradients, resting, turns)
+    def _muon(self, group, parameters, turns):
+        before = [local(parameter).clone() for parameter in parameters]
+        super()._muon(group, parameters, turns)
+        for parameter, old in zip(parameters, before, strict=True):
+            if not local(parameter.grad).any():
+                local(parameter).copy_(old)
 
 
 class KeepsLocalState(Muon):
@@ -161,17 +166,23 @@ def collectives_of_a_step(efsdp, head_dim):
 
 
 def collectives():
-    """Return the collectives of a step in three settings."""
-    return [collectives_of_a_step(1, 0), collectives_of_a_step(4, 0), collectives_of_a_step(4, 4)]
+    """Return the collectives of a step in four settings."""
+    steps = [collectives_of_a_step(1, 0), collectives_of_a_step(4, 0), collectives_of_a_step(4, 4)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(muon, "STACK_BYTES", 4 * 2 * 12 * 8 // 4)  # two projections
+        return [*steps, collectives_of_a_step(1, 0)]
 
 
 def test_two_collectives_for_each_shape():
     """However many matrices there are, each shape that is sharded by rows takes two all-to-alls, and nothing else."""
-    for whole_experts, sharded_experts, heads in run_ranks(collectives, 4):
+    for whole_experts, sharded_experts, heads, two_by_two in run_ranks(collectives, 4):
         assert whole_experts == {"all_to_all_single": 2 * 2}  # (12, 8) and (8, 12)
         assert sharded_experts == {"all_to_all_single": 2 * 4}  # and experts' (6, 8) and (8, 6)
         # and heads of (4, 8), whose projections leave the stack of (12, 8)
         assert heads == {"all_to_all_single": 2 * 5}
+        assert two_by_two == {
+            "all_to_all_single": 2 * 3
+        }  # three matrices of (12, 8), two at a time
 
 
 def placed(mesh, placements):
@@ -206,4 +217,4 @@ def test_plain_tensors_are_not_exchanged():
     """A parameter that is no DTensor is whole."""
     parameter = torch.nn.Parameter(torch.ones(4, 4))
     assert ranks_of_rows(parameter) is None
-    assert isinstance(owners.bring_together([parameter], 4, None, Counter()), owners.AllHere)
+    assert isinstance(owners.bring_together([parameter], 4, Counter()), owners.AllHere)
