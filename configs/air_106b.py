@@ -1,12 +1,17 @@
 """GLM-4.5-Air, 106B parameters of which 12B are active, exactly as published (paper Table 1).
 
-    python -m minglm plan configs/air_106b.py --gpus 64
+    python -m minglm plan configs/air_106b.py --gpus 64 --search
+    python -m minglm launch configs/air_106b.py:h100x64 --slurm
+    python -m minglm data configs/air_106b.py --data.files /path/to/text
 
 Narrower than GLM-4.5 and half as deep; it also has no QK-norm, one dense layer, and routed experts that are not scaled.
-Stages, schedule and post-training are the paper's, the defaults of `minglm.config`.
+Stages, schedule and post-training are the paper's, the defaults of `minglm.config`. Layouts are like those of
+`configs/glm45_355b.py`, for 32 and 64 GPUs.
 """
 
-from minglm.config import ModelConfig, OptimizerConfig, Precision, RunConfig
+from dataclasses import replace
+
+from minglm.config import ModelConfig, OptimizerConfig, ParallelConfig, Precision, RunConfig
 
 
 def air_106b() -> RunConfig:
@@ -25,4 +30,35 @@ def air_106b() -> RunConfig:
         ),
         optimizer=OptimizerConfig(microbatch_tokens=16_384),
         dtype=Precision.BFLOAT16,
+        recompute=True,
     )
+
+
+def h100x32() -> RunConfig:
+    """Lay Air out on 4 nodes of 8 H100s, for rows of 4,096 tokens."""
+    return replace(air_106b(), parallel=ParallelConfig(fsdp=32, ep=8))
+
+
+def h100x32_32k() -> RunConfig:
+    """Lay Air out on 4 nodes of 8 H100s, for rows of 32,768 tokens."""
+    return replace(air_106b(), parallel=ParallelConfig(fsdp=32, ep=8, cp=2))
+
+
+def h100x32_128k() -> RunConfig:
+    """Lay Air out on 4 nodes of 8 H100s, for rows of 131,072 tokens."""
+    return replace(air_106b(), parallel=ParallelConfig(fsdp=32, ep=8, cp=8))
+
+
+def h100x64() -> RunConfig:
+    """Lay Air out on 8 nodes of 8 H100s, for rows of 4,096 tokens."""
+    return replace(air_106b(), parallel=ParallelConfig(fsdp=64, ep=8))
+
+
+def h100x64_32k() -> RunConfig:
+    """Lay Air out on 8 nodes of 8 H100s, for rows of 32,768 tokens."""
+    return replace(air_106b(), parallel=ParallelConfig(fsdp=64, ep=8, cp=2))
+
+
+def h100x64_128k() -> RunConfig:
+    """Lay Air out on 8 nodes of 8 H100s, for rows of 131,072 tokens."""
+    return replace(air_106b(), parallel=ParallelConfig(fsdp=64, ep=8, cp=8))

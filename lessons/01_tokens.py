@@ -100,7 +100,8 @@ def pack(documents, length, seed):
     stream = Mixture({"all": documents}, {"all": 1.0}, length, "best_fit", seed)
     utilisation = []
     while stream.epochs["all"] < 1:
-        utilisation.append(packing.utilisation(stream.next(16)))
+        documents_BS = stream.next(16).documents_BS
+        utilisation.append(float((documents_BS >= 0).float().mean()))
 
     # Cut anywhere: the pieces of each document, and its tokens in pieces without the document's beginning.
     pieces = np.zeros(len(sizes), int)

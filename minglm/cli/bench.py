@@ -3,6 +3,7 @@
 bench generate, bench train   tokens per second beside transformers, as a record and a figure
 bench kernels                 every form of each operation, as a share of this GPU's ceilings
 bench compile                 registers, shared memory and instructions of GPU kernels for an H100, without one
+bench collectives             bytes per second of each collective along each axis of a layout, under torchrun
 """
 
 import argparse
@@ -11,13 +12,14 @@ from pathlib import Path
 from minglm.bench.options import BenchOptions
 from minglm.cli.arguments import number, path, whole
 
-WHAT = ("generate", "train", "kernels", "compile")
+WHAT = ("generate", "train", "kernels", "compile", "collectives")
 
 
 SUMMARIES = {
     "generate": "Tokens per second of generation beside transformers on the same weights.",
     "train": "Tokens per second of training beside transformers on the same weights.",
     "compile": "What the GPU kernels need of an H100, compiled without one.",
+    "collectives": "Bytes per second of each collective along each axis of a layout, under torchrun.",
     "kernels": "Every form of each operation, as a share of the ceilings measured in the same run.",
 }
 
@@ -32,6 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "kernels", help=SUMMARIES["kernels"], description=SUMMARIES["kernels"]
     )
     _add_kernels(kernels)
+    links = benchmarks.add_parser(
+        "collectives", help=SUMMARIES["collectives"], description=SUMMARIES["collectives"]
+    )
+    _add_collectives(links)
     parser.set_defaults(overrides=())
 
 
@@ -94,10 +100,29 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=path, default="figures/bench_kernels.json", help="the record")
 
 
+def _add_collectives(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `collectives`."""
+    parser.add_argument("config", help="a config file, whose layout is measured")
+    parser.add_argument(
+        "--megabytes",
+        type=number(0, 10**5, above=True),
+        nargs="+",
+        default=[1, 16, 256],
+        help="sizes: MiB that each rank gets",
+    )
+    parser.add_argument(
+        "--rounds", type=whole(1, 10**6), default=10, help="rounds of each; the median counts"
+    )
+    parser.add_argument("--out", type=path, metavar="FILE", help="write the record here, as JSON")
+
+
 def main(args: argparse.Namespace) -> None:
     """Run one benchmark and print the paths of its record and its figure. Raises ValueError for options out of range."""
     if args.what == "kernels":
         _bench_kernels(args)
+        return
+    if args.what == "collectives":
+        _bench_collectives(args)
         return
     from minglm.common.files import check_out
 
@@ -141,3 +166,28 @@ def _bench_kernels(args: argparse.Namespace) -> None:
     out = Path(args.out)
     run(device, args.only, out, Schedule(args.rounds, args.seconds), args.smoke)
     print(out, redraw(out))
+
+
+def _bench_collectives(args: argparse.Namespace) -> None:
+    """Run `bench collectives` on every rank; the first one prints."""
+    from minglm.bench import collectives
+    from minglm.common.files import write_json
+    from minglm.config import load_config
+    from minglm.parallel.world import start_world
+
+    run = load_config(args.config, args.overrides)
+    world = start_world(run.device, run.parallel.timeout_seconds)
+    try:
+        if world.size == 1:
+            raise ValueError(
+                "one rank has no links; start several with torchrun, as `minglm launch` does"
+            )
+        layout = run.parallel.layout(world.size, run.model)
+        sizes = [round(size * 2**20) for size in args.megabytes]
+        links = collectives.measure(world, layout, sizes, args.rounds)
+        if world.is_writer:
+            print(collectives.table(links))
+            if args.out:
+                write_json(args.out, collectives.record(world, layout, links))
+    finally:
+        world.close()

@@ -28,6 +28,9 @@ VERBS = {
         "CONFIG",
         "estimate parameters, memory, compute and time on a number of GPUs",
     ),
+    "launch": Verb(
+        "minglm.cli.launch", "CONFIG", "write the script that starts a config on many GPUs"
+    ),
     "eval": Verb(
         "minglm.cli.eval",
         "RUN",

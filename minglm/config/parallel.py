@@ -85,6 +85,12 @@ class ParallelConfig:
                 f"parallel.ep = {self.ep}: must divide model.n_routed_experts = {model.n_routed_experts}; "
                 f"use {best}"
             )
+        if not can_share(model, self.cp):
+            possible = [n for n in range(1, 2 * self.cp) if can_share(model, n)]
+            raise ValueError(
+                f"parallel.cp = {self.cp}: each rank must have whole heads, of {model.num_attention_heads} for "
+                f"queries and {model.num_key_value_heads} for keys; use {nearest(self.cp, possible)}"
+            )
         for name in ("ep", "cp"):
             size = getattr(self, name)
             if self.fsdp and self.fsdp % size:
@@ -123,6 +129,12 @@ class ParallelConfig:
                     f"use {nearest(size, possible)}, or start another number of ranks with torchrun"
                 )
         return Layout(self.pp, self.dp_replicate, fsdp, self.ep, self.cp)
+
+
+def can_share(model: ModelConfig, ranks: int) -> bool:
+    """Return whether this many ranks can share a sequence: each has whole query heads, and whole key/value heads or one."""
+    keys = model.num_key_value_heads
+    return model.num_attention_heads % ranks == 0 and (keys % ranks == 0 or ranks % keys == 0)
 
 
 def divisors(number: int) -> list[int]:

@@ -207,10 +207,3 @@ def fill(
         documents_BS=torch.from_numpy(documents_BS) if separate else None,
         positions_BS=torch.from_numpy(positions_BS) if separate else None,
     )
-
-
-def utilisation(batch: Batch) -> float:
-    """Return the share of a batch's positions that hold a token of a document, 0 to 1."""
-    if batch.documents_BS is None:
-        return 1.0
-    return float((batch.documents_BS >= 0).float().mean())

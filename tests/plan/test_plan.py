@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from minglm.config import (
     StagesConfig,
     load_config,
 )
+from minglm.config.parallel import Layout
 from minglm.kernels.attention import chunked
 from minglm.optim.muon import Muon
 from minglm.plan.counts import (
@@ -28,11 +32,19 @@ from minglm.plan.counts import (
     kv_cache_bytes_per_token,
     unit_counts,
 )
-from minglm.plan.memory import GIB, activation_bytes_per_token, memory, plan, render
+from minglm.plan.gpus import GPUS
+from minglm.plan.layout import exchange_seconds, gather_seconds, group
+from minglm.plan.memory import GIB, activation_bytes_per_token, memory
+from minglm.plan.serving import serving_table
+from minglm.plan.speed import newton_schulz_flops, step_time
+from minglm.plan.summary import plan, search
+from minglm.plan.text import render
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 GLM45, AIR = load_config(CONFIGS / "glm45_355b.py"), load_config(CONFIGS / "air_106b.py")
 FLASH = load_config(CONFIGS / "flash_30b.py")
+PAPER = load_config(f"{CONFIGS / 'glm45_355b.py'}:h100x512")
+H100 = GPUS["h100"]
 
 # Worked out by hand from the released configurations. "355B" is the body with the MTP layer, "106B" Air's body; the
 # Hugging Face hub shows 358B because the released file stores embedding and head twice.
@@ -157,7 +169,7 @@ def test_state_bytes_equal_the_built_run(config):
     size["adamw"] = sum(
         4 * (s["first"].numel() + s["second"].numel()) for s in state.values() if "first" in s
     )
-    planned = memory(run)
+    planned = memory(run, Layout(1, 1, 1, 1, 1), 16)
     # a matrix with one row is a vector to Muon, and the planner does not look that closely
     assert min(config.hidden_size, config.vocab_size, config.moe_intermediate_size) > 1
     assert {name: planned[name] for name in size} == size
@@ -292,70 +304,196 @@ def test_cache_at_full_scale():
     assert kv_cache_bytes_per_token(FLASH.model) == 54_144  # 47 layers of 576 values
 
 
-@given(models(), st.integers(1, 64), st.booleans(), st.sampled_from(["float32", "bfloat16"]))
-def test_terms_add_up_and_shrink(config, gpus, recompute, dtype):
-    """The total is the sum of its terms; more GPUs never need more state; recomputation never more activations."""
+LAYOUTS = st.builds(
+    lambda fsdp, replicas: Layout(1, replicas, fsdp, 1, 1), st.integers(1, 64), st.integers(1, 3)
+)
+
+
+@given(models(), LAYOUTS, st.booleans(), st.sampled_from(["float32", "bfloat16"]))
+def test_terms_add_up_and_shrink(config, layout, recompute, dtype):
+    """The total is the sum of its terms; more shards never need more state."""
     run = small_run(config, dtype=dtype)
-    terms = memory(run, gpus, recompute)
+    terms = memory(run, layout, 16, recompute)
     total = terms.pop("total")
     assert total == sum(terms.values()) and min(terms.values()) >= 0
-    more = memory(run, 2 * gpus, recompute)
+    more = memory(run, layout._replace(fsdp=2 * layout.fsdp), 16, recompute)
     assert all(more[name] <= terms[name] for name in ("weights", "gradients", "muon", "adamw"))
 
 
 def test_plan_of_the_paper():
     """On 512 GPUs the recipe fits with recomputation; time is operations over speed; JSON and a table hold it."""
-    planned = json.loads(json.dumps(plan(GLM45, gpus=512, utilisation=0.25)))
-    assert planned["placement"] == {
-        "expert_parallel": 8,
-        "context_parallel": 8,
-        "tokens": 16384,
-        "recompute": True,
-    }
-    assert planned["memory"]["total"] < planned["memory"]["usable"] == int(72 * GIB)
-    assert planned["days"] == pytest.approx(planned["flops"] / (512 * 0.25 * 989e12 * 86400))
-    assert planned["days"] == pytest.approx(2 * plan(GLM45, gpus=1024)["days"])
+    planned = json.loads(json.dumps(plan(PAPER, H100)))
+    assert planned["fits"] and planned["gpus"] == 512
+    stages = {stage["name"]: stage for stage in planned["stages"]}
+    assert [stage["cp"] for stage in stages.values()] == [1, 1, 2, 2, 8]
+    for stage in stages.values():
+        assert stage["tokens_per_gpu"] == 16384 and stage["recompute"]
+        assert stage["memory"]["total"] < planned["usable"] == int(72 * GIB)
+        flops = stage["tokens"] * stage["flops_per_token"]
+        for days, mfu in zip(stage["days"], reversed(stage["mfu"])):
+            assert days == pytest.approx(flops / (512 * mfu * H100.flops * 86400))
+    assert planned["days"] == [
+        sum(stage["days"][end] for stage in stages.values()) for end in (0, 1)
+    ]
     text = render(planned)
-    assert (
-        "355,234,006,336" in text
-        and "recomputed" in text
-        and max(map(len, text.splitlines())) <= 120
-    )
+    assert "355,234,006,336" in text and "recomputed" in text and "no run produced" in text
+    assert max(map(len, text.splitlines())) <= 130
 
 
 def test_small_run_fits_one_device():
     """A toy fits one device with its activations kept, and has no traffic."""
-    planned = plan(
-        small_run(ModelConfig(64, 32, 2, 1, 1, 4, 2, 16, n_routed_experts=4, num_experts_per_tok=2))
+    run = small_run(
+        ModelConfig(64, 32, 2, 1, 1, 4, 2, 16, n_routed_experts=4, num_experts_per_tok=2)
     )
-    assert not planned["placement"]["recompute"] and not any(planned["traffic"].values())
+    planned = plan(run, H100)
+    assert planned["gpus"] == 1 and planned["fits"]
+    assert all(not stage["recompute"] and not stage["traffic"] for stage in planned["stages"])
 
 
-def test_what_cannot_fit_is_refused_with_the_remedy():
-    """One line says what is missing, and the number of GPUs it names does fit."""
-    with pytest.raises(
-        ValueError, match=r"^glm45_355b on --gpus 64 needs .*; use --gpus \d+$"
-    ) as refusal:
-        plan(GLM45, gpus=64)
-    assert plan(GLM45, gpus=int(str(refusal.value).split()[-1]))
-    with pytest.raises(ValueError, match="lower --optimizer"):
-        plan(GLM45, gpus=512, gpu_memory_gib=16)
+@pytest.mark.parametrize("gpus", [8, 64])
+def test_what_cannot_fit_is_refused_with_the_remedy(gpus):
+    """One line says what is missing, and the number of GPUs it names does fit; the parameters are there all the same."""
+    planned = plan(GLM45, H100, gpus)
+    assert (
+        not planned["fits"] and planned["parameters"]["body_with_mtp"] == GOLDEN["body_with_mtp"][0]
+    )
+    refusal = planned["refusal"]
+    found = re.fullmatch(r"glm45_355b on \d+ GPUs .* GiB .*; use --gpus (\d+) (.+)", refusal)
+    words = found[2].split()
+    better = load_config(CONFIGS / "glm45_355b.py", words)
+    assert plan(better, H100, int(found[1]))["fits"]
+    text = render(planned)
+    assert "355,234,006,336" in text and text.endswith(f"does not fit: {refusal}")
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"gpus": 0},
-        {"gpu_memory_gib": -1},
-        {"peak_flops": 0},
-        {"utilisation": 0},
-        {"utilisation": 45},
-    ],
+def test_more_gpus_do_not_help_where_the_activations_are_too_large():
+    """The line names the term and the option."""
+    planned = plan(GLM45, replace(H100, memory_gib=16), 512)
+    assert not planned["fits"] and "lower --optimizer.microbatch_tokens" in planned["refusal"]
+
+
+def test_an_impossible_layout_is_one_line():
+    """So is one that leaves ranks without rows; the parameters are printed all the same."""
+    for words, gpus, line in (
+        (["--parallel.ep", "16"], 8, "parallel.ep = 16"),
+        (["--optimizer.batch_tokens_start", "1000000"], 512, r"groups of ranks.*use \d+ GPUs"),
+    ):
+        run = load_config(CONFIGS / "glm45_355b.py", ["--parallel.ep", "8", *words])
+        planned = plan(run, H100, gpus)
+        assert not planned["fits"] and not planned["stages"] and "\n" not in planned["refusal"]
+        assert re.search(line, planned["refusal"]), planned["refusal"]
+        assert "355,234,006,336" in render(planned)
+
+
+def test_the_bound_is_the_one_of_the_reference():
+    """MFU bounds of GLM-4.5 on 512 H100s by expert parallelism and tokens per GPU, worked out by hand beforehand.
+
+    Within 2.5 points: the hand used 55% for products where the plan has 54%, no MTP layer, and dense weights for free.
+    """
+    for ep, tokens, bound in (
+        (8, 4096, 0.12),
+        (8, 16384, 0.33),
+        (16, 16384, 0.21),
+        (32, 4096, 0.17),
+        (32, 16384, 0.17),
+    ):
+        run = load_config(CONFIGS / "glm45_355b.py", ["--optimizer.microbatch_tokens", str(tokens)])
+        time = step_time(run, Layout(1, 1, 512, ep, 1), H100, 4096, recompute=True)
+        assert time.mfu_bound == pytest.approx(bound, abs=0.025), (ep, tokens)
+
+
+def test_the_memory_is_the_one_that_was_tracked():
+    """GLM-4.5 with ep 8 and 16,384 tokens: 67, 52 and 44 GiB on 128, 256 and 512 GPUs, as a fake world tracked it.
+
+    Within 2 GiB: the tracked step had another optimizer and no MTP layer.
+    """
+    for gpus, tracked in ((128, 67), (256, 52), (512, 44)):
+        need = memory(GLM45, Layout(1, 1, gpus, 8, 1), 4096, recompute=True)["total"]
+        assert need / GIB == pytest.approx(tracked, abs=2)
+
+
+def test_newton_schulz_of_the_paper():
+    """13.5 PFLOP orthogonalise every matrix of GLM-4.5 once, without the MTP layer."""
+    without = replace(GLM45, model=replace(GLM45.model, num_nextn_predict_layers=0))
+    assert newton_schulz_flops(without) == pytest.approx(13.5e15, rel=0.03)
+
+
+@given(
+    st.sampled_from([1, 2, 4, 8, 16, 64]),
+    st.sampled_from([1, 2, 8, 16]),
+    st.sampled_from([1, 4, 8]),
 )
-def test_impossible_numbers_are_one_line(bad):
-    """The line names the number."""
-    with pytest.raises(ValueError, match=next(iter(bad))):
-        plan(AIR, **{"gpus": 64} | bad)
+def test_links(size, stride, per_node):
+    """What stays in a node, goes to the node's others and leaves it is all there is; one rank exchanges nothing."""
+    members = group(size, stride, per_node)
+    assert members.between + members.within + 1 / size == pytest.approx(1)
+    if size == 1:
+        assert exchange_seconds(1e9, members, H100) == 0 == gather_seconds(1e9, members, H100)
+    elif members.in_node == size:
+        assert exchange_seconds(1e9, members, H100) < 1e9 / (H100.network * 0.9)
+
+
+def test_search_finds_only_what_fits_and_the_fastest_first():
+    """Every layout has as many ranks as GPUs; those with little memory left come last."""
+    found = search(GLM45, H100, 256)
+    usable = int(72 * GIB)
+    assert found and all(candidate.layout.world == 256 for candidate in found)
+    assert all(candidate.memory <= usable for candidate in found)
+    order = [(candidate.is_tight(usable), candidate.days) for candidate in found]
+    assert order == sorted(order)
+
+
+# (config, float8): GPUs at least, and for 128K, in the table of the model's own README
+README_TABLE = {
+    ("glm45_355b", False): (16, 32),
+    ("glm45_355b", True): (8, 16),
+    ("air_106b", False): (4, 8),
+    ("air_106b", True): (2, 4),
+    ("flash_30b", False): (1, 2),
+}
+
+
+@pytest.mark.parametrize(("name", "float8"), README_TABLE)
+def test_serving_table_is_the_one_of_the_model(name, float8):
+    """The arithmetic gives the H100s that the released models' README lists."""
+    table = serving_table(load_config(CONFIGS / f"{name}.py").model, H100)
+    gpus = {(row.precision, row.context): row.gpus for row in table}
+    precision = "float8" if float8 else "bfloat16"
+    assert (gpus[precision, 4096], gpus[precision, 131072]) == README_TABLE[name, float8]
+
+
+LAID_OUT = [
+    f"{path}:{name}"
+    for path, sizes in (("flash_30b", [8]), ("air_106b", [32, 64]), ("glm45_355b", [256, 512]))
+    for size in sizes
+    for name in (f"h100x{size}", f"h100x{size}_32k", f"h100x{size}_128k")
+]
+
+
+@pytest.mark.parametrize("name", LAID_OUT)
+def test_shipped_layouts_fit_and_keep_the_run(name):
+    """Each fits its GPUs in the stages it is for, fills their nodes, and changes no number of the run."""
+    file, _, variant = name.partition(":")
+    run = load_config(f"{CONFIGS / file}.py:{variant}")
+    assert run.hash() == load_config(CONFIGS / f"{file}.py").hash()
+    planned = plan(run, H100)
+    assert planned["fits"] and f"h100x{planned['gpus']}" in variant
+    length = {"32k": 32768, "128k": 131072}.get(variant.partition("_")[2], 4096)
+    stage = next(s for s in planned["stages"] if s["sequence_length"] == length)
+    assert stage["cp"] == run.parallel.cp
+
+
+def test_plan_is_quick_and_imports_no_torch():
+    """The arithmetic of 355B parameters on 512 GPUs takes less than a second, its search too, in a process of its own."""
+    program = (
+        "import sys, time; began = time.process_time(); from minglm.__main__ import main; "
+        "main(['plan', 'configs/glm45_355b.py', '--gpus', '512', '--json']); "
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules; "
+        "assert time.process_time() - began < 1"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=CONFIGS.parent, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["fits"]
 
 
 def test_mini_is_an_eighth_of_glm_in_each_width_and_fits_on_one_gpu():
@@ -375,11 +513,8 @@ def test_mini_is_an_eighth_of_glm_in_each_width_and_fits_on_one_gpu():
     assert 8 * mini.moe_intermediate_size == full.moe_intermediate_size
     with torch.device("meta"):
         built = sum(p.numel() for p in GLM(mini).parameters())
-    found = plan(run)
+    found = plan(run, H100)
     buffers = (mini.num_hidden_layers - mini.first_k_dense_replace + 1) * mini.n_routed_experts
     assert built + buffers == found["parameters"]["total_with_mtp"] and 0.3e9 < built < 1e9
-    assert (
-        found["placement"]["recompute"]
-        and found["memory"]["total"] < found["memory"]["usable"]
-        and found["days"] < 1
-    )
+    assert found["fits"] and found["days"][1] < 1
+    assert all(stage["recompute"] for stage in found["stages"])

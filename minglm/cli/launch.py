@@ -1,0 +1,72 @@
+"""The verb `launch`: write the script that starts a config on many GPUs, or rehearse it without any (paper 2.4)."""
+
+import argparse
+import sys
+from dataclasses import replace
+
+from minglm.cli.arguments import add_config, number, path, whole
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `launch`."""
+    from minglm.plan.gpus import GPUS
+
+    add_config(parser, example="configs/glm45_355b.py:h100x512")
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--torchrun", action="store_true", help="a bash script that starts torchrun")
+    kind.add_argument("--slurm", action="store_true", help="a batch script for sbatch")
+    kind.add_argument("--kubernetes", action="store_true", help="a Service and a Job for kubectl")
+    parser.add_argument(
+        "--gpus", type=whole(1, 10**6), default=0, help="number of GPUs (default: the config's)"
+    )
+    parser.add_argument("--gpu", choices=list(GPUS), default="h100", help="kind of GPU")
+    parser.add_argument(
+        "--gpus-per-node", type=whole(1, 10**4), help="GPUs of a node, if other than usual"
+    )
+    parser.add_argument("--out", type=path, help="folder of the run (default: runs/NAME)")
+    parser.add_argument(
+        "--until", metavar="STAGE", help="stop after this stage of pre- or mid-training"
+    )
+    parser.add_argument(
+        "--script", type=path, metavar="FILE", help="write the script here (default: print it)"
+    )
+    parser.add_argument(
+        "--hours", type=number(0, 10**4, above=True), default=24.0, help="Slurm: limit of one job"
+    )
+    parser.add_argument("--partition", default="", help="Slurm: partition")
+    parser.add_argument("--account", default="", help="Slurm: account")
+    parser.add_argument("--image", help="Kubernetes: container image with minglm")
+    parser.add_argument("--claim", help="Kubernetes: PersistentVolumeClaim with configs and runs")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write the script that starts CONFIG on a cluster: nodes, rendezvous, settings, resume. Starts nothing itself.
+
+    Refuses a plan that does not fit. The script says what to run first on a new cluster.
+    """
+    from minglm.common.files import atomic_path
+    from minglm.config import load_config
+    from minglm.launch import scripts
+    from minglm.launch.job import make_job
+    from minglm.plan.gpus import GPUS
+
+    run = load_config(args.config, args.overrides)
+    gpu = GPUS[args.gpu]
+    if args.gpus_per_node:
+        gpu = replace(gpu, per_node=args.gpus_per_node)
+    out = args.out or f"runs/{run.name}"
+    job = make_job(run, args.config, args.overrides, out, gpu, args.gpus, args.until)
+    if args.kubernetes:
+        if not args.image or not args.claim:
+            raise ValueError("--kubernetes needs --image and --claim; see --help")
+        text = scripts.kubernetes_objects(job, args.image, args.claim)
+    elif args.slurm:
+        text = scripts.slurm_script(job, args.hours, args.partition, args.account)
+    else:
+        text = scripts.torchrun_script(job)
+    if args.script:
+        with atomic_path(args.script) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        print(args.script, file=sys.stderr)
+    else:
+        print(text, end="")

@@ -1,0 +1,1 @@
+"""Start a run on many GPUs: the script for torchrun, Slurm or Kubernetes, and a rehearsal without any (no section)."""

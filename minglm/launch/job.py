@@ -1,0 +1,104 @@
+"""Work out what is started on a cluster: nodes, ranks, and the commands one after the other (paper 2.4).
+
+    minglm run CONFIG --until code_reasoning --parallel.cp 1       rows of 4,096
+    minglm run CONFIG --until reasoning --parallel.cp 2            rows of 32,768
+    minglm run CONFIG --until long_agent --parallel.cp 8           rows of 131,072
+    minglm run CONFIG                                              post-training
+
+One run in one folder: each command continues where the one before ended, in the layout that its rows need. A job that is
+started again begins with the first command, which finds its stages complete and ends at once.
+
+A plan that does not fit is refused before a script is written.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from minglm.config.parallel import Layout
+from minglm.config.run import RunConfig
+from minglm.plan.gpus import GPU
+from minglm.plan.layout import shared_by, words
+from minglm.plan.summary import choose_layout, gpus_of, plan_stages, what_would_fit
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a script of any kind needs."""
+
+    name: str
+    """Of the run: letters, digits, hyphens."""
+    nodes: int
+    per_node: int
+    """GPUs of a node, each with one rank."""
+    commands: list[list[str]]
+    """Words after `python -m minglm`, in order."""
+    check: list[str]
+    """Words after `python -m minglm` that measure the links of every axis of the mesh."""
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of all nodes."""
+        return self.nodes * self.per_node
+
+
+def check_nodes(gpus: int, per_node: int) -> tuple[int, int]:
+    """Return (nodes, GPUs of each). Raises ValueError, in one line, for GPUs that do not fill their nodes."""
+    if gpus < per_node:
+        return 1, gpus
+    if gpus % per_node:
+        fewer = gpus // per_node * per_node
+        raise ValueError(
+            f"{gpus} GPUs do not fill nodes of {per_node}; use --gpus {fewer} or {fewer + per_node}"
+        )
+    return gpus // per_node, per_node
+
+
+def make_job(
+    run: RunConfig,
+    config: str,
+    overrides: Sequence[str],
+    out: str,
+    gpu: GPU,
+    gpus: int = 0,
+    until: str | None = None,
+) -> Job:
+    """Return the job of a config. config: its path, as `run` takes it. gpus: 0 for as many as the config's layout has.
+
+    until: the last stage of pre- or mid-training to run; None: all stages, post-training included.
+    Raises ValueError, in one line, for a layout that is impossible or does not fit, and for an unknown stage.
+    """
+    gpus = gpus or gpus_of(run)
+    layout = choose_layout(run, gpu, gpus)
+    stages = plan_stages(run, layout, gpu)
+    names = [stage.name for stage in stages]
+    if until is not None and until not in names:
+        raise ValueError(f"--until {until}: no such stage; the stages are {', '.join(names)}")
+    wanted = stages if until is None else stages[: names.index(until) + 1]
+    if not all(stage.fits for stage in wanted):
+        raise ValueError(what_would_fit(run, gpu, gpus, wanted))
+    nodes, per_node = check_nodes(gpus, gpu.per_node)
+
+    start = ["run", config, "--out", out]
+    commands = []
+    for number, stage in enumerate(wanted):
+        is_last = number + 1 == len(wanted)
+        if is_last or wanted[number + 1].cp != stage.cp:
+            shared = layout._replace(cp=stage.cp)
+            commands.append([*start, "--until", stage.name, *overrides, *words(shared).split()])
+    if until is None:
+        shared = layout._replace(cp=_posttraining_cp(run, layout))
+        commands.append([*start, *overrides, *words(shared).split()])
+    check = ["bench", "collectives", config, *overrides, *words(layout).split()]
+    return Job(_safe(run.name), nodes, per_node, commands, check)
+
+
+def _posttraining_cp(run: RunConfig, layout: Layout) -> int:
+    """Return the GPUs that share a row of fine-tuning."""
+    longest = max(sft.sequence_length for sft in run.posttraining.fine_tunings().values())
+    return shared_by(run, layout, longest)
+
+
+def _safe(name: str) -> str:
+    """Return a name for jobs and hosts: lower case letters, digits and hyphens, at most 40."""
+    kept = "".join(c if c.isascii() and c.isalnum() else "-" for c in name.lower())
+    return kept.strip("-")[:40].strip("-") or "minglm"
