@@ -65,7 +65,7 @@ def single_node(folder):
     sock = folder / "munge" / "socket"
     # A GPU whose device is /dev/null: Slurm counts it, and nothing uses it.
     (folder / "gres.conf").write_text(f"NodeName={host} Name=gpu File=/dev/null\n")
-    (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
+    (folder / "cgroup.conf").write_text("CgroupPlugin=autodetect\nIgnoreSystemd=yes\n")
     (folder / "slurm.conf").write_text(
         f"""
 ClusterName=test
