@@ -69,7 +69,7 @@ class ParallelConfig:
     ep: int = positive(1, maximum=MOST_RANKS)
     """Ranks over which the experts are divided; must divide fsdp and the number of experts."""
     cp: int = positive(1, maximum=MOST_RANKS)
-    """Ranks that share each sequence; must divide fsdp."""
+    """Ranks that share each sequence; must divide fsdp, the query heads, and the key/value heads or be a multiple."""
     reshard_after_forward: bool = True
     """Free the gathered weights of a layer after its forward pass and gather them again for the backward pass."""
     dispatcher: TokenExchange = TokenExchange.ALL_TO_ALL
@@ -124,6 +124,8 @@ class ParallelConfig:
                 possible = divisors(fsdp)
                 if name == "ep":
                     possible = [n for n in possible if model.n_routed_experts % n == 0]
+                else:
+                    possible = [n for n in possible if n in ranks_for_heads(model)]
                 raise ValueError(
                     f"parallel.{name} = {size}: must divide fsdp = {fsdp} of {ranks}; "
                     f"use {nearest(size, possible)}, or start another number of ranks with torchrun"

@@ -147,6 +147,15 @@ class RunConfig:
                 f"model.max_position_embeddings = {self.model.max_position_embeddings}: "
                 f"the longest stage has sequence_length = {self.stages.longest}"
             )
+        lengths = {f"stages.{name}": stage.sequence_length for name, stage in self.stages.items()}
+        for name, sft in self.posttraining.fine_tunings().items():
+            lengths[f"posttraining.{name}"] = sft.sequence_length
+        for name, length in lengths.items():
+            if length % self.parallel.cp:
+                raise ValueError(
+                    f"{name}.sequence_length = {length}: "
+                    f"must be a multiple of parallel.cp = {self.parallel.cp}, the ranks that share each sequence"
+                )
 
     def _check_rope(self) -> None:
         _, last_stage = self.stages.items()[-1]

@@ -18,7 +18,7 @@ no context to be predicted from and is not a target. `minglm.data.mixture` decid
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -38,22 +38,32 @@ class Batch:
     and mask False."""
     positions_BS: torch.Tensor | None = None
     """int64 or None: restarts at 0 in each document"""
+    ahead: int = 0
+    """Positions at the end of each row that are only there to be predicted, where the rest of the row is elsewhere
+    (`minglm.parallel.sequence`). The model does not compute them."""
 
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        values = {}
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """Return the batch with every tensor replaced by function(tensor)."""
+        tensors = {}
         for field in fields(self):
-            tensor = getattr(self, field.name)
-            values[field.name] = None if tensor is None else function(tensor)
-        return Batch(**values)
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                tensors[field.name] = function(value)
+        return replace(self, **tensors)
+
+    def inputs(self) -> "Batch":
+        """Return the positions that the model computes: all but those `ahead`."""
+        length = self.tokens_BS.shape[1] - self.ahead
+        return replace(self.map(lambda tensor_BS: tensor_BS[:, :length]), ahead=0)
 
     def split(self, rows: int) -> list["Batch"]:
         """Return the same rows as batches of at most `rows` rows each."""
         starts = range(0, len(self.tokens_BS), rows)
-        return [self._map(lambda tensor, s=start: tensor[s : s + rows]) for start in starts]
+        return [self.map(lambda tensor, s=start: tensor[s : s + rows]) for start in starts]
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copy the batch to another device; copies overlap with computation if the memory is pinned."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 class Span(NamedTuple):

@@ -131,11 +131,12 @@ class GLM(nn.Module):
         documents_BS: Tensor | None = None,
         cache: Sequence[LayerCache] | None = None,
         mtp: bool = False,
+        next_BS: Tensor | None = None,
     ) -> Output:
         """Run the trunk, and with `mtp` the MTP layer after it.
 
         tokens int64 (B, S); positions int64 (B, S); documents int (B, S), -1 for padding. cache: one layer cache for
-        each decoder layer.
+        each decoder layer. next int64 (B, S): the token after each position, for the MTP layer; None: that of the row.
         """
         rotation = self.rotation(tokens_BS, positions_BS)
         x_BSD = self.embed(tokens_BS)
@@ -149,7 +150,8 @@ class GLM(nn.Module):
                 reports.append(routing)
         out = Output(self.model.norm(x_BSD), routing=reports)
         if mtp:
-            next_BSD = self.embed(shift(tokens_BS, 1, 0))
+            next_BS = shift(tokens_BS, 1, 0) if next_BS is None else next_BS
+            next_BSD = self.embed(next_BS)
             out.mtp_hidden_BSD, routing = self.apply_layer(
                 self.mtp, out.hidden_BSD, next_BSD, rotation, documents_BS
             )

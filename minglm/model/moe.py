@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from minglm.config import ModelConfig
 from minglm.kernels.experts import grouped_experts
-from minglm.model.balance import sequence_loss, tokens_per_expert
+from minglm.model.balance import SumOverRow, sequence_loss, tokens_per_expert, whole_row
 from minglm.model.layers import MLP
 from minglm.model.router import Router
 
@@ -125,6 +125,7 @@ class MoE(nn.Module):
             shared_width = config.moe_intermediate_size * config.n_shared_experts
             self.shared_experts = MLP(config.hidden_size, shared_width)
         self.dispatcher: Dispatcher = LocalDispatcher()
+        self.sum_over_row: SumOverRow = whole_row
 
     def forward(
         self, x_BSD: Tensor, valid_BS: Tensor | None = None
@@ -146,6 +147,6 @@ class MoE(nn.Module):
         valid_T = None if valid_BS is None else valid_BS.reshape(-1)
         routing = Routing(
             tokens_per_expert(experts_TK, scores_TE.shape[1], valid_T),
-            sequence_loss(scores_TE, experts_TK, B, valid_T),
+            sequence_loss(scores_TE, experts_TK, B, valid_T, self.sum_over_row),
         )
         return y_BSD, routing

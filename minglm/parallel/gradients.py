@@ -39,9 +39,10 @@ def global_norm(model: nn.Module) -> Tensor:
 
     device = local(next(model.parameters())).device
     square = torch.zeros((), dtype=torch.float64, device=device)
-    norms = torch._foreach_norm([local(gradient) for gradient in gradients]) if gradients else []
-    for gradient, norm in zip(gradients, norms, strict=True):
-        square += norm.double().square() / copies(gradient)
+    if gradients:
+        norms = torch.stack(torch._foreach_norm([local(gradient) for gradient in gradients]))
+        parts = [1 / copies(gradient) for gradient in gradients]
+        square = torch.tensor(parts, dtype=torch.float64, device=device) @ norms.double().square()
     dist.all_reduce(square)
     return square.sqrt().float()
 

@@ -82,6 +82,13 @@ def next_token_targets(
     return Targets(shift(tokens_BS, offset, 0), counts_BS)
 
 
+def batch_targets(batch: Batch, offset: int) -> Targets:
+    """Return what each position that the model computes is to predict: the token `offset` positions later."""
+    targets = next_token_targets(batch.tokens_BS, batch.mask_BS, batch.documents_BS, offset)
+    length = batch.tokens_BS.shape[1] - batch.ahead
+    return Targets(targets.tokens_BS[:, :length], targets.counts_BS[:, :length])
+
+
 def trains_mtp(model: GLM, mtp_weight: float) -> bool:
     """Return whether the MTP layer takes part: the model has one, and its loss has a weight."""
     return model.mtp is not None and bool(mtp_weight)
@@ -91,8 +98,7 @@ def count_targets(model: GLM, batch: Batch, weights: LossWeights) -> TargetCount
     """Count the targets and rows of a whole batch, before it is cut into micro-batches."""
 
     def count(offset: int) -> int:
-        targets = next_token_targets(batch.tokens_BS, batch.mask_BS, batch.documents_BS, offset)
-        return int(targets.counts_BS.sum())
+        return int(batch_targets(batch, offset).counts_BS.sum())
 
     return TargetCounts(
         next_token=count(NEXT_TOKEN),
@@ -105,7 +111,7 @@ def cross_entropy_term(
     model: GLM, hidden_BSD: Tensor, batch: Batch, offset: int, count: int
 ) -> Tensor:
     """Return the summed cross-entropy of the tokens at `offset`, divided by `count`: a float32 scalar."""
-    targets = next_token_targets(batch.tokens_BS, batch.mask_BS, batch.documents_BS, offset)
+    targets = batch_targets(batch, offset)
     weights_T = targets.counts_BS.flatten().float() / max(1, count)
     return model.lm_head.cross_entropy(
         hidden_BSD.flatten(0, 1), targets.tokens_BS.flatten(), weights_T
@@ -121,7 +127,14 @@ def training_loss(
     those of the batch.
     """
     with_mtp = trains_mtp(model, weights.mtp)
-    out = model.hidden(batch.tokens_BS, batch.positions_BS, batch.documents_BS, mtp=with_mtp)
+    inputs = batch.inputs()
+    out = model.hidden(
+        inputs.tokens_BS,
+        inputs.positions_BS,
+        inputs.documents_BS,
+        mtp=with_mtp,
+        next_BS=batch_targets(batch, NEXT_TOKEN).tokens_BS,
+    )
 
     # balance: mean over routers, then this micro-batch's share of the rows
     balance = torch.zeros((), device=batch.tokens_BS.device)

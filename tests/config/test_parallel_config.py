@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.config import ModelConfig, ParallelConfig
+from minglm.config import ModelConfig, ParallelConfig, PostTrainingConfig, RunConfig
 from minglm.config.parallel import divisors, nearest
 
 MODEL = ModelConfig()  # 160 experts
@@ -61,3 +61,42 @@ def test_one_process_has_the_layout_of_one_rank():
     assert ParallelConfig().layout(1, MODEL) == (1, 1, 1, 1, 1)
     with pytest.raises(ValueError, match=r"fsdp = 8: .* there is 1 rank; use 1, or start 8 ranks"):
         ParallelConfig(fsdp=8).layout(1, MODEL)
+
+
+@given(
+    heads=st.integers(1, 24),
+    groups=st.integers(1, 8),
+    latent=st.booleans(),
+    cp=st.integers(1, 48),
+)
+def test_ranks_that_share_a_sequence_divide_its_heads(heads, groups, latent, cp):
+    """Every rank gets as many query heads, and whole key/value heads that are theirs alone; else a size that works."""
+    model = dataclasses.replace(
+        MODEL,
+        num_attention_heads=heads * groups,
+        num_key_value_heads=heads,
+        kv_lora_rank=8 if latent else 0,
+    )
+    try:
+        ParallelConfig(cp=cp).check(model)
+    except ValueError as error:
+        remedy = int(re.search(r"use (\d+)$", str(error))[1])
+        ParallelConfig(cp=remedy).check(model)
+        return
+    queries_per_key = 1 if latent else groups
+    for rank in range(cp):
+        mine = range(rank * heads * groups // cp, (rank + 1) * heads * groups // cp)
+        keys = {query // queries_per_key for query in mine}
+        assert heads * groups % cp == 0 and len(mine) == heads * groups // cp
+        assert len(keys) == 1 or len(mine) == len(keys) * queries_per_key
+
+
+def test_rows_are_cut_into_equal_parts():
+    """A stage whose rows cannot be cut evenly is refused before the run starts."""
+    config = RunConfig(
+        name="cut", model=MODEL, parallel=ParallelConfig(cp=8), posttraining=PostTrainingConfig()
+    )
+    general = dataclasses.replace(config.stages.general, sequence_length=4092)
+    stages = dataclasses.replace(config.stages, general=general)
+    with pytest.raises(ValueError, match=r"stages\.general\.sequence_length = 4092: .* cp = 8"):
+        dataclasses.replace(config, stages=stages)._check_lengths()

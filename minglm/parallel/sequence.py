@@ -1,0 +1,132 @@
+"""Share each sequence among ranks: context parallelism for 32K to 128K tokens (no section in the paper).
+
+    each rank: S / ranks positions, all heads  ->  all-to-all  ->  all positions, N / ranks heads  ->  attention
+               S / ranks positions, all heads  <-  all-to-all  <-  all positions, N / ranks heads
+
+Everything in the model but attention looks at one position at a time, so ranks may hold different positions of a row.
+Attention looks at one head at a time, so for it alone the ranks exchange positions for heads (Ulysses, arXiv 2309.14509).
+Each rank then has whole rows, and attention, masks and packed documents are what they are without any sharing. So
+is the work: a causal mask gives the last positions of a row the most to do, but every rank has all positions.
+
+What else crosses a cut:
+
+    targets, MTP        The tokens one and two positions ahead come with the rank's own positions (`Batch.ahead`).
+    rotary angles       Positions are numbered before the rows are cut.
+    balance of a row    Choices are counted over the whole row (`minglm.model.balance`), by one all-reduce.
+
+Choices:
+- Where there are more ranks than key/value heads, each head goes to several ranks: 8 heads on 16 ranks go to two each,
+  and each of the two has half of the head's query heads. To gather all keys and values on every rank instead would
+  move and keep 8 times as much, and give each rank other queries, whose work has to be balanced.
+- The ids of documents are gathered once for all layers of a pass: 0.5 MB for 128K positions.
+- Every rank reads the whole batch and cuts its positions out (`cut`), so nothing is sent to share it.
+"""
+
+import dataclasses
+
+import torch
+import torch.distributed as dist
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+from minglm.data.packing import Batch
+from minglm.kernels.attention import flash_attention
+from minglm.model.attention import Attend, Attention
+from minglm.model.mla import LatentAttention
+from minglm.model.moe import MoE
+
+AHEAD = 2
+"""Positions after a cut that its targets lie in: the MTP layer predicts the token after next."""
+
+
+def cut(batch: Batch, rank: int, ranks: int) -> Batch:
+    """Return the positions of each row that belong to a rank: S / ranks of them, and up to `AHEAD` after them.
+
+    batch: whole rows, whose length is a multiple of `ranks`.
+    """
+    B, S = batch.tokens_BS.shape
+    length = S // ranks
+    begin = rank * length
+    end = min(begin + length + AHEAD, S)
+    positions_BS = batch.positions_BS
+    if positions_BS is None:
+        positions_BS = torch.arange(S, device=batch.tokens_BS.device).expand(B, S)
+    numbered = dataclasses.replace(batch, positions_BS=positions_BS)
+    part = numbered.map(lambda tensor_BS: tensor_BS[:, begin:end])
+    return dataclasses.replace(part, ahead=end - begin - length)
+
+
+class HeadExchange:
+    """Attention over whole rows, each of which is cut into the positions of the ranks of a group.
+
+    group: the ranks that share each row, in the order of their positions. attend: attention over whole rows.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, attend: Attend = flash_attention) -> None:
+        self.group = group
+        self.ranks = dist.get_world_size(group)
+        self.attend = attend
+        self.part_BS: Tensor | None = None
+        self.documents_BS: Tensor | None = None
+
+    def __call__(
+        self, q_BSNA: Tensor, k_BSMA: Tensor, v_BSMA: Tensor, documents_BS: Tensor | None = None
+    ) -> Tensor:
+        """Attend q (B, S, N, A) over k and v (B, S, M, A), where S are this rank's positions; return q's shape.
+
+        N is a multiple of the ranks; M is one, or divides their number.
+        """
+        # More ranks than key/value heads: copies of a head go to ranks that are next to each other.
+        copies = max(1, self.ranks // k_BSMA.shape[2])
+        k_BSMA = repeat(k_BSMA, "b s m a -> b s (m copies) a", copies=copies)
+        v_BSMA = repeat(v_BSMA, "b s m a -> b s (m copies) a", copies=copies)
+
+        # Positions for heads; q, k and v travel together.
+        by_rank = [
+            rearrange(heads, "b s (ranks n) a -> ranks b s n a", ranks=self.ranks)
+            for heads in (q_BSNA, k_BSMA, v_BSMA)
+        ]
+        sizes = [heads.shape[3] for heads in by_rank]
+        arrived = self._exchange(torch.cat(by_rank, 3))
+        whole = rearrange(arrived, "ranks b s n a -> b (ranks s) n a")
+        out = self.attend(*whole.split(sizes, 2), self._whole_rows(documents_BS))
+
+        # Heads for positions.
+        arrived = self._exchange(
+            rearrange(out, "b (ranks s) n a -> ranks b s n a", ranks=self.ranks)
+        )
+        return rearrange(arrived, "ranks b s n a -> b s (ranks n) a")
+
+    def _exchange(self, x: Tensor) -> Tensor:
+        """Send x[i] to rank i; return what comes from rank i at i."""
+        return all_to_all_single_autograd(x.contiguous(), None, None, self.group)
+
+    def _whole_rows(self, documents_BS: Tensor | None) -> Tensor | None:
+        """Return the documents of whole rows. All layers of a pass ask with the same tensor; the first one gathers it."""
+        if documents_BS is None:
+            return None
+        if documents_BS is not self.part_BS:
+            parts = [torch.empty_like(documents_BS) for _ in range(self.ranks)]
+            dist.all_gather(parts, documents_BS.contiguous(), group=self.group)
+            self.part_BS = documents_BS
+            self.documents_BS = torch.cat(parts, 1)
+        return self.documents_BS
+
+
+def share_sequences(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Let the ranks of a group share each row: give every attention a `HeadExchange`, and every MoE layer a sum over rows.
+
+    The model then takes what `cut` returns.
+    """
+
+    def sum_over_ranks(counts: Tensor) -> Tensor:
+        dist.all_reduce(counts, group=group)
+        return counts
+
+    exchange = HeadExchange(group)
+    for module in model.modules():
+        if isinstance(module, Attention | LatentAttention):
+            module.attend = exchange
+        if isinstance(module, MoE):
+            module.sum_over_row = sum_over_ranks
