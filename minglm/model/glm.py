@@ -6,10 +6,11 @@ Parameters carry the names of the released checkpoints (the MTP layer is layer `
 layer's experts are three stacks. The rotary base is an attribute that a training stage may change; it has no weights.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -192,23 +193,53 @@ class GLM(nn.Module):
         return [module.gate for module in self.modules() if isinstance(module, MoE)]
 
 
+class Part(NamedTuple):
+    """The part of a tensor that this process holds."""
+
+    values: Tensor
+    """The part itself."""
+    where: tuple[slice, ...]
+    """What it is of the whole tensor: a slice for each axis."""
+
+
+def whole(tensor: Tensor) -> Part:
+    """Return a tensor of which this process holds everything."""
+    return Part(tensor, tuple(slice(0, size) for size in tensor.shape))
+
+
 @torch.no_grad()
-def initialize(model: GLM, seed: int = 0) -> None:
+def initialize(model: GLM, seed: int = 0, own_part: Callable[[Tensor], Part] = whole) -> None:
     """Set every parameter and buffer to its initial value, by the table of `minglm.model.parameters`.
 
-    Each tensor draws from its own generator. Safe for a model built on the meta device and then materialised with
-    `to_empty`. Raises ValueError for a tensor without a row in the table.
+    Each matrix, also each of a stack, draws from its own generator, on the CPU: a process that holds a part of the weights
+    has the values that one with all of them has there. own_part: the part of a tensor that is in this process. Safe for a
+    model built on the meta device and then materialised with `to_empty`. Raises ValueError for a tensor without a row in
+    the table.
     """
     named = list(model.named_parameters()) + list(model.named_buffers())
-    for index, (name, tensor) in enumerate(named):
+    for name, tensor in named:
         kind = kind_of(name)
         if kind is None:
             raise ValueError(f"{name}: add a row to the table in minglm/model/parameters.py")
         initial = TREATMENT[kind].initial
+        part = own_part(tensor)
         if initial == Initial.ZERO:
-            tensor.zero_()
+            part.values.zero_()
         elif initial == Initial.ONE:
-            tensor.fill_(1.0)
+            part.values.fill_(1.0)
+        elif tensor.ndim == 3:
+            numbers = range(*part.where[0].indices(len(tensor)))
+            for matrix, number in zip(part.values, numbers, strict=True):
+                drawn = normal_matrix(model.config, f"{seed} {name} {number}", tensor.shape[1:])
+                matrix.copy_(drawn[part.where[1:]])
         else:
-            generator = torch.Generator(tensor.device).manual_seed(seed * 1_000_003 + index)
-            tensor.normal_(0.0, model.config.initializer_range, generator=generator)
+            drawn = normal_matrix(model.config, f"{seed} {name}", tensor.shape)
+            part.values.copy_(drawn[part.where])
+
+
+def normal_matrix(config: ModelConfig, key: str, shape: torch.Size) -> Tensor:
+    """Draw initial values, float32 on the CPU, from a generator that depends on the key alone."""
+    digest = hashlib.blake2b(key.encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    matrix = torch.empty(shape, device="cpu")
+    return matrix.normal_(0.0, config.initializer_range, generator=generator)
