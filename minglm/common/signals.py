@@ -68,14 +68,23 @@ def stoppable() -> Iterator[list[int]]:
         yield received
 
 
+def _alone(number: int) -> int:
+    """Return the signal of a process that asks nobody else."""
+    return number
+
+
 @contextlib.contextmanager
-def stop_between_steps() -> Iterator[Callable[[], None]]:
-    """Hold back a request to end during a step: the yielded function raises `Stopped` if there was one since."""
+def stop_between_steps(agree: Callable[[int], int] = _alone) -> Iterator[Callable[[], None]]:
+    """Hold back a request to end during a step: the yielded function raises `Stopped` if there was one since.
+
+    agree: makes the signal that one of many processes got known to all, so that they stop after the same step.
+    """
     received: list[int] = []
     with handled(lambda number, frame: received.append(number)):
 
         def check() -> None:
-            if received:
-                raise Stopped(received[0])
+            number = agree(received[0] if received else 0)
+            if number:
+                raise Stopped(number)
 
         yield check

@@ -14,7 +14,7 @@ The rules are here, free of torch, so that the planner and a run refuse the same
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from minglm.config.model import ModelConfig
 from minglm.config.options import option, positive
@@ -130,7 +130,36 @@ class ParallelConfig:
                     f"parallel.{name} = {size}: must divide fsdp = {fsdp} of {ranks}; "
                     f"use {nearest(size, possible)}, or start another number of ranks with torchrun"
                 )
-        return Layout(self.pp, self.dp_replicate, fsdp, self.ep, self.cp)
+        layout = Layout(self.pp, self.dp_replicate, fsdp, self.ep, self.cp)
+        if not _rows_divide(layout.efsdp, model):
+            self._refuse_rows(layout, model)
+        return layout
+
+    def _refuse_rows(self, layout: Layout, model: ModelConfig) -> NoReturn:
+        """Say which other layout divides the rows of each expert evenly, as FSDP2 asks for."""
+        rows = f"{model.moe_intermediate_size} and {model.hidden_size} rows of an expert's matrices"
+
+        def fitting(fsdp: int) -> list[int]:
+            possible = [n for n in divisors(fsdp) if model.n_routed_experts % n == 0]
+            return [ep for ep in possible if _rows_divide(fsdp // ep, model)]
+
+        ways = fitting(layout.fsdp)
+        if ways:
+            raise ValueError(
+                f"parallel.ep = {self.ep}: leaves efsdp = fsdp / ep = {layout.efsdp} ranks, which do not divide the {rows}; "
+                f"use {nearest(self.ep, ways)}"
+            )
+        inner = layout.dp_replicate * layout.fsdp
+        copies = [n for n in divisors(inner) if fitting(inner // n)]
+        raise ValueError(
+            f"parallel.dp_replicate = {self.dp_replicate}: fsdp = {layout.fsdp} ranks cannot divide the {rows}; "
+            f"use {nearest(self.dp_replicate, copies)}, or start another number of ranks with torchrun"
+        )
+
+
+def _rows_divide(efsdp: int, model: ModelConfig) -> bool:
+    """Return whether so many ranks can have equal parts of the rows of every expert."""
+    return model.moe_intermediate_size % efsdp == 0 and model.hidden_size % efsdp == 0
 
 
 def can_share(model: ModelConfig, ranks: int) -> bool:

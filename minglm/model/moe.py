@@ -9,13 +9,14 @@ Three objects have one concern each, and each can be replaced without a change t
 
     Router              chooses: which experts, with which weights
     MoE.dispatcher      moves: brings tokens to the experts and sums up what they return; `LocalDispatcher` for experts in
-                        this process, one that exchanges tokens for expert parallelism
+                        this process, `minglm.parallel.dispatcher` where ranks divide them. It calls the shared expert,
+                        which needs no token of another rank, while tokens travel
     Experts             computes; its attribute `operation` is the kernel, in place of which generation in float8 puts
                         its own
 
-`Experts.forward` takes rows that are sorted by expert, as they arrive from other ranks. Where all experts are local,
-sorting, products and weighted sum are one kernel operation, which need not keep the experts' output for the backward
-pass: `LocalDispatcher` calls that (`Experts.weighted_sum`). Both compute the same: `minglm.testing.model.check_dispatcher`.
+`Experts.forward` takes rows, each for one expert, as they arrive from other ranks. Where all experts are local, sorting,
+products and weighted sum are one kernel operation, which need not keep the experts' output for the backward pass:
+`LocalDispatcher` calls that (`Experts.weighted_sum`). Both compute the same: `minglm.testing.model.check_dispatcher`.
 """
 
 from dataclasses import dataclass
@@ -70,17 +71,13 @@ class Experts(nn.Module):
         self.down_EDF = nn.Parameter(torch.empty(E, D, F))
         self.operation: ExpertsOperation = grouped_experts
 
-    def forward(self, x_RD: Tensor, rows_per_expert_E: Tensor) -> Tensor:
-        """Apply each expert to its rows. Not wired yet: no stage uses it; expert parallelism will.
+    def forward(self, x_RD: Tensor, expert_R: Tensor) -> Tensor:
+        """Apply to each row its expert: rows as they arrive from other ranks, in any order.
 
-        x (R, D): rows sorted by expert. rows_per_expert int64 (E,): how many rows each expert has, R in all.
-        Returns (R, D) in x's dtype, not weighted.
+        x (R, D); expert int64 (R,). Returns (R, D) in x's dtype, not weighted.
         """
-        # A row is a token with one chosen expert of weight one, so the operation for tokens serves rows too. Sorting them
-        # again costs little beside the products. The output size is given, or a GPU would have to wait for the sum.
-        rows = x_RD.shape[0]
-        expert_R = torch.repeat_interleave(rows_per_expert_E, output_size=rows)
-        ones_R1 = torch.ones(rows, 1, dtype=torch.float32, device=x_RD.device)
+        # A row is a token with one chosen expert of weight one, so the operation for tokens serves rows too.
+        ones_R1 = torch.ones(len(x_RD), 1, dtype=torch.float32, device=x_RD.device)
         return self.weighted_sum(x_RD, rearrange(expert_R, "r -> r 1"), ones_R1)
 
     def weighted_sum(self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -97,9 +94,18 @@ class Dispatcher(Protocol):
     """Bring tokens to their experts and return each token's weighted sum of what they compute."""
 
     def __call__(
-        self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: Experts, /
+        self,
+        x_TD: Tensor,
+        experts_TK: Tensor,
+        weights_TK: Tensor,
+        experts: Experts,
+        shared: nn.Module | None = None,
+        /,
     ) -> Tensor:
-        """x (T, D); experts int64 (T, K); weights float32 (T, K); returns (T, D) in x's dtype, differentiable."""
+        """x (T, D); experts int64 (T, K); weights float32 (T, K); returns (T, D) in x's dtype, differentiable.
+
+        shared: the shared expert, whose result is added; None: there is none.
+        """
         ...
 
 
@@ -107,10 +113,16 @@ class LocalDispatcher:
     """The dispatcher for experts that are all in this process: no token moves."""
 
     def __call__(
-        self, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, experts: Experts
+        self,
+        x_TD: Tensor,
+        experts_TK: Tensor,
+        weights_TK: Tensor,
+        experts: Experts,
+        shared: nn.Module | None = None,
     ) -> Tensor:
         """Compute each token's weighted sum over its experts; shapes as in `Dispatcher`."""
-        return experts.weighted_sum(x_TD, experts_TK, weights_TK)
+        y_TD = experts.weighted_sum(x_TD, experts_TK, weights_TK)
+        return y_TD if shared is None else y_TD + shared(x_TD)
 
 
 class MoE(nn.Module):
@@ -137,9 +149,7 @@ class MoE(nn.Module):
         B, S, _ = x_BSD.shape
         x_TD = rearrange(x_BSD, "b s d -> (b s) d")
         experts_TK, weights_TK, scores_TE = self.gate(x_TD)
-        y_TD = self.dispatcher(x_TD, experts_TK, weights_TK, self.experts)
-        if self.shared_experts is not None:
-            y_TD = y_TD + self.shared_experts(x_TD)
+        y_TD = self.dispatcher(x_TD, experts_TK, weights_TK, self.experts, self.shared_experts)
         y_BSD = rearrange(y_TD, "(b s) d -> b s d", b=B, s=S)
         if not torch.is_grad_enabled():  # generation does not use the report
             return y_BSD, None

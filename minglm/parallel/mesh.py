@@ -1,7 +1,8 @@
-"""Arrange the ranks in two meshes: one for dense weights, one for experts (no section in the paper).
+"""Arrange the ranks in meshes: one for dense weights, one for experts, one for rows (no section in the paper).
 
     dense    (pp, dp_replicate, fsdp)           attention, dense MLPs, shared experts, embedding, head
     sparse   (pp, dp_replicate, efsdp, ep)      the same ranks; fsdp = efsdp x ep
+    rows     (pp, data, cp)                     the same ranks; dp_replicate x fsdp = data x cp
 
 Neighbours along `ep` are neighbours in rank, so with ep up to the GPUs of a machine the tokens of the experts stay inside
 it, on NVLink, while the weights are gathered from the same GPU of each machine. Tokens are exchanged more often than weights
@@ -17,7 +18,7 @@ from minglm.config import Layout
 
 
 class Meshes(NamedTuple):
-    """The ranks of a run in two arrangements, and the layout that both come from."""
+    """The ranks of a run in three arrangements, and the layout that they come from."""
 
     layout: Layout
     dense: DeviceMesh
@@ -25,31 +26,26 @@ class Meshes(NamedTuple):
     sparse: DeviceMesh
     """Axes pp, dp_replicate, efsdp, ep."""
 
+    rows: DeviceMesh
+    """Axes pp, data, cp: who reads which rows of a batch, and which part of each row."""
+
     @property
     def data_group(self) -> int:
         """Return which part of a batch's rows this rank reads, from 0 to `layout.data_groups` - 1."""
-        replica = self.dense.get_local_rank("dp_replicate")
-        member = self.dense.get_local_rank("fsdp")
-        return (replica * self.layout.fsdp + member) // self.layout.cp
-
-    @property
-    def part_of_sequence(self) -> int:
-        """Return which part of each row this rank reads, from 0 to cp - 1."""
-        return self.dense.get_local_rank("fsdp") % self.layout.cp
+        return self.rows.get_local_rank("data")
 
 
 def build_meshes(layout: Layout, device_type: str) -> Meshes:
-    """Return both meshes over all ranks of the world. Every rank must call it; `layout.world` is their number."""
+    """Return the meshes over all ranks of the world. Every rank must call it; `layout.world` is their number."""
     assert layout.world == dist.get_world_size(), (
         f"{layout} is not for {dist.get_world_size()} ranks"
     )
-    outer = (layout.pp, layout.dp_replicate)
-    dense = init_device_mesh(
-        device_type, (*outer, layout.fsdp), mesh_dim_names=("pp", "dp_replicate", "fsdp")
-    )
-    sparse = init_device_mesh(
-        device_type,
-        (*outer, layout.efsdp, layout.ep),
-        mesh_dim_names=("pp", "dp_replicate", "efsdp", "ep"),
-    )
-    return Meshes(layout, dense, sparse)
+
+    def mesh(**sizes: int) -> DeviceMesh:
+        return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+    pp, replicas = layout.pp, layout.dp_replicate
+    dense = mesh(pp=pp, dp_replicate=replicas, fsdp=layout.fsdp)
+    sparse = mesh(pp=pp, dp_replicate=replicas, efsdp=layout.efsdp, ep=layout.ep)
+    rows = mesh(pp=pp, data=layout.data_groups, cp=layout.cp)
+    return Meshes(layout, dense, sparse, rows)

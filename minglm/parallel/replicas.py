@@ -8,7 +8,7 @@ a step of the toy 1.3 times as fast, and 25 times as slow while another program 
 of thousands of operations waits for its last thread. Threads that each compute half of the batch wait for one another
 once a step: 1.6 times as fast, and never much slower than one. PyTorch releases Python's lock while it computes.
 
-Simplified: no process group. Between GPUs the same idea is `torch.distributed`'s, where the sum is an all-reduce.
+Between processes `minglm.parallel.workers` does the same with collectives.
 """
 
 import copy
@@ -17,7 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from minglm.data.packing import Batch
 
 Share = TypeVar("Share")
 Result = TypeVar("Result")
@@ -34,7 +36,10 @@ def sharing(model: nn.Module) -> nn.Module:
 
 
 class Replicas:
-    """A model and `count` - 1 copies that share its weights."""
+    """A model and `count` - 1 copies that share its weights; see `minglm.parallel.workers.Workers`."""
+
+    in_step = False  # threads need not wait for one another before they have all finished
+    expert_ranks = 1
 
     def __init__(self, model: nn.Module, count: int = 1) -> None:
         self.models = [model]
@@ -44,7 +49,9 @@ class Replicas:
     def __len__(self) -> int:
         return len(self.models)
 
-    def run(self, work: Callable[[Any, Share], Result], shares: Sequence[Share]) -> list[Result]:
+    def run(
+        self, work: Callable[[Any, Share | None], Result], shares: Sequence[Share]
+    ) -> list[Result]:
         """Call work(replica, share) for each share, at most one per replica, all at once. Return results in order.
 
         The gradients that `work` leaves in the replicas are added to those of the model itself.
@@ -60,6 +67,26 @@ class Replicas:
         for replica in models[1:]:
             self._add_gradients(replica)
         return results
+
+    def cut(self, microbatch: Batch) -> Batch:
+        """Return the rows as they are."""
+        return microbatch
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the values as they are: `run` returns the results of all threads."""
+        return values
+
+    def largest(self, value: float) -> float:
+        """Return the value as it is."""
+        return value
+
+    def agree(self, number: int) -> int:
+        """Return the number as it is."""
+        return number
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the state dict of the model."""
+        return self.models[0].state_dict()
 
     def _add_gradients(self, replica: nn.Module) -> None:
         """Move the gradients of a replica to the model, adding them to what is there."""

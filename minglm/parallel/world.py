@@ -10,8 +10,10 @@ A rank that dies closes its connections, which ends the wait at once.
 All ranks must see one disk. Rank 0, the writer, alone writes the log, the records and the report.
 """
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -20,19 +22,13 @@ from minglm.common import mistakes
 from minglm.common.device import pick_device
 from minglm.common.ranks import Ranks
 
-LONG = datetime.timedelta(days=30)
-"""Most time that ranks wait for one that prepares the data."""
-
 
 class World:
-    """The ranks of this run, seen from one of them; `World(device)` is one process alone.
+    """The ranks of this run, seen from one of them: those of the process group, or one process alone without it."""
 
-    control: the group that the ranks agree through; None for one process.
-    """
-
-    def __init__(self, device: torch.device, control: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.ranks = Ranks(control)
+        self.ranks = Ranks.of_the_world()
         self.rank = self.ranks.rank
         self.size = self.ranks.size
 
@@ -83,7 +79,19 @@ def start_world(device_name: str, timeout_seconds: float) -> World:
         timeout=datetime.timedelta(seconds=timeout_seconds),
         device_id=device if device.type == "cuda" else None,
     )
-    return World(device, dist.new_group(backend="gloo", timeout=LONG))
+    return World(device)
+
+
+@contextlib.contextmanager
+def started_world(device_name: str, timeout_seconds: float) -> Iterator[World]:
+    """Yield the world of `start_world`, and end it. A rank that fails speaks for all, unless another one did before."""
+    world = start_world(device_name, timeout_seconds)
+    try:
+        yield world
+    except BaseException:
+        mistakes.may_speak()  # now: when this rank closes its connections, the others fail too
+        raise
+    world.close()
 
 
 def _device_of_rank(device_name: str) -> torch.device:

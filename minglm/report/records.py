@@ -161,6 +161,12 @@ class StepMetrics:
     Broken: several in a row: with `--optimizer.rollback_after` the last good checkpoint is restored, as a record
     "rollback" says
     """
+    rank_load_max_over_mean: list[float] | None = None
+    """Tokens at the busiest of the ranks that divide the experts, over the mean, per MoE layer; absent with ep = 1.
+
+    Healthy: 1.0 to 1.3; all ranks wait for the busiest one
+    Broken: as for the experts
+    """
     load_max_over_mean: list[float] | None = None
     """Tokens of the busiest expert over the mean, per MoE layer, MTP last.
 

@@ -131,7 +131,7 @@ def reinforce(
     if trainer.guard.rollback_after and not resumed:
         state.save(checkpoints)  # something to roll back to
     bar = tqdm(initial=state.step, total=steps, desc=stage, unit="step", disable=quiet or None)
-    with stop_between_steps() as stop, bar:
+    with stop_between_steps(trainer.workers.agree) as stop, bar:
         while state.step < steps:
             record = reinforce_step(trainer, player, schedule, stage)
             log.write(record)
@@ -145,7 +145,8 @@ def reinforce(
             except Stopped:
                 state.save(checkpoints)
                 raise
-            if checkpoints.due() and not trainer.guard.in_a_row:
+            due = trainer.workers.agree(checkpoints.due())  # the clocks of ranks differ
+            if due and not trainer.guard.in_a_row:
                 state.save(checkpoints, background=True)
 
 
@@ -166,7 +167,7 @@ def reinforce_step(
     )
     metrics = trainer.learn(groups, step)
     if not metrics["skipped"]:
-        player.generator.update_weights(trainer.model.state_dict())
+        player.generator.update_weights(trainer.workers.weights())
     trainer.state.step += 1
     return RLRecord(
         stage=stage,
@@ -182,7 +183,7 @@ def roll_back(
 ) -> RollbackRecord:
     """Restore weights and optimizer from the last checkpoint, while the tasks continue. Return the record of it."""
     to_step = trainer.state.roll_back(checkpoints)
-    player.generator.update_weights(trainer.model.state_dict())
+    player.generator.update_weights(trainer.workers.weights())
     return RollbackRecord(
         stage=stage,
         step=trainer.state.step,

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from minglm.config import OptimizerConfig, RLConfig
 from minglm.model.glm import GLM
-from minglm.parallel import parallelize
+from minglm.parallel import Replicas, Workers
 from minglm.rewards.shaping import shaped_reward
 from minglm.rl.aggregation import aggregate, denominator
 from minglm.rl.episode import Segment, Trajectory
-from minglm.rl.grpo import advantages, informative_groups, policy_loss
+from minglm.rl.grpo import PolicyMetrics, advantages, informative_groups, policy_loss
 from minglm.train.guard import Guard, guarded_step
 from minglm.train.state import TrainingState
 
@@ -71,8 +71,18 @@ class SampledLogProbabilities(NamedTuple):
     """Scalar float32: sum over the sampled tokens of the entropy that they were sampled from, nats."""
 
 
+class MicrobatchLoss(NamedTuple):
+    """The loss of a micro-batch, and its metrics."""
+
+    loss: Tensor
+    """A scalar, on which `backward()` is called."""
+    metrics: PolicyMetrics
+    entropy_sum: Tensor
+    """Scalar: sum over the sampled tokens, nats."""
+
+
 class GradientSums(NamedTuple):
-    """Metrics of the micro-batches of one replica, already divided by the tokens of the whole batch."""
+    """Metrics of the micro-batches of one worker, already divided by the tokens of the whole batch."""
 
     ratio_max: float
     clip_share: float
@@ -159,7 +169,7 @@ class PolicyTrainer:
         config: settings of the RL stage.
         optimizer_config: bound on the gradient norm, and which steps are skipped; the learning rate is the stage's.
         pad: id of the padding token.
-        threads: how many threads share the samples of an update; results are bit-equal for equal counts.
+        workers: threads or ranks that share the samples of an update; None: the model alone.
     """
 
     def __init__(
@@ -169,14 +179,14 @@ class PolicyTrainer:
         config: RLConfig,
         optimizer_config: OptimizerConfig,
         pad: int,
-        threads: int = 1,
+        workers: Workers | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.config = config
         self.clip_norm = optimizer_config.clip_norm
         self.pad = pad
-        self.replicas = parallelize(model, threads)
+        self.workers = workers or Replicas(model)
         self.guard = Guard(optimizer_config.spike_factor, optimizer_config.rollback_after)
         self.state = TrainingState(model, optimizer, self.guard)
 
@@ -235,60 +245,76 @@ class PolicyTrainer:
         total = denominator(mask_BS, self.config.aggregation, max_tokens, owners_B)
         tokens = int(mask_BS.sum())
 
-        def work(model: GLM, share: Sequence[Row]) -> GradientSums:
-            return self.accumulate(model, share, total, tokens)
+        # Every k-th row for each worker, so that each gets short and long ones.
+        count = min(len(self.workers), len(rows))
+        shares = [list(microbatches(rows[i::count])) for i in range(count)]
+        passes = max(len(share) for share in shares)
 
-        # Every k-th row for each replica, so that each gets short and long ones.
-        count = min(len(self.replicas), len(rows))
-        sums = self.replicas.run(work, [rows[i::count] for i in range(count)])
+        def work(model: GLM, share: Sequence[Sequence[Row]] | None) -> GradientSums:
+            share = share or []
+            sums = self.accumulate(model, share, total, tokens)
+            if self.workers.in_step:
+                # A worker with fewer rows makes the passes that the others wait for, and learns nothing from them.
+                for _ in range(passes - len(share)):
+                    (0.0 * self.losses(model, rows[:1], total).loss).backward()
+            return sums
+
+        sums = self.workers.run(work, shares)
+        added = torch.tensor([part[1:] for part in sums], dtype=torch.float64).sum(0)
+        clip_share, kl, entropy = self.workers.sum(added).tolist()
         result = guarded_step(self.model, self.optimizer, learning_rate, self.clip_norm, self.guard)
         metrics = {
-            "ratio_max": max(part.ratio_max for part in sums),
-            "clip_share": sum(part.clip_share for part in sums),
-            "kl": sum(part.kl for part in sums),
-            "entropy": sum(part.entropy for part in sums),
+            "ratio_max": self.workers.largest(max(part.ratio_max for part in sums)),
+            "clip_share": clip_share,
+            "kl": kl,
+            "entropy": entropy,
             "grad_norm": result.grad_norm,
             "left_out": result.left_out,
         }
         return metrics
 
     def accumulate(
-        self, model: GLM, rows: Sequence[Row], total: Tensor, tokens: int
+        self, model: GLM, share: Sequence[Sequence[Row]], total: Tensor, tokens: int
     ) -> GradientSums:
-        """Add the gradients of one replica's share of a batch, micro-batch by micro-batch.
+        """Add the gradients of one worker's share of a batch, micro-batch by micro-batch.
 
         Args:
-            model: the replica.
-            rows: its share, sorted by length.
+            model: the worker's.
+            share: its micro-batches.
             total: the denominator of the whole batch.
             tokens: sampled tokens of the whole batch.
         """
-        device = self.model.device
         ratio_max = 0.0
         clip_share = 0.0
         kl = 0.0
         entropy = 0.0
-        for microbatch in microbatches(rows):
-            batch = collate([row.segment for row in microbatch], self.pad)
-            batch = SegmentBatch(*(tensor.to(device) for tensor in batch))
-            advantages_B = torch.tensor([row.advantage for row in microbatch], device=device)
-            tokens_B = torch.tensor([row.tokens for row in microbatch], device=device)
-            logprobs_BS, entropy_sum = sampled_log_probabilities(
-                model, batch.tokens_BS, batch.mask_BS, batch.documents_BS, self.config.temperature
-            )
-            loss_BS, metrics = policy_loss(
-                logprobs_BS,
-                batch.sampling_logprobs_BS,
-                advantages_B,
-                self.config.clip_low,
-                self.config.clip_high,
-                batch.mask_BS,
-            )
-            loss = aggregate(loss_BS, batch.mask_BS, self.config.aggregation, total, tokens_B)
-            loss.backward()
-
+        for microbatch in share:
+            losses = self.losses(model, microbatch, total)
+            losses.loss.backward()
+            metrics = losses.metrics
             ratio_max = max(ratio_max, float(metrics.ratio_max))
             clip_share += float(metrics.clip_share * metrics.tokens) / tokens
             kl += float(metrics.kl * metrics.tokens) / tokens
-            entropy += float(entropy_sum) / tokens
+            entropy += float(losses.entropy_sum) / tokens
         return GradientSums(ratio_max, clip_share, kl, entropy)
+
+    def losses(self, model: GLM, microbatch: Sequence[Row], total: Tensor) -> MicrobatchLoss:
+        """Return the loss of some rows, divided by the denominator of the whole batch, and its metrics."""
+        device = self.model.device
+        batch = collate([row.segment for row in microbatch], self.pad)
+        batch = SegmentBatch(*(tensor.to(device) for tensor in batch))
+        advantages_B = torch.tensor([row.advantage for row in microbatch], device=device)
+        tokens_B = torch.tensor([row.tokens for row in microbatch], device=device)
+        logprobs_BS, entropy_sum = sampled_log_probabilities(
+            model, batch.tokens_BS, batch.mask_BS, batch.documents_BS, self.config.temperature
+        )
+        loss_BS, metrics = policy_loss(
+            logprobs_BS,
+            batch.sampling_logprobs_BS,
+            advantages_B,
+            self.config.clip_low,
+            self.config.clip_high,
+            batch.mask_BS,
+        )
+        loss = aggregate(loss_BS, batch.mask_BS, self.config.aggregation, total, tokens_B)
+        return MicrobatchLoss(loss, metrics, entropy_sum)

@@ -386,8 +386,7 @@ def sorted_dispatch(
     # Row r of the sorted rows is pair (token, slot) number pair_R[r].
     pair_R = experts_TK.flatten().argsort(stable=True)
     token_R = pair_R // K
-    rows_per_expert_E = torch.bincount(experts_TK.flatten(), minlength=len(experts.gate_EFD))
-    y_RD = experts(x_TD[token_R], rows_per_expert_E)
+    y_RD = experts(x_TD[token_R], experts_TK.flatten()[pair_R])
     weighted_RD = y_RD.float() * weights_TK.flatten()[pair_R, None]
     y_TD = torch.zeros_like(x_TD, dtype=torch.float32).index_add(0, token_R, weighted_RD)
     return y_TD.to(x_TD.dtype)

@@ -9,6 +9,7 @@ process computes alone, and the contract is that process: every rank knows the w
 from the same seed. A failure on any rank is raised on all of them, so that none waits for another.
 """
 
+import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -20,12 +21,32 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from minglm.config import OptimizerConfig
+from minglm.data.packing import Batch
 from minglm.model.attention import Attend
-from minglm.testing.model import drawn_documents, normal, torch_attention
+from minglm.model.glm import GLM
+from minglm.model.moe import Dispatcher
+from minglm.parallel import Replicas, Workers
+from minglm.parallel.gradients import global_norm
+from minglm.parallel.workers import gathered
+from minglm.testing.model import (
+    drawn_documents,
+    experts_of,
+    normal,
+    plain_experts,
+    tiny_model,
+    torch_attention,
+)
 from minglm.testing.optim import MakeOptimizer
+from minglm.testing.strategies import numbers
+from minglm.train.loop import accumulate_batch
+from minglm.train.loss import LossWeights
 
 MakeAttend = Callable[[dist.ProcessGroup], Attend]
 """(ranks that share each row) to attention for the positions of this rank."""
+MakeDispatcher = Callable[[dist.ProcessGroup, int], Dispatcher]
+"""(ranks that divide the experts, number of experts) to a dispatcher."""
+ShareModel = Callable[[GLM], Workers]
+"""A model, which it shards in place, to the workers that share its batches."""
 
 RATE = 0.01
 CLOSE = 2e-5  # Newton-Schulz magnifies rounding a few hundred times; a wrong rule moves a weight by about 2e-3
@@ -221,3 +242,121 @@ def check_sequence_exchange(make_attend: MakeAttend, examples: int = 6) -> None:
                 bool(error < 2e-6),
                 f"the gradient of {name} differs from that over whole rows: {case}",
             )
+
+
+def check_token_exchange(make_dispatcher: MakeDispatcher, examples: int = 12) -> None:
+    """Hold a dispatcher of divided experts to the layer of one process that has all of them, gradients included.
+
+    make_dispatcher: from the group of ranks and the number of experts to a dispatcher (`minglm.model.moe.Dispatcher`).
+    Called on every rank, which has E / ranks consecutive experts. Ranks have different numbers of tokens, some have none,
+    and in some examples all tokens go to the experts of one rank.
+    """
+    group = dist.group.WORLD
+    assert group is not None
+    ranks = dist.get_world_size()
+    rank = dist.get_rank()
+    for seed in range(examples):
+        draw = random.Random(seed)
+        E = ranks * draw.randint(1, 3)
+        K = draw.randint(1, min(E, 3))
+        D, width = draw.randint(1, 6), draw.randint(1, 6)
+        tokens = [draw.randint(0, 6) for _ in range(ranks)]
+        T = sum(tokens)
+        begin = sum(tokens[:rank])
+        mine = slice(begin, begin + tokens[rank])
+        scores_TE = torch.rand(T, E, generator=numbers(seed))
+        if seed % 3 == 0:  # a crowd at the first experts
+            scores_TE = scores_TE - 2.0 * torch.arange(E)
+        experts_TK = scores_TE.topk(K).indices
+        shapes = [(T, D), (T, K), (E, width, D), (E, width, D), (E, D, width)]
+        values = [normal(seed + 10 + i, *shape) for i, shape in enumerate(shapes)]
+        gradient_TD = normal(seed + 20, T, D)
+        double = torch.nn.Linear(D, D, bias=False)  # stands for the shared expert
+        torch.nn.init.constant_(double.weight, 0.5)
+
+        wholes = [value.clone().requires_grad_() for value in values]
+        expected_TD = plain_experts(wholes[0], experts_TK, *wholes[1:]) + double(wholes[0]).double()
+        expected_TD.backward(gradient_TD.to(expected_TD.dtype))
+
+        own = slice(rank * E // ranks, (rank + 1) * E // ranks)
+        where = [mine, mine, own, own, own]
+        parts = [value[part].clone().requires_grad_() for value, part in zip(values, where)]
+        dispatcher = make_dispatcher(group, E)
+        y_TD = dispatcher(parts[0], experts_TK[mine], parts[1], experts_of(*parts[2:]), double)
+        y_TD.backward(gradient_TD[mine])
+
+        case = f"{E} experts, {K} a token, {tokens} tokens on {ranks} ranks"
+        difference = (y_TD.detach() - expected_TD[mine].detach()).abs()
+        assert_on_all(bool((difference < 1e-4).all()), f"the result differs: {case}")
+        names = ("x", "the weights", "gate", "up", "down")
+        for name, part, found, whole in zip(names, where, parts, wholes, strict=True):
+            wanted = torch.zeros_like(whole) if whole.grad is None else whole.grad
+            present = found.grad is not None or not found.numel()
+            assert_on_all(present, f"a rank has no gradient of {name}: {case}")
+            if found.grad is None:
+                found.grad = torch.zeros_like(found)
+            close = torch.allclose(found.grad, wanted[part], atol=3e-4, rtol=1e-4)  # float32
+            assert_on_all(close, f"the gradient of {name} differs: {case}")
+
+
+def check_layout(share_model: ShareModel, examples: int = 2, close: float = 2e-6) -> None:
+    """Hold a model that ranks share to what one process computes: loss, loads, norm and the gradient of each parameter.
+
+    share_model: shards the model that it gets, in place, and returns the workers that share its batches
+    (`minglm.parallel.workers.Workers`). Called on every rank. Batches are drawn with fewer rows than ranks and with more,
+    cut into micro-batches, packed or not; models with tied embeddings, with recomputation, with and without the MTP loss.
+    close: bound on the norm of a difference over the norm of the gradient, or over a hundredth of that of all gradients
+    where this is larger: terms that nearly cancel leave their rounding behind. In one process another order of the same
+    float32 sums changes the worst of these gradients by about 1e-6; a wrong scale changes each of them by its size.
+    """
+    ranks = dist.get_world_size()
+    for seed in range(examples):
+        draw = random.Random(seed)
+        plain = tiny_model(seed, tie_word_embeddings=seed % 3 == 1)
+        shared = copy.deepcopy(plain)
+        shared.recompute = draw.random() < 0.5
+        workers = share_model(shared)
+        weights = LossWeights(mtp=draw.choice([0.0, 0.3]), balance=0.05)
+        rows = draw.choice([1, ranks - 1, ranks + 1, 2 * ranks])
+        microbatch_rows = draw.randint(1, 2)
+        batch = _drawn_batch(seed, rows, packed=seed % 2 == 0)
+        case = f"{rows} rows, {microbatch_rows} at a time, {weights}, recompute {shared.recompute}"
+        wanted = accumulate_batch(plain, batch, weights, microbatch_rows, Replicas(plain))
+        found = accumulate_batch(shared, batch, weights, microbatch_rows, workers)
+        assert wanted.tokens_per_expert_LE is not None and found.tokens_per_expert_LE is not None
+        loads = torch.equal(found.tokens_per_expert_LE, wanted.tokens_per_expert_LE)
+        assert_on_all(loads, f"the loads of the experts differ: {case}")
+        pairs = zip(found[:3], wanted[:3], strict=True)
+        terms = max(abs(a - b) for a, b in pairs)
+        assert_on_all(terms < 1e-5, f"the terms of the loss differ by {terms}: {case}")
+        norm = global_norm(plain)
+        assert_on_all(
+            _relative(global_norm(shared), norm, norm) < close, f"the norms differ: {case}"
+        )
+        parameters = dict(shared.named_parameters())
+        for name, parameter in plain.named_parameters():
+            gradient = parameters[name].grad
+            same = (gradient is None) == (parameter.grad is None)
+            assert_on_all(same, f"{name} has a gradient here and none there: {case}")
+            if gradient is not None and parameter.grad is not None:
+                difference = _relative(gathered(gradient), parameter.grad, norm)
+                assert_on_all(
+                    difference < close, f"the gradient of {name} differs by {difference}: {case}"
+                )
+
+
+def _relative(found: Tensor, wanted: Tensor, norm: Tensor) -> float:
+    """Return the norm of the difference over the norm of a gradient, or over a hundredth of that of all gradients."""
+    return float((found - wanted).norm() / torch.maximum(wanted.norm(), norm / 100))
+
+
+def _drawn_batch(seed: int, rows: int, packed: bool) -> Batch:
+    """Draw rows of eight tokens of the tiny model's vocabulary, a fifth of them no targets."""
+    B, S = rows, 8
+    tokens_BS = torch.randint(0, 24, (B, S), generator=numbers(seed))
+    mask_BS = torch.rand(B, S, generator=numbers(seed + 1)) < 0.8
+    mask_BS[:, 0] = False
+    if not packed:
+        return Batch(tokens_BS, mask_BS)
+    documents_BS = drawn_documents(seed + 2, B, S)
+    return Batch(tokens_BS, mask_BS & (documents_BS >= 0), documents_BS)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,11 +26,11 @@ from minglm.config import OptimizerConfig
 from minglm.data.packing import Batch
 from minglm.model.balance import update_expert_bias
 from minglm.model.glm import GLM
-from minglm.parallel import Replicas, parallelize
+from minglm.parallel import Replicas, Workers
 from minglm.report.records import RollbackRecord, StepMetrics, StepRecord
 from minglm.train.checkpoint import StageCheckpoints
 from minglm.train.guard import Guard, guarded_step
-from minglm.train.loss import LossWeights, count_targets, training_loss
+from minglm.train.loss import LossTerms, LossWeights, count_targets, training_loss
 from minglm.train.state import Stateful, TrainingState
 
 
@@ -87,21 +88,34 @@ def accumulate(
     batch: Batch,
     phase: Phase,
     mtp_weight: float,
-    replicas: Replicas | None = None,
+    workers: Workers | None = None,
 ) -> BatchTerms:
     """Add the gradients of one batch to the model, micro-batch by micro-batch. Return the terms of the loss.
 
-    replicas: share the rows among threads; None: the model alone.
+    batch: the whole batch, the same on all ranks. workers: share its rows; None: the model alone.
     """
-    replicas = replicas or Replicas(model)
     weights = LossWeights(mtp=mtp_weight, balance=phase.balance_weight)
-    counts = count_targets(model, batch, weights)
     microbatch_rows = max(1, phase.optimizer.microbatch_tokens // batch.tokens_BS.shape[1])
+    return accumulate_batch(model, batch, weights, microbatch_rows, workers or Replicas(model))
 
-    def work(model: GLM, share: Batch) -> BatchTerms:
+
+def accumulate_batch(
+    model: GLM, batch: Batch, weights: LossWeights, microbatch_rows: int, workers: Workers
+) -> BatchTerms:
+    """Add the gradients of one batch to the model, `microbatch_rows` rows at a time on each worker."""
+    counts = count_targets(model, batch, weights)
+    share_rows = math.ceil(len(batch.tokens_BS) / len(workers))
+    passes = math.ceil(share_rows / microbatch_rows)  # of the largest share
+
+    def loss_of(model: GLM, microbatch: Batch) -> LossTerms:
+        part = workers.cut(microbatch).to(model.device)
+        return training_loss(model, part, counts, weights)
+
+    def work(model: GLM, share: Batch | None) -> BatchTerms:
+        microbatches = [] if share is None else share.split(microbatch_rows)
         total = BatchTerms(0.0, 0.0, 0.0, None)
-        for microbatch in share.split(microbatch_rows):
-            terms = training_loss(model, microbatch, counts, weights)
+        for microbatch in microbatches:
+            terms = loss_of(model, microbatch)
             terms.loss.backward()
             added = BatchTerms(
                 loss=terms.cross_entropy.item(),
@@ -110,13 +124,33 @@ def accumulate(
                 tokens_per_expert_LE=terms.tokens_per_expert_LE,
             )
             total = add_terms(total, added)
+        if workers.in_step:
+            # A worker with fewer rows makes the passes that the others wait for, and learns nothing from them.
+            for _ in range(passes - len(microbatches)):
+                terms = loss_of(model, batch.split(1)[0])
+                (0.0 * terms.loss).backward()
         return total
 
-    rows_per_replica = math.ceil(len(batch.tokens_BS) / len(replicas))
     total = BatchTerms(0.0, 0.0, 0.0, None)
-    for terms in replicas.run(work, batch.split(rows_per_replica)):
+    for terms in workers.run(work, batch.split(share_rows)):
         total = add_terms(total, terms)
-    return total
+    return total_of_all(total, model, bool(weights.mtp), workers)
+
+
+def total_of_all(terms: BatchTerms, model: GLM, with_mtp: bool, workers: Workers) -> BatchTerms:
+    """Add up the terms of all processes, in one sum."""
+    routers = len(model.routers())
+    if model.mtp is not None and not with_mtp:
+        routers -= 1
+    experts = model.config.n_routed_experts
+    load_LE = terms.tokens_per_expert_LE
+    if load_LE is None:  # this process had no row
+        load_LE = torch.zeros(routers, experts)
+    values = torch.tensor([terms.loss, terms.mtp_loss, terms.balance_loss], dtype=torch.float64)
+    total = workers.sum(torch.cat([values, load_LE.flatten().cpu().double()]))
+    loss, mtp_loss, balance_loss = total[:3].tolist()
+    total_LE = total[3:].reshape(routers, experts).float() if routers else None
+    return BatchTerms(loss, mtp_loss, balance_loss, total_LE)
 
 
 def add_terms(a: BatchTerms, b: BatchTerms) -> BatchTerms:
@@ -142,17 +176,17 @@ def step(
     phase: Phase,
     tokens_seen: int,
     guard: Guard | None = None,
-    replicas: Replicas | None = None,
+    workers: Workers | None = None,
 ) -> StepMetrics:
     """Take one optimizer step at `tokens_seen` tokens. Return the metrics that are logged.
 
-    guard: judges the gradient; None: one that knows this step only. replicas: see `accumulate`.
+    guard: judges the gradient; None: one that knows this step only. workers: see `accumulate`.
     """
     learning_rate = phase.learning_rate(tokens_seen)
     mtp_weight = phase.mtp_weight(tokens_seen)
     bias_rate = phase.bias_rate(tokens_seen)
 
-    terms = accumulate(model, batch, phase, mtp_weight, replicas)
+    terms = accumulate(model, batch, phase, mtp_weight, workers)
     result = guarded_step(
         model, optimizer, learning_rate, phase.optimizer.clip_norm, guard or Guard()
     )
@@ -170,17 +204,26 @@ def step(
         return metrics
     if result.left_out is None:
         for router, load_E in zip(model.routers(), load_LE, strict=False):
-            update_expert_bias(router.e_score_correction_bias, load_E, bias_rate)
-    return replace(metrics, bias_rate=bias_rate, **load_metrics(load_LE))
+            bias_E = router.e_score_correction_bias
+            update_expert_bias(bias_E, load_E.to(bias_E.device), bias_rate)
+    expert_ranks = workers.expert_ranks if workers is not None else 1
+    return replace(metrics, bias_rate=bias_rate, **load_metrics(load_LE, expert_ranks))
 
 
-def load_metrics(load_LE: Tensor) -> dict[str, Any]:
-    """Return the fields of `StepMetrics` that describe the loads of the experts, one value a router."""
+def load_metrics(load_LE: Tensor, expert_ranks: int = 1) -> dict[str, Any]:
+    """Return the fields of `StepMetrics` that describe the loads of the experts, one value a router.
+
+    expert_ranks: ranks that hold E / expert_ranks consecutive experts each.
+    """
     experts = load_LE.shape[1]
     share_LE = load_LE / load_LE.sum(1, keepdim=True)
     worst_L = share_LE.amax(1) * experts
+    share_of_ranks = rearrange(share_LE, "l (ranks e) -> l ranks e", ranks=expert_ranks).sum(2)
+    worst_rank_L = share_of_ranks.amax(1) * expert_ranks
+    rounded = [round(value, 3) for value in worst_rank_L.tolist()]
     entropy_L = torch.special.entr(share_LE).sum(1) / math.log(experts)
     return {
+        "rank_load_max_over_mean": rounded if expert_ranks > 1 else None,
         "load_max_over_mean": [round(value, 3) for value in worst_L.tolist()],
         "load_entropy": [round(value, 4) for value in entropy_L.tolist()],
         "dead_experts": int((load_LE == 0).sum()),
@@ -200,8 +243,8 @@ class LoopOptions:
     ceiling: float = 0.0
     """Tokens per second if the device's matrix products were never idle: its measured FLOP/s over the model's FLOPs per
     token. Each step then logs its utilisation, `mfu`. 0: unknown."""
-    threads: int = 1
-    """Threads that share the rows of each batch; results are bit-equal for equal counts."""
+    workers: Workers | None = None
+    """Threads or ranks that share the rows of each batch; None: the model alone."""
 
 
 class Trainer:
@@ -224,8 +267,7 @@ class Trainer:
         self.checkpoints = checkpoints
         self.log = log
         self.options = options
-        self.device = model.device
-        self.replicas = parallelize(model, options.threads)
+        self.workers = options.workers or Replicas(model)
         self.guard = phase.guard()
         self.state = TrainingState(model, optimizer, self.guard, stream)
 
@@ -238,7 +280,7 @@ class Trainer:
         if self.guard.rollback_after and not resumed:
             self.state.save(self.checkpoints)  # something to roll back to
 
-        with stop_between_steps() as stop, self.progress_bar() as bar:
+        with stop_between_steps(self.workers.agree) as stop, self.progress_bar() as bar:
             while self.state.tokens < self.phase.tokens:
                 record = self.step()
                 self.log.write(record)
@@ -251,7 +293,8 @@ class Trainer:
                 except Stopped:
                     self.state.save(self.checkpoints)
                     raise
-                if self.checkpoints.due() and not self.guard.in_a_row:
+                due = self.workers.agree(self.checkpoints.due())  # the clocks of ranks differ
+                if due and not self.guard.in_a_row:
                     self.state.save(self.checkpoints, background=True)
         self.state.save(self.checkpoints)
 
@@ -264,11 +307,11 @@ class Trainer:
         metrics = step(
             self.model,
             self.optimizer,
-            batch.to(self.device),
+            batch,
             self.phase,
             tokens_seen,
             self.guard,
-            self.replicas,
+            self.workers,
         )
         batch_tokens = batch.tokens_BS.numel()
         self.state.tokens += batch_tokens

@@ -1,6 +1,7 @@
 """Worlds of a few ranks on the CPU, for tests: each rank is a process, all start in a tenth of a second."""
 
 import datetime
+import faulthandler
 import multiprocessing
 import pickle
 import queue
@@ -19,6 +20,7 @@ SECONDS = 120
 def _rank(function, rank, size, store, results, arguments):
     """Be one rank: call the function and send its result, or the traceback."""
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(SECONDS - 5)  # shows where each rank waits
     try:
         dist.init_process_group(
             "gloo",
@@ -57,7 +59,7 @@ def run_ranks(function, size, *arguments):
         for process in processes:
             process.start()
         try:
-            found = _collect(results, size)
+            found = _collect(processes, results)
             for process in processes:
                 process.join(SECONDS)
         finally:
@@ -66,16 +68,20 @@ def run_ranks(function, size, *arguments):
     return found
 
 
-def _collect(results, size):
-    """Return the result of each rank. Raise AssertionError for the first that fails, or when time is over."""
+def _collect(processes, results):
+    """Return the result of each rank. Raise AssertionError for the first that fails or dies, or when time is over."""
     found = {}
     deadline = time.monotonic() + SECONDS
-    while len(found) < size:
+    while len(found) < len(processes):
         try:
-            rank, result, error = results.get(timeout=max(0.1, deadline - time.monotonic()))
+            rank, result, error = results.get(timeout=1)
         except queue.Empty:
-            missing = sorted(set(range(size)) - found.keys())
-            raise AssertionError(f"no answer from ranks {missing} in {SECONDS} s") from None
-        assert error is None, f"rank {rank} of {size}:\n{error}"
+            missing = [rank for rank in range(len(processes)) if rank not in found]
+            for rank in missing:
+                status = processes[rank].exitcode
+                assert not status, f"rank {rank} died with status {status}"
+            assert time.monotonic() < deadline, f"no answer from ranks {missing} in {SECONDS} s"
+            continue
+        assert error is None, f"rank {rank} of {len(processes)}:\n{error}"
         found[rank] = pickle.loads(result)
-    return [found[rank] for rank in range(size)]
+    return [found[rank] for rank in range(len(processes))]

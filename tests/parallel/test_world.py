@@ -6,7 +6,6 @@ import pytest
 import torch
 from helpers.world import run_ranks
 
-from minglm.common.ranks import Ranks
 from minglm.config import Layout
 from minglm.parallel.mesh import build_meshes
 from minglm.parallel.world import World, start_world
@@ -26,10 +25,10 @@ def places():
         meshes = build_meshes(layout, "cpu")
         members = {
             name: mesh[name].mesh.tolist()
-            for mesh in (meshes.dense, meshes.sparse)
+            for mesh in (meshes.dense, meshes.sparse, meshes.rows)
             for name in mesh.mesh_dim_names
         }
-        found.append((meshes.data_group, meshes.part_of_sequence, members))
+        found.append((meshes.data_group, meshes.rows.get_local_rank("cp"), members))
     return found
 
 
@@ -43,6 +42,8 @@ def test_every_rank_has_its_place_in_both_meshes():
             "fsdp": layout.fsdp,
             "efsdp": layout.efsdp,
             "ep": layout.ep,
+            "data": layout.data_groups,
+            "cp": layout.cp,
         }
         for axis, size in sizes.items():
             groups = [by_rank[rank][number][2][axis] for rank in range(4)]
@@ -57,8 +58,7 @@ def test_every_rank_has_its_place_in_both_meshes():
 
 def agreements():
     """Return what this rank hears when each rank says its own number."""
-    ranks = Ranks.of_the_world()
-    world = World(torch.device("cpu"), ranks.group)
+    world = World(torch.device("cpu"))
     return [world.agree(world.rank), world.agree(-world.rank), world.is_writer]
 
 

@@ -25,6 +25,7 @@ from minglm.inference.client import EngineGenerator
 from minglm.model.embedding import LMHead
 from minglm.model.glm import GLM, Output
 from minglm.optim.muon import Muon
+from minglm.parallel import Replicas
 from minglm.report.records import RLRecord, parse
 from minglm.rl import trainer
 from minglm.rl.episode import Player, SamplingSettings, Segment, Trajectory
@@ -97,7 +98,9 @@ def gradients(model, pairs, config=CONFIG, clip_norm=1e9, threads=1):
     optimizer = Looks(model)
     options = OptimizerConfig(clip_norm=clip_norm)
     samples = [pair if isinstance(pair, Sample) else Sample([pair[0]], pair[1]) for pair in pairs]
-    metrics = PolicyTrainer(model, optimizer, config, options, 0, threads).update(samples, 0.0)
+    metrics = PolicyTrainer(model, optimizer, config, options, 0, Replicas(model, threads)).update(
+        samples, 0.0
+    )
     (seen,) = optimizer.seen
     return seen, metrics
 
