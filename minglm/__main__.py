@@ -24,7 +24,10 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _stopped(status: int) -> int:
-    print("minglm: interrupted", file=sys.stderr)
+    from minglm.common.mistakes import may_speak
+
+    if may_speak():
+        print("minglm: interrupted", file=sys.stderr)
     return status
 
 

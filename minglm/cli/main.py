@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from minglm.cli.arguments import Parser
 from minglm.cli.registry import VERBS, overview
-from minglm.common.mistakes import one_line, shown
+from minglm.common.mistakes import may_speak, one_line, shown
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_MEMORY = ("can't allocate memory", "out of memory")
@@ -44,6 +44,8 @@ def main(words: Sequence[str]) -> int:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or any(text in str(error) for text in NO_MEMORY):
             return _fail("not enough memory; use a smaller model, batch or number of answers")
+        if not may_speak():  # another rank failed first, and this one lost it
+            return 1
         raise
 
 
@@ -71,5 +73,6 @@ def run_verb(name: str, words: list[str]) -> int | None:
 
 
 def _fail(message: str) -> int:
-    print(f"minglm: {one_line(message)}", file=sys.stderr)
+    if may_speak():
+        print(f"minglm: {one_line(message)}", file=sys.stderr)
     return 2

@@ -1,6 +1,7 @@
 """The verb `run`: train the recipe of a config, stage by stage, and write a report card (paper Figure 3)."""
 
 import argparse
+import contextlib
 import json
 import shlex
 import sys
@@ -29,15 +30,16 @@ def main(args: argparse.Namespace) -> int:
 
     The same command continues a run that was stopped. With CONFIG, --help lists every field of it.
     """
-    from minglm.common.device import measured_flops, pick_device, pick_dtype
+    from minglm.common.device import measured_flops, pick_dtype
     from minglm.common.files import check_out
     from minglm.common.lock import locked
     from minglm.common.signals import Stopped
     from minglm.config import load_config
     from minglm.config.run import to_dict
+    from minglm.parallel.world import started_world
     from minglm.plan.counts import count_parameters
     from minglm.recipe import preflight
-    from minglm.recipe.folder import check_folder, check_log
+    from minglm.recipe.folder import check_folder
     from minglm.recipe.run import RecipeRunner
     from minglm.recipe.stages import plan_stages, table
     from minglm.report import card
@@ -52,31 +54,44 @@ def main(args: argparse.Namespace) -> int:
     check_folder(out, config)
     preflight.check_order(stages, CheckpointStore(out), args.only, args.until)
     disk = preflight.disk_need(config, stages, out)
-    device = pick_device(config.device)
-    speed = measured_flops(device, pick_dtype(config.dtype, device))
-    print(table(config, stages, speed), flush=True)
-    if args.dry_run:
-        print(json.dumps(to_dict(config), indent=1))
-        print(f"body: {count_parameters(config.model)['body']:,} parameters")
-        print(disk)
-        return 0
-    preflight.check_memory(config)
-    preflight.check_disk(disk, out)
-    check_log(out)
-    try:
-        with locked(out):
-            complete = RecipeRunner(config, out).execute(args.only, args.until)
-            print(card.write(out))
-    except KeyboardInterrupt as stop:
-        print(
-            f"\nstopped; everything up to here is saved. Continue with: {args.command}",
-            file=sys.stderr,
-        )
-        return stop.status if isinstance(stop, Stopped) else 130
+    with started_world(config.device, config.parallel.timeout_seconds) as world:
+        wanted = preflight.wanted_stages(stages, args.only, args.until)
+        planned = [stage for stage in stages if stage.name in wanted]
+        preflight.check_layout(config, planned, world.size)
+        if world.is_writer:
+            dtype = pick_dtype(config.dtype, world.device)
+            print(table(config, stages, measured_flops(world.device, dtype)), flush=True)
+        if args.dry_run:
+            if world.is_writer:
+                print(json.dumps(to_dict(config), indent=1))
+                print(f"body: {count_parameters(config.model)['body']:,} parameters")
+                print(disk)
+            return 0
+        preflight.check_memory(config, world.size)
+        preflight.check_disk(disk, out)
+        first = world.ranks.first
+        try:
+            with contextlib.ExitStack() as stack:
+                first(lambda: stack.enter_context(locked(out)))
+                complete = RecipeRunner(config, out, world).execute(args.only, args.until)
+                report = first(lambda: card.write(out))
+        except KeyboardInterrupt as stop:
+            if world.is_writer:
+                print(
+                    f"\nstopped; everything up to here is saved. Continue with: {args.command}",
+                    file=sys.stderr,
+                )
+            return stop.status if isinstance(stop, Stopped) else 130
+        if world.is_writer:
+            print(report)
+            print(next_command(args, out, complete))
+    return 0
+
+
+def next_command(args: argparse.Namespace, out: Path, complete: bool) -> str:
+    """Return what to do after a run: talk to it, or continue with it."""
     program = ["python", "-m", "minglm"]
     if complete:
-        print(f"talk to it: {shlex.join([*program, 'chat', str(out)])}")
-    else:
-        words = [*program, "run", args.config, "--out", str(out), *args.overrides]
-        print(f"continue with: {shlex.join(words)}")
-    return 0
+        return f"talk to it: {shlex.join([*program, 'chat', str(out)])}"
+    words = [*program, "run", args.config, "--out", str(out), *args.overrides]
+    return f"continue with: {shlex.join(words)}"

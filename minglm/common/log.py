@@ -33,14 +33,21 @@ class Log:
 
     A run that is resumed repeats the steps since its last checkpoint. `position` is stored in the checkpoint and
     `cut` removes what came after it, so no step is in the log twice. watch(kind, values), if given, is called with
-    every record after it is written (`minglm.common.trackers`).
+    every record after it is written (`minglm.common.trackers`). writes: False for the ranks that leave the log to
+    another one: `write` and `cut` do nothing then.
     """
 
     def __init__(
-        self, path: str | Path, watch: Callable[[str, dict[str, Any]], None] | None = None
+        self,
+        path: str | Path,
+        watch: Callable[[str, dict[str, Any]], None] | None = None,
+        writes: bool = True,
     ) -> None:
         self.path = Path(path)
         self.watch = watch
+        self.writes = writes
+        if not writes:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, "ab")
         self.file.truncate(complete_bytes(self.path))  # a torn line would swallow the next record
@@ -48,6 +55,8 @@ class Log:
 
     def write(self, record: Record) -> None:
         """Append one record, `{"kind": kind, ...}`, and flush it."""
+        if not self.writes:
+            return
         values = record.values()
         line = json.dumps({"kind": record.kind, **values}, ensure_ascii=False)
         self.file.write(line.encode() + b"\n")
@@ -58,10 +67,12 @@ class Log:
     @property
     def position(self) -> int:
         """Return the bytes written so far."""
-        return self.file.tell()
+        return self.file.tell() if self.writes else 0
 
     def cut(self, position: int) -> None:
         """Remove everything after `position` bytes. Raises ValueError, in one line, for a log that is shorter."""
+        if not self.writes:
+            return
         check_length(self.path, position)
         self.file.truncate(position)
         self.file.seek(0, os.SEEK_END)

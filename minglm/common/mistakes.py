@@ -51,18 +51,25 @@ def _first_of_this_machine() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-_may_speak: Callable[[], bool] = _first_of_this_machine
+_ask: Callable[[], bool] = _first_of_this_machine
+_answer: bool | None = None
 
 
-def ask_before_speaking(may_speak: Callable[[], bool]) -> None:
-    """Let `may_speak` decide which of many ranks tells of a mistake, so that the user reads one line and not one a rank."""
-    global _may_speak
-    _may_speak = may_speak
+def ask_before_speaking(ask: Callable[[], bool]) -> None:
+    """Let `ask` decide which of many ranks tells of a mistake, so that the user reads one line and not one a rank."""
+    global _ask
+    _ask = ask
 
 
 def may_speak() -> bool:
-    """Return whether this process is to tell the user of what ended it. One process alone always is."""
-    try:
-        return _may_speak()
-    except Exception:  # the ranks can no longer ask one another; another one has spoken
-        return False
+    """Return whether this process is to tell the user of what ended it. One process alone always is.
+
+    The answer stays the same: a rank may ask before it closes its connections, and speak afterwards.
+    """
+    global _answer
+    if _answer is None:
+        try:
+            _answer = _ask()
+        except Exception:  # the ranks can no longer ask one another; another one has spoken
+            _answer = False
+    return _answer

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from minglm.common.ranks import Ranks
 from minglm.common.statistics import interval, pass_at_k
 from minglm.config.posttraining import EvaluationConfig
 from minglm.data.tokenizer import Tokenizer
@@ -38,6 +39,7 @@ def tasks(
     config: EvaluationConfig,
     thinking: bool = True,
     seed: int = 0,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Play held-out tasks of one environment.
 
@@ -48,13 +50,14 @@ def tasks(
         config: number of problems and samples, and the sampler.
         thinking: the thinking switch.
         seed: decides every draw; the problems are always the same.
+        ranks: divide the episodes, each with a generator of its own; None: one process plays them all.
 
     Raises ValueError when the environment failed in every sample.
     """
     problems = environment.test_tasks(config.problems, TEST_SEED)
     settings = SamplingSettings(config.max_new_tokens, config.temperature, config.top_p)
     groups = rollout(
-        Player(generator, tokenizer, settings),
+        Player(generator, tokenizer, settings, ranks or Ranks()),
         {environment.name: environment},
         problems,
         config.samples,

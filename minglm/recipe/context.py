@@ -14,6 +14,11 @@ from minglm.data.tokenizer import Tokenizer
 from minglm.inference import Engine
 from minglm.inference.client import EngineGenerator
 from minglm.model.glm import GLM
+from minglm.parallel import Workers, parallelize
+from minglm.parallel.mesh import Meshes
+from minglm.parallel.shard import materialize, shard
+from minglm.parallel.workers import gathered
+from minglm.parallel.world import World
 from minglm.train.checkpoint import CheckpointStore
 from minglm.train.checkpoint_files import weights_of
 
@@ -35,26 +40,52 @@ class RunContext:
     """Training documents by source."""
     heldout: Mapping[str, Shard]
     """Held-out documents by source."""
+    world: World
+    """The ranks of the run."""
+    meshes: Meshes | None = None
+    """Their layout; None for one process."""
     quiet: bool = False
     """Whether to show no progress bars."""
 
     def load_model(self, stage: str | None) -> GLM:
-        """Return the model as a stage left it; None: freshly initialised.
+        """Return the model as a stage left it, sharded where there are ranks; None: freshly initialised.
 
         Raises ValueError where the stage is not complete.
         """
         if stage is not None and not self.checkpoints.is_complete(stage):
             path = self.checkpoints.stage(stage).final
             raise ValueError(f"the stage before has not been run: there is no {path}")
-        model = GLM(self.run.model, self.run.seed).to(self.device)
+        with torch.device("meta"):
+            model = GLM(self.run.model)
         model.recompute = self.run.recompute
         if self.run.compile:
             model.compile_layers()
         model.dtype = pick_dtype(self.run.dtype, self.device)
+        if self.meshes is not None:
+            shard(model, self.meshes, self.run.parallel)
+        materialize(model, self.device, self.run.seed)
         if stage is not None:
             self.checkpoints.restore(stage, weights_of(model))
         return model
 
+    def workers(self, model: GLM) -> Workers:
+        """Return the threads or ranks that share the batches of a model of `load_model`."""
+        return parallelize(model, self.threads, self.world, self.meshes)
+
+    def whole(self, model: GLM) -> GLM:
+        """Return a model of `load_model` to generate with: itself, or where it is sharded, a gathered copy."""
+        if self.meshes is None:
+            return model
+        with torch.device("meta"):
+            copy = GLM(self.run.model)
+        copy.to_empty(device=self.device)
+        copy.dtype = model.dtype
+        copy.rope_theta = model.rope_theta
+        values = copy.state_dict()
+        for name, tensor in model.state_dict().items():  # one at a time: there is little room
+            values[name].copy_(gathered(tensor))
+        return copy
+
     def rollout_generator(self, model: GLM) -> EngineGenerator:
         """Return the generator that answers for RL and for distillation, in the precision of the config."""
-        return EngineGenerator(Engine(model, self.tokenizer, experts=self.run.rollouts))
+        return EngineGenerator(Engine(self.whole(model), self.tokenizer, experts=self.run.rollouts))

@@ -131,7 +131,8 @@ def experts_answers(context: RunContext, stage: UnifiedStage) -> Distillation:
             if task.environment not in answered:
                 messages = ENVIRONMENTS[task.environment].demonstrate(task)
                 answers.append(Answer(task.environment, messages, list(task.tools)))
-    write_json(path, [answers, counts])
+    if context.world.is_writer:
+        write_json(path, [answers, counts])
     return Distillation(answers, counts)
 
 
@@ -140,7 +141,9 @@ def _sample(context: RunContext, teacher: Teacher, tasks: Sequence[Task]) -> lis
     model = context.load_model(teacher.stage)
     sampler = context.run.evaluation
     settings = SamplingSettings(sampler.max_new_tokens, sampler.temperature, sampler.top_p)
-    player = Player(context.rollout_generator(model), context.tokenizer, settings)
+    player = Player(
+        context.rollout_generator(model), context.tokenizer, settings, context.world.ranks
+    )
     samples = context.run.posttraining.responses_per_prompt
     groups = rollout(player, ENVIRONMENTS, tasks, samples, seed=DISTILLATION_STREAM)
     return [trajectory for group in groups for trajectory in group]

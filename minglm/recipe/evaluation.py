@@ -26,8 +26,9 @@ LONGEST_ROW = 1024  # tokens of a row of held-out text; most documents are short
 
 
 def evaluate(context: RunContext, stage: Stage, model: GLM) -> None:
-    """Log the measurements of a stage's evaluation plan."""
+    """Log the measurements of a stage's evaluation plan. Ranks divide the episodes; each reads all of the text."""
     plan = stage.evaluation
+    model = context.whole(model)
     if plan.text:
         measure_text(context, stage, model)
     generator = EngineGenerator(Engine(model, context.tokenizer))
@@ -81,6 +82,7 @@ def score(
                 context.run.evaluation,
                 thinking,
                 context.run.seed,
+                context.world.ranks,
             )
             context.log.write(EvaluationRecord(stage=stage, **record))
             mode = "thinking" if thinking else "direct"

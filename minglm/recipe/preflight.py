@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from minglm.common.device import pick_device
-from minglm.config import Kernels, RunConfig, Tracker
+from minglm.config import Kernels, RunConfig, TokenExchange, Tracker
 from minglm.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from minglm.plan.counts import count_parameters
 from minglm.plan.memory import optimizer_split
@@ -170,20 +170,42 @@ def check_tracker(run: RunConfig) -> None:
         raise ValueError(f"watch = {run.watch.value!r} needs a package: pip install 'minglm[log]'")
 
 
-def check_memory(run: RunConfig) -> None:
-    """Refuse a model whose weights and gradients alone, at 4 bytes a number, do not fit this machine's memory."""
+def check_layout(run: RunConfig, stages: Sequence[Stage], ranks: int) -> None:
+    """Refuse a layout that does not fit the number of ranks or these stages, or that a run cannot have."""
+    cp = run.parallel.layout(ranks, run.model).cp
+    for stage in stages:
+        if cp > 1 and stage.kind == StageKind.RL:
+            raise ValueError(
+                f"parallel.cp = {cp}: {stage.name} is reinforcement learning, whose rows are not shared; "
+                f"stop before it with --until, and continue with --parallel.cp 1"
+            )
+    if run.parallel.pp > 1:
+        raise ValueError(
+            f"parallel.pp = {run.parallel.pp}: a run has no pipeline stages (`plan` estimates them); "
+            "use 1, and shard over fsdp"
+        )
+    if run.parallel.dispatcher == TokenExchange.DEEPEP:
+        raise ValueError(
+            "parallel.dispatcher = 'deepep': a run exchanges tokens by all_to_all only; use that"
+        )
+
+
+def check_memory(run: RunConfig, ranks: int = 1) -> None:
+    """Refuse a model whose weights and gradients alone, at 4 bytes a number, do not fit the memory of these ranks."""
     needed = 2 * 4 * count_parameters(run.model)["total_with_mtp"]
     device = pick_device(run.device)
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
+        needed /= ranks
     elif "SC_PHYS_PAGES" in os.sysconf_names:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / ranks  # these share the memory
     else:
         return
     if needed > memory:
         raise ValueError(
-            f"model: weights and gradients need {needed / GIB:,.0f} GiB, this machine has {memory / GIB:,.0f} GiB; "
-            "use a smaller config (`plan` estimates what one needs)"
+            f"model: weights and gradients need {needed / GIB:,.0f} GiB here, and there are {memory / GIB:,.0f} GiB; "
+            "use a smaller config or more ranks (`plan` estimates what one needs)"
         )
 
 

@@ -8,7 +8,10 @@ A stage reads the final checkpoint of the stage it builds on and writes its own;
 command therefore continues a run that was killed, anywhere. The paper does not show the order of the last stages. It
 calls general RL the final one and distils experts into the main model, which leaves this order.
 
-Simplified: one process. The experts are trained one after the other; in the paper they are trained side by side.
+Ranks of torchrun run it together: they share every batch and every rollout (`minglm.parallel`), and rank 0 prepares the
+data and writes the log.
+
+Simplified: the experts are trained one after the other; in the paper they are trained side by side.
 """
 
 import time
@@ -22,8 +25,10 @@ from minglm.common.threads import use_threads
 from minglm.common.version import versions
 from minglm.config import RunConfig
 from minglm.config.run import to_dict
-from minglm.data.build import prepare
+from minglm.data.build import PreparedData, prepare
 from minglm.kernels import dispatch
+from minglm.parallel.mesh import build_meshes
+from minglm.parallel.world import World
 from minglm.recipe.context import RunContext
 from minglm.recipe.evaluation import evaluate
 from minglm.recipe.folder import check_folder, check_log
@@ -52,29 +57,39 @@ class RecipeRunner:
     be prepared. Only one process may run in a folder (`minglm.common.lock`).
     """
 
-    def __init__(self, run: RunConfig, out: str | Path, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        out: str | Path,
+        world: World | None = None,
+        quiet: bool = False,
+    ) -> None:
+        """Prepare the data, or find it. world: the ranks, all of which must call this; None: one process."""
         self.run = run
         self.out = Path(out)
+        self.world = world or World(pick_device(run.device))
         check_folder(self.out, run)
         dispatch.use(run.kernels)
         seed_everything(run.seed)
-        device = pick_device(run.device)
-        threads = use_threads(run.threads, inside=device.type != "cpu" or run.compile)
+        device = self.world.device
+        # Threads share a batch in one process. Ranks share it already, so their threads share each operation.
+        inside = device.type != "cpu" or run.compile or self.world.has_group
+        threads = use_threads(run.threads, inside=inside)
+        meshes = None
+        if self.world.has_group:
+            layout = run.parallel.layout(self.world.size, run.model)
+            meshes = build_meshes(layout, device.type)
         self.stages = plan_stages(run)
 
-        log_path = self.out / "log.jsonl"
-        position = check_log(self.out)
-        self._forget_deleted_stages(log_path, position)
-        tracker = trackers.writer(run.watch, self.out / "watch", to_dict(run))
-        self.log = Log(log_path, tracker)
-        self.checkpoints = CheckpointStore(self.out, self.log, run.checkpoint_seconds)
+        first = self.world.ranks.first
+        position = first(self._clean)
+        self.log = self._open_log()
         # What was logged after the last checkpoint will be done, and logged, again.
-        self.log.cut(position)
-        for leftover in list(self.out.rglob(".*.tmp")):
-            remove(leftover)  # half a file of a process that was killed, or half a checkpoint
+        first(lambda: self.log.cut(position))
+        log = self.log if self.world.is_writer else None
+        self.checkpoints = CheckpointStore(self.out, log, run.checkpoint_seconds)
 
-        data = prepare(run, self.out / "data", task_data(run))
-        write_json(self.out / "config.json", {"hash": run.hash(), "config": to_dict(run)})
+        data = self._prepare()
         if not position:
             start = StartRecord(
                 name=run.name, config_hash=run.hash(), seed=run.seed, versions=versions()
@@ -91,8 +106,38 @@ class RecipeRunner:
             tokenizer=data.tokenizer,
             shards=data.train,
             heldout=data.heldout,
-            quiet=quiet,
+            world=self.world,
+            meshes=meshes,
+            quiet=quiet or not self.world.is_writer,
         )
+
+    def _clean(self) -> int:
+        """Remove what a process that was killed left behind. Return the position of the log that counts."""
+        position = check_log(self.out)
+        self._forget_deleted_stages(self.out / "log.jsonl", position)
+        for leftover in list(self.out.rglob(".*.tmp")):
+            remove(leftover)  # half a file, or half a checkpoint
+        return position
+
+    def _open_log(self) -> Log:
+        """Open the log, which the writer alone writes."""
+        path = self.out / "log.jsonl"
+        if not self.world.is_writer:
+            return Log(path, writes=False)
+        return Log(path, trackers.writer(self.run.watch, self.out / "watch", to_dict(self.run)))
+
+    def _prepare(self) -> PreparedData:
+        """Return the data. The writer makes them, while the other ranks wait; then they find what it has made."""
+        run = self.run
+        made = []
+
+        def make() -> None:
+            made.append(prepare(run, self.out / "data", task_data(run)))
+            values = {"hash": run.hash(), "config": to_dict(run)}
+            write_json(self.out / "config.json", values)
+
+        self.world.ranks.first(make)
+        return made[0] if made else prepare(run, self.out / "data", task_data(run))
 
     def _forget_deleted_stages(self, log_path: Path, position: int) -> None:
         """Take the records of each stage whose checkpoint was deleted out of the log: it will be trained again."""
@@ -125,7 +170,7 @@ class RecipeRunner:
                 self.execute_stage(stage)
 
         complete = all(self.is_done(stage) for stage in self.stages)
-        if complete:
+        if complete and self.world.is_writer:
             self.log.write(EndRecord(seconds=round(self.seconds_spent(), 1)))
         return complete
 

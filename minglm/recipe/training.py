@@ -10,7 +10,6 @@ weights: the tokens trained on, and after pre-training the optimizer, which the 
 """
 
 import sys
-from functools import partial
 from typing import Any, NamedTuple
 
 from minglm.common.device import measured_flops, pick_dtype
@@ -95,7 +94,7 @@ def pretrain(context: RunContext, stage: PretrainStage, model: GLM) -> Trained:
         optimizer,
         stream,
         stage.phase,
-        evaluate=partial(measure_bits, context, stage, model),
+        evaluate=lambda: measure_bits(context, stage, context.whole(model)),
         evaluate_every=run.evaluation.every_tokens,
     )
     return Trained(stage.phase.tokens, optimizer)
@@ -125,7 +124,7 @@ def fine_tune(
         raise ValueError(f"{name}: no conversation fits sequence_length = {config.sequence_length}")
     if not context.checkpoints.is_interrupted(name):  # a resumed stage has logged it already
         context.log.write(ConversationsRecord(stage=name, examples=counts, too_long=too_long))
-    for environment, count in too_long.items():
+    for environment, count in too_long.items() if context.world.is_writer else ():
         print(
             f"minglm: {name}: {count:,} of {counts[environment]:,} examples of {environment} are left out, "
             f"longer than sequence_length = {config.sequence_length:,}",
@@ -165,12 +164,14 @@ def reinforce(context: RunContext, stage: RLStage, model: GLM) -> Trained:
         config,
         run.optimizer,
         context.tokenizer.pad,
-        context.threads,
+        context.workers(model),
     )
     settings = SamplingSettings(
         config.max_new_tokens, config.temperature, max_turns=config.max_turns
     )
-    player = Player(context.rollout_generator(model), context.tokenizer, settings)
+    player = Player(
+        context.rollout_generator(model), context.tokenizer, settings, context.world.ranks
+    )
     schedule = TaskSchedule(
         ENVIRONMENTS,
         config.environments,
@@ -182,8 +183,12 @@ def reinforce(context: RunContext, stage: RLStage, model: GLM) -> Trained:
     reinforcement_loop(
         trainer, player, schedule, checkpoints, context.log, stage.name, context.quiet
     )
-    records = select(read_records(context.log.path), RLRecord, stage=stage.name)
-    return Trained(sum(record.segment_tokens or 0 for record in records))
+
+    def tokens_in_log() -> int:
+        records = select(read_records(context.log.path), RLRecord, stage=stage.name)
+        return sum(record.segment_tokens or 0 for record in records)
+
+    return Trained(context.world.ranks.first(tokens_in_log))
 
 
 def _run_trainer(
@@ -191,10 +196,10 @@ def _run_trainer(
 ) -> None:
     """Run the training loop with this run's log and its device's ceiling. options: other fields of `LoopOptions`."""
     dtype = pick_dtype(context.run.dtype, context.device)
-    flops = measured_flops(context.device, dtype) * context.threads
+    flops = measured_flops(context.device, dtype) * context.threads * context.world.size
     ceiling = flops / flops_per_token(context.run.model, phase.sequence_length).total
     loop_options = LoopOptions(
-        quiet=context.quiet, ceiling=ceiling, threads=context.threads, **options
+        quiet=context.quiet, ceiling=ceiling, workers=context.workers(model), **options
     )
     checkpoints = context.checkpoints.stage(phase.name)
     Trainer(model, optimizer, stream, phase, checkpoints, context.log, loop_options).run()

@@ -29,6 +29,7 @@ from minglm.chat import continuation, render
 from minglm.chat.messages import Tool
 from minglm.chat.parser import Piece
 from minglm.chat.stream import decode_turn, turn_pieces
+from minglm.common.ranks import Ranks
 from minglm.data.tokenizer import Tokenizer
 from minglm.envs.base import (
     Environment,
@@ -77,6 +78,8 @@ class Player:
     generator: Generator
     tokenizer: Tokenizer
     settings: SamplingSettings
+    ranks: Ranks = field(default_factory=Ranks)
+    """Ranks that divide the episodes, each with a generator of its own for the same weights."""
 
 
 @dataclass

@@ -8,6 +8,8 @@ episodes that wait for the model, and no episode waits for another one.
 Choices: every draw follows from the rollout's seed and the numbers of task, sample and turn, never from the order in
 which episodes happen to proceed. The order of the groups is that of the tasks.
 
+Ranks divide the episodes among them. As no draw depends on who plays, they sample what one process samples.
+
 Simplified: an answer's log-probabilities depend in their last bits on what shares its batch (float32, about 1e-6). With
 environments that answer at once the batches are a function of the seed, and a rollout repeats bit for bit. With ones
 that wait in another thread between two turns the batches depend on time as well.
@@ -29,47 +31,37 @@ def turn_seed(seed: int, task: int, sample: int, turn: int) -> int:
     return (number * MAX_TURNS + turn) % 2**62
 
 
-async def gather_groups(
+async def play_episodes(
     player: Player,
     environments: Mapping[str, Environment],
     tasks: Sequence[Task],
     samples: int,
-    thinking: Sequence[bool] | None = None,
-    seed: int = 0,
-) -> list[list[Trajectory]]:
-    """Play every task `samples` times, inside an event loop that already runs.
+    numbers: Sequence[int],
+    thinking: Sequence[bool],
+    seed: int,
+) -> list[Trajectory]:
+    """Play the episodes of these numbers, inside an event loop. Episode p * samples + g is sample g of task p.
 
-    Args:
-        player: the model's side of the episodes.
-        environments: {name: Environment} of the tasks.
-        tasks: the tasks.
-        samples: episodes of each task.
-        thinking: the thinking switch of each task; None: on for all.
-        seed: decides every draw.
-
-    Returns, for each task, the list of its trajectories.
+    The other arguments are those of `rollout`. Returns the trajectories in the order of the numbers.
     """
-    if thinking is None:
-        thinking = [True] * len(tasks)
     episodes = []
-    for p, (task, think) in enumerate(zip(tasks, thinking, strict=True)):
-        for g in range(samples):
-            environment = environments[task.environment]
+    for number in numbers:
+        p, g = divmod(number, samples)
+        environment = environments[tasks[p].environment]
 
-            def seed_of_turn(turn: int, p: int = p, g: int = g) -> int:
-                return turn_seed(seed, p, g, turn)
+        def seed_of_turn(turn: int, p: int = p, g: int = g) -> int:
+            return turn_seed(seed, p, g, turn)
 
-            episode = play(player, environment, task, think, seed_of_turn)
-            episodes.append(asyncio.ensure_future(episode))
+        episode = play(player, environment, tasks[p], thinking[p], seed_of_turn)
+        episodes.append(asyncio.ensure_future(episode))
     try:
-        trajectories = await asyncio.gather(*episodes)
+        return await asyncio.gather(*episodes)
     except BaseException:
         # One failed, or the rollout was cancelled: end the others before the exception continues.
         for episode in episodes:
             episode.cancel()
         await asyncio.gather(*episodes, return_exceptions=True)
         raise
-    return [trajectories[p * samples : (p + 1) * samples] for p in range(len(tasks))]
 
 
 def rollout(
@@ -80,5 +72,29 @@ def rollout(
     thinking: Sequence[bool] | None = None,
     seed: int = 0,
 ) -> list[list[Trajectory]]:
-    """Play every task `samples` times, from code without an event loop. Arguments are those of `gather_groups`."""
-    return asyncio.run(gather_groups(player, environments, tasks, samples, thinking, seed))
+    """Play every task `samples` times, from code without an event loop.
+
+    Args:
+        player: the model's side of the episodes. Its ranks divide them, and each gets the trajectories of all.
+        environments: {name: Environment} of the tasks.
+        tasks: the tasks.
+        samples: episodes of each task.
+        thinking: the thinking switch of each task; None: on for all.
+        seed: decides every draw.
+
+    Returns, for each task, the list of its trajectories.
+    """
+    if thinking is None:
+        thinking = [True] * len(tasks)
+    assert len(thinking) == len(tasks), "a thinking switch for each task"
+    ranks = player.ranks
+    count = len(tasks) * samples
+    own = range(ranks.rank, count, ranks.size)
+
+    def play_own() -> list[Trajectory]:
+        return asyncio.run(play_episodes(player, environments, tasks, samples, own, thinking, seed))
+
+    # Rank r played the episodes r, r + size, r + 2 size, ...
+    played = ranks.together(play_own)
+    trajectories = [played[number % ranks.size][number // ranks.size] for number in range(count)]
+    return [trajectories[p * samples : (p + 1) * samples] for p in range(len(tasks))]

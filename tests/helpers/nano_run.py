@@ -43,6 +43,11 @@ def small():
     return load_config(CONFIG, OVERRIDES)
 
 
+def environment():
+    """Return the environment of a process that runs this checkout."""
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
 def start(out, *words, before=None):
     """Start the command in its own process; `before` is called in it first."""
 
@@ -54,11 +59,10 @@ def start(out, *words, before=None):
             before()
 
     command = [sys.executable, "-m", "minglm", "run", CONFIG, "--out", str(out), *OVERRIDES, *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
