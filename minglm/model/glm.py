@@ -72,10 +72,14 @@ class GLM(nn.Module):
         self.checkpoint_origin: HFOrigin | None = None
         self.model = Trunk(config)
         self.lm_head = LMHead(config.vocab_size, config.hidden_size)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.tie_weights()
         if self.device.type != "meta":
             initialize(self, seed)
+
+    def tie_weights(self) -> None:
+        """Give the output head the embedding's matrix, where the config ties them; again after `to_empty`, which parts them."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     @classmethod
     def from_pretrained(

@@ -157,4 +157,5 @@ def own_part(tensor: Tensor) -> Part:
 def materialize(model: GLM, device: torch.device, seed: int) -> None:
     """Give a model on the meta device its memory and its initial values, which are the same in any layout."""
     model.to_empty(device=device)
+    model.tie_weights()
     initialize(model, seed, own_part)

@@ -79,6 +79,7 @@ class RunContext:
         with torch.device("meta"):
             copy = GLM(self.run.model)
         copy.to_empty(device=self.device)
+        copy.tie_weights()
         copy.dtype = model.dtype
         copy.rope_theta = model.rope_theta
         values = copy.state_dict()

@@ -148,16 +148,19 @@ def test_contract_finds_broken_layout(twin):
 
 def initial_values(layouts):
     """Return whether each layout has, bit for bit, the initial values of one process."""
-    config = tiny_model(1).config
-    wanted = GLM(config, seed=7).state_dict()
     found = []
-    for layout in layouts:
+    for number, layout in enumerate(layouts):
+        config = tiny_model(1, tie_word_embeddings=number % 2 == 0).config
+        wanted = GLM(config, seed=7).state_dict()
         with torch.device("meta"):
             model = GLM(config)
         shard(model, build_meshes(layout, "cpu"), ParallelConfig())
         materialize(model, CPU, seed=7)
         values = {name: gathered(tensor) for name, tensor in model.state_dict().items()}
         assert values.keys() == wanted.keys()
+        assert (
+            model.lm_head.weight is model.model.embed_tokens.weight
+        ) == config.tie_word_embeddings
         found.append(all(torch.equal(values[name], wanted[name]) for name in wanted))
     return found
 
