@@ -24,7 +24,12 @@ from minglm.testing.model import (
     check_router,
 )
 from minglm.testing.optim import check_optimizer, check_schedule
-from minglm.testing.parallel import check_sequence_exchange, check_sharded_optimizer
+from minglm.testing.parallel import (
+    check_layout,
+    check_sequence_exchange,
+    check_sharded_optimizer,
+    check_token_exchange,
+)
 from minglm.testing.rl import (
     check_advantages,
     check_aggregation,
@@ -46,6 +51,7 @@ __all__ = [
     "check_dispatcher",
     "check_experts",
     "check_fim",
+    "check_layout",
     "check_near_duplicates",
     "check_optimizer",
     "check_packer",
@@ -61,6 +67,7 @@ __all__ = [
     "check_semantic_duplicates",
     "check_sequence_exchange",
     "check_sharded_optimizer",
+    "check_token_exchange",
     "check_stream",
     "check_temperature",
     "check_template",
