@@ -21,7 +21,7 @@ from minglm.parallel.world import World
 from minglm.testing.model import tiny_model
 from minglm.testing.parallel import check_layout, check_token_exchange
 from minglm.train.guard import Guard
-from minglm.train.loop import step
+from minglm.train.loop import accumulate, step
 
 CPU = torch.device("cpu")
 LAYOUTS = [
@@ -200,3 +200,30 @@ def test_three_steps_lead_to_the_same_weights():
     """
     for differences in run_ranks(three_steps, 4, LAYOUTS[::2]):
         assert max(differences) < 2e-5, differences
+
+
+def in_bfloat16(layouts):
+    """Return, for each layout, how far all gradients together are from those of one process, and their dtype."""
+    found = []
+    for number, layout in enumerate(layouts):
+        plain = tiny_model(number)
+        plain.dtype = torch.bfloat16
+        model = copy.deepcopy(plain)
+        workers = shared(model, layout)
+        phase = constant_phase(microbatch_tokens=16)
+        batch = drawn_batch(number, 6, 8, True)
+        accumulate(plain, batch, phase, 0.3)
+        accumulate(model, batch, phase, 0.3, workers)
+        wanted = {name: p.grad for name, p in plain.named_parameters()}
+        grads = {name: gathered(p.grad) for name, p in model.named_parameters()}
+        difference = sum((grads[name] - wanted[name]).square().sum() for name in wanted)
+        norm = sum(grad.square().sum() for grad in wanted.values())
+        found.append((float((difference / norm).sqrt()), {str(g.dtype) for g in grads.values()}))
+    return found
+
+
+def test_bfloat16_is_summed_in_float32():
+    """Products are bfloat16, sums over ranks and gradients float32. One process has norms in float32: hence 3%."""
+    for found in run_ranks(in_bfloat16, 2, [Layout(1, 1, 2, 1, 1), Layout(1, 1, 2, 2, 1)]):
+        for difference, dtypes in found:
+            assert difference < 0.03 and dtypes == {"torch.float32"}, (difference, dtypes)
