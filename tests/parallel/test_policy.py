@@ -86,8 +86,9 @@ def answers(ranks):
     tasks = [*ENVIRONMENTS["arithmetic"].tasks(2, 0), *ENVIRONMENTS["retail"].tasks(1, 0)]
     groups = rollout(player, ENVIRONMENTS, tasks, 2, [True, False, True], seed=3)
     return [
-        [([s.tokens for s in t.segments], t.score.value, t.segments[0].logprobs) for t in group]
+        ([s.tokens for s in t.segments], t.score.value, t.segments[0].logprobs)
         for group in groups
+        for t in group
     ]
 
 
@@ -100,7 +101,7 @@ def test_ranks_sample_what_one_process_samples():
     """Six episodes over four ranks: each rank has all of them, in order, with the tokens that one process samples."""
     wanted = answers(Ranks())
     for found in run_ranks(divided_answers, 4):
-        for ours, theirs in zip(sum(found, []), sum(wanted, []), strict=True):
+        for ours, theirs in zip(found, wanted, strict=True):
             assert ours[:2] == theirs[:2]
             # The last bits depend on what shares a batch.
             torch.testing.assert_close(
