@@ -227,3 +227,19 @@ def test_bfloat16_is_summed_in_float32():
     for found in run_ranks(in_bfloat16, 2, [Layout(1, 1, 2, 1, 1), Layout(1, 1, 2, 2, 1)]):
         for difference, dtypes in found:
             assert difference < 0.03 and dtypes == {"torch.float32"}, (difference, dtypes)
+
+
+def balanced_rows():
+    """Return, for a balanced exchange, rows sent and received, and how many of the arriving rows each expert has."""
+    group = torch.distributed.group.WORLD
+    dispatcher = AllToAllDispatcher(group, 6, force_balanced=True)
+    journey = dispatcher.plan(torch.zeros(9, 2, dtype=torch.int64))  # the router sends all to one
+    dealt = journey.pair_R.view(6, 3).sort(1).values.tolist()
+    return journey.sent, journey.received, journey.expert_R.bincount().tolist(), dealt
+
+
+def test_balanced_routing_deals_the_rows_evenly():
+    """Every rank gets as many rows, every expert too, pair by pair in turn, whatever the router says."""
+    for sent, received, rows, dealt in run_ranks(balanced_rows, 3):
+        assert sent == received == [6, 6, 6] and rows == [9, 9]
+        assert dealt == [[expert, expert + 6, expert + 12] for expert in range(6)]
