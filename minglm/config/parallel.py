@@ -125,7 +125,7 @@ class ParallelConfig:
                 if name == "ep":
                     possible = [n for n in possible if model.n_routed_experts % n == 0]
                 else:
-                    possible = [n for n in possible if n in ranks_for_heads(model)]
+                    possible = [n for n in possible if can_share(model, n)]
                 raise ValueError(
                     f"parallel.{name} = {size}: must divide fsdp = {fsdp} of {ranks}; "
                     f"use {nearest(size, possible)}, or start another number of ranks with torchrun"
