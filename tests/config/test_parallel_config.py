@@ -98,5 +98,5 @@ def test_rows_are_cut_into_equal_parts():
     )
     general = dataclasses.replace(config.stages.general, sequence_length=4092)
     stages = dataclasses.replace(config.stages, general=general)
-    with pytest.raises(ValueError, match=r"stages\.general\.sequence_length = 4092: .* cp = 8"):
+    with pytest.raises(ValueError, match=r"stages\.general\.sequence_length = 4092: .*cp = 8"):
         dataclasses.replace(config, stages=stages)._check_lengths()
