@@ -63,7 +63,7 @@ def test_an_exported_run_is_a_model_for_everybody(run, tmp_path, capsys):
     tokens_BS = torch.tensor([ids])
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens_BS).logits, model(tokens_BS), atol=1e-5, rtol=1e-4)
-    again, same, settings, stage, from_hf = load_run(folder)
+    again, same, settings, stage, from_hf, _ = load_run(folder)
     assert (
         stage == "released"
         and from_hf
