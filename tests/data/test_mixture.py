@@ -106,6 +106,19 @@ def test_shares_follow_the_weights_at_every_moment(weights, packing, length, see
             )  # 1e-6: rounding of the weights
 
 
+@given(weights, st.integers(1, 60), st.integers(0, 2**31))
+def test_epochs_are_what_was_drawn_over_what_there_is(weights, length, seed):
+    """None at the start; of full rows, their tokens over the tokens of the source, and all sources together."""
+    sources = make_sources(seed)
+    mixture = Mixture(sources, weights, length, "truncate", seed)
+    sizes = {name: sum(map(len, sources[name])) for name in weights}
+    for rows in range(4):
+        assert mixture.epochs.keys() == {"a", "b"}
+        drawn = sum(mixture.epochs[name] * sizes[name] for name in mixture.epochs)
+        assert drawn == pytest.approx(3 * rows * length)
+        mixture.next(3)
+
+
 @given(st.integers(2, 60), st.integers(0, 2**31))
 def test_truncation_gives_no_token_twice_in_an_epoch(length, seed):
     """The rows of an epoch are full and share no token; fewer tokens than a row are left out of it."""
