@@ -65,7 +65,10 @@ HEARTS = {
     "minglm/inference/kv_cache.py": ["tests/inference/test_kv_cache.py"],
     "minglm/inference/logit_rules.py": ["tests/inference/test_rules.py"],
     "minglm/inference/sampling.py": ["tests/inference/test_sampling.py"],
-    "minglm/inference/speculative.py": ["tests/inference/test_speculative.py"],
+    "minglm/inference/speculative.py": [
+        "tests/inference/test_speculative.py",
+        "tests/inference/test_rules.py",
+    ],
     "minglm/kernels/attention/chunked.py": [
         "tests/model/test_attention.py",
         "tests/kernels/test_kernels.py",
