@@ -95,10 +95,27 @@ def test_a_range_that_is_none_is_one_line(bad):
         tiers_from_pass_rates({}, extreme=RateRange(*bad))
 
 
+def test_a_range_may_be_everything_or_one_rate():
+    """Both ends may be 0, 1 or equal."""
+    rates = {n: PassRate(10, n, 1) for n in range(1, 10)}
+    everything = tiers_from_pass_rates(rates, moderate=RateRange(0, 1), extreme=None)
+    assert everything.moderate == list(rates)
+    assert tiers_from_pass_rates(rates, RateRange(0.3, 0.3), None).moderate == [3]
+    assert tiers_from_pass_rates(rates, RateRange(1, 1), RateRange(0, 0)).between == list(rates)
+
+
 def test_a_first_draw_of_nothing_is_one_line():
     """Its rate would be 0 / 0."""
     with pytest.raises(ValueError, match="first = 0"):
         measure(lambda k: 0, first=0)
+
+
+def test_the_smallest_draws():
+    """One answer is a draw; a limit that the first draw reaches leaves nothing to draw again."""
+    assert measure(lambda k: 0, first=1, limit=1) == PassRate(1, 0, 0)
+    assert measure(lambda k: k - 1, first=1, limit=2) == PassRate(2, 0, 0)
+    assert measure(lambda k: k - 1, first=1, limit=3) == PassRate(3, 1, 0)
+    assert measure(lambda k: 0, first=4, limit=2) == PassRate(4, 0, 0)
 
 
 def test_ends_of_the_ranges():
