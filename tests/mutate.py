@@ -332,7 +332,10 @@ class Run(NamedTuple):
 
 
 def run_tests(folder: Path, tests: list[str], limit: int | None) -> Run:
-    """Run the tests in a copy of the repository, in a forked process, until the first failure."""
+    """Run the tests in a copy of the repository, in a forked process, until the first failure.
+
+    limit: CPU seconds; None for the unchanged source.
+    """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     child = os.fork()
     if child == 0:
@@ -345,7 +348,8 @@ def run_tests(folder: Path, tests: list[str], limit: int | None) -> Run:
             os.dup2(output, 1)
             os.dup2(output, 2)
             os.chdir(folder)
-            sys.dont_write_bytecode = True  # two changes of one second and size would share it
+            # Two changes of one second and size would share their bytecode; the first run keeps that of the rest.
+            sys.dont_write_bytecode = limit is not None
             import pytest
 
             options = ["-x", "-q", "-n0", "--tb=line", "-m", "not slow", "-p", "no:cacheprovider"]
@@ -391,6 +395,8 @@ def work_on(module: str, tests: list[str], sample: Sample, folder: Path, until: 
     if not unchanged.passed:
         output = (folder / OUTPUT).read_text(encoding="utf-8")
         raise SystemExit(f"{module}: its own tests fail\n{output}")
+    for kept_bytecode in (folder / module).parent.glob(f"__pycache__/{Path(module).stem}.*"):
+        kept_bytecode.unlink()
     limit = int(FACTOR * unchanged.seconds + SPARE)
     began = time.monotonic()
     survivors = 0
