@@ -13,6 +13,7 @@ open requests again, so every token is sampled from what the weights of its own 
 """
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
@@ -363,6 +364,10 @@ class Engine:
         self.passes += 1
         if self.drafter:
             pages.keep_states(rows, hidden_TD)
+        # A sum over everything is the cheap test that nearly every pass ends with.
+        finite = math.isfinite((hidden_TD.sum() + logits_BV.sum()).item())
+        if finite and not any(row.scored for row in rows):
+            return Forward(rows, logits_BV, [])
 
         sound_rows: list[Row] = []
         events: list[Event] = []
