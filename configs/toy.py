@@ -115,7 +115,7 @@ def stages() -> StagesConfig:
         ),
         reasoning=StageConfig(
             teaches="worked solutions",
-            tokens=1_000_000,
+            tokens=1_600_000,  # after a million some seeds cannot copy the number of an order into a call yet
             sequence_length=1024,
             mixture={
                 "tasks:arithmetic": 5,
