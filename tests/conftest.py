@@ -36,7 +36,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    """One worker per core, eight at most; none when files are named, so that prints and the debugger work.
+    """Return one worker per core, eight at most; none when files are named, so that prints and the debugger work.
 
     Four where there is a GPU, whose memory they share.
     """
@@ -46,9 +46,34 @@ def pytest_xdist_auto_num_workers(config):
     return min(cores, 4 if Path("/dev/nvidiactl").exists() else 8)
 
 
+# Tests of these files share one finished run of the nano config (`helpers.nano_run`).
+ONE_RUN = ("tests/cli/test_main.py", "tests/recipe/test_run.py")
+# Tests of this file share nothing and take long.
+ANY_WORKER = "tests/kernels/test_compile_gate.py"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Keep the tests of a file in one worker, so that its fixtures are set up once.
+
+    The groups of pytest-xdist (`xdist_group`) would say the same, but pytest 9.2 ignores them: it no longer reads the
+    attribute in which pytest-xdist 3.8 notes the group.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            if file == ANY_WORKER:
+                return nodeid
+            return ONE_RUN[0] if file in ONE_RUN else file
+
+    return ByFile(config, log)
+
+
 @pytest.fixture(autouse=True)
 def gpu_memory(request):
-    """A test of a GPU gives back the memory that torch keeps for the next one: other workers need it."""
+    """Give back, after a test of a GPU, the memory that torch keeps for the next one: other workers need it."""
     yield
     if request.node.get_closest_marker("gpu"):
         import torch
@@ -59,7 +84,7 @@ def gpu_memory(request):
 
 @pytest.fixture
 def poisoned():
-    """What is allocated and never written is NaN: torch fills it, when asked to be deterministic."""
+    """Let torch fill memory that is allocated and never written with NaN, which it does in deterministic mode."""
     import torch
 
     torch.use_deterministic_algorithms(True, warn_only=True)

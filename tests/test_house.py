@@ -5,6 +5,7 @@ bad sample that it must flag: a rule that cannot fail proves nothing.
 """
 
 import ast
+import functools
 import graphlib
 import re
 import subprocess
@@ -61,6 +62,7 @@ WITHOUT_A_CALLER: set[str] = {
 EQUIPMENT = ("minglm/testing/", "minglm/lesson.py", "minglm/kernels/toolchain/interpreter.py")
 
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
+parse = functools.cache(ast.parse)  # every rule reads every file
 Rule = Callable[[str, str], list[str]]
 
 
@@ -103,7 +105,7 @@ def module_graph(sources: dict[str, str]) -> dict[str, set[str]]:
     for path, text in sources.items():
         me = module_name(path)
         graph[me] = set()
-        for name, _, _ in imports(ast.parse(text)):
+        for name, _, _ in imports(parse(text)):
             # `from minglm.data import packing` names a module, `from minglm.data.packing import fill` a name in one.
             target = name if name in modules else name.rpartition(".")[0]
             if target in modules and target != me:
@@ -137,6 +139,12 @@ def without_the_door(graph: dict[str, set[str]]) -> dict[str, set[str]]:
     return {me: targets - {"minglm"} for me, targets in graph.items() if me != "minglm"}
 
 
+@functools.cache
+def folders_of_the_package():
+    """Return the graph of the package's folders."""
+    return folder_graph(SOURCES)
+
+
 def test_no_modules_import_each_other_in_a_circle():
     """Imports inside functions count."""
     assert not circle(without_the_door(module_graph(SOURCES)))
@@ -144,13 +152,13 @@ def test_no_modules_import_each_other_in_a_circle():
 
 def test_no_folders_import_each_other_in_a_circle():
     """The floors of the house are what the imports make them; all that is asked is that there are floors."""
-    assert not circle(folder_graph(SOURCES))
+    assert not circle(folders_of_the_package())
 
 
 @pytest.mark.parametrize(("importer", "imported"), NEVER)
 def test_folders_that_stay_apart(importer, imported):
     """These pairs would close a circle later, or tie a component to one of its users."""
-    assert imported not in folder_graph(SOURCES)[importer]
+    assert imported not in folders_of_the_package()[importer]
 
 
 def test_a_circle_is_found():
@@ -166,7 +174,7 @@ def test_a_circle_is_found():
 
 
 def undeclared_imports(path: str, text: str) -> list[str]:
-    """Packages outside the dependencies that are imported as soon as the module is."""
+    """Return packages outside the dependencies that are imported as soon as the module is."""
     allowed = DEPENDENCIES | set(sys.stdlib_module_names)
     if path.startswith("minglm/testing/"):
         allowed |= {"hypothesis", "pytest"}
@@ -175,22 +183,22 @@ def undeclared_imports(path: str, text: str) -> list[str]:
         allowed |= {"triton"}
     return [
         f"{path}:{line}: {name} is not a dependency; import it where it is used"
-        for name, line, top in imports(ast.parse(text))
+        for name, line, top in imports(parse(text))
         if top and name.split(".")[0] not in allowed
     ]
 
 
 def axis_letters() -> set[str]:
     """Return the letters of the legend in minglm's docstring: one capital, two spaces, what it counts."""
-    legend = ast.get_docstring(ast.parse(SOURCES["minglm/__init__.py"])) or ""
+    legend = ast.get_docstring(parse(SOURCES["minglm/__init__.py"])) or ""
     return set(re.findall(r"\b([A-Z])  (?=\w)", legend))
 
 
 def unknown_axes(path: str, text: str) -> list[str]:
-    """Names that end in capitals outside the legend; a 1 means an axis of length one."""
+    """Return names that end in capitals outside the legend; a 1 means an axis of length one."""
     offences = set()
     attribute = {ast.Name: "id", ast.arg: "arg", ast.Attribute: "attr"}
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parse(text)):
         name = getattr(node, attribute.get(type(node), ""), "")
         ending = re.fullmatch(r"_*[a-z]\w*_([A-Z][A-Z0-9]{0,5})", name)
         if ending and not set(ending[1]) <= axis_letters() | {"1"}:
@@ -218,9 +226,9 @@ def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 
 
 def missing_types(path: str, text: str) -> list[str]:
-    """Public functions and methods with an argument or a result whose type is not given."""
+    """Return public functions and methods with an argument or a result whose type is not given."""
     offences = []
-    for name, function in public_functions(ast.parse(text)):
+    for name, function in public_functions(parse(text)):
         if is_kernel(function):
             continue
         a = function.args
@@ -239,8 +247,8 @@ def missing_types(path: str, text: str) -> list[str]:
 
 
 def missing_docstrings(path: str, text: str) -> list[str]:
-    """Modules, public classes and public functions that do not say what they are."""
-    tree = ast.parse(text)
+    """Return modules, public classes and public functions that do not say what they are."""
+    tree = parse(text)
     offences = [] if ast.get_docstring(tree) else [f"{path}:1: the module has no docstring"]
     for node in tree.body:
         if not isinstance(node, FUNCTIONS | ast.ClassDef) or node.name.startswith("_"):
@@ -296,12 +304,12 @@ NOT_A_VERB = (
 
 
 def docstrings_without_a_verb(path: str, text: str) -> list[str]:
-    """Docstrings of public functions that begin with an article or a question word (PEP 257: the imperative).
+    """Return docstrings of public functions that begin with an article or a question word (PEP 257: the imperative).
 
     A property is read like an attribute, so a noun phrase is right there.
     """
     offences = []
-    for name, function in public_functions(ast.parse(text)):
+    for name, function in public_functions(parse(text)):
         docstring = ast.get_docstring(function)
         is_property = any(
             "property" in ast.dump(decorator) for decorator in function.decorator_list
@@ -312,10 +320,10 @@ def docstrings_without_a_verb(path: str, text: str) -> list[str]:
 
 
 def runs_text(path: str, text: str) -> list[str]:
-    """Calls of eval and exec, which would run what a model or a file says."""
+    """Return calls of eval and exec, which would run what a model or a file says."""
     return [
         f"{path}:{node.lineno}: {node.func.id}() runs text as code"
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(parse(text))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Name)
         and node.func.id in ("eval", "exec")
@@ -325,7 +333,7 @@ def runs_text(path: str, text: str) -> list[str]:
 def text_without_encoding(path: str, text: str) -> list[str]:
     """Text files that are read or written in the encoding of the machine's locale, which differs between machines."""
     offences = []
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parse(text)):
         if not isinstance(node, ast.Call):
             continue
         called = node.func
@@ -339,7 +347,7 @@ def text_without_encoding(path: str, text: str) -> list[str]:
 
 
 def leftovers(path: str, text: str) -> list[str]:
-    """Unfinished work, packed lines that are defended from the formatter, and paths of one machine."""
+    """Return unfinished work, packed lines that are defended from the formatter, and paths of one machine."""
     words = (
         "TODO",
         "FIXME",
@@ -413,7 +421,7 @@ def test_legend_has_the_letters_of_the_design():
 def names_read(text: str) -> set[str]:
     """Return every name that a file reads: variables, attributes, imported names."""
     names = set()
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parse(text)):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
             names.add(node.id)
         elif isinstance(node, ast.Attribute):
@@ -443,7 +451,7 @@ def without_a_caller(sources: dict[str, str]) -> set[str]:
     for path, text in sources.items():
         if not path.startswith("minglm/") or path.startswith(EQUIPMENT):
             continue
-        for node in ast.parse(text).body:
+        for node in parse(text).body:
             if isinstance(node, FUNCTIONS | ast.ClassDef) and not node.name.startswith("_"):
                 if is_registered(node) or any(node.name in names for names in read.values()):
                     continue
@@ -491,9 +499,8 @@ def test_every_text_file_is_finished_and_portable():
     """No file of the project names a path of one machine, or says that something is still to be done."""
     suffixes = {".py", ".md", ".toml", ".json", ".jsonl", ".yaml", ".html", ".sh", ""}
     files = [ROOT / name for name in tracked() if Path(name).suffix in suffixes]
-    files = [
-        file for file in files if file.exists() and file != Path(__file__)
-    ]  # this one names the words
+    # This one names the words.
+    files = [file for file in files if file.exists() and file != Path(__file__)]
     offences = [
         offence
         for file in files

@@ -1,7 +1,7 @@
 """README is true: its commands run, its paths exist, and its first screen is what continuous integration does.
 
 Every command in a `sh` block is run as a new user would type it, made small: a config becomes `configs/nano.py` with a
-few steps per stage, a lesson gets `--smoke`, `pip` is only compared with `.ci/run`, and `pytest` only collects.
+few steps per stage, a lesson gets `--smoke`, `pip` and the whole suite are only compared with `.ci/run`, and `pytest` of a file only collects.
 """
 
 import os
@@ -57,13 +57,22 @@ SMALL = {
 
 
 def commands(text):
-    """Every command of the `sh` blocks, `&&` taken apart."""
+    """Return every command of the `sh` blocks, `&&` taken apart."""
     blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if line.strip()]
     return [command.strip() for line in lines for command in line.split("&&")]
 
 
 COMMANDS = list(dict.fromkeys(commands(README)))
+# The commands that are run: not `pip`, and not the whole suite, which is running already. A profile draws more examples,
+# but collects the same tests.
+RUNNABLE = list(
+    dict.fromkeys(
+        command.removeprefix("HYPOTHESIS_PROFILE=nightly ")
+        for command in COMMANDS
+        if not command.startswith("pip ") and command != "pytest"
+    )
+)
 
 
 def run(command, **options):
@@ -80,7 +89,7 @@ def run(command, **options):
 
 
 def small_run(folder, extra=()):
-    """`minglm run` of the nano config with a few steps per stage."""
+    """Run `minglm run` of the nano config with a few steps per stage."""
     overrides = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
     return run(
         [
@@ -99,7 +108,7 @@ def small_run(folder, extra=()):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A run folder that every command which needs one shares. (All stages in full: tests/test_pipeline.py.)"""
+    """Return a run folder that every command which needs one shares. (All stages in full: tests/recipe/test_run.py.)"""
     folder = tmp_path_factory.mktemp("readme") / "run"
     small_run(folder, ["--until", "reasoning.rl"])
     return folder
@@ -198,10 +207,11 @@ def test_every_contract_is_named():
             ),
             "",
         )
+        # Of check_environment.
         names = (
             set(re.findall(r"^def (check_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE))
             - parts
-        )  # of check_environment
+        )
         assert not [name for name in sorted(names) if f"`{name}`" not in row], path.name
 
 
@@ -212,14 +222,13 @@ def test_the_tables_of_metrics_are_those_of_the_records():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("readme")
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not c.startswith("pip ")])
+@pytest.mark.parametrize("command", RUNNABLE)
 def test_command_runs(command, finished, tmp_path):
     """Every command of README runs to its end without an error."""
-    words = shlex.split(command.replace("HYPOTHESIS_PROFILE=nightly ", ""))
+    words = shlex.split(command)
     if words[0] == "pytest":
         assert "test" in run(
-            ["python", "-m", "pytest", "-n", "0", "--collect-only", "-q", *(words[1:] or ["tests"])]
+            ["python", "-m", "pytest", "-n", "0", "--collect-only", "-q", *words[1:]]
         )
     elif words[1].startswith("lessons/"):
         run([*words, *(["--smoke"] if "--smoke" not in words else [])])
@@ -236,9 +245,8 @@ def test_command_runs(command, finished, tmp_path):
     elif words[1:4] == ["-m", "minglm", "serve"]:
         check_server(finished)
     else:
-        config = (
-            tmp_path / "configs" / "nano.py"
-        )  # a copy: the picture of the stages is drawn beside its folder
+        # A copy: the picture of the stages is drawn beside its folder.
+        config = tmp_path / "configs" / "nano.py"
         config.parent.mkdir()
         shutil.copy(ROOT / "configs" / "nano.py", config)
         small = {"runs/toy": finished, "configs/toy.py": config}
@@ -251,7 +259,7 @@ def test_command_runs(command, finished, tmp_path):
 
 
 def check_server(finished):
-    """README's server: it says where it listens, answers, and ends with Ctrl-C."""
+    """Check README's server: it says where it listens, answers, and ends with Ctrl-C."""
     import json
     import signal
     from urllib.request import Request, urlopen
@@ -293,7 +301,7 @@ def check_server(finished):
 
 
 def check_run(words, finished, tmp_path):
-    """README's variations of `minglm run`: the same options with a small config, in a folder of their own."""
+    """Check README's variations of `minglm run`: the same options with a small config, in a folder of their own."""
     options = words[1:]
     if "--out" in options:
         at = options.index("--out")

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from minglm.kernels.dispatch import installed
-from minglm.kernels.toolchain.compile_check import Record, compile_module, faults, modules
+from minglm.kernels.toolchain.compile_check import Record, compile_modules, faults, modules
 
 HEADING = f"{'kernel':44} {'warps':>5} {'stages':>6} {'registers':>9} {'spilled':>7} {'shared':>8}  instructions"
 
@@ -42,7 +42,7 @@ def compile_kernels() -> dict[str, Any]:
     kernels: list[Record] = []
     print(HEADING)
     for module in modules():
-        for record in compile_module(module):
+        for record in compile_modules(module):
             kernels.append(record)
             print(row(record), flush=True)
     return {

@@ -134,7 +134,8 @@ def test_a_forgotten_stage_leaves_a_note_of_the_same_length(stages, gone, count,
         if gone in stages:
             assert path.stat().st_size == len(content)
             assert read_jsonl(path) == expected
-            before, after = content.splitlines(), path.read_bytes().splitlines()
+            before = content.splitlines()
+            after = path.read_bytes().splitlines()
             for line in after:
                 assert line in before or json.loads(line)["kind"] == "note"
         else:
@@ -301,14 +302,12 @@ def test_devices():
 def test_the_measured_ceiling_is_a_speed():
     """The measured FLOP/s are those of a plausible machine, and are measured once per process."""
     found = device.measured_flops(torch.device("cpu"), torch.float32, 0.01)
-    assert (
-        1e8 < found < 1e16
-        and device.measured_flops(torch.device("cpu"), torch.float32, 0.01) == found
-    )
+    assert 1e8 < found < 1e16
+    assert device.measured_flops(torch.device("cpu"), torch.float32, 0.01) == found
 
 
 @pytest.mark.parametrize(
-    ("environment", "argument", "threads"),
+    ("environment", "argument", "expected"),
     [
         ({"OMP_NUM_THREADS": "3"}, 0, 3),
         ({"OMP_NUM_THREADS": "3"}, 2, 2),
@@ -318,23 +317,18 @@ def test_the_measured_ceiling_is_a_speed():
     ],
 )
 def test_threads_are_the_argument_the_variable_or_the_share_of_the_cores(
-    environment, argument, threads
+    environment, argument, expected, monkeypatch
 ):
     """An argument wins over OMP_NUM_THREADS, which wins over cores divided by ranks; never less than one."""
-    clean = {
-        k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE")
-    } | environment
-    program = f"from minglm.common.threads import use_threads; use_threads({argument}); import torch; print(torch.get_num_threads())"
-    root = Path(__file__).parent.parent.parent
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=root,
-        env=clean,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert int(done.stdout) == threads
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    try:
+        assert threads.use_threads(argument) == 1
+        assert torch.get_num_threads() == threads.threads_in_use() == expected
+    finally:
+        threads.use_threads(1)  # as in every worker of the suite
 
 
 @pytest.mark.parametrize("value", ["abc", "0", "-1", "", ",", "2.5", "9" * 30, "100000", "³"])

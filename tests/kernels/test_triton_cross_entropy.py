@@ -22,12 +22,11 @@ from minglm.kernels.toolchain.tiles import Tiles
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
-one_at_a_time = pytest.mark.xdist_group("head")  # tests that fill a large part of a GPU's memory
 NAMES = ("log-probabilities", "entropies", "gradient of the states", "gradient of the head")
 
 
 def problem(seed, T, D, V, dtype=torch.float32, scale=1.0):
-    """Hidden states, head, targets, and the gradients that reach the log-probabilities, some of them equal."""
+    """Draw hidden states, head, targets, and the gradients that reach the log-probabilities, some of them equal."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
     hidden_TD, head_VD, upstream_T = (
         torch.randn(*shape, generator=generator, device=DEVICE) for shape in ((T, D), (V, D), (T,))
@@ -37,25 +36,24 @@ def problem(seed, T, D, V, dtype=torch.float32, scale=1.0):
 
 
 def results(function, hidden_TD, head_VD, targets_T, upstream_T, temperature):
-    """Both outputs and both gradients."""
+    """Return both outputs and both gradients."""
     inputs = [x.detach().clone().requires_grad_() for x in (hidden_TD, head_VD)]
     logp_T, entropy_T = function(*inputs, targets_T, temperature)
     assert not entropy_T.requires_grad
-    return (
-        logp_T.detach(),
-        entropy_T,
-        *torch.autograd.grad(logp_T, inputs, upstream_T.to(logp_T.dtype)),
-    )
+    gradients = torch.autograd.grad(logp_T, inputs, upstream_T.to(logp_T.dtype))
+    return (logp_T.detach(), entropy_T, *gradients)
 
 
 def plain(hidden_TD, head_VD, targets_T, temperature):
-    """The equations, in the dtype of the inputs."""
+    """Compute the equations in the dtype of the inputs."""
     logp_TV = (hidden_TD @ head_VD.T / temperature).log_softmax(1)
-    return logp_TV.gather(1, targets_T[:, None])[:, 0], -(logp_TV.exp() * logp_TV).sum(1).detach()
+    logp_T = logp_TV.gather(1, targets_T[:, None])[:, 0]
+    entropy_T = -(logp_TV.exp() * logp_TV).sum(1)
+    return logp_T, entropy_T.detach()
 
 
 def compare(values, temperature, tolerance):
-    """Every result within tolerance of the largest number of the exact one, and of one."""
+    """Check every result to a tolerance of the largest number of the exact one, and of one."""
     ours = results(kernel.log_probabilities_triton, *values, temperature)
     exact = results(
         plain, *(v.double() if v.is_floating_point() else v for v in values), temperature
@@ -74,9 +72,8 @@ def compare(values, temperature, tolerance):
     V=st.sampled_from([1, 16, 77, 300]),
     temperature=st.sampled_from([0.5, 1.0, 3.0]),
 )
-@example(
-    seed=0, T=33, D=8, V=300, temperature=1.0
-)  # two row tiles, splits with two tiles, one and none
+# Two row tiles, splits with two tiles, one and none.
+@example(seed=0, T=33, D=8, V=300, temperature=1.0)
 def test_equals_float64(seed, T, D, V, temperature):
     """Log-probabilities, entropies and gradients, for sizes that fit no tile, one word, any temperature."""
     compare(problem(seed, T, D, V), temperature, 1e-5)  # float32, sums of up to 300 numbers
@@ -101,9 +98,8 @@ def test_bfloat16_tiles(monkeypatch, D, V):
     ours = compare(values, 1.0, 2**-7)  # gradients are rounded to 8 bits, twice
     assert ours[0].dtype == ours[1].dtype == torch.float32
     exact = results(plain, *(v.double() if v.is_floating_point() else v for v in values), 1.0)
-    assert (
-        ours[0] - exact[0]
-    ).abs().max() < 1e-5  # the logits themselves are never rounded to bfloat16
+    # The logits themselves are never rounded to bfloat16.
+    assert (ours[0] - exact[0]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("size", [100.0, 1e4])
@@ -126,9 +122,8 @@ def test_gradient_is_that_of_finite_differences():
                 logp_T, _ = function(hidden_TD, head_VD, targets_T, 0.8)
                 ends.append(float((logp_T * upstream_T).sum()))
                 x[at] -= step
-            assert float(gradient[at]) == pytest.approx(
-                (ends[0] - ends[1]) / 2e-2, abs=2e-3
-            )  # step squared, float32
+            # Step squared, float32.
+            assert float(gradient[at]) == pytest.approx((ends[0] - ends[1]) / 2e-2, abs=2e-3)
 
 
 def test_the_switch_and_the_mask(monkeypatch):
@@ -143,14 +138,15 @@ def test_the_switch_and_the_mask(monkeypatch):
     loss = linear_cross_entropy(hidden_TD, head_VD, targets_T, weights_T)
     assert loss.item() == pytest.approx(float(exact), rel=1e-5)
     loss.backward()
-    assert hidden_TD.grad.isfinite().all() and not hidden_TD.grad[weights_T == 0].any()
+    assert hidden_TD.grad.isfinite().all()
+    assert not hidden_TD.grad[weights_T == 0].any()
     assert float(linear_cross_entropy(hidden_TD, head_VD, targets_T, 0 * weights_T)) == 0
     logp_T, _ = token_log_probabilities(hidden_TD[:0], head_VD, targets_T[:0])
     assert logp_T.shape == (0,)
 
 
 def check_loss(seed, T, D, V, most, dtype, factor=1.0, tolerance=1e-5):
-    """Loss and gradients, by chunks of at most `most` tokens, are float64's; twice the same bits.
+    """Check that loss and gradients, by chunks of at most `most` tokens, are float64's; twice the same bits.
 
     tolerance: of the largest number, in float32. In bfloat16 a logit of up to 4 is rounded by 2^-7, and its gradient
     with it; the head's is also rounded after every chunk.
@@ -163,21 +159,16 @@ def check_loss(seed, T, D, V, most, dtype, factor=1.0, tolerance=1e-5):
         patch.setattr(chunked, "GPU_CHUNK_BYTES", most * V * dtype.itemsize)
         loss, again = (linear_cross_entropy(*values, targets_T, weights_T) for _ in range(2))
         alone = linear_cross_entropy(*(x.detach() for x in values), targets_T, weights_T)
-    ours = loss, *torch.autograd.grad(factor * loss, values)
-    assert all(
-        map(
-            torch.equal,
-            ours,
-            (again, *torch.autograd.grad(factor * again, values, retain_graph=True)),
-        )
-    )
-    exact = [x.detach().double().requires_grad_() for x in values]
-    loss = cross_entropy(*exact, targets_T, weights_T.double())
+    ours = [loss, *torch.autograd.grad(factor * loss, values)]
+    twice = [again, *torch.autograd.grad(factor * again, values, retain_graph=True)]
+    assert all(map(torch.equal, ours, twice))
+    inputs = [x.detach().double().requires_grad_() for x in values]
+    loss = cross_entropy(*inputs, targets_T, weights_T.double())
+    exact = [loss, *torch.autograd.grad(factor * loss, inputs)]
     tolerance = tolerance if dtype == torch.float32 else 2**-6
-    for name, a, b in zip(
-        ("loss", *NAMES[2:]), ours, (loss, *torch.autograd.grad(factor * loss, exact))
-    ):
-        away = float((a.detach().double() - b.detach()).abs().max() / b.detach().abs().max())
+    for name, a, b in zip(("loss", *NAMES[2:]), ours, exact):
+        error = (a.detach().double() - b.detach()).abs().max()
+        away = float(error / b.detach().abs().max())
         assert away <= tolerance, f"{name}: off by {away:.1e}"
     assert alone.item() == pytest.approx(loss.item(), rel=tolerance)
     return again, values
@@ -193,9 +184,8 @@ def check_loss(seed, T, D, V, most, dtype, factor=1.0, tolerance=1e-5):
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     factor=st.sampled_from([1, -0.3]),
 )
-@example(
-    seed=0, T=20, D=8, V=300, most=7, dtype=torch.float32, factor=1
-)  # three chunks, three pieces of each row
+# Three chunks, three pieces of each row.
+@example(seed=0, T=20, D=8, V=300, most=7, dtype=torch.float32, factor=1)
 def test_loss_and_its_gradients(seed, T, D, V, most, dtype, factor):
     """The loss whose logits are in memory a chunk of tokens at a time, for sizes that fit no chunk and no piece."""
     with pytest.MonkeyPatch.context() as patch:
@@ -286,13 +276,13 @@ def test_a_sum_that_is_off_is_found(monkeypatch):
 
 
 @pytest.mark.gpu
-@one_at_a_time
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("T", [1, 700])
 def test_real_shapes(dtype, T):
     """GLM-4.5's head, in one chunk of the vocabulary and in several; twice the same bits."""
     values = problem(0, T, 5120, 151_552, dtype, 5120**-0.5)
-    kept, kernel.CHUNK_BYTES = kernel.CHUNK_BYTES, 2**26
+    kept = kernel.CHUNK_BYTES
+    kernel.CHUNK_BYTES = 2**26
     try:
         ours = compare(values, 1.0, 1e-4 if dtype == torch.float32 else 2**-7)
         assert all(
@@ -304,7 +294,6 @@ def test_real_shapes(dtype, T):
 
 
 @pytest.mark.gpu
-@one_at_a_time
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_at_real_shapes(dtype):
     """GLM-4.5's head under the loss, in three chunks of tokens."""
@@ -312,7 +301,6 @@ def test_loss_at_real_shapes(dtype):
 
 
 @pytest.mark.gpu
-@one_at_a_time
 @pytest.mark.parametrize("name", ["loss", "log-probabilities"])
 def test_memory_at_real_size(name):
     """At 16,384 tokens forward and backward need less than 0.7 GB beyond the head's and the states' gradients."""

@@ -42,7 +42,7 @@ from minglm.recipe.training import fine_tune
 from minglm.report.records import ConversationsRecord, read_records, select
 from minglm.train.checkpoint import CheckpointStore
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pipeline")]
+pytestmark = pytest.mark.slow
 __all__ = ["copied", "finished"]  # fixtures
 
 PRETRAINING = ["general", "code_reasoning", "repository", "reasoning", "long_agent"]
@@ -84,17 +84,17 @@ def test_every_stage_is_in_the_log(finished):
         ("pathology_rl", "after"),
     ]
     kinds = [r["kind"] for r in log]
-    assert (
-        kinds[0] == "data"
-        and kinds[-1] == "end"
-        and kinds.count("rejection") == 1
-        and "sample" in kinds
-    )
+    assert kinds[0] == "data"
+    assert kinds[-1] == "end"
+    assert kinds.count("rejection") == 1
+    assert "sample" in kinds
 
 
 def test_steps_go_on_from_stage_to_stage(finished):
     """Pre- and mid-training is one count of tokens, one schedule and the stages' own lengths."""
-    seen, start_of, run = 0, {}, small()
+    seen = 0
+    start_of = {}
+    run = small()
     for name in PRETRAINING:
         start_of[name] = sum(getattr(run.stages, earlier).tokens for earlier in start_of)
     for r in (r for r in records(finished, "step") if r["stage"] in PRETRAINING):
@@ -120,7 +120,8 @@ def test_the_report_is_there(finished):
 def test_the_folder_is_as_documented(finished):
     """config.json with its hash, the log, a final checkpoint for each stage, and nothing half done."""
     config = json.loads((finished / "config.json").read_text(encoding="utf-8"))
-    assert config["hash"] == small().hash() and config["config"]["name"] == "nano"
+    assert config["hash"] == small().hash()
+    assert config["config"]["name"] == "nano"
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == sorted(STAGES)
     assert {p.name for p in finished.rglob("*") if p.parent.parent.name == "checkpoints"} == {
         "final"
@@ -138,15 +139,16 @@ KILLS = [  # in the order of the run: (what the log must hold, how often), and t
 
 
 def held(folder, what):
-    """How often the log has a record of this kind, or a step of this stage."""
+    """Return how often the log has a record of this kind, or a step of this stage."""
     steps = [r for r in read_jsonl(folder / "log.jsonl") if r["kind"] in ("step", "rl")]
     return sum(r["stage"] == what for r in steps) + len(records(folder, what))
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """A run that was killed five times and interrupted once, by Ctrl-C; with the error output of the latter."""
-    out, rng = tmp_path_factory.mktemp("killed") / "run", random.Random(1)
+    """Return a run that was killed five times and interrupted once, by Ctrl-C, with the error output of the latter."""
+    out = tmp_path_factory.mktemp("killed") / "run"
+    rng = random.Random(1)
     often = ("--checkpoint_seconds", "0.02")
     for what, count in KILLS:
         process = start(out, *often)
@@ -165,7 +167,8 @@ def killed(tmp_path_factory):
         status, _ = stop(process, later, signal.SIGKILL)
         assert status == -signal.SIGKILL, f"the run was over before it could be killed at {what}"
     process = start(out, *often)
-    status, errors = stop(process, lambda: held(out, "general_rl") >= 1, signal.SIGINT)
+    # Two stages of RL and their evaluations are still to come, so the run cannot end before the signal.
+    status, errors = stop(process, lambda: held(out, "unified") >= 1, signal.SIGINT)
     assert status == 130, errors
     status, printed, last = complete(out, *often)
     assert status == 0, f"{printed}\n{last}"
@@ -183,9 +186,11 @@ def test_killed_and_continued_is_the_same_run(killed, finished):
     assert mine == straight
     for stage in STAGES:
         a, b = weights(out, stage), weights(finished, stage)
-        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), stage
+        assert a.keys() == b.keys(), stage
+        assert all(torch.equal(a[name], b[name]) for name in a), stage
     assert records(out) == records(finished)
-    assert (out / "report.md").exists() and len(list((out / "figures").glob("*.png"))) >= 6
+    assert (out / "report.md").exists()
+    assert len(list((out / "figures").glob("*.png"))) >= 6
     assert not list(out.rglob("*.tmp")), "half-written files of killed processes are removed"
 
 
@@ -193,11 +198,9 @@ def test_ctrl_c_says_how_to_continue(killed):
     """Exit status 130, no traceback, and the command that continues."""
     out, errors = killed
     last = errors.strip().splitlines()[-1]
-    assert (
-        "saved" in last
-        and f"python -m minglm run {CONFIG} --out {out}" in last
-        and "Traceback" not in errors
-    )
+    assert "saved" in last
+    assert f"python -m minglm run {CONFIG} --out {out}" in last
+    assert "Traceback" not in errors
 
 
 def test_a_finished_run_that_is_started_again_changes_nothing(copied, capsys):
@@ -211,7 +214,7 @@ def test_a_finished_run_that_is_started_again_changes_nothing(copied, capsys):
 
 
 def one_line(capsys, words, status=2):
-    """The only line of error output of a command that is refused."""
+    """Return the only line of error output of a command that is refused."""
     assert main([str(word) for word in words]) == status
     errors = capsys.readouterr().err.strip().splitlines()
     lines = [line for line in errors if "it/s" not in line and "B/s" not in line]  # progress bars
@@ -298,10 +301,8 @@ def test_a_full_disk_loses_nothing(tmp_path, finished):
     a, b = weights(out, "general"), weights(finished, "general")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert records(out) == records(finished)[: len(records(out))]
-    assert (
-        f"continue with: python -m minglm run {CONFIG} --out {out} --stages" in printed
-        and "--until" not in printed
-    )
+    assert f"continue with: python -m minglm run {CONFIG} --out {out} --stages" in printed
+    assert "--until" not in printed
 
 
 def test_a_full_disk_under_the_log_is_one_line(copied, capsys, monkeypatch):
@@ -373,17 +374,17 @@ def test_a_stage_needs_the_one_before(copied):
 
 @pytest.fixture
 def context(copied):
-    """What the stages of a finished run share."""
+    """Return what the stages of a finished run share."""
     return RecipeRunner(small(), copied, quiet=True).context
 
 
 def planned(name, run=None):
-    """The stage of this name in the plan of a run."""
+    """Return the stage of this name in the plan of a run."""
     return next(stage for stage in plan_stages(run or small()) if stage.name == name)
 
 
 def thoughts(messages):
-    """The reasoning of every assistant message."""
+    """Return the reasoning of every assistant message."""
     return [m.get("reasoning_content") for m in messages if m["role"] == "assistant"]
 
 
@@ -401,8 +402,10 @@ def test_the_unified_model_learns_both_modes(context):
         for _, replies in page.values()
         for reply in replies.values()
     }
-    spoilt = [messages[-1]["content"] not in clean for messages, *_ in conversations["provocation"]]
-    assert len(spoilt) == 8 and 0 < sum(spoilt) < 8
+    corrupted = [
+        messages[-1]["content"] not in clean for messages, *_ in conversations["provocation"]
+    ]
+    assert len(corrupted) == 8 and 0 < sum(corrupted) < 8
     flat = [c for group in conversations.values() for c in group]
     assert abs(sum(thinking for *_, thinking in flat) - len(flat) / 2) <= 1
     for messages, _, thinking in flat:
@@ -432,13 +435,10 @@ def test_a_truncated_share_of_the_cold_start_stops_after_the_first_step():
     changed = [pair for pair in zip(found, whole) if pair[0] != pair[1]]
     assert len(changed) == len(whole) // 4
     for (short, _, _), (full, _, _) in changed:
-        assert short == [truncate_reasoning(message) for message in full] and thoughts(
-            short
-        ) != thoughts(full)
-        assert (
-            thoughts(full)[0].startswith(thoughts(short)[0] + ";")
-            and short[-1]["content"] == full[-1]["content"]
-        )
+        assert short == [truncate_reasoning(message) for message in full]
+        assert thoughts(short) != thoughts(full)
+        assert thoughts(full)[0].startswith(thoughts(short)[0] + ";")
+        assert short[-1]["content"] == full[-1]["content"]
 
 
 def test_conversations_that_do_not_fit_are_left_out(context):

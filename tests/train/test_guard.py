@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 import warnings
 
 import torch
@@ -26,7 +27,8 @@ def test_which_steps_are_skipped(norms, factor, broken):
     guard = Guard(spike_factor=factor)
     assert not any(guard.reason(norm) for norm in norms)
     usual = sorted(norms[-50:])[len(norms[-50:]) // 2]
-    assert guard.reason(factor * usual * 1.01) == "spike" and guard.reason(broken) == "not finite"
+    assert guard.reason(factor * usual * 1.01) == "spike"
+    assert guard.reason(broken) == "not finite"
     assert guard.reason(usual) is None and (guard.in_a_row, guard.left_out) == (0, 2)
     assert Guard().reason(1e30) is None  # by default only NaN and infinity are
 
@@ -56,10 +58,11 @@ def test_a_spike_is_judged_by_the_last_fifty_accepted_norms(ones, twos, factor):
     if len(last) < 10:
         assert guard.reason(1e9) is None
         return
-    middle = (last[(len(last) - 1) // 2] + last[len(last) // 2]) / 2
-    for norm, reason in ((math.nextafter(factor * middle, 1e9), "spike"), (factor * middle, None)):
-        assert guard.reason(norm) == reason
-    assert guard.norms[-1] == factor * middle and len(guard.norms) == min(50, len(accepted) + 1)
+    bound = factor * statistics.median(last)
+    assert guard.reason(math.nextafter(bound, 1e9)) == "spike"
+    assert guard.reason(bound) is None
+    assert guard.norms[-1] == bound
+    assert len(guard.norms) == min(50, len(accepted) + 1)
 
 
 def test_ten_norms_are_a_history():
@@ -123,7 +126,8 @@ def test_utilisation_is_speed_over_the_ceiling(tmp_path):
     options = LoopOptions(quiet=True, ceiling=1000.0)
     Trainer(run.model, run.optimizer, run, run.phase, run.checkpoints, run.log, options).run()
     steps = [r for r in read_jsonl(tmp_path / "log.jsonl") if r["kind"] == "step"]
-    assert steps and all(abs(r["mfu"] - r["tokens_per_second"] / 1000) < 1e-3 for r in steps)
+    assert steps
+    assert all(abs(r["mfu"] - r["tokens_per_second"] / 1000) < 1e-3 for r in steps)
     assert not any("mfu" in r for r in read_jsonl(Run(tmp_path / "other").go().log.path))
 
 
@@ -150,16 +154,16 @@ def test_no_checkpoint_is_written_while_steps_fail(tmp_path, monkeypatch):
         lambda tensors, values, background: seen.append(values["step"]) or save(tensors, values),
     )
     run.go()
-    assert (
-        seen == [0, 1, 2, 6, 6] and read_values(run.checkpoints.partial)["guard"]["left_out"] == 3
-    )
+    assert seen == [0, 1, 2, 6, 6]
+    assert read_values(run.checkpoints.partial)["guard"]["left_out"] == 3
 
 
 @settings(max_examples=8)
 @given(seed=seeds, packed=st.booleans())
 def test_recomputing_layers_changes_nothing(seed, packed):
     """Losses, gradients and the routers' loads are bit-equal: no load is counted twice."""
-    model, batch = tiny_model(seed), drawn_batch(seed, 3, 8, packed)
+    model = tiny_model(seed)
+    batch = drawn_batch(seed, 3, 8, packed)
     sums, kept, loads = gradients(model, batch, 0.3, balance_weight=0.1)
     model.recompute = True
     other_sums, again, other_loads = gradients(model, batch, 0.3, balance_weight=0.1)
@@ -171,7 +175,9 @@ def test_recomputing_keeps_less():
     """Between the passes only the input of a layer is kept."""
     held = []
     for recompute in (False, True):
-        model, batch, sizes = tiny_model(0), drawn_batch(0, 4, 32, False), {}
+        model = tiny_model(0)
+        batch = drawn_batch(0, 4, 32, False)
+        sizes = {}
         model.recompute = recompute
 
         def pack(x, sizes=sizes):
@@ -186,7 +192,7 @@ def test_recomputing_keeps_less():
 
 def test_compiled_layers_compute_the_same():
     """The switch changes neither names of parameters nor logits nor gradients. Traced only: no compiler is needed."""
-    model = tiny_model(0)
+    model = tiny_model(0, num_hidden_layers=2)  # a dense layer and a MoE layer
     batch = drawn_batch(0, 2, 8, False)
     names = list(model.state_dict())
 

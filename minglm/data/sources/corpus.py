@@ -20,6 +20,7 @@ Simplified: no web, and no languages but these two.
 import hashlib
 import inspect
 import math
+import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -83,15 +84,22 @@ class _LibraryFile:
     path: Path
 
 
+def _source_paths(root: Path) -> list[Path]:
+    """List the Python files under a folder, in order; folders that are left out are not entered, as they may be large."""
+    paths = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in LEFT_OUT_FOLDERS]
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(paths)
+
+
 def _library_files() -> list[_LibraryFile]:
     """List the files of the running Python's standard library, without its tests, in order."""
     root = Path(sysconfig.get_path("stdlib"))
     files = []
-    for path in sorted(root.rglob("*.py")):
+    for path in _source_paths(root):
         inside = path.relative_to(root)
         folders = inside.parts[:-1]
-        if LEFT_OUT_FOLDERS & set(folders):
-            continue
         if any(part.startswith(MACHINE_DEPENDENT) for part in inside.parts):
             continue
         if 0 < path.stat().st_size <= MAX_FILE_BYTES:

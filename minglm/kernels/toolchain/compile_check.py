@@ -1,6 +1,6 @@
 """Compile every Triton kernel for an H100 on a machine without one, and inspect the machine code (no paper section).
 
-    records = compile_module("minglm.kernels.norm.triton_kernel")     # one record for each Spec in its SPECS
+    records = compile_modules("minglm.kernels.norm.triton_kernel")    # one record for each Spec in its SPECS
     faults(records[0])                                                # [] when the kernel keeps its budget
 
 Triton includes NVIDIA's assembler, so a kernel becomes real sm_90a machine code on any Linux machine. The record says:
@@ -17,8 +17,8 @@ tiles that are whole multiples of 128 bytes for the bulk copy engine, since othe
 address that the engine does not take (the compiler checks neither the memory nor the tiles). This proves that a kernel
 compiles, uses the right units and does not spill. It proves nothing about its results or its time.
 
-A module is compiled in a process of its own: a process that interprets kernels (TRITON_INTERPRET=1) cannot compile any,
-and a crash of the compiler ends only that process.
+Modules are compiled in a process of their own: a process that interprets kernels (TRITON_INTERPRET=1) cannot compile
+any, and a crash of the compiler ends only that process.
 """
 
 import contextlib
@@ -31,12 +31,12 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict, cast
 
-if (
-    TYPE_CHECKING
-):  # this file runs as a script, where the package is imported only with the module to compile
+# This file runs as a script, where the package is imported only with the module to compile.
+if TYPE_CHECKING:
     from minglm.kernels.toolchain.spec import Spec
 
 SHARED_BYTES = 232_448  # shared memory of one block, H100
@@ -87,7 +87,7 @@ class Record(TypedDict):
     """
 
     module: NotRequired[str]
-    """Module below minglm.kernels, which `compile_module` adds."""
+    """Module below minglm.kernels, which `main` adds."""
     kernel: str
     """Name of the Spec."""
     error: NotRequired[str]
@@ -219,9 +219,8 @@ def compile_spec(spec: "Spec") -> Record:
     kernel: Any = triton.compile(source_of(spec), target=GPUTarget("cuda", 90, 32), options=options)
     ptx = kernel.asm["ptx"]
     cubin = inspect_cubin(kernel.asm["cubin"])
-    threads = re.search(
-        r"\.reqntid\s+(\d+)", ptx
-    )  # with specialised warps more than were asked for
+    # With specialised warps more than were asked for.
+    threads = re.search(r"\.reqntid\s+(\d+)", ptx)
     waits = {int(n) for n in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)}
     return {
         "kernel": spec.name,
@@ -270,8 +269,8 @@ def faults(record: Record) -> list[str]:
     return sentences
 
 
-def compile_module(name: str, timeout: float = 600) -> list[Record]:
-    """Compile every Spec of a module in a process of its own. Returns their records, in order.
+def compile_modules(*names: str, timeout: float = 600) -> list[Record]:
+    """Compile every Spec of some modules in a process of its own. Returns their records, in order.
 
     A Spec that does not compile has a record {"module", "kernel", "error"}. Raises RuntimeError, with the Spec that was
     being compiled, when the process dies or does not end within `timeout` seconds.
@@ -280,7 +279,7 @@ def compile_module(name: str, timeout: float = 600) -> list[Record]:
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *(path for path in sys.path if path)])
     try:
         process = subprocess.run(
-            [sys.executable, "-P", __file__, name],  # -P: do not search this file's folder
+            [sys.executable, "-P", __file__, *names],  # -P: do not search this file's folder
             env=environment,
             capture_output=True,
             text=True,
@@ -298,24 +297,25 @@ def compile_module(name: str, timeout: float = 600) -> list[Record]:
         begun = [line.removeprefix("begin ") for line in lines if line.startswith("begin ")]
         last_words = "\n".join(complaint.splitlines()[-5:])
         place = begun[-1] if begun else "import"
-        raise RuntimeError(f"{name}: exit status {status} at {place}\n{last_words}")
-    module = name.removeprefix("minglm.kernels.")
-    records = [{"module": module, **json.loads(line)} for line in lines if line.startswith("{")]
+        raise RuntimeError(f"{', '.join(names)}: exit status {status} at {place}\n{last_words}")
+    records = [json.loads(line) for line in lines if line.startswith("{")]
     return cast("list[Record]", records)
 
 
-def main(name: str) -> None:
-    """Compile the Specs of a module: print a line when each begins, and its record as JSON."""
-    for spec in importlib.import_module(name).SPECS:
-        print("begin", spec.name, flush=True)
-        try:
-            with contextlib.redirect_stdout(sys.stderr):
-                record = compile_spec(spec)
-        except Exception as error:  # whatever the compiler raises is this Spec's record
-            reason = f"{type(error).__name__}: {str(error).strip()[-300:]}"
-            record = {"kernel": spec.name, "error": reason}
-        print(json.dumps(record), flush=True)
+def main(names: Sequence[str]) -> None:
+    """Compile the Specs of modules: print a line when each begins, and its record as JSON."""
+    for name in names:
+        module = name.removeprefix("minglm.kernels.")
+        for spec in importlib.import_module(name).SPECS:
+            print("begin", spec.name, flush=True)
+            try:
+                with contextlib.redirect_stdout(sys.stderr):
+                    record = compile_spec(spec)
+            except Exception as error:  # whatever the compiler raises is this Spec's record
+                reason = f"{type(error).__name__}: {str(error).strip()[-300:]}"
+                record = {"kernel": spec.name, "error": reason}
+            print(json.dumps({"module": module, **record}), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])
