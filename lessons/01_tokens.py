@@ -314,7 +314,10 @@ def verdicts(log):
             f"best fit pads at most {100 * best:.1f}%, one document per row at least {100 * alone:.0f}%",
             best < alone / 10,
         ),
-        (f"cheapest vocabulary of those tried: the toy {toy}, GLM-4.5 {large}", toy < large),
+        (
+            f"the cheapest vocabulary of those tried is smaller for the toy: {toy}, GLM-4.5 {large}",
+            toy < large,
+        ),
     ]
     return {claim: bool(holds) for claim, holds in claims}
 

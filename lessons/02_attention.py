@@ -237,10 +237,16 @@ def full_scale():
     flops_few = flops_per_token(few, 4096).total
     return {
         "attention of GLM-4.5, billions of weights": round(counts["attention"] / 1e9, 2),
-        "the same with 40 heads": round(counts_few["attention"] / 1e9, 2),
-        "its share of the body": round(counts["attention"] / counts["body"], 3),
-        "its share of what a token uses": round(counts["attention"] / counts["active_body"], 3),
-        "training FLOPs a token at 4,096, in those with 40 heads": round(flops / flops_few, 2),
+        "the same with 40 heads, billions of weights": round(counts_few["attention"] / 1e9, 2),
+        "share of attention in the weights of the body": round(
+            counts["attention"] / counts["body"], 3
+        ),
+        "share of attention in the weights that a token uses": round(
+            counts["attention"] / counts["active_body"], 3
+        ),
+        "training FLOPs per token at length 4,096, relative to 40 heads": round(
+            flops / flops_few, 2
+        ),
     }
 
 
@@ -367,7 +373,7 @@ def verdicts(log):
     many = ends(log, "loss", True, low, heads=10).mean()
     claims = [
         (
-            f"at rate {high:g} logits reach {wild.mean():.0f}, with QK-norm {tame.mean():.0f}",
+            f"at rate {high:g} logits reach {wild.mean():.0f} without QK-norm, {tame.mean():.0f} with it",
             wild.min() > 10 * tame.max(),
         ),
         (
@@ -378,16 +384,19 @@ def verdicts(log):
             "QK-norm lowers the loss: " + ", ".join(f"{gain.mean():.2f}" for gain in gains),
             np.min(gains) > 0,
         ),
-        ("and more so at high rates", gains[-1].min() > gains[0].max()),
+        (
+            "QK-norm lowers it more at the highest rate than at the lowest",
+            gains[-1].min() > gains[0].max(),
+        ),
         (
             "questions of place need rotation: " + ", ".join(f"{v.mean():.0f}%" for v in place),
             place[0].max() < np.min(place[1:]),
         ),
         (
-            "distant content suffers from it: " + ", ".join(f"{v:.0f}%" for v in content),
+            "rotation costs distant content: " + ", ".join(f"{v:.0f}%" for v in content),
             content == sorted(content)[::-1],
         ),
-        (f"ten heads end at {many:.2f}, four at {few:.2f}: not lower", many >= few),
+        (f"ten heads do not end lower than four: {many:.2f} and {few:.2f}", many >= few),
     ]
     return {claim: bool(holds) for claim, holds in claims}
 

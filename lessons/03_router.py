@@ -302,13 +302,16 @@ def verdicts(log):
     load_means = {method: f"{values.mean():.2f}" for method, values in load.items()}
     bits_means = {method: f"{values.mean():.2f}" for method, values in bits.items()}
     claims = [
-        (f"busiest expert, held out: {load_means}", load["nothing"].min() > 2 * load[best].max()),
         (
-            f"the bias changes the loss by {cost[best].round(3).tolist()}: no cost",
+            f"the bias halves the load of the busiest expert, held out: {load_means}",
+            load["nothing"].min() > 2 * load[best].max(),
+        ),
+        (
+            f"the bias costs no loss: {cost[best].round(3).tolist()} nats",
             cost[best].mean() < 0.01,
         ),
         (
-            f"a strong balance loss by {cost[strong].round(3).tolist()}: more",
+            f"a strong balance loss costs more: {cost[strong].round(3).tolist()} nats",
             (cost[strong] > cost[best]).all(),
         ),
         (
@@ -316,7 +319,7 @@ def verdicts(log):
             load[late].mean() < 1.1 * load[best].mean(),
         ),
         (
-            f"bits that the expert tells about the type: {bits_means}",
+            f"with the bias an expert tells more about the token's type, in bits: {bits_means}",
             bits[strong].max() < bits[best].min(),
         ),
     ]

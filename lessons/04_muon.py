@@ -214,10 +214,10 @@ def full_scale():
     largest = max(update_scale(shape, 0.2) for shape in shapes)
     return {
         "share of weights under Muon": round(under_muon / total, 4),
-        "share in expert stacks": round(in_experts / total, 4),
+        "share of weights in expert stacks": round(in_experts / total, 4),
         "Newton-Schulz, PFLOP a step": round(cost / 1e15, 2),
         "share of a step's 6 * 32e9 * 64e6 FLOP": round(cost / (6 * 32e9 * 64e6), 5),
-        "factor 0.2 sqrt(max), largest": round(largest, 1),
+        "largest factor of an update, 0.2 sqrt(max(rows, columns))": round(largest, 1),
     }
 
 
@@ -252,7 +252,7 @@ def draw_rates(axis, log):
             x = [run["rate"] for run in runs]
             y = [run["final"] for run in runs]
             axis.plot(x, y, marker="o", color=shade, linewidth=1.6, **style)
-    drawing.title(axis, f"End of each run of seed 0: batch {small:,} filled, {large:,} hollow")
+    drawing.title(axis, f"End of each run, seed 0; batch {small:,} (hollow: {large:,})")
     axis.set(xscale="log", xlabel="peak learning rate")
     axis.set_xticks(rates, [f"{rate:g}" for rate in rates], minor=False)
 
@@ -275,14 +275,20 @@ def draw_spectrum(axis, log):
 def draw_polynomials(after, worst, log):
     """Draw what Newton-Schulz does to singular values with two sets of coefficients."""
     results = log["polynomials"]
-    for name, shade in (("jordan", "#1f5fa8"), ("polar_express", "#c2571a")):
+    shades = {"jordan": "#1f5fa8", "polar_express": "#c2571a"}
+    for name, shade in shades.items():
         after.plot(results["values"], results[name]["five"], color=shade, linewidth=1.6)
         distances = results[name]["worst"]
         worst.plot(range(1, 9), distances, "o-", color=shade, linewidth=1.6, markersize=3.5)
         label = {"textcoords": "offset points", "ha": "right", "color": shade}
-        worst.annotate(name.replace("_", " "), (7, distances[6]), (-8, -12), **label)
-    drawing.title(after, "Five steps of Newton-Schulz on a singular value")
-    after.set(xscale="log", xlabel="before, as a share of the norm", ylabel="after", ylim=(0, 1.4))
+        worst.annotate(name.replace("_", " ").title(), (7, distances[6]), (-8, -12), **label)
+    drawing.title(after, "Five steps of Newton-Schulz; colours as below")
+    after.set(
+        xscale="log",
+        xlabel="singular value before, as a share of the norm",
+        ylabel="singular value after",
+        ylim=(0, 1.4),
+    )
     drawing.title(worst, "Worst value from 0.001 to 1, by number of steps")
     worst.set(xlabel="steps", ylabel="largest distance from one", yscale="log")
 
@@ -342,11 +348,11 @@ def verdicts(log):
         ),
         ("the difference is larger at the large batch", gaps[1] > gaps[0]),
         (
-            f"Muon's best rates {rates['Muon']} are AdamW's {rates['AdamW']}",
+            f"Muon's best rates {rates['Muon']} equal AdamW's {rates['AdamW']}",
             rates["Muon"] == rates["AdamW"],
         ),
         (
-            f"five steps of Polar Express end at most {express:.2f} from one, Jordan's {jordan:.2f}",
+            f"after five steps Polar Express is at most {express:.2f} from one, Jordan {jordan:.2f}",
             express < jordan,
         ),
     ]

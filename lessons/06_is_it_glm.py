@@ -18,6 +18,7 @@
 # %%
 import dataclasses
 import tempfile
+import textwrap
 from unittest import mock
 
 import numpy as np
@@ -190,45 +191,68 @@ def series(log, name, field):
     return np.array([run[name][field] for run in log["runs"]])
 
 
-def draw(log):
-    """Draw the figure from the log alone."""
-    figure, ((right, wrong), (cost, where)) = drawing.canvas(2, 2, (10, 7.4))
+FLOOR = 1e-8  # the smallest error that the figure shows; some layers have none at all
+
+
+def draw_errors(right, wrong, log):
+    """Draw the error after each layer: of the correct model in two precisions, and of each mistake."""
     x = list(range(1, NANO.num_hidden_layers + 2))
     for name, shade in (("float32", "#1f5fa8"), ("bfloat16", "#c2571a")):
-        lesson.curve(
-            right, x, np.maximum(series(log, name, "layers"), 1e-8), name, shade, style="o-"
-        )
+        errors = np.maximum(series(log, name, "layers"), FLOOR)
+        lesson.curve(right, x, errors, name, shade, style="o-")
     for number, (name, shade) in enumerate(zip(MISTAKES, COLOURS)):
-        lesson.curve(wrong, x, np.maximum(series(log, name, "layers"), 1e-8), "", shade, style="o-")
+        errors = np.maximum(series(log, name, "layers"), FLOOR)
+        lesson.curve(wrong, x, errors, "", shade, style="o-")
         wrong.annotate(name, (0.55, 0.03 + 0.058 * number), xycoords="axes fraction", color=shade)
     for axis in (right, wrong):
         axis.set_yscale("log")
-        axis.set_ylim(1e-8, 10)
+        axis.set_ylim(FLOOR, 10)
         axis.set_xticks(x, [*map(str, x[:-1]), "logits"])
     right.set_xlim(0.7, x[-1] + 2)
-    gaps = [series(log, name, "loss") - series(log, "float32", "loss") for name in MISTAKES]
-    lesson.bars(cost, [name.replace(" ", "\n") for name in MISTAKES], gaps, COLOURS)
-    cost.tick_params(axis="x", labelsize=6.5)
-    kinds = ("experts", "attention", "mtp", "embedding", "head", "shared", "dense", "router")
-    for row, n in enumerate(log["counts"].values()):
-        left = 0.0
-        total = sum(n[kind] for kind in kinds)
-        for kind, shade in zip(kinds, ("#1f5fa8", *COLOURS[2:], "#c2571a", "#333333", "#dddddd")):
-            where.barh(
-                row, 100 * n[kind] / total, left=left, color=shade, label=kind if row == 0 else None
-            )
-            left += 100 * n[kind] / total
-    names = []
-    for name, n in log["counts"].items():
-        billions = sum(n[kind] for kind in kinds) / 1e9
-        names.append(f"{name}\n{billions:.0f}B")
-    where.set_yticks(range(len(names)), names)
-    where.set_xlim(80, 100)
-    where.legend(ncols=4, fontsize=6.5, loc="lower center", bbox_to_anchor=(0.5, -0.42))
     lesson.panel(right, "Correct: minglm against transformers", "after layer", "relative error")
     lesson.panel(wrong, "Wrong in one place", "after layer", "relative error")
-    lesson.panel(cost, "What each mistake costs a trained model", "", "nats per token, held out")
-    lesson.panel(where, "Where the parameters are (axis from 80%: experts)", "% of all", "")
+
+
+def draw_cost(axis, log):
+    """Draw how much loss each mistake costs, one bar a mistake, one tick a seed."""
+    gaps = [series(log, name, "loss") - series(log, "float32", "loss") for name in MISTAKES]
+    lesson.bars(axis, [textwrap.fill(name, 10) for name in MISTAKES], gaps, COLOURS)
+    axis.tick_params(axis="x", labelsize=8)
+    lesson.panel(axis, "What each mistake costs a trained model", "", "nats per token, held out")
+
+
+def draw_parameters(axis, log):
+    """Draw which share of the parameters each kind has, one bar a model."""
+    kinds = ("experts", "attention", "mtp", "embedding", "head", "shared", "dense", "router")
+    shades = ("#1f5fa8", *COLOURS[2:], "#c2571a", "#333333", "#dddddd")
+    names = []
+    for row, (name, counts) in enumerate(log["counts"].items()):
+        total = sum(counts[kind] for kind in kinds)
+        left = 0.0
+        for kind, shade in zip(kinds, shades):
+            share = 100 * counts[kind] / total
+            axis.barh(
+                row,
+                share,
+                left=left,
+                color=shade,
+                label=kind.replace("mtp", "MTP") if row == 0 else None,
+            )
+            left += share
+        names.append(f"{name}\n{total / 1e9:.0f}B")
+    axis.set_yticks(range(len(names)), names)
+    axis.set_xlim(80, 100)
+    axis.set_xticks(range(80, 101, 5))
+    axis.legend(ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.45, -0.45))
+    lesson.panel(axis, "Where the parameters are (axis from 80%: experts)", "% of all", "")
+
+
+def draw(log):
+    """Draw the figure from the log alone."""
+    figure, ((right, wrong), (cost, where)) = drawing.canvas(2, 2, (10, 7.4))
+    draw_errors(right, wrong, log)
+    draw_cost(cost, log)
+    draw_parameters(where, log)
     figure.supxlabel(f"mean and range of {len(log['seeds'])} seeds", fontsize=8.5, color="#5c5c64")
     return figure
 
@@ -259,18 +283,19 @@ def verdicts(log):
     }
     spared = abs(series(log, "bfloat16", "loss") - series(log, "float32", "loss")).max()
     first = {name: sorted({str(run[name]["first"]) for run in log["runs"]}) for name in MISTAKES}
+    costs = {name: round(float(value), 3) for name, value in gap.items()}
     hidden = [name for name, value in gap.items() if abs(value) < 0.02]
     claims = [
-        (f"float32 error of {exact:.1e} at most, in every layer", exact < 1e-5),
+        (f"the float32 error is at most {exact:.1e} in every layer", exact < 1e-5),
         (
-            f"bfloat16 error of {rounded:.1e}, and a loss that changes by {spared:.4f} at most",
+            f"the bfloat16 error is {rounded:.1e}, and changes the loss by {spared:.4f} at most",
             spared < 0.01,
         ),
         (
-            f"cost in nats: { ({k: round(float(v), 3) for k, v in gap.items()}) }",
+            f"some mistakes cost more than 0.02 nats: {costs}",
             max(gap.values()) > 0.02,
         ),
-        (f"mistakes that cost less than 0.02 nats: {', '.join(hidden) or 'none'}", bool(hidden)),
+        (f"others cost less: {', '.join(hidden) or 'none'}", bool(hidden)),
         (
             f"the comparison names a place for each: {first}",
             all("None" not in names for names in first.values()),

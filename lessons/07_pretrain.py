@@ -225,12 +225,14 @@ def draw(log):
     tokens, loss = smooth(paper[0])
     losses = [smooth(run)[1] for run in paper]
     lesson.curve(curve, tokens / 1000, losses, "", SHADES["cosine, ramp"])
+    top = max(loss) + 1.6  # room above the curve for the names of the stages
     for stage, bound in zip(SHARES, log["bounds"], strict=False):
         x = bound / 1000
         curve.axvline(x, color=drawing.PALE, linewidth=1)
         label = stage.replace("_", " ")
-        annotate(curve, (x, max(loss)), label, (3, 0), fontsize=7, rotation=-90, va="top")
+        annotate(curve, (x, top), label, (3, 0), fontsize=8, rotation=-90, va="top")
     lesson.panel(curve, "Five stages, one curve", "tokens (thousands)", "loss (nats per token)")
+    curve.set_ylim(None, top)
 
     # The learning rate of both schedules.
     for name, offset in (("cosine, ramp", (6, 0)), ("WSD, ramp", (6, 6))):
@@ -241,7 +243,7 @@ def draw(log):
         rate.plot(tokens, rates, color=shade, linewidth=1.6)
         last = (tokens[-1], rates[-1])
         annotate(rate, last, name.split(",")[0], offset, color=shade, fontsize=8)
-    lesson.panel(rate, "Learning rate", "tokens (thousands)", "")
+    lesson.panel(rate, "Learning rate", "tokens (thousands)", "learning rate")
 
     # Held-out text after each stage, as a mean of the seeds.
     stages = range(1, 6)
@@ -249,7 +251,8 @@ def draw(log):
         means = np.mean([run["bits"] for run in runs_of(log, name)], 0)
         batch.plot(stages, means, "o-", color=SHADES[name], linewidth=1.4, markersize=3.5)
     batch.set_xticks(stages)
-    lesson.panel(batch, "Held-out text after each stage", "stage", "bits per byte")
+    heading = "Held-out text after each stage; colours as on the right"
+    lesson.panel(batch, heading, "stage", "bits per byte")
 
     # Held-out text at the end, one tick a seed.
     names = []
@@ -316,16 +319,18 @@ def verdicts(log):
     claims = {}
     claim = f"cosine ends below WSD with every seed; WSD {text['WSD, ramp']} bits per byte"
     claims[claim] = gain["WSD, ramp"].min() > 0
-    claim = f"the ramp ends below the large batch; that {text['large batch']}"
+    claim = f"the ramp ends below the large batch; the large batch {text['large batch']}"
     claims[claim] = gain["large batch"].min() > 0
     claim = f"the ramp ends within 0.05 of the small batch, {text['small batch']}, "
     claim += f"in {ramp_steps} steps against {small_steps}"
     claims[claim] = gain["small batch"].min() > -0.05
     claim = f"the switch costs the trunk less than 0.02: without it {text['no switch']}"
     claims[claim] = gain["no switch"].min() > -0.02
-    claim = f"and the balance stays: max over mean {load:.2f} with it, {load_without:.2f} without"
+    claim = (
+        f"the experts stay balanced: max over mean {load:.2f} with it, {load_without:.2f} without"
+    )
     claims[claim] = load < 1.1 * load_without
-    claim = f"MTP alone pays: its loss {mtp:.2f} with the switch, {mtp_without:.2f} without"
+    claim = f"only the MTP layer loses by it: its loss is {mtp:.2f} with the switch, {mtp_without:.2f} without"
     claims[claim] = mtp > mtp_without
     return claims
 

@@ -84,9 +84,8 @@ def rows(random, count, length, spread):
 
     spread: things are shown anywhere in the row; else all of them at its beginning, as a repository defines its names.
     """
-    blocks = (
-        length // 2
-    )  # a block is two tokens: a thing and noise, a question and its answer, or noise
+    # A block is two tokens: a thing and noise, a question and its answer, or noise.
+    blocks = length // 2
     row = np.arange(count)[:, None]
     # Which things each row shows, and with which marks.
     things = random.permuted(np.tile(np.arange(THINGS), (count, 1)), axis=1)[:, :SHOWN]
@@ -364,17 +363,19 @@ def verdicts(log):
     better = packed(log, "best_fit") - packed(log, "truncate")
     filled = next(run["filled"] for run in log["packing"] if run["packing"] == "best_fit")
 
-    where = f"is found at {probes[last]} (chance {chance:.0f}%)"
+    where = f"of the needles are found at {probes[last]} (chance {chance:.0f}%)"
     claims = {}
-    claim = f"from rows of {lengths[0]}, less than half {where}: {short.mean():.0f}%"
+    claim = f"after rows of {lengths[0]}, less than 50% {where}: {short.mean():.0f}%"
     claims[claim] = short.max() < 50
-    claim = f"extended, more than 90% {where}: {raised.mean():.0f}%"
+    claim = f"after both extensions, more than 90% {where}: {raised.mean():.0f}%"
     claims[claim] = raised.min() > 90
     points = gain.round().tolist()
-    claim = f"the raised base finds more there than the kept one, each seed: {points}"
+    claim = f"the raised base finds more there than the kept one with every seed: {points} points"
     claims[claim] = gain.min() > 0
     points = better.round(1).tolist()
-    claim = f"best fit, {filled:.0%} full, answers more, each seed: {points} points"
+    claim = (
+        f"best fit, {filled:.0%} full, answers more than cutting with every seed: {points} points"
+    )
     claims[claim] = better.min() > 0
     return claims
 

@@ -229,15 +229,17 @@ def experiment(sizes, seeds):
 # %%
 def full_scale():
     """Return bytes and bounds, from the config and the formulas."""
-    c, T = ModelConfig(), 16_384
+    c = ModelConfig()
+    logits = 4 * 16_384 * c.vocab_size  # bytes
+    numbers_per_token = c.num_experts_per_tok * c.hidden_size  # in the rows of its experts
     layer = next(row for row in counted() if "forward, 16384 tokens, 8 of 160" in row["case"])
+    by_products = 1e3 * layer["flops"] / PEAK
+    by_bytes = 1e3 * layer["bytes"] / COPIED
     return {
-        "gigabytes of 16,384 tokens' logits in float32": round(4 * T * c.vocab_size / 1e9, 1),
-        "tokens whose expert rows pass 2^31": 2**31 // (c.num_experts_per_tok * c.hidden_size) + 1,
-        "expert layer forward, milliseconds at least by products": round(
-            1e3 * layer["flops"] / PEAK, 1
-        ),
-        "by bytes": round(1e3 * layer["bytes"] / COPIED, 1),
+        "gigabytes of 16,384 tokens' logits in float32": round(logits / 1e9, 1),
+        "tokens whose expert rows pass 2^31 numbers": 2**31 // numbers_per_token + 1,
+        "expert layer forward, least milliseconds for its products": round(by_products, 1),
+        "expert layer forward, least milliseconds for its bytes": round(by_bytes, 1),
     }
 
 
@@ -420,15 +422,15 @@ def verdicts(log):
             garbage > 1,
         ),
         (
-            f"a norm, without products, is then off by {norm:.1f} times what it should be or more",
+            f"a norm, which has no products, is off by {norm:.1f} times its error once patched, or more",
             norm > 1.5,
         ),
         (
-            f"patched, one is off by {max(product['bfloat16']) / u:.2f} u at most",
+            f"once patched, a product is off by {max(product['bfloat16']) / u:.2f} u at most",
             max(product["bfloat16"]) <= u,
         ),
         (
-            f"in float32 it grows like the root of the sum's length, {root:.0f} times: {growth:.1f}",
+            f"in float32 its error grows like the root of the sum's length, {root:.0f} times: {growth:.1f}",
             growth > root / 2,
         ),
         (
@@ -443,7 +445,7 @@ def verdicts(log):
             "every element of the grouped product is stored by one program, once",
             log["product"]["stores of an element"] == [1],
         ),
-        (f"bound by memory: {'; '.join(bound)}", bool(bound)),
+        (f"memory bounds these expert layers: {'; '.join(bound)}", bool(bound)),
         (
             "the benchmark counts as many operations of a training step of the experts as the planner",
             step == planned,
