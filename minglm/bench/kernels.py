@@ -35,7 +35,8 @@ from minglm.common.files import write_json
 from minglm.common.version import versions
 
 CASES = Path(__file__).parent / "cases"
-FILLS = 10  # times that the cache is filled before a turn: 1 ms, in which the host starts what takes less than that
+# Times that the cache is filled before a turn: 1 ms, in which the host starts what takes less than that.
+FILLS = 10
 TRIALS = 10  # of each ceiling; the best counts
 MIN_ROUNDS = 3  # turns of each form, however long they take
 PACKAGES = ("triton", "liger-kernel", "cut-cross-entropy", "transformers")
@@ -281,12 +282,13 @@ def measure(
     our_median = statistics.median(turns[our_name]) if our_name in turns else None
     for name, milliseconds in turns.items():
         median = statistics.median(milliseconds)
-        low, high = median, median
+        quartiles = [median, median]
         if len(milliseconds) > 1:
             low, _, high = statistics.quantiles(milliseconds, n=4)
+            quartiles = [low, high]
         record = records[name]
         record["milliseconds"] = median
-        record["quartiles"] = [low, high]
+        record["quartiles"] = quartiles
         record["share"] = floor_ms / median
         record["tflops"] = case.flops / median / 1e9
         record["tbytes"] = case.bytes / median / 1e9

@@ -214,7 +214,13 @@ class Products(TorchDispatchMode):
         super().__init__()
         self.calls: Counter[tuple[Any, ...]] = Counter()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         name = func.overloadpacket.__name__
         if name in PRODUCTS:
             factors = args[1:3] if "add" in name else args[:2]
@@ -247,8 +253,9 @@ def memory(side: Side, config: RunConfig, batch: Batch) -> int:
     trainee = build(side, config)
 
     def status(name: str) -> int:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return int(status.split(name)[1].split()[1]) * 1024
+        after_name = Path("/proc/self/status").read_text(encoding="utf-8").split(f"{name}:")[1]
+        kilobytes = after_name.split()[0]
+        return int(kilobytes) * 1024
 
     before = status("VmRSS")
     trainee.step(batch)

@@ -364,7 +364,8 @@ def explain_difference(
         return None
     pairs = enumerate(zip(sampled, rendered, strict=False))
     at = next((i for i, (a, b) in pairs if a != b), min(len(sampled), len(rendered)))
-    text, again = tokenizer.decode(sampled), tokenizer.decode(rendered)
+    text = tokenizer.decode(sampled)
+    again = tokenizer.decode(rendered)
     same = len(tokenizer.decode(sampled[:at]))
     if text == again:
         reason = "the same text in other tokens"

@@ -46,7 +46,7 @@ def normal(
 def without_gradients(function: Callable[..., Any], *inputs: Any) -> Form:
     """Return a form that runs the forward pass and saves nothing for a backward pass."""
 
-    def run():
+    def run() -> Any:
         with torch.no_grad():
             return function(*inputs)
 
@@ -62,7 +62,7 @@ def with_gradients(
     """
     needed = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
 
-    def run():
+    def run() -> tuple[Tensor, ...]:
         out = function(*inputs)
         out = out if isinstance(out, torch.Tensor) else out[0]
         return out.detach(), *torch.autograd.grad(out, needed, upstream)

@@ -8,6 +8,7 @@ reads them block by block.
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -39,18 +40,17 @@ def inputs(device: torch.device, B: int, S: int, heads: Heads) -> list[Tensor]:
     """Draw q, k, v and the gradient of the output, bfloat16 (B, S, heads, A)."""
     N, M, A = heads
     generator = torch.Generator(device).manual_seed(0)
-    return [
-        torch.randn(
-            B, S, h, A, generator=generator, device=device, dtype=torch.bfloat16
-        ).requires_grad_(i < 3)
-        for i, h in enumerate((N, M, M, N))
-    ]
+    options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+    q, k, v, grad = (
+        torch.randn(B, S, count, A, generator=generator, **options) for count in (N, M, M, N)
+    )
+    return [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad]
 
 
 def sdpa(backend: SDPBackend, causal: bool = True) -> Attend:
     """Return PyTorch's attention with one of its backends."""
 
-    def attend(q, k, v):
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
             out = F.scaled_dot_product_attention(
                 *(x.transpose(1, 2) for x in (q, k, v)),
@@ -66,14 +66,14 @@ def flex(S: int, device: torch.device, length: int | None = None) -> Attend:
     """Return PyTorch's FlexAttention, compiled: causal, in documents of one length if given."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    def seen(b, h, i, j):
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (i >= j) & (i // length == j // length) if length else i >= j
 
     # The mask is compiled, because the mask of all pairs of 131,072 positions would take 16 GiB
     mask = torch.compile(create_block_mask)(seen, None, None, S, S, device=device)
     compiled = torch.compile(flex_attention, dynamic=False)
 
-    def attend(q, k, v):
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return compiled(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
 
@@ -90,7 +90,7 @@ def variable(S: int, device: torch.device, length: int) -> Attend:
         {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     )
 
-    def attend(q, k, v):
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
         # Rows have no batch axis here.
         out: Any = varlen_attn(
@@ -104,7 +104,7 @@ def variable(S: int, device: torch.device, length: int) -> Attend:
 def by_loop(length: int) -> Attend:
     """Return attention to packed documents one after the other: the baseline of a machine without a GPU."""
 
-    def attend(q, k, v):
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         documents = zip(*(x.split(length, 1) for x in (q, k, v)), strict=True)
         return torch.cat([sdpa(SDPBackend.MATH)(*document) for document in documents], 1)
 
@@ -146,31 +146,38 @@ def backward(
 ) -> dict[str, Form]:
     """Return {form: the backward pass alone}; each form makes its forward pass at its first call and keeps it."""
     q, k, v, grad = inputs(device, B, S, heads)
-    forms = {}
-    for name, attend in baselines(S, device, length).items():
+    return {
+        name: _backward_pass(attend, (q, k, v), grad)
+        for name, attend in baselines(S, device, length).items()
+    }
 
-        def run(attend=attend, made=[]):  # noqa: B006  a forward pass of its own, kept between the calls
-            if not made:
-                made.append(attend(q, k, v))
-            return torch.autograd.grad(made[0], (q, k, v), grad, retain_graph=True)
 
-        forms[name] = run
-    return forms
+def _backward_pass(attend: Attend, qkv: tuple[Tensor, Tensor, Tensor], grad: Tensor) -> Form:
+    """Return a form that runs the backward pass of one forward pass, which is made at the first call."""
+
+    @cache
+    def output() -> Tensor:
+        return attend(*qkv)
+
+    def run() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(output(), qkv, grad, retain_graph=True)
+
+    return run
 
 
 def decode(device: torch.device, texts: int, slots: int, heads: Heads) -> dict[str, Form]:
     """Return {form: the attention of one layer for the next token of `texts` texts, each with `slots` slots}."""
     N, M, A = heads
     generator = torch.Generator(device).manual_seed(0)
+    options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
     blocks = texts * slots // BLOCK
-    store = torch.randn(
-        blocks, 2, M, BLOCK, A, generator=generator, device=device, dtype=torch.bfloat16
-    )
-    q = torch.randn(texts, 1, N, A, generator=generator, device=device, dtype=torch.bfloat16)
-    tables = torch.randperm(blocks, generator=generator, device=device).view(1, texts, 1, -1) * (
-        2 * M
-    )
-    rows = (tables + torch.arange(2 * M, device=device).view(2, 1, M, 1)).flatten()
+    store = torch.randn(blocks, 2, M, BLOCK, A, generator=generator, **options)
+    q = torch.randn(texts, 1, N, A, generator=generator, **options)
+
+    # A block is 2 M rows of the store, one for each head of k and then of v. Texts own blocks in a random order.
+    first_rows = torch.randperm(blocks, generator=generator, device=device) * (2 * M)
+    row_of_head = torch.arange(2 * M, device=device).view(2, 1, M, 1)
+    rows = (first_rows.view(1, texts, 1, -1) + row_of_head).flatten()
     k, v = (
         store.view(-1, BLOCK * A)[part].view(texts, M, slots, A).transpose(1, 2)
         for part in rows.chunk(2)
@@ -190,30 +197,32 @@ def decode(device: torch.device, texts: int, slots: int, heads: Heads) -> dict[s
 def cases(device: torch.device, smoke: bool) -> Iterator[Case]:
     """Yield forward and backward at each size, with packed documents, and a step of decoding."""
     heads = (4, 2, 16) if smoke else (N, M, A)
-    shape = f"{heads[0]}/{heads[1]} heads of {heads[2]}"
+    rows = ((2, 40),) if smoke else ROWS
     packed = (40, 10) if smoke else PACKED
-    for B, S, length in [(*row, None) for row in (((2, 40),) if smoke else ROWS)] + [(1, *packed)]:
+    caches = ((2, 48),) if smoke else CACHES
+    query_heads, kv_heads, width = heads
+    heads_name = f"{query_heads}/{kv_heads} heads of {width}"
+
+    for B, S, length in [*((B, S, None) for B, S in rows), (1, *packed)]:
         pairs = B * S * ((length or S) + 1) / 2
-        flops, moved = (
-            4 * heads[2] * heads[0] * pairs,
-            2 * B * S * heads[2] * 2 * (heads[0] + heads[1]),
-        )
-        name = f"{B} x {S}, {f'documents of {length}, ' if length else ''}{shape}"
-        made = (device, B, S, heads, length)
-        yield Case(f"attention forward, {name}", flops, moved, lambda made=made: forward(*made))
+        flops = 4 * width * query_heads * pairs
+        numbers_moved = 2 * B * S * width * (query_heads + kv_heads)  # q and the output, k and v
+        moved = 2 * numbers_moved  # bytes, in bfloat16
+        documents = f"documents of {length}, " if length else ""
+        name = f"{B} x {S}, {documents}{heads_name}"
+        shape = (device, B, S, heads, length)
+        yield Case(f"attention forward, {name}", flops, moved, partial(forward, *shape))
         if S <= 2**16:  # a minute for each form, beyond
             yield Case(
-                f"attention backward, {name}",
-                2.5 * flops,
-                2.5 * moved,
-                lambda made=made: backward(*made),
+                f"attention backward, {name}", 2.5 * flops, 2.5 * moved, partial(backward, *shape)
             )
-    for texts, slots in ((2, 48),) if smoke else CACHES:
-        total = texts * slots * heads[2]
+
+    for texts, slots in caches:
+        numbers = texts * slots * width
         yield Case(
-            f"attention decoding, {texts} x {slots}, {shape}",
-            4 * total * heads[0],
-            2 * 2 * total * heads[1],
-            lambda texts=texts, slots=slots: decode(device, texts, slots, heads),
+            f"attention decoding, {texts} x {slots}, {heads_name}",
+            4 * numbers * query_heads,
+            2 * 2 * numbers * kv_heads,
+            partial(decode, device, texts, slots, heads),
             graph=True,
         )

@@ -4,6 +4,7 @@ The expert layer is compared with these: fused, it should cost no more than its 
 """
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -23,13 +24,12 @@ def drawn(
     device: torch.device, E: int, rows: int, outputs: int, inputs: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw x, w, dy, and the end of each expert's rows, whose number varies by a half around `rows`."""
-    part = torch.rand(E, generator=torch.Generator().manual_seed(0)) + 0.5
-    ends_E = (part.cumsum(0) / part.sum() * E * rows).round().int().to(device)
-    x, w = (
-        normal(device, E * rows, inputs),
-        normal(device, E, outputs, inputs, seed=1, scale=inputs**-0.5),
-    )
-    return x, w, normal(device, E * rows, outputs, seed=2), ends_E
+    share_E = torch.rand(E, generator=torch.Generator().manual_seed(0)) + 0.5
+    ends_E = (share_E.cumsum(0) / share_E.sum() * E * rows).round().int().to(device)
+    x = normal(device, E * rows, inputs)
+    w = normal(device, E, outputs, inputs, seed=1, scale=inputs**-0.5)
+    dy = normal(device, E * rows, outputs, seed=2)
+    return x, w, dy, ends_E
 
 
 def forward(device: torch.device, E: int, rows: int, outputs: int, inputs: int) -> dict[str, Form]:
@@ -38,14 +38,14 @@ def forward(device: torch.device, E: int, rows: int, outputs: int, inputs: int) 
     bounds = [0, *ends_E.tolist()]
     order = torch.arange(len(x), device=device)
 
-    def ours():
+    def ours() -> Tensor:
         if selected_name(Operation.EXPERTS, x) != "triton":
             return grouped_mm(x, w.mT, ends_E)
         from minglm.kernels.experts.triton_layer import product
 
         return product([(x, w)], order, ends_E, 1, pick=False, transposed=True)
 
-    def loop():
+    def loop() -> Tensor:
         return torch.cat([x[a:b] @ m.T for (a, b), m in zip(pairwise(bounds), w)])
 
     return {
@@ -61,14 +61,14 @@ def gradient(device: torch.device, E: int, rows: int, outputs: int, inputs: int)
     bounds = [0, *ends_E.tolist()]
     order = torch.arange(len(x), device=device)
 
-    def ours():
+    def ours() -> Tensor:
         if selected_name(Operation.EXPERTS, x) != "triton":
             return grouped_outer(dy, x, ends_E)
         from minglm.kernels.experts.triton_layer import outer
 
         return outer(dy, x, order, ends_E, 1)
 
-    def loop():
+    def loop() -> Tensor:
         return torch.stack([dy[a:b].T @ x[a:b] for a, b in pairwise(bounds)])
 
     return {
@@ -82,16 +82,13 @@ def cases(device: torch.device, smoke: bool) -> Iterator[Case]:
     """Yield both products at each shape and load."""
     for outputs, inputs in ((24, 16),) if smoke else SHAPES:
         for E, rows in ((3, 10),) if smoke else LOADS:
-            T, made = E * rows, (device, E, rows, outputs, inputs)
-            flops, moved = (
-                2 * T * outputs * inputs,
-                2 * (T * (inputs + outputs) + E * inputs * outputs),
-            )
+            T = E * rows
+            flops = 2 * T * outputs * inputs
+            numbers_moved = T * (inputs + outputs) + E * inputs * outputs
+            moved = 2 * numbers_moved  # bytes, in bfloat16
             name = f"{E} experts, {rows} rows each, {outputs} x {inputs}"
-            yield Case(f"grouped product, {name}", flops, moved, lambda made=made: forward(*made))
+            shape = (device, E, rows, outputs, inputs)
+            yield Case(f"grouped product, {name}", flops, moved, partial(forward, *shape))
             yield Case(
-                f"grouped product, gradient of w, {name}",
-                flops,
-                moved,
-                lambda made=made: gradient(*made),
+                f"grouped product, gradient of w, {name}", flops, moved, partial(gradient, *shape)
             )

@@ -6,6 +6,7 @@ it; Liger; cut-cross-entropy (which leaves out gradients too small for bfloat16)
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,23 +64,23 @@ def fused(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:
 
 def forms(device: torch.device, T: int, D: int, V: int, gradients: bool) -> dict[str, Form]:
     """Return {form: the summed loss}, or {form: the loss and the gradients of states and head}."""
-    hidden_TD, head_VD = normal(device, T, D), normal(device, V, D, seed=1, scale=D**-0.5)
-    targets_T = torch.randint(
-        V, (T,), generator=torch.Generator(device).manual_seed(2), device=device
-    )
+    hidden_TD = normal(device, T, D)
+    head_VD = normal(device, V, D, seed=1, scale=D**-0.5)
+    generator = torch.Generator(device).manual_seed(2)
+    targets_T = torch.randint(V, (T,), generator=generator, device=device)
     ones_T = torch.ones(T, device=device)
     functions: dict[str, Loss] = {
         "minglm": lambda h, w, t: linear_cross_entropy(h, w, t, ones_T),
         "torch, chunks": chunked(piece),
     }
-    functions |= {
-        f"{name}, chunks": chunked(function)
-        for name, function in compiled(piece, device, T).items()
-    }
+    for name, function in compiled(piece, device, T).items():
+        functions[f"{name}, chunks"] = chunked(function)
     if hasattr(F, "linear_cross_entropy"):
         functions["torch linear_cross_entropy"] = fused
-    functions |= {"liger": liger} if have("liger_kernel", device) else {}
-    functions |= {"cut-cross-entropy": cut} if have("cut_cross_entropy", device) else {}
+    if have("liger_kernel", device):
+        functions["liger"] = liger
+    if have("cut_cross_entropy", device):
+        functions["cut-cross-entropy"] = cut
     if not gradients:
         return {
             name: without_gradients(f, hidden_TD, head_VD, targets_T)
@@ -93,16 +94,18 @@ def cases(device: torch.device, smoke: bool) -> Iterator[Case]:
     """Yield the loss, and the loss with its gradients."""
     d, v = (16, 50) if smoke else (D, V)
     for T in (30,) if smoke else (4096, 16384):
-        name, read = f"{T} tokens, {d} x {v}", 2 * d * (T + v)
+        name = f"{T} tokens, {d} x {v}"
+        product = 2 * T * d * v  # operations
+        read = 2 * d * (T + v)  # bytes, in bfloat16
         yield Case(
             f"head and cross-entropy, {name}",
-            2 * T * d * v,
+            product,
             read,
-            lambda T=T: forms(device, T, d, v, False),
+            partial(forms, device, T, d, v, gradients=False),
         )
         yield Case(
             f"head and cross-entropy with gradients, {name}",
-            6 * T * d * v,
+            3 * product,
             3 * read,
-            lambda T=T: forms(device, T, d, v, True),
+            partial(forms, device, T, d, v, gradients=True),
         )

@@ -5,8 +5,8 @@ forms, and Liger's fused layer. All get the router's choice; sorting by expert i
 for chance, or fall off as 1 / rank (Zipf), or all tokens choose the same eight experts.
 """
 
-import functools
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -51,8 +51,8 @@ def transformers_experts(kind: str, E: int, widths: Widths) -> Layer:
         "num_experts_per_tok": K,
     }
 
-    @functools.cache
-    def layer():
+    @cache
+    def layer() -> torch.nn.Module:
         from transformers.models.glm4_moe import Glm4MoeConfig, modeling_glm4_moe
 
         config: Any = Glm4MoeConfig(**sizes, num_local_experts=E)  # pyright: ignore[reportCallIssue]  any field
@@ -83,7 +83,14 @@ def liger(
 def halves(function: Layer) -> Layer:
     """Turn a layer with gate and up in one matrix into a function of both, with separate gradients."""
 
-    def run(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF):
+    def run(
+        x_TD: Tensor,
+        experts_TK: Tensor,
+        weights_TK: Tensor,
+        gate_EFD: Tensor,
+        up_EFD: Tensor,
+        down_EDF: Tensor,
+    ) -> Tensor:
         return function(x_TD, experts_TK, weights_TK, _Joined.apply(gate_EFD, up_EFD), down_EDF)
 
     return run
@@ -150,20 +157,30 @@ def cases(device: torch.device, smoke: bool) -> Iterator[Case]:
     Bytes: the matrices of chosen experts, x, y and the rows of activations and results, each once.
     """
     widths = (32, 24, 2) if smoke else (D, F, K)
+    d, f, k = widths
     train = [(4, 40, "even"), (4, 40, "zipf")] if smoke else TRAIN
-    decode = [(train[-1][0], T, "even") for T in ((3,) if smoke else DECODE)]
+    experts = train[-1][0]
+    decode = [(experts, T, "even") for T in ((3,) if smoke else DECODE)]
     kinds = [("forward", 1, train), ("forward and backward", 3, train), ("decoding", 1, decode)]
     for kind, factor, sizes in kinds:
         for E, T, loads in sizes:
-            d, f, k = widths
-            hit = k if loads == "crowd" else E * (1 - (1 - k / E) ** T)
-            moved = 2 * (3 * hit * d * f + 2 * T * d + T * k * (3 * f + 2 * d))
             decoding = kind == "decoding"
-            made = (device, T, E, loads, widths, factor == 3, T <= 4096 and not decoding)
+            chosen_experts = k if loads == "crowd" else E * (1 - (1 - k / E) ** T)
+            numbers_moved = 3 * chosen_experts * d * f + 2 * T * d + T * k * (3 * f + 2 * d)
+            forms = partial(
+                layer_forms,
+                device,
+                T,
+                E,
+                loads,
+                widths,
+                gradients=factor == 3,
+                loops=T <= 4096 and not decoding,
+            )
             yield Case(
                 f"expert layer {kind}, {T} tokens, {k} of {E} experts, {loads} loads",
                 factor * 6 * T * k * d * f,
-                factor * moved,
-                lambda made=made: layer_forms(*made),
+                factor * 2 * numbers_moved,  # bytes, in bfloat16
+                forms,
                 graph=decoding,
             )
