@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, TypedDict
 
 Message = Mapping[str, Any]
-"""A message to render: {"role", "content", "reasoning_content", "tool_calls"}; only "role" is required."""
+"""A message: {"role", "content", "reasoning_content", "tool_calls", "error"}; only "role" is required."""
 
 Tool = Mapping[str, Any]
 """The JSON schema of a function, bare or as {"type": "function", "function": {...}}."""

@@ -160,9 +160,8 @@ def _bench_kernels(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     require_gpu(device, args.smoke)
     use(args.kernels)
-    triton(
-        call_of(torch.empty(0, device=device))
-    )  # refuses Triton on a CPU outside its interpreter
+    # This raises an error for Triton on a CPU outside its interpreter.
+    triton(call_of(torch.empty(0, device=device)))
     out = Path(args.out)
     run(device, args.only, out, Schedule(args.rounds, args.seconds), args.smoke)
     print(out, redraw(out))

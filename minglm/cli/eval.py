@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
+from contextlib import closing
 
 from minglm.cli.arguments import add_run, whole
 from minglm.config.posttraining import MOST_PROBLEMS, MOST_SAMPLES
@@ -41,10 +43,10 @@ def main(args: argparse.Namespace) -> None:
     options = {"problems": args.problems, "samples": args.samples}
     changes = {name: value for name, value in options.items() if value is not None}
     settings = dataclasses.replace(loaded.config.evaluation, **changes)
-    for name in names:
-        for thinking in (True, False):
+    with closing(EngineGenerator(Engine(loaded.model, loaded.tokenizer))) as generator:
+        for name, thinking in itertools.product(names, (True, False)):
             record, _ = tasks.tasks(
-                EngineGenerator(Engine(loaded.model, loaded.tokenizer)),
+                generator,
                 loaded.tokenizer,
                 ENVIRONMENTS[name],
                 settings,

@@ -15,9 +15,8 @@ LONGEST_LINE = 600
 
 def shown(value: Any, quoted: bool = False) -> str:
     """Return a value for a message: unprintable characters escaped, long ones cut. quoted: text in quotes."""
-    if (
-        isinstance(value, int) and value.bit_length() > 128
-    ):  # Python refuses to print thousands of digits
+    # Python refuses to print thousands of digits.
+    if isinstance(value, int) and value.bit_length() > 128:
         digits = int(value.bit_length() * math.log10(2)) + 1
         return f"a number of about {digits} digits"
     text = repr(value) if quoted or not isinstance(value, str) else value

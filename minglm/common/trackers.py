@@ -9,8 +9,21 @@ as a second line of the same stage, Weights & Biases as a second run.
 """
 
 from collections.abc import Callable, Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+
+class Tracker(StrEnum):
+    """Service that receives the numbers of the log, beside log.jsonl."""
+
+    NONE = ""
+    """None."""
+    TENSORBOARD = "tensorboard"
+    """TensorBoard, in RUN/watch."""
+    WANDB = "wandb"
+    """Weights & Biases."""
+
 
 LABELS = ("stage", "source", "env", "thinking", "when")
 """Fields that say which of several records of a kind this is; they begin a number's name."""
@@ -39,19 +52,24 @@ def scalars(kind: str, record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def writer(
-    name: str, folder: str | Path, config: Mapping[str, Any]
+    tracker: Tracker, folder: str | Path, config: Mapping[str, Any]
 ) -> Callable[[str, dict[str, Any]], None] | None:
-    """Return a function (kind, record) that passes numbers on to a tracker, or None for an empty name.
+    """Return a function (kind, record) that passes numbers on to a tracker, or None where there is none.
 
-    name: "tensorboard" (files under `folder`) or "wandb". config: the resolved config as plain values. Raises
-    ValueError where the package is missing.
+    folder: where TensorBoard's files go. config: the resolved config as plain values. Raises ValueError where the
+    package is missing.
     """
-    if not name:
+    if tracker == Tracker.NONE:
         return None
     try:
-        send = _tensorboard(folder) if name == "tensorboard" else _wandb(folder, config)
+        if tracker == Tracker.TENSORBOARD:
+            send = _tensorboard(folder)
+        else:
+            send = _wandb(folder, config)
     except ImportError:
-        raise ValueError(f"watch = {name!r} needs a package: pip install 'minglm[log]'") from None
+        raise ValueError(
+            f"watch = {tracker.value!r} needs a package: pip install 'minglm[log]'"
+        ) from None
 
     def write(kind: str, record: dict[str, Any]) -> None:
         numbers = scalars(kind, record)

@@ -21,6 +21,7 @@ from typing import Any
 from minglm.common.device import DEVICES
 from minglm.common.mistakes import shown
 from minglm.common.threads import MOST_THREADS
+from minglm.common.trackers import Tracker
 from minglm.config.data import DataConfig
 from minglm.config.model import ModelConfig
 from minglm.config.options import about, check_fields, mismatch, option, types_of
@@ -57,17 +58,6 @@ class Kernels(StrEnum):
     """The eager forms, in PyTorch."""
     TRITON = "triton"
     """The Triton kernels, which need a GPU (or their interpreter, TRITON_INTERPRET=1, which is for tests)."""
-
-
-class Tracker(StrEnum):
-    """Service that receives the numbers of the log, beside log.jsonl."""
-
-    NONE = ""
-    """None."""
-    TENSORBOARD = "tensorboard"
-    """TensorBoard, in RUN/watch."""
-    WANDB = "wandb"
-    """Weights & Biases."""
 
 
 @dataclass(frozen=True)

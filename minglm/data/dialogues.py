@@ -13,14 +13,15 @@ modelling, on solved tasks too: every token of a conversation is a target once, 
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from minglm.chat import render
+from minglm.chat.messages import Message, Tool
 from minglm.data.tokenizer import Tokenizer
 
-Conversation = tuple[list[dict], Sequence[dict], bool]
+Conversation = tuple[list[Message], Sequence[Tool], bool]
 """Messages, tools and thinking: the arguments of `minglm.chat.render`."""
 
 
@@ -35,8 +36,8 @@ class Example(NamedTuple):
 
 def examples(
     tokenizer: Tokenizer,
-    messages: Sequence[dict[str, Any]],
-    tools: Sequence[dict[str, Any]] = (),
+    messages: Sequence[Message],
+    tools: Sequence[Tool] = (),
     thinking: bool = True,
     *,
     language_modelling: bool = False,

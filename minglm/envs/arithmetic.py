@@ -15,7 +15,8 @@ no room for listing candidates.
 import random
 from collections.abc import Sequence
 
-from minglm.envs.base import Message, Score, SingleTurn, Task, assistant, user, verdict
+from minglm.chat.messages import Message
+from minglm.envs.base import Score, SingleTurn, Task, assistant, user, verdict
 
 
 class Arithmetic(SingleTurn):

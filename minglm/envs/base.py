@@ -33,6 +33,7 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from minglm.chat.messages import Message
 from minglm.chat.schema import parameters_of
 
 Result = TypeVar("Result")
@@ -42,9 +43,6 @@ TEST_SHARE = 10
 
 LARGEST_REWARD = 1e6
 """Bound on the size of a reward; beyond it the statistics of a group lose their precision in float32."""
-
-Message = dict[str, Any]
-"""A message of a conversation: role, content and, for an assistant, reasoning_content, tool_calls and error."""
 
 
 class ScoreStatus(StrEnum):
@@ -295,7 +293,7 @@ class Environment:
             while not episode.done:
                 message = self.oracle(task, conversation, rng)
                 if not thinking:
-                    message.pop("reasoning_content", None)
+                    message = without_reasoning(message)
                 conversation += [message, *await episode.step(message)]
         return conversation
 
@@ -362,7 +360,7 @@ def assistant(
     calls: Iterable[tuple[str, Mapping[str, Any]]] = (),
 ) -> Message:
     """Return an assistant message; `calls` are (name, arguments) pairs."""
-    message: Message = {"role": "assistant", "content": content}
+    message: dict[str, Any] = {"role": "assistant", "content": content}
     if reasoning is not None:
         message["reasoning_content"] = reasoning
     if calls:
@@ -370,6 +368,11 @@ def assistant(
             {"name": name, "arguments": dict(arguments)} for name, arguments in calls
         ]
     return message
+
+
+def without_reasoning(message: Message) -> Message:
+    """Return a message without its reasoning."""
+    return {key: value for key, value in message.items() if key != "reasoning_content"}
 
 
 def verdict(ok: bool, parts: dict[str, float] | None = None, detail: str = "") -> Score:

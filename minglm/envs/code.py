@@ -24,8 +24,8 @@ from concurrent.futures import Future
 from functools import cache
 from typing import Any, NamedTuple
 
+from minglm.chat.messages import Message
 from minglm.envs.base import (
-    Message,
     Misconfigured,
     Score,
     SingleTurn,

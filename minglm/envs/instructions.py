@@ -24,7 +24,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from minglm.envs.base import Message, Score, SingleTurn, Task, assistant, user, verdict
+from minglm.chat.messages import Message
+from minglm.envs.base import Score, SingleTurn, Task, assistant, user, verdict
 
 Constraints = dict[str, Any]
 """{constraint: value}, the value None for constraints without one. Always has count or repeat, and language."""

@@ -22,9 +22,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from minglm.chat.messages import Message
 from minglm.data.sources.facts import CONTINENTS, COUNTRIES, ELEMENTS, STATES
 from minglm.envs.base import (
-    Message,
     Score,
     SingleTurn,
     SingleTurnEpisode,
@@ -214,7 +214,7 @@ def corrupt(task: Task, conversation: Sequence[Message], rng: random.Random) -> 
     endless = " ".join([reply] * max(3, math.ceil(LOOP_CHARACTERS / len(reply))))
     stray_tag = reply + rng.choice(["</think>", "<think>", "<tool_call>", "</arg_value>"])
     corrupted = rng.choice([mixed, endless, stray_tag])
-    return [*conversation[:-1], conversation[-1] | {"content": corrupted}]
+    return [*conversation[:-1], {**conversation[-1], "content": corrupted}]
 
 
 class PathologyEpisode(SingleTurnEpisode):

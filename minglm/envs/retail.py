@@ -25,7 +25,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from minglm.envs.base import Environment, Episode, Message, Score, Task, assistant, user, verdict
+from minglm.chat.messages import Message
+from minglm.envs.base import Environment, Episode, Score, Task, assistant, user, verdict
 
 REQUESTS = (
     "I do not want {}.",

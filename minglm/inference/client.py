@@ -101,9 +101,8 @@ class EngineGenerator:
             await finished
         except asyncio.CancelledError:
             self.engine.cancel(number)
-            if (
-                len(self.unfinished) == 1
-            ):  # nobody else needs a step, at which the request would leave
+            # The request leaves at the next step, and nobody else needs one.
+            if len(self.unfinished) == 1:
                 self.engine.step()
             raise
         finally:

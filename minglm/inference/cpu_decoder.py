@@ -113,9 +113,8 @@ class Packed:
             "o": pack(attention.o_proj.weight),
             "post_norm": layer.post_attention_layernorm.weight,
         }
-        biases: list[torch.Tensor] = [
-            p.bias for p in projections if p.bias is not None
-        ]  # of all three, or of none
+        # All three have a bias, or none.
+        biases: list[torch.Tensor] = [p.bias for p in projections if p.bias is not None]
         if biases:
             tensors["qkv_bias"] = torch.cat(biases)
         if attention.q_norm is not None and attention.k_norm is not None:

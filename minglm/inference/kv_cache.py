@@ -107,9 +107,8 @@ class BlockManager:
         capacity = len(table.blocks) * self.block_size
         if length <= capacity:
             last_written = table.blocks[min(first, len(table.blocks) - 1)]
-            if (
-                self.ref_count[last_written] == 1
-            ):  # the usual case: room in a block that no one else holds
+            # The usual case: room in a block that no one else holds.
+            if self.ref_count[last_written] == 1:
                 table.length = max(length, table.length)
                 return None
 

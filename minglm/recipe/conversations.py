@@ -11,12 +11,14 @@ text, would have none.
 import random
 import re
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any, NamedTuple
 
+from minglm.chat.messages import Message
 from minglm.common.files import read_json, write_json
 from minglm.data.dialogues import Conversation
 from minglm.envs import ENVIRONMENTS
-from minglm.envs.base import Message, Task
+from minglm.envs.base import Task, without_reasoning
 from minglm.envs.pathology import PathologyPrompts, corrupt
 from minglm.recipe.context import RunContext
 from minglm.recipe.stages import DISTILLATION_STREAM, ColdStartStage, Teacher, UnifiedStage
@@ -42,12 +44,7 @@ def truncate_reasoning(message: Message) -> Message:
     if "reasoning_content" not in message:
         return message
     first_step = re.split(r"[;\n]", message["reasoning_content"])[0]
-    return message | {"reasoning_content": first_step}
-
-
-def without_reasoning(message: Message) -> Message:
-    """Return a message without its reasoning."""
-    return {key: value for key, value in message.items() if key != "reasoning_content"}
+    return {**message, "reasoning_content": first_step}
 
 
 def cold_start_conversations(stage: ColdStartStage) -> Conversations:
@@ -141,9 +138,8 @@ def _sample(context: RunContext, teacher: Teacher, tasks: Sequence[Task]) -> lis
     model = context.load_model(teacher.stage)
     sampler = context.run.evaluation
     settings = SamplingSettings(sampler.max_new_tokens, sampler.temperature, sampler.top_p)
-    player = Player(
-        context.rollout_generator(model), context.tokenizer, settings, context.world.ranks
-    )
     samples = context.run.posttraining.responses_per_prompt
-    groups = rollout(player, ENVIRONMENTS, tasks, samples, seed=DISTILLATION_STREAM)
+    with closing(context.rollout_generator(model)) as generator:
+        player = Player(generator, context.tokenizer, settings, context.world.ranks)
+        groups = rollout(player, ENVIRONMENTS, tasks, samples, seed=DISTILLATION_STREAM)
     return [trajectory for group in groups for trajectory in group]

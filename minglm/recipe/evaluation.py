@@ -1,6 +1,7 @@
 """Measure what a stage taught, as its evaluation plan says (paper 2.3, 3.4, 4)."""
 
 from collections.abc import Sequence
+from contextlib import closing
 
 from minglm.chat import render_text
 from minglm.envs import ENVIRONMENTS
@@ -31,12 +32,12 @@ def evaluate(context: RunContext, stage: Stage, model: GLM) -> None:
     model = context.whole(model)
     if plan.text:
         measure_text(context, stage, model)
-    generator = EngineGenerator(Engine(model, context.tokenizer))
-    score(context, generator, stage.name, plan.environments, plan.thinking)
-    if plan.pathology is not None:
-        played = score(context, generator, stage.name, [PathologyPrompts.name], plan.thinking)
-        record = PathologyRecord(stage=stage.name, when=plan.pathology, **tasks.faults(played))
-        context.log.write(record)
+    with closing(EngineGenerator(Engine(model, context.tokenizer))) as generator:
+        score(context, generator, stage.name, plan.environments, plan.thinking)
+        if plan.pathology is not None:
+            played = score(context, generator, stage.name, [PathologyPrompts.name], plan.thinking)
+            record = PathologyRecord(stage=stage.name, when=plan.pathology, **tasks.faults(played))
+            context.log.write(record)
 
 
 def measure_text(context: RunContext, stage: Stage, model: GLM) -> None:

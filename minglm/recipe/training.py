@@ -10,6 +10,7 @@ weights: the tokens trained on, and after pre-training the optimizer, which the 
 """
 
 import sys
+from contextlib import closing
 from typing import Any, NamedTuple
 
 from minglm.common.device import measured_flops, pick_dtype
@@ -169,9 +170,6 @@ def reinforce(context: RunContext, stage: RLStage, model: GLM) -> Trained:
     settings = SamplingSettings(
         config.max_new_tokens, config.temperature, max_turns=config.max_turns
     )
-    player = Player(
-        context.rollout_generator(model), context.tokenizer, settings, context.world.ranks
-    )
     schedule = TaskSchedule(
         ENVIRONMENTS,
         config.environments,
@@ -180,9 +178,11 @@ def reinforce(context: RunContext, stage: RLStage, model: GLM) -> Trained:
         thinking_share=stage.thinking_share,
     )
     checkpoints = context.checkpoints.stage(stage.name)
-    reinforcement_loop(
-        trainer, player, schedule, checkpoints, context.log, stage.name, context.quiet
-    )
+    with closing(context.rollout_generator(model)) as generator:
+        player = Player(generator, context.tokenizer, settings, context.world.ranks)
+        reinforcement_loop(
+            trainer, player, schedule, checkpoints, context.log, stage.name, context.quiet
+        )
 
     def tokens_in_log() -> int:
         records = select(read_records(context.log.path), RLRecord, stage=stage.name)

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
-from minglm.envs.base import Message, ScoreStatus, Task
+from minglm.chat.messages import Message
+from minglm.envs.base import ScoreStatus, Task
 from minglm.rewards.pathology import detect
 from minglm.rl.episode import Trajectory
 

@@ -26,7 +26,7 @@ from enum import StrEnum
 from typing import TypeVar
 
 from minglm.chat import continuation, render
-from minglm.chat.messages import Tool
+from minglm.chat.messages import Message, Tool
 from minglm.chat.parser import Piece
 from minglm.chat.stream import decode_turn, turn_pieces
 from minglm.common.ranks import Ranks
@@ -34,7 +34,6 @@ from minglm.data.tokenizer import Tokenizer
 from minglm.envs.base import (
     Environment,
     Episode,
-    Message,
     Misconfigured,
     Score,
     ScoreStatus,
@@ -283,15 +282,14 @@ def read_turn(
 ) -> tuple[Message, str]:
     """Return one sampled turn as a message, with `error` set where it is malformed, and its raw text."""
     text = tokenizer.decode(completion.tokens)
-    message: Message = {**decode_turn(tokenizer, completion.tokens, tools)}
+    message = decode_turn(tokenizer, completion.tokens, tools)
     expected = tokenizer.special["<|observation|>" if message["tool_calls"] else "<|user|>"]
     if completion.finish_reason != FinishReason.STOP:
         fault = TurnFault.TRUNCATED
     elif completion.tokens[-1] != expected:
         fault = TurnFault.WRONG_STOP
-    elif bool(message.get("reasoning_content")) != thinking:
+    elif bool(message["reasoning_content"]) != thinking:
         fault = TurnFault.THINKING_SWITCH
     else:
         fault = None
-    message["error"] = message["error"] or fault
-    return message, text
+    return {**message, "error": message["error"] or fault}, text

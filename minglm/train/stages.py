@@ -6,17 +6,20 @@ are functions of the tokens seen since training began (`minglm.optim.schedule`),
 
 from functools import partial
 
-from minglm.config import RunConfig
+from minglm.config import RunConfig, Schedule
 from minglm.optim import schedule
 from minglm.train.loop import Phase
 
-SCHEDULES = {"cosine": schedule.learning_rate, "wsd": schedule.learning_rate_wsd}
+LEARNING_RATES = {
+    Schedule.COSINE: schedule.learning_rate,
+    Schedule.WSD: schedule.learning_rate_wsd,
+}
 
 
 def phases(run: RunConfig) -> list[Phase]:
     """Return the `Phase` of every stage that has tokens, in order."""
     learning_rate = partial(
-        SCHEDULES[run.optimizer.schedule],
+        LEARNING_RATES[run.optimizer.schedule],
         config=run.optimizer,
         total_tokens=run.stages.total_tokens,
     )

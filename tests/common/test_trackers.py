@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from minglm.common.files import read_jsonl
 from minglm.common.log import Log
-from minglm.common.trackers import scalars, writer
+from minglm.common.trackers import Tracker, scalars, writer
 from minglm.report.records import SampleRecord, StepRecord
 
 STEP = StepRecord(
@@ -69,7 +69,9 @@ def test_tensorboard_reads_back_what_was_logged(tmp_path):
     """TensorBoard's own reader finds every number of the log, at its step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = Log(tmp_path / "log.jsonl", writer("tensorboard", tmp_path / "watch", {"name": "test"}))
+    log = Log(
+        tmp_path / "log.jsonl", writer(Tracker.TENSORBOARD, tmp_path / "watch", {"name": "test"})
+    )
     for step in range(3):
         log.write(dataclasses.replace(STEP, step=step, loss=2.5 - step))
     log.file.close()
@@ -85,20 +87,23 @@ def test_wandb_is_told_the_same(tmp_path, monkeypatch):
     monkeypatch.setitem(
         sys.modules, "wandb", SimpleNamespace(init=lambda **about: told.append(about) or run)
     )
-    log = Log(tmp_path / "log.jsonl", writer("wandb", tmp_path, {"name": "toy"}))
+    log = Log(tmp_path / "log.jsonl", writer(Tracker.WANDB, tmp_path, {"name": "toy"}))
     log.write(STEP)
     log.write(SampleRecord(stage="general", title="a title", text="no number in it"))
     log.file.close()
-    assert told[0]["name"] == "toy" and told[1]["step"] == 3 and told[1]["general/step/loss"] == 2.5
+    assert told[0]["name"] == "toy"
+    assert told[1]["step"] == 3
+    assert told[1]["general/step/loss"] == 2.5
     assert len(told) == 2 and json.dumps(told)
 
 
 @pytest.mark.parametrize(
-    ("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")]
+    ("tracker", "module"),
+    [(Tracker.TENSORBOARD, "torch.utils.tensorboard"), (Tracker.WANDB, "wandb")],
 )
-def test_a_missing_package_is_one_line(name, module, tmp_path, monkeypatch):
+def test_a_missing_package_is_one_line(tracker, module, tmp_path, monkeypatch):
     """A missing package is reported before training, with what to install; without a name nothing is needed."""
-    assert writer("", tmp_path, {}) is None
+    assert writer(Tracker.NONE, tmp_path, {}) is None
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=r"needs a package: pip install 'minglm\[log\]'"):
-        writer(name, tmp_path, {"name": "toy"})
+        writer(tracker, tmp_path, {"name": "toy"})

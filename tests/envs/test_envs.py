@@ -111,7 +111,8 @@ class Forgiving(Arithmetic):
     def episode(self, task):
         class Deaf(SingleTurnEpisode):
             async def step(self, message):
-                self.message, self.done = message, True
+                self.message = message
+                self.done = True
                 return []
 
         return Deaf(self, task)
@@ -230,12 +231,14 @@ def test_arithmetic_is_right(seed, difficulty):
     task = env.task(seed, seed, difficulties=(difficulty,))
     prompt = task.messages[0]["content"]
     terms = [int(t) for t in prompt.rstrip("=").replace("+", " ").replace("-", " -").split()]
-    assert len(terms) == difficulty + 1 and int(task.label) == sum(terms)
+    assert len(terms) == difficulty + 1
+    assert int(task.label) == sum(terms)
     steps = env.demonstrate(task)[-1]["reasoning_content"].split(";")
     for i, step in enumerate(steps):
         left, right = step.split("=")
         assert int(left.replace("-", "+-").split("+")[0]) == sum(terms[: i + 1])
-        assert int(right) == sum(terms[: i + 2]) and 0 <= int(right) <= 9
+        assert int(right) == sum(terms[: i + 2])
+        assert 0 <= int(right) <= 9
 
 
 def test_arithmetic_score_is_strict():
@@ -255,7 +258,7 @@ def test_arithmetic_score_is_strict():
 
 
 def shop(status, difficulty=1, secret=None, other="pending"):
-    """An episode about order 482 (and 317 in difficulty 3), with two bystanders."""
+    """Return an episode about order 482 (and 317 in difficulty 3), with two bystanders."""
     wanted = [482, 317] if difficulty == 3 else [482]
     orders = {"482": status, "317": other, "555": "pending", "666": "delivered"}
     label = {"orders": orders, "wanted": wanted, "secret": secret}
@@ -291,16 +294,10 @@ def call_of(turn):
         ("pending", [("get", 482), ("cancel", 482), "Order 483 is cancelled."], 0),
         ("pending", [("get", 482), ("cancel", 482), "Done."], 0),
         ("pending", [("get", 482), "Order 482 is cancelled."], 0),  # said, not done
-        (
-            "pending",
-            [("cancel", 482), ("get", 482), ("cancel", 482), "Order 482 is cancelled."],
-            0,
-        ),  # acted blindly
-        (
-            "pending",
-            [("get", 482), ("return", 482), ("cancel", 482), "Order 482 is cancelled."],
-            0,
-        ),  # tried both
+        # Acted blindly.
+        ("pending", [("cancel", 482), ("get", 482), ("cancel", 482), "Order 482 is cancelled."], 0),
+        # Tried both.
+        ("pending", [("get", 482), ("return", 482), ("cancel", 482), "Order 482 is cancelled."], 0),
         (
             "pending",
             [
@@ -370,10 +367,8 @@ def test_retail_halts_on_a_malformed_call():
     [
         ("482 and 317 are cancelled.", ("cancelled", "cancelled")),
         ("Order 317 is returned, 482 is cancelled.", ("cancelled", "returned")),
-        (
-            "Cancelled: 482. On its way: 317.",
-            ("on its way", None),
-        ),  # read from the number on; no credit for less
+        # Read from the number on; no credit for less.
+        ("Cancelled: 482. On its way: 317.", ("on its way", None)),
         ("482 cancelled", (None, None)),
         ("482 is cancelled, 482 and 317 are returned", (None, None)),
         ("482 is cancelled and returned, 317 is returned", (None, "returned")),
@@ -402,12 +397,19 @@ def test_retail_wrong_outcomes_earn_nothing(seed, difficulty):
 
 
 def changed(kind, value, text, language):
-    """The answer `text`, changed so that it breaks one kind of constraint."""
+    """Return the answer `text`, changed so that it breaks one kind of constraint."""
     words = split_words(text)
     free = [w for w in WORDS[language] if w not in words]
+    smallest = WORDS[language][0]
+    largest = WORDS[language][8]
 
     def instead(fits):
         return text.replace(words[0], next(w for w in free if fits(w)), 1)
+
+    def first_two(first, second):
+        # By marks, since a new first word may equal the old second one.
+        marked = text.replace(words[0], "\1", 1).replace(words[1], "\2", 1)
+        return marked.replace("\1", first).replace("\2", second)
 
     return {
         "count": lambda: text.replace(words[0], f"{words[0]} {free[0]}", 1),
@@ -419,12 +421,8 @@ def changed(kind, value, text, language):
         "below": lambda: instead(lambda word: VALUE[word] >= value),
         "include": lambda: text.replace(value, free[0]),
         "avoid": lambda: text.replace(words[0], value, 1),
-        "up": lambda: text.replace(words[0], WORDS[language][8], 1).replace(
-            words[1], WORDS[language][0], 1
-        ),
-        "down": lambda: text.replace(words[0], WORDS[language][0], 1).replace(
-            words[1], WORDS[language][8], 1
-        ),
+        "up": lambda: first_two(largest, smallest),
+        "down": lambda: first_two(smallest, largest),
         "start": lambda: instead(lambda word: word[0] != value),
         "forbid": lambda: text.replace(words[0], words[0] + value, 1),
         "capitals": lambda: text.lower(),
@@ -471,14 +469,10 @@ def test_code_tests_mean_what_the_words_say(seed, difficulty):
     task = ENVIRONMENTS["code"].task(seed, seed, difficulties=(difficulty,))
     steps = task.label["steps"]
     words = task.messages[0]["content"].split(": ")[1].rstrip(".").split(", then ")
-    assert (
-        words == [code_module.STEPS[name].words.format(c=c) for name, c in steps]
-        and len(steps) == difficulty
-    )
-    for (
-        name,
-        c,
-    ) in steps:  # a constant that the prompt does not show would make two tasks of one prompt
+    assert words == [code_module.STEPS[name].words.format(c=c) for name, c in steps]
+    assert len(steps) == difficulty
+    # A constant that the prompt does not show would make two tasks of one prompt.
+    for name, c in steps:
         assert (c is None) == ("{c}" not in code_module.STEPS[name].words)
     for i in range(difficulty):
         shorter = steps[:i] + steps[i + 1 :]
@@ -486,7 +480,7 @@ def test_code_tests_mean_what_the_words_say(seed, difficulty):
 
 
 def computed(task):
-    """What a task's function does to numbers beyond those of the tests, or to lists of its own."""
+    """Compute what a task's function does to numbers beyond those of the tests, or to lists of its own."""
     rng = random.Random(0)
     lists = [[rng.randint(-20, 40) for _ in range(rng.randint(0, 9))] for _ in range(60)]
     inputs = range(-60, 61) if task.label["argument"] == "x" else lists
@@ -575,7 +569,8 @@ def test_equal_answers_are_judged_once(monkeypatch):
     task, other = env.tasks(2, 0)
     games = [(task, [assistant("a")]), (task, [assistant("a")]), (task, [assistant("b")])]
     played = play_all(env, [*games, (other, [assistant("a")])])
-    assert sorted(judged) == ["a", "a", "b"] and all(p.score.value == 1 for p in played)
+    assert sorted(judged) == ["a", "a", "b"]
+    assert all(p.score.value == 1 for p in played)
     play_all(env, games[:1])
     assert len(judged) == 4 and not env.in_flight
 
@@ -617,9 +612,7 @@ def test_a_corrupted_answer_has_one_fault(seed, thinking):
     task = env.task(seed, seed, difficulties=env.difficulties)
     clean = env.demonstrate(task, thinking)
     corrupted = corrupt(task, clean, random.Random(seed))
-    assert (
-        corrupted[:-1] == clean[:-1]
-        and corrupted[-1] | {"content": clean[-1]["content"]} == clean[-1]
-    )
+    assert corrupted[:-1] == clean[:-1]
+    assert corrupted[-1] | {"content": clean[-1]["content"]} == clean[-1]
     assert not any(faults(task, clean[-1]).values())
     assert sum(faults(task, corrupted[-1]).values()) == 1

@@ -147,7 +147,9 @@ class _ChunkedAttention(torch.autograd.Function):
         return _heads(out, B, S)
 
     @staticmethod
-    def backward(ctx: Any, grad_BSNA: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] -- autograd passes one gradient for each output
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  torch declares *grads
+        ctx: Any, grad_BSNA: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         q, k, v, documents_BS, *saved = ctx.saved_tensors
         B, S, _, A = grad_BSNA.shape
         M = len(k) // B

@@ -64,7 +64,9 @@ class _FlashAttention(torch.autograd.Function):
         return out_BSNA
 
     @staticmethod
-    def backward(ctx: Any, grad_BSNA: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  torch declares *grads
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  torch declares *grads
+        ctx: Any, grad_BSNA: Tensor
+    ) -> tuple[Tensor | None, ...]:
         bind(grad_BSNA)
         q_BSNA, k_BSMA, v_BSMA, begin_BS, end_BS, out_BSNA, log_sum_BNS = ctx.saved_tensors
         gradients = backward_triton(

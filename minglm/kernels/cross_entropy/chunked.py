@@ -105,7 +105,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] -- autograd passes one gradient for each output
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  torch declares *grads
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         dhidden_TD, dhead_VD = ctx.saved_tensors
         # In place: a second copy of the head's gradient would be the largest tensor of the step. And only where it
         # changes something, which is worth waiting for: to multiply the head's gradient takes a GPU a millisecond.

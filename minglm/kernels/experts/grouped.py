@@ -111,7 +111,9 @@ class _GroupedExperts(torch.autograd.Function):
         return F.embedding_bag(row_TK, y, mode="sum", per_sample_weights=weights_TK.to(y.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] -- autograd passes one gradient for each output
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  torch declares *grads
+        ctx: Any, grad_TD: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         x, weights_TK, g, u, token, row_TK, ends_E, gate_EFD, up_EFD, down_EDF = ctx.saved_tensors
         weight = weights_TK.new_zeros(len(x), 1)  # of each row; zero in the padding
         weight.index_copy_(0, row_TK.flatten(), weights_TK.reshape(-1, 1))

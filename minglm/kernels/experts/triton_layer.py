@@ -232,7 +232,9 @@ class _Experts(torch.autograd.Function):
         return sum_choices(y, K)
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  torch declares *grads
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  torch declares *grads
+        ctx: Any, grad_TD: Tensor
+    ) -> tuple[Tensor | None, ...]:
         x_TD, weights_TK, g, u, order, ends_E, gate_EFD, up_EFD, down_EDF = ctx.saved_tensors
         bind(grad_TD)
         grad_TD = grad_TD.contiguous()

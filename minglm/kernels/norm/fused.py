@@ -57,7 +57,9 @@ class _Norm(torch.autograd.Function):
         return out.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride] -- autograd passes one gradient for each output
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  torch declares *grads
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         wide_grad, wide_x, wide_weight = widen(grad, x, weight)
         dx, dweight = normalize_backward(wide_grad, wide_x, wide_weight, scale)

@@ -48,7 +48,9 @@ class _NormRope(torch.autograd.Function):
         return _rotate_wide(out_BSNA, cos, sin).to(x_BSNA.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_BSNA: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride] -- autograd passes one gradient for each output
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  torch declares *grads
+        ctx: Any, grad_BSNA: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
         x_BSNA, weight_A, scale, cos, sin = ctx.saved_tensors
         grad, x, weight = widen(grad_BSNA, x_BSNA, weight_A)
         dm = _rotate_wide(grad, cos, -sin)

@@ -71,9 +71,8 @@ def patch_interpreter() -> None:
     if builder.__dict__.get("patched"):
         return
     builder.patched = True
-    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(  # pyright: ignore[reportAttributeAccessIssue] the builder is declared without it
-        sanitize_overflow=False
-    )
+    only_builder: Any = interpreter.interpreter_builder
+    only_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
     _patch_casts_and_products(builder, interpreter.TensorHandle, tl)
 
     # Arithmetic and reductions of bfloat16 are refused.
@@ -90,19 +89,19 @@ def _patch_casts_and_products(builder: Any, handle_type: Any, tl: Any) -> None:
     original_fp_to_fp = builder.create_fp_to_fp
     original_dot = builder.create_dot
 
-    def to_float32(handle):
+    def to_float32(handle: Any) -> Any:
         if handle.dtype.scalar != tl.bfloat16:
             return handle
         return handle_type(from_bfloat16(handle.data), tl.float32)
 
-    def patched_cast(self, source, target_type):
+    def patched_cast(self: Any, source: Any, target_type: Any) -> Any:
         if target_type.scalar != tl.bfloat16:
             return original_cast(self, to_float32(source), target_type)
         if source.dtype.scalar == tl.bfloat16:
             return handle_type(source.data, tl.bfloat16)
         return handle_type(to_bfloat16(source.data), tl.bfloat16)
 
-    def patched_fp_to_fp(self, source, target_type, rounding):
+    def patched_fp_to_fp(self: Any, source: Any, target_type: Any, rounding: Any) -> Any:
         types = (source.dtype.scalar, target_type.scalar)
         if tl.bfloat16 in types and tl.float32 in types:
             return patched_cast(self, source, target_type)
@@ -111,7 +110,7 @@ def _patch_casts_and_products(builder: Any, handle_type: Any, tl: Any) -> None:
             return handle_type(to_float8(float32.data), tl.float8e4nv)
         return original_fp_to_fp(self, source, target_type, rounding)
 
-    def patched_dot(self, a, b, *rest):
+    def patched_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return original_dot(self, to_float32(a), to_float32(b), *rest)
 
     builder.cast_impl = patched_cast
@@ -122,7 +121,7 @@ def _patch_casts_and_products(builder: Any, handle_type: Any, tl: Any) -> None:
 def _refusing(operation: Callable[..., Any], forbidden: Any) -> Callable[..., Any]:
     """Wrap an operation of the builder: raise TypeError if its first operand has the forbidden dtype."""
 
-    def checked(self, operand, *rest):
+    def checked(self: Any, operand: Any, *rest: Any) -> Any:
         if operand.dtype.scalar == forbidden:
             raise TypeError(REFUSED)
         return operation(self, operand, *rest)
@@ -133,7 +132,7 @@ def _refusing(operation: Callable[..., Any], forbidden: Any) -> Callable[..., An
 def _refusing_reduction(check: Callable[..., Any], forbidden: Any) -> Callable[..., Any]:
     """Wrap the check of the inputs of reductions and scans: raise TypeError for the forbidden dtype too."""
 
-    def checked(self, inputs):
+    def checked(self: Any, inputs: Any) -> None:
         check(self, inputs)
         if any(x.dtype.scalar == forbidden for x in inputs):
             raise TypeError(REFUSED)
@@ -145,7 +144,7 @@ def _patch_index(interpreter: Any) -> None:
     """Let a tensor of one element be an index, whatever its shape: `range(n)` with an n that was loaded or passed."""
     original_patch = interpreter._patch_lang_tensor
 
-    def patched(tensor, *scope):
+    def patched(tensor: Any, *scope: Any) -> None:
         original_patch(tensor, *scope)
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
@@ -184,7 +183,7 @@ def pin_program_id(*index: int) -> None:
     interpreter.interpreter_builder.create_get_program_id = lambda axis: ids[axis]
     original_call = interpreter.GridExecutor.__call__
 
-    def run_once(self, *arguments, **named):
+    def run_once(self: Any, *arguments: Any, **named: Any) -> Any:
         self.grid = (1,)
         return original_call(self, *arguments, **named)
 
@@ -221,7 +220,7 @@ def watched() -> Iterator[list[Store]]:
     original_store = builder.create_masked_store
     stores: list[Store] = []
 
-    def recorded(self, pointers, value, mask, *rest):
+    def recorded(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         addresses, stored = np.broadcast_arrays(pointers.data, mask.data)
         stores.append(Store(self.grid_idx, addresses.copy(), stored.copy()))
         return original_store(self, pointers, value, mask, *rest)
