@@ -19,25 +19,19 @@ DEVICE = switch_on()
 def test_smoke_run_writes_every_form(tmp_path, capsys):
     """`bench kernels --smoke` measures every operation on a CPU: ours agrees with each baseline, times are positive."""
     path = tmp_path / "bench_kernels.json"
-    assert (
-        main(
-            ["bench", "kernels", "--smoke", "--device", "cpu", "--rounds", "2", "--out", str(path)]
-        )
-        == 0
-    )
+    words = ["bench", "kernels", "--smoke", "--device", "cpu", "--rounds", "2"]
+    assert main([*words, "--out", str(path)]) == 0
     record = json.loads(path.read_text(encoding="utf-8"))
     drawn = path.with_suffix(".png").read_bytes()
-    assert (
-        redraw([path]) == [path.with_suffix(".png")]
-        and path.with_suffix(".png").read_bytes() == drawn
-    )
+    assert redraw([path]) == [path.with_suffix(".png")]
+    assert path.with_suffix(".png").read_bytes() == drawn
     assert {case["operation"] for case in record["cases"]} == set(kernels.operations())
     for case in record["cases"]:
         for name, form in case["forms"].items():
             assert "error" not in form, f"{case['case']}: {name}: {form.get('error')}"
-            assert form["milliseconds"] > 0 and form["difference"] < 0.05, (
-                f"{case['case']}: {name}"
-            )  # bfloat16
+            # bfloat16.
+            assert form["milliseconds"] > 0, f"{case['case']}: {name}"
+            assert form["difference"] < 0.05, f"{case['case']}: {name}"
 
 
 def test_triton_forms_are_called_as_they_are_written(monkeypatch):
@@ -48,9 +42,8 @@ def test_triton_forms_are_called_as_they_are_written(monkeypatch):
         "cases"
     ]:
         for name, form in case["forms"].items():
-            assert "error" not in form and form["difference"] < 0.05, (
-                f"{case['case']}: {name}: {form}"
-            )
+            assert "error" not in form, f"{case['case']}: {name}: {form}"
+            assert form["difference"] < 0.05, f"{case['case']}: {name}: {form}"
 
 
 def test_a_failing_form_is_reported_and_the_others_are_measured():
@@ -65,11 +58,11 @@ def test_a_failing_form_is_reported_and_the_others_are_measured():
     limits = {"bfloat16": 1e3, "bytes": 1e3}
     found = kernels.measure(case, limits, torch.device("cpu"), Schedule(3, 1.0))["forms"]
     assert found["absent"] == {"error": "RuntimeError: no such kernel"}
-    assert found["wrong"]["difference"] == 1 and found["ours"]["times_ours"] == 1
+    assert found["wrong"]["difference"] == 1
+    assert found["ours"]["times_ours"] == 1
     share = found["ours"]["share"] * found["ours"]["milliseconds"]
-    assert share == pytest.approx(
-        8.0
-    )  # 8 operations at 1000 a second are 8 ms, more than 4 bytes' 4 ms
+    # 8 operations at 1000 a second are 8 ms, more than 4 bytes' 4 ms.
+    assert share == pytest.approx(8.0)
 
 
 def test_without_a_gpu_it_is_one_clear_line(capsys):

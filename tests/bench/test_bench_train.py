@@ -13,7 +13,7 @@ from minglm.bench.train import Products, drawn_batch, floor, ratios
 
 
 def small():
-    """The nano run with matrices whose widths transformers' grouped products take."""
+    """Return the nano run with matrices whose widths transformers' grouped products take."""
     run = load_config("configs/nano.py")
     return dataclasses.replace(run, model=dataclasses.replace(run.model, vocab_size=64))
 
@@ -28,9 +28,8 @@ def test_record_of_a_small_run(monkeypatch):
     record = train.train(small(), BenchOptions(repeats=1, train_tokens=64))
     assert len(record["results"]) == 2 * len(train.SIDES)
     assert all(0 < row["optimizer_seconds"] < row["seconds"] for row in record["results"])
-    assert (
-        all(found["step"] > 0 for found in record["ratios"].values()) and len(record["ratios"]) == 4
-    )
+    assert all(found["step"] > 0 for found in record["ratios"].values())
+    assert len(record["ratios"]) == 4
 
 
 class InProcess:
@@ -51,7 +50,8 @@ class InProcess:
 
 def test_products_are_counted():
     """Each product counts once, also inside a backward pass; other operations do not."""
-    x, w = torch.randn(3, 4), torch.randn(4, 5, requires_grad=True)
+    x = torch.randn(3, 4)
+    w = torch.randn(4, 5, requires_grad=True)
     with Products() as found:
         (torch.addmm(torch.zeros(5), x, w) + 1).sum().backward()
         torch.bmm(torch.ones(2, 3, 4), torch.ones(2, 4, 5))
@@ -90,7 +90,7 @@ def test_drawn_documents(seed):
     batch = drawn_batch(seed, 9, 96, 32, 5)
     new = batch.documents_BS[:, 1:] != batch.documents_BS[:, :-1]
     step = batch.positions_BS[:, 1:] - batch.positions_BS[:, :-1]
-    assert (batch.positions_BS[:, 0] == 0).all() and not batch.mask_BS[
-        batch.positions_BS == 0
-    ].any()
-    assert (batch.positions_BS[:, 1:][new] == 0).all() and (step[~new] == 1).all()
+    assert (batch.positions_BS[:, 0] == 0).all()
+    assert not batch.mask_BS[batch.positions_BS == 0].any()
+    assert (batch.positions_BS[:, 1:][new] == 0).all()
+    assert (step[~new] == 1).all()

@@ -31,7 +31,7 @@ texts = st.lists(st.sampled_from(SPELLED), max_size=8).map("".join)
 
 
 def ids_of(tokenizer, *pieces):
-    """Ids of pieces: text in ordinary tokens, tags as special ones."""
+    """Return the ids of pieces: text in ordinary tokens, tags as special ones."""
     ids = []
     for piece in pieces:
         ids += (
@@ -41,12 +41,12 @@ def ids_of(tokenizer, *pieces):
 
 
 def one_by_one(piece):
-    """Ids of a piece, text byte by byte, as `encode` would not write it."""
+    """Return the ids of a piece, text byte by byte, as `encode` would not write it."""
     return ids_of(WORDS, piece) if isinstance(piece, Tag) else [SINGLE[b] for b in piece.encode()]
 
 
 def tags(text):
-    """The pieces of a text, in which `{name}` stands for a special token and all else is ordinary."""
+    """Return the pieces of a text, in which `{name}` stands for a special token and all else is ordinary."""
     pieces = []
     for part in text.split("{"):
         name, closed, rest = part.partition("}")

@@ -15,7 +15,7 @@ from minglm.testing.chat import TOOLS, WRONG, assistant_messages, check_parser
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """A trained tokenizer, to parse what the template renders as a model would sample it."""
+    """Return a trained tokenizer, to parse what the template renders as a model would sample it."""
     return Tokenizer.train(
         ["the tool says <tool_call>act\n<arg_key>text</arg_key>\n"], vocab_size=320
     )
@@ -27,7 +27,7 @@ def test_contract():
 
 
 def leave_values_as_text(text, tools=None):
-    """A parser that gives every argument back as a string."""
+    """Broken: give every argument back as a string."""
     message = parse(text, tools)
     for call in message["tool_calls"]:
         for key, value in call["arguments"].items():
@@ -36,7 +36,7 @@ def leave_values_as_text(text, tools=None):
 
 
 def close_what_is_open(text, tools=None):
-    """A parser that repairs an unfinished call."""
+    """Broken: repair an unfinished call."""
     message = parse(text, tools)
     return (
         parse(text + "</arg_value></tool_call>", tools)
@@ -46,7 +46,7 @@ def close_what_is_open(text, tools=None):
 
 
 def raise_on_nonsense(text, tools=None):
-    """A parser that raises where the text is malformed."""
+    """Broken: raise an exception where the text is malformed."""
     message = parse(text, tools)
     if message["error"] == "bad_tool_call":
         raise KeyError("name")
@@ -54,7 +54,7 @@ def raise_on_nonsense(text, tools=None):
 
 
 def end_values_at_the_first_tag(text, tools=None):
-    """A parser that ends a call at the first closing tag, also inside a value."""
+    """Broken: end a call at the first closing tag, also inside a value."""
     head, end, _ = text.partition("</tool_call>")
     return parse(head + end, tools)
 
@@ -123,7 +123,7 @@ def test_every_error_has_a_meaning_and_an_example():
 
 
 def call(name, **values):
-    """A tool call as a model writes it, from raw argument texts."""
+    """Return a tool call as a model writes it, from raw argument texts."""
     pairs = "".join(
         f"<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n"
         for key, value in values.items()
@@ -140,24 +140,16 @@ def call(name, **values):
         ({"type": "integer"}, "12", 12, None),
         ({"type": "integer"}, "12.0", 12, None),
         ({"type": "integer"}, "12.5", "12.5", "bad_argument"),
-        (
-            {"type": "integer"},
-            "9" * 5000,
-            "9" * 5000,
-            "bad_argument",
-        ),  # more digits than Python converts
+        # More digits than Python converts.
+        ({"type": "integer"}, "9" * 5000, "9" * 5000, "bad_argument"),
         ({"type": "number"}, "1e3", 1000.0, None),
         ({"type": "number"}, "1e999", "1e999", "bad_argument"),
         ({"type": "number"}, "", "", "bad_argument"),
         ({"type": "boolean"}, "true", True, None),
         ({"type": "boolean"}, "True", "True", "bad_argument"),
         ({"type": "array"}, "[1, [2]]", [1, [2]], None),
-        (
-            {"type": "array"},
-            '["\\ud800"]',
-            '["\\ud800"]',
-            "bad_argument",
-        ),  # half a surrogate pair is no text
+        # Half a surrogate pair is no text.
+        ({"type": "array"}, '["\\ud800"]', '["\\ud800"]', "bad_argument"),
         ({"type": "object"}, '{"a": {"b": null}}', {"a": {"b": None}}, None),
         ({"type": "object"}, "[1]", "[1]", "bad_argument"),
         ({"type": "null"}, "null", None, None),
@@ -213,7 +205,9 @@ def test_stop_tokens_end_the_message():
             )
         parser = Parser()
         parser.feed("yes" + stop)
-        assert parser.done and parser.feed("more") == [] and parser.finish()["content"] == "yes"
+        assert parser.done
+        assert parser.feed("more") == []
+        assert parser.finish()["content"] == "yes"
 
 
 def test_no_tools_and_unknown_tools_differ():
@@ -255,11 +249,11 @@ def test_a_broken_call_is_skipped():
 def test_a_long_stream_takes_linear_time():
     """Reading 100,000 pieces costs little, in reasoning and in a value alike."""
     for opening in ("<think>", "<tool_call>f\n<arg_key>x</arg_key>\n<arg_value>"):
-        parser, start = Parser(), time.process_time()
+        parser = Parser()
+        start = time.process_time()
         parser.feed(opening)
         for _ in range(100_000):
             parser.feed("ab <")
         parser.finish()
-        assert (
-            time.process_time() - start < 10
-        )  # takes 0.5 s; reading the buffer again each time takes minutes
+        # Takes 0.5 s; reading the buffer again each time takes minutes.
+        assert time.process_time() - start < 10

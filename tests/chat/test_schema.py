@@ -56,7 +56,7 @@ PLACES = {
 
 
 def read(parameters, text, strict=True, key="zip"):
-    """The argument that a call with this text has, and the error."""
+    """Return the argument that a call with this text has, and the error."""
     call = f"<tool_call>f<arg_key>{key}</arg_key><arg_value>{text}</arg_value></tool_call>"
     message = parse(call, [{"name": "f", "parameters": parameters}], strict=strict)
     return message["tool_calls"][0]["arguments"][key], message["error"]
@@ -77,7 +77,8 @@ def test_a_type_means_the_same_wherever_it_is_said(same, place, text, name, null
     readings = READINGS[text]
     fitting = [readings[t] for t in ("null", name) if t in types and t in readings]
     if fitting:
-        assert value == fitting[0] and type(value) is type(fitting[0])
+        assert value == fitting[0]
+        assert type(value) is type(fitting[0])
         assert error is None
     else:
         assert (value, error) == (text, "bad_argument")
@@ -104,7 +105,9 @@ def test_a_type_means_the_same_wherever_it_is_said(same, place, text, name, null
 def test_constants_and_free_schemas(schema, text, value):
     """Constants decide the type; what says nothing, or leads nowhere, allows everything."""
     found, error = read({"properties": {"zip": schema}}, text)
-    assert found == value and type(found) is type(value) and error is None
+    assert found == value
+    assert type(found) is type(value)
+    assert error is None
 
 
 def test_a_nested_model_is_an_object():
@@ -159,7 +162,9 @@ def test_a_client_is_read_leniently(name, text, value):
     """Another spelling is taken, and named; a reward keeps the text."""
     parameters = {"properties": {"zip": {"type": name}}}
     found, error = read(parameters, text, strict=False)
-    assert found == value and type(found) is type(value) and error == "bad_argument"
+    assert found == value
+    assert type(found) is type(value)
+    assert error == "bad_argument"
     assert read(parameters, text, strict=True) == (text, "bad_argument")
 
 

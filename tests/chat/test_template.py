@@ -26,12 +26,12 @@ CASES = json.loads(
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """A trained one, so that merges across the seams of the template would show."""
+    """Return a trained tokenizer, so that merges across the seams of the template would show."""
     return Tokenizer.train([case["text"] for case in CASES], vocab_size=600)
 
 
 def targets(tokenizer, rendered):
-    """The text of the tokens that are trained."""
+    """Return the text of the tokens that are trained."""
     return tokenizer.decode(
         [token for token, trained in zip(rendered.ids, rendered.mask, strict=True) if trained]
     )
@@ -79,7 +79,7 @@ def test_contract(tokenizer):
 
 
 def forget_the_stop(tokenizer, messages, **switches):
-    """A template whose mask ends before the role token that ends a turn: its model never stops."""
+    """Broken: end the mask before the role token that ends a turn, so the model never stops."""
     rendered = render(tokenizer, messages, **switches)
     roles = [tokenizer.special[name] for name in ("<|user|>", "<|observation|>")]
     return rendered._replace(
@@ -88,15 +88,16 @@ def forget_the_stop(tokenizer, messages, **switches):
 
 
 def shift_the_mask(tokenizer, messages, **switches):
-    """A template whose mask is one token late."""
+    """Broken: shift the mask by one token."""
     rendered = render(tokenizer, messages, **switches)
     return rendered._replace(mask=[False, *rendered.mask[:-1]])
 
 
 def tokenize_the_string(tokenizer, messages, **switches):
-    """A template that looks for special tokens in the finished text, where a user may have typed them."""
+    """Broken: look for special tokens in the finished text, where a user may have typed them."""
     rendered = render(tokenizer, messages, **switches)
-    ids, text = [], rendered.text
+    ids = []
+    text = rendered.text
     while text:
         name = next((name for name in tokenizer.special if text.startswith(name)), None)
         ids += [tokenizer.special[name]] if name else tokenizer.encode(text[0])
@@ -105,7 +106,7 @@ def tokenize_the_string(tokenizer, messages, **switches):
 
 
 def one_observation_each(tokenizer, messages, **switches):
-    """A template that opens a new turn for every tool result, by way of the form that carries a list."""
+    """Broken: open a new turn for every tool result, by way of the form that carries a list."""
     lists = [
         {**m, "content": [{"output": m["content"]}]} if m["role"] == "tool" else m for m in messages
     ]
@@ -113,7 +114,7 @@ def one_observation_each(tokenizer, messages, **switches):
 
 
 def forget_the_last_stop(tokenizer, messages, **switches):
-    """A template that leaves the last turn open."""
+    """Broken: leave the last turn open."""
     return render(tokenizer, messages, **{**switches, "close": False})
 
 
@@ -150,14 +151,16 @@ def test_sampled_turns_are_never_tokenized_again(tokenizer, messages, thinking, 
         )
         sampled = render(tokenizer, messages[: first + 1], tools, thinking).ids[before:]
         first += 1
-        ids, mask = ids + sampled, mask + [True] * len(sampled)
+        ids = ids + sampled
+        mask = mask + [True] * len(sampled)
         results = []
         while first < len(messages) and messages[first]["role"] == "tool":
             results.append(messages[first])
             first += 1
         if results:
             new = continuation(tokenizer, results, thinking)
-            ids, mask = ids + new, mask + [False] * len(new)
+            ids = ids + new
+            mask = mask + [False] * len(new)
     whole = render(tokenizer, messages, tools, thinking)
     assert (ids, mask) == (whole.ids, whole.mask)
 
@@ -170,20 +173,16 @@ def test_continuation_of_a_chat(tokenizer, answer, question, thinking):
     ids = render(tokenizer, messages, thinking=thinking).ids + continuation(
         tokenizer, [following], thinking
     )
-    assert (
-        ids
-        == render(tokenizer, [*messages, following], thinking=thinking, generation_prompt=True).ids
-    )
+    whole = render(tokenizer, [*messages, following], thinking=thinking, generation_prompt=True)
+    assert ids == whole.ids
 
 
 def test_seams_do_not_change_the_tokens(tokenizer):
     """Text between two special tokens is tokenized as one piece, as the released tokenizer would."""
     messages = [{"role": "user", "content": "\n\n  deep"}, {"role": "assistant", "content": "x"}]
     ids = render(tokenizer, messages).ids
-    start, end = (
-        ids.index(tokenizer.special["<|user|>"]),
-        ids.index(tokenizer.special["<|assistant|>"]),
-    )
+    start = ids.index(tokenizer.special["<|user|>"])
+    end = ids.index(tokenizer.special["<|assistant|>"])
     assert ids[start + 1 : end] == tokenizer.encode("\n\n\n  deep")
 
 
@@ -197,20 +196,17 @@ def test_calls_in_every_form_are_the_same():
     flat = {"name": "f", "arguments": {"a": 1, "b": "é"}}
     assert text(flat) == text({"type": "function", "id": "7", "function": flat})
     assert text(flat) == text({"name": "f", "arguments": '{"a": 1, "b": "é"}'})
-    assert (
-        text({"name": "f"})
-        == text({"name": "f", "arguments": ""})
-        == text({"name": "f", "arguments": {}})
-    )
+    without_arguments = text({"name": "f"})
+    assert text({"name": "f", "arguments": ""}) == without_arguments
+    assert text({"name": "f", "arguments": {}}) == without_arguments
     assert "None" not in text(flat)
 
 
 def test_tools_text_holds_the_tags_as_special_tokens():
     """The format instruction shows the model the same tokens it has to write."""
     ids = render(ByteTokenizer(), [], [{"name": "<tool_call>"}], generation_prompt=True).ids
-    assert (
-        ids.count(ByteTokenizer.special["<tool_call>"]) == 1
-    )  # the instruction's, and not the one in the schema
+    # The instruction's, and not the one in the schema.
+    assert ids.count(ByteTokenizer.special["<tool_call>"]) == 1
     assert ids.count(ByteTokenizer.special["<arg_key>"]) == 2
 
 
@@ -271,7 +267,7 @@ def test_reasoning_under_other_names(field, conversation):
 
 
 def calls(arguments):
-    """A turn with one call."""
+    """Return a turn with one call."""
     return [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}]
 
 

@@ -26,16 +26,15 @@ BYTES = ByteTokenizer()
 
 @pytest.fixture(scope="module")
 def published():
-    """The template of GLM-4.5 from the installed trl package, compiled with the settings of transformers."""
+    """Return the template of GLM-4.5 from the installed trl package, compiled with the settings of transformers."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = lambda value, ensure_ascii: json.dumps(
         value, ensure_ascii=ensure_ascii
     )
-    folder = importlib.util.find_spec("trl").submodule_search_locations[
-        0
-    ]  # found, not imported: that takes seconds
+    # Found, not imported: that takes seconds.
+    folder = importlib.util.find_spec("trl").submodule_search_locations[0]
     template = environment.from_string(
         (Path(folder) / "chat_templates" / "glm4moe.jinja").read_text(encoding="utf-8")
     )
@@ -53,10 +52,11 @@ def published():
 
 @st.composite
 def unusual(draw):
-    """Conversations with all that the published template reads: parts, lists of results, tags inside content."""
+    """Draw conversations with all that the published template reads: parts, lists of results, tags inside content."""
     messages = draw(conversations())
     for message in messages:
-        role, odd = message["role"], draw(st.booleans())
+        role = message["role"]
+        odd = draw(st.booleans())
         if role in ("user", "system") and odd:
             message["content"] = [
                 {"type": "text", "text": message["content"]},
@@ -102,7 +102,7 @@ def test_the_stored_renderings_are_what_trl_renders(published):
 
 
 def call(name, **arguments):
-    """A tool call as a client sends it."""
+    """Return a tool call as a client sends it."""
     return {"function": {"name": name, "arguments": arguments}}
 
 
@@ -266,7 +266,7 @@ def test_contract():
 
 
 def target_the_prompt(tokenizer, messages, **switches):
-    """A 4.7 template that trains the tag which the prompt holds already."""
+    """Broken: train the tag of a 4.7 template which the prompt holds already."""
     rendered = render(tokenizer, messages, **switches)
     opening = tokenizer.special["<think>"]
     return rendered._replace(
@@ -275,12 +275,12 @@ def target_the_prompt(tokenizer, messages, **switches):
 
 
 def always_clear(tokenizer, messages, clear_thinking=True, **switches):
-    """A 4.7 template that ignores clear_thinking."""
+    """Broken: ignore clear_thinking."""
     return render(tokenizer, messages, **switches)
 
 
 def with_newlines(tokenizer, messages, dialect=None, clear_thinking=True, **switches):
-    """A template that renders the earlier dialect."""
+    """Broken: render the earlier dialect."""
     return render(tokenizer, messages, **switches)
 
 
@@ -313,18 +313,18 @@ def test_parse_after_render_is_the_identity(dialect, message, thinking):
 @given(conversations(), st.booleans())
 def test_preserved_reasoning_never_tokenizes_again(messages, tools):
     """With preserved reasoning, the sampled turns with their continuations are the rendering of all turns."""
-    tools, form = TOOLS if tools else None, {"dialect": "glm-4.7", "clear_thinking": False}
-    for (
-        message
-    ) in messages:  # a turn that opens its reasoning and writes none is rendered otherwise
+    tools = TOOLS if tools else None
+    form = {"dialect": "glm-4.7", "clear_thinking": False}
+    # A turn that opens its reasoning and writes none is rendered otherwise.
+    for message in messages:
         if message["role"] == "assistant":
             message["reasoning_content"] = message["reasoning_content"] or "r"
     first = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    ids, at = render(BYTES, messages[:first], tools, generation_prompt=True, **form).ids, first
+    ids = render(BYTES, messages[:first], tools, generation_prompt=True, **form).ids
+    at = first
     while at < len(messages):
-        ids = (
-            ids + render(BYTES, messages[: at + 1], tools, **form).ids[len(ids) :]
-        )  # the sampled turn with its stop
+        # The sampled turn with its stop.
+        ids = ids + render(BYTES, messages[: at + 1], tools, **form).ids[len(ids) :]
         new = []
         at += 1
         while at < len(messages) and messages[at]["role"] != "assistant":

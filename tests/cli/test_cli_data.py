@@ -20,7 +20,7 @@ OVERRIDES = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """(function that calls the verb on one folder, that folder): with some text of the user, a part of it bad."""
+    """Return (function that calls the verb on one folder, that folder): with some text of the user, a part of it bad."""
     folder = tmp_path_factory.mktemp("stock")
     (folder / "mail.jsonl").write_text(
         '{"text": "a letter", "source": "mail"}\n{"text": 3}\n' * 3, encoding="utf-8"
@@ -39,9 +39,9 @@ def run(tmp_path_factory):
 def test_it_builds_and_says_what_there_is(run, capsys):
     """A table with every source, what each step took, how many records were bad and which, samples of each source."""
     call, folder = run
-    assert (
-        call("--dry-run") == 0 and "would be in" in capsys.readouterr().out and not folder.exists()
-    )
+    assert call("--dry-run") == 0
+    assert "would be in" in capsys.readouterr().out
+    assert not folder.exists()
     assert call("--samples", "1") == 0
     out = capsys.readouterr().out
     totals = data.summary(folder)
@@ -49,13 +49,11 @@ def test_it_builds_and_says_what_there_is(run, capsys):
         (line,) = [line for line in out.splitlines() if line.startswith(f"{source} ")]
         assert line.split()[1:4] == [f"{row[name]:,}" for name in ("documents", "tokens", "bytes")]
         assert not row["documents"] or f"\n{source}, document " in out
-    assert (
-        "3 records could not be used; see" in out
-        and 'mail.jsonl, line 2: needs a string "text"' in out
-    )
-    assert (
-        "exact copies" in out and totals["cleaning"]["exact_copies"] >= 2
-    )  # the letter came three times
+    assert "3 records could not be used; see" in out
+    assert 'mail.jsonl, line 2: needs a string "text"' in out
+    # The letter came three times.
+    assert "exact copies" in out
+    assert totals["cleaning"]["exact_copies"] >= 2
     assert call("--dry-run") == 0 and "are in" in capsys.readouterr().out
 
 
@@ -69,10 +67,8 @@ def test_a_flipped_byte_is_found_and_repaired(run, capsys):
     capsys.readouterr()
     assert call("--verify") == 0
     out = capsys.readouterr().out
-    assert (
-        "00000.00.tokens.npy: wrong checksum; it is built again" in out
-        and "checksums they were written with" in out
-    )
+    assert "00000.00.tokens.npy: wrong checksum; it is built again" in out
+    assert "checksums they were written with" in out
     assert path.read_bytes() == whole
 
 
@@ -88,4 +84,5 @@ def test_mistakes_are_one_line(run, capsys):
     call, _ = run
     assert call("--stages.general.mixture.cod", "1") == 2
     assert "did you mean --stages.general.mixture.code?" in capsys.readouterr().err
-    assert call("--data.near_duplicates", "2") == 2 and capsys.readouterr().err.count("\n") == 1
+    assert call("--data.near_duplicates", "2") == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -17,7 +17,7 @@ LADDER = sorted((ROOT / "configs").glob("*.py"))
 
 
 def small():
-    """A run of a possible shape, with nothing in it that a file of the ladder decides."""
+    """Return a run of a possible shape, with nothing in it that a file of the ladder decides."""
     model = ModelConfig(
         hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=512
     )
@@ -25,7 +25,7 @@ def small():
 
 
 def leaves(config, prefix=""):
-    """(dotted name, value) of every single value of a config."""
+    """Yield (dotted name, value) of every single value of a config."""
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
@@ -38,7 +38,7 @@ LEAVES = list(leaves(small()))
 
 
 def refused(words, run=None):
-    """The message with which a run refuses these words; it must be one line."""
+    """Return the message with which a run refuses these words; it must be one line."""
     with pytest.raises(ValueError) as error:
         override(run or small(), words).check()
     assert "\n" not in str(error.value)

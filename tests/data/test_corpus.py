@@ -24,7 +24,8 @@ def test_every_source_is_there_and_bounded(documents):
     """Each built-in source has documents, no more text than asked for, names of its own and a quality in 0..1."""
     for source in sources.BUILT_IN_SOURCES:
         some = [d for d in documents if d.source == source]
-        assert some and sum(len(d.text.encode()) for d in some) <= 0.7e6, source
+        assert some, source
+        assert sum(len(d.text.encode()) for d in some) <= 0.7e6, source
         assert len({d.name for d in some}) == len(some)
     assert all(0 <= d.quality <= 1 and d.text.strip() for d in documents)
 
@@ -71,10 +72,8 @@ def file(name, text, repository=None, heldout=False):
 
 def test_docstrings_follow_their_file():
     """A docstring is held out only when all files that have it are, and stands once; labels are left out."""
-    long, other = (
-        "All the words of a long docstring. " * 5,
-        "Quite another long docstring, for a test. " * 4,
-    )
+    long = "All the words of a long docstring. " * 5
+    other = "Quite another long docstring, for a test. " * 4
     both = f'def f():\n    """{long}"""\n\ndef g():\n    """Short."""\n'
     found = list(
         docstrings(
@@ -93,9 +92,8 @@ def test_repositories_leave_heldout_files_out():
     files = [file(f"r/{n}.py", f"x = {n}{n}{n}\n", "r", heldout=n == 2) for n in range(3)]
     (joined,) = repositories(files)
     assert joined.source == "repository" and "111" in joined.text and "222" not in joined.text
-    assert not list(repositories(files[1:])) and not list(
-        repositories([file("a.py", "x"), file("b.py", "y")])
-    )
+    assert not list(repositories(files[1:]))
+    assert not list(repositories([file("a.py", "x"), file("b.py", "y")]))
 
 
 @given(st.lists(st.integers(0, 50), max_size=12), st.floats(0, 300))
@@ -104,7 +102,8 @@ def test_bounded_keeps_order_and_bound(sizes, limit):
     some = [file(f"f{n}", "x" * size) for n, size in enumerate(sizes)]
     kept = bounded(some, limit / 1e6)
     total = sum(len(d.text) for d in kept)
-    assert [d for d in some if d in kept] == kept and total <= limit + 1e-6
+    assert [d for d in some if d in kept] == kept
+    assert total <= limit + 1e-6
     assert all(total + len(d.text) > limit - 1e-6 for d in some if d not in kept)
 
 

@@ -29,12 +29,14 @@ def test_decontamination_keeps_its_contract():
 
 
 def _runs(text, n):
-    found = re.findall(r"[\u4e00-\u9fff]|\w+", text.lower())
-    return {tuple(found[i : i + n]) for i in range(len(found) - n + 1)}
+    """Return every run of n words of a text; a Chinese character is a word."""
+    words = re.findall(r"[\u4e00-\u9fff]|\w+", text.lower())
+    starts = range(len(words) - n + 1)
+    return {tuple(words[i : i + n]) for i in starts}
 
 
 def by(predicate):
-    """A decontaminator that removes a document when predicate(its text, an item) holds for any item."""
+    """Return a decontaminator that removes a document when predicate(its text, an item) holds for any item."""
 
     def twin(documents, sets):
         items = [text for texts in sets.values() for text in texts]
@@ -117,7 +119,8 @@ def test_what_counts_as_the_same_words(text, same, other):
 
 def test_hashes_of_words_are_those_of_a_loop():
     """The vectorised hash is the sum over characters that the module's docstring gives, on text of three scripts."""
-    word, both = int(shingles.WORD_BASE), 2**64 - 1
+    word = int(shingles.WORD_BASE)
+    both = 2**64 - 1
 
     def mix(x):
         return int(shingles.mix(np.array([x & both], np.uint64))[0])
@@ -133,7 +136,7 @@ def test_hashes_of_words_are_those_of_a_loop():
 
 
 def clean(run, documents, folder):
-    """(names of the training documents that stay, what each step took)."""
+    """Return (names of the training documents that stay, what each step took)."""
     times, done = build.clean(
         run,
         write_documents(documents, folder / "documents"),

@@ -51,12 +51,12 @@ def prepare(run, folder, **options):
 
 @pytest.fixture
 def tiny_chunks(monkeypatch):
-    """Parts of 15 thousand characters, so that a small corpus has several."""
+    """Limit parts to 15 thousand characters, so that a small corpus has several."""
     monkeypatch.setattr(store, "CHUNK_CHARACTERS", 15_000)
 
 
 def contents(folder):
-    """{file: its bytes} of the shards under a folder, without what was noted about paths and time."""
+    """Return {file: its bytes} of the shards under a folder, without what was noted about paths and time."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.glob("*/*"))
@@ -89,7 +89,7 @@ def test_parts_hold_every_document(some, size):
 
 
 def clean(some, **settings):
-    """(how often each document stays, what was done) of documents, by these fields of DataConfig."""
+    """Return (how often each document stays, what was done) of documents, by these fields of DataConfig."""
     run = load_config("configs/nano.py")
     settings = {"decontaminate": 0, "lowest_share": 0.0, "top_share": 0.0} | settings
     run = dataclasses.replace(run, data=dataclasses.replace(DataConfig(), **settings))
@@ -110,22 +110,20 @@ def test_each_step_takes_what_it_should_and_says_so():
     form = templates(rng, 1, 5)
     some = [*good, near, copy, *form]
     times, done = clean(some)
-    assert [name for name, n in times.items() if not n] == ["copy"] and done["exact_copies"] == 1
+    assert [name for name, n in times.items() if not n] == ["copy"]
+    assert done["exact_copies"] == 1
     times, done = clean(some, near_duplicates=0.7)
-    assert [name for name, n in times.items() if not n] == ["near", "copy"] and done[
-        "near_duplicates"
-    ] == {"prose": 1}
+    assert [name for name, n in times.items() if not n] == ["near", "copy"]
+    assert done["near_duplicates"] == {"prose": 1}
     times, done = clean(some, near_duplicates=0.7, semantic_duplicates=0.65)
     best = max(form, key=lambda d: d.quality).name
     assert [name for name, n in times.items() if n and name.startswith("0.")] == [best]
     assert done["semantic_duplicates"] == {"prose": 4}
     times, done = clean(good, lowest_share=0.25, top_share=0.1, top_epochs=4.0)
     assert [times[d.name] for d in good] == [0] * 5 + [1] * 13 + [4] * 2
-    assert (
-        done["lowest_quality"] == {"prose": 5}
-        and done["repeated"] == {"prose": 2}
-        and done["documents"] == 21
-    )
+    assert done["lowest_quality"] == {"prose": 5}
+    assert done["repeated"] == {"prose": 2}
+    assert done["documents"] == 21
 
 
 def test_duplicates_are_looked_for_inside_a_source():
@@ -155,12 +153,14 @@ def test_a_learned_score_decides_the_buckets(tmp_path, taught_by):
     )
     dropped = [name for name, n in times.items() if not n]
     wrong = sum(name.startswith("n") == (taught_by == "labels") for name in dropped)
-    assert len(dropped) == 60 and wrong <= 3 and done["judges"]["prose"]["documents"] == 120
+    assert len(dropped) == 60
+    assert wrong <= 3
+    assert done["judges"]["prose"]["documents"] == 120
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The folder of a small corpus in several parts, built by one process."""
+    """Build the folder of a small corpus in several parts, by one process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "CHUNK_CHARACTERS", 15_000)
         prepare(small(), tmp_path_factory.mktemp("built") / "data")
@@ -169,8 +169,10 @@ def built(tmp_path_factory):
 
 def test_parts_join_to_the_whole(built, tmp_path):
     """A corpus in several parts holds the documents that one part holds, in the same order."""
-    one, many = prepare(small(), tmp_path)[1], load_shards(built / "train")
-    assert one.keys() == many.keys() and len(shards.chunk_numbers(built / "train")) > 4
+    one = prepare(small(), tmp_path)[1]
+    many = load_shards(built / "train")
+    assert one.keys() == many.keys()
+    assert len(shards.chunk_numbers(built / "train")) > 4
     for name, shard in one.items():
         assert [d.tolist() for d in shard] == [d.tolist() for d in many[name]]
         assert shard.lengths.tolist() == many[name].lengths.tolist() == [len(d) for d in shard]
@@ -200,7 +202,9 @@ def test_ray_writes_the_same_shards(built, tmp_path, tiny_chunks):
 
 def test_a_build_that_was_stopped_goes_on(built, tmp_path, tiny_chunks, monkeypatch):
     """Stopped at each of its files in turn, the same command ends with the same shards, and does not begin anew."""
-    run, original, read = small(), shards.write_chunk, []
+    run = small()
+    original = shards.write_chunk
+    read = []
     monkeypatch.setattr(
         build.corpus, "documents", lambda *a, f=build.corpus.documents: read.append(1) or f(*a)
     )
@@ -218,7 +222,8 @@ def test_a_build_that_was_stopped_goes_on(built, tmp_path, tiny_chunks, monkeypa
         assert load_shards(tmp_path / "again" / "train") is None
     monkeypatch.setattr(tokenization, "write_chunk", original)
     prepare(run, tmp_path / "again")
-    assert contents(tmp_path / "again") == contents(built) and len(read) == 1
+    assert contents(tmp_path / "again") == contents(built)
+    assert len(read) == 1
 
 
 def flip(path, bit):
@@ -271,7 +276,7 @@ def test_any_damaged_file_of_the_data_is_noticed(built, tmp_path, tiny_chunks, c
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A folder of shards: two chunks, one with a mask."""
+    """Return a folder of shards: two chunks, one with a mask."""
     folder = tmp_path_factory.mktemp("written")
     for number in range(2):
         ids = [np.arange(n, dtype=np.uint16) for n in (30, 1, 50)]
@@ -392,8 +397,10 @@ def test_a_shard_of_parts_is_the_sequence_of_their_documents(sizes, seed):
         )
         for part in some
     ]
-    shard, flat = shards.Shard(pairs), [d for part in some for d in part]
-    assert len(shard) == len(flat) and shard.lengths.tolist() == [len(d) for d in flat]
+    shard = shards.Shard(pairs)
+    flat = [d for part in some for d in part]
+    assert len(shard) == len(flat)
+    assert shard.lengths.tolist() == [len(d) for d in flat]
     assert [shard[n].tolist() for n in range(len(shard))] == [d.tolist() for d in flat]
 
 
@@ -441,7 +448,8 @@ def test_documents_longer_than_any_row_and_sources_that_run_dry(tmp_path):
         "0",
     )
     tokenizer, train, _, about = prepare(run, tmp_path / "data")
-    assert max(train["prose"].lengths) > 64 * 100 and about["skipped"] == 0
+    assert max(train["prose"].lengths) > 64 * 100
+    assert about["skipped"] == 0
     for packing in ("truncate", "best_fit"):
         mixture = Mixture(train, {"prose": 1, "user:tiny": 1}, 64, packing)
         batch = mixture.next(200)

@@ -17,7 +17,8 @@ class Checkout:
     """A git checkout in a folder, made with git itself."""
 
     def __init__(self, folder):
-        self.folder, self.clock = folder, 1_700_000_000
+        self.folder = folder
+        self.clock = 1_700_000_000
         folder.mkdir()
         self.git("init", "--quiet", "--initial-branch=main")
 
@@ -50,7 +51,7 @@ class Checkout:
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A pull request of two commits, two commits that name issue 3, a robot, a binary file and a lock file."""
+    """Make a pull request of two commits, two commits that name issue 3, a robot, a binary file and a lock file."""
     repository = Checkout(tmp_path / "code")
     repository.commit("First version of adding", add_py="def add(a, b):\n    return a - b\n")
     repository.git("checkout", "--quiet", "-b", "fix")
@@ -112,16 +113,17 @@ def test_commits_on_one_issue_are_joined_and_noise_is_left_out(checkout):
 
 def test_changes_of_heldout_files_are_left_out(checkout, monkeypatch):
     """A held-out file of the checkout does not come back through its history."""
-    with (
-        monkeypatch.context() as patch
-    ):  # which file is held out follows from its path, and that is another each time
+    # Which file is held out follows from its path, and that is another each time.
+    with monkeypatch.context() as patch:
         patch.setattr(
             "minglm.data.sources.files.is_heldout", lambda name, share: name.endswith("test.py")
         )
         found = list(user_files([f"git:{checkout.folder}"], ReadOptions(heldout=0.1)))
-    assert found and all(d.source == "repository" and "1, 2) == 3" not in d.text for d in found)
+    assert found
+    assert all(d.source == "repository" and "1, 2) == 3" not in d.text for d in found)
     whole = list(user_files([f"git:{checkout.folder}:{checkout.folder.parent}/issues.jsonl"]))
-    assert any("1, 2) == 3" in d.text for d in whole) and any("Issue #7" in d.text for d in whole)
+    assert any("1, 2) == 3" in d.text for d in whole)
+    assert any("Issue #7" in d.text for d in whole)
     assert len({d.name for d in whole}) == len(whole)
 
 
@@ -132,12 +134,14 @@ def test_a_long_diff_ends_at_a_line(checkout, monkeypatch):
         "A very long table of numbers", table_py="".join(f"x{n} = {n}\n" for n in range(100))
     )
     text = history.diff(checkout.folder, commits(checkout.folder)[-1])
-    assert 200 < len(text) <= 300 and text.endswith("\n") and text.splitlines()[-1].startswith("+x")
+    assert 200 < len(text) <= 300
+    assert text.endswith("\n")
+    assert text.splitlines()[-1].startswith("+x")
 
 
 @st.composite
 def histories(draw):
-    """Random histories: each commit follows one of the last three, and may merge another; some name an issue."""
+    """Draw random histories: each commit follows one of the last three, and may merge another; some name an issue."""
     made = []
     for n in range(draw(st.integers(0, 12))):
         parents = [made[draw(st.integers(max(0, n - 3), n - 1))].sha] if n else []
@@ -152,7 +156,8 @@ def histories(draw):
 def test_every_commit_is_in_exactly_one_group(made):
     """All commits that lead to the head are grouped, none twice, each after its parents; the same history gives the
     same groups."""
-    reached, waiting = set(), [made[-1].sha] if made else []
+    reached = set()
+    waiting = [made[-1].sha] if made else []
     while waiting:
         sha = waiting.pop()
         if sha not in reached:

@@ -42,7 +42,7 @@ def test_semantic_duplicates_keep_their_contract():
 
 
 def first_stays(documents):
-    """Broken: of two twins the earlier one stays, whatever its quality."""
+    """Broken: keep the earlier one of two twins, whatever its quality."""
     stays = dedup.keep_best(
         dedup.signatures([d.text for d in documents]), 0.7, range(len(documents))
     )
@@ -50,7 +50,7 @@ def first_stays(documents):
 
 
 def whole_families(documents):
-    """Broken: union of pairs, so that the ends of a chain of versions count as twins."""
+    """Broken: join pairs, so that the ends of a chain of versions count as twins."""
     stays = documents
     for _ in documents:
         gone = {d.name for d in stays} - {d.name for d in near(stays)}
@@ -122,7 +122,7 @@ def test_the_contract_finds_broken_removal_by_meaning(name):
 
 
 def pair(rng, shared, each):
-    """Two sets of random hashes with `shared` values in common and `each` of their own."""
+    """Return two sets of random hashes with `shared` values in common and `each` of their own."""
     values = np.array([rng.getrandbits(64) for _ in range(shared + 2 * each)], np.uint64)
     return values[: shared + each], np.concatenate([values[:shared], values[shared + each :]])
 
@@ -130,8 +130,9 @@ def pair(rng, shared, each):
 @given(st.integers(0, 2**31), st.integers(0, 300), st.integers(1, 300))
 def test_the_estimate_is_near_the_jaccard_index(seed, shared, each):
     """The share of equal values is within 0.22 of |a and b| / |a or b|, by Hoeffding wrong once in 10^5."""
-    signature = minhash(pair(random.Random(seed), shared, each))
-    assert abs((signature[0] == signature[1]).mean() - shared / (shared + 2 * each)) < 0.22
+    first, second = minhash(pair(random.Random(seed), shared, each))
+    jaccard = shared / (shared + 2 * each)
+    assert abs((first == second).mean() - jaccard) < 0.22
 
 
 def test_the_estimate_has_no_bias():
@@ -151,7 +152,8 @@ def test_a_signature_is_of_a_set(values, rng):
     shuffled = values[rng.sample(range(len(values)), len(values))]
     other = np.array([rng.getrandbits(64) for _ in range(5)], np.uint64)
     alone, again, third, union = minhash([values, shuffled, other, np.concatenate([values, other])])
-    assert (alone == again).all() and (alone == minhash([values])[0]).all()
+    assert (alone == again).all()
+    assert (alone == minhash([values])[0]).all()
     assert (union == np.minimum(alone, third)).all()
 
 
@@ -159,14 +161,19 @@ def test_a_signature_is_of_a_set(values, rng):
 def test_bands_find_pairs_as_often_as_the_curve_says(similarity):
     """Of 300 pairs the share that has a band in common is 1 - (1 - s^rows)^bands, within five standard deviations."""
     bands, rows = banding(0.7)
-    rng, each = random.Random(int(similarity * 100)), 60
+    rng = random.Random(int(similarity * 100))
+    each = 60
     shared = round(2 * each * similarity / (1 - similarity))
-    signature = minhash([one for _ in range(300) for one in pair(rng, shared, each)])[
-        :, : bands * rows
-    ]
-    equal = (signature[::2] == signature[1::2]).reshape(300, bands, rows).all(2).any(1)
-    curve = recall(shared / (shared + 2 * each), bands, rows)
-    assert abs(equal.mean() - curve) < 5 * (curve * (1 - curve) / 300) ** 0.5 + 0.01
+    sets = []
+    for _ in range(300):
+        sets += pair(rng, shared, each)
+    signature = minhash(sets)[:, : bands * rows]
+
+    equal_values = (signature[::2] == signature[1::2]).reshape(300, bands, rows)
+    found = equal_values.all(2).any(1).mean()  # a band in common
+    chance = recall(shared / (shared + 2 * each), bands, rows)
+    deviation = (chance * (1 - chance) / 300) ** 0.5
+    assert abs(found - chance) < 5 * deviation + 0.01
 
 
 @given(st.floats(0.05, 1))
@@ -224,7 +231,8 @@ def test_choice_of_groups_is_that_of_each_alone(seed, forms):
     documents = cleaning.templates(random.Random(seed), forms, 3) * 2
     group = [number // (3 * forms) for number in range(len(documents))]
     for method, features in ((dedup, dedup.signatures), (semdedup, embed)):
-        values, order = features([d.text for d in documents]), best_documents_first(documents)
+        values = features([d.text for d in documents])
+        order = best_documents_first(documents)
         stays = method.keep_best(values, 0.75, order, group)
         half = 3 * forms
         alone = method.keep_best(values[:half], 0.75, best_documents_first(documents[:half]))
@@ -250,10 +258,8 @@ def test_kmeans_puts_a_vector_where_it_is_nearest(seed, clusters):
         centres[cloud] + 0.02 * torch.randn(len(cloud), 64, generator=generator)
     )
     nearest = kmeans(vectors, clusters)
-    assert (
-        all(len(nearest[cloud == c].unique()) == 1 for c in range(clusters))
-        and len(nearest.unique()) == clusters
-    )
+    assert all(len(nearest[cloud == c].unique()) == 1 for c in range(clusters))
+    assert len(nearest.unique()) == clusters
 
 
 @given(st.lists(st.text(max_size=40), max_size=6))

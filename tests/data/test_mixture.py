@@ -17,9 +17,10 @@ TOKENIZER = Tokenizer.train(["def f(x):\n    return x\n", "Zwei Wörter, 两个�
 
 
 def make_sources(seed, names="abc", most=12, longest=40):
-    """Sources of random lengths. Every token says where it is from: ids are distinct over all sources."""
+    """Return sources of random lengths. Every token says where it is from: ids are distinct over all sources."""
     rng = np.random.default_rng(seed)
-    sources, at = {}, 0
+    sources = {}
+    at = 0
     for name in names:
         sizes = rng.integers(1, longest, rng.integers(1, most))
         ends = at + np.cumsum(sizes)
@@ -29,8 +30,9 @@ def make_sources(seed, names="abc", most=12, longest=40):
 
 
 def real(batch, name, sources):
-    """All (not padding) tokens of a batch that come from one source."""
-    low, high = sources[name][0][0], sources[name][-1][-1]
+    """Return all tokens of a batch, without padding, that come from one source."""
+    low = sources[name][0][0]
+    high = sources[name][-1][-1]
     kept = (
         batch.tokens_BS if batch.documents_BS is None else batch.tokens_BS[batch.documents_BS >= 0]
     )
@@ -101,9 +103,8 @@ def test_shares_follow_the_weights_at_every_moment(weights, packing, length, see
         total = sum(mixture.state_dict()["drawn"].values())
         for name, drawn in mixture.state_dict()["drawn"].items():
             share = weights[name] / sum(weights.values()) * total
-            assert (
-                share - length * len(weights) <= drawn <= share + length + 1e-6
-            )  # 1e-6: rounding of the weights
+            # 1e-6: rounding of the weights.
+            assert share - length * len(weights) <= drawn <= share + length + 1e-6
 
 
 @given(weights, st.integers(1, 60), st.integers(0, 2**31))
@@ -127,14 +128,16 @@ def test_truncation_gives_no_token_twice_in_an_epoch(length, seed):
     mixture = Mixture(sources, {"a": 1}, length, "truncate", seed)
     for _ in range(3):
         seen = real(mixture.next(max(1, size // length)), "a", sources)
-        assert len(set(seen)) == min(size, len(seen)) and size - len(set(seen)) < length
+        assert len(set(seen)) == min(size, len(seen))
+        assert size - len(set(seen)) < length
 
 
 @given(st.integers(2, 60), st.integers(1, 4), st.integers(0, 2**31))
 def test_best_fit_gives_every_token_equally_often(length, rows, seed):
     """Counting what was given and what waits in the pool, no token is more than one time ahead of another."""
     sources = make_sources(seed, "a")
-    size, seen = sum(map(len, sources["a"])), []
+    size = sum(map(len, sources["a"]))
+    seen = []
     mixture = Mixture(sources, {"a": 1}, length, "best_fit", seed)
     for _ in range(12):
         seen += real(mixture.next(rows), "a", sources)
@@ -165,7 +168,8 @@ def test_best_fit_keeps_documents_whole(length, seed, rows):
 def test_ranks_share_one_stream(packing, ranks, seed):
     """The rows of all ranks together are the rows of one process, whatever the number of ranks."""
     sources = make_sources(seed)
-    one, many = Mixture(sources, {"a": 1, "b": 1}, 16, packing, seed), []
+    one = Mixture(sources, {"a": 1, "b": 1}, 16, packing, seed)
+    many = []
     many = [Mixture(sources, {"a": 1, "b": 1}, 16, packing, seed) for _ in range(ranks)]
     for _ in range(4):
         whole = one.next(6).tokens_BS
@@ -182,7 +186,8 @@ def test_a_run_resumes_on_another_number_of_ranks(packing, worlds, seed):
     def new():
         return Mixture(sources, {"a": 1, "b": 2}, 16, packing, seed)
 
-    alone, state = new(), None
+    alone = new()
+    state = None
     for ranks in worlds:
         mixtures = [new() for _ in range(ranks)]
         for mixture in mixtures if state else []:

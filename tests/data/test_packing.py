@@ -1,5 +1,6 @@
 """Packing: the contract of best fit, conservation of tokens, and the layout of batches."""
 
+import itertools
 import random
 
 import numpy as np
@@ -21,8 +22,9 @@ def test_contract_holds():
 
 
 def next_fit(lengths, capacity):
-    """Broken: only the last row is looked at."""
-    rows, room = [], 0
+    """Broken: look at the last row only."""
+    rows = []
+    room = 0
     for i, length in enumerate(lengths):
         if length > room:
             rows.append([])
@@ -33,7 +35,7 @@ def next_fit(lengths, capacity):
 
 
 def worst_fit(lengths, capacity):
-    """Broken: the row with the most room, which leaves many rows half full."""
+    """Broken: choose the row with the most room, which leaves many rows half full."""
     rows, rooms = [], []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         row = max(range(len(rows)), key=rooms.__getitem__, default=None)
@@ -96,7 +98,9 @@ def test_rows_are_those_of_trl_and_no_more_than_first_fit_may_have(example):
     rooms = []  # of first-fit decreasing, which needs at least as many rows as the fewest possible
     for length in sorted(some, reverse=True):
         row = next((i for i, room in enumerate(rooms) if room >= length), len(rooms))
-        rooms[row : row + 1] = [(rooms[row] if row < len(rooms) else capacity) - length]
+        if row == len(rooms):
+            rooms.append(capacity)
+        rooms[row] -= length
     assert ours <= (11 * len(rooms) + 6) / 9
 
 
@@ -115,9 +119,8 @@ def test_pieces_cover_every_document_once(some, capacity):
         (d, t) for d, n in enumerate(some) for t in range(n)
     ]
     assert all(0 < b - a <= capacity for _, a, b in spans)
-    assert sum(b - a < capacity for _, a, b in spans) <= len(
-        some
-    )  # only a document's last span may be short
+    # Only a document's last span may be short.
+    assert sum(b - a < capacity for _, a, b in spans) <= len(some)
 
 
 @given(lengths.filter(sum), capacities, st.integers(0, 100), st.integers(0, 2**31))
@@ -126,10 +129,14 @@ def test_cut_rows_are_consecutive_parts_of_one_ring(some, capacity, offset, seed
     order = np.random.default_rng(seed).permutation(len(some))
     stream = [(int(d), t) for d in order for t in range(some[d])]
     rows = TruncatedRows(some, order, capacity, offset)
-    read = [[(d, t) for d, a, b in row for t in range(a, b)] for row in rows]
-    assert all(len(row) == capacity for row in read)
-    flat = [token for row in read for token in row]
-    assert flat == [stream[(offset + n) % len(stream)] for n in range(len(flat))]
+    flat = []
+    for row in rows:
+        tokens = [(d, t) for d, a, b in row for t in range(a, b)]
+        assert len(tokens) == capacity
+        flat += tokens
+    ring = itertools.cycle(stream)
+    expected = itertools.islice(ring, offset % len(stream), offset % len(stream) + len(flat))
+    assert flat == list(expected)
     assert len(stream) - capacity < len(flat) <= max(capacity, len(stream))
     if len(stream) >= capacity:
         assert len(set(flat)) == len(flat)  # no token twice in an epoch
@@ -150,17 +157,22 @@ def test_fill_lays_documents_out(rows, separate, seed):
     batch = fill(spans, 32, separate, pad=7)
     check_batch(batch)
     for row, parts in enumerate(spans):
-        tokens = np.concatenate([t for t, _ in parts]) if parts else np.zeros(0)
-        assert batch.tokens_BS[row].tolist() == tokens.tolist() + [7] * (32 - len(tokens))
-        targets = [True if m is None else m[n] for t, m in parts for n in range(len(t))]
-        starts = np.cumsum([0] + [len(t) for t, _ in parts][:-1]) if separate else [0]
-        expected = [bool(m) and n not in starts for n, m in enumerate(targets)] + [False] * (
-            32 - len(targets)
-        )
-        assert batch.mask_BS[row].tolist() == expected
+        tokens = []
+        targets = []
+        ids = []
+        for document, (part, mask) in enumerate(parts):
+            chosen = np.ones(len(part), bool) if mask is None else mask.copy()
+            # Nothing predicts the first token of a row, or of a document that is apart.
+            if len(part) and (separate or not tokens):
+                chosen[0] = False
+            tokens += part.tolist()
+            targets += chosen.tolist()
+            ids += [document] * len(part)
+        padding = 32 - len(tokens)
+        assert batch.tokens_BS[row].tolist() == tokens + [7] * padding
+        assert batch.mask_BS[row].tolist() == targets + [False] * padding
         if separate:
-            ids = [i for i, (t, _) in enumerate(parts) for _ in t]
-            assert batch.documents_BS[row].tolist() == ids + [-1] * (32 - len(ids))
+            assert batch.documents_BS[row].tolist() == ids + [-1] * padding
     if separate:
         filled = float((batch.documents_BS >= 0).float().mean())
         assert filled == pytest.approx(sum(map(sum, rows)) / (32 * len(rows)))  # float32 mean

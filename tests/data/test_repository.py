@@ -12,15 +12,16 @@ names = st.lists(st.sampled_from("abcdefghij"), unique=True, max_size=10)
 
 @st.composite
 def graphs(draw):
-    """{path: paths it needs}, rings and self-reference allowed."""
+    """Draw {path: paths it needs}, rings and self-reference allowed."""
     nodes = draw(names)
     some = st.sets(st.sampled_from(nodes), max_size=3) if nodes else st.just(set())
     return {node: draw(some) - {node} for node in nodes}
 
 
 def reaches(needs, start, goal):
-    """Whether `goal` can be reached from `start`, by repeated steps."""
-    seen, waiting = set(), [start]
+    """Tell whether `goal` can be reached from `start`, by repeated steps."""
+    seen = set()
+    waiting = [start]
     while waiting:
         node = waiting.pop()
         if node == goal:

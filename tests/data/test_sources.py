@@ -25,7 +25,7 @@ from minglm.data.sources.files import ReadOptions, Skipped, user_files
 
 
 def zstd(data):
-    """Bytes, packed."""
+    """Return bytes, compressed."""
     sink = pyarrow.BufferOutputStream()
     with pyarrow.CompressedOutputStream(sink, "zstd") as file:
         file.write(data)
@@ -33,7 +33,7 @@ def zstd(data):
 
 
 def write_rows(path, rows):
-    """Rows as JSON lines, packed where the name says so, or as parquet."""
+    """Write rows as JSON lines, compressed where the name says so, or as parquet."""
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
     else:
@@ -179,7 +179,8 @@ def test_lines_of_a_stream_do_not_depend_on_its_chunks(data, size, longest):
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, name):
     """Of a file of 24 MB no more than 6 MB are held at any time (256 rows of parquet, a megabyte of bytes, a piece)."""
     monkeypatch.setattr(files, "PIECE_CHARACTERS", 2**20)
-    path, line = tmp_path / name, "some words and some more of them, " * 60 + "\n"
+    path = tmp_path / name
+    line = "some words and some more of them, " * 60 + "\n"
     if name.endswith(".txt"):
         path.write_text(line * 12_000, encoding="utf-8")
     elif name.endswith(".parquet"):
@@ -226,11 +227,9 @@ def test_bad_records_are_counted_named_and_skipped(tmp_path):
         *(("rows.jsonl", f"line {n}") for n in range(2, 9)),
     ]
     assert skipped.count == len(log) == sum(skipped.reasons.values()) == 9
-    assert (
-        "byte 3" in log[0]["why"]
-        and log[1]["why"] == "empty"
-        and log[3]["why"] == 'needs a string "text"'
-    )
+    assert "byte 3" in log[0]["why"]
+    assert log[1]["why"] == "empty"
+    assert log[3]["why"] == 'needs a string "text"'
 
 
 @pytest.mark.parametrize(
@@ -286,7 +285,8 @@ def test_parquet_cut_short_or_without_texts_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.zst", "hf:a"])
 def test_without_the_optional_package(tmp_path, monkeypatch, name):
     """The message names the extra to install."""
-    original, package = builtins.__import__, "datasets" if name == "hf:a" else "pyarrow"
+    original = builtins.__import__
+    package = "datasets" if name == "hf:a" else "pyarrow"
     if not name.startswith("hf:"):
         (tmp_path / name).write_bytes(b"PAR1")
 
@@ -318,7 +318,8 @@ def test_documents_of_a_file_are_held_out_together(tmp_path, monkeypatch):
     for n in range(20):
         assert len({d.heldout for d in found if d.name.startswith(f"{tmp_path}/{n}.txt")}) == 1
     assert {d.heldout for d in found} == {True, False}
-    assert dataclasses.replace(found[0], quality=0.5).quality == 0.5 and found[0].quality is None
+    assert dataclasses.replace(found[0], quality=0.5).quality == 0.5
+    assert found[0].quality is None
 
 
 ROWS = b'{"text": "one"}\n{"text": "two"}\n'

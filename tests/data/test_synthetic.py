@@ -18,18 +18,20 @@ seeds, indices = st.integers(0, 2**31), st.integers(0, 10**6)
 def test_a_document_follows_from_seed_kind_and_index(kind, index, seed):
     """The same three give the same text; another index or seed gives another."""
     text, language = document(kind, index, seed)
-    assert (
-        (text, language) == document(kind, index, seed)
-        and language in ("en", "zh")
-        and text.endswith("\n")
-    )
-    assert text != document(kind, index + 1, seed)[0] and text != document(kind, index, seed + 1)[0]
+    assert (text, language) == document(kind, index, seed)
+    assert language in ("en", "zh")
+    assert text.endswith("\n")
+    assert text != document(kind, index + 1, seed)[0]
+    assert text != document(kind, index, seed + 1)[0]
 
 
 def value(expression):
-    """Sums of products of whole numbers, such as 8*40+8*2, read left to right."""
-    signed = re.findall(r"[+-]?[^+-]+", expression)
-    return sum((-1 if t[0] == "-" else 1) * product(t.strip("+-")) for t in signed)
+    """Compute sums of products of whole numbers, such as 8*40+8*2, from left to right."""
+    total = 0
+    for term in re.findall(r"[+-]?[^+-]+", expression):
+        sign = -1 if term[0] == "-" else 1
+        total += sign * product(term.strip("+-"))
+    return total
 
 
 def product(term):
@@ -69,7 +71,8 @@ def test_every_equation_holds(index, seed):
 @given(indices, seeds)
 def test_every_comparison_of_things_is_true(index, seed):
     """What is called heavier, larger or nearer is so by the numbers of the tables."""
-    mass, planet = {e.name: e.mass for e in ELEMENTS}, {p.name: p for p in PLANETS}
+    mass = {e.name: e.mass for e in ELEMENTS}
+    planet = {p.name: p for p in PLANETS}
     text = document("science", index, seed)[0]
     for a, b in re.findall(r"An atom of (\w+) is heavier than an atom of (\w+)", text):
         assert mass[a] > mass[b]
@@ -82,7 +85,7 @@ def test_every_comparison_of_things_is_true(index, seed):
 
 
 def answers():
-    """{question: answer} over the tables, built the other way round from `synthetic`."""
+    """Return {question: answer} over the tables, built the other way round from `synthetic`."""
     known = {}
     for c in COUNTRIES:
         known[f"What is the capital of {c.name}?"] = c.capital
@@ -114,7 +117,8 @@ def test_every_answer_is_right(index, seed):
     """A question has one answer: that of the tables, or of the sum it asks for."""
     text, language = document("qa", index, seed)
     pairs = re.findall(r"(?:Question: |问：)(.*)\n(?:Answer: |答：)(.*)\n", text)
-    assert 3 <= len(pairs) <= 8 and ("问" in text) == (language == "zh")
+    assert 3 <= len(pairs) <= 8
+    assert ("问" in text) == (language == "zh")
     for question, answer in pairs:
         if sum_asked := re.search(r"(\d+[+-]\d+)", question):
             assert value(sum_asked[1]) == int(answer)
@@ -137,7 +141,8 @@ def test_the_needle_stands_once_in_the_ledger(index, seed, entries):
     found = [
         line for line in lines if line.startswith(f"{name} has ") and line.endswith(f" {thing}.")
     ]
-    assert len(found) == 1 and lines[-1] == f"Answer: {found[0].split()[2]}"
+    assert len(found) == 1
+    assert lines[-1] == f"Answer: {found[0].split()[2]}"
 
 
 @pytest.mark.parametrize("field", ["number", "symbol", "name", "chinese"])
@@ -157,7 +162,6 @@ def test_tables_agree_with_physics():
     """Heavier elements have higher numbers but for the two known exceptions; planets obey Kepler's third law."""
     swaps = [(a.symbol, b.symbol) for a, b in itertools.pairwise(ELEMENTS) if a.mass >= b.mass]
     assert swaps == [("Ar", "K"), ("Co", "Ni")]
-    for p in (
-        PLANETS
-    ):  # period² / distance³ is the same for all; the table's rounding leaves less than 0.5 %
+    # Period² / distance³ is the same for all; the table's rounding leaves less than 0.5 %.
+    for p in PLANETS:
         assert (p.period / 365.26) ** 2 / (p.distance / 149.6) ** 3 == pytest.approx(1, abs=0.005)

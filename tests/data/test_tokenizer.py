@@ -108,11 +108,11 @@ def test_batch_encoding_is_encoding_one_by_one(some):
 
 def test_training_is_deterministic_in_any_order_of_texts():
     """The same texts, in another order or cut to a sample, give the same merges every time."""
-    forwards, backwards = Tokenizer.train(CORPUS, 400), Tokenizer.train(reversed(CORPUS), 400)
+    forwards = Tokenizer.train(CORPUS, 400)
+    backwards = Tokenizer.train(reversed(CORPUS), 400)
     assert forwards._specification == backwards._specification
-    assert (
-        697 <= sum(len(text.encode()) for text in _sample(CORPUS, 700)) <= 700
-    )  # half a character is cut off
+    # Half a character is cut off.
+    assert 697 <= sum(len(text.encode()) for text in _sample(CORPUS, 700)) <= 700
     small = [
         Tokenizer.train(some, 330, sample_bytes=700)._specification
         for some in (CORPUS, CORPUS[::-1])
@@ -124,9 +124,8 @@ def test_save_and_load(tokenizer, tmp_path):
     """A saved tokenizer loads to the same ids, here and in the tokenizers library."""
     tokenizer.save(tmp_path / "tokenizer.json")
     loaded = Tokenizer.load(tmp_path / "tokenizer.json")
-    assert loaded.special == tokenizer.special and loaded.encode(CORPUS[3]) == tokenizer.encode(
-        CORPUS[3]
-    )
+    assert loaded.special == tokenizer.special
+    assert loaded.encode(CORPUS[3]) == tokenizer.encode(CORPUS[3])
     other = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert other.get_vocab_size() == 512
     assert {name: other.token_to_id(name) for name in SPECIAL_TOKENS} == tokenizer.special
@@ -139,7 +138,7 @@ def test_save_and_load(tokenizer, tmp_path):
 
 
 def released(tokenizer, folder):
-    """A file laid out like a released one: more ids, <think> an ordinary added token, a prefix added to every text."""
+    """Write a file laid out like a released one: more ids, <think> an ordinary added token, a prefix added to every text."""
     specification = {
         **tokenizer._specification,
         "added_tokens": [dict(token) for token in tokenizer._added_tokens],
@@ -179,22 +178,15 @@ def test_unused_ids_fill_a_vocabulary_the_text_is_too_short_for(tmp_path):
     tokenizer = Tokenizer.train(["ab ab"], 400)
     assert tokenizer.vocab_size == 400 and tokenizer.end == 400 - 36
     tokenizer.save(tmp_path / "tokenizer.json")
-    assert (
-        tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).token_to_id(
-            "<|endoftext|>"
-        )
-        == 400 - 36
-    )
+    read = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert read.token_to_id("<|endoftext|>") == 400 - 36
 
 
 def test_ids_may_be_arrays_and_half_characters_decode(tokenizer):
     """decode takes lists, arrays and tensors; half a character becomes U+FFFD; half a surrogate pair can be read."""
     ids = tokenizer.encode("sum é")
-    assert (
-        tokenizer.decode(np.array(ids, dtype=np.uint16))
-        == tokenizer.decode(torch.tensor(ids))
-        == "sum é"
-    )
+    assert tokenizer.decode(np.array(ids, dtype=np.uint16)) == "sum é"
+    assert tokenizer.decode(torch.tensor(ids)) == "sum é"
     assert tokenizer.decode(tokenizer.encode("界")[:1]).startswith("\ufffd")
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
 

@@ -65,7 +65,8 @@ class Says:
     """A classifier that gives every text one score, and counts how often it is asked."""
 
     def __init__(self, score):
-        self.value, self.asked = score, 0
+        self.value = score
+        self.asked = 0
 
     def score(self, texts):
         self.asked += 1
@@ -103,7 +104,7 @@ def test_rows_of_html_become_pages_of_their_own_language(tmp_path):
 
 
 def prose(verbs, nouns, n):
-    """A few sentences without any tag of code."""
+    """Return a few sentences without any tag of code."""
     return " ".join(
         f"{verbs[(n + i) % 5]} the {nouns[(n * 3 + i * 2) % 7]}, then the next." for i in range(6)
     )

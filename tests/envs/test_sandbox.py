@@ -35,14 +35,14 @@ needs_isolation = pytest.mark.skipif(
 
 @pytest.fixture
 def sandbox():
-    """One worker, so that every judgement of a test shares it."""
+    """Yield a sandbox of one worker, so that every judgement of a test shares it."""
     with Sandbox(workers=1, floor="rlimits-only") as box:
         yield box
 
 
 @pytest.fixture(scope="module")
 def crew():
-    """Two workers for all tests of hostile answers."""
+    """Yield a sandbox of two workers, for all tests of hostile answers."""
     with Sandbox(workers=2, floor="rlimits-only") as box:
         yield box
 
@@ -74,7 +74,7 @@ def test_contract_holds_with_resource_limits_alone(tmp_path, monkeypatch):
 
 
 def exit_code_judge(source, function, cases):
-    """The tests run beside the program, and success is exit code 0."""
+    """Broken: run the tests beside the program, where success is exit code 0."""
     tests = "\n".join(
         f"assert {function}(*{arguments!r}) == {expected!r}" for arguments, expected in cases
     )
@@ -156,7 +156,7 @@ FILES = [name for name, source in ATTACKS.items() if "{canary" in source or "lef
 
 @pytest.fixture
 def attack(tmp_path):
-    """Function (sandbox, name) -> Verdict of an attack; a Verdict that passed means that the attack succeeded."""
+    """Return a function (sandbox, name) -> Verdict of an attack; a Verdict that passed means that the attack succeeded."""
     folder = tmp_path / "outside"
     folder.mkdir()
     canary = folder / "canary"
@@ -169,17 +169,18 @@ def attack(tmp_path):
             return sandbox.judge(f"def f():\n    {body}", "f", [([], True)], seconds=1.0)
 
         yield run
-    assert canary.read_text(encoding="utf-8") == "alive" and canary.stat().st_mode & 0o777 != 0o777
+    assert canary.read_text(encoding="utf-8") == "alive"
+    assert canary.stat().st_mode & 0o777 != 0o777
     assert os.listdir(folder) == ["canary"]
 
 
 def leftovers():
-    """What sandboxes have left in the temporary folder."""
+    """Return what sandboxes have left in the temporary folder."""
     return list(Path(tempfile.gettempdir()).glob("minglm-sandbox-*"))
 
 
 def children(pid):
-    """Process ids whose parent is `pid`; none where there is no /proc."""
+    """Return the process ids whose parent is `pid`; none where there is no /proc."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -229,10 +230,8 @@ def test_each_layer_holds_by_itself(layer, names, tmp_path, monkeypatch, attack)
             thin.workers.put(worker)
             verdict = attack(thin, name)
             assert not children(worker.process.pid), f"{name} leaves a process"
-            if name not in (
-                "leave a daemon",
-                "kill everything",
-            ):  # may succeed inside the process namespace
+            # Two of them may succeed inside the process namespace.
+            if name not in ("leave a daemon", "kill everything"):
                 assert verdict.status in ("crash", "wrong", "timeout"), f"{name}: {verdict}"
 
 
@@ -300,10 +299,8 @@ def test_broken_jail_is_an_infrastructure_failure(script, tmp_path, monkeypatch)
     monkeypatch.setattr(module, "JAIL", broken)
     with Sandbox(workers=1, floor="rlimits-only") as box:
         monkeypatch.setattr(module, "GRACE", 0.3)
-        assert (
-            box.judge("def f():\n    return 1", "f", [([], 1)], seconds=0.2).status
-            == "infrastructure"
-        )
+        verdict = box.judge("def f():\n    return 1", "f", [([], 1)], seconds=0.2)
+        assert verdict.status == "infrastructure"
 
 
 def test_floor_is_held(tmp_path, monkeypatch):
@@ -329,7 +326,7 @@ RIGHT = "s3cret\nvalue i 1"
 
 
 def outcome(**changes):
-    """The outcome of a right answer to one test, changed."""
+    """Return the outcome of a right answer to one test, changed."""
     return {"ready": True, "late": False, "flood": False, "answer": RIGHT} | changes
 
 
@@ -422,7 +419,7 @@ def test_a_hostile_answer_is_the_verdict_of_its_candidate_alone(name, crew):
 
 
 def scalars():
-    """Plain values without parts."""
+    """Return a strategy of plain values without parts."""
     numbers = st.sampled_from(
         [0, 1, 2, 0.0, -0.0, 1.0, 2.5, 2**60, 2.0**60, 1e300, 1j, 2 + 0j, True, False]
     )
@@ -443,7 +440,7 @@ values_of_all_kinds = st.recursive(
 
 
 def with_other_numbers(value, rng):
-    """The same value with some numbers in another type, and other orders inside."""
+    """Return the same value with some numbers in another type, and other orders inside."""
     if isinstance(value, (bool, int, float)) and rng.random() < 0.5:
         kinds = [kind for kind in (int, float, complex, bool) if same_number(kind, value)]
         return rng.choice(kinds)(value)
@@ -456,7 +453,7 @@ def with_other_numbers(value, rng):
 
 
 def same_number(kind, value):
-    """Whether a number can be written in another type without a change."""
+    """Tell whether a number can be written in another type without a change."""
     try:
         return kind(value) == value
     except OverflowError:
@@ -464,7 +461,7 @@ def same_number(kind, value):
 
 
 def stands_for(given, expected):
-    """Whether one plain value may be given for another: the definition, slow and simple."""
+    """Tell whether one plain value may be given for another: the definition, slow and simple."""
     ranks = {int: 0, float: 1, complex: 2}
     if type(given) in ranks and type(expected) in ranks:
         return given == expected and ranks[type(given)] <= ranks[type(expected)]
@@ -669,7 +666,7 @@ def f(keys):
 
 
 def found_by_the_next_job(tmp_path, monkeypatch, layers, change):
-    """Names of what the second job of a worker finds in its memory of the first, and of itself."""
+    """Return the names that the second job of a worker finds in its memory of the first, and of itself."""
     only(layers, tmp_path, monkeypatch, SHOW_MAPS + "\n" + change)
     plants = {
         name: secrets.token_hex(16) for name in ("source", "argument", "answer", "secret", "own")
@@ -713,7 +710,7 @@ def test_the_search_finds_what_a_server_has_read(tmp_path, monkeypatch):
 def test_what_a_program_changes_is_gone_with_it(sandbox):
     """Modules, and the mapping of the library made writable and overwritten: the next program sees neither."""
     source = (
-        "import ctypes, sys, json\njson.loads = lambda text: 'spoilt'\nlibrary = sys.meta_path[-2]\n"
+        "import ctypes, sys, json\njson.loads = lambda text: 'forged'\nlibrary = sys.meta_path[-2]\n"
         "size = len(library.bytes)\nlibc = ctypes.CDLL(None, use_errno=True)\n"
         "view = (ctypes.c_char * 1).from_buffer_copy(b'x')\n"
         "buffer = ctypes.py_object(library.bytes)\n"
@@ -724,7 +721,7 @@ def test_what_a_program_changes_is_gone_with_it(sandbox):
         "    ctypes.memset(ctypes.c_void_p(b.buf), 0, size)\n"
         "    return done, library.bytes[:100] == bytes(100), json.loads('[1]')"
     )
-    verdict = sandbox.judge(source, "f", [([], (0, True, "spoilt"))])
+    verdict = sandbox.judge(source, "f", [([], (0, True, "forged"))])
     assert verdict.status == "passed", f"the attack itself is broken: {verdict}"
     next_one = "import dataclasses, json\ndef f():\n    return json.loads('[1]'), dataclasses.MISSING is None"
     assert sandbox.judge(next_one, "f", [([], ([1], False))]).status == "passed"

@@ -33,19 +33,19 @@ TEXTS = (
 
 
 def documents_of(tokenizer, texts=TEXTS):
-    """Documents as they stand in the held-out shards: ids, and the end of the text."""
+    """Return documents as they are in the held-out shards: ids, and the end of the text."""
     return [np.array([*tokenizer.encode(text), tokenizer.end]) for text in texts]
 
 
 def spans(documents, length):
-    """What is scored: rows of at most `length` tokens, those of one or two left out."""
+    """Return what is scored: rows of at most `length` tokens, those of one or two left out."""
     cut = [d[at : at + length] for d in documents for at in range(0, len(d), length)]
     return [span for span in cut if len(span) > 2]
 
 
 @pytest.fixture(scope="module")
 def uniform():
-    """A model that finds every token equally likely."""
+    """Return a model that finds every token equally likely."""
     model = GLM(tiny_model(1, vocab_size=330).config)
     torch.nn.init.zeros_(model.lm_head.weight)
     return model
@@ -65,23 +65,28 @@ def test_bits_of_a_uniform_model(uniform, texts, length, limit):
     targets = [token for row in rows for token in row[1:].tolist()]
     size = len(tokenizer.bytes([t for t in targets if t != tokenizer.end]))
     found = bits_per_byte(uniform, tokenizer, documents_of(tokenizer, texts), length, limit)
+    bits = math.log2(330) * len(targets)
     # float32 logarithms, summed over at most 200 tokens
-    assert found == pytest.approx(math.log2(330) * len(targets) / max(1, size), rel=1e-5)
+    assert found == pytest.approx(bits / max(1, size), rel=1e-5)
 
 
 @settings(max_examples=10)
 @given(seed=seeds, length=st.sampled_from([5, 16, 64]))
 def test_bits_of_any_model(seed, length):
     """The sum of -log2 p of each token after the first of a row, from a plain forward pass of that row alone."""
-    tokenizer, model = word_tokenizer(), tiny_model(seed, vocab_size=330)
-    nats, count = 0.0, 0
+    tokenizer = word_tokenizer()
+    model = tiny_model(seed, vocab_size=330)
+    nats = 0.0
+    size = 0
     for row in spans(documents_of(tokenizer), length):
         with torch.no_grad():
             logp_SV = model(torch.tensor(row[None]))[0].log_softmax(-1)
-        nats -= sum(logp_SV[s, row[s + 1]].item() for s in range(len(row) - 1))
-        count += len(tokenizer.bytes([t for t in row[1:] if t != tokenizer.end]))
+        for s, target in enumerate(row[1:]):
+            nats -= logp_SV[s, target].item()
+        size += len(tokenizer.bytes([t for t in row[1:] if t != tokenizer.end]))
     found = bits_per_byte(model, tokenizer, documents_of(tokenizer), length, 10**6)
-    assert found == pytest.approx(nats / math.log(2) / count, rel=1e-4)  # float32 logits of size 10
+    bits = nats / math.log(2)
+    assert found == pytest.approx(bits / size, rel=1e-4)  # float32 logits of size 10
 
 
 def test_bits_do_not_depend_on_the_passes(monkeypatch, uniform):
@@ -108,14 +113,14 @@ def test_acceptance_is_the_overlap(seed, length, sharp):
     documents = [d % 24 for d in documents_of(byte_tokenizer())]
 
     def hidden(tokens_BS, positions_BS, documents_BS, mtp):
+        # Both are functions of the tokens, so that the reference below finds the same numbers.
+        sums_BS = tokens_BS.double().cumsum(1)
         outs = []
-        for name in (
-            "trunk",
-            "mtp",
-        ):  # a function of the tokens, so that the reference below finds the same numbers
-            code = tokens_BS.double().cumsum(1) * (3 if name == "mtp" else 7) + seed % 1000
-            outs.append((sharp * torch.sin(code[..., None] * torch.arange(1, 25))).float())
-        return Output(outs[0], outs[1])
+        for factor in (7, 3):
+            code_BS = sums_BS * factor + seed % 1000
+            waves_BSD = torch.sin(code_BS[..., None] * torch.arange(1, 25))
+            outs.append((sharp * waves_BSD).float())
+        return Output(*outs)
 
     stub = SimpleNamespace(
         hidden=hidden,
@@ -126,8 +131,10 @@ def test_acceptance_is_the_overlap(seed, length, sharp):
     overlap = []
     for row in spans(documents, length):
         out = hidden(torch.tensor(row[None]), None, None, True)
-        p_SV, q_SV = out.hidden_BSD[0].softmax(-1), out.mtp_hidden_BSD[0].softmax(-1)
-        overlap += [torch.minimum(p_SV[t + 1], q_SV[t]).sum().item() for t in range(len(row) - 2)]
+        p_SV = out.hidden_BSD[0].softmax(-1)
+        q_SV = out.mtp_hidden_BSD[0].softmax(-1)
+        for t in range(len(row) - 2):
+            overlap.append(torch.minimum(p_SV[t + 1], q_SV[t]).sum().item())
     found = mtp_acceptance(stub, documents, length, 10**6)
     assert 0 <= found <= 1 + 1e-6
     assert found == pytest.approx(np.mean(overlap), rel=1e-4)  # float32
@@ -147,10 +154,9 @@ def test_acceptance_of_a_model(uniform, seed):
                 lambda module, inputs, out, value=value: torch.full_like(out, value)
             )
         model.lm_head.weight.zero_()
-        model.lm_head.weight[3], model.lm_head.weight[8] = (
-            9.0,
-            -9.0,
-        )  # one always says 3, the other always 8
+        # One always says 3, the other always 8.
+        model.lm_head.weight[3] = 9.0
+        model.lm_head.weight[8] = -9.0
     assert mtp_acceptance(model, documents, 16, 10**6) == pytest.approx(0, abs=1e-5)
 
 
@@ -161,11 +167,13 @@ CONFIG = EvaluationConfig(problems=4, samples=2, max_new_tokens=200)
 @pytest.mark.parametrize("thinking", [True, False])
 def test_a_perfect_model_scores_one(name, thinking):
     """Every number of the record, for a model that plays like the oracle."""
-    environment, tokenizer = ENVIRONMENTS[name], byte_tokenizer()
+    environment = ENVIRONMENTS[name]
+    tokenizer = byte_tokenizer()
     problems = environment.tasks(4, eval_tasks.TEST_SEED, "test")
     engine = ScriptedGenerator(tokenizer, oracle(tokenizer, environment, problems, thinking))
     record, played = eval_tasks.tasks(engine, tokenizer, environment, CONFIG, thinking)
-    assert len(played) == 8 and [t.task for t in played[::2]] == problems
+    assert len(played) == 8
+    assert [t.task for t in played[::2]] == problems
     valid = 1.0 if name == "retail" else None
     expected = {
         "env": name,
@@ -175,16 +183,16 @@ def test_a_perfect_model_scores_one(name, thinking):
         "pass_k": 1.0,
         "k": 2,
     }
-    assert (
-        record | expected | {"n": 4, "valid_calls": valid, "switch_ok": 1.0, "high": 1.0} == record
-    )
+    expected |= {"n": 4, "valid_calls": valid, "switch_ok": 1.0, "high": 1.0}
+    assert record | expected == record
     assert 0 < record["low"] < 1, "four problems leave room for doubt"
     assert record["length"] == engine.tokens / 8
 
 
 def test_scores_count_right_answers():
     """Two problems of four solved, one of them in one answer of two: avg@2 is 3/8, pass@2 is 1/2."""
-    environment, tokenizer = ENVIRONMENTS["arithmetic"], byte_tokenizer()
+    environment = ENVIRONMENTS["arithmetic"]
+    tokenizer = byte_tokenizer()
     problems = environment.tasks(4, eval_tasks.TEST_SEED, "test")
     asked = {
         render(tokenizer, t.messages, (), True, generation_prompt=True).text: t for t in problems
@@ -194,7 +202,8 @@ def test_scores_count_right_answers():
     def script(prompt):
         task = asked[prompt]
         times[task.id] = times.get(task.id, 0) + 1
-        right = task == problems[0] or (task == problems[2] and times[task.id] == 2)
+        second_time = times[task.id] == 2
+        right = task == problems[0] or (task == problems[2] and second_time)
         return (
             said(tokenizer, assistant(task.label if right else "no", "so"))
             if task != problems[3]
@@ -205,13 +214,15 @@ def test_scores_count_right_answers():
         ScriptedGenerator(tokenizer, script), tokenizer, environment, CONFIG, True
     )
     assert (record["avg"], record["pass_k"], record["switch_ok"]) == (0.375, 0.5, 0.75)
-    assert record["low"] < 0.375 < record["high"] and record["valid_calls"] is None
+    assert record["low"] < 0.375 < record["high"]
+    assert record["valid_calls"] is None
     assert [t.score.status for t in played] == ["ok"] * 2 + ["wrong"] * 3 + ["ok"] + ["format"] * 2
 
 
 def test_failures_of_the_environment_leave_the_statistics():
     """Two samples of three problems fail, all of the fourth: the rest is scored, and the failures are counted."""
-    environment, tokenizer = Arithmetic(), byte_tokenizer()
+    environment = Arithmetic()
+    tokenizer = byte_tokenizer()
     problems = environment.tasks(4, eval_tasks.TEST_SEED, "test")
     script = oracle(tokenizer, environment, problems)
     times = dict.fromkeys([t.id for t in problems], 0)
@@ -234,7 +245,8 @@ def test_failures_of_the_environment_leave_the_statistics():
 
 def test_valid_calls_are_those_without_a_fault():
     """Half of the calls name a tool that does not exist."""
-    environment, tokenizer = ENVIRONMENTS["retail"], byte_tokenizer()
+    environment = ENVIRONMENTS["retail"]
+    tokenizer = byte_tokenizer()
     turns = [0]
 
     def script(prompt):
@@ -247,20 +259,21 @@ def test_valid_calls_are_those_without_a_fault():
     record, _ = eval_tasks.tasks(
         ScriptedGenerator(tokenizer, script), tokenizer, environment, CONFIG, True
     )
-    assert record["avg"] == 0 and record["valid_calls"] == pytest.approx(0.5, abs=0.1)
+    assert record["avg"] == 0
+    assert record["valid_calls"] == pytest.approx(0.5, abs=0.1)
 
 
 def test_the_same_seed_gives_the_same_record():
     """Two evaluations agree in every number; another seed samples other answers to the same problems."""
-    tokenizer, environment = byte_tokenizer(), ENVIRONMENTS["arithmetic"]
+    tokenizer = byte_tokenizer()
+    environment = ENVIRONMENTS["arithmetic"]
     engine = EngineGenerator(Engine(tiny_model(3, vocab_size=292), tokenizer))
     config = EvaluationConfig(problems=3, samples=2, max_new_tokens=6, temperature=1.0)
     runs = [
         eval_tasks.tasks(engine, tokenizer, environment, config, True, seed) for seed in (0, 0, 1)
     ]
-    assert runs[0][0] == runs[1][0] and [t.texts for t in runs[0][1]] == [
-        t.texts for t in runs[1][1]
-    ]
+    assert runs[0][0] == runs[1][0]
+    assert [t.texts for t in runs[0][1]] == [t.texts for t in runs[1][1]]
     assert [t.task for t in runs[0][1]] == [t.task for t in runs[2][1]]
     assert [t.texts for t in runs[0][1]] != [t.texts for t in runs[2][1]]
     train = {t.id for t in environment.tasks(200, 0)}
@@ -270,11 +283,9 @@ def test_the_same_seed_gives_the_same_record():
 def test_faults_are_counted_over_last_turns():
     """Incidence of each fault and of any, over answers; the interval is over prompts."""
     tasks = [t for t in ENVIRONMENTS["provocation"].tasks(40, 1) if t.label == "en"][:2]
-    clean, loop, mixed = (
-        "Iron is a solid.<|user|>",
-        "so we go on " * 30 + "<|user|>",
-        "Iron 是一种金属 and so on<|user|>",
-    )
+    clean = "Iron is a solid.<|user|>"
+    loop = "so we go on " * 30 + "<|user|>"
+    mixed = "Iron 是一种金属 and so on<|user|>"
     both = "<think>" + "so we go on " * 30
     texts = [(tasks[0], clean), (tasks[0], loop), (tasks[1], mixed), (tasks[1], both)]
     played = [
@@ -288,4 +299,5 @@ def test_faults_are_counted_over_last_turns():
         "format": 0.25,
         "any": 0.75,
     }
-    assert found["n"] == 4 and 0 <= found["low"] < 0.75 < found["high"] <= 1
+    assert found["n"] == 4
+    assert 0 <= found["low"] < 0.75 < found["high"] <= 1

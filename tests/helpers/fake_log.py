@@ -139,7 +139,8 @@ def pretraining_records(rng):
         )
         low = high - 1.6 / (number + 1)
         yield from training(rng, stage, tokens, tokens // 10_000, seen, high, low, late=number > 0)
-        seen, high = seen + tokens, high - 1.4 / (number + 1)
+        seen = seen + tokens
+        high = high - 1.4 / (number + 1)
         yield stage_end(stage, tokens / 9000, tokens)
     for source in ("prose", "code"):
         yield BitsPerByteRecord(stage="long_agent", source=source, value=1.6 + rng.random() / 5)

@@ -52,9 +52,8 @@ def start(out, *words, before=None):
     """Start the command in its own process; `before` is called in it first."""
 
     def prepare():
-        signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # a test suite in the background has Ctrl-C switched off
+        # A test suite in the background has Ctrl-C switched off.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         if before is not None:
             before()
 

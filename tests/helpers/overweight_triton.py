@@ -16,7 +16,7 @@ def product(
     inner: tl.constexpr,
     steps: tl.constexpr,
 ):
-    """out = a b, block by block; the tile decides which instructions there are and what they need."""
+    """Compute out = a b, block by block; the tile decides which instructions there are and what they need."""
     i, j, k = tl.arange(0, rows), tl.arange(0, columns), tl.arange(0, inner)
     total = tl.zeros((rows, columns), tl.float32)
     for step in range(0, steps):
@@ -28,7 +28,7 @@ def product(
 
 @triton.jit
 def sums(x, out, width: tl.constexpr):
-    """Two tiles of sums, by descriptor."""
+    """Add up two tiles, by descriptor."""
     tl.store(out + tl.arange(0, width), x.load([0]) + x.load([width]))
 
 

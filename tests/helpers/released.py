@@ -20,12 +20,10 @@ EVERY_VALUE = {
 
 @st.composite
 def shapes(draw, latent=False):
-    """(keyword arguments of a tiny Glm4MoeConfig, or with `latent` of a Glm4MoeLiteConfig; a seed)."""
-    layers, kv_heads, groups = (
-        draw(st.integers(1, 3)),
-        draw(st.integers(1, 3)),
-        draw(st.sampled_from([1, 1, 2, 4])),
-    )
+    """Draw (keyword arguments of a tiny Glm4MoeConfig, or with `latent` of a Glm4MoeLiteConfig; a seed)."""
+    layers = draw(st.integers(1, 3))
+    kv_heads = draw(st.integers(1, 3))
+    groups = draw(st.sampled_from([1, 1, 2, 4]))
     per_group = draw(st.integers(2, 4))
     best_groups = draw(st.integers(1, groups))
     values = {**EVERY_VALUE, "num_hidden_layers": layers, "hidden_size": draw(st.integers(3, 24))}
@@ -41,13 +39,12 @@ def shapes(draw, latent=False):
         "rms_norm_eps": 1e-5,
     }
     values |= {"attention_bias": draw(st.booleans()), "tie_word_embeddings": draw(st.booleans())}
-    theta, dense = draw(st.sampled_from([1e4, 1e6])), draw(st.integers(0, layers))
+    theta = draw(st.sampled_from([1e4, 1e6]))
+    dense = draw(st.integers(0, layers))
     if latent:
-        flat, rope, heads = (
-            draw(st.integers(1, 6)),
-            2 * draw(st.integers(1, 4)),
-            draw(st.integers(1, 4)),
-        )
+        flat = draw(st.integers(1, 6))
+        rope = 2 * draw(st.integers(1, 4))
+        heads = draw(st.integers(1, 4))
         values |= {
             "num_attention_heads": heads,
             "num_key_value_heads": heads,
@@ -74,15 +71,14 @@ def shapes(draw, latent=False):
 
 
 def build(values, seed, scale=0.3):
-    """Hugging Face's model of these values. Every weight is drawn, also biases, norms and the selection bias."""
+    """Build Hugging Face's model of these values. Every weight is drawn, also biases, norms and the selection bias."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     latent = "kv_lora_rank" in values
     kind = transformers.Glm4MoeLiteConfig if latent else transformers.Glm4MoeConfig
-    config = kind(
-        **values, experts_implementation="eager"
-    )  # its grouped products refuse odd widths
+    # Its grouped products refuse odd widths.
+    config = kind(**values, experts_implementation="eager")
     model = (transformers.Glm4MoeLiteForCausalLM if latent else transformers.Glm4MoeForCausalLM)(
         config
     ).eval()
@@ -97,18 +93,18 @@ def build(values, seed, scale=0.3):
 
 
 def drawn_tokens(seed, B, S):
-    """Token ids of the tiny vocabulary."""
+    """Draw token ids of the tiny vocabulary."""
     return torch.randint(0, 24, (B, S), generator=numbers(seed))
 
 
 def ours(reference, folder):
-    """The same model, read by minglm from what transformers wrote."""
+    """Return the same model, read by minglm from what transformers wrote."""
     reference.save_pretrained(folder)
     return GLM.from_pretrained(folder)
 
 
 def mtp_model(seed, latent=False, **changes):
-    """A tiny GLM of one dense and one MoE layer with an MTP layer, every value drawn."""
+    """Build a tiny GLM of one dense and one MoE layer with an MTP layer, every value drawn."""
     heads = {
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
@@ -132,14 +128,15 @@ def release(model, folder, copies=False, own_file=False, dtype=None):
 
     Returns {name: tensor} of everything in the folder.
     """
-    model.save_pretrained(
-        folder, dtype, shard_gigabytes=4e-6
-    )  # four kilobytes, so that there are several files
-    last, held = f"model.layers.{model.config.num_hidden_layers}.", tensors(folder)
+    # Four kilobytes, so that there are several files.
+    model.save_pretrained(folder, dtype, shard_gigabytes=4e-6)
+    last = f"model.layers.{model.config.num_hidden_layers}."
+    held = tensors(folder)
     index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
     moved = {name for name in held if own_file and name.startswith(last)}
     for file in sorted(set(index["weight_map"].values())):
-        kept = {n: held[n] for n, f in index["weight_map"].items() if f == file and n not in moved}
+        names = {name for name, at in index["weight_map"].items() if at == file}
+        kept = {name: held[name] for name in names - moved}
         (folder / file).unlink()
         if kept:
             save_file(kept, folder / file)
@@ -149,15 +146,14 @@ def release(model, folder, copies=False, own_file=False, dtype=None):
         extra[f"{last}shared_head.head.weight"] = held["lm_head.weight"].clone()
     if extra:
         save_file(extra, folder / "mtp.safetensors")
-    index["weight_map"] = {
-        n: f for n, f in index["weight_map"].items() if n not in moved
-    }  # GLM-4.6's names no MTP file
+    # GLM-4.6's names no MTP file.
+    index["weight_map"] = {n: f for n, f in index["weight_map"].items() if n not in moved}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     return tensors(folder)
 
 
 def tensors(folder):
-    """{name: tensor} of all safetensors files of a folder."""
+    """Return {name: tensor} of all safetensors files of a folder."""
     return {
         name: tensor
         for path in sorted(folder.glob("*.safetensors"))
@@ -166,5 +162,5 @@ def tensors(folder):
 
 
 def layout(folder):
-    """{file: names in it} of a folder."""
+    """Return {file: names in it} of a folder."""
     return {path.name: sorted(load_file(path)) for path in folder.glob("*.safetensors")}

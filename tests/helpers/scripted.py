@@ -13,21 +13,22 @@ from minglm.inference import Completion
 
 @cache
 def byte_tokenizer():
-    """256 bytes and the special tokens: every text has one tokenization only."""
+    """Return a tokenizer of 256 bytes and the special tokens: every text has one tokenization only."""
     return Tokenizer.train([], 292)
 
 
 @cache
 def word_tokenizer():
-    """A few merges, so that a text has several tokenizations."""
+    """Return a tokenizer with a few merges, so that a text has several tokenizations."""
     return Tokenizer.train(
         ["order is cancelled returned get_order status pending in the shop 38+7=45;"] * 9, 330
     )
 
 
 def spelled(tokenizer, text):
-    """Ids of a text in which special tokens are spelled out, byte by byte: not as `encode` would join them."""
-    single, ids = {tokenizer.bytes([i]): i for i in range(256)}, []
+    """Return the ids of a text with special tokens spelled out, byte by byte: not as `encode` would join them."""
+    single = {tokenizer.bytes([i]): i for i in range(256)}
+    ids = []
     for part in re.split("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")", text):
         special = tokenizer.special.get(part)
         ids += [single[bytes([byte])] for byte in part.encode()] if special is None else [special]
@@ -35,7 +36,7 @@ def spelled(tokenizer, text):
 
 
 def said(tokenizer, message, thinking=True):
-    """An assistant message as the text that a model would sample, up to the role token that ends the turn."""
+    """Return an assistant message as the text that a model would sample, up to the role token that ends the turn."""
     rendered = render(tokenizer, [{"role": "user", "content": "?"}, message], None, thinking)
     return tokenizer.decode(
         [token for token, sampled in zip(rendered.ids, rendered.mask) if sampled]
@@ -50,12 +51,16 @@ class Scripted:
     """
 
     def __init__(self, tokenizer, script, limit=10**6):
-        self.tokenizer, self.script, self.limit = tokenizer, script, limit
-        self.asked, self.answers, self.tokens = [], [], 0
+        self.tokenizer = tokenizer
+        self.script = script
+        self.limit = limit
+        self.asked = []
+        self.answers = []
+        self.tokens = 0
         self.model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=limit))
 
     def generate(self, requests, on_token=None):
-        """One completion for each request; an answer that does not end in a stop token is one that was cut off."""
+        """Return one completion for each request; an answer that does not end in a stop token is one that was cut off."""
         completions = []
         for number, request in enumerate(requests):
             answer = self.script(self.tokenizer.decode(request.prompt))
@@ -93,26 +98,26 @@ class ScriptedGenerator:
         self.updates += 1
 
     def close(self):
-        """Nothing is held."""
+        """Release nothing, since nothing is held."""
 
     @property
     def asked(self):
-        """Every request."""
+        """Return every request."""
         return [request for call in self.engine.asked for request in call]
 
     @property
     def answers(self):
-        """Every completion."""
+        """Return every completion."""
         return [completion for call in self.engine.answers for completion in call]
 
     @property
     def tokens(self):
-        """Number of tokens that were said."""
+        """Return the number of tokens that were said."""
         return self.engine.tokens
 
 
 def oracle(tokenizer, environment, tasks, thinking=True):
-    """A script that plays these tasks perfectly, and knows no other prompt than those of their right course."""
+    """Return a script that plays these tasks perfectly, and knows no other prompt than those of their right course."""
     known = {}
     for task in tasks:
         conversation = environment.demonstrate(task, thinking)

@@ -23,9 +23,13 @@ class Script:
     """
 
     def __init__(self, script, pause=0.0):
-        self.script, self.pause, self.prompts = script, pause, []
-        self.lock, self.numbers = threading.Condition(), itertools.count()
-        self.open, self.cancelled = {}, []
+        self.script = script
+        self.pause = pause
+        self.prompts = []
+        self.lock = threading.Condition()
+        self.numbers = itertools.count()
+        self.open = {}
+        self.cancelled = []
 
     def submit(self, request, on_event=None):
         """Queue a request."""
@@ -38,7 +42,7 @@ class Script:
         return number
 
     def prepare(self, request):
-        """Nothing to do: a script is held to no grammar."""
+        """Do nothing: a script is held to no grammar."""
 
     def cancel(self, number):
         """Forget a request."""
@@ -52,12 +56,13 @@ class Script:
             return bool(self.lock.wait_for(lambda: self.open, timeout))
 
     def step(self):
-        """One token for everyone; a script that raises fails the step, and all that is under way."""
+        """Give one token to everyone; a script that raises fails the step, and all that is under way."""
         time.sleep(self.pause)
         for number, (request, on_event, said) in list(self.open.items()):
             answer = self.script(TOKENIZER.decode(request.prompt))
             if isinstance(answer, Exception):
-                lost, self.open = self.open, {}
+                lost = self.open
+                self.open = {}
                 for failed, (_, listener, _) in lost.items():  # as the engine does
                     listener(Event(failed, None, finish_reason=FinishReason.ERROR))
                 raise answer
@@ -75,14 +80,15 @@ class Script:
 
 @contextlib.contextmanager
 def running(engine, tokenizer=TOKENIZER, limit=4096, **options):
-    """(url, OpenAI client, the app's service) of a server in a thread of its own."""
+    """Yield (url, OpenAI client, the app's service) of a server in a thread of its own."""
     limits = {
         name: options.pop(name)
         for name in ("max_open_requests", "max_body_bytes")
         if name in options
     }
     app = create_app(engine, ServedModel(tokenizer, "tiny", limit, **options), **limits)
-    found, ready = [], threading.Event()
+    found = []
+    ready = threading.Event()
 
     def run():
         serve(app, port=0, ready=lambda url: (found.append(url), ready.set()))
@@ -107,7 +113,7 @@ def running(engine, tokenizer=TOKENIZER, limit=4096, **options):
 
 
 def settled(condition, seconds=20):
-    """Whether a condition comes true within some seconds."""
+    """Tell whether a condition comes true within some seconds."""
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)

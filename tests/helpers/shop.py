@@ -13,7 +13,7 @@ CALL = "<tool_call>get_order\n<arg_key>order_id</arg_key>\n<arg_value>123</arg_v
 
 
 def script(prompt):
-    """Answers of a small shop, by the last question; a prompt that forces a call is finished."""
+    """Return the answers of a small shop, by the last question; a prompt that forces a call is finished."""
     if prompt.endswith("<tool_call>get_order\n"):
         return CALL.removeprefix("<tool_call>get_order\n") + "<|observation|>"
     if prompt.endswith("<tool_call>"):

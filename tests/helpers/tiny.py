@@ -21,7 +21,8 @@ def drawn_batch(seed, B, S, packed):
     mask_BS[:, 0] = False
     if not packed:
         return Batch(tokens_BS, mask_BS)
-    documents_BS, at_BS = drawn_documents(seed + 2, B, S), torch.arange(S).expand(B, S)
+    documents_BS = drawn_documents(seed + 2, B, S)
+    at_BS = torch.arange(S).expand(B, S)
     first_BS = torch.nn.functional.pad(
         documents_BS[:, 1:] != documents_BS[:, :-1], (1, 0), value=True
     )

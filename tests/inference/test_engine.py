@@ -14,7 +14,7 @@ from minglm.testing.strategies import numbers, seeds
 
 
 def drawn_requests(seed, count):
-    """Prompts of 1 to 9 tokens, many sharing a beginning or equal, with different lengths, samplers and stops."""
+    """Draw prompts of 1 to 9 tokens, many sharing a beginning or equal, with different lengths, samplers and stops."""
 
     def pick(values, i):
         return values[int(torch.randint(len(values), (1,), generator=numbers(seed + i)))]
@@ -38,7 +38,7 @@ def drawn_requests(seed, count):
 
 @torch.no_grad()
 def alone(model, request):
-    """Generation written out: a full forward pass for every token, no cache, no batch."""
+    """Generate with a full forward pass for every token, no cache, no batch."""
     done = Completion([], [])
     while len(done.tokens) < request.max_new_tokens and done.finish_reason != "stop":
         text = torch.tensor([request.prompt + done.tokens])
@@ -58,15 +58,14 @@ def alone(model, request):
 @given(seed=seeds, count=st.integers(0, 9), max_batch=st.sampled_from([1, 2, 3, 256]))
 def test_batched_equals_one_by_one(seed, count, max_batch):
     """Tokens, log-probabilities and the reason to end are those of each request alone, for any batch size."""
-    model, requests = tiny_model(seed), drawn_requests(seed, count)
+    model = tiny_model(seed)
+    requests = drawn_requests(seed, count)
     found = Engine(model, max_batch=max_batch).generate(requests)
     assert len(found) == count
     for request, completion in zip(requests, found):
         expected = alone(model, request)
-        assert (
-            completion.tokens == expected.tokens
-            and completion.finish_reason == expected.finish_reason
-        )
+        assert completion.tokens == expected.tokens
+        assert completion.finish_reason == expected.finish_reason
         # float32 logits of size 10, and each row's expert products round with the others of its batch
         torch.testing.assert_close(completion.logprobs, expected.logprobs, atol=1e-4, rtol=0)
 
@@ -75,7 +74,8 @@ def test_batched_equals_one_by_one(seed, count, max_batch):
 @given(seed=seeds)
 def test_order_of_requests_does_not_matter(seed):
     """Requests in another order get the same answers in that order."""
-    engine, requests = Engine(tiny_model(seed), max_batch=3), drawn_requests(seed, 6)
+    engine = Engine(tiny_model(seed), max_batch=3)
+    requests = drawn_requests(seed, 6)
     order = torch.randperm(6, generator=numbers(seed)).tolist()
     answers = engine.generate(requests)
     moved = engine.generate([requests[i] for i in order])
@@ -86,7 +86,8 @@ def test_order_of_requests_does_not_matter(seed):
 @given(seed=seeds)
 def test_logprobs_are_those_of_the_training_pass(seed):
     """The stored log-probability of each token is what the model gives for the whole text, at the temperature."""
-    model, requests = tiny_model(seed), drawn_requests(seed, 4)
+    model = tiny_model(seed)
+    requests = drawn_requests(seed, 4)
     for request, answer in zip(requests, Engine(model).generate(requests)):
         if not answer.tokens:
             continue
@@ -94,9 +95,8 @@ def test_logprobs_are_those_of_the_training_pass(seed):
         with torch.no_grad():
             logits = model(text)[0, len(request.prompt) - 1 : -1] / (request.temperature or 1.0)
         expected = logits.log_softmax(-1).gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
-        torch.testing.assert_close(
-            torch.tensor(answer.logprobs), expected, atol=1e-4, rtol=0
-        )  # as above
+        # As above.
+        torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=1e-4, rtol=0)
 
 
 class Counting(Engine):
@@ -117,11 +117,11 @@ def test_a_prompt_is_computed_once_and_a_shared_beginning_once():
     engine = Counting(model)
     engine.generate([Request([1, 2, 3, 4], 3, seed=i) for i in range(8)])
     assert engine.sizes == [4, 8, 8]
-    engine, stem = Counting(model, block=2), [1, 2, 3, 4, 5]
+    engine = Counting(model, block=2)
+    stem = [1, 2, 3, 4, 5]
     engine.generate([Request([*stem, tail], 1) for tail in (5, 6, 5)])
-    assert engine.sizes == [
-        6 + 2
-    ]  # the block of the last token is never shared: its logits are needed
+    # The block of the last token is never shared: its logits are needed.
+    assert engine.sizes == [6 + 2]
     engine.generate([Request([*stem, 6], 1), Request([*stem, 6, 7, 8], 1)])
     assert engine.sizes[1:] == [2 + 2]  # the second begins with all that the first has
     (answer,) = engine.generate([Request(stem, 4)])
@@ -135,9 +135,9 @@ def test_finished_rows_make_room():
     engine = Counting(tiny_model(1), max_batch=4)
     engine.generate([Request([1], n, seed=n) for n in (2, 2, 2, 20, 2, 2)])
     assert max(engine.sizes) <= 4
-    assert (
-        len(engine.sizes) == 20 and sum(engine.sizes) == 5 * 2 + 20 - 3 - 1
-    )  # four, then two, share the prompt
+    # Four, then two, share the prompt.
+    assert len(engine.sizes) == 20
+    assert sum(engine.sizes) == 5 * 2 + 20 - 3 - 1
 
 
 def test_stop_ids():
@@ -170,7 +170,8 @@ def test_the_longest_sequence_bounds_the_answer():
 
 def test_greedy_takes_the_largest_logit_whatever_the_seed():
     """Temperature 0 is the argmax of every step."""
-    model, request = tiny_model(2), Request([1, 2, 3], 6, temperature=0.0)
+    model = tiny_model(2)
+    request = Request([1, 2, 3], 6, temperature=0.0)
     answers = Engine(model).generate([dataclasses.replace(request, seed=seed) for seed in range(3)])
     text = torch.tensor([[1, 2, 3, *answers[0].tokens]])
     with torch.no_grad():
@@ -190,21 +191,21 @@ def test_tokens_arrive_as_they_are_drawn():
 
 def test_new_weights_are_used_from_the_next_call():
     """The engine holds no copy of the weights."""
-    model, request = tiny_model(1), Request([1, 2, 3], 8, temperature=0.0)
+    model = tiny_model(1)
+    request = Request([1, 2, 3], 8, temperature=0.0)
     engine = Engine(model)
     before = engine.generate([request])[0].tokens
     with torch.no_grad():
         model.lm_head.weight.neg_()
-    assert (
-        engine.generate([request])[0].tokens
-        == alone(model, dataclasses.replace(request, stop_ids=())).tokens
-        != before
-    )
+    after = engine.generate([request])[0].tokens
+    assert after == alone(model, dataclasses.replace(request, stop_ids=())).tokens
+    assert after != before
 
 
 def test_a_request_that_comes_while_another_fails_is_answered():
     """A failed pass ends what it knew with an error; what is queued from that moment on is neither lost nor failed."""
-    engine, later = Engine(tiny_model(1)), []
+    engine = Engine(tiny_model(1))
+    later = []
 
     def hear(event):
         assert event.finish_reason == "error"

@@ -18,7 +18,7 @@ from minglm.testing.strategies import numbers, seeds
 
 
 def layers(model):
-    """The MoE layers of a model, that of MTP too."""
+    """Return the MoE layers of a model, that of MTP too."""
     return [module for module in model.modules() if isinstance(module, MoE)]
 
 
@@ -36,10 +36,8 @@ def test_off_by_the_rounding_of_three_bits(seed, T, E, K):
     experts = Experts(config)
     for i, w in enumerate(experts.parameters()):
         w.data = normal(seed + i, *w.shape, scale=w.shape[2] ** -0.5)
-    x_TD, weights_TK = (
-        normal(seed + 5, T, 200),
-        torch.rand(T, min(K, E), generator=numbers(seed + 6)) + 0.1,
-    )
+    x_TD = normal(seed + 5, T, 200)
+    weights_TK = torch.rand(T, min(K, E), generator=numbers(seed + 6)) + 0.1
     experts_TK = torch.rand(T, E, generator=numbers(seed + 7)).topk(min(K, E)).indices
     with torch.no_grad():
         exact = grouped_experts(x_TD, experts_TK, weights_TK, *experts.parameters())
@@ -87,18 +85,11 @@ def test_a_failure_leaves_the_model_as_it_was():
 
 def test_a_run_can_ask_for_it(tmp_path, capsys):
     """An unknown precision of the rollouts is one clear line; a known one changes the run."""
-    assert (
-        main(["run", "configs/nano.py", "--out", str(tmp_path), "--rollouts", "fp8", "--dry-run"])
-        == 2
-    )
+    words = ["run", "configs/nano.py", "--out", str(tmp_path), "--dry-run"]
+    assert main([*words, "--rollouts", "fp8"]) == 2
     error = capsys.readouterr().err
     assert error == "minglm: rollouts = 'fp8': must be model or float8\n"
-    assert (
-        main(
-            ["run", "configs/nano.py", "--out", str(tmp_path), "--rollouts", "float8", "--dry-run"]
-        )
-        == 0
-    )
+    assert main([*words, "--rollouts", "float8"]) == 0
     plain, asked = (
         load_config("configs/nano.py", words) for words in ([], ["--rollouts", "float8"])
     )

@@ -19,10 +19,12 @@ class Cache(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.blocks, self.store, self.texts = BlockManager(SIZE, LIMIT), {}, []
+        self.blocks = BlockManager(SIZE, LIMIT)
+        self.store = {}
+        self.texts = []
 
     def write(self, table, text):
-        """What a pass does: make room, copy, write the new slots."""
+        """Do what a pass does: make room, copy, write the new slots."""
         start = table.length
         try:
             copy = self.blocks.extend(table, len(text))
@@ -42,7 +44,7 @@ class Cache(RuleBasedStateMachine):
 
     @rule(text=st.lists(st.integers(0, 1), min_size=1, max_size=7))
     def join(self, text):
-        """A prompt begins with what is known of it."""
+        """Begin a prompt with what is known of it."""
         table = BlockTable()
         self.blocks.match_prefix(table, text)
         assert table.length < len(text), "nothing left to compute"
@@ -54,7 +56,7 @@ class Cache(RuleBasedStateMachine):
     @precondition(lambda self: self.texts)
     @rule(data=st.data(), more=st.lists(st.integers(0, 1), min_size=1, max_size=3))
     def grow(self, data, more):
-        """An answer gets tokens; without room it stays as it is."""
+        """Add tokens to an answer; without room it stays as it is."""
         table, text = data.draw(st.sampled_from(self.texts))
         if self.write(table, text + more):
             text += more
@@ -62,14 +64,14 @@ class Cache(RuleBasedStateMachine):
     @precondition(lambda self: self.texts)
     @rule(data=st.data())
     def fork(self, data):
-        """A second sample."""
+        """Begin a second sample."""
         table, text = data.draw(st.sampled_from(self.texts))
         self.texts.append((self.blocks.fork(table), list(text)))
 
     @precondition(lambda self: self.texts)
     @rule(data=st.data())
     def leave(self, data):
-        """An answer ends, is cancelled or preempted."""
+        """Let an answer end, be cancelled or preempted."""
         table, _ = self.texts.pop(data.draw(st.integers(0, len(self.texts) - 1)))
         self.blocks.free(table)
         assert not table.blocks
@@ -77,7 +79,7 @@ class Cache(RuleBasedStateMachine):
     @precondition(lambda self: not self.texts)
     @rule()
     def new_weights(self):
-        """Nothing is known any more."""
+        """Forget everything, as after an update of the weights."""
         self.blocks.reset_prefix_cache()
         table = BlockTable()
         self.blocks.match_prefix(table, [0] * 7)
@@ -85,23 +87,23 @@ class Cache(RuleBasedStateMachine):
 
     @invariant()
     def everyone_reads_their_own_text(self):
-        """Each slot of each table holds what its text says there; nobody wrote over another's."""
+        """Check that each slot of each table holds what its text says there; nobody wrote over another's."""
         for table, text in self.texts:
             for at in range(table.length):
                 assert self.store[table.blocks[at // SIZE], at % SIZE] == tuple(text[: at + 1])
 
     @invariant()
     def blocks_are_counted(self):
-        """A block is held as often as tables name it, or is free, or is kept; never two of these."""
+        """Check that a block is held as often as tables name it, or is free, or is kept; never two of these."""
         held = [block for table, _ in self.texts for block in table.blocks]
         assert self.blocks.ref_count == [
             held.count(block) for block in range(len(self.blocks.ref_count))
         ]
         idle = [*self.blocks.free_blocks, *self.blocks.evictable]
-        assert len(set(idle)) == len(idle) and not set(idle) & set(held)
-        assert self.blocks.num_used_blocks == len(set(held)) <= LIMIT and len(idle) + len(
-            set(held)
-        ) == len(self.blocks.ref_count)
+        assert len(set(idle)) == len(idle)
+        assert not set(idle) & set(held)
+        assert self.blocks.num_used_blocks == len(set(held)) <= LIMIT
+        assert len(idle) + len(set(held)) == len(self.blocks.ref_count)
 
 
 TestCache = Cache.TestCase
@@ -163,31 +165,29 @@ def test_cancelled_and_failed_requests_return_their_blocks(drafts):
     assert engine.cancel(first) and engine.busy == 2
     engine.step()
     assert not engine.cancel(first) and engine.busy == 1 and events[-1].finish_reason == "cancelled"
-    forward, engine._forward = engine._forward, None
+    forward = engine._forward
+    engine._forward = None
     ends = []
     third = engine.submit(Request([1], 3), ends.append)
     with pytest.raises(TypeError):
         engine.step()
-    assert (
-        engine.busy == 0
-        and engine.blocks.num_used_blocks == 0
-        and not engine.blocks.hash_to_block
-        and third > second
-    )
+    assert engine.busy == 0
+    assert engine.blocks.num_used_blocks == 0
+    assert not engine.blocks.hash_to_block
+    assert third > second
     assert [event.finish_reason for event in ends] == ["error"]
     engine._forward = forward
     (done,) = engine.generate([Request([1, 2], 5, temperature=0.0, stop_ids=())])
-    assert (
-        done.tokens
-        == Engine(model).generate([Request([1, 2], 5, temperature=0.0, stop_ids=())])[0].tokens
-    )
+    request = Request([1, 2], 5, temperature=0.0, stop_ids=())
+    assert done.tokens == Engine(model).generate([request])[0].tokens
 
 
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_new_weights_in_the_middle_of_an_answer(drafts):
     """An answer goes on as the new weights say about the text so far, also when they are changed in place."""
     old, new = tiny_model(1), tiny_model(2)
-    engine, events = Engine(old, draft_tokens=drafts), []
+    engine = Engine(old, draft_tokens=drafts)
+    events = []
     engine.submit(Request([1, 2, 3], 12, temperature=0.0, stop_ids=()), events.append)
     for _ in range(3):
         engine.step()

@@ -16,19 +16,19 @@ def test_sampler_keeps_the_contract():
 
 
 def ignores_the_temperature(logits_BV, temperature_B, top_p_B, uniform_B):
-    """Always at temperature 1, except for greedy rows."""
+    """Broken: sample at temperature 1, except for greedy rows."""
     return sample(logits_BV, temperature_B.masked_fill(temperature_B > 0, 1.0), top_p_B, uniform_B)
 
 
 def multiplies_by_the_temperature(logits_BV, temperature_B, top_p_B, uniform_B):
-    """The inverse of what is asked."""
+    """Broken: multiply by the temperature instead of dividing."""
     return sample(
         logits_BV, torch.where(temperature_B > 0, 1 / temperature_B, 0.0), top_p_B, uniform_B
     )
 
 
 def nucleus_without_its_last(logits_BV, temperature_B, top_p_B, uniform_B):
-    """Stops before the mass is reached, as when `cumsum > top_p` cuts the token that crosses it."""
+    """Broken: stop before the mass is reached, as when `cumsum > top_p` cuts the token that crosses it."""
     probabilities_BV = (logits_BV / temperature_B.clamp(min=1e-6)[:, None]).softmax(-1)
     ordered, index = probabilities_BV.sort(descending=True, stable=True)
     outside = ordered.cumsum(-1) > top_p_B[:, None] + 1e-5
@@ -39,14 +39,14 @@ def nucleus_without_its_last(logits_BV, temperature_B, top_p_B, uniform_B):
 
 
 def logprob_after_the_nucleus(logits_BV, temperature_B, top_p_B, uniform_B):
-    """Reports the log-probability within the nucleus, which the loss would not reproduce."""
+    """Broken: report the log-probability within the nucleus, which the loss would not reproduce."""
     tokens_B, logprobs_B = sample(logits_BV, temperature_B, top_p_B, uniform_B)
     p_BV = (logits_BV / temperature_B.clamp(min=1e-6)[:, None]).softmax(-1)
     return tokens_B, logprobs_B - cut(p_BV, top_p_B).sum(-1).log()
 
 
 def shares_one_number(logits_BV, temperature_B, top_p_B, uniform_B):
-    """Uses the first row's uniform number for all rows."""
+    """Broken: use the first row's uniform number for all rows."""
     return sample(logits_BV, temperature_B, top_p_B, uniform_B[:1].expand_as(uniform_B))
 
 
@@ -67,7 +67,7 @@ def test_contract_finds_broken_samplers(broken):
 
 
 def draws(logits_V, temperature, top_p, seed, count):
-    """How often each token is drawn in `count` draws whose numbers come from the hash: token 0, 1, 2, ... of a seed."""
+    """Count each token in `count` draws whose numbers come from the hash: token 0, 1, 2, ... of a seed."""
     index_B = torch.arange(count)
     rows = (
         logits_V.expand(count, -1),
@@ -155,17 +155,20 @@ def test_top_p_one_keeps_every_token_beside_other_rows():
 def test_uniforms_are_uniform(start, index):
     """Over seeds in a row, and over tokens in a row: mean, variance, and no correlation of neighbours."""
     n = 10_000
-    range_B, same_B = torch.arange(n), torch.zeros(n, dtype=torch.int64)
+    range_B = torch.arange(n)
+    same_B = torch.zeros(n, dtype=torch.int64)
     for seeds_B, index_B in ((start + range_B, same_B + index), (same_B + start, index + range_B)):
         u_B = uniforms(seeds_B, index_B)
-        assert u_B.dtype == torch.float64 and u_B.min() >= 0 and u_B.max() < 1
+        assert u_B.dtype == torch.float64
+        assert u_B.min() >= 0
+        assert u_B.max() < 1
         # standard deviations: of the mean 0.0029, of the variance 0.0007, of the correlation 0.01; five of each
-        assert abs(u_B.mean() - 0.5) < 0.0145 and abs(u_B.var() - 1 / 12) < 0.0038
+        assert abs(u_B.mean() - 0.5) < 0.0145
+        assert abs(u_B.var() - 1 / 12) < 0.0038
         assert abs(torch.corrcoef(torch.stack([u_B[1:], u_B[:-1]]))[0, 1]) < 0.05
         counts = torch.histc(u_B.float(), bins=20, min=0, max=1)
-        assert (
-            (counts - n / 20) ** 2 / (n / 20)
-        ).sum() < 75  # 19 degrees of freedom: a chance of 1.4e-8
+        # 19 degrees of freedom: a chance of 1.4e-8.
+        assert ((counts - n / 20) ** 2 / (n / 20)).sum() < 75
 
 
 def test_uniforms_of_neighbouring_requests_are_unrelated():
@@ -188,7 +191,8 @@ def test_uniforms_do_not_depend_on_the_batch(seed, B):
 def test_published_splitmix64():
     """One round of the hash is the finaliser of splitmix64: its published first outputs for the state 1234567."""
     golden = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    state, mask = 1234567, 2**64 - 1
+    state = 1234567
+    mask = 2**64 - 1
     for expected in golden:
         state = (state + 0x9E3779B97F4A7C15) & mask
         z = state

@@ -20,12 +20,12 @@ def test_verifier_keeps_the_contract():
 
 
 def keeps_every_draft(p_BSV, q_BSV, drafts_BS, lengths_B, accept_BS, last_B):
-    """Never rejects."""
+    """Broken: never reject."""
     return verify(p_BSV, q_BSV, drafts_BS, lengths_B, torch.zeros_like(accept_BS), last_B)
 
 
 def draws_again_from_the_target(p_BSV, q_BSV, drafts_BS, lengths_B, accept_BS, last_B):
-    """After a rejection draws from p and not from what p has left over q: right only where drafts are greedy."""
+    """Broken: after a rejection, draw from p and not from what p has left over q; right only for greedy drafts."""
     accepted_B, _ = verify(p_BSV, q_BSV, drafts_BS, lengths_B, accept_BS, last_B)
     nothing_B = torch.zeros_like(lengths_B)
     rows = torch.arange(len(p_BSV))
@@ -40,7 +40,7 @@ def draws_again_from_the_target(p_BSV, q_BSV, drafts_BS, lengths_B, accept_BS, l
 
 
 def bonus_from_the_drafts(p_BSV, q_BSV, drafts_BS, lengths_B, accept_BS, last_B):
-    """Where all drafts stand, treats the bonus token like a rejected draft."""
+    """Broken: where all drafts are accepted, treat the bonus token like a rejected draft."""
     accepted_B, tokens_B = verify(p_BSV, q_BSV, drafts_BS, lengths_B, accept_BS, last_B)
     if not q_BSV.shape[1]:
         return accepted_B, tokens_B
@@ -50,7 +50,7 @@ def bonus_from_the_drafts(p_BSV, q_BSV, drafts_BS, lengths_B, accept_BS, last_B)
 
 
 def accepts_by_the_wrong_ratio(p_BSV, q_BSV, drafts_BS, lengths_B, accept_BS, last_B):
-    """Keeps a draft with probability p instead of p / q."""
+    """Broken: keep a draft with probability p instead of p / q."""
     ones = torch.ones_like(q_BSV) / q_BSV.shape[2]
     return verify(p_BSV, ones, drafts_BS, lengths_B, accept_BS, last_B)
 
@@ -114,7 +114,7 @@ def test_drafts_beyond_the_length_of_a_row_are_filling():
 
 @torch.no_grad()
 def exact(model, prompt, length, temperature):
-    """The probability of every answer of `length` tokens, from plain forward passes."""
+    """Return the probability of every answer of `length` tokens, from plain forward passes."""
     answers = list(itertools.product(range(model.config.vocab_size), repeat=length))
     texts = torch.tensor([[*prompt, *answer] for answer in answers])
     log_p = (model(texts)[:, len(prompt) - 1 : -1].double() / temperature).log_softmax(-1)
@@ -124,22 +124,23 @@ def exact(model, prompt, length, temperature):
 @pytest.mark.parametrize("drafts, temperature", [(1, 1.0), (2, 0.5), (3, 1.0), (4, 2.0)])
 def test_answers_follow_the_model_exactly(drafts, temperature):
     """A vocabulary of four: how often each of the 64 answers comes is what the model says, drafts or no drafts."""
-    model, count = tiny_model(drafts, vocab_size=4, num_hidden_layers=2), 2000
+    model = tiny_model(drafts, vocab_size=4, num_hidden_layers=2)
+    count = 2000
     requests = [Request([1, 2], 3, temperature, seed=seed, stop_ids=()) for seed in range(count)]
     engine = Engine(model, max_batch=500, draft_tokens=drafts)
     answers, p = exact(model, [1, 2], 3, temperature)
     place = {answer: i for i, answer in enumerate(answers)}
     found = torch.tensor([place[tuple(done.tokens)] for done in engine.generate(requests)])
-    counts, expected = torch.bincount(found, minlength=len(answers)), count * p
+    counts = torch.bincount(found, minlength=len(answers))
+    expected = count * p
     often = expected >= 5  # the rest together is one class
     statistic = ((counts - expected)[often] ** 2 / expected[often]).sum()
     rest = expected[~often].sum()
     statistic += (counts[~often].sum() - rest) ** 2 / rest.clamp(min=1)
     # at most 63 degrees of freedom, mean 63 and standard deviation 11; a value above 120 has a chance of 2e-5
     assert statistic < 120, f"chi-square {statistic:.0f}"
-    assert (
-        0 < engine.drafter.accepted < engine.drafter.drafted and engine.blocks.num_used_blocks == 0
-    )
+    assert 0 < engine.drafter.accepted < engine.drafter.drafted
+    assert engine.blocks.num_used_blocks == 0
 
 
 @settings(max_examples=8)
@@ -151,7 +152,8 @@ def test_answers_follow_the_model_exactly(drafts, temperature):
 )
 def test_greedy_answers_are_the_same_with_drafts(seed, drafts, block, batch):
     """Tokens, ends and log-probabilities of greedy answers; every block is returned."""
-    model, stem = tiny_model(seed), [1, 2, 3, 4]
+    model = tiny_model(seed)
+    stem = [1, 2, 3, 4]
     requests = [
         Request([*stem, i % 3], 2 + 3 * i, 0.0, stop_ids=(5, 6, 7), top_logprobs=i)
         for i in range(4)
@@ -160,9 +162,8 @@ def test_greedy_answers_are_the_same_with_drafts(seed, drafts, block, batch):
     engine = Engine(model, max_batch=batch, draft_tokens=drafts, block=block, prefill_tokens=3)
     for expected, found in zip(plain, engine.generate(requests)):
         assert (found.tokens, found.finish_reason) == (expected.tokens, expected.finish_reason)
-        torch.testing.assert_close(
-            found.logprobs, expected.logprobs, atol=1e-4, rtol=0
-        )  # float32, other batches
+        # float32, other batches.
+        torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-4, rtol=0)
         tops = [[[i for i, _ in top] for top in done.top_logprobs] for done in (found, expected)]
         assert tops[0] == tops[1]
     assert engine.blocks.num_used_blocks == 0
@@ -183,22 +184,22 @@ def test_answers_with_drafts_do_not_depend_on_the_batch(seed, drafts):
 @torch.no_grad()
 def test_the_first_draft_is_what_training_taught(seed, length, cut):
     """The distribution drafted from is that of the MTP layer in a training pass over the same text."""
-    model, text = (
-        tiny_model(seed),
-        torch.randint(0, 24, (length,), generator=numbers(seed)).tolist(),
-    )
-    engine, seen = Engine(model, draft_tokens=2, block=2, prefill_tokens=cut), []
+    model = tiny_model(seed)
+    text = torch.randint(0, 24, (length,), generator=numbers(seed)).tolist()
+    engine = Engine(model, draft_tokens=2, block=2, prefill_tokens=cut)
+    seen = []
     draft = engine.drafter.draft
     engine.drafter.draft = lambda pages, rows: seen.append(draft(pages, rows)) or seen[-1]
     (done,) = engine.generate([Request(text, 9, stop_ids=())])
-    whole, at = torch.tensor([text + done.tokens]), length
+    whole = torch.tensor([text + done.tokens])
+    at = length
     expected = model.lm_head(model.hidden(whole, mtp=True).mtp_hidden_BSD)[0].softmax(-1)
     # the state at position at - 1 and the token at `at`, the answer's first, give the guess of the one after
     torch.testing.assert_close(seen[0][0, 0], expected[at - 1], atol=1e-4, rtol=1e-3)
 
 
 def good_drafter(seed):
-    """A model whose MTP layer sees everything in the embedding of the last token, like its trunk: all drafts stand."""
+    """Return a model whose MTP layer sees everything in the last token's embedding, like its trunk: all drafts are accepted."""
     model = tiny_model(seed)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -219,7 +220,8 @@ def test_good_drafts_save_passes(drafts):
     engine = Engine(good_drafter(1), draft_tokens=drafts)
     (done,) = engine.generate([Request([1, 2], 1 + 3 * (drafts + 1), seed=4, stop_ids=())])
     assert engine.drafter.accepted == engine.drafter.drafted == 3 * drafts
-    assert engine.passes == 1 + 3 and len(done.tokens) == 1 + 3 * (drafts + 1)
+    assert engine.passes == 1 + 3
+    assert len(done.tokens) == 1 + 3 * (drafts + 1)
 
 
 def test_drafts_need_the_layer():

@@ -31,15 +31,21 @@ CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 
 
 def drawn(seed, *shape):
-    """Normal numbers of this seed."""
+    """Draw normal numbers of this seed."""
     return torch.randn(*shape, generator=numbers(seed))
 
 
 @st.composite
 def models(draw):
-    """A model that C can run: any widths, heads and experts, with and without each part that a config may leave out."""
-    n, half = (lambda low, high: draw(st.integers(low, high))), draw(st.integers(1, 9))
-    M, E, layers = n(1, 3), n(2, 20), n(1, 3)
+    """Draw a model that C can run: any widths, heads and experts, with and without each part that a config may leave out."""
+
+    def n(low, high):
+        return draw(st.integers(low, high))
+
+    half = draw(st.integers(1, 9))
+    M = n(1, 3)
+    E = n(2, 20)
+    layers = n(1, 3)
     A = 2 * half * draw(st.sampled_from([1, 2]))
     return tiny_model(
         draw(seeds),
@@ -64,14 +70,15 @@ def models(draw):
 
 
 def passes(seed, texts, size, largest):
-    """Random texts, cut into passes: for each pass rows of some of the texts, the shortest first."""
+    """Draw random texts, cut into passes: for each pass rows of some of the texts, the shortest first."""
     draw = random.Random(seed)
     lengths = [draw.randint(1, 3 * largest) for _ in range(texts)]
     room = [-(-length // size) for length in lengths]
     blocks = draw.sample(range(sum(room)), sum(room))
     tables = [BlockTable() for _ in lengths]
     for table, count in zip(tables, room):
-        table.blocks, blocks = blocks[:count], blocks[count:]
+        table.blocks = blocks[:count]
+        blocks = blocks[count:]
     at = [0] * texts
     while at != lengths:
         rows = []
@@ -96,16 +103,15 @@ def test_a_pass_is_that_of_the_model(model, seed, texts, size, threads):
     """States and logits of every pass, of prompts in pieces and single tokens, and the MTP layer's, are PyTorch's."""
     plain, found = (form(model, size, drafts=True) for form in (PagedCache, CpuDecoder))
     found.read_weights()
-    draw, c = random.Random(seed), model.config
+    draw = random.Random(seed)
+    c = model.config
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threads_module, "_threads", threads)
         patch.setattr(cpu_decoder, "MIN_TOKENS_PER_THREAD", 1)
         for rows in passes(seed, texts, size, draw.choice([1, 9, 80])):
             T = sum(row.stop - row.start for row in rows)
-            tokens, wanted = (
-                [draw.randrange(c.vocab_size) for _ in range(T)],
-                sorted(draw.sample(range(T), draw.randint(0, T))),
-            )
+            tokens = [draw.randrange(c.vocab_size) for _ in range(T)]
+            wanted = sorted(draw.sample(range(T), draw.randint(0, T)))
             results = []
             for pages in (plain, found):
                 pages.begin([], 1 + max(block for row in rows for block in row.table.blocks))
@@ -132,7 +138,8 @@ def test_a_pass_is_that_of_the_model(model, seed, texts, size, threads):
 )
 def test_an_answer_has_the_same_bits_in_any_batch(model, seed, texts, cut, block, threads):
     """Alone or among others, its prompt whole or in pieces, one thread or more: every log-probability is the same."""
-    draw, V = random.Random(seed), model.config.vocab_size
+    draw = random.Random(seed)
+    V = model.config.vocab_size
     requests = [
         Request([draw.randrange(V) for _ in range(draw.randint(1, 20))], 6, seed=i, stop_ids=())
         for i in range(texts)
@@ -175,43 +182,48 @@ def test_who_is_served():
 def test_drawing(seed, B, V, top_p):
     """The token of the same number and its log-probability; all temperatures in a batch; ties, also at the cut."""
     logits = drawn(seed, B, V).round()
-    temperature, cuts = (
-        torch.tensor([0.0, 1.0, 0.5, 2.0])[:B],
-        None if top_p is None else torch.full((B,), top_p),
-    )
-    request, index = torch.arange(B) + seed * 7919, torch.arange(B) * 3
+    temperature = torch.tensor([0.0, 1.0, 0.5, 2.0])[:B]
+    cuts = None if top_p is None else torch.full((B,), top_p)
+    request = torch.arange(B) + seed * 7919
+    index = torch.arange(B) * 3
     tokens, logprobs = sample_c(logits, temperature, cuts, request, index, Purpose.SAMPLE)
     uniform = uniforms(request, index)
     expected, expected_logprobs = sample(logits, temperature, cuts, uniform)
     for b in range(B):
-        if tokens[b] != expected[b]:  # only where the number falls on a border, to rounding
-            p = (logits[b].double() / temperature[b]).softmax(0)
-            q = p if cuts is None else cut(p[None], cuts[b : b + 1].double())[0]
-            ends = q.cumsum(0) / q.sum()
-            sums = p.sort(descending=True).values.cumsum(0)  # or where top-p does
-            assert (ends - uniform[b]).abs().min() < 1e-6 or (
-                sums - (top_p or 1)
-            ).abs().min() < 1e-6
-        else:
+        if tokens[b] == expected[b]:
             torch.testing.assert_close(logprobs[b], expected_logprobs[b], **CLOSE)
+            continue
+        # Another token only where the number falls on a border, to rounding, or where top-p does.
+        p = (logits[b].double() / temperature[b]).softmax(0)
+        q = p if cuts is None else cut(p[None], cuts[b : b + 1].double())[0]
+        borders = q.cumsum(0) / q.sum()
+        sums = p.sort(descending=True).values.cumsum(0)
+        on_border = (borders - uniform[b]).abs().min() < 1e-6
+        on_cut = (sums - (top_p or 1)).abs().min() < 1e-6
+        assert on_border or on_cut
 
 
 @given(seed=seeds, V=st.integers(2, 200), top_p=st.floats(0.05, 0.999))
 def test_top_p_keeps_the_smallest_set(seed, V, top_p):
     """Over many numbers exactly the tokens of the plain cut are drawn, each as often as its share."""
-    logits, count = 2 * drawn(seed, 1, V), 4000
+    logits = 2 * drawn(seed, 1, V)
+    count = 4000
     p = logits[0].double().softmax(0)
-    assume((p.sort(descending=True).values.cumsum(0) - top_p).abs().min() > 1e-6)
+    sums = p.sort(descending=True).values.cumsum(0)
+    assume((sums - top_p).abs().min() > 1e-6)
     q = cut(p[None], torch.tensor([top_p]).double())[0]
-    rows = logits.expand(count, V), torch.ones(count), torch.full((count,), top_p)
     tokens, _ = sample_c(
-        *rows, torch.arange(count), torch.zeros(count, dtype=torch.int64), Purpose.SAMPLE
+        logits.expand(count, V),
+        torch.ones(count),
+        torch.full((count,), top_p),
+        torch.arange(count),
+        torch.zeros(count, dtype=torch.int64),
+        Purpose.SAMPLE,
     )
     shares = torch.bincount(tokens, minlength=V) / count
     assert not shares[q == 0].any()
-    assert (
-        shares - q / q.sum()
-    ).abs().max() < 5.5 * 0.5 / count**0.5  # five standard deviations and more
+    largest_deviation = 0.5 / count**0.5
+    assert (shares - q / q.sum()).abs().max() < 5.5 * largest_deviation
 
 
 def test_no_token_of_probability_zero_is_drawn():
@@ -233,10 +245,8 @@ def test_no_token_of_probability_zero_is_drawn():
 @given(st.integers(1, 9), st.integers(1, 60), st.integers(1, 60), seeds, st.booleans())
 def test_newton_schulz(count, rows, columns, seed, express):
     """Newton-Schulz of any shape is that of float64; a matrix's bits depend on nothing beside it, nor on threads."""
-    stack, coefficients = (
-        drawn(seed, count, rows, columns),
-        polar_express(5) if express else [COEFFICIENTS] * 5,
-    )
+    stack = drawn(seed, count, rows, columns)
+    coefficients = polar_express(5) if express else [COEFFICIENTS] * 5
     exact = orthogonalize(stack, 5, torch.float64, coefficients)
     found = newton_schulz_c(stack, coefficients)
     # float32, and the slope 485 magnifies the rounding of small values; tests/test_muon.py
@@ -270,7 +280,8 @@ def test_where_newton_schulz_is_in_c(monkeypatch):
 def test_a_matrix_that_is_not_finite_breaks_no_other():
     """A matrix that is not finite leaves those after it in the stack as they were."""
     stack = drawn(1, 3, 10, 12)
-    whole, stack[0, 2, 3] = orthogonalize(stack), float("nan")
+    whole = orthogonalize(stack)
+    stack[0, 2, 3] = float("nan")
     assert torch.equal(orthogonalize(stack)[1:], whole[1:])
 
 
@@ -302,7 +313,8 @@ def test_without_a_compiler_pytorch_is_used(monkeypatch, capsys, tmp_path):
     expected = Engine(tiny_model(1)).generate([request])[0].tokens
     monkeypatch.setattr(build, "library", build.library.__wrapped__)
     monkeypatch.setenv("CC", "false")
-    assert build.library() is None and capsys.readouterr().err.count("\n") == 1
+    assert build.library() is None
+    assert capsys.readouterr().err.count("\n") == 1
     monkeypatch.setattr(build, "library", lambda: None)
     monkeypatch.setattr(dispatch, "_selected", {})
     assert Engine(tiny_model(1)).generate([request])[0].tokens == expected
@@ -310,16 +322,15 @@ def test_without_a_compiler_pytorch_is_used(monkeypatch, capsys, tmp_path):
     compiler = build.compiler()
     made = build.build(compiler, tmp_path)
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-Werror", "-Wall"))
-    assert (
-        build.build(compiler, tmp_path) != made
-    )  # other flags, another library, and no warning in the source
+    # Other flags, another library, and no warning in the source.
+    assert build.build(compiler, tmp_path) != made
     monkeypatch.undo()
     run = subprocess.run
     calls = []
     monkeypatch.setattr(build.subprocess, "run", lambda *a, **k: calls.append(a) or run(*a, **k))
-    assert (
-        build.build(compiler, tmp_path) == made and len(calls) == 1
-    )  # asks for the compiler's version only
+    # Asks for the compiler's version only.
+    assert build.build(compiler, tmp_path) == made
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("damage", ["cut short", "empty", "a bit flipped", "no checksum"])

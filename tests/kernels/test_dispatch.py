@@ -42,7 +42,7 @@ print(*(f"{parameter.double().sum().item():.6f}" for parameter in model.paramete
 
 @pytest.fixture
 def triton_chosen():
-    """Triton for the process, and afterwards the usual choice."""
+    """Choose Triton for the process, and afterwards the usual form."""
     dispatch.use("triton")
     yield
     dispatch.use("auto")

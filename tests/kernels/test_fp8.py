@@ -29,8 +29,10 @@ def test_each_block_has_its_own_scale(seed, shape, block, size):
             )
             torch.testing.assert_close(back[at].abs().amax((-2, -1)), largest)
             # three bits of mantissa: half a step is 1/16; below 2^-6 steps are constant, 2^-9 of a unit
-            bound = (x[at].abs() / 16).maximum(2**-10 * 1.01 * largest[..., None, None] / 448)
-            assert ((back[at] - x[at]).abs() <= bound * 1.001).all()
+            smallest_step = 2**-10 * 1.01 * largest[..., None, None] / 448
+            bound = (x[at].abs() / 16).maximum(smallest_step)
+            error = (back[at] - x[at]).abs()
+            assert (error <= bound * 1.001).all()
 
 
 def test_an_outlier_costs_only_its_own_block():
@@ -38,15 +40,16 @@ def test_an_outlier_costs_only_its_own_block():
     x = torch.full((256, 256), 1e-4)
     x[0, 0] = 1e4
     back = dequantize(*quantize(x))
-    assert (back[:128, :128].flatten()[1:] == 0).all() and torch.allclose(
-        back[128:, 128:], x[128:, 128:], rtol=1e-3
-    )
+    assert (back[:128, :128].flatten()[1:] == 0).all()
+    assert torch.allclose(back[128:, 128:], x[128:, 128:], rtol=1e-3)
 
 
 def test_zeros_and_what_is_refused():
     """A block of zeros stays zero; what has no blocks, or no scale, is refused."""
     q, scale = quantize(torch.zeros(4, 300))
-    assert not q.float().any() and (scale == 1).all() and not dequantize(q, scale).any()
+    assert not q.float().any()
+    assert (scale == 1).all()
+    assert not dequantize(q, scale).any()
     with pytest.raises(ValueError, match="needs matrices"):
         quantize(torch.zeros(3))
     for bad in (float("inf"), float("nan")):

@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @triton.jit
 def product(a_ptr, b_ptr, out_ptr, size: tl.constexpr):
-    """out = a b, square matrices."""
+    """Compute out = a b, square matrices."""
     i = tl.arange(0, size)
     at = i[:, None] * size + i[None, :]
     tl.store(out_ptr + at, tl.dot(tl.load(a_ptr + at), tl.load(b_ptr + at)))
@@ -43,14 +43,14 @@ def product(a_ptr, b_ptr, out_ptr, size: tl.constexpr):
 
 @triton.jit
 def copied(x_ptr, out_ptr, size: tl.constexpr):
-    """out = x, in out's dtype."""
+    """Compute out = x, in out's dtype."""
     i = tl.arange(0, size)
     tl.store(out_ptr + i, tl.load(x_ptr + i).to(out_ptr.dtype.element_ty))
 
 
 @triton.jit
 def doubled(x_ptr, out_ptr, size: tl.constexpr):
-    """out = x + x in x's own dtype, which the house forbids for bfloat16."""
+    """Compute out = x + x in x's own dtype, which the house forbids for bfloat16."""
     i = tl.arange(0, size)
     x = tl.load(x_ptr + i)
     tl.store(out_ptr + i, x + x)
@@ -58,13 +58,13 @@ def doubled(x_ptr, out_ptr, size: tl.constexpr):
 
 @triton.jit
 def summed(x_ptr, out_ptr, size: tl.constexpr):
-    """out = the sum of x in x's own dtype."""
+    """Compute out = the sum of x in x's own dtype."""
     tl.store(out_ptr, tl.sum(tl.load(x_ptr + tl.arange(0, size)), 0))
 
 
 @triton.jit
 def counted(bound_ptr, out_ptr):
-    """out = 0 + 1 + ... up to a bound that is loaded."""
+    """Compute out = 0 + 1 + ... up to a bound that is loaded."""
     total = 0
     for i in range(0, tl.load(bound_ptr)):
         total += i
@@ -72,7 +72,7 @@ def counted(bound_ptr, out_ptr):
 
 
 def problems():
-    """For each fault: the largest relative error of the kernel, or the error it raises."""
+    """Return for each fault the largest relative error of the kernel, or the error it raises."""
     x = torch.randn(16, 16, generator=numbers(0), device="cpu").bfloat16()
     found = {}
 
@@ -80,8 +80,9 @@ def problems():
         out = torch.full(expected.shape, float("nan")).to(expected.dtype)
         try:
             kernel[(1,)](*inputs, out, *constants)
-            error = (out.double() - expected.double()).abs().max() / expected.double().abs().max()
-            found[name] = float(error.nan_to_num(1e9))
+            error = (out.double() - expected.double()).abs().max()
+            largest = expected.double().abs().max()
+            found[name] = float((error / largest).nan_to_num(1e9))
         except Exception as error:
             found[name] = str(error)
 
@@ -103,7 +104,7 @@ def problems():
 
 @triton.jit
 def strided(out_ptr, step, size: tl.constexpr):
-    """Program i stores its number to `size` elements from i times `step` on, the last of them masked out."""
+    """Store program i's number to `size` elements from i times `step` on, the last of them masked out."""
     i = tl.arange(0, size)
     tl.store(out_ptr + tl.program_id(0) * step + i, i * 0 + tl.program_id(0), mask=i < size - 1)
 
@@ -132,11 +133,10 @@ def test_races_and_holes_are_seen(step, counts):
     with watched() as stores:
         strided[(3,)](out, step, 8)
     assert [program for program, *_ in stores] == [(0, 0, 0), (1, 0, 0), (2, 0, 0)]
-    elements = (
-        np.concatenate([addresses[mask] for _, addresses, mask in stores]).astype(np.int64)
-        - out.data_ptr()
-    )
-    assert np.bincount(elements // 4, minlength=len(counts)).tolist()[: len(counts)] == counts
+    addresses = np.concatenate([store.addresses[store.mask] for store in stores])
+    elements = (addresses.astype(np.int64) - out.data_ptr()) // 4  # four bytes each
+    found = np.bincount(elements, minlength=len(counts)).tolist()
+    assert found[: len(counts)] == counts
     strided[(3,)](out, step, 8)
     assert len(stores) == 3  # only what ran inside
 

@@ -23,13 +23,12 @@ from minglm.model.rope import angles
 from minglm.testing.model import normal
 from minglm.testing.strategies import numbers, seeds
 
-sizes = st.tuples(
-    st.integers(1, 20), st.integers(1, 6), st.integers(1, 9)
-)  # tokens, width, vocabulary
+# Tokens, width, vocabulary.
+sizes = st.tuples(st.integers(1, 20), st.integers(1, 6), st.integers(1, 9))
 
 
 def problem(seed, shape):
-    """Hidden states, an output head, targets, and weights of which a third is zero."""
+    """Draw hidden states, an output head, targets, and weights of which a third is zero."""
     T, D, V = shape
     targets_T = torch.randint(0, V, (T,), generator=numbers(seed + 2))
     weights_T = (torch.rand(T, generator=numbers(seed + 3)) - 0.3).clamp(min=0)
@@ -37,7 +36,7 @@ def problem(seed, shape):
 
 
 def with_gradients(function, hidden_TD, head_VD, targets_T, weights_T, factor=1.0):
-    """A loss and the gradients of hidden states and head."""
+    """Return a loss and the gradients of hidden states and head."""
     inputs = [x.clone().requires_grad_() for x in (hidden_TD, head_VD)]
     loss = function(*inputs, targets_T, weights_T)
     return loss.detach(), *torch.autograd.grad(factor * loss, inputs)
@@ -65,7 +64,7 @@ def test_linear_cross_entropy_equals_the_plain_form(seed, shape, chunk, factor):
 
 
 def written_out(hidden_TD, head_VD, targets_T, weights_T):
-    """The equation of the module's docstring."""
+    """Compute the equation of the module's docstring."""
     logits_TV = hidden_TD @ head_VD.T
     chosen_T = torch.stack([logits_TV[t, v] for t, v in enumerate(targets_T.tolist())])
     return (weights_T * (torch.logsumexp(logits_TV, 1) - chosen_T)).sum()
@@ -75,9 +74,8 @@ def written_out(hidden_TD, head_VD, targets_T, weights_T):
 def test_plain_form_is_its_equation(seed, shape):
     """The oracle above is itself logsumexp minus the target's logit, weighted."""
     values = problem(seed, shape)
-    torch.testing.assert_close(
-        cross_entropy(*values), written_out(*values), atol=1e-4, rtol=1e-4
-    )  # float32
+    # float32.
+    torch.testing.assert_close(cross_entropy(*values), written_out(*values), atol=1e-4, rtol=1e-4)
 
 
 @given(shape=sizes, seed=seeds, junk=st.sampled_from([float("nan"), float("inf"), 1e30]))
@@ -114,9 +112,8 @@ def test_extreme_logits_stay_finite(size):
         cross_entropy, hidden_TD.double(), head_VD.double(), targets_T, weights_T.double()
     )
     for ours, plain in zip(found, exact):
-        torch.testing.assert_close(
-            ours, plain.float(), atol=1e-4, rtol=1e-4
-        )  # float32, relative to the size
+        # float32, relative to the size.
+        torch.testing.assert_close(ours, plain.float(), atol=1e-4, rtol=1e-4)
 
 
 @given(seed=seeds, shape=sizes)
@@ -151,22 +148,23 @@ def test_token_log_probabilities(seed, shape, temperature):
 def test_grouped_products_are_loops(seed, loads):
     """Every expert multiplies its own rows, and an expert without rows has an outer product of zero."""
     T, E = sum(loads), len(loads)
-    x_TD, y_TF, w_EDF = normal(seed, T, 3), normal(seed + 1, T, 2), normal(seed + 2, E, 3, 2)
+    x_TD = normal(seed, T, 3)
+    y_TF = normal(seed + 1, T, 2)
+    w_EDF = normal(seed + 2, E, 3, 2)
     ends_E = torch.tensor(loads).cumsum(0).int()
     products, outers = grouped_mm(x_TD, w_EDF, ends_E), grouped_outer(x_TD, y_TF, ends_E)
     assert products.shape == (T, 2) and outers.shape == (E, 3, 2)
     start = 0
     for e, count in enumerate(loads):
         rows = slice(start, start + count)
-        torch.testing.assert_close(
-            products[rows], x_TD[rows] @ w_EDF[e], atol=1e-6, rtol=1e-5
-        )  # three products
+        # Three products.
+        torch.testing.assert_close(products[rows], x_TD[rows] @ w_EDF[e], atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(outers[e], x_TD[rows].T @ y_TF[rows], atol=1e-6, rtol=1e-5)
         start += count
 
 
 def identical(mine, other, inputs, upstreams):
-    """Outputs and gradients of two functions of the same inputs, bit for bit."""
+    """Tell whether two functions of the same inputs give the same outputs and gradients, bit for bit."""
     results = []
     for function in (mine, other):
         leaves = [x.clone().requires_grad_() for x in inputs]
@@ -176,7 +174,7 @@ def identical(mine, other, inputs, upstreams):
 
 
 def error_by_hand(by_hand, plain, inputs, weights, upstreams, dtype):
-    """Largest error of results and gradients, beside the plain form in float64, as a share of what they are made of.
+    """Return the largest error of results and gradients, beside the plain form in float64, as a share of what they are made of.
 
     A norm divides by the length of its rows, and so does the size of its gradient and of every error in it.
     """
@@ -185,20 +183,18 @@ def error_by_hand(by_hand, plain, inputs, weights, upstreams, dtype):
         leaves = [x.to(dtype).to(kind).requires_grad_() for x in inputs]
         leaves += [w.to(torch.promote_types(kind, torch.float32)).requires_grad_() for w in weights]
         out = function(*leaves)
-        results.append(
-            [
-                *out,
-                *torch.autograd.grad(
-                    out, leaves, [g.to(dtype).to(kind) for g in upstreams[: len(out)]]
-                ),
-            ]
-        )
-    normed = [sum(inputs)] if len({x.shape for x in inputs}) == 1 else inputs
-    longest = max(float((x.square().mean(-1) + 1e-5).rsqrt().max()) for x in [*inputs, *normed])
-    size = (1 + longest) * (
-        1 + max(float(x.abs().max()) for x in (*inputs, *weights, *upstreams))
-    ) ** 3
-    return max(float((a - b).abs().max()) for a, b in zip(*results)) / size
+        upstream = [g.to(dtype).to(kind) for g in upstreams[: len(out)]]
+        results.append([*out, *torch.autograd.grad(out, leaves, upstream)])
+
+    # The sum of the inputs is normed too, where they can be added.
+    normed = list(inputs)
+    if len({x.shape for x in inputs}) == 1:
+        normed.append(sum(inputs))
+    largest_inverse = max(float((x.square().mean(-1) + 1e-5).rsqrt().max()) for x in normed)
+    largest = max(float(x.abs().max()) for x in (*inputs, *weights, *upstreams))
+    size = (1 + largest_inverse) * (1 + largest) ** 3
+    errors = [float((a - b).abs().max()) for a, b in zip(*results)]
+    return max(errors) / size
 
 
 # one rounding of the result in bfloat16, and of the sum that is normed; sums over up to 18 rows
@@ -245,10 +241,8 @@ def test_norm_and_rotation_by_hand_are_those_of_autograd(
     forms = [
         lambda *leaves, f=f: f(*leaves, *cos_sin, 1e-5) for f in (qk_norm_rope_fused, qk_norm_rope)
     ]
-    weights, upstreams = (
-        [normal(seed + 2, A), normal(seed + 3, A)],
-        [normal(seed + 4, *x.shape) for x in inputs],
-    )
+    weights = [normal(seed + 2, A), normal(seed + 3, A)]
+    upstreams = [normal(seed + 4, *x.shape) for x in inputs]
     assert error_by_hand(*forms, inputs, weights, upstreams, dtype) < NEAR[dtype]
 
 

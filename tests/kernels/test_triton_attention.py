@@ -26,21 +26,22 @@ from minglm.kernels.attention.triton_common import Tiles
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 NAMES = ("output", "gradient of q", "of k", "of v")
+# Queries x keys; several tiles at every end of short rows.
 SMALL = [
     Tiles(32, 16, 4, 1),
     Tiles(16, 32, 4, 1),
-]  # queries x keys; several tiles at every end of short rows
+]
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """Tiles as uneven as those of a GPU, but small."""
+    """Use tiles as uneven as those of a GPU, but small."""
     monkeypatch.setattr(forward, "tiles_for_heads", lambda table, x: SMALL[0])
     monkeypatch.setattr(backward, "tiles_for_heads", lambda table, x: SMALL[table is backward.KEYS])
 
 
 def drawn(seed, B, S, heads, A, dtype=torch.float32):
-    """q, k, v and the gradient of the output; scores of size up to 30 A^-1/2 are sharp enough to show mistakes."""
+    """Draw q, k, v and the gradient of the output; scores of size up to 30 A^-1/2 are sharp enough to show mistakes."""
     N, M = heads
     shapes = ((N, 2), (M, 2), (M, 1), (N, 1))
     return [
@@ -50,7 +51,7 @@ def drawn(seed, B, S, heads, A, dtype=torch.float32):
 
 
 def results(function, values, documents_BS):
-    """Output and gradients."""
+    """Return output and gradients."""
     *inputs, gradient = (v.detach().clone() for v in values)
     inputs = [v.requires_grad_() for v in inputs]
     out = function(*inputs, documents_BS)
@@ -58,8 +59,7 @@ def results(function, values, documents_BS):
 
 
 def compare(function, values, documents_BS, tolerance):
-    """Every result within tolerance of the largest number of PyTorch's in float64; NaN, where a kernel left a hole, is
-    not."""
+    """Check every result to a tolerance of PyTorch's largest number in float64; NaN, where a kernel left a hole, fails."""
     ours = results(function, values, documents_BS)
     documents_BS = None if documents_BS is None else documents_BS.cpu()
     theirs = results(torch_attention, [v.double().cpu() for v in values], documents_BS)
@@ -83,9 +83,8 @@ def compare(function, values, documents_BS, tolerance):
 def test_equals_pytorch_in_float64(seed, B, S, packed, heads, A):
     """Output and gradients, for odd lengths, packed documents and padding, groups of heads, narrow and odd widths."""
     documents_BS = drawn_documents(seed, B, S).to(DEVICE) if packed else None
-    compare(
-        layer.flash_attention_triton, drawn(seed, B, S, heads, A), documents_BS, 1e-5
-    )  # float32 sums
+    # float32 sums.
+    compare(layer.flash_attention_triton, drawn(seed, B, S, heads, A), documents_BS, 1e-5)
 
 
 LENGTHS = [[90], [1] * 40, [1, 88, 1], [31, 1, 33, 1, 64], [16, 16, 48], [20, -60], [-3]]
@@ -109,7 +108,8 @@ def test_bounds_are_those_of_the_run(seed, B, S):
     begin_BS, end_BS = layer.document_bounds(documents_BS)
     for ids, begins, ends in zip(documents_BS.tolist(), begin_BS.tolist(), end_BS.tolist()):
         for i in range(S):
-            begin, end = i, i + 1
+            begin = i
+            end = i + 1
             while begin > 0 and ids[begin - 1] == ids[i]:
                 begin -= 1
             while end < S and ids[end] == ids[i]:
@@ -151,9 +151,8 @@ def test_log_sum_keeps_a_long_tail(small, peak, size):
     k[0, peak, 0] = q[0, -1, 0] * size
     inputs = [x.requires_grad_() for x in (q, k, v)]
     saved = layer.flash_attention_triton(*inputs).grad_fn
-    while (
-        not hasattr(saved, "saved_tensors") or len(saved.saved_tensors) < 7
-    ):  # below the cut of the added zeros
+    # Below the cut of the added zeros.
+    while not hasattr(saved, "saved_tensors") or len(saved.saved_tensors) < 7:
         saved = saved.next_functions[0][0]
     scores = torch.einsum("sa,ca->sc", q[0, :, 0].double(), k[0, :, 0].double()) * 8**-0.5
     hidden = torch.ones(64, 64, dtype=torch.bool, device=DEVICE).triu(1)
@@ -166,7 +165,8 @@ def test_log_sum_keeps_a_long_tail(small, peak, size):
 def test_a_leak_is_found(small, monkeypatch):
     """The comparison fails if a document begins one position too early or a key is seen one query too late."""
     documents_BS = torch.tensor([0] * 20 + [1] * 20)[None].int().to(DEVICE)
-    values, whole = drawn(0, 1, 40, (1, 1), 8), layer.document_bounds
+    values = drawn(0, 1, 40, (1, 1), 8)
+    whole = layer.document_bounds
     for wrong, name in (((-1, 0), "output"), ((0, -8), "of k")):
         shifted = lambda ids, wrong=wrong: [(x + s).clamp(0) for x, s in zip(whole(ids), wrong)]  # noqa: E731
         monkeypatch.setattr(layer, "document_bounds", shifted)
@@ -175,11 +175,12 @@ def test_a_leak_is_found(small, monkeypatch):
 
 
 def cache(seed, B, S, heads, A, size, blocks, parts=2, dtype=torch.float32):
-    """(q, store, rows, positions) as the engine gives them: blocks in any order, NaN in slots that nobody has written.
+    """Draw (q, store, rows, positions) as the engine gives them: blocks in any order, NaN in slots that nobody has written.
 
     Each sequence is written up to its own last position, as in a batch of long and short ones.
     """
-    (N, M), random = heads, numbers(seed)
+    N, M = heads
+    random = numbers(seed)
     store = torch.full((B * blocks + 2, parts, M, size, A), math.nan)
     tables = torch.randperm(B * blocks, generator=random).view(B, blocks)
     last_B = torch.randint(S, blocks * size + 1, (B,), generator=random) - 1
@@ -196,8 +197,9 @@ def cache(seed, B, S, heads, A, size, blocks, parts=2, dtype=torch.float32):
 
 
 def in_order(q_BSNA, store, rows, positions_BS, first):
-    """`attend_slots` in float64 over the blocks in order, without the slots before `first`."""
-    B, (parts, M, size, A) = len(q_BSNA), store.shape[1:]
+    """Compute `attend_slots` in float64 over the blocks in order, without the slots before `first`."""
+    B = len(q_BSNA)
+    parts, M, size, A = store.shape[1:]
     kv = (
         store.view(-1, size * A)[rows]
         .view(parts, B, M, -1, A)
@@ -222,17 +224,17 @@ def in_order(q_BSNA, store, rows, positions_BS, first):
 def test_paged_attention_equals_the_plain_form(seed, B, S, first, parts, heads, A, size, programs):
     """For one query or several, any cut in parts, heads that share keys, and without reading what is not written."""
     case = cache(seed, B, S + first, heads, A, size, 144 // size, parts)
+    # A sequence of only the slot that is left out has no mean.
     case[0], case[3] = (
         case[0][:, first:],
         case[3][:, first:],
-    )  # a sequence of only the slot that is left out has no mean
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paged, "PROGRAMS", programs)
         patch.setattr(paged, "MIN_TILES", 1)
         found = paged.paged_attention_triton(*case, first)
-    torch.testing.assert_close(
-        found.double(), in_order(*case, first), atol=1e-5, rtol=0
-    )  # float32 sums
+    # float32 sums.
+    torch.testing.assert_close(found.double(), in_order(*case, first), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("S", [1, 6])
@@ -240,9 +242,8 @@ def test_paged_attention_in_bfloat16(S):
     """The tiles a GPU would take for a token and for a prompt; weights are rounded before the product."""
     case = cache(S, 2, S, (12, 1), 128, 16, 40, dtype=torch.bfloat16)
     found = paged.paged_attention_triton(*case)
-    torch.testing.assert_close(
-        found.double(), in_order(*case, 0), atol=0.02, rtol=0
-    )  # 2^-8 of values up to 6
+    # 2^-8 of values up to 6.
+    torch.testing.assert_close(found.double(), in_order(*case, 0), atol=0.02, rtol=0)
     assert torch.equal(found, paged.paged_attention_triton(*case))
 
 
@@ -258,8 +259,10 @@ def test_a_step_equals_the_row_of_a_whole_pass(monkeypatch):
     """Keys and values written and read page by page, by the engine's own plan, give what attention over the row gives:
     for a prompt, its continuation, and a batch of both."""
     monkeypatch.setattr(dispatch, "_chosen", "triton")
-    model, blocks = tiny_model(0).to(DEVICE), BlockManager(4)
-    pages, S = PagedCache(model, size=4, blocks=16), 11
+    model = tiny_model(0).to(DEVICE)
+    blocks = BlockManager(4)
+    pages = PagedCache(model, size=4, blocks=16)
+    S = 11
     heads = model.config.num_attention_heads, model.config.num_key_value_heads
     q, k, v, _ = drawn(0, 2, S, heads, model.config.head_dim)
     whole = flash_attention(q, k, v)
@@ -269,14 +272,14 @@ def test_a_step_equals_the_row_of_a_whole_pass(monkeypatch):
     ]
     for stops in ((6, 3), (7, 4), (7, 9), (11, 10), (11, 11)):
         for row, stop in zip(rows, stops):
-            row.start, row.stop = row.stop, stop
+            row.start = row.stop
+            row.stop = stop
         going = [(b, row) for b, row in enumerate(rows) if row.start < row.stop]
         pages.layers[0].plan = Plan([row for _, row in going], pages.shape, pages.device)
         new = [torch.cat([x[b, row.start : row.stop] for b, row in going])[None] for x in (q, k, v)]
         expected = torch.cat([whole[b, row.start : row.stop] for b, row in going])[None]
-        torch.testing.assert_close(
-            pages.layers[0].attend(*new), expected, atol=1e-5, rtol=0
-        )  # float32, another order
+        # float32, another order.
+        torch.testing.assert_close(pages.layers[0].attend(*new), expected, atol=1e-5, rtol=0)
 
 
 def _tables(blocks, count, length):
@@ -291,14 +294,16 @@ def _tables(blocks, count, length):
 def test_the_switch_chooses_these_kernels(monkeypatch):
     """`flash_attention` runs them when asked; wide heads and float64 go the plain way."""
     values = drawn(0, 1, 5, (2, 1), 8)
-    called, ours = [], layer.flash_attention_triton
+    called = []
+    ours = layer.flash_attention_triton
     monkeypatch.setattr(layer, "flash_attention_triton", lambda *a: called.append(1) or ours(*a))
     for choice, expected in (("torch", 0), ("triton", 1)):
         monkeypatch.setattr(dispatch, "_chosen", choice)
         compare(flash_attention, values, None, 1e-5)
         assert len(called) == expected
     for others in (drawn(0, 1, 2, (1, 1), 300), [v.double() for v in values]):
-        assert flash_attention(*others[:3]).shape == others[0].shape and len(called) == 1
+        assert flash_attention(*others[:3]).shape == others[0].shape
+        assert len(called) == 1
 
 
 SETUP = """
@@ -400,10 +405,8 @@ def test_real_caches(dtype, B, S, blocks):
 @pytest.mark.gpu
 def test_the_host_never_waits():
     """Forward and backward pass and a step over the cache without a synchronisation: PyTorch raises at one."""
-    values, documents_BS = (
-        drawn(0, 2, 200, (8, 2), 128, torch.bfloat16),
-        drawn_documents(0, 2, 200).to(DEVICE),
-    )
+    values = drawn(0, 2, 200, (8, 2), 128, torch.bfloat16)
+    documents_BS = drawn_documents(0, 2, 200).to(DEVICE)
     case = cache(0, 2, 1, (8, 2), 128, 16, 8, dtype=torch.bfloat16)
     for mode in ("default", "error"):  # the first time compiles
         torch.cuda.set_sync_debug_mode(mode)

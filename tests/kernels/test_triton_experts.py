@@ -22,11 +22,11 @@ NAMES = ("output", "gradient of x", "of the weights", "of gate", "of up", "of do
 
 
 def drawn(seed, T, E, K, D, F, crowd, dtype=torch.float32):
-    """Choices and inputs; a crowd sends every token to the first K experts, so that the others have no rows."""
+    """Draw choices and inputs; a crowd sends every token to the first K experts, so that the others have no rows."""
     scores_TE = torch.rand(T, E, generator=numbers(seed))
-    experts_TK = (
-        (-torch.arange(E) * 2.0 if crowd else torch.zeros(E)).add(scores_TE).topk(K).indices
-    )
+    if crowd:
+        scores_TE = scores_TE - 2.0 * torch.arange(E)
+    experts_TK = scores_TE.topk(K).indices
     inputs = [normal(seed + 1, T, D).to(dtype), torch.rand(T, K, generator=numbers(seed + 2))]
     for i, (rows, columns) in enumerate([(F, D), (F, D), (D, F)]):
         inputs.append(normal(seed + 3 + i, E, rows, columns, scale=columns**-0.5).to(dtype))
@@ -38,24 +38,26 @@ def drawn(seed, T, E, K, D, F, crowd, dtype=torch.float32):
 
 
 def results(function, experts_TK, inputs, gradient_TD):
-    """Output and gradients."""
+    """Return output and gradients."""
     x, weights, *matrices = (v.detach().clone().requires_grad_() for v in inputs)
     y_TD = function(x, experts_TK, weights, *matrices)
     return [y_TD, *torch.autograd.grad(y_TD, [x, weights, *matrices], gradient_TD.to(y_TD.dtype))]
 
 
 def exact(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF):
-    """The loop over experts, as `experts_loop`, but in float64 to the end."""
+    """Compute the loop over experts, as `experts_loop`, but in float64 to the end."""
     y_TD = torch.zeros_like(x_TD)
     for e in range(len(gate_EFD)):
         token, slot = (experts_TK == e).nonzero(as_tuple=True)
-        h = torch.nn.functional.silu(x_TD[token] @ gate_EFD[e].T) * (x_TD[token] @ up_EFD[e].T)
-        y_TD = y_TD.index_add(0, token, h @ down_EDF[e].T * weights_TK[token, slot, None])
+        gate = torch.nn.functional.silu(x_TD[token] @ gate_EFD[e].T)
+        up = x_TD[token] @ up_EFD[e].T
+        rows = (gate * up) @ down_EDF[e].T
+        y_TD = y_TD.index_add(0, token, rows * weights_TK[token, slot, None])
     return y_TD
 
 
 def compare(function, experts_TK, inputs, gradient_TD, tolerance):
-    """Every result within tolerance of the largest number of the exact one; NaN, where a kernel left a hole, is not."""
+    """Check every result to a tolerance of the largest number of the exact one; NaN, where a kernel left a hole, fails."""
     ours = results(function, experts_TK, inputs, gradient_TD)
     theirs = results(exact, experts_TK, [v.double() for v in inputs], gradient_TD)
     for name, a, b in zip(NAMES, ours, theirs):
@@ -73,15 +75,13 @@ def compare(function, experts_TK, inputs, gradient_TD, tolerance):
     widths=st.tuples(st.sampled_from([4, 13, 36]), st.sampled_from([1, 8, 40])),
 )
 @example(seed=0, T=3, E=5, K=1, crowd=True, widths=(36, 40))  # one expert has all the rows
-@example(
-    seed=0, T=40, E=2, K=2, crowd=False, widths=(13, 1)
-)  # more row tiles than one, nothing aligned
+# More row tiles than one, nothing aligned.
+@example(seed=0, T=40, E=2, K=2, crowd=False, widths=(13, 1))
 def test_equals_one_expert_at_a_time(seed, T, E, K, crowd, widths):
     """Output and all five gradients, for uneven loads, experts with no row or one, and widths that fit no tile."""
     experts_TK, inputs, gradient_TD = drawn(seed, T, E, min(K, E), *widths, crowd)
-    compare(
-        layer.experts_triton, experts_TK, inputs, gradient_TD, 1e-5
-    )  # float32 sums of up to 100 products
+    # float32 sums of up to 100 products.
+    compare(layer.experts_triton, experts_TK, inputs, gradient_TD, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -140,9 +140,8 @@ def test_the_switch_chooses_these_kernels(monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         compare(grouped_experts, experts_TK, inputs, gradient_TD, 1e-5)
     x, weights, *matrices = inputs
-    pairs = [
-        t for t in saved[:9] if t.numel() == 12 * 12
-    ]  # x in the order of the experts would be this large
+    # x in the order of the experts would be this large.
+    pairs = [t for t in saved[:9] if t.numel() == 12 * 12]
     assert not pairs and len(saved) >= 9
     empty = grouped_experts(x[:0], experts_TK[:0], weights[:0], *matrices)
     assert empty.shape == (0, 12)

@@ -31,12 +31,12 @@ of the power of two below the number, whose own mean square, spread evenly over 
 
 
 def check_quantization(x):
-    """Both kinds of blocks: numbers and scales of the plain form, bit for bit."""
+    """Check both kinds of blocks: numbers and scales of the plain form, bit for bit."""
     for block in (WEIGHT_BLOCK, ACTIVATION_BLOCK):
-        (q, scale), (exact, exact_scale) = quantize_triton(x.to(DEVICE), block), quantize(x, block)
-        assert torch.equal(q.cpu().view(torch.uint8), exact.view(torch.uint8)) and torch.equal(
-            scale.cpu(), exact_scale
-        )
+        q, scale = quantize_triton(x.to(DEVICE), block)
+        exact, exact_scale = quantize(x, block)
+        assert torch.equal(q.cpu().view(torch.uint8), exact.view(torch.uint8))
+        assert torch.equal(scale.cpu(), exact_scale)
 
 
 @settings(max_examples=8)
@@ -56,7 +56,8 @@ def test_quantised_to_the_same_bits(seed, shape, dtype, size):
 def test_what_no_scale_fits_shows():
     """A number that is not finite makes itself or its block not a number, and its neighbours stay as they are."""
     x = torch.ones(2, 256, device=DEVICE)
-    x[0, 3], x[1, 200] = torch.nan, torch.inf
+    x[0, 3] = torch.nan
+    x[1, 200] = torch.inf
     q, scale = quantize_triton(x, ACTIVATION_BLOCK)
     back = dequantize(q, scale, block=ACTIVATION_BLOCK)
     assert back[0, 3].isnan() and back[1, 128:].isnan().any()
@@ -64,19 +65,22 @@ def test_what_no_scale_fits_shows():
 
 
 def drawn(seed, loads, K, F, D):
-    """Rows of x picked by a random order, matrices, and each expert's end."""
-    rows, T = sum(loads), max(1, -(-sum(loads) // K))
-    x_TD, w_EFD = normal(seed, T, D), normal(seed + 1, len(loads), F, D)
+    """Draw rows of x picked by a random order, matrices, and each expert's end."""
+    rows = sum(loads)
+    T = max(1, -(-sum(loads) // K))
+    x_TD = normal(seed, T, D)
+    w_EFD = normal(seed + 1, len(loads), F, D)
     w_EFD[:, :1] *= 30  # rows that need a scale of their own
     order = torch.randperm(T * K, generator=numbers(seed + 2))[:rows]
     return x_TD, w_EFD, torch.tensor(loads).cumsum(0).to(torch.int32), order
 
 
 def compare(seed, loads, K, F, D, pick, dtype=torch.float32):
-    """The kernel against the plain form in float64, from the same float8 numbers; returns the kernel's result."""
+    """Check the kernel against the plain form in float64, from the same float8 numbers; return the kernel's result."""
     x_TD, w_EFD, ends_E, order = drawn(seed, loads, K, F, D)
     if not pick:
-        x_TD, order = x_TD[order // K], None
+        x_TD = x_TD[order // K]
+        order = None
     x, xs, w, ws = (*quantize(x_TD, ACTIVATION_BLOCK), *quantize(w_EFD))
     given_ = [v if v is None else v.to(DEVICE) for v in (x, xs, w, ws, ends_E, order)]
     found = scaled_product_triton(*given_, K if pick else 1, dtype)
@@ -116,19 +120,16 @@ def test_error_is_that_of_three_bits(monkeypatch):
     """Rounding both operands moves a product by sqrt(2) times one operand's error, however long the sum is."""
     monkeypatch.setattr(dispatch, "_chosen", "triton")
     for D in (128, 1000):
-        x, w, ends = (
-            normal(0, 64, D).to(DEVICE),
-            normal(1, 1, 128, D).to(DEVICE),
-            torch.tensor([64], device=DEVICE),
-        )
+        x = normal(0, 64, D).to(DEVICE)
+        w = normal(1, 1, 128, D).to(DEVICE)
+        ends = torch.tensor([64], device=DEVICE)
         found = scaled_product(
             *quantize(x, ACTIVATION_BLOCK), *quantize(w), ends.int(), dtype=torch.float32
         )
         exact = x.double() @ w[0].double().T
         measured = float((found - exact).norm() / exact.norm())
-        assert measured == pytest.approx(
-            math.sqrt(2) * ROUNDING, rel=0.1
-        )  # 8,192 products; the octaves are not even
+        # 8,192 products; the octaves are not even.
+        assert measured == pytest.approx(math.sqrt(2) * ROUNDING, rel=0.1)
 
 
 def test_the_switch_takes_both_forms(monkeypatch):

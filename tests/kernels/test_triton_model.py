@@ -16,13 +16,13 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 @pytest.fixture
 def restore():
-    """The process has one choice of kernels; the next test gets the usual one."""
+    """Restore the usual choice of kernels, of which the process has one."""
     yield
     dispatch.use("auto")
 
 
 def outputs(kind, qk_norm):
-    """Hidden states of a tiny model and gradients of its losses with one form of the kernels."""
+    """Return hidden states of a tiny model and gradients of its losses with one form of the kernels."""
     dispatch.use(kind)
     model = tiny_model(3, use_qk_norm=qk_norm).to(DEVICE)
     tokens_BS = torch.arange(10, device=DEVICE).view(2, 5)
@@ -30,7 +30,8 @@ def outputs(kind, qk_norm):
         [[0, 0, 1, 1, 1], [0, 0, 0, 0, -1]], dtype=torch.int32, device=DEVICE
     )
     out = model.hidden(tokens_BS, documents_BS=documents_BS, mtp=True)
-    head_VD, targets_T = model.lm_head.weight, tokens_BS.flatten() + 1
+    head_VD = model.lm_head.weight
+    targets_T = tokens_BS.flatten() + 1
     weights_T = (documents_BS.flatten() >= 0) / 9
     loss = sum(routing.balance_loss for routing in out.routing)
     for hidden_BSD in (out.hidden_BSD, out.mtp_hidden_BSD):
@@ -58,9 +59,8 @@ def test_the_engine_says_the_same(restore):
         answers[kind] = Engine(tiny_model(3).to(DEVICE), draft_tokens=1, block=4).generate(requests)
     for exact, found in zip(answers["torch"], answers["triton"]):
         assert found.tokens == exact.tokens
-        assert found.logprobs == pytest.approx(
-            exact.logprobs, abs=1e-4
-        )  # float32, three layers deep
+        # float32, three layers deep.
+        assert found.logprobs == pytest.approx(exact.logprobs, abs=1e-4)
 
 
 def test_choice_is_checked(restore, monkeypatch):

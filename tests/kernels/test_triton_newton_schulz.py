@@ -17,17 +17,19 @@ from minglm.kernels.toolchain.tiles import Tiles
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
+# Of the largest number.
 ROUNDING = {
     torch.float32: 1e-5,
     torch.float16: 2**-10,
     torch.bfloat16: 2**-7,
-}  # of the largest number
+}
 
 
 def compare(seed, matrices, rows, depth, dtype, add):
-    """A product of two commuting symmetric matrices, or a Gram matrix, with or without the other terms."""
+    """Check a product of two commuting symmetric matrices, or a Gram matrix, with or without the other terms."""
     x = normal(seed, matrices, rows, depth, scale=depth**-0.5).to(DEVICE, dtype)
-    terms, exact = (x, x), x.double() @ x.double().mT
+    terms = (x, x)
+    exact = x.double() @ x.double().mT
     if add:
         gram = kernel.symmetric_product_triton(x, x)
         terms = (gram, gram, 0.7, gram, -0.4, 1.5)
@@ -50,9 +52,8 @@ def compare(seed, matrices, rows, depth, dtype, add):
     dtype=st.sampled_from(list(ROUNDING)),
     add=st.booleans(),
 )
-@example(
-    seed=0, matrices=2, rows=100, depth=40, dtype=torch.float32, add=True
-)  # ten tiles of a triangle
+# Ten tiles of a triangle.
+@example(seed=0, matrices=2, rows=100, depth=40, dtype=torch.float32, add=True)
 def test_equals_float64(seed, matrices, rows, depth, dtype, add):
     """Every entry, both halves, to one rounding; symmetric and repeatable to the last bit."""
     compare(seed, matrices, rows, depth, dtype, add)
@@ -85,7 +86,8 @@ def test_every_element_is_stored_once(monkeypatch, rows):
 def test_newton_schulz_with_these_products(monkeypatch, shape, gram):
     """Wide, tall, square, many, none: the result is that of the standard iteration in float64."""
     monkeypatch.setattr(dispatch, "_chosen", "triton")
-    matrices, coefficients = normal(1, *shape), polar_express(5) if shape[-1] == 24 else None
+    matrices = normal(1, *shape)
+    coefficients = polar_express(5) if shape[-1] == 24 else None
     exact = orthogonalize(matrices.double(), 5, torch.float64, coefficients)
     # float32 as computed; float16 has 11 bits, and small singular values are multiplied by several hundred
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.float16, 0.1)):
@@ -137,8 +139,6 @@ def test_real_shapes(dtype, shape):
 def test_newton_schulz_at_real_size(gram):
     """A wave and a half of experts: every singular value ends near one, as in float64."""
     matrices = normal(1, 12, 1536, 5120).to(DEVICE)
-    found, exact = (
-        orthogonalize(matrices, gram=gram),
-        orthogonalize(matrices.double(), dtype=torch.float64),
-    )
+    found = orthogonalize(matrices, gram=gram)
+    exact = orthogonalize(matrices.double(), dtype=torch.float64)
     assert (found - exact).norm() < 0.1 * exact.norm()

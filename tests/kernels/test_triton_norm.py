@@ -20,23 +20,24 @@ EPS = 1e-5
 
 
 def compare(rows, width, added, later, dtype, seed, tolerance):
-    """Outputs and gradients of the kernel and of the plain form in float64, from the same rounded inputs."""
+    """Check outputs and gradients of the kernel against the plain form in float64, from the same rounded inputs."""
     inputs = [normal(seed, rows, width, scale=2).to(dtype), 1 + normal(seed + 1, width)]
-    inputs += [normal(seed + 2, rows, width).to(dtype)] if added else []
+    if added:
+        inputs.append(normal(seed + 2, rows, width).to(dtype))
     upstream = normal(seed + 3, rows, width).to(dtype), normal(seed + 4, rows, width).to(dtype)
 
     def run(function, kind):
         x, weight, *change = [t.to(DEVICE, kind or t.dtype).requires_grad_() for t in inputs]
         out, r = function(x, weight, EPS, *change)
-        loss = (out * upstream[0].to(out)).sum() + (later * (r * upstream[1].to(r)).sum())
+        loss = (out * upstream[0].to(out)).sum()
+        loss = loss + later * (r * upstream[1].to(r)).sum()
         return [out, r, *torch.autograd.grad(loss, [x, weight, *change])]
 
     results = run(add_norm_triton, None)
     assert all(map(torch.equal, results, run(add_norm_triton, None)))  # the same bits each time
     for ours, exact in zip(results, run(norm, torch.float64)):
-        scale = max(
-            1.0, *exact.detach().abs().flatten().tolist(), 0.0
-        )  # a gradient may cancel to 0, its terms do not
+        # A gradient may cancel to 0, its terms do not.
+        scale = max(1.0, *exact.detach().abs().flatten().tolist(), 0.0)
         torch.testing.assert_close(ours.double(), exact, atol=tolerance * scale, rtol=0)
 
 
@@ -50,16 +51,14 @@ def compare(rows, width, added, later, dtype, seed, tolerance):
 )
 def test_equals_the_plain_form(rows, width, added, later, seed):
     """Any number of rows and columns, with and without an addition, and with and without a gradient to the stream."""
-    compare(
-        rows, width, added, later, torch.float32, seed, 1e-5
-    )  # float32 sums over up to 33 numbers
+    # float32 sums over up to 33 numbers.
+    compare(rows, width, added, later, torch.float32, seed, 1e-5)
 
 
 def test_bfloat16_is_rounded_where_the_plain_form_rounds():
     """The stream is rounded once, after the addition, and the norm once before the weight; so does the plain form."""
-    compare(
-        3, 48, True, True, torch.bfloat16, 0, 2**-7
-    )  # two roundings of the output, half a unit of 2^-8 each
+    # Two roundings of the output, half a unit of 2^-8 each.
+    compare(3, 48, True, True, torch.bfloat16, 0, 2**-7)
 
 
 def test_more_rows_than_programs(monkeypatch):

@@ -21,7 +21,7 @@ EPS = 1e-5
 
 
 def problem(shape, R, shared, normed, seed):
-    """Queries, keys, weights and angles; `shared` positions are the same in each row of the batch."""
+    """Draw queries, keys, weights and angles; `shared` positions are the same in each row of the batch."""
     B, S, N, M, A = shape
     positions = torch.randint(0, 1000, (1 if shared else B, S), generator=numbers(seed))
     weights = [1 + normal(seed + i, A) for i in (1, 2)] if normed else [None, None]
@@ -34,20 +34,21 @@ def problem(shape, R, shared, normed, seed):
 
 
 def run(function, inputs, upstream, kind):
-    """Results and the gradients of queries, keys and weights."""
-    inputs = [t if t is None else t.to(DEVICE, kind) for t in inputs[:4]] + [
-        t.to(DEVICE) for t in inputs[4:]
-    ]
-    leaves = [t.requires_grad_() for t in inputs[:4] if t is not None]
-    q, k = function(*inputs, EPS)
+    """Return results and the gradients of queries, keys and weights."""
+    # Only the angles keep their dtype.
+    values = [t if t is None else t.to(DEVICE, kind) for t in inputs[:4]]
+    cos_and_sin = [t.to(DEVICE) for t in inputs[4:]]
+    leaves = [t.requires_grad_() for t in values if t is not None]
+    q, k = function(*values, *cos_and_sin, EPS)
     loss = sum((t * dt.to(t)).sum() for t, dt in zip((q, k), upstream))
     return q, k, *torch.autograd.grad(loss, leaves)
 
 
 def compare(shape, R, shared, normed, kind, seed, tolerance):
-    """The kernel against the plain form in float64, from the same rounded inputs and upstream gradients."""
+    """Check the kernel against the plain form in float64, from the same rounded inputs and upstream gradients."""
     values = problem(shape, R, shared, normed, seed)
-    inputs = [t if t is None else t.to(kind).float() for t in values[:4]] + list(values[4:])
+    inputs = [t if t is None else t.to(kind).float() for t in values[:4]]
+    inputs += values[4:]
     upstream = [normal(seed + 5 + i, *t.shape).to(kind) for i, t in enumerate(values[:2])]
     results = run(kernel.qk_norm_rope_triton, inputs, upstream, kind)
     again = run(kernel.qk_norm_rope_triton, inputs, upstream, kind)
@@ -70,9 +71,8 @@ def compare(shape, R, shared, normed, kind, seed, tolerance):
 def test_equals_the_plain_form(B, S, heads, width, shared, normed, seed):
     """Any number of heads and of rotating dimensions, with and without the norm."""
     A, R = width
-    compare(
-        (B, S, *heads, A), R, shared, normed, torch.float32, seed, 1e-5
-    )  # float32 sums over up to 16 numbers
+    # float32 sums over up to 16 numbers.
+    compare((B, S, *heads, A), R, shared, normed, torch.float32, seed, 1e-5)
 
 
 def test_bfloat16_is_rounded_once():
@@ -96,9 +96,8 @@ def test_plain_form_is_the_model(seed, normed):
             norm = RMSNorm(8, EPS)
             norm.weight.data = weight
             x = norm(x).detach()
-        torch.testing.assert_close(
-            ours, rotate(x, cos, sin), atol=1e-6, rtol=1e-6
-        )  # order of two products
+        # Order of two products.
+        torch.testing.assert_close(ours, rotate(x, cos, sin), atol=1e-6, rtol=1e-6)
 
 
 def test_rows_beyond_32_bits():

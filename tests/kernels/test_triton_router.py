@@ -18,27 +18,28 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def compare(T, E, K, normalize, coarse, seed):
-    """Choice, weights, scores and the gradient of the logits; those of the plain form in float64."""
-    logits, bias = normal(seed, T, E), normal(seed + 1, E, scale=0.2)
+    """Check choice, weights, scores and the gradient of the logits against those of the plain form in float64."""
+    logits = normal(seed, T, E)
+    bias = normal(seed + 1, E, scale=0.2)
     if coarse:  # many equal scores, also after the bias; some experts are out of the question
-        logits, bias = logits.round(), torch.where(bias > 0, float("-inf"), 0.0)
+        logits = logits.round()
+        bias = torch.where(bias > 0, float("-inf"), 0.0)
     upstream = normal(seed + 2, T, K), normal(seed + 3, T, E)
 
     def run(function, kind):
         x = logits.to(DEVICE, kind).requires_grad_()
         experts, weights, scores = function(x, bias.to(DEVICE), K, normalize, 2.5)
-        loss = (weights * upstream[0].to(weights)).sum() + (scores * upstream[1].to(weights)).sum()
+        loss = (weights * upstream[0].to(weights)).sum()
+        loss = loss + (scores * upstream[1].to(weights)).sum()
         return experts, weights, scores, torch.autograd.grad(loss, x)[0]
 
     chosen, *ours = run(route_triton, torch.float32)
-    assert all(
-        map(torch.equal, (chosen, *ours), run(route_triton, torch.float32))
-    )  # the same bits each time
+    # The same bits each time.
+    assert all(map(torch.equal, (chosen, *ours), run(route_triton, torch.float32)))
     assert torch.equal(chosen, route(logits.to(DEVICE), bias.to(DEVICE), K, normalize, 2.5)[0])
     for found, exact in zip(ours, run(route, torch.float64)[1:]):
-        torch.testing.assert_close(
-            found.double(), exact, atol=1e-5, rtol=1e-5
-        )  # float32 sums of up to K terms
+        # float32 sums of up to K terms.
+        torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=1e-5)
 
 
 @settings(max_examples=10)
@@ -50,9 +51,8 @@ def compare(T, E, K, normalize, coarse, seed):
     coarse=st.booleans(),
     seed=seeds,
 )
-@example(
-    T=3, E=5, K=5, normalize=True, coarse=True, seed=0
-)  # all experts, those of bias minus infinity too
+# All experts, those of bias minus infinity too.
+@example(T=3, E=5, K=5, normalize=True, coarse=True, seed=0)
 def test_choice_and_gradients_equal_the_plain_form(T, E, K, normalize, coarse, seed):
     """Any shape; equal scores go to the lower expert, and an expert of bias minus infinity is taken last and once."""
     compare(T, E, min(K, E), normalize, coarse, seed)
@@ -69,7 +69,7 @@ def test_nan_gives_experts():
 
 
 def compare_sort(T, K, E, skew, seed):
-    """Order, its inverse and each expert's end; with a skew most pairs go to the first expert."""
+    """Check order, its inverse and each expert's end; with a skew most pairs go to the first expert."""
     experts_TK = (torch.rand(T, K, generator=numbers(seed)) ** skew * E).long().to(DEVICE)
     for found, exact in zip(group_by_expert_triton(experts_TK, E), group_by_expert(experts_TK, E)):
         assert found.dtype == exact.dtype and torch.equal(found, exact)

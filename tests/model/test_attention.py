@@ -33,23 +33,23 @@ def test_attention_keeps_the_contract(attend):
 
 
 def ignores_documents(q_BSNA, k_BSMA, v_BSMA, documents_BS=None):
-    """Attention over the whole row, packed or not."""
+    """Broken: attend over the whole row, packed or not."""
     return torch_attention(q_BSNA, k_BSMA, v_BSMA)
 
 
 def sees_the_next(q_BSNA, k_BSMA, v_BSMA, documents_BS=None):
-    """A mask off by one: the token to be predicted is visible."""
+    """Broken: shift the mask by one, so that the token to be predicted is visible."""
     k, v = (torch.cat([x[:, 1:], x[:, -1:]], 1) for x in (k_BSMA, v_BSMA))
     return torch_attention(q_BSNA, k, v, documents_BS)
 
 
 def forgets_the_scale(q_BSNA, k_BSMA, v_BSMA, documents_BS=None):
-    """Dot products without A^-1/2."""
+    """Broken: leave out the factor A^-1/2."""
     return torch_attention(q_BSNA * q_BSNA.shape[-1] ** 0.5, k_BSMA, v_BSMA, documents_BS)
 
 
 def tiles_heads(q_BSNA, k_BSMA, v_BSMA, documents_BS=None):
-    """Query head n reads key/value head n modulo M, where it should be n divided by the group's size."""
+    """Broken: let query head n read key/value head n modulo M instead of n divided by the group's size."""
     repeat = q_BSNA.shape[2] // k_BSMA.shape[2]
     return torch_attention(
         q_BSNA, k_BSMA.repeat(1, 1, repeat, 1), v_BSMA.repeat(1, 1, repeat, 1), documents_BS
@@ -74,9 +74,8 @@ def test_packed_equals_documents_alone(seed, S):
     packed = flash_attention(q, k, v, documents_BS)
     for part in (slice(0, border), slice(border, S)):
         alone = flash_attention(q[:, part], k[:, part], v[:, part])
-        torch.testing.assert_close(
-            packed[:, part], alone, atol=1e-5, rtol=0
-        )  # float32, other order of summation
+        # float32, other order of summation.
+        torch.testing.assert_close(packed[:, part], alone, atol=1e-5, rtol=0)
 
 
 @given(seed=seeds, B=st.integers(1, 3), S=st.integers(1, 70))
@@ -89,13 +88,12 @@ def test_cached_attention_is_attention_and_hides_stale_slots(seed, B, S):
     positions_BS = torch.arange(S).expand(B, S)
     rows = torch.randperm(S, generator=numbers(seed))[: 1 + seed % S]  # any queries, in any order
     found = attend_slots(q[:, rows], k_BMCA, v_BMCA, positions_BS[:, rows])
-    torch.testing.assert_close(
-        found, expected[:, rows], atol=1e-5, rtol=0
-    )  # float32, other order of summation
+    # float32, other order of summation.
+    torch.testing.assert_close(found, expected[:, rows], atol=1e-5, rtol=0)
 
 
 def layer(seed, **changes):
-    """An attention layer with drawn values, norm weights included."""
+    """Return an attention layer with drawn values, norm weights included."""
     module = Attention(dataclasses.replace(SMALL, **changes))
     with torch.no_grad():
         for i, parameter in enumerate(module.parameters()):
@@ -104,9 +102,11 @@ def layer(seed, **changes):
 
 
 def written_out(module, config, x_BSD, positions_BS):
-    """The layer's equation in float64 with PyTorch's attention and rms_norm; rotation by complex numbers."""
+    """Compute the layer's equation in float64 with PyTorch's attention and rms_norm; rotate by complex numbers."""
     p = {name: value.double() for name, value in module.named_parameters()}
-    x, A, R = x_BSD.double(), config.head_dim, round(config.head_dim * config.partial_rotary_factor)
+    x = x_BSD.double()
+    A = config.head_dim
+    R = round(config.head_dim * config.partial_rotary_factor)
 
     def project(name, norm):
         y = F.linear(x, p[f"{name}_proj.weight"], p.get(f"{name}_proj.bias")).unflatten(-1, (-1, A))
@@ -133,17 +133,14 @@ def written_out(module, config, x_BSD, positions_BS):
 def test_layer_is_its_equation(seed, S, norm, bias, part):
     """Projection with bias, norm per head before the rotation, attention, output: with QK-norm, and as Air without."""
     changes = {"use_qk_norm": norm, "attention_bias": bias, "partial_rotary_factor": part}
-    module, config = layer(seed, **changes), dataclasses.replace(SMALL, **changes)
+    module = layer(seed, **changes)
+    config = dataclasses.replace(SMALL, **changes)
     names = {name for name, _ in module.named_parameters()}
-    assert (
-        ("q_norm.weight" in names) == norm
-        and ("v_proj.bias" in names) == bias
-        and "o_proj.bias" not in names
-    )
-    x_BSD, positions_BS = (
-        normal(seed + 50, 2, S, 16),
-        torch.randint(0, 50, (2, S), generator=numbers(seed)),
-    )
+    assert ("q_norm.weight" in names) == norm
+    assert ("v_proj.bias" in names) == bias
+    assert "o_proj.bias" not in names
+    x_BSD = normal(seed + 50, 2, S, 16)
+    positions_BS = torch.randint(0, 50, (2, S), generator=numbers(seed))
     found = module(x_BSD, angles(positions_BS, round(8 * part), 10_000.0))
     expected = written_out(module, config, x_BSD, positions_BS).float()
     # float32; the scores are sums of products of numbers of size 2 and may reach 30, which exp magnifies
@@ -153,7 +150,8 @@ def test_layer_is_its_equation(seed, S, norm, bias, part):
 @given(seed=seeds, factor=st.sampled_from([1e-2, 10.0, 1e3]))
 def test_qk_norm_bounds_the_logits(seed, factor):
     """With QK-norm, queries and keys keep their length however large the projections become."""
-    module, x_BSD = layer(seed, attention_bias=False), normal(seed + 50, 1, 6, 16)
+    module = layer(seed, attention_bias=False)
+    x_BSD = normal(seed + 50, 1, 6, 16)
     rotation = angles(torch.arange(6)[None], 4, 10_000.0)
     before = module.queries_keys(x_BSD, rotation)
     with torch.no_grad():

@@ -10,9 +10,8 @@ from minglm.model.router import select_experts
 from minglm.testing.model import check_balance
 from minglm.testing.strategies import numbers, seeds
 
-counts = st.tuples(
-    st.integers(1, 4), st.integers(1, 8), st.integers(2, 9)
-)  # sequences, positions, experts
+# Sequences, positions, experts.
+counts = st.tuples(st.integers(1, 4), st.integers(1, 8), st.integers(2, 9))
 
 
 def test_step_keeps_the_contract():
@@ -31,27 +30,27 @@ def test_centred_step_keeps_the_contract():
 
 
 def wrong_sign(bias_E, load_E, rate):
-    """Feeds the busy and starves the idle."""
+    """Broken: raise the bias of busy experts and lower that of idle ones."""
     update_expert_bias(bias_E, load_E, -rate)
 
 
 def compares_a_count_with_a_share(bias_E, load_E, rate):
-    """Wrong normalisation: the mean share of the load against each expert's count."""
+    """Broken: compare each expert's count with the mean share of the load."""
     bias_E += rate * torch.sign(1 / len(load_E) - load_E)
 
 
 def proportional(bias_E, load_E, rate):
-    """A step in proportion to the error, so that its size depends on the number of tokens."""
+    """Broken: step in proportion to the error, so that the step's size depends on the number of tokens."""
     bias_E += rate * (load_E.mean() - load_E)
 
 
 def not_in_place(bias_E, load_E, rate):
-    """Computes a new bias and loses it."""
+    """Broken: compute a new bias and lose it."""
     bias_E = bias_E + rate * torch.sign(load_E.mean() - load_E)
 
 
 def median(bias_E, load_E, rate):
-    """Compares with the median load in place of the mean."""
+    """Broken: compare with the median load instead of the mean."""
     bias_E += rate * torch.sign(load_E.median() - load_E)
 
 
@@ -65,7 +64,7 @@ def test_contract_finds_broken_steps(broken):
 
 
 def routed(seed, B, S, E, K):
-    """Scores of B * S tokens and their K best experts."""
+    """Draw scores of B * S tokens and their K best experts."""
     scores_TE = torch.rand(B * S, E, generator=numbers(seed))
     return scores_TE, select_experts(scores_TE, torch.zeros(E), K)
 
@@ -81,7 +80,8 @@ def test_loads_add_up_over_micro_batches(seed, shape, cut):
         tokens_per_expert(experts_TK[part], E, valid_T[part])
         for part in (slice(0, cut), slice(cut, None))
     ]
-    assert torch.equal(whole_E, parts[0] + parts[1]) and whole_E.sum() == 2 * valid_T.sum()
+    assert torch.equal(whole_E, parts[0] + parts[1])
+    assert whole_E.sum() == 2 * valid_T.sum()
     assert torch.equal(
         tokens_per_expert(experts_TK, E), torch.bincount(experts_TK.flatten(), minlength=E).float()
     )
@@ -98,11 +98,11 @@ def test_sequence_loss_is_its_equation(seed, shape):
     for b in range(B):
         tokens = [t for t in range(b * S, (b + 1) * S) if valid_T[t]]
         for e in range(E):
-            often = sum(e in experts_TK[t].tolist() for t in tokens) / (max(1, len(tokens)) * K)
-            mean = sum(scores_TE[t, e].item() / scores_TE[t].sum().item() for t in tokens) / max(
-                1, len(tokens)
-            )
-            total += E * often * mean / B
+            choices = sum(e in experts_TK[t].tolist() for t in tokens)
+            shares = sum(scores_TE[t, e].item() / scores_TE[t].sum().item() for t in tokens)
+            f = choices / (K * max(1, len(tokens)))
+            P = shares / max(1, len(tokens))
+            total += E * f * P / B
     found = sequence_loss(scores_TE, experts_TK, B, valid_T).item()
     assert abs(found - total) < 1e-5 * max(1, E)  # float32 sums of at most 72 shares
 
@@ -110,7 +110,9 @@ def test_sequence_loss_is_its_equation(seed, shape):
 @given(rounds=st.integers(1, 4), E=st.integers(2, 9), K=st.integers(1, 3), level=st.floats(0.01, 1))
 def test_perfect_balance_costs_exactly_the_coefficient(rounds, E, K, level):
     """Equal scores and equal counts give 1, so the weighted loss equals its weight alpha."""
-    experts_TK = torch.tensor([[(t + k) % E for k in range(min(K, E))] for t in range(rounds * E)])
+    K = min(K, E)
+    first_T1 = torch.arange(rounds * E)[:, None]
+    experts_TK = (first_T1 + torch.arange(K)) % E  # token t goes to experts t, t + 1, ...
     loss = sequence_loss(torch.full((rounds * E, E), level), experts_TK, 1)
     assert abs(loss.item() - 1) < 1e-5  # float32
 
@@ -121,14 +123,17 @@ def test_sequence_loss_pushes_down_the_busy(seed, S, E):
     scores_TE = (0.2 + 0.6 * torch.rand(S, E, generator=numbers(seed))).requires_grad_()
     experts_TK = torch.zeros(S, 1, dtype=torch.long)
     (gradient_TE,) = torch.autograd.grad(sequence_loss(scores_TE, experts_TK, 1), scores_TE)
-    assert (gradient_TE[:, 0] > 0).all() and (gradient_TE[:, 1:] < 0).all()
+    assert (gradient_TE[:, 0] > 0).all()
+    assert (gradient_TE[:, 1:] < 0).all()
     nothing = sequence_loss(scores_TE, experts_TK, 1, torch.zeros(S, dtype=torch.bool))
-    assert nothing.item() == 0 and not torch.autograd.grad(nothing, scores_TE)[0].any()
+    assert nothing.item() == 0
+    assert not torch.autograd.grad(nothing, scores_TE)[0].any()
 
 
 def test_the_bias_balances_a_router_that_prefers_one_expert():
     """Scores that would send every token to two of eight experts: a few hundred steps spread the load evenly."""
-    E, bias_E = 8, torch.zeros(8)
+    E = 8
+    bias_E = torch.zeros(8)
     for step in range(600):
         scores_TE = (
             torch.rand(256, E, generator=numbers(step)) * 0.2 + torch.tensor([0.7, 0.6, *[0.2] * 6])

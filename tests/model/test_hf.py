@@ -39,13 +39,13 @@ CONFIGS = Path(__file__).parent.parent.parent / "configs"
 
 @pytest.fixture
 def folder(tmp_path):
-    """A released checkpoint with copies in its MTP layer, in several files."""
+    """Write a released checkpoint with copies in its MTP layer, in several files."""
     release(mtp_model(1), tmp_path / "glm", copies=True)
     return tmp_path / "glm"
 
 
 def same(found, wanted):
-    """Equal names, dtypes and values."""
+    """Check that names, dtypes and values are equal."""
     assert found.keys() == wanted.keys()
     assert all(
         found[n].dtype == wanted[n].dtype and torch.equal(found[n], wanted[n]) for n in wanted
@@ -53,7 +53,7 @@ def same(found, wanted):
 
 
 def hugging_face(folder, latent):
-    """(the model as transformers loads it, what it says of missing and unexpected names)."""
+    """Return (the model as transformers loads it, what it says of missing and unexpected names)."""
     transformers.utils.logging.disable_progress_bar()
     kind = transformers.Glm4MoeLiteForCausalLM if latent else transformers.Glm4MoeForCausalLM
     options = {
@@ -163,10 +163,8 @@ def test_import_and_export_are_the_identity(latent, seed, copies, own_file, dtyp
         assert model.mtp is not None and all(p.requires_grad for p in model.parameters())
         model.save_pretrained(second)
         same(tensors(second), wanted)
-        assert (
-            layout(second) == layout(first)
-            and json.loads((second / "config.json").read_text(encoding="utf-8")) == values
-        )
+        assert layout(second) == layout(first)
+        assert json.loads((second / "config.json").read_text(encoding="utf-8")) == values
 
 
 @BOTH
@@ -177,7 +175,8 @@ def test_transformers_loads_what_minglm_writes(latent, data):
     values, seed = data.draw(shapes(latent))
     with tempfile.TemporaryDirectory() as temporary:
         there, back, own = (Path(temporary) / name for name in "abc")
-        reference, tokens_BS = build(values, seed), drawn_tokens(seed, 2, 5)
+        reference = build(values, seed)
+        tokens_BS = drawn_tokens(seed, 2, 5)
         reference.save_pretrained(there)
         model = GLM.from_pretrained(there)
         model.save_pretrained(back)
@@ -200,9 +199,8 @@ def test_transformers_leaves_only_the_mtp_layer(latent, tmp_path):
     model = mtp_model(1, latent)
     model.save_pretrained(tmp_path / "glm")
     loaded, info = hugging_face(tmp_path / "glm", latent)
-    assert not info["missing_keys"] and all(
-        name.startswith("model.layers.2.") for name in info["unexpected_keys"]
-    )
+    assert not info["missing_keys"]
+    assert all(name.startswith("model.layers.2.") for name in info["unexpected_keys"])
     tokens_BS = drawn_tokens(1, 2, 7)
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens_BS).logits, model(tokens_BS), atol=1e-4, rtol=1e-4)
@@ -219,18 +217,19 @@ def test_mtp_survives_fine_tuning(copies, tmp_path):
     model = GLM.from_pretrained(tmp_path / "base", torch.float32)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     out = model.hidden(drawn_tokens(2, 2, 8), mtp=True)
-    (model.lm_head(out.mtp_hidden_BSD).square().mean() + out.hidden_BSD.square().mean()).backward()
+    loss = model.lm_head(out.mtp_hidden_BSD).square().mean() + out.hidden_BSD.square().mean()
+    loss.backward()
     Muon(model, OptimizerConfig(peak_lr=0.1)).step()
     model.save_pretrained(tmp_path / "tuned", "bfloat16")
-    again, held = GLM.from_pretrained(tmp_path / "tuned"), tensors(tmp_path / "tuned")
+    again = GLM.from_pretrained(tmp_path / "tuned")
+    held = tensors(tmp_path / "tuned")
     for name, tensor in model.state_dict().items():
         kept = tensor if "e_score" in name else tensor.bfloat16()
         assert torch.equal(again.state_dict()[name], kept), name
         assert "e_score" in name or not torch.equal(tensor, before[name]), f"{name} was not trained"
     copy = "model.layers.2.embed_tokens.weight"
-    assert (copy in held) == copies and (
-        not copies or torch.equal(held[copy], held["model.embed_tokens.weight"])
-    )
+    assert (copy in held) == copies
+    assert not copies or torch.equal(held[copy], held["model.embed_tokens.weight"])
 
 
 @pytest.mark.parametrize("copy", ["embed_tokens.weight", "shared_head.head.weight"])
@@ -308,12 +307,8 @@ def test_float8_in_and_out(latent, tmp_path):
             torch.testing.assert_close(second[name], tensor, rtol=2**-8, atol=0)  # through bfloat16
         else:
             assert torch.equal(second[name].float(), tensor.float()), name
-    assert (
-        json.loads((tmp_path / "a" / "config.json").read_text(encoding="utf-8"))[
-            "quantization_config"
-        ]["weight_block_size"]
-        == [128] * 2
-    )
+    written = json.loads((tmp_path / "a" / "config.json").read_text(encoding="utf-8"))
+    assert written["quantization_config"]["weight_block_size"] == [128, 128]
     again.save_pretrained(tmp_path / "c", "bfloat16")
     assert "quantization_config" not in json.loads(
         (tmp_path / "c" / "config.json").read_text(encoding="utf-8")
@@ -340,9 +335,8 @@ def test_transformers_reads_the_same_float8(tmp_path):
         "num_nextn_predict_layers": 0,
         "use_qk_norm": True,
     }
-    reference = build(
-        values, 5, scale=0.05
-    )  # whole blocks: transformers divides a shape evenly, whatever is left over
+    # Whole blocks: transformers divides a shape evenly, whatever is left over.
+    reference = build(values, 5, scale=0.05)
     reference.save_pretrained(tmp_path / "a")
     GLM.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b", "fp8")
     options = {
@@ -361,7 +355,7 @@ def test_transformers_reads_the_same_float8(tmp_path):
 
 
 def build_values():
-    """A small glm4_moe whose matrices have more than one block."""
+    """Return the values of a small glm4_moe whose matrices have more than one block."""
     values = {
         "hidden_act": "silu",
         "attn_implementation": "eager",
@@ -384,17 +378,21 @@ def build_values():
 
 def test_float8_rows_are_read(folder, tmp_path):
     """Checkpoints with one scale per row of a matrix (`weight_scale`) are multiplied out too."""
-    held, scaled = tensors(folder), {}
+    held = tensors(folder)
+    scaled = {}
     for name, tensor in held.items():
         if goes_to_float8(name):
             scale = tensor.abs().amax(1, keepdim=True) / 448
-            scaled[f"{name}_scale"], scaled[name] = scale, (tensor / scale).to(torch.float8_e4m3fn)
+            scaled[f"{name}_scale"] = scale
+            scaled[name] = (tensor / scale).to(torch.float8_e4m3fn)
         else:
             scaled[name] = tensor
     shutil.copytree(folder, tmp_path / "rows", ignore=shutil.ignore_patterns("*.safetensors*"))
     save_file(scaled, tmp_path / "rows" / "model.safetensors")
     found, wanted = (GLM.from_pretrained(f).state_dict() for f in (tmp_path / "rows", folder))
-    assert all((found[n] - t).abs().max() <= t.abs().max() / 16 for n, t in wanted.items())
+    for name, tensor in wanted.items():
+        error = (found[name] - tensor).abs().max()
+        assert error <= tensor.abs().max() / 16  # half a step of three bits of mantissa
 
 
 # Streaming
@@ -402,7 +400,8 @@ def test_float8_rows_are_read(folder, tmp_path):
 
 def test_one_tensor_at_a_time(folder, monkeypatch):
     """While a checkpoint is read, what was read before is gone; while it is written, one file is held."""
-    alive, read = [], files.Files.read
+    alive = []
+    read = files.Files.read
 
     def watched(self, name):
         assert not any(reference() is not None for reference in alive), (
@@ -421,16 +420,18 @@ def test_one_tensor_at_a_time(folder, monkeypatch):
     model.checkpoint_origin = None
     model.save_pretrained(folder.parent / "b", shard_gigabytes=4e-6)
     sizes = [[tensor.nbytes for tensor in held.values()] for held in written]
-    assert len(sizes) > 3 and all(sum(size) <= max(4000, max(size)) for size in sizes)
+    assert len(sizes) > 3
+    assert all(sum(size) <= max(4000, max(size)) for size in sizes)
     same(GLM.from_pretrained(folder.parent / "b").state_dict(), model.state_dict())
 
 
 # Mistakes
 
 
-def spoil(folder, what):
-    """Damage a checkpoint in one way; returns what the message must name."""
-    held, config = tensors(folder), json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def damage(folder, what):
+    """Damage a checkpoint in one way; return what the message must name."""
+    held = tensors(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if what in ("missing", "unknown", "misshapen", "partial MTP"):
         expert = "model.layers.1.mlp.experts.{}.up_proj.weight"
         name = "model.layers.2.hnorm.weight" if what == "partial MTP" else expert.format(3)
@@ -497,21 +498,20 @@ FILE_MISTAKES = [
 @pytest.mark.parametrize("what", [*FILE_MISTAKES, *CONFIG_MISTAKES])
 def test_a_mistake_is_one_line_before_any_weight_is_read(what, folder, monkeypatch):
     """The error says what is wrong and where, in one line."""
-    words = spoil(folder, what)
+    words = damage(folder, what)
     monkeypatch.setattr(files.Files, "read", None)
     with warnings.catch_warnings(), pytest.raises(ValueError) as error:
         warnings.simplefilter("error")
         GLM.from_pretrained(folder)
-    assert (
-        words in str(error.value)
-        and str(folder) in str(error.value)
-        and "\n" not in str(error.value)
-    )
+    assert words in str(error.value)
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_nothing_is_overwritten(folder):
     """Saving over a checkpoint, or in a dtype that does not exist, is refused before a file is touched."""
-    model, before = GLM.from_pretrained(folder), tensors(folder)
+    model = GLM.from_pretrained(folder)
+    before = tensors(folder)
     with pytest.raises(ValueError, match="already holds files; choose another folder"):
         model.save_pretrained(folder)
     with pytest.raises(ValueError, match="dtype = 'int4': must be one of fp8, float32"):

@@ -127,7 +127,8 @@ def test_float8_of_any_layout_is_read(layout, dtype, suffix, folder):
     steps = 16 if dtype == torch.float8_e4m3fn else 8  # half a step of the mantissa
     original = mtp_model(1).state_dict()
     for name, tensor in model.state_dict().items():
-        assert (tensor - original[name]).abs().max() <= original[name].abs().max() / steps
+        error = (tensor - original[name]).abs().max()
+        assert error <= original[name].abs().max() / steps
 
 
 def wrong_numbers():

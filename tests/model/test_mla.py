@@ -21,12 +21,10 @@ ROUNDING = 1e-4  # float32 logits of size up to 10, products in another order
 
 @st.composite
 def latent_models(draw):
-    """A tiny GLM with latent attention of drawn widths, and the seed of its values."""
-    flat, rope, heads = (
-        draw(st.integers(1, 6)),
-        2 * draw(st.integers(1, 4)),
-        draw(st.integers(1, 4)),
-    )
+    """Draw a tiny GLM with latent attention of drawn widths, and the seed of its values."""
+    flat = draw(st.integers(1, 6))
+    rope = 2 * draw(st.integers(1, 4))
+    heads = draw(st.integers(1, 4))
     changes = {
         "kv_lora_rank": draw(st.integers(1, 9)),
         "q_lora_rank": draw(st.sampled_from([0, 5, 12])),
@@ -47,12 +45,12 @@ def latent_models(draw):
 
 
 def drawn_tokens(seed, B, S):
-    """Token ids of the tiny vocabulary."""
+    """Draw token ids of the tiny vocabulary."""
     return torch.randint(0, 24, (B, S), generator=numbers(seed))
 
 
 def by_the_equation(layer, x_SD, rotation):
-    """One head and one pair of positions at a time, in float64, from the module's docstring."""
+    """Compute one head and one pair of positions at a time, in float64, from the module's docstring."""
     w = {name: tensor.double() for name, tensor in layer.state_dict().items()}
     c = layer.latent
 
@@ -65,7 +63,8 @@ def by_the_equation(layer, x_SD, rotation):
     def rope(x, at):
         cos, sin = (part[0, at, 0].double() for part in rotation)
         turned = x.clone()
-        turned[0::2], turned[1::2] = x[0::2] * cos - x[1::2] * sin, x[1::2] * cos + x[0::2] * sin
+        turned[0::2] = x[0::2] * cos - x[1::2] * sin
+        turned[1::2] = x[1::2] * cos + x[0::2] * sin
         return turned
 
     x = x_SD.double()
@@ -76,7 +75,9 @@ def by_the_equation(layer, x_SD, rotation):
     )
     down = project("kv_a_proj_with_mqa", x)
     up = project("kv_b_proj", norm("kv_a_layernorm", down[:, :c]))
-    q, up, out = q.unflatten(-1, (layer.heads, -1)), up.unflatten(-1, (layer.heads, -1)), []
+    q = q.unflatten(-1, (layer.heads, -1))
+    up = up.unflatten(-1, (layer.heads, -1))
+    out = []
     for s in range(len(x)):
         for n in range(layer.heads):
             query = torch.cat([q[s, n, : layer.flat_dim], rope(q[s, n, layer.flat_dim :], s)])
@@ -91,8 +92,10 @@ def by_the_equation(layer, x_SD, rotation):
 @given(latent_models(), st.integers(1, 6))
 def test_layer_is_its_equation(drawn, S):
     """Queries and keys from latents, one rotated key for all heads, values of any width, biases where configured."""
-    seed, layer = drawn[1], drawn[0].model.layers[0].self_attn
-    x_SD, rotation = normal(seed, S, 16), angles(torch.arange(S)[None], layer.rope_dim, 1e4)
+    seed = drawn[1]
+    layer = drawn[0].model.layers[0].self_attn
+    x_SD = normal(seed, S, 16)
+    rotation = angles(torch.arange(S)[None], layer.rope_dim, 1e4)
     with torch.no_grad():
         torch.testing.assert_close(
             layer(x_SD[None], rotation)[0],
@@ -113,7 +116,8 @@ class Slots:
         assert v_BSMA is None
         start = self.keys.shape[1]
         self.keys = torch.cat([self.keys, k_BSMA], 1) if start else k_BSMA
-        k_BMCA, positions = self.keys.transpose(1, 2), torch.arange(start, start + q_BSNA.shape[1])
+        k_BMCA = self.keys.transpose(1, 2)
+        positions = torch.arange(start, start + q_BSNA.shape[1])
         return attend_slots(q_BSNA, k_BMCA, k_BMCA, positions.expand(2, -1))
 
 
@@ -130,12 +134,9 @@ def test_cache_of_latents_equals_the_full_pass(drawn, S, cuts):
             positions_BS = torch.arange(start, end).expand(2, -1)
             pieces.append(model(tokens_BS[:, start:end], positions_BS, cache=cache))
         torch.testing.assert_close(torch.cat(pieces, 1), model(tokens_BS), atol=ROUNDING, rtol=1e-4)
-    held = cache[0].keys[0, 0].numel()
-    assert (
-        held
-        == model.config.kv_lora_rank + model.config.qk_rope_head_dim
-        == math.prod(model.config.cache_shape)
-    )
+    numbers_per_token = cache[0].keys[0, 0].numel()
+    assert numbers_per_token == model.config.kv_lora_rank + model.config.qk_rope_head_dim
+    assert numbers_per_token == math.prod(model.config.cache_shape)
 
 
 @given(latent_models(), st.integers(2, 10))
@@ -165,10 +166,8 @@ def test_values_of_any_width(seed, S, width, value_width):
 @given(seeds, st.integers(1, 5), st.integers(1, 5))
 def test_pairs_are_halves_in_another_order(seed, S, half):
     """Neighbouring pairs rotate as in the half-split layout, once the even dimensions come before the odd ones."""
-    x, rotation = (
-        normal(seed, 2, S, 3, 2 * half),
-        angles(torch.arange(S).expand(2, S), 2 * half, 1e4),
-    )
+    x = normal(seed, 2, S, 3, 2 * half)
+    rotation = angles(torch.arange(S).expand(2, S), 2 * half, 1e4)
     order = [*range(0, 2 * half, 2), *range(1, 2 * half, 2)]
     torch.testing.assert_close(
         rotate_pairs(x, *rotation)[..., order], rotate(x[..., order], *rotation)

@@ -21,18 +21,16 @@ ROUNDING = 1e-4  # float32 logits of size up to 10; other tokens in a batch chan
 
 
 def drawn_tokens(seed, B, S):
-    """Token ids of the tiny vocabulary."""
+    """Draw token ids of the tiny vocabulary."""
     return torch.randint(0, 24, (B, S), generator=numbers(seed))
 
 
 @given(seed=seeds, width=st.integers(1, 9), factor=st.sampled_from([1e-3, 1.0, 1e3]))
 def test_norm_and_mlp_are_their_equations(seed, width, factor):
     """RMSNorm divides by the root of mean square plus epsilon, then weighs; the MLP is SwiGLU."""
-    norm, mlp, x = (
-        RMSNorm(width, 1e-5),
-        MLP(width, 5),
-        normal(seed, 3, width, scale=factor).double(),
-    )
+    norm = RMSNorm(width, 1e-5)
+    mlp = MLP(width, 5)
+    x = normal(seed, 3, width, scale=factor).double()
     with torch.no_grad():
         for i, parameter in enumerate([*norm.parameters(), *mlp.parameters()]):
             parameter.copy_(normal(seed + 1 + i, *parameter.shape))
@@ -40,31 +38,33 @@ def test_norm_and_mlp_are_their_equations(seed, width, factor):
     torch.testing.assert_close(norm(x.float()), expected.float())
     gate, up, down = (p.double() for p in mlp.parameters())
     inner = (x @ gate.T) * torch.sigmoid(x @ gate.T) * (x @ up.T)
+    # float32.
     torch.testing.assert_close(
         mlp(x.float()), (inner @ down.T).float(), atol=1e-4 * factor**2, rtol=1e-4
-    )  # float32
+    )
     assert norm(x.bfloat16()).dtype == mlp(x.bfloat16()).dtype == torch.bfloat16
 
 
 @given(seed=seeds, shape=shapes)
 def test_causality(seed, shape):
     """A new token at position t leaves all logits before t as they were, and changes those at t."""
-    model, tokens_BS, at = tiny_model(seed), drawn_tokens(seed, *shape), seed % shape[1]
+    model = tiny_model(seed)
+    tokens_BS = drawn_tokens(seed, *shape)
+    at = seed % shape[1]
     other_BS = tokens_BS.clone()
     other_BS[:, at] = (other_BS[:, at] + 1) % 24
     with torch.no_grad():
         difference_BS = (model(tokens_BS) - model(other_BS)).abs().amax(-1)
-    assert not (difference_BS[:, :at] > ROUNDING).any() and (difference_BS[:, at] > ROUNDING).all()
+    assert not (difference_BS[:, :at] > ROUNDING).any()
+    assert (difference_BS[:, at] > ROUNDING).all()
 
 
 @given(seed=seeds, S=st.integers(2, 12))
 def test_documents_of_a_row_know_nothing_of_each_other(seed, S):
     """Other tokens in one document, or in the padding, leave the logits of every other document equal."""
-    model, tokens_BS, documents_BS = (
-        tiny_model(seed),
-        drawn_tokens(seed, 2, S),
-        drawn_documents(seed, 2, S),
-    )
+    model = tiny_model(seed)
+    tokens_BS = drawn_tokens(seed, 2, S)
+    documents_BS = drawn_documents(seed, 2, S)
     chosen = documents_BS == documents_BS[:, seed % S, None]
     other_BS = torch.where(chosen, drawn_tokens(seed + 1, 2, S), tokens_BS)
     with torch.no_grad():
@@ -75,12 +75,12 @@ def test_documents_of_a_row_know_nothing_of_each_other(seed, S):
 @given(seed=seeds, S=st.integers(2, 12))
 def test_packed_documents_equal_each_alone(seed, S):
     """A row of two documents, with positions that restart, gives the same outputs as two separate rows."""
-    model, tokens_BS, border = tiny_model(seed), drawn_tokens(seed, 1, S), 1 + seed % (S - 1)
+    model = tiny_model(seed)
+    tokens_BS = drawn_tokens(seed, 1, S)
+    border = 1 + seed % (S - 1)
     at_BS = torch.arange(S)[None]
-    documents_BS, positions_BS = (
-        (at_BS >= border).int(),
-        torch.where(at_BS >= border, at_BS - border, at_BS),
-    )
+    documents_BS = (at_BS >= border).int()
+    positions_BS = torch.where(at_BS >= border, at_BS - border, at_BS)
     with torch.no_grad():
         packed = model(tokens_BS, positions_BS, documents_BS)
         alone = torch.cat([model(tokens_BS[:, :border]), model(tokens_BS[:, border:])], 1)
@@ -90,31 +90,34 @@ def test_packed_documents_equal_each_alone(seed, S):
 @given(seed=seeds, shape=shapes, move=st.integers(0, 200))
 def test_only_distances_matter(seed, shape, move):
     """Positions are 0, 1, 2, ... by default, and moving all of them changes nothing."""
-    model, tokens_BS = tiny_model(seed), drawn_tokens(seed, *shape)
+    model = tiny_model(seed)
+    tokens_BS = drawn_tokens(seed, *shape)
     positions_BS = torch.arange(shape[1]).expand(shape)
     with torch.no_grad():
         default, given_positions, moved = (
             model(tokens_BS, p) for p in (None, positions_BS, positions_BS + move)
         )
     assert torch.equal(default, given_positions)
-    torch.testing.assert_close(
-        default, moved, atol=2e-3, rtol=1e-3
-    )  # float32 angles of 200 are exact to 1e-5
+    # float32 angles of 200 are exact to 1e-5.
+    torch.testing.assert_close(default, moved, atol=2e-3, rtol=1e-3)
 
 
 @given(seed=seeds, shape=shapes)
 def test_rows_are_independent(seed, shape):
     """Each row of a batch gives what it gives alone."""
-    model, tokens_BS = tiny_model(seed), drawn_tokens(seed, *shape)
+    model = tiny_model(seed)
+    tokens_BS = drawn_tokens(seed, *shape)
     with torch.no_grad():
-        together, alone = model(tokens_BS), torch.cat([model(row[None]) for row in tokens_BS])
+        together = model(tokens_BS)
+        alone = torch.cat([model(row[None]) for row in tokens_BS])
     torch.testing.assert_close(together, alone, atol=ROUNDING, rtol=1e-4)
 
 
 @given(seed=seeds)
 def test_recomputation_changes_no_gradient_and_counts_once(seed):
     """Layers recomputed in the backward pass give the same gradients, and each token is counted once."""
-    model, tokens_BS = tiny_model(seed), drawn_tokens(seed, 2, 7)
+    model = tiny_model(seed)
+    tokens_BS = drawn_tokens(seed, 2, 7)
     results = []
     for recompute in (False, True):
         if recompute:
@@ -124,27 +127,23 @@ def test_recomputation_changes_no_gradient_and_counts_once(seed):
         model.zero_grad()
         out = model.hidden(tokens_BS, mtp=True)
         balance = sum(r.balance_loss for r in out.routing)
-        (
-            model.lm_head(out.hidden_BSD).square().mean()
-            + out.mtp_hidden_BSD.square().mean()
-            + balance
-        ).backward()
-        results.append(
-            ([r.tokens_per_expert_E for r in out.routing], [p.grad for p in model.parameters()])
-        )
+        loss = model.lm_head(out.hidden_BSD).square().mean() + out.mtp_hidden_BSD.square().mean()
+        (loss + balance).backward()
+        loads = [r.tokens_per_expert_E for r in out.routing]
+        gradients = [p.grad for p in model.parameters()]
+        results.append((loads, gradients))
     (loads, plain), (again, recomputed) = results
-    assert len(loads) == 3 and all(
-        torch.equal(a, b) and a.sum() == 2 * 2 * 7 for a, b in zip(loads, again)
-    )
+    assert len(loads) == 3
+    for load_E, again_E in zip(loads, again, strict=True):
+        assert torch.equal(load_E, again_E)
+        assert load_E.sum() == 2 * 2 * 7
     assert all(torch.equal(a, b) for a, b in zip(plain, recomputed))
 
 
 def test_bfloat16_products_stay_close():
     """With the activations in bfloat16 the model computes nearly the same; its weights stay float32."""
-    model, tokens_BS = (
-        GLM(dataclasses.replace(tiny_model(1).config, initializer_range=0.1)),
-        drawn_tokens(1, 4, 12),
-    )
+    model = GLM(dataclasses.replace(tiny_model(1).config, initializer_range=0.1))
+    tokens_BS = drawn_tokens(1, 4, 12)
     with torch.no_grad():
         exact = model(tokens_BS)
         model.dtype = torch.bfloat16
@@ -163,10 +162,8 @@ def test_variants():
     ):
         model = tiny_model(1, **changes)
         out = model.hidden(tokens_BS)
-        assert (
-            model.mtp is None
-            and len(out.routing) == len(model.routers()) == 3 - model.config.first_k_dense_replace
-        )
+        assert model.mtp is None
+        assert len(out.routing) == len(model.routers()) == 3 - model.config.first_k_dense_replace
     tied = tiny_model(1, tie_word_embeddings=True)
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     hidden_BSD = tied.hidden(tokens_BS).hidden_BSD
@@ -229,7 +226,8 @@ def test_full_size_has_the_published_parameter_counts(path, pytestconfig):
 
     "355B" is the body with the MTP layer, "106B" the body of Air without it; embedding and output head are not counted.
     """
-    began, config = time.process_time(), load_config(f"{pytestconfig.rootpath}/{path}").model
+    began = time.process_time()
+    config = load_config(f"{pytestconfig.rootpath}/{path}").model
     with torch.device("meta"):
         model = GLM(config)
     assert time.process_time() - began < 5  # measured 0.3 s
@@ -263,9 +261,9 @@ def test_initial_values():
         elif "norm" in name:
             assert (tensor == 1).all(), name
         elif tensor.numel() > 1000:
-            assert abs(tensor.std() / 0.05 - 1) < 0.1 and abs(tensor.mean()) < 0.01, (
-                name
-            )  # 1000 draws: 2% and 0.0016
+            # 1000 draws: 2% and 0.0016.
+            assert abs(tensor.std() / 0.05 - 1) < 0.1, name
+            assert abs(tensor.mean()) < 0.01, name
     assert not torch.equal(
         model.model.layers[1].mlp.gate.weight, model.model.layers[2].mlp.gate.weight
     )

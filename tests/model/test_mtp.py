@@ -20,7 +20,8 @@ rows = st.tuples(st.integers(1, 3), st.integers(3, 12))
 @given(seed=seeds, shape=rows, ahead=st.integers(1, 2), packed=st.booleans())
 def test_targets_are_their_definition(seed, shape, ahead, packed):
     """A position's target is `ahead` tokens on, and counts if it is there, is one, and is in the same document."""
-    (B, S), batch = shape, drawn_batch(seed, *shape, packed)
+    B, S = shape
+    batch = drawn_batch(seed, *shape, packed)
     target_BS, counts_BS = next_token_targets(
         batch.tokens_BS, batch.mask_BS, batch.documents_BS, ahead
     )
@@ -37,9 +38,11 @@ def test_targets_are_their_definition(seed, shape, ahead, packed):
 @given(seed=seeds, shape=rows, packed=st.booleans())
 def test_layer_is_its_equation(seed, shape, packed):
     """Projection of the next token's embedding, first, and of the normed hidden state; a decoder layer; a norm."""
-    model, batch = tiny_model(seed), drawn_batch(seed, *shape, packed)
+    model = tiny_model(seed)
+    batch = drawn_batch(seed, *shape, packed)
     out = model.hidden(batch.tokens_BS, batch.positions_BS, batch.documents_BS, mtp=True)
-    layer, next_BS = model.mtp, torch.nn.functional.pad(batch.tokens_BS[:, 1:], (0, 1))
+    layer = model.mtp
+    next_BS = torch.nn.functional.pad(batch.tokens_BS[:, 1:], (0, 1))
     embedding_BSD = model.model.embed_tokens.weight[next_BS]
     z_BSD = (
         torch.cat([layer.enorm(embedding_BSD), layer.hnorm(out.hidden_BSD)], -1)
@@ -48,20 +51,21 @@ def test_layer_is_its_equation(seed, shape, packed):
     rotation = model.rotation(batch.tokens_BS, batch.positions_BS)
     z_BSD = z_BSD + layer.self_attn(layer.input_layernorm(z_BSD), rotation, batch.documents_BS)
     z_BSD = z_BSD + layer.mlp(layer.post_attention_layernorm(z_BSD))[0]
+    # float32.
     torch.testing.assert_close(
         out.mtp_hidden_BSD, layer.shared_head["norm"](z_BSD), atol=1e-5, rtol=1e-5
-    )  # float32
+    )
     # and the hidden state it is given is the one after the final norm, which the output head reads too
     scale_BS1 = (out.hidden_BSD / model.model.norm.weight).square().mean(-1)
-    torch.testing.assert_close(
-        scale_BS1, torch.ones_like(scale_BS1), atol=1e-3, rtol=0
-    )  # epsilon against the norm
+    # epsilon against the norm.
+    torch.testing.assert_close(scale_BS1, torch.ones_like(scale_BS1), atol=1e-3, rtol=0)
 
 
 @given(seed=seeds, shape=rows, packed=st.booleans())
 def test_layer_sees_one_token_more_than_the_trunk_and_no_other_document(seed, shape, packed):
     """A new token changes the states that count only from one position before it on, inside its document."""
-    model, batch = tiny_model(seed), drawn_batch(seed, *shape, packed)
+    model = tiny_model(seed)
+    batch = drawn_batch(seed, *shape, packed)
     at = seed % shape[1]
     other_BS = batch.tokens_BS.clone()
     other_BS[:, at] = (other_BS[:, at] + 1) % 24
@@ -82,7 +86,7 @@ def test_layer_sees_one_token_more_than_the_trunk_and_no_other_document(seed, sh
 
 
 def without_mtp(model):
-    """The same model, built without its MTP layer."""
+    """Return the same model, built without its MTP layer."""
     trunk = GLM(changed(model, num_nextn_predict_layers=0))
     trunk.load_state_dict({k: v for k, v in model.state_dict().items() if k in trunk.state_dict()})
     return trunk
@@ -91,7 +95,8 @@ def without_mtp(model):
 @given(seed=seeds, shape=rows, packed=st.booleans())
 def test_weight_zero_is_a_model_without_the_layer(seed, shape, packed):
     """At weight 0 loss, gradients and loads of the trunk are those of a model that has no MTP layer."""
-    model, batch = tiny_model(seed), drawn_batch(seed, *shape, packed)
+    model = tiny_model(seed)
+    batch = drawn_batch(seed, *shape, packed)
     sums, found, loads = gradients(model, batch, 0.0, balance_weight=0.1)
     trunk_sums, expected, trunk_loads = gradients(
         without_mtp(model), batch, 0.0, balance_weight=0.1
@@ -104,7 +109,8 @@ def test_weight_zero_is_a_model_without_the_layer(seed, shape, packed):
 @given(seed=seeds, shape=rows, packed=st.booleans())
 def test_gradient_is_linear_in_the_weight(seed, shape, packed):
     """Twice the weight moves every gradient twice as far from that of weight 0, the trunk's too: the signal arrives."""
-    model, batch = tiny_model(seed), drawn_batch(seed, *shape, packed)
+    model = tiny_model(seed)
+    batch = drawn_batch(seed, *shape, packed)
     none, once, twice = (gradients(model, batch, w)[1] for w in (0.0, 0.3, 0.6))
     sums = gradients(model, batch, 0.3)[0]
     for name in none:
@@ -125,7 +131,8 @@ def test_gradient_is_linear_in_the_weight(seed, shape, packed):
 
 def test_survives_saving_loading_and_pickling():
     """State dictionary and pickle keep the layer, under the names of the released checkpoints."""
-    model, batch = tiny_model(5), drawn_batch(5, 1, 6, False)
+    model = tiny_model(5)
+    batch = drawn_batch(5, 1, 6, False)
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
@@ -149,7 +156,9 @@ def test_survives_saving_loading_and_pickling():
 
 def test_all_targets_masked_costs_nothing():
     """A batch in which nothing is a target: both losses exactly 0, every gradient 0."""
-    model, tokens_BS = tiny_model(1), torch.randint(0, 24, (2, 6), generator=numbers(1))
+    model = tiny_model(1)
+    tokens_BS = torch.randint(0, 24, (2, 6), generator=numbers(1))
     batch = Batch(tokens_BS, torch.zeros_like(tokens_BS, dtype=torch.bool))
     sums, found, _ = gradients(model, batch, 0.3)
-    assert sums["loss"] == sums["mtp_loss"] == 0 and not any(g.any() for g in found.values())
+    assert sums["loss"] == sums["mtp_loss"] == 0
+    assert not any(g.any() for g in found.values())

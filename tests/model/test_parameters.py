@@ -41,7 +41,7 @@ VARIANTS = [
 
 
 def models():
-    """Small models that together have every kind of parameter."""
+    """Return small models that together have every kind of parameter."""
     return [tiny_model(0, **changes) for changes in VARIANTS]
 
 

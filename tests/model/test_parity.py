@@ -18,12 +18,13 @@ BOTH = pytest.mark.parametrize("latent", [False, True], ids=["glm4_moe", "glm4_m
 
 
 def difference(found, reference):
-    """Largest difference, relative to the largest value of the reference."""
-    return float((found.double() - reference.double()).abs().max() / reference.double().abs().max())
+    """Return the largest difference, relative to the largest value of the reference."""
+    error = (found.double() - reference.double()).abs().max()
+    return float(error / reference.double().abs().max())
 
 
 def pair(values, seed):
-    """(Hugging Face's model, the same read by minglm)."""
+    """Return (Hugging Face's model, the same read by minglm)."""
     reference = build(values, seed)
     with tempfile.TemporaryDirectory() as folder:
         return reference, ours(reference, folder)
@@ -46,7 +47,8 @@ def test_padding_masks_are_those_of_hugging_face(latent, data, S, left):
     """Padding on either side, an attention mask there and document -1 here: the same logits where there is text."""
     values, seed = data.draw(shapes(latent))
     reference, model = pair(values, seed)
-    tokens_BS, padding = drawn_tokens(seed, 3, S), torch.tensor([[0], [seed % S], [S - 1]])
+    tokens_BS = drawn_tokens(seed, 3, S)
+    padding = torch.tensor([[0], [seed % S], [S - 1]])
     at_BS = torch.arange(S).expand(3, S)
     mask_BS = at_BS >= padding if left else at_BS < S - padding
     with torch.no_grad():
@@ -56,8 +58,9 @@ def test_padding_masks_are_those_of_hugging_face(latent, data, S, left):
 
 
 def gradients_of(reference):
-    """Hugging Face's gradients under the names of minglm's parameters."""
-    state, found = {name: p.grad for name, p in reference.named_parameters()}, {}
+    """Return Hugging Face's gradients under the names of minglm's parameters."""
+    state = {name: p.grad for name, p in reference.named_parameters()}
+    found = {}
     for name, grad in state.items():
         if name.endswith("gate_up_proj"):
             layer = name.removesuffix("gate_up_proj")
@@ -73,14 +76,16 @@ def test_the_training_pass_has_hugging_faces_loss_and_gradients(latent, data, B,
     """The loop's own pass, with a hole in the targets: loss and every gradient, the router's and the norms' too."""
     values, seed = data.draw(shapes(latent))
     reference, model = pair(values, seed)
-    tokens_BS, hole = drawn_tokens(seed, B, S), 1 + seed % (S - 1)
+    tokens_BS = drawn_tokens(seed, B, S)
+    hole = 1 + seed % (S - 1)
     mask_BS = torch.arange(S).expand(B, S) > 0
     mask_BS = mask_BS & (torch.arange(S) != hole) if S > 2 else mask_BS
     loss = reference(tokens_BS, labels=tokens_BS.masked_fill(~mask_BS, -100)).loss
     loss.backward()
     terms = accumulate(model, Batch(tokens_BS, mask_BS), constant_phase(), 0.0)
     assert abs(terms.loss - loss.item()) < FLOAT32 * loss.item()
-    found, wanted = dict(model.named_parameters()), gradients_of(reference)
+    found = dict(model.named_parameters())
+    wanted = gradients_of(reference)
     assert set(found) == set(wanted)
     largest = max(grad.abs().max() for grad in wanted.values() if grad is not None)
     for name, grad in wanted.items():
@@ -108,14 +113,16 @@ def test_bfloat16_is_as_exact_as_hugging_faces(latent, data, S):
     tokens_BS = drawn_tokens(seed, 2, S)
     with torch.no_grad():
         exact = reference(tokens_BS).logits
-        biases = {
-            n: b.clone() for n, b in reference.named_buffers() if "e_score" in n
-        }  # stay float32 in both
+        # Stay float32 in both.
+        biases = {n: b.clone() for n, b in reference.named_buffers() if "e_score" in n}
         model, reference = model.bfloat16(), reference.bfloat16()
         for rounded in (model, reference):
             for name, bias in rounded.named_buffers():
                 if name in biases:
                     bias.data = biases[name]
         model.dtype = torch.bfloat16
-        found, theirs = model(tokens_BS).float(), reference(tokens_BS).logits.float()
-    assert (found - exact).norm() < 2 * (theirs - exact).norm() + 2**-8 * exact.norm()
+        found = model(tokens_BS).float()
+        theirs = reference(tokens_BS).logits.float()
+    error = (found - exact).norm()
+    their_error = (theirs - exact).norm()
+    assert error < 2 * their_error + 2**-8 * exact.norm()

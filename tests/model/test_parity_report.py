@@ -16,7 +16,7 @@ BOTH = pytest.mark.parametrize("latent", [False, True], ids=["glm4_moe", "glm4_m
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """Hugging Face's model of one dense and two MoE layers, and minglm's of the same weights."""
+    """Return Hugging Face's model of one dense and two MoE layers, and minglm's of the same weights."""
     values = {
         "vocab_size": 24,
         "hidden_size": 16,
@@ -92,14 +92,14 @@ def test_wrong_code_is_found(pair):
     tokens_BS = drawn_tokens(1, 2, 9)
 
     def neighbours(x, cos, sin):
-        turned, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], -1)
+        rotating = 2 * cos.shape[-1]
+        turned = x[..., :rotating]
+        rest = x[..., rotating:]
         return torch.cat([rotate_pairs(turned, cos, sin), rest], -1)
 
     with mock.patch("minglm.kernels.qk_norm_rope.eager.rotate", neighbours):
-        assert (
-            first_difference(compare(model, reference, tokens_BS))
-            == "model.layers.0.self_attn.o_proj"
-        )
+        errors = compare(model, reference, tokens_BS)
+        assert first_difference(errors) == "model.layers.0.self_attn.o_proj"
     router = model.model.layers[1].mlp.gate
     with mock.patch.object(
         router, "config", dataclasses.replace(router.config, routed_scaling_factor=2.0)
@@ -110,9 +110,5 @@ def test_wrong_code_is_found(pair):
 
 def test_not_a_number_is_a_difference():
     """NaN is above every tolerance."""
-    assert (
-        first_difference(
-            [ModuleError("a", 0.0), ModuleError("b", float("nan")), ModuleError("c", 1.0)]
-        )
-        == "b"
-    )
+    errors = [ModuleError("a", 0.0), ModuleError("b", float("nan")), ModuleError("c", 1.0)]
+    assert first_difference(errors) == "b"

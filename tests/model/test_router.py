@@ -16,7 +16,7 @@ from minglm.testing.strategies import numbers, seeds
 
 
 def ours(scores_TE, bias_E, config):
-    """Our two functions as one."""
+    """Join our two functions in one."""
     experts_TK = select_experts(
         scores_TE, bias_E, config.num_experts_per_tok, config.n_group, config.topk_group
     )
@@ -31,7 +31,7 @@ def test_router_keeps_the_contract():
 
 
 def bias_in_the_weights(scores_TE, bias_E, config):
-    """Mixes with the biased scores: balancing changes what the experts say."""
+    """Broken: mix with the biased scores, so that balancing changes what the experts say."""
     experts_TK, _ = ours(scores_TE, bias_E, config)
     return experts_TK, combine_weights(
         scores_TE + bias_E, experts_TK, config.norm_topk_prob, config.routed_scaling_factor
@@ -39,18 +39,18 @@ def bias_in_the_weights(scores_TE, bias_E, config):
 
 
 def last_of_equals(scores_TE, bias_E, config):
-    """Ties go to the higher index."""
+    """Broken: give ties to the higher index."""
     flipped, weights_TK = ours(scores_TE.flip(1), bias_E.flip(0), config)
     return scores_TE.shape[1] - 1 - flipped, weights_TK
 
 
 def unbiased_choice(scores_TE, bias_E, config):
-    """Forgets the bias: nothing is balanced."""
+    """Broken: forget the bias, so that nothing is balanced."""
     return ours(scores_TE, torch.zeros_like(bias_E), config)
 
 
 def zeros_for_other_groups(scores_TE, bias_E, config):
-    """Masks the groups that are out with 0, which beats a negative biased score."""
+    """Broken: mask the groups that are out with 0, which beats a negative biased score."""
     biased_TE = scores_TE + bias_E
     grouped = biased_TE.unflatten(1, (config.n_group, -1))
     best = (
@@ -70,13 +70,13 @@ def zeros_for_other_groups(scores_TE, bias_E, config):
 
 
 def no_gradient(scores_TE, bias_E, config):
-    """The weights are cut from the graph, as when they are computed under no_grad with the choice."""
+    """Broken: cut the weights from the graph, as when they are computed under no_grad with the choice."""
     experts_TK, weights_TK = ours(scores_TE.detach(), bias_E, config)
     return experts_TK, weights_TK + 0 * scores_TE.sum()
 
 
 def forgets_the_factor(scores_TE, bias_E, config):
-    """Weights that sum to one, right for GLM-4.5-Air and wrong for GLM-4.5."""
+    """Broken: let the weights sum to one, right for GLM-4.5-Air and wrong for GLM-4.5."""
     return ours(scores_TE, bias_E, dataclasses.replace(config, routed_scaling_factor=1.0))
 
 
@@ -98,7 +98,7 @@ def test_contract_finds_broken_router(broken):
 
 
 def router(seed, E=6, D=8, K=2):
-    """A router with drawn weights and bias."""
+    """Return a router with drawn weights and bias."""
     config = dataclasses.replace(
         ModelConfig(), hidden_size=D, n_routed_experts=E, num_experts_per_tok=K
     )
@@ -112,12 +112,12 @@ def router(seed, E=6, D=8, K=2):
 @given(seed=seeds, T=st.integers(1, 6))
 def test_module_is_its_equation(seed, T):
     """Scores are the sigmoid of a product in float32; the rest is `select_experts` and `combine_weights`."""
-    module, x_TD = router(seed), normal(seed + 2, T, 8)
+    module = router(seed)
+    x_TD = normal(seed + 2, T, 8)
     experts_TK, weights_TK, scores_TE = module(x_TD)
     expected_TE = torch.sigmoid(x_TD.double() @ module.weight.double().T)
-    torch.testing.assert_close(
-        scores_TE.double(), expected_TE, atol=1e-6, rtol=0
-    )  # float32, 8 products
+    # float32, 8 products.
+    torch.testing.assert_close(scores_TE.double(), expected_TE, atol=1e-6, rtol=0)
     chosen_TK, mixed_TK = ours(scores_TE, module.e_score_correction_bias, module.config)
     assert torch.equal(experts_TK, chosen_TK) and torch.equal(weights_TK, mixed_TK)
 
@@ -125,18 +125,19 @@ def test_module_is_its_equation(seed, T):
 @given(seed=seeds)
 def test_bfloat16_activations_are_routed_in_float32(seed):
     """The scores, the bias and the weights are float32 whatever the activations are."""
-    module, x_TD = router(seed), normal(seed + 2, 4, 8).bfloat16()
+    module = router(seed)
+    x_TD = normal(seed + 2, 4, 8).bfloat16()
     experts_TK, weights_TK, scores_TE = module(x_TD)
-    assert (
-        weights_TK.dtype == scores_TE.dtype == module.e_score_correction_bias.dtype == torch.float32
-    )
+    for tensor in (weights_TK, scores_TE, module.e_score_correction_bias):
+        assert tensor.dtype == torch.float32
     assert torch.equal(scores_TE, module(x_TD.float())[2])
 
 
 @given(seed=seeds, K=st.integers(2, 4))
 def test_router_learns_and_its_bias_does_not(seed, K):
     """With two experts or more every row of the weight that was used gets a gradient; the bias is no parameter."""
-    module, x_TD = router(seed, K=K), normal(seed + 2, 3, 8)
+    module = router(seed, K=K)
+    x_TD = normal(seed + 2, 3, 8)
     experts_TK, weights_TK, _ = module(x_TD)
     (weights_TK * torch.arange(1.0, K + 1)).sum().backward()
     assert (module.weight.grad[experts_TK.unique()].abs().amax(1) > 0).any()
@@ -150,9 +151,8 @@ def test_training_with_one_normalised_expert_is_refused_with_the_reason():
         dataclasses.replace(ModelConfig(), num_experts_per_tok=1).check_trainable()
     scores_TE = torch.rand(3, 4, requires_grad=True)
     weights_TK = combine_weights(scores_TE, select_experts(scores_TE, torch.zeros(4), 1))
-    assert (
-        not torch.autograd.grad(weights_TK.sum(), scores_TE)[0].abs().max() > 1e-6
-    )  # why it is refused
+    # Why it is refused.
+    assert not torch.autograd.grad(weights_TK.sum(), scores_TE)[0].abs().max() > 1e-6
 
 
 @given(

@@ -31,9 +31,9 @@ def test_band_is_that_of_the_scalar_map():
     """The stated band is what five steps do to every share of the norm from SMALLEST to one."""
     mapped = scalar_map(torch.linspace(SMALLEST, 1, 1_000_001, dtype=torch.float64))
     assert BAND[0] <= mapped.min() and mapped.max() <= BAND[1]
-    assert (
-        mapped.min() < BAND[0] + 0.01 and mapped.max() > BAND[1] - 0.01
-    )  # and it is no wider than needed
+    # And it is no wider than needed.
+    assert mapped.min() < BAND[0] + 0.01
+    assert mapped.max() > BAND[1] - 0.01
 
 
 @given(sizes, sizes, seeds)
@@ -59,9 +59,8 @@ def test_polar_express_settles_at_one():
     for steps in range(1, 9):
         mapped = scalar_map(values, polar_express(steps, margin=1.0))
         errors.append((mapped - 1).abs().max().item())
-        assert float(mapped.max() + mapped.min()) == pytest.approx(
-            2, abs=1e-5
-        )  # as fine as the grid
+        # As fine as the grid.
+        assert float(mapped.max() + mapped.min()) == pytest.approx(2, abs=1e-5)
     assert errors == sorted(errors, reverse=True) and errors[6] < 1e-4
     # with nothing but one step from a short interval, no polynomial nearby is better at its worst point
     values = torch.linspace(0.3, 1, 100_001, dtype=torch.float64)
@@ -80,13 +79,13 @@ def test_gram_form_is_the_standard_iteration(rows, columns, seed, express):
     coefficients = polar_express(5) if express else None
     exact = orthogonalize(matrix.double(), 5, torch.float64, coefficients)
     found = orthogonalize(matrix.double(), 5, torch.float64, coefficients, gram=True)
-    torch.testing.assert_close(
-        found, exact, atol=1e-9, rtol=0
-    )  # as above, and differences of squares
+    # As above, and differences of squares.
+    torch.testing.assert_close(found, exact, atol=1e-9, rtol=0)
+    # Measured: a tenth of that and less.
     for dtype, tolerance in (
         (torch.float32, 1e-3),
         (torch.float16, 0.15),
-    ):  # measured: a tenth of that and less
+    ):
         away = orthogonalize(matrix, 5, dtype, coefficients, gram=True).double() - exact
         assert away.norm() < tolerance * exact.norm()
 
@@ -112,9 +111,8 @@ def test_stack_is_a_loop_and_transposition_commutes(count, rows, columns, seed):
     together = orthogonalize(stack)
     assert together.shape == stack.shape
     for matrix, result in zip(stack, together):
-        torch.testing.assert_close(
-            orthogonalize(matrix), result, atol=1e-5, rtol=0
-        )  # batched products sum differently
+        # Batched products sum differently.
+        torch.testing.assert_close(orthogonalize(matrix), result, atol=1e-5, rtol=0)
     torch.testing.assert_close(orthogonalize(stack.mT), together.mT, atol=1e-5, rtol=0)
 
 
@@ -144,7 +142,7 @@ def parameters(seed, shapes):
 
 
 def train(optimizer, weights, seed, steps=4, rates=(0.02, 0.05)):
-    """Steps on gradients that depend on the weights, with a changing learning rate."""
+    """Step on gradients that depend on the weights, with a changing learning rate."""
     for step in range(steps):
         for i, weight in enumerate(weights.values()):
             weight.grad = draw(seed + 100 * step + i, *weight.shape) + 0.3 * weight.detach()
@@ -169,9 +167,8 @@ def test_equals_torch_muon_on_plain_matrices(seed, dtype):
         seed,
     )
     with pytest.MonkeyPatch.context() as patch:
-        if (
-            dtype == torch.float32
-        ):  # torch always casts to bfloat16; without the cast the two must agree closely
+        # Torch always casts to bfloat16; without the cast the two must agree closely.
+        if dtype == torch.float32:
             patch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
         theirs_after = train(reference, theirs, seed)
     for name, start in parameters(seed, PLAIN).items():
@@ -199,9 +196,8 @@ def test_adamw_part_equals_torch_adamw(seed):
     ]
     expected = train(torch.optim.AdamW(groups, betas=(0.9, 0.95)), theirs, seed)
     for name, value in train(Muon(ours.items(), config), ours, seed).items():
-        torch.testing.assert_close(
-            value, expected[name], atol=1e-6, rtol=1e-5
-        )  # another order of factors
+        # Another order of factors.
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-5)
 
 
 def test_assignment_follows_the_paper():
@@ -285,7 +281,8 @@ def test_polar_express_moves_by_a_more_orthogonal_update():
     spread = {}
     for polynomial in ("jordan", "polar_express"):
         weights = parameters(5, {"a.weight": (30, 50)})
-        start, weights["a.weight"].grad = weights["a.weight"].detach().clone(), draw(7, 30, 50)
+        start = weights["a.weight"].detach().clone()
+        weights["a.weight"].grad = draw(7, 30, 50)
         config = OptimizerConfig(
             update_rms=0.0, weight_decay=0.0, peak_lr=1.0, polynomial=polynomial
         )
@@ -299,7 +296,8 @@ def test_polar_express_moves_by_a_more_orthogonal_update():
 def test_rms_rule_off_leaves_the_orthogonal_matrix():
     """update_rms = 0 subtracts lr times the orthogonalised update itself."""
     weights = parameters(5, {"a.weight": (6, 10)})
-    start, gradient = weights["a.weight"].detach().clone(), draw(7, 6, 10)
+    start = weights["a.weight"].detach().clone()
+    gradient = draw(7, 6, 10)
     weights["a.weight"].grad = gradient
     optimizer = Muon(
         weights.items(), OptimizerConfig(update_rms=0.0, weight_decay=0.0, peak_lr=0.5)
@@ -316,7 +314,7 @@ def test_muon_keeps_the_contract():
 
 
 def muon_of_two_axes(named_parameters, config):
-    """The trap: stacks of experts, having three axes, go to AdamW."""
+    """Broken: leave stacks of experts, having three axes, to AdamW."""
     return Muon(
         [("model.embed_tokens.weight" if p.ndim == 3 else name, p) for name, p in named_parameters],
         config,
@@ -371,7 +369,7 @@ class KeepsMomentum(Muon):
 
 
 def without_rms_rule(named_parameters, config):
-    """Update sizes depend on the shape."""
+    """Broken: let update sizes depend on the shape."""
     return Muon(named_parameters, dataclasses.replace(config, update_rms=0.0))
 
 

@@ -25,7 +25,7 @@ from minglm.train.checkpoint_files import weights_of
 
 @pytest.fixture
 def run(tmp_path):
-    """A folder like that of a run of configs/nano.py whose last stage of mid-training is complete."""
+    """Return a folder like that of a run of configs/nano.py whose last stage of mid-training is complete."""
     config = load_config(CONFIG)
     model = GLM(config.model, seed=3)
     tokenizer = Tokenizer.train(["a sum of sums, 1 + 2 = 3\n"] * 3, config.model.vocab_size)
@@ -38,7 +38,7 @@ def run(tmp_path):
 
 
 def output(capsys, *words, status=0):
-    """What a command prints; its status is checked."""
+    """Return what a command prints; check its status."""
     assert main([str(word) for word in words]) == status
     found = capsys.readouterr()
     return found.err if status else found.out
@@ -55,25 +55,21 @@ def test_an_exported_run_is_a_model_for_everybody(run, tmp_path, capsys):
     words = transformers.AutoTokenizer.from_pretrained(folder)
     ids = tokenizer.encode("a sum of 1 + 2")
     assert words.encode("a sum of 1 + 2") == ids
-    assert (
-        theirs.config.eos_token_id
-        == list(tokenizer.stop_ids)
-        == theirs.generation_config.eos_token_id
-    )
+    assert theirs.config.eos_token_id == list(tokenizer.stop_ids)
+    assert theirs.generation_config.eos_token_id == list(tokenizer.stop_ids)
     tokens_BS = torch.tensor([ids])
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens_BS).logits, model(tokens_BS), atol=1e-5, rtol=1e-4)
     again, same, settings, stage, from_hf, _ = load_run(folder)
-    assert (
-        stage == "released"
-        and from_hf
-        and settings.model == config.model
-        and same.special == tokenizer.special
-    )
+    assert stage == "released"
+    assert from_hf
+    assert settings.model == config.model
+    assert same.special == tokenizer.special
     assert torch.equal(again(tokens_BS), model(tokens_BS))
+    # Short answers.
     values = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {
         "max_position_embeddings": 160
-    }  # short answers
+    }
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
     line = output(
         capsys, "eval", folder, "--problems", 1, "--samples", 1, "--task", "instructions", "--json"
@@ -101,15 +97,15 @@ def test_import_is_the_inverse_of_export(run, tmp_path, capsys):
         assert trained[name].dtype == torch.float32 and torch.equal(trained[name], rounded), name
     output(capsys, "export", again, second)
     found, wanted = tensors(second), tensors(first)
-    assert all(found[n].dtype == t.dtype and torch.equal(found[n], t) for n, t in wanted.items())
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
     assert {path.name for path in first.iterdir()} == {path.name for path in second.iterdir()}
     for name in ("config.json", INDEX, "chat_template.jinja", "generation_config.json"):
         kept = [(folder / name).read_text(encoding="utf-8") for folder in (first, second)]
-        assert (
-            kept[0] == kept[1]
-            if name.endswith("jinja")
-            else json.loads(kept[0]) == json.loads(kept[1])
-        ), name
+        if name.endswith("json"):
+            kept = [json.loads(text) for text in kept]
+        assert kept[0] == kept[1], name
 
 
 def test_a_released_checkpoint_changes_its_dtype(run, tmp_path, capsys):
@@ -200,9 +196,8 @@ def test_a_run_goes_on_from_an_import(run, tmp_path, capsys):
     assert stages == {"long_agent", "reasoning.sft"} and (tmp_path / "again" / "report.md").exists()
     output(capsys, "export", tmp_path / "again", tmp_path / "tuned")
     before, after = tensors(tmp_path / "a"), tensors(tmp_path / "tuned")
-    assert before.keys() == after.keys() and not torch.equal(
-        before["lm_head.weight"], after["lm_head.weight"]
-    )
+    assert before.keys() == after.keys()
+    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
 
 
 def test_an_import_can_be_exported_at_once(run, tmp_path, capsys):

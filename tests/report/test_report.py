@@ -255,9 +255,8 @@ def test_labels_stand_apart_in_order(heights, least):
     placed = drawing.spread(heights, least)
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     gaps = [placed[b] - placed[a] for a, b in pairwise(order)]
-    assert all(
-        gap > 0.9 * least for gap in gaps
-    )  # pushing converges geometrically; a tenth of a gap is not seen
+    # Pushing converges geometrically; a tenth of a gap is not seen.
+    assert all(gap > 0.9 * least for gap in gaps)
     if all(heights[b] - heights[a] >= least for a, b in pairwise(order)):
         assert placed == heights
 

@@ -17,24 +17,24 @@ def test_contract_holds():
 
 
 def mean_per_piece(loss_BS, mask_BS, mode, denominator):
-    """Ignores the batch's denominator: every micro-batch weighs the same."""
+    """Broken: ignore the batch's denominator, so that every micro-batch weighs the same."""
     return aggregate(
         loss_BS, mask_BS, mode, 7 * mask_BS.any(1).sum() if mode == "constant" else None
     )
 
 
 def product_with_mask(loss_BS, mask_BS, mode, denominator):
-    """Multiplies by the mask: NaN at a masked position survives."""
+    """Broken: multiply by the mask, so that NaN at a masked position survives."""
     return (loss_BS * mask_BS).sum() / max(1, int(denominator))
 
 
 def unguarded(loss_BS, mask_BS, mode, denominator):
-    """Divides by zero when nothing is to be learned."""
+    """Broken: divide by zero when nothing is to be learned."""
     return aggregate(loss_BS, mask_BS, mode, 1) / torch.as_tensor(denominator)
 
 
 def always_token(loss_BS, mask_BS, mode, denominator):
-    """Forgets that sequence mode averages within a sample first."""
+    """Broken: forget that sequence mode averages within a sample first."""
     return aggregate(loss_BS, mask_BS, "token", denominator)
 
 
@@ -61,7 +61,9 @@ def test_denominators_of_pieces_add_up(seed, shape, mode, cut):
 )
 def test_a_trajectory_of_several_rows_counts_once(seed, pieces, mode, order):
     """Cut into rows, in any order and any micro-batches, a trajectory weighs what it weighs as one row."""
-    width, whole_BS, rows = 4, [], []
+    width = 4
+    whole_BS = []
+    rows = []
     for owner, count in enumerate(pieces):
         loss_S = torch.randn(3 * width, generator=numbers(seed + owner))
         mask_S = torch.rand(3 * width, generator=numbers(seed + 100 + owner)) < 0.5
@@ -94,9 +96,8 @@ def test_modes_agree_on_equal_lengths(seed, shape):
         aggregate(loss_BS, mask_BS, mode, denominator(mask_BS, mode, shape[1]))
         for mode in list(Aggregation)
     ]
-    torch.testing.assert_close(
-        values[1:], values[:1] * 2, atol=1e-5, rtol=0
-    )  # float32, another order of summation
+    # float32, another order of summation.
+    torch.testing.assert_close(values[1:], values[:1] * 2, atol=1e-5, rtol=0)
 
 
 @given(seed=seeds, shape=shapes, mode=st.sampled_from(list(Aggregation)), rows=st.integers(1, 3))

@@ -18,12 +18,12 @@ def test_contract_holds():
 
 
 def with_replacement(n, c, k):
-    """The obvious estimate, which is too low for every k above one."""
+    """Broken: return the obvious estimate, which is too low for every k above one."""
     return 1 - (1 - c / n) ** k
 
 
 def first_k(n, c, k):
-    """Whether any answer at all was right."""
+    """Broken: ask whether any answer at all was right."""
     return float(c > 0)
 
 
@@ -39,11 +39,9 @@ def test_pass_at_k_grows_with_k(n, c):
     """More draws never hurt; one draw is the pass rate; all draws are certain as soon as one is right."""
     c = min(c, n)
     values = [pass_at_k(n, c, k) for k in range(1, n + 1)]
-    assert (
-        values == sorted(values)
-        and values[0] == pytest.approx(c / n)
-        and values[-1] == float(c > 0)
-    )
+    assert values == sorted(values)
+    assert values[0] == pytest.approx(c / n)
+    assert values[-1] == float(c > 0)
 
 
 def test_impossible_counts_are_one_line():
@@ -132,7 +130,8 @@ def test_ends_of_the_ranges():
 @given(rate=st.sampled_from([0.0, 0.004, 0.3, 1.0]), seed=st.integers(0, 2**32 - 1))
 def test_measure_spends_512_answers_only_on_failures(rate, seed):
     """Eight answers where one of them is right, 512 where none is; all of them are counted."""
-    generator, spent = random.Random(seed), []
+    generator = random.Random(seed)
+    spent = []
 
     def attempt(k):
         right = sum(generator.random() < rate for _ in range(k))
@@ -140,10 +139,13 @@ def test_measure_spends_512_answers_only_on_failures(rate, seed):
         return right
 
     seen = measure(attempt)
-    assert [k for k, _ in spent] == ([8] if spent[0][1] else [8, 504])
-    assert seen == PassRate(sum(k for k, _ in spent), sum(right for _, right in spent), spent[0][1])
+    first_right = spent[0][1]
+    attempts = sum(k for k, _ in spent)
+    successes = sum(right for _, right in spent)
+    assert [k for k, _ in spent] == ([8] if first_right else [8, 504])
+    assert seen == PassRate(attempts, successes, first_right)
     tiers = tiers_from_pass_rates({0: seen}, extreme=None)
-    if not spent[0][1]:
+    if not first_right:
         assert (tiers.extreme if seen.successes else tiers.unsolved) == [0]
 
 
@@ -152,15 +154,18 @@ def test_interval_holds_the_mean(values):
     """The interval lies in [0, 1], contains avg@k, and never collapses to a point."""
     low, high = interval(values)
     avg_at_k = fmean(fmean(answers) for answers in values)
-    assert 0 <= low <= avg_at_k + 1e-9 and avg_at_k - 1e-9 <= high <= 1 and low < high
+    assert 0 <= low <= avg_at_k + 1e-9
+    assert avg_at_k - 1e-9 <= high <= 1
+    assert low < high
 
 
 @given(right=st.integers(0, 40), wrong=st.integers(1, 40))
 def test_single_answers_give_wilson(right, wrong):
     """With one answer a problem it is Wilson's interval: its ends solve |p - q| = z sqrt(q (1 - q) / n)."""
-    n, z = right + wrong, 1.959964
+    n = right + wrong
     for q in interval([1] * right + [0] * wrong):
-        assert abs(right / n - q) == pytest.approx(z * (q * (1 - q) / n) ** 0.5, abs=1e-5)
+        deviation = (q * (1 - q) / n) ** 0.5
+        assert abs(right / n - q) == pytest.approx(1.959964 * deviation, abs=1e-5)
 
 
 @given(
@@ -171,19 +176,23 @@ def test_single_answers_give_wilson(right, wrong):
 def test_interval_is_wilson_with_an_effective_number(values):
     """Its ends solve |p - q| = z sqrt(q (1 - q) / n), n = p (1 - p) / Var(p) between the problems and the answers."""
     means = [fmean(answers) for answers in values]
-    p, problems, answers = fmean(means), len(values), sum(map(len, values))
+    p = fmean(means)
+    problems = len(values)
+    answers = sum(map(len, values))
     n = problems
     if len(set(means)) > 1:
         deviations = sum((mean - p) ** 2 for mean in means)
         n = p * (1 - p) / (deviations / (problems - 1) / problems)
         n = min(max(n, problems), answers)
     for q in interval(values):
-        assert abs(p - q) == pytest.approx(1.959964 * (q * (1 - q) / n) ** 0.5, abs=1e-6)
+        deviation = (q * (1 - q) / n) ** 0.5
+        assert abs(p - q) == pytest.approx(1.959964 * deviation, abs=1e-6)
 
 
 def coverage(bound, problems, answers, difficulty, trials=400):
-    """Share of simulated evaluations whose interval holds the true mean of a Beta population of problems."""
-    generator, inside = random.Random(0), 0
+    """Return the share of simulated evaluations whose interval holds the true mean of a Beta population of problems."""
+    generator = random.Random(0)
+    inside = 0
     truth = difficulty[0] / sum(difficulty)
     for _ in range(trials):
         rates = [generator.betavariate(*difficulty) for _ in range(problems)]

@@ -37,20 +37,20 @@ def test_policy_loss_keeps_the_contract():
 
 
 def global_mean(rewards_PG, normalize_std, valid_PG):
-    """Compares with the mean of the whole batch."""
+    """Broken: compare with the mean of the whole batch."""
     rewards_PG = torch.where(valid_PG, rewards_PG, 0.0)
     return torch.where(valid_PG, rewards_PG - rewards_PG.sum() / valid_PG.sum().clamp(min=1), 0.0)
 
 
 def counts_failures(rewards_PG, normalize_std, valid_PG):
-    """Lets infrastructure failures into the statistics as zeros."""
+    """Broken: let infrastructure failures into the statistics as zeros."""
     return torch.where(
         valid_PG, advantages(torch.where(valid_PG, rewards_PG, 0.0), normalize_std), 0.0
     )
 
 
 def divides_noise(rewards_PG, normalize_std, valid_PG):
-    """Divides by the deviation plus a tiny epsilon without asking whether anything differs."""
+    """Broken: divide by the deviation plus a tiny epsilon without asking whether anything differs."""
     centred_PG = torch.where(
         valid_PG, rewards_PG - (rewards_PG * valid_PG).sum(1, True) / valid_PG.sum(1, True), 0.0
     )
@@ -72,23 +72,23 @@ def wrong_side(logprobs_BS, sampling_BS, advantages_B, low, high, mask_BS):
 
 
 def no_clip(logprobs_BS, sampling_BS, advantages_B, low, high, mask_BS):
-    """Never stops."""
+    """Broken: never stop."""
     return policy_loss(logprobs_BS, sampling_BS, advantages_B, 1.0, 1e9, mask_BS)
 
 
 def swapped_bounds(logprobs_BS, sampling_BS, advantages_B, low, high, mask_BS):
-    """Uses the upper range below and the lower one above."""
+    """Broken: use the upper range below and the lower one above."""
     return policy_loss(logprobs_BS, sampling_BS, advantages_B, high, low, mask_BS)
 
 
 def reads_masked(logprobs_BS, sampling_BS, advantages_B, low, high, mask_BS):
-    """Masks after the exponential: an infinite ratio times zero."""
+    """Broken: mask after the exponential, an infinite ratio times zero."""
     loss_BS, metrics = policy_loss(logprobs_BS, sampling_BS, advantages_B, low, high)
     return PolicyLoss(loss_BS * (1.0 if mask_BS is None else mask_BS), metrics)
 
 
 def recomputed(logprobs_BS, sampling_BS, advantages_B, low, high, mask_BS):
-    """Takes the ratio against itself: always 1, so stale samples are never corrected or clipped."""
+    """Broken: take the ratio against itself, always 1, so stale samples are never corrected or clipped."""
     return policy_loss(logprobs_BS, logprobs_BS.detach(), advantages_B, low, high, mask_BS)
 
 
@@ -136,9 +136,8 @@ def test_expected_group_gradient_is_the_policy_gradient(seed, arms, samples):
         )
     (found_V,) = torch.autograd.grad(expected, scores_V, retain_graph=True)
     (true_V,) = torch.autograd.grad(-(rewards_V * logprobs_V.exp()).sum(), scores_V)
-    torch.testing.assert_close(
-        found_V, true_V * (samples - 1) / samples, atol=1e-5, rtol=1e-4
-    )  # sum of 256 float32
+    # Sum of 256 float32.
+    torch.testing.assert_close(found_V, true_V * (samples - 1) / samples, atol=1e-5, rtol=1e-4)
 
 
 off_policy = st.floats(-200, 200) | st.sampled_from(
@@ -216,7 +215,8 @@ def test_metrics_are_means_over_the_produced_tokens(seed, shape):
     advantages_B = torch.randn(shape[0], generator=numbers(seed + 2))
     mask_BS = torch.rand(shape, generator=numbers(seed + 3)) < 0.6
     _, metrics = policy_loss(logprobs_BS, sampling_BS, advantages_B, 0.2, 0.28, mask_BS)
-    rhos, clipped = [], 0
+    rhos = []
+    clipped = 0
     for b, s in mask_BS.nonzero().tolist():
         rhos.append(math.exp(logprobs_BS[b, s] - sampling_BS[b, s]))
         clipped += rhos[-1] > 1.28 if advantages_B[b] > 0 else rhos[-1] < 0.8
@@ -362,9 +362,8 @@ def test_truncated_importance_sampling_bounds_the_weight(seed, shape, cap):
 def test_later_updates_clip_against_the_trainer(seed, shape):
     """With a cap and the proximal log-probabilities the clip counts from them, not from the rollout's."""
     proximal_BS = -torch.rand(shape, generator=numbers(seed))
-    sampling_BS = (
-        proximal_BS - 1.0
-    )  # the rollout thought these tokens far less likely: weight e, cut to 2
+    # The rollout thought these tokens far less likely: weight e, cut to 2.
+    sampling_BS = proximal_BS - 1.0
     logprobs_BS = (proximal_BS + 0.1).requires_grad_()
     loss_BS, _ = policy_loss(
         logprobs_BS,
@@ -374,6 +373,5 @@ def test_later_updates_clip_against_the_trainer(seed, shape):
         0.2,
         importance=TruncatedImportanceSampling(2.0, proximal_BS),
     )
-    torch.testing.assert_close(
-        loss_BS, torch.full(shape, -2 * 1.1051709), atol=1e-5, rtol=0
-    )  # e^0.1 is inside the clip
+    # E^0.1 is inside the clip.
+    torch.testing.assert_close(loss_BS, torch.full(shape, -2 * 1.1051709), atol=1e-5, rtol=0)

@@ -49,7 +49,7 @@ def play(script, tasks, thinking=True, samples=1, tokenizer=None, limit=10**6, *
 
 
 def retail(difficulty, status="pending", n=0):
-    """The n-th task of the shop of this difficulty whose first order has this status."""
+    """Return the n-th task of the shop of this difficulty whose first order has this status."""
     tasks = (RETAIL.task(index, 1, difficulties=(difficulty,)) for index in range(1000))
     return [
         t
@@ -95,11 +95,13 @@ def test_perfect_play_is_rewarded_and_every_prompt_is_the_rendering(seed, names,
 @given(seed=seeds, difficulty=st.integers(1, 3), thinking=st.booleans())
 def test_tokens_in_tokens_out(seed, difficulty, thinking):
     """Sampled ids are never tokenized again: spelled byte by byte, they stand so in the prompts and in the segments."""
-    tokenizer, task = word_tokenizer(), RETAIL.task(0, seed, difficulties=(difficulty,))
+    tokenizer = word_tokenizer()
+    task = RETAIL.task(0, seed, difficulties=(difficulty,))
     played, engine = play(
         oracle(tokenizer, RETAIL, [task], thinking), [task], thinking, tokenizer=tokenizer
     )
-    (t,), answers = played, engine.answers
+    (t,) = played
+    answers = engine.answers
     assert t.score.value == 1 and len(answers) == len(t.texts)
     sampled = [
         (i, p)
@@ -199,10 +201,8 @@ def test_a_fault_halts_with_reward_zero(name):
     (t,), engine = play(lambda prompt: text, [retail(1)], thinking)
     assert (t.score.value, t.score.status, t.score.detail) == (0.0, "format", fault)
     assert len(engine.asked) == 1 and len(t.texts) == 1, "the model was asked again"
-    assert (
-        t.truncated == name.startswith(("truncated", "cut off"))
-        and t.messages[-1]["error"] == fault
-    )
+    assert t.truncated == name.startswith(("truncated", "cut off"))
+    assert t.messages[-1]["error"] == fault
     assert t.switch_obeyed == (fault != "thinking_switch")
     assert byte_tokenizer().decode(t.segments[0].tokens).endswith(text), (
         "a faulty turn is trained against as it is"
@@ -221,7 +221,9 @@ def test_a_fault_after_a_good_turn_costs_everything():
     )
     (t,), _ = play(lambda prompt: next(turns), [task])
     assert (t.score.value, t.score.status, t.truncated) == (0.0, "format", True)
-    assert t.score.parts["calls"] == 2 and t.score.parts["valid_calls"] == 1 and len(t.texts) == 2
+    assert t.score.parts["calls"] == 2
+    assert t.score.parts["valid_calls"] == 1
+    assert len(t.texts) == 2
 
 
 @given(seed=seeds, name=st.sampled_from(PLAYABLE), thinking=st.booleans())
@@ -254,14 +256,15 @@ def test_episodes_end_at_the_bound_on_turns():
 
 def test_a_conversation_that_outgrows_the_model_ends():
     """Without room for another answer the episode is over and truncated, and the other episodes continue."""
-    short, long = retail(1, "shipped"), retail(1)
+    short = retail(1, "shipped")
+    long = retail(1)
     script = oracle(byte_tokenizer(), RETAIL, [short, long])
     _, engine = play(script, [long, short])
     room = len(engine.asked[-1].prompt)  # the call to cancel fits, its result leaves no room
     (stopped, other), engine = play(script, [long, short], limit=room)
-    assert (
-        stopped.truncated and stopped.score.value == 0 and len(stopped.segments[0].tokens) == room
-    )
+    assert stopped.truncated
+    assert stopped.score.value == 0
+    assert len(stopped.segments[0].tokens) == room
     assert other.score.value == 1 and not other.truncated
     assert all(len(request.prompt) < room for request in engine.asked)
 
@@ -277,7 +280,8 @@ def test_samples_of_a_prompt_share_it_and_differ_in_their_draws():
         assert len(generator.asked) == 3 * 3 * 4
         assert len({tuple(request.prompt) for request in generator.asked}) == 3 * 3
         seen += [request.seed for request in generator.asked]
-    assert len(set(seen)) == 3 * 3 * 3 * 4 and all(0 <= seed < 2**63 for seed in seen)
+    assert len(set(seen)) == 3 * 3 * 3 * 4
+    assert all(0 <= seed < 2**63 for seed in seen)
 
 
 class Scheduled(type(RETAIL)):
@@ -406,10 +410,8 @@ def test_an_environment_that_cannot_run_at_all_ends_the_rollout():
 @given(seed=seeds, temperature=st.sampled_from([0.7, 1.0, 1.5]), thinking=st.booleans())
 def test_logprobs_are_the_model_s_own(seed, temperature, thinking):
     """Each sampled token has the log-probability that a plain forward pass of the segment gives it; twice the same."""
-    model, tokenizer = (
-        tiny_model(seed, vocab_size=292, max_position_embeddings=512),
-        byte_tokenizer(),
-    )
+    model = tiny_model(seed, vocab_size=292, max_position_embeddings=512)
+    tokenizer = byte_tokenizer()
     tasks = ENVIRONMENTS["arithmetic"].tasks(2, seed)
     runs = [
         rollout(
@@ -448,9 +450,8 @@ def test_messages_that_came_from_outside_are_kept():
     longer = dataclasses.replace(task, messages=(*before, *task.messages))
     answer = said(byte_tokenizer(), assistant(task.label, "so"))
     (t,), engine = play(lambda prompt: answer, [longer])
-    assert t.score.value == 1 and [m["content"] for m in t.messages[:3]] == [
-        m["content"] for m in longer.messages
-    ]
+    assert t.score.value == 1
+    assert [m["content"] for m in t.messages[:3]] == [m["content"] for m in longer.messages]
     assert byte_tokenizer().decode(engine.asked[0].prompt).count("<|assistant|>") == 2
     assert sum(t.segments[0].mask) == len(spelled(byte_tokenizer(), answer)), (
         "earlier answers are not trained"

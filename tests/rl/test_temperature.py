@@ -19,7 +19,7 @@ class Impatient(TemperatureController):
     """Probes at every step."""
 
     def observe(self, reward, evaluate):
-        """No question whether the reward stands still."""
+        """Broken: never ask whether the reward stands still."""
         self._probe(evaluate, reward, reward)
         return self.temperature
 
@@ -44,7 +44,7 @@ class Forgetful(TemperatureController):
     """Does not store the rewards it has seen."""
 
     def load_state_dict(self, state):
-        """Loses the windows."""
+        """Broken: lose the windows."""
         super().load_state_dict(state | {"rewards": []})
 
 
@@ -75,8 +75,10 @@ def test_decisions_are_logged():
         assert subject.observe(reward, table.get) == 1.0
     assert subject.observe(0.5, table.get) == 1.2
     (decision,) = subject.log
-    assert decision["step"] == 6 and (decision["from"], decision["to"]) == (1.0, 1.2)
-    assert dict(decision["scores"]) == table and decision["bound"] == pytest.approx(0.792)
+    assert decision["step"] == 6
+    assert (decision["from"], decision["to"]) == (1.0, 1.2)
+    assert dict(decision["scores"]) == table
+    assert decision["bound"] == pytest.approx(0.792)
     assert subject.observe(0.5, table.get) == 1.2 and len(subject.log) == 1
 
 
@@ -184,4 +186,5 @@ def test_user_mistakes_are_one_line(name, value):
     """Each setting that no controller can have is named, with its value."""
     with pytest.raises(ValueError, match=name) as error:
         TemperatureController(**{name: value})
-    assert "\n" not in str(error.value) and str(value) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert str(value) in str(error.value)

@@ -45,7 +45,8 @@ def drawn_segment(seed, sampled=True):
     size = int(torch.randint(3, 13, (), generator=numbers(seed)))
     tokens = torch.randint(0, 24, (size,), generator=numbers(seed + 1)).tolist()
     mask = (torch.rand(size, generator=numbers(seed + 2)) < 0.5).tolist()
-    mask[0], mask[1] = False, sampled
+    mask[0] = False
+    mask[1] = sampled
     logprobs = (-3 * torch.rand(size, generator=numbers(seed + 3))).tolist()
     return Segment(tokens, mask, [p if m else 0.0 for p, m in zip(logprobs, mask)])
 
@@ -83,7 +84,8 @@ class Looks(torch.optim.SGD):
 
     def __init__(self, model):
         super().__init__(model.parameters(), lr=0.0)
-        self.model, self.seen = model, []
+        self.model = model
+        self.seen = []
 
     def step(self):
         """Copy the gradients; zeros where there is none."""
@@ -119,10 +121,8 @@ def same(a, b):
 @given(seed=seeds, temperature=st.sampled_from([0.5, 1.0, 1.7]))
 def test_log_probabilities_are_those_of_a_forward_pass(seed, temperature):
     """At sampled tokens log softmax of logits over temperature, alone and unpadded; 0 elsewhere; entropy as a sum."""
-    model, segments = (
-        tiny_model(seed),
-        [drawn_segment(seed + 10 * i, sampled=i > 0) for i in range(4)],
-    )
+    model = tiny_model(seed)
+    segments = [drawn_segment(seed + 10 * i, sampled=i > 0) for i in range(4)]
     tokens_BS, mask_BS, _, documents_BS = collate(segments, pad=7)
     found_BS, entropy = sampled_log_probabilities(
         model, tokens_BS, mask_BS, documents_BS, temperature
@@ -132,12 +132,14 @@ def test_log_probabilities_are_those_of_a_forward_pass(seed, temperature):
         with torch.no_grad():
             logp_SV = (model(torch.tensor([s.tokens]))[0] / temperature).log_softmax(-1)
         for at in range(tokens_BS.shape[1]):
-            sampled = at < len(s.tokens) and s.mask[at]
-            expected = logp_SV[at - 1, s.tokens[at]].item() if sampled else 0.0
-            assert found_BS[b, at].item() == pytest.approx(
-                expected, abs=1e-4
-            )  # float32, padded rows sum otherwise
-            total += -(logp_SV[at - 1].exp() * logp_SV[at - 1]).sum().item() if sampled else 0.0
+            if at >= len(s.tokens) or not s.mask[at]:
+                assert found_BS[b, at] == 0
+                continue
+            logp_V = logp_SV[at - 1]
+            # float32, padded rows sum otherwise.
+            expected = logp_V[s.tokens[at]].item()
+            assert found_BS[b, at].item() == pytest.approx(expected, abs=1e-4)
+            total -= (logp_V.exp() * logp_V).sum().item()
     assert entropy.item() == pytest.approx(total, rel=1e-4, abs=1e-4)
 
 
@@ -182,7 +184,8 @@ def test_what_follows_the_last_sampled_token_changes_nothing(seed):
 )
 def test_neither_micro_batches_nor_threads_change_a_gradient(seed, size, threads, mode):
     """Any bound on the tokens of a pass, any number of threads and aggregation: the same gradient, norm and metrics."""
-    model, config = tiny_model(seed), dataclasses.replace(CONFIG, aggregation=mode)
+    model = tiny_model(seed)
+    config = dataclasses.replace(CONFIG, aggregation=mode)
     pairs = [(drawn_segment(seed + 10 * i), [1.0, -0.5, 2.0][i % 3]) for i in range(7)]
     whole, metrics = gradients(model, pairs, config)
     with pytest.MonkeyPatch.context() as patch:
@@ -200,10 +203,8 @@ def test_neither_micro_batches_nor_threads_change_a_gradient(seed, size, threads
 @given(seed=seeds, temperature=st.sampled_from([0.7, 1.0]))
 def test_on_policy_the_ratio_is_one(seed, temperature):
     """Just sampled and not yet trained: ratio 1, nothing clipped, divergence 0, whatever engine recorded it."""
-    model, tokenizer = (
-        tiny_model(seed, vocab_size=292, max_position_embeddings=512),
-        byte_tokenizer(),
-    )
+    model = tiny_model(seed, vocab_size=292, max_position_embeddings=512)
+    tokenizer = byte_tokenizer()
     config = dataclasses.replace(CONFIG, temperature=temperature)
     tasks = ENVIRONMENTS["arithmetic"].tasks(2, seed)
     generator = EngineGenerator(Engine(model, tokenizer))
@@ -212,14 +213,16 @@ def test_on_policy_the_ratio_is_one(seed, temperature):
     pairs = [(s, 1.0) for group in groups for t in group for s in t.segments]
     _, metrics = gradients(model, pairs, config)
     # the engine's float32 log-probabilities differ from the trainer's by up to 1e-4; the divergence is quadratic in it
-    assert metrics["ratio_max"] == pytest.approx(1, abs=2e-4) and metrics["clip_share"] == 0
+    assert metrics["ratio_max"] == pytest.approx(1, abs=2e-4)
+    assert metrics["clip_share"] == 0
     assert abs(metrics["kl"]) < 1e-6 and metrics["entropy"] > 0
     alone = recorded(model, [s for s, _ in pairs], temperature)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "MICROBATCH_TOKENS", 1)  # each on its own, as it was recorded
         _, metrics = gradients(model, [(s, -1.0) for s in alone], config)
     # without gradients the experts are multiplied in another order: equal but for rounding
-    assert metrics["ratio_max"] == pytest.approx(1, abs=1e-5) and abs(metrics["kl"]) < 1e-9
+    assert metrics["ratio_max"] == pytest.approx(1, abs=1e-5)
+    assert abs(metrics["kl"]) < 1e-9
 
 
 @settings(max_examples=10)
@@ -246,7 +249,8 @@ def test_on_policy_the_gradient_is_reinforce(seed):
 
 def test_gradients_are_clipped_to_the_bound():
     """The optimizer sees a norm of at most one; the log shows the norm before."""
-    model, pairs = tiny_model(1), [(drawn_segment(i), 30.0) for i in range(3)]
+    model = tiny_model(1)
+    pairs = [(drawn_segment(i), 30.0) for i in range(3)]
     found, metrics = gradients(model, pairs, clip_norm=0.5)
     assert metrics["grad_norm"] > 0.5
     assert torch.nn.utils.get_total_norm(found.values()).item() == pytest.approx(0.5, rel=1e-3)
@@ -311,7 +315,8 @@ def test_groups_without_variance_teach_nothing(name):
     before = weights(model)
     trainer = trainer_of(model)
     metrics = trainer.learn(drawn_groups(1, rewards), step=9)
-    assert metrics["skipped"] == skipped and same(before, weights(model)) == skipped
+    assert metrics["skipped"] == skipped
+    assert same(before, weights(model)) == skipped
     memory = [
         value
         for state in trainer.optimizer.state_dict()["state"].values()
@@ -328,7 +333,8 @@ def test_groups_without_variance_teach_nothing(name):
 @given(seed=seeds, normalize=st.booleans())
 def test_uninformative_groups_are_as_if_they_had_not_been(seed, normalize):
     """A step with a group of equal rewards is the step without that group, bit for bit."""
-    config, found = dataclasses.replace(CONFIG, normalize_std=normalize), []
+    config = dataclasses.replace(CONFIG, normalize_std=normalize)
+    found = []
     rewards = [[0, 1, 1], [1, 1, 1], [0.5, 0, 1]]
     groups = drawn_groups(seed, rewards)
     for chosen in (groups, [groups[0], groups[2]]):
@@ -345,7 +351,8 @@ def test_uninformative_groups_are_as_if_they_had_not_been(seed, normalize):
 @given(seed=seeds, normalize=st.booleans(), mode=st.sampled_from(["token", "sequence", "constant"]))
 def test_failures_of_the_machine_leave_the_statistics(seed, normalize, mode):
     """A sample whose environment failed is as if it had not been drawn: for the advantages and for the denominator."""
-    config, found = dataclasses.replace(CONFIG, normalize_std=normalize, aggregation=mode), []
+    config = dataclasses.replace(CONFIG, normalize_std=normalize, aggregation=mode)
+    found = []
     groups = drawn_groups(seed, [[0, 1, 1, None], [None, 1, 0, 0]])
     without = [[t for t in group if t.score.status != "infrastructure"] for group in groups]
     for chosen in (groups, without):
@@ -368,7 +375,9 @@ def test_the_learning_rate_warms_up_over_five_steps():
 @pytest.mark.parametrize("updates", [1, 2, 3, 99])
 def test_a_rollout_can_serve_several_updates(updates):
     """Each share is one optimizer step on whole trajectories, and there are never more shares than trajectories."""
-    model, groups, calls = tiny_model(1), drawn_groups(1, [[0, 1], [1, 0]]), []
+    model = tiny_model(1)
+    groups = drawn_groups(1, [[0, 1], [1, 0]])
+    calls = []
     config = dataclasses.replace(CONFIG, updates_per_rollout=updates)
     subject = trainer_of(model, config)
     with pytest.MonkeyPatch.context() as patch:
@@ -391,7 +400,8 @@ def test_a_rollout_can_serve_several_updates(updates):
 )
 def test_a_trajectory_has_one_vote(seed, counts, mode, size):
     """However many segments it has: the mean over trajectories of each one's sum, divided by its tokens or a constant."""
-    model, config = tiny_model(seed), dataclasses.replace(CONFIG, aggregation=mode)
+    model = tiny_model(seed)
+    config = dataclasses.replace(CONFIG, aggregation=mode)
     samples = [
         Sample(recorded(model, [drawn_segment(seed + 100 * i + j) for j in range(n)]), (-1.0) ** i)
         for i, n in enumerate(counts)
@@ -421,7 +431,8 @@ class Unstable(Environment):
     name = "unstable"
 
     def __init__(self, value):
-        self.value, self.count = value, 0
+        self.value = value
+        self.count = 0
 
     def draw(self, rng, difficulty):
         return [user(f"{rng.randint(0, 10**6)}?")], None
@@ -452,7 +463,8 @@ class UnstableEpisode(Episode):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, torch.tensor(math.nan)])
 def test_a_reward_that_is_no_number_leaves_the_statistics(value):
     """The environment is named, its sample is an infrastructure failure, and the siblings teach as without it."""
-    tokenizer, found = byte_tokenizer(), []
+    tokenizer = byte_tokenizer()
+    found = []
     environments = {"unstable": Unstable(value)}
     tasks = environments["unstable"].tasks(2, 1)
     engine = ScriptedGenerator(tokenizer, lambda prompt: said(tokenizer, assistant("yes", "so")))
@@ -484,7 +496,8 @@ def test_an_update_left_out_moves_nothing(seed, bad, updates, all_bad):
     for group in groups:
         for t in group:
             t.segments = recorded(model, t.segments)
-    before, memory = weights(model), moments(subject.optimizer)
+    before = weights(model)
+    memory = moments(subject.optimizer)
     passes = []
 
     def spoil(gradient):
@@ -494,7 +507,8 @@ def test_an_update_left_out_moves_nothing(seed, bad, updates, all_bad):
     model.lm_head.weight.register_hook(spoil)
     metrics = subject.learn(groups, 9)
     taken = updates - subject.guard.left_out
-    assert metrics["skipped"] == (taken == 0) and taken == (0 if all_bad else 1)
+    assert metrics["skipped"] == (taken == 0)
+    assert taken == (0 if all_bad else 1)
     expected = "not finite" if not math.isfinite(bad) else "spike"
     assert metrics["left_out"] == (expected if taken < updates else None)
     assert same(before, weights(model)) == (taken == 0)
@@ -565,7 +579,8 @@ def test_the_log_says_what_happened():
     found = summarize(groups)
     assert found["reward"] == 0.375 and found["reward_by_env"] == {"letters": 0.5, "shop": 0.25}
     assert (found["length"], found["truncated"], found["switch_ok"]) == (3.0, 0.25, 0.75)
-    assert found["valid_calls"] == 0.6 and found["incidence"]["repetition"] == 0.25
+    assert found["valid_calls"] == 0.6
+    assert found["incidence"]["repetition"] == 0.25
     assert summarize(groups[:1])["valid_calls"] is None
 
 
@@ -619,10 +634,12 @@ class Run:
     def __init__(self, folder, config=LETTERS, seconds=1e9, stop_after=None, **options):
         self.options = OptimizerConfig(**options)
         self.model = GLM(tiny_model(1, vocab_size=292).config, seed=3)
-        self.optimizer, self.config = muon(self.model), config
+        self.optimizer = muon(self.model)
+        self.config = config
         self.log = Log(folder / "log.jsonl")
         self.checkpoints = CheckpointStore(folder, self.log, seconds).stage("letters.rl")
-        self.stop_after, self.steps = stop_after, 0
+        self.stop_after = stop_after
+        self.steps = 0
 
     def write(self, record):
         """Write to the log; send Ctrl-C during the step to stop after."""
@@ -664,7 +681,8 @@ def straight(tmp_path_factory):
 def test_stopped_and_resumed_equals_straight(straight, tmp_path_factory, stops):
     """Ctrl-C after any steps, a new process each time: weights, optimizer and log are those of one run, bit for bit."""
     whole, run = straight
-    folder, left = tmp_path_factory.mktemp("stopped"), LETTERS.steps
+    folder = tmp_path_factory.mktemp("stopped")
+    left = LETTERS.steps
     for stop in stops:
         if stop > left:
             break
@@ -672,7 +690,8 @@ def test_stopped_and_resumed_equals_straight(straight, tmp_path_factory, stops):
             Run(folder, stop_after=stop).go()
         left -= stop
     resumed = Run(folder).go()
-    assert same(weights(resumed.model), weights(run.model)) and logged(folder) == logged(whole)
+    assert same(weights(resumed.model), weights(run.model))
+    assert logged(folder) == logged(whole)
     states = [r.optimizer.state_dict()["state"] for r in (resumed, run)]
     assert states[0].keys() == states[1].keys()
     assert all(
@@ -722,7 +741,8 @@ def test_steps_after_the_last_checkpoint_are_done_once(straight, tmp_path):
     shutil.rmtree(partial)
     shutil.copytree(tmp_path / "kept", partial)
     resumed = Run(tmp_path).go()
-    assert same(weights(resumed.model), weights(run.model)) and logged(tmp_path) == logged(whole)
+    assert same(weights(resumed.model), weights(run.model))
+    assert logged(tmp_path) == logged(whole)
 
 
 def test_checkpoints_on_the_way_change_nothing(straight, tmp_path):
@@ -753,16 +773,16 @@ def test_reward_rises(tmp_path):
     run = Run(tmp_path, dataclasses.replace(LETTERS, steps=30, prompts=8)).go()
     rewards = [r["reward"] for r in logged(tmp_path)]
     assert rewards[0] < 0.4 and sum(rewards[-5:]) / 5 > 0.9, rewards
-    assert (
-        all(r["trained_tokens"] > 0 for r in logged(tmp_path) if not r["skipped"])
-        and run.steps == 30
-    )
+    assert all(r["trained_tokens"] > 0 for r in logged(tmp_path) if not r["skipped"])
+    assert run.steps == 30
 
 
 def test_a_model_that_is_always_right_is_not_touched(tmp_path):
     """All rewards equal: every step is skipped and logged as such, and the weights stay, bit for bit."""
-    model, tokenizer = tiny_model(1, vocab_size=292), byte_tokenizer()
-    before, log = weights(model), Log(tmp_path / "log.jsonl")
+    model = tiny_model(1, vocab_size=292)
+    tokenizer = byte_tokenizer()
+    before = weights(model)
+    log = Log(tmp_path / "log.jsonl")
     schedule = TaskSchedule(ENVIRONMENTS, ("arithmetic",), CONFIG.prompts, 5)
     tasks = [task for step in range(3) for task in schedule.draw(step).tasks]
     answers = {

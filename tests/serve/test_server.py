@@ -28,22 +28,24 @@ HI = [{"role": "user", "content": "hi"}]
 
 @pytest.fixture(scope="module")
 def shop():
-    """A server, shared by the tests that leave it as it was; also the engine that it asks."""
+    """Yield a server, shared by the tests that leave it as it was; also the engine that it asks."""
     engine = Script(script)
     with running(engine, limit=200_000) as (http, client, service):
         yield http, client, service, engine
 
 
 def post(http, path="/v1/chat/completions", **body):
-    """(status, the parsed answer) of a plain POST."""
+    """Return (status, the parsed answer) of a plain POST."""
     question = {"messages": HI} if path.endswith("/chat/completions") else {}
     answer = http.post(path, json={"model": "tiny", **question, **body})
     return answer.status_code, answer.json()
 
 
 def streamed(stream):
-    """(message, finish reason, usage) of a streamed chat, put together as a client would."""
-    whole, reason, usage = CompletionBuilder(), None, None
+    """Return (message, finish reason, usage) of a streamed chat, put together as a client would."""
+    whole = CompletionBuilder()
+    reason = None
+    usage = None
     for chunk in stream:
         usage = chunk.usage or usage
         for choice in chunk.choices:
@@ -60,14 +62,12 @@ def test_a_tool_round_trip_with_the_official_client(shop):
     ask = {"model": "tiny", "tools": SHOP, "seed": 1}
     first = client.chat.completions.create(messages=messages, **ask)
     choice = first.choices[0]
-    assert (
-        choice.finish_reason == "tool_calls" and choice.message.reasoning_content == "Look it up."
-    )
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.reasoning_content == "Look it up."
     assert choice.message.content == "Let me see."
     call = choice.message.tool_calls[0]
-    assert call.function.name == "get_order" and json.loads(call.function.arguments) == {
-        "order_id": 123
-    }
+    assert call.function.name == "get_order"
+    assert json.loads(call.function.arguments) == {"order_id": 123}
     assert first.usage.completion_tokens_details.reasoning_tokens == len("<>Look it up.")
 
     options = {"stream": True, "stream_options": {"include_usage": True}}
@@ -87,10 +87,8 @@ def test_a_tool_round_trip_with_the_official_client(shop):
     messages += [choice.message.model_dump(exclude_none=True)]
     messages += [{"role": "tool", "tool_call_id": call.id, "content": '{"status": "pending"}'}]
     second = client.chat.completions.create(messages=messages, **ask)
-    assert (
-        second.choices[0].message.content == "It is pending."
-        and second.choices[0].finish_reason == "stop"
-    )
+    assert second.choices[0].message.content == "It is pending."
+    assert second.choices[0].finish_reason == "stop"
     assert "<think>Look it up.</think>" in engine.prompts[-1]
     assert '<tool_response>\n{"status": "pending"}\n</tool_response>' in engine.prompts[-1]
 
@@ -116,9 +114,8 @@ def test_tool_choice(shop):
     order = [{"role": "user", "content": "my order 123"}]
     _, found = post(http, messages=order, tools=SHOP, tool_choice="none")
     assert "# Tools" not in engine.prompts[-1]
-    assert (
-        "tool_calls" not in found["choices"][0]["message"]
-    )  # it calls all the same, and no client hears it
+    # It calls all the same, and no client hears it.
+    assert "tool_calls" not in found["choices"][0]["message"]
     assert found["choices"][0]["format_error"] == "unknown_tool"
     for choice in ("required", {"type": "function", "function": {"name": "get_order"}}):
         _, found = post(http, messages=order, tools=SHOP, tool_choice=choice)
@@ -152,10 +149,8 @@ def test_stop_length_and_usage(shop):
         "stop",
     )
     _, found = post(http, max_completion_tokens=5)
-    assert (
-        found["choices"][0]["finish_reason"] == "length"
-        and found["usage"]["completion_tokens"] == 5
-    )
+    assert found["choices"][0]["finish_reason"] == "length"
+    assert found["usage"]["completion_tokens"] == 5
     assert found["choices"][0]["format_error"] == "unclosed_think"
     assert settled(lambda: service.engine_thread.open_requests == 0)
 
@@ -167,34 +162,24 @@ def test_completions(shop):
         model="tiny", prompt=["Once", TOKENIZER.encode("Twice")], n=2, max_tokens=100
     )
     assert [choice.text for choice in found.choices] == [" and so on, é."] * 4
-    assert (
-        sorted(engine.prompts[-4:]) == ["Once", "Once", "Twice", "Twice"]
-        and found.usage.prompt_tokens == 9
-    )
-    assert (
-        "".join(
-            c.choices[0].text
-            for c in client.completions.create(model="tiny", prompt="x", stream=True)
-        )
-        == (" and so on, é."[:15])
-    )
+    assert sorted(engine.prompts[-4:]) == ["Once", "Once", "Twice", "Twice"]
+    assert found.usage.prompt_tokens == 9
+    chunks = client.completions.create(model="tiny", prompt="x", stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == " and so on, é."
     _, found = post(
         http, "/v1/completions", prompt="x", logprobs=2, max_tokens=3, return_token_ids=True
     )
     choice = found["choices"][0]
-    assert choice["logprobs"]["tokens"] == [" ", "a", "n"] and choice["logprobs"][
-        "text_offset"
-    ] == [0, 1, 2]
+    assert choice["logprobs"]["tokens"] == [" ", "a", "n"]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 2]
     assert choice["logprobs"]["token_logprobs"] == [-0.5] * 3
     assert [len(top) for top in choice["logprobs"]["top_logprobs"]] == [2] * 3
-    assert choice["token_ids"] == TOKENIZER.encode(" an") and choice[
-        "prompt_token_ids"
-    ] == TOKENIZER.encode("x")
+    assert choice["token_ids"] == TOKENIZER.encode(" an")
+    assert choice["prompt_token_ids"] == TOKENIZER.encode("x")
     _, found = post(http, logprobs=True, top_logprobs=1, max_tokens=2)
     entries = found["choices"][0]["logprobs"]["content"]
-    assert [entry["token"] for entry in entries] == ["\n", "<think>"] and len(
-        entries[0]["top_logprobs"]
-    ) == 1
+    assert [entry["token"] for entry in entries] == ["\n", "<think>"]
+    assert len(entries[0]["top_logprobs"]) == 1
 
 
 # (what replaces parts of a good request, the field that is named)
@@ -267,7 +252,8 @@ def test_malformed_requests(shop, change, param):
         param,
         "invalid_request_error",
     )
-    assert found["error"]["message"] and "\n" not in found["error"]["message"]
+    assert found["error"]["message"]
+    assert "\n" not in found["error"]["message"]
 
 
 def test_what_is_no_request(shop):
@@ -284,30 +270,20 @@ def test_what_is_no_request(shop):
     ]
     for body in bodies:
         answer = http.post("/v1/chat/completions", content=body)
-        assert (
-            answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
-        ), body[:20]
+        assert answer.status_code == 400, body[:20]
+        assert answer.json()["error"]["type"] == "invalid_request_error", body[:20]
     assert http.get("/nothing").json()["error"]["message"] == "Not Found: GET /nothing"
     assert http.get("/v1/completions").status_code == 405
-    assert (
-        post(http, "/v1/completions", prompt=[1, 10**9])[0]
-        == post(http, "/v1/completions", prompt=[])[0]
-        == 400
-    )
-    assert (
-        post(http, "/v1/completions", prompt="")[0]
-        == post(http, "/v1/completions", prompt="x", suffix="y")[0]
-        == 400
-    )
+    assert post(http, "/v1/completions", prompt=[1, 10**9])[0] == 400
+    assert post(http, "/v1/completions", prompt=[])[0] == 400
+    assert post(http, "/v1/completions", prompt="")[0] == 400
+    assert post(http, "/v1/completions", prompt="x", suffix="y")[0] == 400
     with pytest.raises(openai.NotFoundError, match="not served"):
         client.chat.completions.create(model="gpt", messages=HI)
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.chat.completions.create(model="tiny", messages=HI, temperature=9)
-    assert (
-        [model.id for model in client.models.list()]
-        == ["tiny"]
-        == [client.models.retrieve("tiny").id]
-    )
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("a/b")
 
@@ -392,10 +368,8 @@ def test_a_flood_is_refused_and_the_rest_answered():
         with pytest.raises(openai.RateLimitError, match="try again later"):
             client.completions.create(model="tiny", prompt="x", n=7)
         assert service.engine_thread.open_requests == 0 and post(http)[0] == 200
-        assert (
-            'minglm_requests_total{endpoint="/v1/completions",status="429"}'
-            in http.get("/metrics").text
-        )
+        refused = 'minglm_requests_total{endpoint="/v1/completions",status="429"}'
+        assert refused in http.get("/metrics").text
 
 
 def test_clients_that_go_away_are_cancelled():
@@ -408,11 +382,9 @@ def test_clients_that_go_away_are_cancelled():
         ) as stream:
             next(iter(stream))
             assert service.engine_thread.open_requests == 2
-        assert (
-            settled(lambda: not engine.open)
-            and service.engine_thread.open_requests == 0
-            and len(engine.cancelled) == 2
-        )
+        assert settled(lambda: not engine.open)
+        assert service.engine_thread.open_requests == 0
+        assert len(engine.cancelled) == 2
         with pytest.raises(openai.APITimeoutError):
             client.with_options(timeout=0.3).chat.completions.create(model="tiny", messages=endless)
         assert settled(lambda: not engine.open) and len(engine.cancelled) == 3
@@ -430,10 +402,8 @@ def test_a_failing_pass_fails_its_answers_only():
             list(client.chat.completions.create(model="tiny", messages=crash, stream=True))
         assert post(http)[0] == 200 and service.engine_thread.open_requests == 0
         text = http.get("/metrics").text
-        assert (
-            "minglm_engine_failures_total 2" in text
-            and http.get("/health").json()["status"] == "ok"
-        )
+        assert "minglm_engine_failures_total 2" in text
+        assert http.get("/health").json()["status"] == "ok"
 
 
 def test_metrics_are_prometheus_text(shop):
@@ -445,11 +415,11 @@ def test_metrics_are_prometheus_text(shop):
     samples = [line for line in text.splitlines() if not line.startswith("#")]
     for line in samples:
         name, value = re.fullmatch(r'(\w+)(?:\{(?:\w+="[^"]*",?)+\})? (\S+)', line).groups()
-        assert float(value) >= 0 and {name, re.sub("_(bucket|sum|count)$", "", name)} & types.keys()
+        assert float(value) >= 0
+        assert {name, re.sub("_(bucket|sum|count)$", "", name)} & types.keys()
     counts = re.findall(r"minglm_request_seconds_bucket\S+ (\d+)", text)
-    assert (
-        counts == sorted(counts, key=int) and f"minglm_request_seconds_count {counts[-1]}\n" in text
-    )
+    assert counts == sorted(counts, key=int)
+    assert f"minglm_request_seconds_count {counts[-1]}\n" in text
 
 
 def test_the_4_7_dialect():
@@ -498,12 +468,16 @@ def test_stop_strings_in_any_split(stops, text, data):
     ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
     expected = text[: min(ends)[1]] if ends else text
     assert StopStrings(("aba", "b")).feed("aba") == "a"  # in one piece as in three: "b" ends first
-    finder, said, rest = StopStrings(tuple(stops)), "", text
+    finder = StopStrings(tuple(stops))
+    said = ""
+    rest = text
     while rest:
         piece = rest[: data.draw(st.integers(1, len(rest)))]
-        said, rest = said + finder.feed(piece), rest[len(piece) :]
+        said = said + finder.feed(piece)
+        rest = rest[len(piece) :]
         assert expected.startswith(said)
-    assert said + finder.feed("", last=True) == expected and finder.hit == bool(ends)
+    assert said + finder.feed("", last=True) == expected
+    assert finder.hit == bool(ends)
 
 
 @given(

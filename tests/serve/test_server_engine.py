@@ -18,7 +18,7 @@ HI = [{"role": "user", "content": "hi"}]
 
 @pytest.fixture(scope="module")
 def served():
-    """(http, client, engine of its own with the same weights) of a server."""
+    """Yield (http, client, engine of its own with the same weights) of a server."""
     model = tiny_model(0, vocab_size=TOKENIZER.vocab_size)
     engine = Engine(model, TOKENIZER, max_batch=8)
     with running(engine, limit=engine.limit) as (http, client, _):
@@ -40,9 +40,8 @@ def test_the_tokens_are_the_engines(served):
     (choice,) = http.post("/v1/completions", json=body).json()["choices"]
     (alone,) = engine.generate([Request(prompt, 12, 1.0, 0.9, seed=7, top_logprobs=2)])
     assert choice["token_ids"] == alone.tokens and choice["finish_reason"] == alone.finish_reason
-    assert choice["logprobs"]["token_logprobs"] == pytest.approx(
-        alone.logprobs, abs=1e-5
-    )  # float32 through JSON
+    # float32 through JSON.
+    assert choice["logprobs"]["token_logprobs"] == pytest.approx(alone.logprobs, abs=1e-5)
     assert choice["text"] == TOKENIZER.decode(
         [t for t in alone.tokens if t not in TOKENIZER.stop_ids]
     )
@@ -70,7 +69,8 @@ def test_concurrent_requests_are_each_as_if_alone(served):
     several = client.completions.create(model="tiny", prompt="x", n=4, seed=3, max_tokens=8)
     again = client.completions.create(model="tiny", prompt="x", n=4, seed=3, max_tokens=8)
     texts = [choice.text for choice in several.choices]
-    assert len(set(texts)) > 1 and texts == [choice.text for choice in again.choices]
+    assert len(set(texts)) > 1
+    assert texts == [choice.text for choice in again.choices]
     assert several.usage.prompt_tokens == 1
 
 
@@ -81,9 +81,8 @@ def test_a_bounded_cache_bounds_the_answer():
         choice = http.post(
             "/v1/completions", json={"prompt": "0123456789", "max_tokens": 99, "seed": 5}
         ).json()
-        assert choice["usage"]["completion_tokens"] <= 22 and choice["choices"][0][
-            "finish_reason"
-        ] in (
+        assert choice["usage"]["completion_tokens"] <= 22
+        assert choice["choices"][0]["finish_reason"] in (
             "stop",
             "length",
         )

@@ -34,10 +34,11 @@ class Keys:
     """A user who types these lines; an exception among them is raised in place of a line. Then the input ends."""
 
     def __init__(self, *lines):
-        self.lines, self.prompts = list(lines), []
+        self.lines = list(lines)
+        self.prompts = []
 
     def __call__(self, prompt):
-        """The next line."""
+        """Return the next line."""
         self.prompts.append(prompt)
         if not self.lines:
             raise EOFError
@@ -48,11 +49,12 @@ class Keys:
 
 
 def talk(monkeypatch, lines, answers=(), **options):
-    """(what stood on the screen without colours, the scripted engine, the screen) of a chat.
+    """Return (what stood on the screen without colours, the scripted engine, the screen) of a chat.
 
     answers: what the model says, turn by turn: text, ids, or an exception that the engine raises.
     """
-    queue, screen = list(answers), Screen()
+    queue = list(answers)
+    screen = Screen()
 
     def script(prompt):
         answer = queue.pop(0)
@@ -70,12 +72,12 @@ def talk(monkeypatch, lines, answers=(), **options):
 
 
 def prompts(engine):
-    """What the model was asked, as text."""
+    """Return what the model was asked, as text."""
     return [TOKENIZER.decode(request.prompt) for call in engine.asked for request in call]
 
 
 def answer(text="fine", reasoning="so", calls=()):
-    """An assistant turn with thinking."""
+    """Return an assistant turn with thinking."""
     return said(TOKENIZER, assistant(text, reasoning, calls))
 
 
@@ -131,15 +133,14 @@ def test_the_thinking_switch(monkeypatch):
 
 def test_the_dialect_of_4_7(monkeypatch):
     """Its prompt opens the reasoning or closes it, and what comes after the opening is grey."""
-    lines, answers = ["1+1=", "/nothink", "1+1="], ["well</think>fine<|user|>", "2<|user|>"]
+    lines = ["1+1=", "/nothink", "1+1="]
+    answers = ["well</think>fine<|user|>", "2<|user|>"]
     _, engine, screen = talk(monkeypatch, lines, answers, dialect="glm-4.7")
     assert [p.rpartition("<|user|>")[2] for p in prompts(engine)] == [
         f"1+1=<|assistant|>{t}think>" for t in ("<", "</")
     ]
-    assert (
-        f"{terminal.GREY}w{terminal.PLAIN}" in screen.getvalue()
-        and "think>" not in screen.getvalue()
-    )
+    assert f"{terminal.GREY}w{terminal.PLAIN}" in screen.getvalue()
+    assert "think>" not in screen.getvalue()
 
 
 def test_the_conversation_is_remembered_until_new(monkeypatch):
@@ -147,7 +148,9 @@ def test_the_conversation_is_remembered_until_new(monkeypatch):
     lines = ["first", "second", "/new", "third"]
     _, engine, _ = talk(monkeypatch, lines, [answer("one", "idea"), answer("two"), answer("three")])
     asked = prompts(engine)
-    assert "first" in asked[1] and "one" in asked[1] and "idea" not in asked[1]
+    assert "first" in asked[1]
+    assert "one" in asked[1]
+    assert "idea" not in asked[1]
     assert asked[2] == "[gMASK]<sop><|user|>\nthird<|assistant|>"
 
 
@@ -164,7 +167,7 @@ def test_settings_reach_the_engine(monkeypatch):
 
 
 def shop_of(shown):
-    """The orders that /tools announced, {number: status}."""
+    """Return the orders that /tools announced, {number: status}."""
     listed = re.search(r"has the orders (.*)", shown)[1]
     return {int(number): status for number, status in re.findall(r"(\d+) (\w+)", listed)}
 
@@ -172,7 +175,8 @@ def shop_of(shown):
 def test_tools_are_offered_called_and_answered(monkeypatch):
     """With /tools the functions are in the prompt; a call runs on the shop that was announced, in training's format."""
     orders = shop_of(talk(monkeypatch, ["/tools"], seed=2)[0])
-    assert len(orders) == 6 and set(orders.values()) <= {"pending", "shipped", "delivered"}
+    assert len(orders) == 6
+    assert set(orders.values()) <= {"pending", "shipped", "delivered"}
     for number, status in orders.items():
         turns = [answer("", "a", [("get_order", {"order_id": number})]), answer("Good.")]
         shown, engine, _ = talk(monkeypatch, ["/tools", "where is it?"], turns, seed=2)
@@ -209,7 +213,9 @@ def test_tools_can_be_taken_away(monkeypatch):
     """A second /tools takes the functions from the prompt; a call that was not offered is a fault, and runs nothing."""
     call = answer("", "a", [("get_order", {"order_id": 1})])
     shown, engine, _ = talk(monkeypatch, ["/tools", "/tools", "hello"], [call])
-    assert "tools on" in shown and "tools off" in shown and "get_order" not in prompts(engine)[0]
+    assert "tools on" in shown
+    assert "tools off" in shown
+    assert "get_order" not in prompts(engine)[0]
     assert "[unknown_tool]" in shown and "->" not in shown
 
 
@@ -227,9 +233,10 @@ def test_tools_can_be_taken_away(monkeypatch):
 def test_malformed_turns_are_named_and_not_run(monkeypatch, turn, error):
     """What cannot be read is shown with the name of its fault; no function runs, and the chat goes on."""
     shown, engine, _ = talk(monkeypatch, ["/tools", "hello", "again"], [turn, answer("fine")])
-    assert (
-        f"[{error}]" in shown and "->" not in shown and "fine" in shown and len(engine.asked) == 2
-    )
+    assert f"[{error}]" in shown
+    assert "->" not in shown
+    assert "fine" in shown
+    assert len(engine.asked) == 2
 
 
 def test_calls_without_end_are_stopped(monkeypatch):
@@ -238,11 +245,9 @@ def test_calls_without_end_are_stopped(monkeypatch):
     shown, _, _ = talk(
         monkeypatch, ["/tools", "hello", "again"], [turn] * terminal.MAX_CALLS + [answer("fine")]
     )
-    assert (
-        shown.count("no such order") == terminal.MAX_CALLS
-        and "[stopped after" in shown
-        and "fine" in shown
-    )
+    assert shown.count("no such order") == terminal.MAX_CALLS
+    assert "[stopped after" in shown
+    assert "fine" in shown
 
 
 def test_errors_and_interrupts_do_not_end_the_chat(monkeypatch):
@@ -286,8 +291,6 @@ def test_a_conversation_that_outgrows_the_model_is_one_line():
     chosen = terminal.ChatSettings(max_new_tokens=4)
     terminal.chat(model, TOKENIZER, chosen, read=keys, out=screen)
     shown = screen.getvalue()
-    assert (
-        shown.count("tokens; this model takes") == 1
-        and "/new begins again" in shown
-        and keys.lines == []
-    )
+    assert shown.count("tokens; this model takes") == 1
+    assert "/new begins again" in shown
+    assert keys.lines == []

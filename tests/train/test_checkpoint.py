@@ -27,7 +27,9 @@ from minglm.train.checkpoint import CheckpointStore
 from minglm.train.checkpoint_files import weights_of
 from minglm.train.loop import LoopOptions, Trainer
 
-STEPS, ROWS, S = 6, 2, 8
+STEPS = 6
+ROWS = 2
+S = 8
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 UNREPEATABLE = ("tokens_per_second", "seconds")  # the clock
 
@@ -52,21 +54,22 @@ class Run:
         )
         # rates that change, so that a resumed run would show it if it had forgotten where it was
         object.__setattr__(self.phase, "learning_rate", lambda seen: 1e-2 / (1 + seen / 40))
-        self.stop_after, self.steps = stop_after, 0
+        self.stop_after = stop_after
+        self.steps = 0
 
     def next(self, rows):
-        """The stream's next batch; sends Ctrl-C during the step it was told to stop after."""
+        """Return the stream's next batch; send Ctrl-C during the step it was told to stop after."""
         self.steps += 1
         if self.steps == self.stop_after:
             signal.raise_signal(signal.SIGINT)
         return self.stream.next(rows)
 
     def state_dict(self):
-        """The stream's."""
+        """Return the stream's state."""
         return self.stream.state_dict()
 
     def load_state_dict(self, state):
-        """The stream's."""
+        """Restore the stream's state."""
         self.stream.load_state_dict(state)
 
     def go(self):
@@ -110,7 +113,8 @@ def straight(request, tmp_path_factory):
 def test_stopped_and_resumed_equals_straight(straight, tmp_path_factory, stops):
     """Ctrl-C after any steps, a new process each time: weights, optimizer, stream and log are those of one run."""
     packing, whole, run = straight
-    folder, left = tmp_path_factory.mktemp("stopped"), STEPS
+    folder = tmp_path_factory.mktemp("stopped")
+    left = STEPS
     for stop in stops:
         if stop > left:
             break
@@ -150,7 +154,8 @@ def train_on(folder):
 def test_twenty_kills_equal_straight(tmp_path):
     """Killed twenty times at random moments, also while saving: weights and log equal those of one straight run."""
     whole = Run(tmp_path / "whole", steps=60).go()
-    processes, draw = multiprocessing.get_context("forkserver"), random.Random(0)
+    processes = multiprocessing.get_context("forkserver")
+    draw = random.Random(0)
     processes.set_forkserver_preload(["torch", "minglm.train.loop", "test_checkpoint"])
     kills = 0
     while kills < 20:
@@ -198,7 +203,8 @@ def test_schedules_see_the_tokens_since_training_began(tmp_path):
     object.__setattr__(run.phase, "start", 1000)
     run.go()
     for number, record in enumerate(read_jsonl(tmp_path / "log.jsonl")):
-        assert record["step"] == number + 1 and record["tokens"] == 1000 + (number + 1) * ROWS * S
+        assert record["step"] == number + 1
+        assert record["tokens"] == 1000 + (number + 1) * ROWS * S
         assert record["learning_rate"] == run.phase.learning_rate(1000 + number * ROWS * S)
     assert number + 1 == STEPS
 

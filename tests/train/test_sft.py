@@ -27,7 +27,8 @@ calls = st.lists(
 @st.composite
 def conversations(draw):
     """Draw (messages, tools, thinking): perhaps a system message, one to three user turns, calls and their results."""
-    thinking, messages = draw(st.booleans()), []
+    thinking = draw(st.booleans())
+    messages = []
     if draw(st.booleans()):
         messages.append({"role": "system", "content": draw(words)})
     for _ in range(draw(st.integers(1, 3))):
@@ -58,7 +59,8 @@ def spoken(message, thinking):
 @given(conversations(), st.sampled_from([byte_tokenizer, word_tokenizer]))
 def test_targets_are_what_the_assistant_says_last(conversation, tokenizer):
     """One example per user turn; its targets spell the assistant's messages after that turn, and nothing before."""
-    tokenizer, (messages, tools, thinking) = tokenizer(), conversation
+    tokenizer = tokenizer()
+    messages, tools, thinking = conversation
     found = dialogues.examples(tokenizer, messages, tools, thinking)
     starts = [i for i, message in enumerate(messages) if message["role"] == "user"]
     assert len(found) == len(starts)
@@ -67,9 +69,8 @@ def test_targets_are_what_the_assistant_says_last(conversation, tokenizer):
         answers = [m for m in messages[start:end] if m["role"] == "assistant"]
         assert tokenizer.decode(tokens[mask]) == "".join(spoken(m, thinking) for m in answers)
         prompt = render(tokenizer, messages[: start + 1], tools, thinking, generation_prompt=True)
-        assert (
-            tokens[: len(prompt.ids)].tolist() == prompt.ids and not mask[: len(prompt.ids)].any()
-        )
+        assert tokens[: len(prompt.ids)].tolist() == prompt.ids
+        assert not mask[: len(prompt.ids)].any()
         assert tokenizer.decode(tokens) == render(tokenizer, messages[:end], tools, thinking).text
 
 
@@ -101,7 +102,9 @@ def test_a_question_without_an_answer_is_no_example(conversation):
     for longer in (asked, [*asked, {"role": "user", "content": "Hello?"}]):
         found = dialogues.examples(byte_tokenizer(), longer, tools, thinking)
         assert len(found) == len(expected)
-        assert all((a == c).all() and (b == d).all() for (a, b), (c, d) in zip(found, expected))
+        for example, wanted in zip(found, expected, strict=True):
+            assert (example.tokens_S == wanted.tokens_S).all()
+            assert (example.mask_S == wanted.mask_S).all()
     assert dialogues.examples(byte_tokenizer(), messages[:1], tools, thinking) == []
 
 
@@ -110,7 +113,8 @@ def test_thinking_off_trains_no_thought():
     messages = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
     ((tokens, mask),) = dialogues.examples(byte_tokenizer(), messages, thinking=False)
     think = [byte_tokenizer().special[tag] for tag in ("<think>", "</think>")]
-    assert set(think) <= set(tokens[~mask].tolist()) and not set(think) & set(tokens[mask].tolist())
+    assert set(think) <= set(tokens[~mask].tolist())
+    assert not set(think) & set(tokens[mask].tolist())
     assert byte_tokenizer().special["/nothink"] in tokens
 
 
@@ -134,7 +138,8 @@ def test_every_demonstration_can_be_learned(seed, thinking):
 def test_packed_rows_keep_the_targets(drawn, seed):
     """Best-fit rows of these examples: the targets of each document in a row are those of one example, and none is lost."""
     pairs = [pair for c in drawn for pair in dialogues.examples(byte_tokenizer(), *c)]
-    documents, masks = [t for t, _ in pairs], [m for _, m in pairs]
+    documents = [tokens for tokens, _ in pairs]
+    masks = [mask for _, mask in pairs]
     longest = max(map(len, documents))
     stream = Mixture(
         {"sft": documents}, {"sft": 1.0}, longest, "best_fit", seed, masks={"sft": masks}, pad=0
@@ -143,20 +148,18 @@ def test_packed_rows_keep_the_targets(drawn, seed):
     for _ in range(2 * len(documents)):
         batch = stream.next(1)
         for tokens_S, mask_S, ids_S in zip(batch.tokens_BS, batch.mask_BS, batch.documents_BS):
-            found += [tokens_S[(ids_S == i) & mask_S].tolist() for i in range(int(ids_S.max()) + 1)]
+            for document in range(int(ids_S.max()) + 1):
+                found.append(tokens_S[(ids_S == document) & mask_S].tolist())
     expected = [t[m].tolist() for t, m in pairs]
-    assert all(targets in expected for targets in found) and all(
-        targets in found for targets in expected
-    )
+    assert all(targets in expected for targets in found)
+    assert all(targets in found for targets in expected)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 40, 10_000])
 def test_the_phase_warms_up_and_falls_to_a_tenth(tokens):
     """The rate rises over the first 5%, then falls along a cosine to a tenth; the selection bias does not move."""
-    run, config = (
-        load_config("configs/nano.py"),
-        SFTConfig(batch_tokens=256, sequence_length=64, peak_lr=1e-3),
-    )
+    run = load_config("configs/nano.py")
+    config = SFTConfig(batch_tokens=256, sequence_length=64, peak_lr=1e-3)
     phase = sft.phase("agent.sft", config, run, tokens)
     assert (phase.name, phase.tokens, phase.start, phase.sequence_length) == (
         "agent.sft",
@@ -168,10 +171,11 @@ def test_the_phase_warms_up_and_falls_to_a_tenth(tokens):
     assert all(0 < rate <= 1e-3 for rate in rates)
     if tokens == 10_000:
         top = rates.index(max(rates))
-        assert top == 500 and rates[500] == 1e-3 and rates[-1] == pytest.approx(1e-4)
-        assert rates[:501] == sorted(rates[:501]) and rates[500:] == sorted(
-            rates[500:], reverse=True
-        )
+        assert top == 500
+        assert rates[500] == 1e-3
+        assert rates[-1] == pytest.approx(1e-4)
+        assert rates[:501] == sorted(rates[:501])
+        assert rates[500:] == sorted(rates[500:], reverse=True)
         assert rates[5250] == pytest.approx(5.5e-4)
     for seen in (0, tokens):
         assert (phase.batch_tokens(seen), phase.bias_rate(seen)) == (256, 0.0)
