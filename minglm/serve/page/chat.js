@@ -303,7 +303,7 @@ function tell(mine) {
     mine.closed = true;
     if (following) answer.thought.open = false;  // not under the eyes of a reader
   }
-  answer.label(state, true);
+  answer.label(isThinking ? "" : state, true);
   const spoken = state.split(" · ")[0];
   if (spoken !== mine.spoken) announce(spoken);
   mine.spoken = spoken;
