@@ -151,10 +151,16 @@ def driver(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(driver):
-    """The page of a server, to draw texts on."""
+def address():
+    """A server for texts that no model has written."""
     with running(Script(script)) as (http, _, _):
-        yield opened(driver, http)
+        yield http
+
+
+@pytest.fixture
+def page(driver, address):
+    """The page of that server, to draw texts on."""
+    return opened(driver, address)
 
 
 def harm(page, found):

@@ -80,7 +80,7 @@ function busy(on) {
 
 function keep() {
   const said = [...messages];
-  if (live && !live.reply.isEmpty) said.push({...live.reply.message(), about: {reason: "reloaded"}});
+  if (live && !live.reply.isEmpty) said.push({...live.reply.message(), about: {reason: "reloaded", thought: live.thought}});
   const record = {messages: said, draft: byId("say").value};
   for (const name of SETTINGS) record[name] = byId(name).value;
   for (const name of SWITCHES) record[name] = pressed(name);
@@ -231,6 +231,7 @@ async function reply(tools) {
   clearInterval(clock);
   clearTimeout(mine.timer);
   if (started !== messages) return;  // a new chat has begun
+  tell(mine);  // the last pieces may have come since
   live = null;
   busy(false);
   conclude(mine, failure);
@@ -329,7 +330,7 @@ function conclude(mine, failure) {
   const about = {reason: stopped ? "stopped" : failure ? "failed" : reason, formatError, thought, most: byId("most").value};
   if (failure && !stopped) about.fault = sentence(failure.message);
   if (usage) about.tokens = usage.completion_tokens;
-  if (usage && usage.completion_tokens > 1) about.rate = Math.round(usage.completion_tokens / time);
+  if (usage && usage.completion_tokens > 1 && time > 0) about.rate = Math.round(usage.completion_tokens / time);
   const message = {...mine.reply.message(), about};
   messages.push(message);
   drawAnswer(message, answer);

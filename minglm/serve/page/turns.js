@@ -121,10 +121,9 @@ export class Answer {
   }
 }
 
-/** How long a thought took, in milliseconds; null if that is not known. */
+/** How long a thought took, in milliseconds. */
 export function thoughtLabel(time, isUnfinished) {
-  if (isUnfinished) return time ? `Broke off thinking after ${seconds(time)}` : "Broke off thinking";
-  return time ? `Thought for ${seconds(time)}` : "Thought";
+  return isUnfinished ? `Broke off thinking after ${seconds(time)}` : `Thought for ${seconds(time)}`;
 }
 
 /** What went otherwise than it should, in plain words. */
