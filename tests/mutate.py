@@ -427,6 +427,8 @@ def work_on(module: str, tests: list[str], sample: Sample, folder: Path, until: 
 def write_table() -> None:
     """Write the table of all records, every equivalent change with its reason, and what is left."""
     rows = []
+    untried = []
+    possible = 0
     equivalents = []
     left = []
     totals = dict.fromkeys(Verdict, 0)
@@ -444,8 +446,11 @@ def write_table() -> None:
                 equivalents.append(f"{where}: {entry.why}")
             elif entry.verdict == Verdict.SURVIVED:
                 left.append(where)
-        rows.append(_row(module, len(found), counts))
-    possible = sum(int(row.split("|")[2]) for row in rows)
+        if entries:
+            rows.append(_row(module, len(found), counts))
+            possible += len(found)
+        else:
+            untried.append(module)
     text = [
         "# Which changes of the source its tests notice",
         "",
@@ -457,6 +462,8 @@ def write_table() -> None:
         "|---|---|---|---|---|---|---|",
         *rows,
         _row("all", possible, totals),
+        "",
+        f"Not tried: {', '.join(untried) or 'none'}.",
         "",
         "## Left",
         "",
