@@ -19,6 +19,7 @@ from minglm.rl.distill import (
 
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
 RESULT = {"role": "tool", "content": "1"}
+TWO_CALLS = {**CALL, "tool_calls": CALL["tool_calls"] * 2}
 REPLY = {"role": "assistant", "content": "done"}
 USER = {"role": "user", "content": "go"}
 
@@ -97,6 +98,16 @@ def test_commutation_test_would_find_a_filter_with_memory():
         ({"messages": (USER, CALL, RESULT, CALL)}, []),
         ({"messages": (USER, CALL, RESULT, REPLY), "status": "wrong"}, ["protocol"]),
         ({"status": "format"}, ["protocol"]),
+        ({"n_tokens": 5}, []),  # at each bound
+        ({"n_tokens": 4}, ["form"]),
+        ({"score": 0.5}, []),
+        ({"score": None, "n_tokens": 15}, []),
+        ({"score": None, "n_tokens": 14}, ["reward"]),
+        ({"messages": (USER, REPLY), "status": "wrong"}, []),  # no tools, no end to reach
+        ({"messages": (USER, TWO_CALLS, RESULT, RESULT, REPLY)}, []),
+        ({"messages": (USER, TWO_CALLS, RESULT, REPLY)}, ["protocol"]),
+        ({"messages": (USER, CALL, RESULT, RESULT, REPLY)}, ["protocol"]),
+        ({"messages": (USER, CALL, RESULT, CALL, RESULT, REPLY)}, []),
     ],
 )
 def test_each_fault_meets_its_filter(change, failed):
@@ -118,6 +129,18 @@ def test_length_rule_drops_exactly_its_share(drawn, percent):
     assert max((length[p] for p in prompts - staying), default=0) <= min(
         (length[p] for p in staying), default=50
     )
+
+
+def test_the_defaults():
+    """An answer of one token, entirely right, is kept; half of the prompts go, and of equally long ones the later."""
+    assert well_formed()(Sample("a", "yes", n_tokens=1))
+    assert not well_formed()(Sample("a", "yes", n_tokens=0))
+    assert correct()(Sample("a", "yes", score=1.0))
+    assert not correct()(Sample("a", "yes", score=0.99))
+    some = [Sample(name, "yes", n_tokens=7) for name in "abcd"]
+    assert drop_shortest(some) == some[:2]
+    assert drop_shortest(some, 0.0) == some
+    assert drop_shortest(some, 1.0) == []
 
 
 def test_share_outside_the_unit_interval_is_one_line():
