@@ -234,7 +234,7 @@ class Muon(torch.optim.Optimizer):
         turns: "Counter[dist.ProcessGroup]",
     ) -> None:
         """Update parameters whose matrices have one shape and are in one place. turns: see `bring_together`."""
-        gradients = [local(parameter.grad) for parameter in parameters]
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
         momenta = [local(self.state[parameter]["momentum"]) for parameter in parameters]
         # M <- mu M + (1 - mu) g
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])

@@ -90,7 +90,8 @@ class HeadExchange:
         sizes = [heads.shape[3] for heads in by_rank]
         arrived = self._exchange(torch.cat(by_rank, 3))
         whole = rearrange(arrived, "ranks b s n a -> b (ranks s) n a")
-        out = self.attend(*whole.split(sizes, 2), self._whole_rows(documents_BS))
+        q, k, v = whole.split(sizes, 2)
+        out = self.attend(q, k, v, self._whole_rows(documents_BS))
 
         # Heads for positions.
         arrived = self._exchange(

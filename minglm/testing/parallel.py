@@ -27,6 +27,7 @@ from minglm.model.glm import GLM
 from minglm.model.moe import Dispatcher
 from minglm.parallel import Replicas, Workers
 from minglm.parallel.gradients import global_norm
+from minglm.parallel.local import local
 from minglm.parallel.workers import gathered
 from minglm.testing.model import (
     drawn_documents,
@@ -149,9 +150,8 @@ def _check_example(make_optimizer: MakeOptimizer, layout: Layout, seed: int) -> 
         whole_optimizer.step()
         sharded_optimizer.step()
         for name, parameter in sharded.items():
-            assert isinstance(parameter, DTensor)
-            expected = layout.shard(whole[name].detach()).to_local()
-            error = (parameter.detach().to_local() - expected).abs()
+            expected = local(layout.shard(whole[name].detach()))
+            error = (local(parameter.detach()) - expected).abs()
             assert_on_all(
                 bool((error < CLOSE).all()),
                 f"{name} {shapes[name]} sharded as {layout.name}: step {step + 1} differs from that of one process",
@@ -220,7 +220,7 @@ def check_sequence_exchange(make_attend: MakeAttend, examples: int = 6) -> None:
         )
         documents_BS = drawn_documents(seed, B, S) if draw.random() < 0.7 else None
         wholes = [x.clone().requires_grad_() for x in (q, k, v)]
-        expected = torch_attention(*wholes, documents_BS)
+        expected = torch_attention(wholes[0], wholes[1], wholes[2], documents_BS)
         (expected * weight).sum().backward()
 
         def mine(x: Tensor, S: int = S) -> Tensor:
@@ -228,7 +228,7 @@ def check_sequence_exchange(make_attend: MakeAttend, examples: int = 6) -> None:
 
         parts = [mine(x).clone().requires_grad_() for x in (q, k, v)]
         part_documents_BS = None if documents_BS is None else mine(documents_BS)
-        out = attend(*parts, part_documents_BS)
+        out = attend(parts[0], parts[1], parts[2], part_documents_BS)
         (out * mine(weight)).sum().backward()
 
         case = f"{N} query heads, {M} key/value heads, {S} positions on {ranks} ranks"
