@@ -3,8 +3,14 @@
 import argparse
 import sys
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from minglm.cli.arguments import add_config, number, path, whole
+
+if TYPE_CHECKING:
+    from minglm.config import RunConfig
+    from minglm.launch.job import Job
+    from minglm.plan.gpus import GPU
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind.add_argument("--torchrun", action="store_true", help="a bash script that starts torchrun")
     kind.add_argument("--slurm", action="store_true", help="a batch script for sbatch")
     kind.add_argument("--kubernetes", action="store_true", help="a Service and a Job for kubectl")
+    kind.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything that needs no GPU, and rehearse a step of every rank in this process",
+    )
     parser.add_argument(
         "--gpus", type=whole(1, 10**6), default=0, help="number of GPUs (default: the config's)"
     )
@@ -42,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Write the script that starts CONFIG on a cluster: nodes, rendezvous, settings, resume. Starts nothing itself.
 
+    --dry-run builds the whole model on all ranks instead, without memory and without numbers, and tells what each holds.
+
     Refuses a plan that does not fit. The script says what to run first on a new cluster.
     """
     from minglm.common.files import atomic_path
@@ -56,6 +69,9 @@ def main(args: argparse.Namespace) -> None:
         gpu = replace(gpu, per_node=args.gpus_per_node)
     out = args.out or f"runs/{run.name}"
     job = make_job(run, args.config, args.overrides, out, gpu, args.gpus, args.until)
+    if args.dry_run:
+        _rehearse(run, gpu, job)
+        return
     if args.kubernetes:
         if not args.image or not args.claim:
             raise ValueError("--kubernetes needs --image and --claim; see --help")
@@ -70,3 +86,27 @@ def main(args: argparse.Namespace) -> None:
         print(args.script, file=sys.stderr)
     else:
         print(text, end="")
+
+
+def _rehearse(run: "RunConfig", gpu: "GPU", job: "Job") -> None:
+    """Check sources and files, and rehearse a step for each length of rows."""
+    from minglm.config.overrides import override
+    from minglm.launch.rehearsal import rehearse, render
+    from minglm.plan.gpus import USABLE
+    from minglm.plan.memory import GIB
+    from minglm.recipe import preflight
+
+    preflight.check_data(run)
+    usable = USABLE * gpu.memory_gib * GIB
+    seen: set[int] = set()
+    for stage, words in job.stages:
+        laid_out = override(run, words)
+        length = dict(run.stages.items())[stage].sequence_length
+        if length in seen:
+            continue
+        seen.add(length)
+        layout = laid_out.parallel.layout(job.gpus, run.model)
+        print(
+            f"{stage}, rows of {length:,} tokens, {job.gpus:,} ranks, {' '.join(words)}", flush=True
+        )
+        print(render(rehearse(laid_out, layout, stage), usable), flush=True)

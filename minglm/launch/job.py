@@ -32,6 +32,8 @@ class Job:
     """GPUs of a node, each with one rank."""
     commands: list[list[str]]
     """Words after `python -m minglm`, in order."""
+    stages: list[tuple[str, list[str]]]
+    """Each stage of pre- and mid-training that is run, with the words that ask for its layout."""
     check: list[str]
     """Words after `python -m minglm` that measure the links of every axis of the mesh."""
 
@@ -89,7 +91,10 @@ def make_job(
         shared = layout._replace(cp=_posttraining_cp(run, layout))
         commands.append([*start, *overrides, *words(shared).split()])
     check = ["bench", "collectives", config, *overrides, *words(layout).split()]
-    return Job(_safe(run.name), nodes, per_node, commands, check)
+    laid_out = [
+        (stage.name, words(layout._replace(cp=stage.cp), every=True).split()) for stage in wanted
+    ]
+    return Job(_safe(run.name), nodes, per_node, commands, laid_out, check)
 
 
 def _posttraining_cp(run: RunConfig, layout: Layout) -> int:

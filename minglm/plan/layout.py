@@ -47,12 +47,12 @@ class Share(NamedTuple):
     """Micro-batches of an optimizer step."""
 
 
-def words(layout: Layout) -> str:
-    """Return the words that ask for this layout on the command line."""
+def words(layout: Layout, every: bool = False) -> str:
+    """Return the words that ask for this layout on the command line. every: also sizes of one, the default."""
     chosen = []
     for name in ("pp", "dp_replicate", "fsdp", "ep", "cp"):
         size = getattr(layout, name)
-        if size > 1 or name == "fsdp":
+        if every or size > 1 or name == "fsdp":
             chosen.append(f"--parallel.{name} {size}")
     return " ".join(chosen)
 
@@ -113,7 +113,7 @@ def share(run: RunConfig, layout: Layout, sequence_length: int) -> Share:
 def check_layout(run: RunConfig, layout: Layout) -> None:
     """Refuse a layout that a stage's batches cannot fill. Raises ValueError, in one line, with what would be filled."""
     for name, stage in run.stages.items():
-        rows = run.optimizer.batch_tokens_start // stage.sequence_length
+        rows = max(1, run.optimizer.batch_tokens_start // stage.sequence_length)
         longer = layout._replace(cp=shared_by(run, layout, stage.sequence_length))
         if stage.tokens and rows < longer.data_groups:
             raise ValueError(

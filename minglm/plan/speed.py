@@ -1,6 +1,6 @@
 """Estimate the time of an optimizer step: products, collectives against the speed of links, what binds (paper 2.4).
 
-    seconds of a micro-batch = max(products + exchange + context, gather + reduce + replicas)
+    seconds of a micro-batch = max(products + exchange + context, gather + reduce + replicas, launches)
     seconds of a step        = (micro-batches + pp - 1) * that + optimizer
     bound on the MFU         = FLOPs of the model for the tokens of a step / (peak * seconds of the step)
 
@@ -35,6 +35,10 @@ from minglm.plan.memory import (
 
 EXPECTED = (0.6, 0.8)
 """Share of the bound that a run is expected to reach, lowest and highest."""
+LAUNCHES = 100
+"""Kernels of a layer, forward and backward."""
+LAUNCH_SECONDS = 4e-6
+"""Time in which the host starts a kernel: a model of narrow layers waits for it."""
 MOVED = 40
 """Bytes that the optimizer reads and writes for each parameter it holds: weight, gradient, moments, update."""
 
@@ -195,7 +199,8 @@ def step_time(
         spent[collective.name] = spent.get(collective.name, 0.0) + collective.seconds
     weights = sum(spent.get(name, 0.0) for name in ("gather", "reduce", "replicas"))
     exposed = spent.get("exchange", 0.0) + spent.get("context", 0.0)
-    microbatch = max(products + exposed, weights)
+    launches = _launch_seconds(run, layout, recompute)
+    microbatch = max(products + exposed, weights, launches)
     optimizer = optimizer_seconds(run, layout, gpu)
     bubble = (layout.pp - 1) * microbatch
     total = part.microbatches * microbatch + bubble + optimizer
@@ -213,15 +218,24 @@ def step_time(
         total=total,
         tokens=tokens,
         mfu_bound=flops / (layout.world * gpu.flops * total),
-        binds=_binds(products, spent, weights, exposed, optimizer / part.microbatches),
+        binds=_binds(products, spent, weights, launches, optimizer / part.microbatches),
     )
 
 
+def _launch_seconds(run: RunConfig, layout: Layout, recompute: bool) -> float:
+    """Estimate the seconds in which the host starts all kernels of a micro-batch."""
+    layers = (run.model.num_hidden_layers + run.model.num_nextn_predict_layers) / layout.pp
+    return (4 / 3 if recompute else 1) * layers * LAUNCHES * LAUNCH_SECONDS
+
+
 def _binds(
-    products: float, spent: dict[str, float], weights: float, exposed: float, optimizer: float
+    products: float, spent: dict[str, float], weights: float, launches: float, optimizer: float
 ) -> str:
     """Say what takes longest."""
-    if weights > products + exposed:
+    exposed = products + spent.get("exchange", 0.0) + spent.get("context", 0.0)
+    if launches > max(weights, exposed):
+        return "starting kernels"
+    if weights > exposed:
         return "gathering weights"
     parts = {
         "products": products,

@@ -69,7 +69,7 @@ def _stage_lines(plan: Mapping[str, Any]) -> list[str]:
     lines = [
         "expected, not measured (lowest to highest)",
         f"{'stage':<16}{'tokens':>7}{'length':>9}{'cp':>4}{'GiB':>7}{'FLOPs/token':>13}"
-        f"{'MFU':>12}{'tokens/s/GPU':>19}{'days':>17}",
+        f"{'MFU':>12}{'tokens/s/GPU':>24}{'days':>22}",
     ]
     for stage in plan["stages"]:
         low, high = stage["mfu"]
@@ -77,7 +77,7 @@ def _stage_lines(plan: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"{stage['name']:<16}{size(stage['tokens']):>7}{stage['sequence_length']:>9,}{stage['cp']:>4}"
             f"{stage['memory']['total'] / GIB:>7.1f}{size(stage['flops_per_token']):>13}{mfu:>12}"
-            f"{between(stage['tokens_per_second_per_gpu']):>19}{between(stage['days']):>17}"
+            f"{between(stage['tokens_per_second_per_gpu']):>24}{between(stage['days']):>22}"
         )
     if len({stage["cp"] for stage in plan["stages"]}) > 1:
         lines.append(

@@ -128,4 +128,8 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         for process in reversed(daemons):
             process.terminate()
         for process in daemons:
-            process.wait(20)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:  # it waits for the job, which may wait for its turn
+                process.kill()
+                process.wait()

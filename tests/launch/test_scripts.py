@@ -37,6 +37,7 @@ def jobs(draw):
         nodes=draw(st.integers(1, 64)),
         per_node=draw(st.integers(1, 8)),
         commands=draw(st.lists(command, min_size=1, max_size=3)),
+        stages=[],
         check=draw(command),
     )
 
