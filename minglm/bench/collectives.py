@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from minglm.config import Layout
 from minglm.parallel.mesh import build_meshes
@@ -47,10 +46,8 @@ def axes(layout: Layout, device_type: str) -> dict[str, dist.ProcessGroup]:
         "fsdp": meshes.dense["fsdp"],
         "efsdp": meshes.sparse["efsdp"],
         "ep": meshes.sparse["ep"],
+        "cp": meshes.rows["cp"],
     }
-    if layout.cp > 1:
-        shape = (layout.world // layout.cp, layout.cp)
-        found["cp"] = init_device_mesh(device_type, shape, mesh_dim_names=("groups", "cp"))["cp"]
     return {name: mesh.get_group() for name, mesh in found.items() if mesh.size() > 1}
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+from pathlib import Path
 
 from minglm.cli.arguments import add_config, path
 
@@ -11,6 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser, example="configs/air_106b.py")
     parser.add_argument("folder", type=path, help="folder with config.json and safetensors")
     parser.add_argument("--out", type=path, required=True, help="folder of the new run")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check model, files and tokenizer, write nothing"
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -25,6 +29,10 @@ def main(args: argparse.Namespace) -> None:
 
     config = load_config(args.config, args.overrides)
     check_out(args.out)
+    if args.dry_run:
+        stage = convert.check_import(config, Path(args.folder), Path(args.out)).stage
+        print(f"{args.folder} would be stage {stage} of {args.out}; nothing was written")
+        return
     world = start_world("cpu", config.parallel.timeout_seconds)
     stage = convert.import_checkpoint(config, args.folder, args.out)
     if world.is_writer:

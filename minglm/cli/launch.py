@@ -39,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--until", metavar="STAGE", help="stop after this stage of pre- or mid-training"
     )
     parser.add_argument(
+        "--stage",
+        metavar="STAGE",
+        help="--dry-run: rehearse this stage only (default: one for each length of rows)",
+    )
+    parser.add_argument(
         "--script", type=path, metavar="FILE", help="write the script here (default: print it)"
     )
     parser.add_argument(
@@ -70,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
     out = args.out or f"runs/{run.name}"
     job = make_job(run, args.config, args.overrides, out, gpu, args.gpus, args.until)
     if args.dry_run:
-        _rehearse(run, gpu, job)
+        _rehearse(run, gpu, job, args.stage)
         return
     if args.kubernetes:
         if not args.image or not args.claim:
@@ -88,8 +93,8 @@ def main(args: argparse.Namespace) -> None:
         print(text, end="")
 
 
-def _rehearse(run: "RunConfig", gpu: "GPU", job: "Job") -> None:
-    """Check sources and files, and rehearse a step for each length of rows."""
+def _rehearse(run: "RunConfig", gpu: "GPU", job: "Job", only: str | None) -> None:
+    """Check sources and files, and rehearse a step of one stage, or of the first with each length of rows."""
     from minglm.config.overrides import override
     from minglm.launch.rehearsal import rehearse, render
     from minglm.plan.gpus import USABLE
@@ -98,8 +103,13 @@ def _rehearse(run: "RunConfig", gpu: "GPU", job: "Job") -> None:
 
     preflight.check_data(run)
     usable = USABLE * gpu.memory_gib * GIB
+    names = [stage for stage, _ in job.stages]
+    if only is not None and only not in names:
+        raise ValueError(f"--stage {only}: no such stage; the stages are {', '.join(names)}")
     seen: set[int] = set()
     for stage, words in job.stages:
+        if only is not None and stage != only:
+            continue
         laid_out = override(run, words)
         length = dict(run.stages.items())[stage].sequence_length
         if length in seen:

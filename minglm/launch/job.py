@@ -12,7 +12,7 @@ A plan that does not fit is refused before a script is written.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minglm.config.parallel import Layout
 from minglm.config.run import RunConfig
@@ -70,12 +70,10 @@ def make_job(
     Raises ValueError, in one line, for a layout that is impossible or does not fit, and for an unknown stage.
     """
     gpus = gpus or gpus_of(run)
+    if until is not None:
+        run = stop_after(run, until)
     layout = choose_layout(run, gpu, gpus)
-    stages = plan_stages(run, layout, gpu)
-    names = [stage.name for stage in stages]
-    if until is not None and until not in names:
-        raise ValueError(f"--until {until}: no such stage; the stages are {', '.join(names)}")
-    wanted = stages if until is None else stages[: names.index(until) + 1]
+    wanted = plan_stages(run, layout, gpu)
     if not all(stage.fits for stage in wanted):
         raise ValueError(what_would_fit(run, gpu, gpus, wanted))
     nodes, per_node = check_nodes(gpus, gpu.per_node)
@@ -95,6 +93,19 @@ def make_job(
         (stage.name, words(layout._replace(cp=stage.cp), every=True).split()) for stage in wanted
     ]
     return Job(_safe(run.name), nodes, per_node, commands, laid_out, check)
+
+
+def stop_after(run: RunConfig, stage: str) -> RunConfig:
+    """Return a run whose later stages have no tokens. Raises ValueError for a stage that is not there."""
+    names = [name for name, there in run.stages.items() if there.tokens]
+    if stage not in names:
+        raise ValueError(f"--until {stage}: no such stage; the stages are {', '.join(names)}")
+    later = {
+        name: replace(there, tokens=0)
+        for name, there in run.stages.items()
+        if name not in names[: names.index(stage) + 1]
+    }
+    return replace(run, stages=replace(run.stages, **later))
 
 
 def _posttraining_cp(run: RunConfig, layout: Layout) -> int:

@@ -85,13 +85,13 @@ class AllToAllDispatcher:
 
     def plan(self, experts_TK: Tensor) -> Journey:
         """Sort the pairs of a batch by expert, and learn from the other ranks what they send here."""
-        if self.force_balanced:
-            return self._balanced(experts_TK)
         flat = experts_TK.flatten()
         pair_R = flat.argsort(stable=True)
         sent_E = torch.bincount(flat, minlength=self.experts)
         received_E = torch.empty_like(sent_E)
         dist.all_to_all_single(received_E, sent_E, group=self.group)
+        if self.force_balanced:
+            return self._balanced(len(flat), flat.device)
 
         # Row i: from rank i, to each expert of this rank.
         received = rearrange(received_E, "(ranks e) -> ranks e", ranks=self.ranks)
@@ -101,16 +101,16 @@ class AllToAllDispatcher:
         expert_R = numbers.repeat_interleave(received_E, output_size=sum(sizes[1]))
         return Journey(pair_R, sizes[0], sizes[1], expert_R)
 
-    def _balanced(self, experts_TK: Tensor) -> Journey:
+    def _balanced(self, pairs: int, device: torch.device) -> Journey:
         """Deal the pairs to the experts in turn. All ranks have batches of one size."""
-        pairs = experts_TK.numel()
         own = self.experts // self.ranks
-        assert pairs % self.experts == 0, "balanced routing needs a multiple of the experts"
-        each = pairs // self.experts
-        device = experts_TK.device
-        by_turn = rearrange(
-            torch.arange(pairs, device=device), "(turn e) -> (e turn)", e=self.experts
+        each, more = divmod(pairs, self.experts)
+        rows_of_expert = [each + (expert < more) for expert in range(self.experts)]
+        sent = [sum(rows_of_expert[rank * own : (rank + 1) * own]) for rank in range(self.ranks)]
+        first = dist.get_rank(self.group) * own
+        mine = rows_of_expert[first : first + own]
+        pair_R = (torch.arange(pairs, device=device) % self.experts).argsort(stable=True)
+        expert_R = torch.cat(
+            [torch.full((rows,), expert, device=device) for expert, rows in enumerate(mine)]
         )
-        per_rank = [own * each] * self.ranks
-        expert_R = torch.arange(own, device=device).repeat_interleave(each, output_size=own * each)
-        return Journey(by_turn, per_rank, per_rank, expert_R.repeat(self.ranks))
+        return Journey(pair_R, sent, [sum(mine)] * self.ranks, expert_R.repeat(self.ranks))

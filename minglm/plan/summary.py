@@ -10,7 +10,7 @@ Time is a range, from `minglm.plan.speed`: expected, by arithmetic, and not meas
 only; the cost of rollouts depends on how long the model chooses to think.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from minglm.config.parallel import Layout, ParallelConfig, divisors
@@ -164,19 +164,20 @@ def search(run: RunConfig, gpu: GPU, gpus: int) -> list[Candidate]:
         return []
     found = []
     for dp_replicate in divisors(gpus // pp):
-        fsdp = gpus // pp // dp_replicate
-        for ep in divisors(fsdp):
-            if run.model.n_routed_experts % ep == 0:
-                candidate = _candidate(run, Layout(pp, dp_replicate, fsdp, ep, 1), gpu)
-                if candidate is not None:
-                    found.append(candidate)
+        for ep in divisors(gpus // pp // dp_replicate):
+            asked = replace(run.parallel, dp_replicate=dp_replicate, fsdp=0, ep=ep, cp=1)
+            candidate = _candidate(run, asked, gpu, gpus)
+            if candidate is not None:
+                found.append(candidate)
     usable = USABLE * gpu.memory_gib * GIB
     return sorted(found, key=lambda candidate: (candidate.is_tight(usable), candidate.days))
 
 
-def _candidate(run: RunConfig, layout: Layout, gpu: GPU) -> Candidate | None:
-    """Return what a layout costs; None where a stage does not fit."""
+def _candidate(run: RunConfig, asked: ParallelConfig, gpu: GPU, gpus: int) -> Candidate | None:
+    """Return what a layout costs; None where it is impossible, or a stage does not fit."""
     try:
+        asked.check(run.model)
+        layout = asked.layout(gpus, run.model)
         check_layout(run, layout)
     except ValueError:
         return None

@@ -34,6 +34,7 @@ from minglm.model.hf.files import (
     DTYPES,
     INDEX,
     HFOrigin,
+    OpenedCheckpoint,
     ReleasedWeights,
     named_dtype,
     open_folder,
@@ -96,18 +97,8 @@ def import_checkpoint(run: RunConfig, folder: str | Path, out: str | Path) -> st
     """
     folder = Path(folder)
     out = Path(out)
-    refuse_used(out)
-    opened = open_folder(folder)
-    _check_model(run, folder, opened.config)
-    tokenizer = _tokenizer(run, folder)
-    pretraining = phases(run)
-    if not pretraining:
-        raise ValueError(
-            f"{run.name} has no stage before post-training; give --stages.long_agent.tokens 1"
-        )
-
+    opened, tokenizer, stage = check_import(run, folder, out)
     parts = import_parts(ReleasedWeights(opened, torch.float32), opened.config)
-    stage = pretraining[-1].name
     ranks = Ranks.of_the_world()
     with new_folder_of(ranks, out) as temporary:
 
@@ -125,6 +116,29 @@ def import_checkpoint(run: RunConfig, folder: str | Path, out: str | Path) -> st
         ranks.first(write_about)
         CheckpointStore(temporary).save_parts(stage, parts, {"tokens": 0})
     return stage
+
+
+class Importable(NamedTuple):
+    """A released checkpoint that a run can begin with."""
+
+    opened: OpenedCheckpoint
+    tokenizer: Tokenizer | None
+    stage: str
+    """The last stage of mid-training, whose result it becomes."""
+
+
+def check_import(run: RunConfig, folder: Path, out: Path) -> Importable:
+    """Check everything that `import_checkpoint` needs, without reading a weight. Raises ValueError as it does."""
+    refuse_used(out)
+    opened = open_folder(folder)
+    _check_model(run, folder, opened.config)
+    tokenizer = _tokenizer(run, folder)
+    pretraining = phases(run)
+    if not pretraining:
+        raise ValueError(
+            f"{run.name} has no stage before post-training; give --stages.long_agent.tokens 1"
+        )
+    return Importable(opened, tokenizer, pretraining[-1].name)
 
 
 def import_parts(

@@ -1,0 +1,140 @@
+"""The rehearsal against the truth: the same model, sharded over real ranks, with the same step."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.world import run_ranks
+
+from minglm.config import Layout, ModelConfig, OptimizerConfig, RunConfig, StageConfig, StagesConfig
+from minglm.launch.fake import Watch
+from minglm.launch.rehearsal import batch_of, numbers_on_ranks, rehearse, sharded
+from minglm.model.moe import MoE
+from minglm.optim.muon import Muon
+from minglm.parallel import parallelize
+from minglm.parallel.local import local
+from minglm.parallel.mesh import build_meshes
+from minglm.parallel.shard import materialize
+from minglm.parallel.world import World
+from minglm.train.guard import Guard, guarded_step
+from minglm.train.loop import accumulate
+from minglm.train.stages import phases
+
+LENGTH = 32
+
+
+def small_run(layers=2, dtype="float32", recompute=True, **changes):
+    """A run with sizes that ranks do not divide evenly: 3 query heads for a key head, 36 units, 44 ids."""
+    model = ModelConfig(
+        vocab_size=44,
+        hidden_size=24,
+        num_hidden_layers=layers,
+        first_k_dense_replace=1,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=40,
+        moe_intermediate_size=20,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+    )
+    stage = StageConfig("a test", 1000, LENGTH, {"prose": 1.0})
+    optimizer = OptimizerConfig(
+        batch_tokens_start=256, batch_tokens_end=256, microbatch_tokens=2 * LENGTH
+    )
+    return RunConfig(
+        "small",
+        model,
+        StagesConfig(*[stage] * 5),
+        optimizer=optimizer,
+        dtype=dtype,
+        recompute=recompute,
+        **changes,
+    )
+
+
+def truth(run, layout):
+    """What one real rank holds, and the collectives of a micro-batch and of the optimizer."""
+    phase = phases(run)[0]
+    world = World(torch.device("cpu"))
+    meshes = build_meshes(layout, "cpu")
+    model = sharded(run, layout)
+    for module in model.modules():
+        if isinstance(module, MoE) and hasattr(module.dispatcher, "force_balanced"):
+            module.dispatcher.force_balanced = False
+    materialize(model, torch.device("cpu"), 0)
+    optimizer = Muon(model, run.optimizer)
+    workers = parallelize(model, world=world, meshes=meshes)
+    batch = batch_of(run, layout, phase)
+    with Watch() as watch:
+        watch.begin()
+        accumulate(model, batch, phase, phase.mtp_weight(0), workers)
+        microbatch = dict(watch.counts)
+        watch.begin()
+        guarded_step(model, optimizer, 0.0, phase.optimizer.clip_norm, Guard())
+        update = dict(watch.counts)
+    parameters = [local(p) for p in model.parameters()]
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    return {
+        "rank": dist.get_rank(),
+        "numbers": sum(p.numel() for p in parameters),
+        "weights": sum(t.numel() * t.itemsize for t in [*parameters, *model.buffers()]),
+        "optimizer": sum(local(t).numel() * t.itemsize for t in states),
+        "microbatch": microbatch,
+        "update": update,
+    }
+
+
+LAYOUTS = [
+    Layout(1, 1, 2, 1, 1),
+    Layout(1, 1, 2, 2, 1),
+    Layout(1, 1, 4, 2, 2),
+    Layout(1, 2, 2, 2, 1),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout)))
+def test_bytes_and_collectives_are_those_of_real_ranks(layout):
+    """To the byte, and to the collective: what rank 0 holds, what the fullest and the emptiest do, what a step sends."""
+    run = small_run()
+    real = run_ranks(truth, layout.world, run, layout)
+    found = rehearse(run, layout, "general")
+    numbers = [rank["numbers"] for rank in real]
+    assert (found.largest, found.smallest) == (max(numbers), min(numbers))
+    assert found.held.weights == real[0]["weights"]
+    assert found.held.optimizer == real[0]["optimizer"]
+    for name, there in (("microbatch", found.step.microbatch), ("optimizer", found.step.optimizer)):
+        counted = {kind: count for kind, (count, _) in there.items()}
+        assert counted == real[0]["update" if name == "optimizer" else name], name
+
+
+def test_a_deep_model_is_linear_in_its_layers():
+    """Extrapolated from two depths, or tracked at its own: the same bytes and collectives, to a thousandth of the peak."""
+    import minglm.launch.rehearsal as rehearsal
+
+    layout = Layout(1, 1, 4, 2, 1)
+    run = small_run(layers=5, dtype="bfloat16")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rehearsal, "SHALLOW", (1, 2))
+        deep = rehearse(run, layout, "general")
+        assert deep.extrapolated
+        patch.setattr(rehearsal, "SHALLOW", (2, 20))
+        whole = rehearse(run, layout, "general")
+    assert not whole.extrapolated
+    assert deep.step.held == whole.step.held and deep.held == whole.held
+    assert deep.step.peak == pytest.approx(whole.step.peak, rel=1e-3)
+    assert deep.step.microbatch == whole.step.microbatch
+    assert {k: c for k, (c, _) in deep.step.optimizer.items()} == {
+        k: c for k, (c, _) in whole.step.optimizer.items()
+    }
+
+
+def test_numbers_of_a_tensor_that_is_no_dtensor():
+    """Every rank has all of them."""
+    assert numbers_on_ranks(torch.zeros(3, 4)) == (12, 12)
+
+
+def test_pipeline_stages_are_refused():
+    """In one line."""
+    with pytest.raises(ValueError, match="no pipeline stages"):
+        rehearse(small_run(), Layout(2, 1, 2, 1, 1), "general")
