@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from helpers.serving import Script, running
 
+from minglm.chat.parser import FormatError
 from minglm.envs import ENVIRONMENTS
 from minglm.serve.examples import GENERAL, MOST, TASKS, examples
 from minglm.serve.page_files import FOLDER, read_page_files
@@ -59,6 +60,14 @@ def test_no_script_or_style_stands_in_the_page():
     """A content security policy without 'unsafe-inline' lets the whole page work."""
     page = (FOLDER / "index.html").read_text(encoding="utf-8")
     assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", page)
+
+
+def test_every_fault_of_format_has_its_words():
+    """The page says each fault that the parser names in a sentence, and no other."""
+    script = read_page_files()["turns.js"].body.decode()
+    table = script.partition("FORMAT_FAULTS = {")[2].partition("};")[0]
+    said = dict(re.findall(r'^  (\w+): "([A-Z].+\.)",$', table, re.MULTILINE))
+    assert set(said) == set(FormatError) and len(set(said.values())) == len(said)
 
 
 def test_every_library_has_its_licence_and_is_named():

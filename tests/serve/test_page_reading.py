@@ -222,6 +222,14 @@ def test_an_answer_looks_the_same_however_it_came(page, data):
     assert differing == []
 
 
+def test_blocks_are_not_cut_by_lines(page):
+    """The broken twin: drawn line by line for good, a list with a blank line inside would be two."""
+    once, twice = page.run(
+        SHOW + "return [draw('- a\\n\\n- b'), draw('- a\\n\\n')].map(box => box.innerHTML);"
+    )
+    assert not once.startswith(twice)
+
+
 def test_markdown_is_drawn(page):
     """The elements of an answer: headings, lists, a table, code with colours, a link that opens elsewhere."""
     found = page.run(

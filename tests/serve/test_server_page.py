@@ -279,4 +279,6 @@ def test_a_reader_stays_where_they_are(driver):
             lambda: page.run("return document.documentElement.scrollHeight") > grown + 100
         )
         assert settled(lambda: page.run(end) < 40)
-        page.click("#fresh")
+        page.click("#send")
+        # The last lines of an answer, how it ended and what it took, are in sight too.
+        assert quiet(page) and page.shows(".note") and settled(lambda: page.run(end) < 40)

@@ -2,7 +2,7 @@
 
 const KEY = "minglm key";  // kept for this tab only
 
-/** A request that failed. kind: "unreachable", "key", "busy", "cut off" or "refused". */
+/** A request that failed. kind: "unreachable", "key", "cut off" or "refused". */
 export class Failure extends Error {
   constructor(message, kind) {
     super(message);
@@ -40,8 +40,7 @@ export async function request(path, options = {}) {
     throw new Failure("The server cannot be reached.", "unreachable");
   }
   if (response.ok) return response;
-  const kinds = {401: "key", 429: "busy"};
-  throw new Failure(await explanation(response), kinds[response.status] ?? "refused");
+  throw new Failure(await explanation(response), response.status === 401 ? "key" : "refused");
 }
 
 /** What a response that is no answer says: our error object, or the status if a proxy wrote something else. */

@@ -236,6 +236,7 @@ async function reply(tools) {
   busy(false);
   conclude(mine, failure);
   offer();
+  if (following) toEnd();
   keep();
   if (failure?.kind === "key") askForKey(hasKey());
   if (failure?.kind === "unreachable" || failure?.kind === "cut off") look();
@@ -262,7 +263,7 @@ async function read(mine, tools) {
     return null;
   } catch (error) {
     if (error.name === "AbortError" || error instanceof Failure) return error;
-    return new Failure(`The page failed: ${error.message}`, "page");
+    return new Failure(`The page failed: ${error.message}`, "refused");
   }
 }
 
@@ -350,11 +351,18 @@ const distance = () => document.documentElement.scrollHeight - innerHeight - scr
 
 function toEnd() {
   following = true;
+  byId("latest").hidden = true;
   scrollTo({top: document.documentElement.scrollHeight, behavior: "instant"});
 }
 
+let place = 0;  // where the page was
+
+/** See where the reader is. Only going up means to leave the end: the text may have grown since the page followed it. */
 function mark() {
-  following = distance() < NEAR;
+  const isNear = distance() < NEAR;
+  if (isNear) following = true;
+  else if (scrollY < place || !live) following = false;
+  place = scrollY;
   byId("latest").hidden = following;
 }
 
@@ -430,10 +438,7 @@ byId("form").onsubmit = event => {
   if (!ask(text)) byId("say").value = text;
   grow();
 };
-byId("say").oninput = () => {
-  grow();
-  keep();
-};
+byId("say").oninput = grow;
 byId("say").onkeydown = event => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
@@ -477,6 +482,7 @@ byId("latest").onclick = () => {
   byId("say").focus({preventScroll: true});
 };
 addEventListener("pagehide", keep);
+document.addEventListener("visibilitychange", keep);  // a telephone may end a hidden page without a word
 
 try {
   restore();

@@ -4,8 +4,8 @@ import {argumentsSoFar} from "./api.js";
 import {button, copyButton, make} from "./elements.js";
 import {Prose} from "./markdown.js";
 
-/** What happened to an answer, beside what it says. */
-export const FORMAT_FAULTS = {
+/** The parser's names of faults in the chat format, in plain words. */
+const FORMAT_FAULTS = {
   unclosed_think: "The thinking has no end.",
   call_in_think: "A tool call came in the middle of the thinking.",
   unclosed_tool_call: "The answer ended inside a tool call.",
@@ -130,8 +130,7 @@ export function thoughtLabel(time, isUnfinished) {
 function notes(about) {
   const found = [];
   if (about.formatError) {
-    const fault = FORMAT_FAULTS[about.formatError] ?? about.formatError.replaceAll("_", " ");
-    found.push({kind: "note", text: `The answer is not in the chat format. ${fault}`});
+    found.push({kind: "note", text: `The answer is not in the chat format. ${FORMAT_FAULTS[about.formatError]}`});
   }
   if (about.reason === "length") found.push({kind: "note", text: tooLong(about.most)});
   if (about.reason === "stopped") found.push({kind: "note", text: "You stopped the answer."});
@@ -155,7 +154,7 @@ function numbers(about) {
 }
 
 /** A tool call: its name, its arguments as they come, and its result. */
-export class Card {
+class Card {
   constructor(name) {
     this.box = make("div", "call");
     this.name = name;
