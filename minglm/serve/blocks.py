@@ -3,8 +3,8 @@
     {"reasoning_content"}, {"content"}, {"tool_calls"}  ->  begin, more, more, end; begin, more, end
 
 OpenAI's chat API sends deltas; Anthropic's Messages and OpenAI's Responses send blocks, each with a beginning and an end.
-What a stream has sent cannot be taken back, so a withdrawn block ends where it is; a response that is not streamed never
-holds it.
+What a stream has sent cannot be taken back, so a withdrawn block ends where it is, and its text follows in a block of
+text. It is not among the blocks of the answer; a response that is not streamed never holds it.
 """
 
 from collections.abc import Iterator
@@ -27,13 +27,17 @@ class BlockKind(StrEnum):
 
 @dataclass
 class Block:
-    """A part of an answer. number: its place, from 0. text: so far; of a call its arguments, as JSON."""
+    """A part of an answer. number: its place, from 0. text: so far; of a call its arguments, as JSON.
+
+    withdrawn: it does not count.
+    """
 
     kind: BlockKind
     number: int
     text: str = ""
     call_id: str = ""
     name: str = ""
+    withdrawn: bool = False
 
 
 class Happening(StrEnum):
@@ -57,8 +61,13 @@ class BlockReader:
     """Reads the deltas of one choice."""
 
     def __init__(self) -> None:
-        self.blocks: list[Block] = []
+        self._blocks: list[Block] = []
         self._open: Block | None = None
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Return the blocks of the answer so far."""
+        return [block for block in self._blocks if not block.withdrawn]
 
     def read(self, delta: Delta) -> Iterator[BlockEvent]:
         """Yield what a delta does."""
@@ -77,6 +86,7 @@ class BlockReader:
             if function.get("arguments"):
                 yield from self._more(function["arguments"])
         if "withdrawn" in delta:
+            self._withdraw(delta["withdrawn"])
             yield from self.end()
 
     def end(self) -> Iterator[BlockEvent]:
@@ -85,10 +95,21 @@ class BlockReader:
             yield BlockEvent(Happening.END, self._open)
             self._open = None
 
+    def _withdraw(self, field: str) -> None:
+        """Mark the blocks that no longer count: all of the reasoning, or the last call."""
+        if field == "reasoning_content":
+            kind = BlockKind.REASONING
+            withdrawn = [block for block in self._blocks if block.kind is kind]
+        else:
+            calls = [block for block in self.blocks if block.kind is BlockKind.CALL]
+            withdrawn = calls[-1:]
+        for block in withdrawn:
+            block.withdrawn = True
+
     def _begin(self, kind: BlockKind, call_id: str = "", name: str = "") -> Iterator[BlockEvent]:
         yield from self.end()
-        self._open = Block(kind, len(self.blocks), call_id=call_id, name=name)
-        self.blocks.append(self._open)
+        self._open = Block(kind, len(self._blocks), call_id=call_id, name=name)
+        self._blocks.append(self._open)
         yield BlockEvent(Happening.BEGIN, self._open)
 
     def _more(self, text: str) -> Iterator[BlockEvent]:

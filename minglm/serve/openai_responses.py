@@ -142,7 +142,8 @@ class ResponsesFormat:
 
     def _block_events(self, happening: Happening, block: Block, text: str) -> list[bytes]:
         """Return the events of what happens to a block."""
-        item = self._item(block, "in_progress" if happening is Happening.BEGIN else "completed")
+        status = "incomplete" if block.withdrawn else "completed"
+        item = self._item(block, "in_progress" if happening is Happening.BEGIN else status)
         at: JSONObject = {"item_id": item["id"], "output_index": block.number}
         if happening is Happening.BEGIN:
             empty = item | ({"content": []} if "content" in item else {})
@@ -165,7 +166,9 @@ class ResponsesFormat:
         more: JSONObject = {"logprobs": []} if block.kind is BlockKind.TEXT else {}
         if happening is Happening.MORE:
             return [self._event(f"{kind}.delta", **at, delta=text, **more)]
-        if block.kind is BlockKind.CALL:
+        if block.kind is BlockKind.CALL and block.withdrawn:
+            events = []  # a client that is told the arguments would run the call
+        elif block.kind is BlockKind.CALL:
             done = self._event(f"{kind}.done", **at, arguments=block.text, name=block.name)
             events = [done]
         else:
