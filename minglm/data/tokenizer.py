@@ -100,6 +100,10 @@ run of letters without a space, such as a genome, is one word."""
 PIECE_CHARACTERS = 250_000
 """A longer text is encoded in pieces, because the encoder takes about 150 bytes of memory for each byte."""
 
+BRIEF_CHARACTERS = 20_000
+"""A longer text is encoded as a batch, during which the library lets other Python threads run. It takes a few
+milliseconds to encode so many."""
+
 # Between these every tokenizer of this kind begins a new word: after a line break, and before a space between letters.
 PIECE_ENDS = re.compile(r"(?<=\n)(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])")
 
@@ -132,6 +136,7 @@ class Tokenizer:
     Attributes:
         special: {name: id} of the special tokens.
         vocab_size: number of ids.
+        longest_token: bytes of the longest one that a text can produce.
         end, pad: the id of `<|endoftext|>`.
         stop_ids: the ids that end an assistant turn. GLM has no end-of-turn token; the next role token ends it.
     """
@@ -169,6 +174,10 @@ class Tokenizer:
         for name, token in self.special.items():
             self._bytes_of_id[token] = name.encode()
         self._special_ids = frozenset(self.special.values())
+        ordinary = [
+            data for token, data in enumerate(self._bytes_of_id) if token not in self._special_ids
+        ]
+        self.longest_token: int = max(map(len, ordinary))
         try:
             self._backend = Backend.from_str(json.dumps(self._specification))
         except Exception as error:  # the library raises nothing more special
@@ -259,10 +268,9 @@ class Tokenizer:
 
         Half a surrogate pair, which Python strings may hold and UTF-8 may not, is read as U+FFFD.
         """
-        ids = []
-        for piece in _pieces(_valid_utf8(text)):
-            ids += self._backend.encode(piece, add_special_tokens=False).ids
-        return ids
+        if len(text) > BRIEF_CHARACTERS:
+            return self.encode_batch([text])[0]
+        return self._backend.encode(_valid_utf8(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, computed on all cores."""

@@ -22,11 +22,12 @@ import math
 import re
 import secrets
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from minglm.chat.schema import schema_mistake
-from minglm.chat.template import dialect_of, render
+from minglm.chat.template import dialect_of, render, segments
 from minglm.data.tokenizer import Tokenizer
 from minglm.inference.grammar import json_rule, quoted
 from minglm.inference.request import Request
@@ -79,6 +80,20 @@ class ServedModel:
     """Most choices of one request: n times prompts."""
     environments: tuple[str, ...] = ()
     """Those that the model was trained on; empty if not known."""
+
+    def check_length(self, texts: Iterable[str], field: str) -> None:
+        """Raise `APIError` for a prompt with so much text that it is too long, however few tokens the text has.
+
+        This is found without the tokenizer, which takes seconds for megabytes.
+        """
+        size = sum(len(text.encode("utf-8", "replace")) for text in texts)
+        longest = self.tokenizer.longest_token
+        if size > (self.max_model_len - 1) * longest:
+            message = (
+                f"the prompt has {size} bytes; this model takes at most {self.max_model_len - 1}"
+                f" tokens of at most {longest} bytes"
+            )
+            raise APIError(message, field, code="context_length_exceeded")
 
 
 @dataclass(frozen=True)
@@ -161,7 +176,9 @@ def chat_job(body: Any, served: ServedModel) -> Job:
     offered = _offered_tools(body)
     messages = _messages(body)
     thinking = switches.enabled and offered.forced is None
+    _check_choices(_integer(body, "n", 1, 1), 1, served)
     prompt = _chat_prompt(messages, offered, thinking, switches.clear, served)
+    _check_tokens(len(prompt.ids), "messages", served)
     logprobs = None
     if _typed(body, "logprobs", bool, False):
         logprobs = _integer(body, "top_logprobs", 0, 0, MAX_TOP_LOGPROBS)
@@ -196,7 +213,7 @@ def text_job(body: Any, served: ServedModel) -> Job:
     """Return the `Job` of a plain completion. Raises `APIError`."""
     common = _common_fields(body, served, TEXT)
     sampler = _sampler_settings(body, served.tokenizer)
-    prompts = _prompts(body, served.tokenizer)
+    prompts = _prompts(body, served)
     logprobs = None
     if body.get("logprobs") is not None:
         logprobs = _integer(body, "logprobs", 0, 0, MAX_TOP_LOGPROBS)
@@ -462,16 +479,6 @@ def _requests(
 ) -> list[Request]:
     """Return n engine requests for each prompt, with seeds that differ and that `seed` decides."""
     n = _integer(body, "n", 1, 1)
-    choices = n * len(prompts)
-    if choices > served.max_choices:
-        message = f"{choices} choices were asked for at once; at most {served.max_choices}"
-        raise APIError(message, "n" if n > 1 else "prompt")
-    for prompt in prompts:
-        if len(prompt) >= served.max_model_len:
-            most = served.max_model_len - 1
-            message = f"the prompt has {len(prompt)} tokens; this model takes at most {most}"
-            param = "messages" if "messages" in body else "prompt"
-            raise APIError(message, param, code="context_length_exceeded")
     seed = _integer(body, "seed", secrets.randbits(62), -(2**63), 2**63 - 1)
     requests: list[Request] = []
     for prompt in prompts:
@@ -493,16 +500,17 @@ def _chat_prompt(
     tools = offered.tools
     if served.bare_tools:
         tools = [tool["function"] for tool in tools]
+    template: dict[str, Any] = {
+        "tools": tools,
+        "thinking": thinking,
+        "generation_prompt": True,
+        "dialect": served.dialect,
+        "clear_thinking": clear_thinking,
+    }
     try:
-        ids = render(
-            served.tokenizer,
-            messages,
-            tools,
-            thinking,
-            generation_prompt=True,
-            dialect=served.dialect,
-            clear_thinking=clear_thinking,
-        ).ids
+        walk = segments(messages, **template)
+        served.check_length((part.text for part in walk if not part.special), "messages")
+        ids = render(served.tokenizer, messages, **template).ids
         name = offered.forced
         if name is None:
             return ChatPrompt(ids, "")
@@ -626,7 +634,7 @@ def _messages(body: JSONObject) -> list[JSONObject]:
     return checked
 
 
-def _prompts(body: JSONObject, tokenizer: Tokenizer) -> list[list[int]]:
+def _prompts(body: JSONObject, served: ServedModel) -> list[list[int]]:
     """Return `prompt` as lists of ids. It may be one text, one list of ids, or a list of either."""
     prompts = body.get("prompt")
     if isinstance(prompts, str) or (
@@ -635,16 +643,39 @@ def _prompts(body: JSONObject, tokenizer: Tokenizer) -> list[list[int]]:
         prompts = [prompts]
     if not isinstance(prompts, list) or not prompts:
         raise APIError("prompt must be text, token ids, or a list of these", "prompt")
+    _check_choices(_integer(body, "n", 1, 1), len(prompts), served)
     checked: list[list[int]] = []
     for prompt in prompts:
-        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        if not _are_ids(ids, tokenizer.vocab_size):
-            message = f"prompt must be text, or token ids from 0 to {tokenizer.vocab_size - 1}"
+        if isinstance(prompt, str):
+            served.check_length([prompt], "prompt")
+            prompt = served.tokenizer.encode(prompt)
+        if isinstance(prompt, list):
+            _check_tokens(len(prompt), "prompt", served)
+        if not _are_ids(prompt, served.tokenizer.vocab_size):
+            message = (
+                f"prompt must be text, or token ids from 0 to {served.tokenizer.vocab_size - 1}"
+            )
             raise APIError(message, "prompt")
-        if not ids:
+        if not prompt:
             raise APIError("prompt is empty", "prompt")
-        checked.append(ids)
+        checked.append(prompt)
     return checked
+
+
+def _check_choices(n: int, prompts: int, served: ServedModel) -> None:
+    """Refuse more choices than one request may have."""
+    choices = n * prompts
+    if choices > served.max_choices:
+        message = f"{choices} choices were asked for at once; at most {served.max_choices}"
+        raise APIError(message, "n" if n > 1 else "prompt")
+
+
+def _check_tokens(tokens: int, param: str, served: ServedModel) -> None:
+    """Refuse a prompt that leaves the model no room for an answer."""
+    if tokens >= served.max_model_len:
+        most = served.max_model_len - 1
+        message = f"the prompt has {tokens} tokens; this model takes at most {most}"
+        raise APIError(message, param, code="context_length_exceeded")
 
 
 def _are_ids(ids: Any, vocab_size: int) -> bool:
