@@ -1,9 +1,14 @@
 """The verb `serve`: answer over HTTP as OpenAI's API does (no section in the paper)."""
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 from minglm.cli.arguments import path, whole
+
+KEY_VARIABLE = "MINGLM_API_KEY"
+"""Holds the key that clients need."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +28,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: this machine only)"
+    )
+    parser.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that clients may call the server by, such as that of a proxy before it"
+        " (may be repeated; this machine's names are allowed, and the address of --host)",
+    )
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="a page's origin that may use the server from a browser, such as https://chat.example.com"
+        " (may be repeated; default: only the server's own chat page)",
+    )
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"refuse clients without this key (default: ${KEY_VARIABLE}, which does not show in"
+        " the list of processes; neither: everyone may ask)",
     )
     parser.add_argument("--port", type=whole(0, 65535), default=8000, help="0 takes a free one")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
@@ -56,9 +83,13 @@ def main(args: argparse.Namespace) -> None:
     from minglm.common.device import pick_device
     from minglm.inference import Engine
     from minglm.recipe.load import load_served
-    from minglm.serve import app
+    from minglm.serve.access import Access
+    from minglm.serve.app import create_app
+    from minglm.serve.listener import serve
     from minglm.serve.requests import ServedModel
 
+    key = os.environ.get(KEY_VARIABLE) if args.api_key is None else args.api_key
+    access = Access(args.host, args.allowed_host, args.allow_origin, key)
     if args.dialect is not None:
         dialect_of(args.dialect)
     loaded = load_served(args.model, args.stage)
@@ -95,5 +126,11 @@ def main(args: argparse.Namespace) -> None:
     def on_start(url: str) -> None:
         print(f"{about}\nchat page {url}\nAPI {url}/v1", flush=True)
 
-    server = app.create_app(engine, served, max_open_requests=args.max_batch + args.max_queue)
-    app.serve(server, args.host, args.port, on_start)
+    if access.beyond_this_machine and key is None:
+        print(
+            f"minglm serve: everyone who reaches {args.host} may use this server; set a key with"
+            f" {KEY_VARIABLE} or --api-key",
+            file=sys.stderr,
+        )
+    app = create_app(engine, served, access, max_open_requests=args.max_batch + args.max_queue)
+    serve(app, args.host, args.port, on_start)

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from minglm.serve.blocks import Block, BlockKind, BlockReader, Happening, blocks_of
-from minglm.serve.errors import APIError
+from minglm.serve.errors import APIError, anthropic_body
 from minglm.serve.fields import refuse_unknown
 from minglm.serve.formats import as_json, sse
 from minglm.serve.requests import ServedModel, chat_job
@@ -64,7 +64,7 @@ class MessagesFormat:
 
     def failure(self, error: APIError) -> bytes:
         """Return the error as an event."""
-        return sse(as_json(error_body(error)), "error")
+        return sse(as_json(anthropic_body(error)), "error")
 
     def _message(self, content: list[JSONObject], prompt_tokens: int) -> JSONObject:
         return {
@@ -77,14 +77,6 @@ class MessagesFormat:
             "stop_sequence": None,
             "usage": {"input_tokens": prompt_tokens, "output_tokens": 0},
         }
-
-
-def error_body(error: APIError) -> JSONObject:
-    """Return an error as Anthropic's clients know it."""
-    kinds = {404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
-    kind = kinds.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
-    message = error.body["error"]["message"]
-    return {"type": "error", "error": {"type": kind, "message": message}}
 
 
 def chat_body(body: Any, needs_limit: bool = True) -> JSONObject:
@@ -260,13 +252,17 @@ def _tools(tools: Any, choice: Any) -> JSONObject:
 
 
 def _end(answer: Answer) -> JSONObject:
-    """Return why a message ended."""
-    if answer.calls and answer.finish_reason is not ChoiceEnd.LENGTH:
-        return {"stop_reason": "tool_use", "stop_sequence": None}
-    if answer.stop_strings.hit:
-        return {"stop_reason": "stop_sequence", "stop_sequence": answer.stop_strings.found}
-    ended = answer.finish_reason is not ChoiceEnd.LENGTH
-    return {"stop_reason": "end_turn" if ended else "max_tokens", "stop_sequence": None}
+    """Return why a message ended, and the fault in its format if it has one, which is no field of the original."""
+    end: JSONObject = {"stop_reason": "end_turn", "stop_sequence": None}
+    if answer.finish_reason is ChoiceEnd.LENGTH:
+        end["stop_reason"] = "max_tokens"
+    elif answer.calls:
+        end["stop_reason"] = "tool_use"
+    elif answer.stop_strings.hit:
+        end |= {"stop_reason": "stop_sequence", "stop_sequence": answer.stop_strings.found}
+    if answer.format_error:
+        end["format_error"] = answer.format_error
+    return end
 
 
 def _block(block: Block) -> JSONObject:

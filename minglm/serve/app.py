@@ -10,10 +10,14 @@
 
 All requests share one engine, which answers them in one batch (`engine_thread.py`). When a client disconnects, its
 requests leave the engine. Errors are OpenAI's error objects, also for bodies that are not JSON or are too large, and for
-unknown paths; a failure in one response ends that response only.
+unknown paths; a failure in one response ends that response only. `access.py` says who may use the server, and
+`listener.py` how it begins and ends.
 
-Simplified: there are no API keys and no encryption. The server listens on this machine only unless told otherwise; put a
-proxy in front of it.
+A large body must not hold up small ones. Few are read at a time, the others stay with their clients; one at a time is
+parsed and tokenized, in a thread, and the tokenizer lets the other threads run.
+
+Simplified: there is no encryption. The server listens on this machine only unless told otherwise; put a proxy in front
+of it.
 """
 
 import asyncio
@@ -23,11 +27,12 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from minglm.serve.anthropic_messages import MessagesFormat, error_body
-from minglm.serve.engine_thread import EngineThread, SteppedEngine
+from minglm.serve.access import Access, Gate
+from minglm.serve.anthropic_messages import MessagesFormat
+from minglm.serve.engine_thread import EngineThread, SteppedEngine, Stopping
 from minglm.serve.errors import APIError, as_api_error
 from minglm.serve.examples import examples
-from minglm.serve.formats import APIFormat, OpenAIFormat, as_json
+from minglm.serve.formats import APIFormat, OpenAIFormat, as_json, error_response
 from minglm.serve.metrics import Metrics
 from minglm.serve.openai_responses import ResponsesFormat
 from minglm.serve.page_files import read_page_files
@@ -42,7 +47,13 @@ if TYPE_CHECKING:  # starlette is an optional package, imported where it is used
 
 BODY_SECONDS = 60  # a body must arrive within this time
 DRAIN_FACTOR = 8  # read a body up to this many times the limit before closing the connection
+LARGE_BODY = 64 << 10
+"""Bytes of a body from which it needs a place."""
+LARGE_PLACES = 4
+"""Large bodies that are in memory at once."""
 CLIENT_GONE = 499  # nginx's status for a client that disconnected
+CLOSE = {"connection": "close"}
+"""Sent with an error after which the client may still be sending."""
 
 T = TypeVar("T")
 JSONObject = dict[str, Any]
@@ -52,28 +63,31 @@ class ClientGone(Exception):
     """The client has closed the connection."""
 
 
-async def while_connected(receive: "Receive", work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of a coroutine. If the client disconnects first, cancel it and raise `ClientGone`."""
-
-    async def disconnected() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
+async def unless(ended: Awaitable[Any], work: Coroutine[Any, Any, T], error: Exception) -> T:
+    """Return the result of a coroutine. If `ended` comes first, cancel the coroutine and raise the error."""
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(disconnected())
+    ending = asyncio.ensure_future(ended)
     try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({working, ending}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ClientGone
+            raise error
         return working.result()
     finally:
         working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        ending.cancel()
+        await asyncio.gather(working, ending, return_exceptions=True)
 
 
-async def read_body(request: "Request", max_bytes: int, keep: bool = True) -> bytes:
-    """Return the bytes of a body, or nothing if `keep` is False.
+async def disconnected(receive: "Receive") -> None:
+    """Wait until the client closes the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def read_body(
+    request: "Request", max_bytes: int, take_place: Callable[[], Awaitable[object]]
+) -> bytes:
+    """Return the bytes of a body. take_place: awaited before more than `LARGE_BODY` bytes are kept.
 
     A body that is too large is read on for a while, so that the client receives the error.
     """
@@ -81,22 +95,30 @@ async def read_body(request: "Request", max_bytes: int, keep: bool = True) -> by
 
     chunks: list[bytes] = []
     size = 0
+    large = False
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(BODY_SECONDS) as limit:
             async for chunk in request.stream():
                 size += len(chunk)
-                if size <= max_bytes and keep:
+                if size > LARGE_BODY and not large:
+                    large = True
+                    limit.reschedule(None)  # it is not the client that takes its time
+                    await take_place()
+                    limit.reschedule(asyncio.get_running_loop().time() + BODY_SECONDS)
+                if size <= max_bytes:
                     chunks.append(chunk)
-                elif size > DRAIN_FACTOR * max_bytes:
+                    continue
+                chunks.clear()
+                if size > DRAIN_FACTOR * max_bytes:
                     break
     except ClientDisconnect:
         raise ClientGone from None
     except TimeoutError:
         message = f"the body did not arrive within {BODY_SECONDS} seconds"
-        raise APIError(message, status=408) from None
+        raise APIError(message, status=408, headers=CLOSE) from None
     if size > max_bytes:
         message = f"the body is larger than {max_bytes} bytes"
-        raise APIError(message, status=413, code="request_too_large")
+        raise APIError(message, status=413, code="request_too_large", headers=CLOSE)
     return b"".join(chunks)
 
 
@@ -127,7 +149,7 @@ class EventStreamResponse:
         """Send the response."""
         status = CLIENT_GONE
         try:
-            await while_connected(receive, self._send_events(send))
+            await unless(disconnected(receive), self._send_events(send), ClientGone())
             status = 200
         except (ClientGone, OSError):
             pass
@@ -163,16 +185,26 @@ class Service:
         self,
         engine: SteppedEngine,
         served: ServedModel,
+        access: Access,
         max_open_requests: int = 320,
         max_body_bytes: int = 8 << 20,
     ) -> None:
         self.served = served
+        self.access = access
         self.max_body_bytes = max_body_bytes
+        self.large_places = asyncio.Semaphore(LARGE_PLACES)
+        self.one_large = asyncio.Semaphore(1)
+        self.stopping = asyncio.Event()
         self.engine_thread = EngineThread(engine, max_open_requests)
         self.metrics = Metrics()
         self.started_at = int(time.time())
         self.arriving = 0  # requests whose body is being read or checked
         self.page_files = read_page_files()
+
+    def stop(self) -> None:
+        """End every open answer with an error, and accept no more."""
+        self.stopping.set()
+        self.engine_thread.end_requests()
 
     async def completion(self, request: "Request") -> "EventStreamResponse | JSONObject":
         """Answer a completion request, of a chat or of plain text."""
@@ -185,7 +217,7 @@ class Service:
             return EventStreamResponse(answer_format, stream, self.metrics)
         try:
             response = answer_format.whole(stream)
-            return await while_connected(request.receive, response)
+            return await unless(disconnected(request.receive), response, ClientGone())
         finally:
             stream.close()
 
@@ -196,19 +228,32 @@ class Service:
 
     async def accepted(self, request: "Request") -> APIFormat:
         """Read a request, and check it in the words of its API. Raises `APIError`."""
-        from starlette.concurrency import run_in_threadpool
-
+        check_type(request.headers.get("content-type", ""))
         thread = self.engine_thread
         room = thread.max_open_requests - thread.open_requests - self.arriving
+        if room <= 0:
+            raise thread.queue_full()
         self.arriving += 1
         try:
-            body = await read_body(request, self.max_body_bytes, keep=room > 0)
-            if room <= 0:
-                raise thread.queue_full()
-            # Tokenizing a long prompt takes a while: not in the event loop.
-            return await run_in_threadpool(self.accept, body, request.url.path)
+            return await unless(self.stopping.wait(), self._read(request), Stopping())
         finally:
             self.arriving -= 1
+
+    async def _read(self, request: "Request") -> APIFormat:
+        """Read a request, and tokenize its prompt in a thread."""
+        from anyio.to_thread import run_sync
+
+        async with contextlib.AsyncExitStack() as held:
+            body = await read_body(
+                request,
+                self.max_body_bytes,
+                lambda: held.enter_async_context(self.large_places),
+            )
+            path = request.url.path
+            if len(body) <= LARGE_BODY:
+                return await run_sync(self.accept, body, path)
+            async with self.one_large:
+                return await run_sync(self.accept, body, path)
 
     def accept(self, body: bytes, path: str) -> APIFormat:
         """Return a body in the words of its API, checked. Raises `APIError`."""
@@ -290,32 +335,29 @@ class Service:
         return examples(self.served.environments)
 
     def guarded(
-        self, handler: Callable[["Request"], Awaitable[Any]]
+        self, handler: Callable[["Request"], Awaitable[Any]], needs_key: bool
     ) -> Callable[["Request"], Awaitable[Any]]:
         """Wrap a handler: results become JSON, exceptions become error objects, and requests are counted."""
         from starlette.responses import Response
 
         async def handle(request: "Request") -> Any:
-            headers: dict[str, str] = {}
             status = 200
             try:
+                if needs_key:
+                    self.access.check_key(request.headers)
                 result = await handler(request)
             except ClientGone:
-                result = {}
+                result = Response()
                 status = CLIENT_GONE
             except Exception as exception:
                 error = as_api_error(exception)
-                result = error.body
-                if request.url.path.startswith("/v1/messages"):
-                    result = error_body(error)
+                result = error_response(error, request.url.path)
                 status = error.status
-                if status == 429:
-                    headers["retry-after"] = "1"
             if not isinstance(result, EventStreamResponse):  # it counts itself when it ends
                 self._count(request, status)
             if not isinstance(result, dict):
                 return result
-            return Response(as_json(result), status, headers, media_type="application/json")
+            return Response(as_json(result), media_type="application/json")
 
         return handle
 
@@ -324,22 +366,43 @@ class Service:
         endpoint = route.path if route is not None else request.url.path
         self.metrics.count("minglm_requests_total", endpoint=endpoint, status=status)
 
-    async def unknown(self, request: "Request", error: Any) -> "Response":
-        """Answer a path or a method that does not exist. error: starlette's `HTTPException`."""
-        from starlette.responses import JSONResponse
+    async def unknown(self, request: "Request", exception: Any) -> "Response":
+        """Answer a path or a method that does not exist. exception: starlette's `HTTPException`."""
+        status = exception.status_code
+        self.metrics.count("minglm_requests_total", endpoint="other", status=status)
+        message = f"{exception.detail}: {request.method} {request.url.path}"
+        error = APIError(message, status=status, headers=exception.headers)
+        return error_response(error, request.url.path)
 
-        self.metrics.count("minglm_requests_total", endpoint="other", status=error.status_code)
-        message = f"{error.detail}: {request.method} {request.url.path}"
-        return JSONResponse(APIError(message, status=error.status_code).body, error.status_code)
+
+def check_type(content_type: str) -> None:
+    """Raise `APIError` 415 for a body that is not announced as JSON.
+
+    Another page may send any text without asking, but a type that is JSON only after the server has allowed it.
+    """
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind != "application/json":
+        message = (
+            f"the content type is {kind!r:.80}; send the header Content-Type: application/json"
+        )
+        raise APIError(message, status=415, code="unsupported_media_type")
 
 
-def create_app(engine: SteppedEngine, served: ServedModel, **limits: int) -> "Starlette":
-    """Return the ASGI application around an engine. limits: of `Service`, which is `app.state.service`."""
+def create_app(
+    engine: SteppedEngine, served: ServedModel, access: Access | None = None, **limits: int
+) -> "Starlette":
+    """Return the ASGI application around an engine.
+
+    access: who may use it; None: this machine. limits: of `Service`, which is `app.state.service`.
+    """
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.cors import CORSMiddleware
     from starlette.routing import Route
 
-    service = Service(engine, served, **limits)
+    access = access or Access()
+    service = Service(engine, served, access, **limits)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -347,51 +410,41 @@ def create_app(engine: SteppedEngine, served: ServedModel, **limits: int) -> "St
         yield
         service.engine_thread.close()
 
-    table = (
-        ("POST", "/v1/chat/completions", service.completion),
-        ("POST", "/v1/completions", service.completion),
-        ("POST", "/v1/responses", service.completion),
-        ("POST", "/v1/messages", service.completion),
-        ("POST", "/v1/messages/count_tokens", service.count_tokens),
-        ("GET", "/v1/models", service.models),
-        ("GET", "/v1/models/{name:path}", service.model),
-        ("GET", "/health", service.health),
-        ("GET", "/metrics", service.prometheus),
-        ("GET", "/", service.page),
-        ("GET", "/page/examples.json", service.page_examples),
-        ("GET", "/page/{name:path}", service.page),
+    table = (  # method, path, what answers, whether that needs the key
+        ("POST", "/v1/chat/completions", service.completion, True),
+        ("POST", "/v1/completions", service.completion, True),
+        ("POST", "/v1/responses", service.completion, True),
+        ("POST", "/v1/messages", service.completion, True),
+        ("POST", "/v1/messages/count_tokens", service.count_tokens, True),
+        ("GET", "/v1/models", service.models, True),
+        ("GET", "/v1/models/{name:path}", service.model, True),
+        ("GET", "/metrics", service.prometheus, True),
+        ("GET", "/health", service.health, False),
+        ("GET", "/", service.page, False),
+        ("GET", "/page/examples.json", service.page_examples, False),
+        ("GET", "/page/{name:path}", service.page, False),
     )
     routes = [
-        Route(path, service.guarded(handler), methods=[method]) for method, path, handler in table
+        Route(path, service.guarded(handler, needs_key), methods=[method])
+        for method, path, handler, needs_key in table
     ]
+    middleware = [Middleware(Gate, access=access, metrics=service.metrics)]
+    if access.allowed_origins:
+        # The gate has let only these origins pass, and the server's own.
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=access.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            allow_private_network=True,
+            expose_headers=["retry-after"],
+        )
+        middleware.append(cors)
     app = Starlette(
-        routes=routes, exception_handlers={HTTPException: service.unknown}, lifespan=lifespan
+        routes=routes,
+        middleware=middleware,
+        exception_handlers={HTTPException: service.unknown},
+        lifespan=lifespan,
     )
     app.state.service = service
     return app
-
-
-def serve(
-    app: "Starlette",
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    ready: Callable[[str], None] | None = None,
-) -> None:
-    """Answer requests until Ctrl-C. ready(url) is called before the first. Raises ValueError for a port in use."""
-    import socket
-
-    import uvicorn
-
-    try:
-        listening = socket.create_server((host, port))
-    except (OSError, OverflowError) as error:
-        message = f"cannot listen on {host}:{port}: {error}; choose another --port or --host"
-        raise ValueError(message) from None
-    if ready is not None:
-        ready(f"http://{host}:{listening.getsockname()[1]}")
-    config = uvicorn.Config(
-        app, log_level="warning", timeout_graceful_shutdown=3, timeout_keep_alive=60
-    )
-    # Code that runs this in a thread stops it with app.state.server.should_exit = True.
-    app.state.server = uvicorn.Server(config)
-    app.state.server.run(sockets=[listening])

@@ -21,6 +21,7 @@ from typing import Protocol, Self
 from minglm.inference.request import Event, FinishReason, Request
 
 WAIT_SECONDS = 0.2  # how often an idle thread looks whether it should end
+JOIN_SECONDS = 3  # a forward pass that takes longer is left behind when the process ends
 
 
 class QueueFull(Exception):
@@ -29,6 +30,13 @@ class QueueFull(Exception):
 
 class EngineFailed(Exception):
     """A forward pass failed while the request was open."""
+
+
+class Stopping(Exception):
+    """The server is about to end."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping")
 
 
 class SteppedEngine(Protocol):
@@ -70,10 +78,16 @@ class EngineThread:
         """Start the thread."""
         self.thread.start()
 
+    def end_requests(self) -> None:
+        """End the open requests with an event for each, and accept no more."""
+        self.closing = True
+        for one in list(self.pending):
+            one.end()
+
     def close(self) -> None:
         """Stop after the current forward pass."""
         self.closing = True
-        self.thread.join(timeout=10)
+        self.thread.join(timeout=JOIN_SECONDS)
 
     @property
     def alive(self) -> bool:
@@ -97,8 +111,10 @@ class EngineThread:
         """Queue requests; on_event(index, event) is called in the engine's thread.
 
         Only the event loop's thread may call this, so that counting and queueing are one step. Raises `QueueFull`, or
-        ValueError for a request that the engine cannot answer; then none of the requests is queued.
+        ValueError for a request that the engine cannot answer, or `Stopping`; then none of the requests is queued.
         """
+        if self.closing:
+            raise Stopping
         if self.open_requests + len(requests) > self.max_open_requests:
             raise self.queue_full()
         pending = [PendingRequest(self, index, on_event) for index in range(len(requests))]
@@ -143,6 +159,13 @@ class PendingRequest:
             self.owner.pending.discard(self)
         self.listener(self.index, event)
 
+    def end(self) -> None:
+        """Tell the listener that the request is cancelled, and take it out of the engine."""
+        self.listener(
+            self.index, Event(self.number or 0, None, finish_reason=FinishReason.CANCELLED)
+        )
+        self.cancel()
+
     def cancel(self) -> None:
         """Take the request out of the engine; do nothing if it has ended."""
         self.owner.pending.discard(self)
@@ -176,7 +199,9 @@ class TokenStream:
             index, event = await self.queue.get()
             if index not in self.unfinished:
                 continue  # sampled before the engine saw the cancellation
-            if event.finish_reason in (FinishReason.ERROR, FinishReason.CANCELLED):
+            if event.finish_reason is FinishReason.CANCELLED:
+                raise Stopping
+            if event.finish_reason is FinishReason.ERROR:
                 reason = f": {event.error}" if event.error else ""
                 raise EngineFailed(f"the engine failed while it was answering{reason}")
             if event.finish_reason is not None:

@@ -8,12 +8,15 @@
 
 import json
 from collections.abc import AsyncIterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from minglm.serve.errors import APIError
+from minglm.serve.errors import APIError, anthropic_body
 from minglm.serve.requests import Job, ServedModel, chat_job, text_job
 from minglm.serve.responses import response_chunks, whole_response
 from minglm.serve.stream import AnswerStream
+
+if TYPE_CHECKING:  # starlette is an optional package, imported where it is used
+    from starlette.responses import Response
 
 JSONObject = dict[str, Any]
 
@@ -39,6 +42,14 @@ class APIFormat(Protocol):
 def as_json(value: Any) -> bytes:
     """Return a JSON text. Raises ValueError for NaN and infinity, which JSON does not have."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
+
+
+def error_response(error: APIError, path: str) -> "Response":
+    """Return an error as the clients of this path know it."""
+    from starlette.responses import Response
+
+    body = anthropic_body(error) if path.startswith("/v1/messages") else error.body
+    return Response(as_json(body), error.status, error.headers, media_type="application/json")
 
 
 def sse(data: bytes, name: str = "") -> bytes:

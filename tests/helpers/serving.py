@@ -7,10 +7,10 @@ import time
 
 import httpx
 from helpers.scripted import byte_tokenizer, spelled
-from openai import OpenAI
 
 from minglm.inference.request import Event, FinishReason
-from minglm.serve.app import create_app, serve
+from minglm.serve.app import create_app
+from minglm.serve.listener import serve
 from minglm.serve.requests import ServedModel
 
 TOKENIZER = byte_tokenizer()
@@ -79,14 +79,16 @@ class Script:
 
 
 @contextlib.contextmanager
-def running(engine, tokenizer=TOKENIZER, limit=4096, **options):
-    """Yield (url, OpenAI client, the app's service) of a server in a thread of its own."""
+def running(engine, tokenizer=TOKENIZER, limit=4096, access=None, **options):
+    """Yield (http client, OpenAI client, the app's service) of a server in a thread of its own."""
+    from openai import OpenAI  # takes a second to import, which a process that only serves saves
+
     limits = {
         name: options.pop(name)
         for name in ("max_open_requests", "max_body_bytes")
         if name in options
     }
-    app = create_app(engine, ServedModel(tokenizer, "tiny", limit, **options), **limits)
+    app = create_app(engine, ServedModel(tokenizer, "tiny", limit, **options), access, **limits)
     found = []
     ready = threading.Event()
 
@@ -103,7 +105,12 @@ def running(engine, tokenizer=TOKENIZER, limit=4096, **options):
                 if client.get("/health").status_code == 200:
                     break
             time.sleep(0.02)
-        openai = OpenAI(base_url=found[0] + "/v1", api_key="none", max_retries=0, timeout=60)
+        openai = OpenAI(
+            base_url=found[0] + "/v1",
+            api_key=(access and access.key) or "none",
+            max_retries=0,
+            timeout=60,
+        )
         try:
             yield client, openai, app.state.service
         finally:

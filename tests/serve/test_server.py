@@ -24,6 +24,7 @@ from minglm.testing.chat import TOOLS, assistant_messages
 
 README = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
 HI = [{"role": "user", "content": "hi"}]
+AS_JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +270,7 @@ def test_what_is_no_request(shop):
         b'{"messages": ' + b"[" * 5000 + b"]" * 5000,
     ]
     for body in bodies:
-        answer = http.post("/v1/chat/completions", content=body)
+        answer = http.post("/v1/chat/completions", content=body, headers=AS_JSON)
         assert answer.status_code == 400, body[:20]
         assert answer.json()["error"]["type"] == "invalid_request_error", body[:20]
     assert http.get("/nothing").json()["error"]["message"] == "Not Found: GET /nothing"

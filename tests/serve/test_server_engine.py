@@ -10,7 +10,7 @@ from helpers.serving import TOKENIZER, running
 from minglm.__main__ import main
 from minglm.inference import Engine, Request
 from minglm.recipe.load import load_served
-from minglm.serve.app import serve
+from minglm.serve.listener import serve
 from minglm.testing.model import tiny_model
 
 HI = [{"role": "user", "content": "hi"}]
