@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import threading
 import time
+from functools import lru_cache
 
 import httpx
 from helpers.scripted import byte_tokenizer, spelled
@@ -14,6 +15,12 @@ from minglm.serve.listener import serve
 from minglm.serve.requests import ServedModel
 
 TOKENIZER = byte_tokenizer()
+
+
+@lru_cache(maxsize=64)
+def _ids(answer):
+    """The ids of an answer, which is asked for at every step."""
+    return spelled(TOKENIZER, answer)
 
 
 class Script:
@@ -66,7 +73,7 @@ class Script:
                 for failed, (_, listener, _) in lost.items():  # as the engine does
                     listener(Event(failed, None, finish_reason=FinishReason.ERROR))
                 raise answer
-            ids = spelled(TOKENIZER, answer)
+            ids = _ids(answer)
             token = ids[len(said)]
             said.append(token)
             stopped = token in TOKENIZER.stop_ids
