@@ -85,6 +85,11 @@ class ParallelConfig:
                 f"parallel.ep = {self.ep}: must divide model.n_routed_experts = {model.n_routed_experts}; "
                 f"use {best}"
             )
+        if self.pp > model.num_hidden_layers:
+            raise ValueError(
+                f"parallel.pp = {self.pp}: each stage needs a layer of model.num_hidden_layers = "
+                f"{model.num_hidden_layers}; use {model.num_hidden_layers}"
+            )
         if not can_share(model, self.cp):
             possible = [n for n in range(1, 2 * self.cp) if can_share(model, n)]
             raise ValueError(

@@ -196,6 +196,10 @@ class GLM(nn.Module):
         """Return the routers in layer order, the MTP layer's last: the order of `Output.routing` of a pass with `mtp`."""
         return [module.gate for module in self.modules() if isinstance(module, MoE)]
 
+    def router_numbers(self) -> list[int]:
+        """Return the numbers of `routers` among those of the whole model; a stage of a pipeline has some of them."""
+        return list(range(len(self.routers())))
+
 
 class Part(NamedTuple):
     """The part of a tensor that this process holds."""

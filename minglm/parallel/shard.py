@@ -36,6 +36,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from minglm.config import ParallelConfig
 from minglm.kernels.experts import grouped_experts
+from minglm.model.decoder import DecoderLayer
+from minglm.model.embedding import Embedding, LMHead
 from minglm.model.glm import GLM, Part, initialize
 from minglm.model.moe import MoE
 from minglm.parallel.dispatcher import AllToAllDispatcher
@@ -62,7 +64,8 @@ def shard(model: GLM, meshes: Meshes, config: ParallelConfig) -> None:
     dense = meshes.dense[(*replicas, "fsdp")]
     sparse = meshes.sparse[(*replicas, "efsdp")]
 
-    for layer in model.model.layers:
+    layers = [layer for layer in model.model.layers if isinstance(layer, DecoderLayer)]
+    for layer in layers:
         if isinstance(layer.mlp, MoE):
             divide_experts(layer.mlp, meshes)
             fully_shard(
@@ -77,9 +80,12 @@ def shard(model: GLM, meshes: Meshes, config: ParallelConfig) -> None:
             if policy.param_dtype is not None:
                 fully_shard(layer.mlp.gate, mesh=dense, reshard_after_forward=reshard)
         fully_shard(layer, mesh=dense, mp_policy=policy, reshard_after_forward=reshard)
+    embedding, head = model.model.embed_tokens, model.lm_head
     if not model.config.tie_word_embeddings:  # tied, both belong to the whole model's own unit
-        fully_shard(model.model.embed_tokens, mesh=dense, mp_policy=policy)
-        fully_shard(model.lm_head, mesh=dense, mp_policy=policy, reshard_after_forward=False)
+        if isinstance(embedding, Embedding):
+            fully_shard(embedding, mesh=dense, mp_policy=policy)
+        if isinstance(head, LMHead):
+            fully_shard(head, mesh=dense, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=dense, mp_policy=policy)
 
     for module in model.modules():
@@ -87,12 +93,12 @@ def shard(model: GLM, meshes: Meshes, config: ParallelConfig) -> None:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     for method in ("cross_entropy", "token_log_probabilities"):
-        register_fsdp_forward_method(model.lm_head, method)
+        register_fsdp_forward_method(head, method)
     register_fsdp_forward_method(model, "hidden")
     if meshes.layout.cp > 1:
         share_sequences(model, meshes.rows["cp"].get_group())
     if meshes.layout.ep > 1:
-        prefetch(list(model.model.layers))
+        prefetch(layers)
 
 
 def divide_experts(moe: MoE, meshes: Meshes) -> None:

@@ -84,10 +84,13 @@ class ShardedWorker:
         self, work: Callable[[Any, Share | None], Result], shares: Sequence[Share]
     ) -> list[Result]:
         """Call work(model, this rank's share). The backward passes add up the gradients of all ranks."""
+        return [work(self.model, self.own_share(shares))]
+
+    def own_share(self, shares: Sequence[Share]) -> Share | None:
+        """Return the share of this rank's data group; None where there are fewer shares than groups."""
         assert len(shares) <= len(self), "more shares than ranks"
         number = self.meshes.data_group
-        share = shares[number] if number < len(shares) else None
-        return [work(self.model, share)]
+        return shares[number] if number < len(shares) else None
 
     def cut(self, microbatch: Batch) -> Batch:
         """Return this rank's positions of each row; all of them with cp = 1."""
@@ -115,8 +118,19 @@ class ShardedWorker:
         return self.world.agree(number)
 
     def weights(self) -> dict[str, Tensor]:
-        """Gather the whole model on every rank."""
+        """Gather the whole model on every rank; of a stage of a pipeline, its part."""
         return {name: gathered(tensor) for name, tensor in self.model.state_dict().items()}
+
+    def gather_into(self, whole: nn.Module) -> None:
+        """Give a model that is not sharded the weights of all ranks, tensor by tensor."""
+        own = self.model.state_dict()
+        stages = self.meshes.dense["pp"]
+        for name, tensor in whole.state_dict().items():
+            if name in own:
+                tensor.copy_(gathered(own[name]))
+            if stages.size() > 1:  # the stage that has it sends it to the others
+                owner = self.world.agree(stages.get_local_rank() if name in own else -1)
+                dist.broadcast(tensor, group_src=owner, group=stages.get_group())
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from minglm.inference.client import EngineGenerator
 from minglm.model.glm import GLM
 from minglm.parallel import Workers, parallelize
 from minglm.parallel.mesh import Meshes
+from minglm.parallel.pipeline import GLMStage
 from minglm.parallel.shard import materialize, shard
-from minglm.parallel.workers import gathered
+from minglm.parallel.workers import ShardedWorker
 from minglm.parallel.world import World
 from minglm.train.checkpoint import CheckpointStore
 from minglm.train.checkpoint_files import weights_of
@@ -56,7 +57,7 @@ class RunContext:
             path = self.checkpoints.stage(stage).final
             raise ValueError(f"the stage before has not been run: there is no {path}")
         with torch.device("meta"):
-            model = GLM(self.run.model)
+            model = self._new_model()
         model.recompute = self.run.recompute
         if self.run.compile:
             model.compile_layers()
@@ -68,13 +69,21 @@ class RunContext:
             self.checkpoints.restore(stage, weights_of(model))
         return model
 
+    def _new_model(self) -> GLM:
+        """Return the model, or this rank's stage of it."""
+        if self.meshes is None or self.meshes.layout.pp == 1:
+            return GLM(self.run.model)
+        stages = self.meshes.dense["pp"]
+        return GLMStage(self.run.model, stages.get_local_rank(), stages.size())
+
     def workers(self, model: GLM) -> Workers:
         """Return the threads or ranks that share the batches of a model of `load_model`."""
         return parallelize(model, self.threads, self.world, self.meshes)
 
     def whole(self, model: GLM) -> GLM:
         """Return a model of `load_model` to generate with: itself, or where it is sharded, a gathered copy."""
-        if self.meshes is None:
+        workers = self.workers(model)
+        if not isinstance(workers, ShardedWorker):
             return model
         with torch.device("meta"):
             copy = GLM(self.run.model)
@@ -82,9 +91,7 @@ class RunContext:
         copy.tie_weights()
         copy.dtype = model.dtype
         copy.rope_theta = model.rope_theta
-        values = copy.state_dict()
-        for name, tensor in model.state_dict().items():  # one at a time: there is little room
-            values[name].copy_(gathered(tensor))
+        workers.gather_into(copy)
         return copy
 
     def rollout_generator(self, model: GLM) -> EngineGenerator:

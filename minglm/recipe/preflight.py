@@ -172,17 +172,22 @@ def check_tracker(run: RunConfig) -> None:
 
 def check_layout(run: RunConfig, stages: Sequence[Stage], ranks: int) -> None:
     """Refuse a layout that does not fit the number of ranks or these stages, or that a run cannot have."""
-    cp = run.parallel.layout(ranks, run.model).cp
-    for stage in stages:
-        if cp > 1 and stage.kind == StageKind.RL:
-            raise ValueError(
-                f"parallel.cp = {cp}: {stage.name} is reinforcement learning, whose rows are not shared; "
-                f"stop before it with --until, and continue with --parallel.cp 1"
-            )
-    if run.parallel.pp > 1:
+    layout = run.parallel.layout(ranks, run.model)
+    for name in ("cp", "pp"):
+        size = getattr(layout, name)
+        for stage in stages:
+            if size > 1 and stage.kind == StageKind.RL:
+                raise ValueError(
+                    f"parallel.{name} = {size}: {stage.name} is reinforcement learning, which has no such layout; "
+                    f"stop before it with --until, and continue with --parallel.{name} 1"
+                )
+    if layout.pp > 1 and layout.cp > 1:
         raise ValueError(
-            f"parallel.pp = {run.parallel.pp}: a run has no pipeline stages (`plan` estimates them); "
-            "use 1, and shard over fsdp"
+            f"parallel.pp = {layout.pp}: a pipeline's rows are not cut, and parallel.cp = {layout.cp}; use one of both"
+        )
+    if layout.pp > 1 and run.model.tie_word_embeddings:
+        raise ValueError(
+            f"parallel.pp = {layout.pp}: model.tie_word_embeddings ties the first stage to the last; use 1"
         )
     if run.parallel.dispatcher == TokenExchange.DEEPEP:
         raise ValueError(

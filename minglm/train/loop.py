@@ -27,10 +27,13 @@ from minglm.data.packing import Batch
 from minglm.model.balance import update_expert_bias
 from minglm.model.glm import GLM
 from minglm.parallel import Replicas, Workers
+from minglm.parallel.pipeline import GLMStage
+from minglm.parallel.workers import ShardedWorker
 from minglm.report.records import RollbackRecord, StepMetrics, StepRecord
 from minglm.train.checkpoint import StageCheckpoints
 from minglm.train.guard import Guard, guarded_step
-from minglm.train.loss import LossTerms, LossWeights, count_targets, training_loss
+from minglm.train.loss import LossWeights, count_targets, training_loss
+from minglm.train.pipeline import accumulate_stage
 from minglm.train.state import Stateful, TrainingState
 
 
@@ -104,18 +107,21 @@ def accumulate_batch(
 ) -> BatchTerms:
     """Add the gradients of one batch to the model, `microbatch_rows` rows at a time on each worker."""
     counts = count_targets(model, batch, weights)
-    share_rows = math.ceil(len(batch.tokens_BS) / len(workers))
-    passes = math.ceil(share_rows / microbatch_rows)  # of the largest share
-
-    def loss_of(model: GLM, microbatch: Batch) -> LossTerms:
-        part = workers.cut(microbatch).to(model.device)
-        return training_loss(model, part, counts, weights)
+    shares = batch.split(math.ceil(len(batch.tokens_BS) / len(workers)))
+    passes = math.ceil(len(shares[0].tokens_BS) / microbatch_rows)  # of the largest share
+    if isinstance(model, GLMStage):
+        assert isinstance(workers, ShardedWorker)
+        nothing = batch.map(lambda tensor: tensor[:0])
+        share = workers.own_share(shares) or nothing
+        terms = accumulate_stage(model, share, counts, weights, microbatch_rows, passes, workers)
+        return total_of_all(BatchTerms(*terms), workers)
 
     def work(model: GLM, share: Batch | None) -> BatchTerms:
         microbatches = [] if share is None else share.split(microbatch_rows)
         total = BatchTerms(0.0, 0.0, 0.0, None)
         for microbatch in microbatches:
-            terms = loss_of(model, microbatch)
+            part = workers.cut(microbatch).to(model.device)
+            terms = training_loss(model, part, counts, weights)
             terms.loss.backward()
             added = BatchTerms(
                 loss=terms.cross_entropy.item(),
@@ -126,30 +132,31 @@ def accumulate_batch(
             total = add_terms(total, added)
         if workers.in_step:
             # A worker with fewer rows makes the passes that the others wait for, and learns nothing from them.
+            row = workers.cut(batch.split(1)[0]).to(model.device)
             for _ in range(passes - len(microbatches)):
-                terms = loss_of(model, batch.split(1)[0])
-                (0.0 * terms.loss).backward()
+                (0.0 * training_loss(model, row, counts, weights).loss).backward()
         return total
 
     total = BatchTerms(0.0, 0.0, 0.0, None)
-    for terms in workers.run(work, batch.split(share_rows)):
+    for terms in workers.run(work, shares):
         total = add_terms(total, terms)
-    return total_of_all(total, model, bool(weights.mtp), workers)
+    if total.tokens_per_expert_LE is None:  # this process had no row
+        routers = len(model.routers())
+        if model.mtp is not None and not weights.mtp:
+            routers -= 1
+        load_LE = torch.zeros(routers, model.config.n_routed_experts)
+        total = total._replace(tokens_per_expert_LE=load_LE)
+    return total_of_all(total, workers)
 
 
-def total_of_all(terms: BatchTerms, model: GLM, with_mtp: bool, workers: Workers) -> BatchTerms:
+def total_of_all(terms: BatchTerms, workers: Workers) -> BatchTerms:
     """Add up the terms of all processes, in one sum."""
-    routers = len(model.routers())
-    if model.mtp is not None and not with_mtp:
-        routers -= 1
-    experts = model.config.n_routed_experts
     load_LE = terms.tokens_per_expert_LE
-    if load_LE is None:  # this process had no row
-        load_LE = torch.zeros(routers, experts)
+    assert load_LE is not None
     values = torch.tensor([terms.loss, terms.mtp_loss, terms.balance_loss], dtype=torch.float64)
     total = workers.sum(torch.cat([values, load_LE.flatten().cpu().double()]))
     loss, mtp_loss, balance_loss = total[:3].tolist()
-    total_LE = total[3:].reshape(routers, experts).float() if routers else None
+    total_LE = total[3:].reshape(load_LE.shape).float() if len(load_LE) else None
     return BatchTerms(loss, mtp_loss, balance_loss, total_LE)
 
 
@@ -203,7 +210,10 @@ def step(
     if load_LE is None:
         return metrics
     if result.left_out is None:
-        for router, load_E in zip(model.routers(), load_LE, strict=False):
+        for number, router in zip(model.router_numbers(), model.routers(), strict=True):
+            if number >= len(load_LE):  # the MTP layer's, which is not trained
+                break
+            load_E = load_LE[number]
             bias_E = router.e_score_correction_bias
             update_expert_bias(bias_E, load_E.to(bias_E.device), bias_rate)
     expert_ranks = workers.expert_ranks if workers is not None else 1
