@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 PRELOADED = ["torch.distributed.fsdp", "minglm.testing.parallel"]
-SECONDS = 120
+SECONDS = 240
 """Most time of a world. Other programs may hold the cores."""
 
 
