@@ -299,7 +299,7 @@ def check_token_exchange(make_dispatcher: MakeDispatcher, examples: int = 12) ->
             assert_on_all(close, f"the gradient of {name} differs: {case}")
 
 
-def check_layout(share_model: ShareModel, examples: int = 2, close: float = 2e-6) -> None:
+def check_layout(share_model: ShareModel, examples: int = 2, close: float = 4e-6) -> None:
     """Hold a model that ranks share to what one process computes: loss, loads, norm and the gradient of each parameter.
 
     share_model: shards the model that it gets, in place, and returns the workers that share its batches
@@ -307,7 +307,8 @@ def check_layout(share_model: ShareModel, examples: int = 2, close: float = 2e-6
     cut into micro-batches, packed or not; models with tied embeddings, with recomputation, with and without the MTP loss.
     close: bound on the norm of a difference over the norm of the gradient, or over a hundredth of that of all gradients
     where this is larger: terms that nearly cancel leave their rounding behind. In one process another order of the same
-    float32 sums changes the worst of these gradients by about 1e-6; a wrong scale changes each of them by its size.
+    float32 sums changes the worst of these gradients by 1.2e-6, and ranks have several; a wrong scale changes each of
+    them by its size.
     """
     ranks = dist.get_world_size()
     for seed in range(examples):

@@ -224,10 +224,13 @@ def in_bfloat16(layouts):
 
 
 def test_bfloat16_is_summed_in_float32():
-    """Products are bfloat16, sums over ranks and gradients float32. One process has norms in float32: hence 3%."""
+    """Products are bfloat16, sums over ranks and gradients float32.
+
+    One process has the weights of the norms in float32, and bfloat16 tells 0.4% apart: hence 6%. A wrong scale is 50%.
+    """
     for found in run_ranks(in_bfloat16, 2, [Layout(1, 1, 2, 1, 1), Layout(1, 1, 2, 2, 1)]):
         for difference, dtypes in found:
-            assert difference < 0.03 and dtypes == {"torch.float32"}, (difference, dtypes)
+            assert difference < 0.06 and dtypes == {"torch.float32"}, (difference, dtypes)
 
 
 def balanced_rows():
