@@ -28,14 +28,13 @@ def main(args: argparse.Namespace) -> None:
     """
     from minglm.common.files import check_out
     from minglm.config import ParallelConfig
-    from minglm.parallel.world import start_world
+    from minglm.parallel.world import started_world
     from minglm.recipe import convert
 
     check_out(args.folder, "FOLDER")
-    world = start_world("cpu", ParallelConfig().timeout_seconds)
-    written = convert.export_checkpoint(
-        args.run, args.folder, args.stage, args.dtype, args.shard_gigabytes
-    )
-    if world.is_writer:
-        print(f"{args.folder} holds {args.run}, stage {written.stage}, in {written.dtype}")
-    world.close()
+    with started_world("cpu", ParallelConfig().timeout_seconds) as world:
+        written = convert.export_checkpoint(
+            args.run, args.folder, args.stage, args.dtype, args.shard_gigabytes
+        )
+        if world.is_writer:
+            print(f"{args.folder} holds {args.run}, stage {written.stage}, in {written.dtype}")

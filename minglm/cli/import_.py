@@ -24,7 +24,7 @@ def main(args: argparse.Namespace) -> None:
     """
     from minglm.common.files import check_out
     from minglm.config import load_config
-    from minglm.parallel.world import start_world
+    from minglm.parallel.world import started_world
     from minglm.recipe import convert
 
     config = load_config(args.config, args.overrides)
@@ -33,9 +33,9 @@ def main(args: argparse.Namespace) -> None:
         stage = convert.check_import(config, Path(args.folder), Path(args.out)).stage
         print(f"{args.folder} would be stage {stage} of {args.out}; nothing was written")
         return
-    world = start_world("cpu", config.parallel.timeout_seconds)
-    stage = convert.import_checkpoint(config, args.folder, args.out)
-    if world.is_writer:
-        words = ["python", "-m", "minglm", "run", args.config, "--out", args.out, *args.overrides]
-        print(f"{args.folder} is stage {stage} of {args.out}; continue with: {shlex.join(words)}")
-    world.close()
+    with started_world("cpu", config.parallel.timeout_seconds) as world:
+        stage = convert.import_checkpoint(config, args.folder, args.out)
+        if world.is_writer:
+            words = ["python", "-m", "minglm", "run", args.config, "--out", args.out]
+            then = shlex.join([*words, *args.overrides])
+            print(f"{args.folder} is stage {stage} of {args.out}; continue with: {then}")

@@ -36,6 +36,7 @@ def main(args: argparse.Namespace) -> int:
     from minglm.common.signals import Stopped
     from minglm.config import load_config
     from minglm.config.run import to_dict
+    from minglm.parallel.faults import check_same_code
     from minglm.parallel.world import started_world
     from minglm.plan.counts import count_parameters
     from minglm.recipe import preflight
@@ -55,6 +56,7 @@ def main(args: argparse.Namespace) -> int:
     preflight.check_order(stages, CheckpointStore(out), args.only, args.until)
     disk = preflight.disk_need(config, stages, out)
     with started_world(config.device, config.parallel.timeout_seconds) as world:
+        check_same_code(config, world.ranks)
         wanted = preflight.wanted_stages(stages, args.only, args.until)
         planned = [stage for stage in stages if stage.name in wanted]
         preflight.check_layout(config, planned, world.size)

@@ -75,7 +75,7 @@ class ParallelConfig:
     dispatcher: TokenExchange = TokenExchange.ALL_TO_ALL
     """How tokens travel to their experts: all_to_all, or deepep, which needs its package."""
     timeout_seconds: float = option(600.0, positive=True, maximum=10**7)
-    """Seconds after which a rank that waits for another gives up."""
+    """Most seconds of a step on several ranks: one that takes longer ends the run, and says where each rank is."""
 
     def check(self, model: ModelConfig) -> None:
         """Raise ValueError, in one line, for sizes that no number of ranks makes possible."""

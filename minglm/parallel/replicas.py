@@ -11,9 +11,11 @@ once a step: 1.6 times as fast, and never much slower than one. PyTorch releases
 Between processes `minglm.parallel.workers` does the same with collectives.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import torch
@@ -83,6 +85,13 @@ class Replicas:
     def agree(self, number: int) -> int:
         """Return the number as it is."""
         return number
+
+    def watched(self, step: str) -> AbstractContextManager[None]:
+        """Watch nothing: threads that fail end the process."""
+        return contextlib.nullcontext()
+
+    def slowest(self) -> None:
+        """Name no thread: all run on the same cores."""
 
     def weights(self) -> dict[str, Tensor]:
         """Return the state dict of the model."""

@@ -8,6 +8,7 @@ the ranks over which the weights are sharded.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from minglm.data.packing import Batch
+from minglm.parallel.faults import SlowRank, slowest_rank
 from minglm.parallel.mesh import Meshes
 from minglm.parallel.sequence import cut
 from minglm.parallel.world import World
@@ -59,6 +61,14 @@ class Workers(Protocol):
 
     def agree(self, number: int) -> int:
         """Return the largest `number` of all processes, such as a signal that only one of them got."""
+        ...
+
+    def watched(self, step: str) -> AbstractContextManager[None]:
+        """Watch a step, by its name: where others would wait for this process for too long, it ends and says so."""
+        ...
+
+    def slowest(self) -> SlowRank | None:
+        """Return the process that is much slower than the others, if there is one."""
         ...
 
     def weights(self) -> dict[str, Tensor]:
@@ -116,6 +126,14 @@ class ShardedWorker:
     def agree(self, number: int) -> int:
         """Return the largest `number` of all ranks."""
         return self.world.agree(number)
+
+    def watched(self, step: str) -> AbstractContextManager[None]:
+        """Watch a step, by its name, on this rank."""
+        return self.world.watchdog.during(step)
+
+    def slowest(self) -> SlowRank | None:
+        """Return the rank that is much slower than the others, if there is one."""
+        return slowest_rank(self.world.device, self.world.ranks)
 
     def weights(self) -> dict[str, Tensor]:
         """Gather the whole model on every rank; of a stage of a pipeline, its part."""

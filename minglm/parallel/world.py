@@ -21,16 +21,21 @@ import torch.distributed as dist
 from minglm.common import mistakes
 from minglm.common.device import pick_device
 from minglm.common.ranks import Ranks
+from minglm.parallel.faults import Watchdog
 
 
 class World:
-    """The ranks of this run, seen from one of them: those of the process group, or one process alone without it."""
+    """The ranks of this run, seen from one of them: those of the process group, or one process alone without it.
 
-    def __init__(self, device: torch.device) -> None:
+    timeout_seconds: most time of a step, and of an agreement; 0: any time.
+    """
+
+    def __init__(self, device: torch.device, timeout_seconds: float = 0.0) -> None:
         self.device = device
         self.ranks = Ranks.of_the_world()
         self.rank = self.ranks.rank
         self.size = self.ranks.size
+        self.watchdog = Watchdog(timeout_seconds if self.size > 1 else 0.0, self.rank)
 
     @property
     def is_writer(self) -> bool:
@@ -47,7 +52,8 @@ class World:
         if self.ranks.group is None:
             return number
         largest = torch.tensor(number)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.ranks.group)
+        with self.watchdog.during("an agreement of all ranks"):
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.ranks.group)
         return int(largest)
 
     def close(self) -> None:
@@ -60,7 +66,8 @@ def start_world(device_name: str, timeout_seconds: float) -> World:
     """Join the ranks that torchrun's environment names; without it, return a world of one.
 
     device_name: as in a config; "auto" and "cuda" are the GPU of the rank's number on this machine. timeout_seconds: a
-    collective that takes longer fails. Raises ValueError, in one line, where there are fewer GPUs than ranks, or no NCCL.
+    step that takes longer ends this process, which then says where it was; so does a collective that takes twice as long,
+    anywhere. Raises ValueError, in one line, where there are fewer GPUs than ranks, or no NCCL.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World(pick_device(device_name))
@@ -76,10 +83,10 @@ def start_world(device_name: str, timeout_seconds: float) -> World:
         store=store,
         rank=rank,
         world_size=size,
-        timeout=datetime.timedelta(seconds=timeout_seconds),
+        timeout=datetime.timedelta(seconds=2 * timeout_seconds),  # the watchdog has more to say
         device_id=device if device.type == "cuda" else None,
     )
-    return World(device)
+    return World(device, timeout_seconds)
 
 
 @contextlib.contextmanager

@@ -230,6 +230,21 @@ class RollbackRecord(StageRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SlowRankRecord(StageRecord):
+    """A rank that is much slower than the others, which wait for it in every step."""
+
+    kind: ClassVar[str] = "slow_rank"
+    step: int
+    """The step after which all ranks timed the same matrix product."""
+    rank: int
+    """The slowest rank."""
+    host: str
+    """Its machine."""
+    times_the_median: float
+    """Its time for the product, in times of the median rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RLRecord(StageRecord):
     """One step of reinforcement learning: a rollout, and its updates."""
 

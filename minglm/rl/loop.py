@@ -24,6 +24,7 @@ from minglm.rl.episode import Player, Trajectory
 from minglm.rl.rollout import rollout
 from minglm.rl.trainer import PolicyTrainer
 from minglm.train.checkpoint import StageCheckpoints
+from minglm.train.loop import log_slow_rank
 
 SEEDS_PER_STAGE = 7919  # a prime, so that the rollout seeds of two stages do not meet early
 
@@ -133,8 +134,10 @@ def reinforce(
     bar = tqdm(initial=state.step, total=steps, desc=stage, unit="step", disable=quiet or None)
     with stop_between_steps(trainer.workers.agree) as stop, bar:
         while state.step < steps:
-            record = reinforce_step(trainer, player, schedule, stage)
+            with trainer.workers.watched(f"stage {stage}, step {state.step + 1}"):
+                record = reinforce_step(trainer, player, schedule, stage)
             log.write(record)
+            log_slow_rank(trainer.workers, log, stage, state.step)
             if trainer.guard.gives_up:
                 log.write(roll_back(trainer, player, checkpoints, stage))
             reward = "none" if record.reward is None else f"{record.reward:.3f}"

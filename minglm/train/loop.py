@@ -29,12 +29,15 @@ from minglm.model.glm import GLM
 from minglm.parallel import Replicas, Workers
 from minglm.parallel.pipeline import GLMStage
 from minglm.parallel.workers import ShardedWorker
-from minglm.report.records import RollbackRecord, StepMetrics, StepRecord
+from minglm.report.records import RollbackRecord, SlowRankRecord, StepMetrics, StepRecord
 from minglm.train.checkpoint import StageCheckpoints
 from minglm.train.guard import Guard, guarded_step
 from minglm.train.loss import LossWeights, count_targets, training_loss
 from minglm.train.pipeline import accumulate_stage
 from minglm.train.state import Stateful, TrainingState
+
+PACE_STEPS = 100
+"""Steps between two comparisons of the speed of the ranks."""
 
 
 @dataclass(frozen=True)
@@ -240,6 +243,15 @@ def load_metrics(load_LE: Tensor, expert_ranks: int = 1) -> dict[str, Any]:
     }
 
 
+def log_slow_rank(workers: Workers, log: Log, stage: str, step: int) -> None:
+    """Compare the speed of the ranks once in `PACE_STEPS` steps, and log the slowest if it holds up the others."""
+    if step % PACE_STEPS:
+        return
+    slow = workers.slowest()
+    if slow is not None:
+        log.write(SlowRankRecord(stage=stage, step=step, **slow._asdict()))
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
     """How a training loop behaves around its steps; none of it changes what is learned."""
@@ -292,8 +304,10 @@ class Trainer:
 
         with stop_between_steps(self.workers.agree) as stop, self.progress_bar() as bar:
             while self.state.tokens < self.phase.tokens:
-                record = self.step()
+                with self.workers.watched(f"stage {self.phase.name}, step {self.state.step + 1}"):
+                    record = self.step()
                 self.log.write(record)
+                log_slow_rank(self.workers, self.log, self.phase.name, self.state.step)
                 if self.guard.gives_up:
                     bar.write(self.roll_back())
                 self.show(bar, record)

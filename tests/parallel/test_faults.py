@@ -1,0 +1,175 @@
+"""The rank that is wrong is named: other code, slow, stuck; a run whose rank was killed goes on by itself."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.world import run_ranks
+
+from minglm.config import load_config
+from minglm.parallel import faults
+from minglm.report.records import StepRecord, read_records, select
+from minglm.train.checkpoint import CheckpointStore
+
+CONFIG = "configs/nano.py"
+
+
+def handshake(difference):
+    """Compare code on ranks of which the last is different. Return what it said, or None."""
+    run = load_config(CONFIG)
+    ranks = faults.Ranks.of_the_world()
+    if ranks.rank == ranks.size - 1:
+        if difference == "sources of minglm":
+            faults.fingerprint_of_sources = lambda: "0123456789ab"
+        elif difference == "torch":
+            torch.__version__ = "1.0"
+        elif difference == "config":
+            run = dataclasses.replace(run, seed=run.seed + 1)
+    try:
+        faults.check_same_code(run, ranks)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("difference", ["sources of minglm", "torch", "config"])
+def test_a_rank_with_something_else_is_named_by_all(difference):
+    """All ranks refuse in the same line, which names the rank and what differs."""
+    first, *others = run_ranks(handshake, 3, difference)
+    assert first.startswith("rank 2 on ") and f"has {difference} " in first and "\n" not in first
+    assert others == [first, first]
+
+
+def test_equal_ranks_pass():
+    """Nothing is refused where nothing differs."""
+    assert run_ranks(handshake, 2, None) == [None, None]
+
+
+def pace(seconds):
+    """Compare the speed of ranks whose product takes these seconds."""
+    ranks = faults.Ranks.of_the_world()
+    faults.seconds_of_a_product = lambda device: seconds[ranks.rank]
+    return faults.slowest_rank(torch.device("cpu"), ranks)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "slow"),
+    [
+        ((0.1, 0.1, 0.2), (2, 2.0)),
+        ((0.3, 0.1, 0.1), (0, 3.0)),
+        ((0.2, 0.1), (0, 2.0)),
+        ((0.1, 0.14, 0.1), None),
+    ],
+)
+def test_the_slow_rank_is_named(seconds, slow):
+    """All ranks agree which one is 1.5 times as slow as the median, or that none is."""
+    for answer in run_ranks(pace, len(seconds), seconds):
+        assert (answer and (answer.rank, answer.times_the_median)) == slow
+
+
+def test_a_larger_product_takes_longer(monkeypatch):
+    """The seconds are those of the product: 4,096 times the work takes at least ten times as long."""
+    device = torch.device("cpu")
+    seconds = []
+    for width in (64, 1024):
+        monkeypatch.setattr(faults, "WIDTH", width)
+        seconds.append(faults.seconds_of_a_product(device))
+    assert 0 < 10 * seconds[0] < seconds[1]
+
+
+HANGS = """
+import sys, time
+from minglm.parallel.faults import Watchdog
+
+def exchange():
+    time.sleep(60)
+
+watchdog = Watchdog(float(sys.argv[1]), rank=3)
+for step in range(4):
+    with watchdog.during(f"stage general, step {step}"):
+        time.sleep(0.2)
+time.sleep(1.5)  # between steps nothing is watched
+with watchdog.during("stage general, step 4"):
+    exchange()
+"""
+
+
+def test_a_step_that_hangs_ends_in_one_line():
+    """Rank, stage, step and place in one line, the stack below it, within the time; steps that end are left alone."""
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS, "1"], capture_output=True, text=True, timeout=60
+    )
+    line, *stack = done.stderr.splitlines()
+    assert done.returncode == faults.STUCK
+    assert line.startswith("minglm: rank 3 on ")
+    assert "stage general, step 4 has not ended in 1 s; it is in exchange (" in line
+    assert stack[0].lstrip().startswith("File ") and any("exchange" in text for text in stack)
+
+
+WRONG_RANK = """
+import os, signal, sys, time
+from minglm.__main__ import main
+from minglm.train import loop
+
+step = loop.Trainer.step
+
+def step_of_a_wrong_rank(trainer):
+    first_try = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if trainer.state.step == 3 and os.environ["RANK"] == "1" and first_try:
+        os.kill(os.getpid(), signal.SIGKILL) if sys.argv[1] == "killed" else time.sleep(600)
+    return step(trainer)
+
+loop.Trainer.step = step_of_a_wrong_rank
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def run_with_a_wrong_rank(folder, what, restarts, *overrides):
+    """Train nano's first stage on two ranks started by torchrun, of which rank 1 goes wrong before its fourth step."""
+    script = folder / "wrong_rank.py"
+    script.write_text(WRONG_RANK, encoding="utf-8")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [
+            *torchrun,
+            "--nproc-per-node=2",
+            f"--max-restarts={restarts}",
+            str(script),
+            what,
+            "run",
+            CONFIG,
+            "--out",
+            str(folder / "run"),
+            "--until",
+            "general",
+            "--threads=1",
+            "--checkpoint_seconds=0.001",
+            *overrides,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_by_itself_after_a_rank_was_killed(tmp_path):
+    """torchrun starts all ranks again; they continue from the last checkpoint, and each step is in the log once."""
+    done = run_with_a_wrong_rank(tmp_path, "killed", 1)
+    assert done.returncode == 0, done.stderr
+    records = read_records(tmp_path / "run" / "log.jsonl")
+    steps = [record.step for record in select(records, StepRecord, stage="general")]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > 5
+    assert CheckpointStore(tmp_path / "run").is_complete("general")
+
+
+@pytest.mark.slow
+def test_a_rank_that_others_wait_for_ends_the_run(tmp_path):
+    """The rank that waits says where, within the configured time; what was saved is there to go on from."""
+    done = run_with_a_wrong_rank(tmp_path, "stuck", 0, "--parallel.timeout_seconds=5")
+    assert done.returncode != 0
+    assert "stage general, step 4 has not ended in 5 s; it is in " in done.stderr
+    assert CheckpointStore(tmp_path / "run").is_interrupted("general")
