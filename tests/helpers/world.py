@@ -12,7 +12,7 @@ import traceback
 import torch
 import torch.distributed as dist
 
-PRELOADED = ["torch.distributed.fsdp", "minglm.testing.parallel"]
+PRELOADED = ["torch.distributed.fsdp", "minglm.testing.parallel", "minglm.recipe.run"]
 SECONDS = 240
 """Most time of a world. Other programs may hold the cores."""
 

@@ -10,19 +10,32 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.tiny import constant_phase
 from helpers.world import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
+from minglm.common.files import read_jsonl
+from minglm.common.log import Log
 from minglm.common.ranks import Ranks, new_folder_of
-from minglm.config import load_config
+from minglm.config import Layout, OptimizerConfig, ParallelConfig, load_config
+from minglm.data.mixture import Mixture
+from minglm.model.glm import GLM
+from minglm.model.hf.config import to_hf
 from minglm.model.hf.files import INDEX, HFOrigin
 from minglm.model.hf.write import write
+from minglm.optim.muon import Muon
+from minglm.parallel import parallelize
+from minglm.parallel.mesh import build_meshes
+from minglm.parallel.shard import shard
+from minglm.parallel.world import World
 from minglm.recipe import convert
 from minglm.testing.model import tiny_model
+from minglm.testing.strategies import numbers
 from minglm.train.checkpoint import CheckpointStore
-from minglm.train.checkpoint_files import weights_of
+from minglm.train.checkpoint_files import moments_of, weights_of
+from minglm.train.loop import LoopOptions, Trainer
 
 
 class Division(NamedTuple):
@@ -103,7 +116,7 @@ def in_ranks(function, division, *args):
     return run_ranks(function, division.ranks, *args) if division.ranks > 1 else [function(*args)]
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(
     writer=st.sampled_from(DIVISIONS),
     reader=st.sampled_from(DIVISIONS),
@@ -182,6 +195,78 @@ def test_a_rank_killed_while_it_saves_loses_nothing(tmp_path, moment):
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
+ROWS, S = 4, 8
+ALONE = Layout(1, 1, 1, 1, 1)
+BOTH = Layout(1, 1, 4, 2, 1)  # experts over two ranks, and their rows over two
+
+
+def train(folder, layout, steps):
+    """Train in a layout up to this step, from the last checkpoint; return the whole weights and moments."""
+    documents = [torch.randint(0, 24, (n,), generator=numbers(n)).numpy() for n in (5, 9, 13, 21)]
+    stream = Mixture({"a": documents}, {"a": 1.0}, S, "best_fit", seed=3)
+    model = GLM(tiny_model(1, n_routed_experts=8).config, seed=2)
+    workers = None
+    if layout.world > 1:
+        meshes = build_meshes(layout, "cpu")
+        shard(model, meshes, ParallelConfig())
+        workers = parallelize(model, world=World(torch.device("cpu")), meshes=meshes)
+    optimizer = Muon(model.named_parameters(), OptimizerConfig())
+    phase = constant_phase(
+        tokens=steps * ROWS * S, batch_tokens=ROWS * S, sequence_length=S, learning_rate=1e-2
+    )
+    writes = layout.world == 1 or dist.get_rank() == 0
+    log = Log(f"{folder}/log.jsonl", writes=writes)
+    checkpoints = CheckpointStore(folder, log if writes else None).stage("general")
+    options = LoopOptions(quiet=True, workers=workers)
+    Trainer(model, optimizer, stream, phase, checkpoints, log, options).run()
+    return gathered(weights_of(model) | moments_of(model, optimizer))
+
+
+def trained(folder, *legs):
+    """Train in one layout after the other, up to a step each. Return the losses and the state at the end."""
+    for layout, steps in legs:
+        if layout.world > 1:
+            state = run_ranks(train, layout.world, str(folder), layout, steps)[0]
+        else:
+            state = train(str(folder), layout, steps)
+    losses = [record["loss"] for record in read_jsonl(folder / "log.jsonl")]
+    return losses, state
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Return the losses and the state of four steps in one process."""
+    return trained(tmp_path_factory.mktemp("straight"), (ALONE, 4))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (BOTH, ALONE),
+        (BOTH, Layout(1, 1, 2, 1, 1)),
+        (ALONE, BOTH),
+        (Layout(1, 2, 2, 2, 1), Layout(1, 1, 4, 4, 1)),
+    ],
+)
+def test_training_goes_on_in_another_layout(straight, tmp_path, first, second):
+    """Saved in one layout and resumed in another: losses, weights and moments are those of one process."""
+    losses, state = trained(tmp_path, (first, 2), (second, 4))
+    expected_losses, expected = straight
+    assert losses == pytest.approx(expected_losses, rel=2e-6)
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        # Muon divides by the norm of a gradient, which multiplies its rounding.
+        torch.testing.assert_close(state[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_same_layout_resumes_bit_for_bit(tmp_path):
+    """Two experts' ranks by two: two steps and two more are four steps, in every bit."""
+    losses, state = trained(tmp_path / "a", (BOTH, 4))
+    again_losses, again = trained(tmp_path / "b", (BOTH, 2), (BOTH, 4))
+    assert losses == again_losses
+    assert all(torch.equal(tensor, again[name]) for name, tensor in state.items())
+
+
 def import_in_ranks(folder):
     """Import a released checkpoint. Return the stage that it is, and a tensor of it."""
     config = dataclasses.replace(load_config("configs/nano.py"), model=tiny_model(1).config)
@@ -210,7 +295,7 @@ def export(folder):
     """Write a released checkpoint by all ranks, from a checkpoint of a run."""
     model = tiny_model(1)
     stored = CheckpointStore(folder).stored("general")
-    weights = convert.RunWeights(model.config, HFOrigin({}, {}), stored)
+    weights = convert.RunWeights(model.config, HFOrigin(to_hf(model.config), {}), stored)
     ranks = Ranks.of_the_world()
     with new_folder_of(ranks, f"{folder}/released") as temporary:
         write(weights, temporary, "bfloat16", 4e-6, ranks)
