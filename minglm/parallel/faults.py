@@ -82,11 +82,11 @@ class SlowRank(NamedTuple):
 @torch.no_grad()
 def seconds_of_a_product(device: torch.device) -> float:
     """Return the seconds of a matrix product on this rank alone: the median of a few, after one that warms up."""
-    matrix_WW = torch.ones(WIDTH, WIDTH, device=device)
+    square = torch.ones(WIDTH, WIDTH, device=device)
     seconds = []
     for _ in range(1 + REPETITIONS):
         began = time.perf_counter()
-        (matrix_WW @ matrix_WW)[0, 0].item()  # waits for the device
+        (square @ square)[0, 0].item()  # waits for the device
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[1:])
 
