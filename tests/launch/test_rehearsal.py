@@ -1,13 +1,20 @@
 """The rehearsal against the truth: the same model, sharded over real ranks, with the same step."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
 from helpers.world import run_ranks
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 
+from minglm import GLM
 from minglm.config import Layout, ModelConfig, OptimizerConfig, RunConfig, StageConfig, StagesConfig
+from minglm.kernels.dispatch import stand_ins
 from minglm.launch.fake import Watch
 from minglm.launch.rehearsal import batch_of, numbers_on_ranks, rehearse, sharded
+from minglm.launch.stand_ins import STAND_INS
 from minglm.model.moe import MoE
 from minglm.optim.muon import Muon
 from minglm.parallel import parallelize
@@ -127,6 +134,30 @@ def test_a_deep_model_is_linear_in_its_layers():
     assert {k: c for k, (c, _) in deep.step.optimizer.items()} == {
         k: c for k, (c, _) in whole.step.optimizer.items()
     }
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_peak_is_that_of_torchs_tracker(recompute):
+    """Byte for byte, on one rank without an MTP layer: torch's tracker takes no module that is called twice in a pass."""
+    run = small_run(dtype="bfloat16", recompute=recompute)
+    run = replace(run, model=replace(run.model, num_nextn_predict_layers=0))
+    phase = phases(run)[0]
+    with torch.device("meta"):
+        model = GLM(run.model)
+    model.dtype = torch.bfloat16
+    model.recompute = recompute
+    with FakeTensorMode(allow_non_fake_inputs=True), stand_ins(STAND_INS):
+        model.to_empty(device="cpu")
+        tracker = MemTracker()
+        tracker.track_external(model)
+        with tracker, Watch() as watch:
+            for tensor in [*model.parameters(), *model.buffers()]:
+                tensor.detach()  # so that it is seen
+            batch = batch_of(run, Layout(1, 1, 1, 1, 1), phase)
+            watch.begin()
+            accumulate(model, batch, phase, 0.0)
+            (found,) = tracker.get_tracker_snapshot("peak").values()
+    assert watch.peak == found["Total"]
 
 
 def test_numbers_of_a_tensor_that_is_no_dtensor():
