@@ -18,7 +18,7 @@ from minglm.config.parallel import Layout
 from minglm.config.run import RunConfig
 from minglm.plan.gpus import GPU
 from minglm.plan.layout import shared_by, words
-from minglm.plan.summary import choose_layout, gpus_of, plan_stages, what_would_fit
+from minglm.plan.summary import choose_layout, gpus_of, plan_stages, why_not
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,9 @@ def make_job(
         run = stop_after(run, until)
     layout = choose_layout(run, gpu, gpus)
     wanted = plan_stages(run, layout, gpu)
-    if not all(stage.fits for stage in wanted):
-        raise ValueError(what_would_fit(run, gpu, gpus, wanted))
+    refusal = why_not(run, layout, gpu, wanted)
+    if refusal:
+        raise ValueError(refusal)
     nodes, per_node = check_nodes(gpus, gpu.per_node)
 
     start = ["run", config, "--out", out]

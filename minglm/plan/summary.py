@@ -221,8 +221,7 @@ def names_no_layout(run: RunConfig) -> bool:
 def choose_layout(run: RunConfig, gpu: GPU, gpus: int) -> Layout:
     """Return the layout of the config, or where it names none the fastest that fits.
 
-    Raises ValueError, in one line, for a layout that is impossible or leaves ranks idle. Where nothing fits, the one that
-    needs least memory.
+    Raises ValueError, in one line, for a layout that is impossible. Where nothing fits, experts are divided in each node.
     """
     if names_no_layout(run) and gpus > 1:
         found = search(run, gpu, gpus)
@@ -233,7 +232,6 @@ def choose_layout(run: RunConfig, gpu: GPU, gpus: int) -> Layout:
         layout = Layout(1, 1, gpus, near, 1)
     else:
         layout = run.parallel.layout(gpus, run.model)
-    check_layout(run, layout)
     return layout
 
 
@@ -256,6 +254,17 @@ def what_would_fit(run: RunConfig, gpu: GPU, gpus: int, stages: list[StagePlan])
         f"{shortage}; more GPUs do not help, its {largest} take {worst.memory[largest] / GIB:.1f} GiB: "
         "lower --optimizer.microbatch_tokens or use GPUs with more memory"
     )
+
+
+def why_not(run: RunConfig, layout: Layout, gpu: GPU, stages: list[StagePlan]) -> str | None:
+    """Return one line: why a layout does not fit or is a waste, and what would do; None where it does."""
+    if not all(stage.fits for stage in stages):
+        return what_would_fit(run, gpu, layout.world, stages)
+    try:
+        check_layout(run, layout)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def plan(run: RunConfig, gpu: GPU, gpus: int = 0, dollars: float = 2.0) -> dict[str, Any]:
@@ -298,9 +307,8 @@ def plan(run: RunConfig, gpu: GPU, gpus: int = 0, dollars: float = 2.0) -> dict[
     result["layout"] = layout._asdict() | {"efsdp": layout.efsdp, "words": words(layout)}
     result["layout"]["chosen"] = names_no_layout(run) and gpus > 1
     result["stages"] = [vars(stage) for stage in stages]
-    result["fits"] = all(stage.fits for stage in stages)
-    if not result["fits"]:
-        result["refusal"] = what_would_fit(run, gpu, gpus, stages)
+    result["refusal"] = why_not(run, layout, gpu, stages)
+    result["fits"] = result["refusal"] is None
     result["flops"] = sum(stage.tokens * stage.flops_per_token for stage in stages)
     for name in ("days", "gpu_hours"):
         result[name] = [sum(getattr(stage, name)[end] for stage in stages) for end in (0, 1)]
