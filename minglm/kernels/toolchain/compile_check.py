@@ -147,7 +147,7 @@ def tool(name: str) -> str:
     """Return the path of one of NVIDIA's programs that come with Triton."""
     import triton
 
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+    return str(Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / name)
 
 
 def inspect_cubin(cubin: bytes) -> Cubin:
