@@ -15,7 +15,9 @@ stage keeps as many micro-batches as there are stages after it. With p stages an
   and fail with divided experts. They are not offered.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +65,7 @@ def accumulate_stage(
 
     def loss_of(output: tuple[Tensor, ...] | Tensor, rows: Tensor) -> Tensor:
         """Compute the loss of a micro-batch; called in the last stage."""
-        states = (output,) if isinstance(output, Tensor) else output
+        states: tuple[Tensor, ...] = (output,) if isinstance(output, Tensor) else output
         microbatch = padded.map(lambda tensor: tensor[rows])
         loss = cross_entropy_term(model, states[0], microbatch, NEXT_TOKEN, counts.next_token)
         cross_entropies.append(loss.detach())
@@ -74,7 +76,7 @@ def accumulate_stage(
         return loss
 
     schedule = schedule_of(model, padded, microbatch_rows, passes, loss_of, workers)
-    inputs = {"tokens_BS": padded.tokens_BS}
+    inputs: dict[str, Any] = {"tokens_BS": padded.tokens_BS}
     for name in ("positions_BS", "documents_BS"):
         if getattr(padded, name) is not None:
             inputs[name] = getattr(padded, name)
@@ -133,7 +135,7 @@ def schedule_of(
     batch: Batch,
     microbatch_rows: int,
     passes: int,
-    loss_of: object,
+    loss_of: Callable[[tuple[Tensor, ...] | Tensor, Tensor], Tensor],
     workers: ShardedWorker,
 ) -> Schedule1F1B:
     """Return the schedule of one step, whose stages know the shapes of what they send and receive."""
@@ -151,4 +153,4 @@ def schedule_of(
         output_args=between,
         group=mesh.get_group(),
     )
-    return Schedule1F1B(stage, passes, loss_fn=loss_of, scale_grads=False)  # type: ignore[arg-type]
+    return Schedule1F1B(stage, passes, loss_fn=loss_of, scale_grads=False)
