@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run every stage of CONFIG, then write the report card.
 
-    The same command continues a run that was stopped. With CONFIG, --help lists every field of it.
+    The same command continues a run that was stopped. Ranks that torchrun starts share it. With CONFIG, --help lists every
+    field of it.
     """
     from minglm.common.device import measured_flops, pick_dtype
     from minglm.common.files import check_out
@@ -80,20 +81,27 @@ def main(args: argparse.Namespace) -> int:
         except KeyboardInterrupt as stop:
             if world.is_writer:
                 print(
-                    f"\nstopped; everything up to here is saved. Continue with: {args.command}",
+                    f"\nstopped; everything up to here is saved. Continue with: {launched(args.command, world.has_group)}",
                     file=sys.stderr,
                 )
             return stop.status if isinstance(stop, Stopped) else 130
         if world.is_writer:
             print(report)
-            print(next_command(args, out, complete))
+            print(next_command(args, out, complete, world.has_group))
     return 0
 
 
-def next_command(args: argparse.Namespace, out: Path, complete: bool) -> str:
+def launched(command: str, by_torchrun: bool) -> str:
+    """Return a command as it was started; what torchrun was told is not known here."""
+    if not by_torchrun:
+        return command
+    return "torchrun ... " + command.removeprefix("python ")
+
+
+def next_command(args: argparse.Namespace, out: Path, complete: bool, by_torchrun: bool) -> str:
     """Return what to do after a run: talk to it, or continue with it."""
     program = ["python", "-m", "minglm"]
     if complete:
         return f"talk to it: {shlex.join([*program, 'chat', str(out)])}"
     words = [*program, "run", args.config, "--out", str(out), *args.overrides]
-    return f"continue with: {shlex.join(words)}"
+    return f"continue with: {launched(shlex.join(words), by_torchrun)}"
