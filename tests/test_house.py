@@ -532,14 +532,14 @@ def test_the_package_has_rooms():
 
 
 def test_the_tests_mirror_the_package():
-    """A folder of tests has the name of the folder it tests; what tests share is in `helpers`."""
+    """A folder of tests has the name of the folder it tests; `helpers` is shared, `mutations` holds mutate.py's records."""
     folders = {
         path.name
         for path in (ROOT / "tests").iterdir()
         if path.is_dir() and path.name[0] not in "._"
     }
     rooms = {path.name for path in (ROOT / "minglm").iterdir() if path.is_dir()}
-    assert folders <= rooms | {"helpers"}
+    assert folders <= rooms | {"helpers", "mutations"}
     loose = {path.name for path in (ROOT / "tests").glob("*.py")}
     assert loose <= {
         "conftest.py",
