@@ -134,6 +134,8 @@ def test_questions_are_asked_again(driver):
         # A program without a fence is shown as code, with its indentation and its signs.
         assert page.shows(".said pre", "def f(x):\n    return x * 2 * __x__") and quiet(page)
         assert page.all(".user") == ["a program"] and "hello" not in engine.prompts[-1]
+        # The button is gone; the keyboard is where the next question is written.
+        assert page.run("return document.activeElement.id") == "say"
         page.click(".code-head .small")
         assert page.shows(".code-head", "Copied")
         assert page.faults() == []

@@ -216,6 +216,8 @@ function regenerate() {
 
 /** Answer what was said. */
 async function reply(tools) {
+  // The button that asked may be gone. On a telephone the field would bring its keyboard up.
+  if (!matchMedia("(pointer: coarse)").matches) byId("say").focus({preventScroll: true});
   const answer = new Answer(), now = performance.now();
   live = {abort: new AbortController(), reply: new Reply(), answer, start: now, firstToken: null, thought: null};
   const mine = live, started = messages;
