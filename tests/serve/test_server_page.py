@@ -6,6 +6,8 @@ import pytest
 from helpers.browser import Page, browser, needs_browser
 from helpers.serving import Script, running, settled
 
+from minglm.serve.access import Access
+
 pytestmark = [needs_browser, pytest.mark.slow]
 
 CALL = "<tool_call>get_order\n<arg_key>order_id</arg_key>\n<arg_value>123</arg_value>\n</tool_call>"
@@ -284,3 +286,21 @@ def test_a_reader_stays_where_they_are(driver):
         page.click("#send")
         # The last lines of an answer, how it ended and what it took, are in sight too.
         assert quiet(page) and page.shows(".note") and settled(lambda: page.run(end) < 40)
+
+
+def test_a_key_is_asked_for(driver):
+    """A server with a key: the page shows a field, keeps the key for the tab, and sends it; a wrong one is refused."""
+    engine = Script(script)
+    with running(engine, access=Access(key="open-sesame")) as (http, _, _):
+        page = Page(driver, str(http.base_url))
+        assert page.shows("#key-form:not([hidden])", "API key") and page.shows(
+            "#model.key", "needs a key"
+        )
+        page.type("#key", "wrong")
+        assert page.shows("#key-note", "does not accept this key")
+        page.type("#key", "open-sesame")
+        assert page.shows("#model.up", "tiny") and page.lacks("#key-form:not([hidden])")
+        driver.refresh()
+        assert page.shows("#model.up", "tiny")
+        page.type("#say", "hello")
+        assert page.shows(".said", "Hello") and quiet(page)
