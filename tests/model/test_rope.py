@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.model.rope import angles, rotate
+from minglm.model.rope import angles, rotate, rotate_pairs
 from minglm.testing.model import check_rope, normal
 from minglm.testing.strategies import seeds
 
@@ -78,6 +78,19 @@ def test_angles_are_exact_at_the_longest_position(position, rotary_dim, theta):
         angle = position * theta ** (-2 * pair / rotary_dim)
         assert abs(cos[0, 0, 0, pair].item() - math.cos(angle)) < 1e-7
         assert abs(sin[0, 0, 0, pair].item() - math.sin(angle)) < 1e-7
+
+
+@given(seed=seeds, pairs=st.integers(1, 4), position=st.integers(0, 99))
+def test_neighbours_rotate_as_complex_numbers(seed, pairs, position):
+    """In the layout of latent attention: two neighbours are a real and an imaginary part, times e^(i angle)."""
+    x_BSNA = normal(seed, 2, 3, 2, 2 * pairs)
+    positions_BS = position + torch.arange(3)[None]
+    found = rotate_pairs(x_BSNA, *angles(positions_BS, 2 * pairs, 100.0))
+    numbers = torch.view_as_complex(x_BSNA.double().unflatten(-1, (pairs, 2)))
+    turns = 100.0 ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+    angle = positions_BS[..., None, None] * turns
+    expected = torch.view_as_real(numbers * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)  # float32
 
 
 @given(seed=seeds)
