@@ -28,7 +28,7 @@ class TokenExchange(StrEnum):
     ALL_TO_ALL = "all_to_all"
     """Two all-to-alls of torch.distributed, on any device."""
     DEEPEP = "deepep"
-    """The kernels of the package deep_ep, which need GPUs of one NVLink or RDMA fabric."""
+    """The kernels of the package deep_ep, between GPUs only. A run refuses it: nobody here could try it on two GPUs."""
 
 
 class Layout(NamedTuple):
@@ -73,7 +73,7 @@ class ParallelConfig:
     reshard_after_forward: bool = True
     """Free the gathered weights of a layer after its forward pass and gather them again for the backward pass."""
     dispatcher: TokenExchange = TokenExchange.ALL_TO_ALL
-    """How tokens travel to their experts: all_to_all, or deepep, which needs its package."""
+    """How tokens travel to their experts: all_to_all (deepep is refused by name)."""
     timeout_seconds: float = option(600.0, positive=True, maximum=10**7)
     """Most seconds of a step on several ranks: one that takes longer ends the run, and says where each rank is."""
 
