@@ -7,8 +7,8 @@ from rank 0. What is not: numbers, and the kernels of a GPU, for which `minglm.l
 the bytes of parameters and optimizer are exact, collectives are those of a real step, and the peak is that of PyTorch's
 tensors: without NCCL's buffers, fragmentation, and gathers that run ahead.
 
-The step of a deep model is extrapolated from two shallow ones: every layer after the dense ones is the same, so memory
-and collectives are linear in their number. The sharding of the whole model is not extrapolated.
+The passes of a deep model are extrapolated from two shallow ones: every layer after the dense ones is the same, so memory
+and collectives are linear in their number. Sharding and optimizer are those of the whole model.
 
 Experts have equal loads (the dispatcher's `force_balanced`). Simplified: no pipeline stages.
 """
@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minglm.config import Layout, Packing, RunConfig
 from minglm.data.packing import Batch
@@ -55,19 +56,27 @@ class Held(NamedTuple):
     optimizer: int
 
 
+Collectives = dict[CollectiveKind, tuple[int, int]]
+"""Number and bytes of collectives by kind."""
+
+
 class Step(NamedTuple):
-    """What a step of one depth takes."""
+    """What a micro-batch of one depth takes."""
 
     held: int
     """Bytes between two steps."""
     peak: int
     """Most bytes during a micro-batch, gradients of an earlier one included."""
-    optimizer_peak: int
-    """Most bytes during clipping and the optimizer."""
-    microbatch: dict[CollectiveKind, tuple[int, int]]
-    """Number and bytes of the collectives of a micro-batch."""
-    optimizer: dict[CollectiveKind, tuple[int, int]]
-    """The same of clipping and the optimizer."""
+    collectives: Collectives
+    """Of a micro-batch."""
+
+
+class Update(NamedTuple):
+    """What clipping and the optimizer take, at the depth of the model."""
+
+    peak: int
+    """Most bytes, gradients included."""
+    collectives: Collectives
 
 
 class Rehearsal(NamedTuple):
@@ -81,6 +90,7 @@ class Rehearsal(NamedTuple):
     """Parameters on the rank that has least: where sizes do not divide evenly, the last one."""
     held: Held
     step: Step
+    update: Update
     extrapolated: bool
     seconds: float
     """That the rehearsal took."""
@@ -105,6 +115,7 @@ def rehearse(run: RunConfig, layout: Layout, stage: str) -> Rehearsal:
             ),
         )
         parameters = sum(p.numel() for p in model.parameters())
+        update = track_update(run, model, phase)
         if whole <= shallow[1]:
             step = track(run, layout, phase, world)
         else:
@@ -117,6 +128,7 @@ def rehearse(run: RunConfig, layout: Layout, stage: str) -> Rehearsal:
         smallest=sum(smallest for _, smallest in sizes),
         held=held,
         step=step,
+        update=update,
         extrapolated=whole > shallow[1],
         seconds=time.perf_counter() - began,
     )
@@ -177,16 +189,27 @@ def _bytes(tensors: list[Tensor]) -> int:
     return sum(local(tensor).numel() * tensor.itemsize for tensor in tensors)
 
 
-def track(run: RunConfig, layout: Layout, phase: Phase, world: World) -> Step:
-    """Run two micro-batches and the optimizer on tensors without numbers, and watch."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+def track_update(run: RunConfig, model: GLM, phase: Phase) -> Update:
+    """Clip gradients without numbers and update a sharded model, and watch."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, Watch() as watch, dispatch.stand_ins(STAND_INS):
+        model.to_empty(device="cpu")
+        optimizer = Muon(model, run.optimizer)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        watch.begin()
+        guarded_step(model, optimizer, 0.0, phase.optimizer.clip_norm, Guard())
+        return Update(watch.peak, _counted(watch))
 
+
+def track(run: RunConfig, layout: Layout, phase: Phase, world: World) -> Step:
+    """Run two micro-batches on tensors without numbers, and watch."""
     model = sharded(run, layout)
     workers = parallelize(model, world=world, meshes=build_meshes(layout, "cpu"))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, Watch() as watch, dispatch.stand_ins(STAND_INS):
         model.to_empty(device="cpu")
-        optimizer = Muon(model, run.optimizer)
+        optimizer = Muon(model, run.optimizer)  # whose state takes memory
         held = watch.held
         batch = batch_of(run, layout, phase)
         watch.begin()
@@ -195,9 +218,8 @@ def track(run: RunConfig, layout: Layout, phase: Phase, world: World) -> Step:
         watch.begin()  # gradients of the first micro-batch are there
         accumulate(model, batch, phase, phase.mtp_weight(0), workers)
         peak = watch.peak
-        watch.begin()
-        guarded_step(model, optimizer, 0.0, phase.optimizer.clip_norm, Guard())
-        return Step(held, peak, watch.peak, microbatch, _counted(watch))
+        optimizer.zero_grad()
+        return Step(held, peak, microbatch)
 
 
 def batch_of(run: RunConfig, layout: Layout, phase: Phase) -> Batch:
@@ -213,7 +235,7 @@ def batch_of(run: RunConfig, layout: Layout, phase: Phase) -> Batch:
     return Batch(tokens_BS, mask_BS, documents_BS, torch.zeros_like(tokens_BS))
 
 
-def _counted(watch: Watch) -> dict[CollectiveKind, tuple[int, int]]:
+def _counted(watch: Watch) -> Collectives:
     return {kind: (watch.counts[kind], watch.bytes[kind]) for kind in watch.counts}
 
 
@@ -223,9 +245,7 @@ def extrapolate(first: Step, second: Step, distance: float) -> Step:
     def number(a: float, b: float) -> int:
         return round(a + distance * (b - a))
 
-    def collectives(
-        a: dict[CollectiveKind, tuple[int, int]], b: dict[CollectiveKind, tuple[int, int]]
-    ) -> dict[CollectiveKind, tuple[int, int]]:
+    def collectives(a: Collectives, b: Collectives) -> Collectives:
         return {
             kind: (number(a[kind][0], b[kind][0]), number(a[kind][1], b[kind][1])) for kind in b
         }
@@ -233,24 +253,22 @@ def extrapolate(first: Step, second: Step, distance: float) -> Step:
     return Step(
         held=number(first.held, second.held),
         peak=number(first.peak, second.peak),
-        optimizer_peak=number(first.optimizer_peak, second.optimizer_peak),
-        microbatch=collectives(first.microbatch, second.microbatch),
-        optimizer=collectives(first.optimizer, second.optimizer),
+        collectives=collectives(first.collectives, second.collectives),
     )
 
 
 def render(found: Rehearsal, usable: float) -> str:
     """Format a rehearsal as text. usable: bytes of a GPU's memory for the run."""
-    held, step = found.held, found.step
-    peak = max(step.peak, step.optimizer_peak)
+    held, step, update = found.held, found.step, found.update
+    peak = max(step.peak, update.peak)
     depth = "extrapolated from two depths" if found.extrapolated else "at its own depth"
     lines = [
         f"  {found.parameters:,} parameters, on a rank {found.largest:,} at most and {found.smallest:,} at least",
         f"  weights {size(held.weights, 'B')}, optimizer {size(held.optimizer, 'B')} (exact)",
-        f"  peak of a micro-batch {size(step.peak, 'B')}, of the optimizer {size(step.optimizer_peak, 'B')} "
+        f"  peak of a micro-batch {size(step.peak, 'B')}, of the optimizer {size(update.peak, 'B')} "
         f"({depth}); usable {size(usable, 'B')}{'' if peak <= usable else ': it does not fit'}",
     ]
-    for name, collectives in (("micro-batch", step.microbatch), ("optimizer", step.optimizer)):
+    for name, collectives in (("micro-batch", step.collectives), ("optimizer", update.collectives)):
         for kind, (count, moved) in sorted(collectives.items(), key=lambda item: -item[1][1]):
             what = f"{kind.name} over {kind.ranks} ranks"
             lines.append(f"  {name:<12}{what:<32}{count:>6,}{size(moved, 'B'):>12}")

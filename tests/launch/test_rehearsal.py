@@ -110,9 +110,9 @@ def test_bytes_and_collectives_are_those_of_real_ranks(layout):
     assert (found.largest, found.smallest) == (max(numbers), min(numbers))
     assert found.held.weights == real[0]["weights"]
     assert found.held.optimizer == real[0]["optimizer"]
-    for name, there in (("microbatch", found.step.microbatch), ("optimizer", found.step.optimizer)):
-        counted = {kind: count for kind, (count, _) in there.items()}
-        assert counted == real[0]["update" if name == "optimizer" else name], name
+    for name, there in (("microbatch", found.step), ("update", found.update)):
+        counted = {kind: count for kind, (count, _) in there.collectives.items()}
+        assert counted == real[0][name], name
 
 
 def test_a_deep_model_is_linear_in_its_layers():
@@ -130,10 +130,7 @@ def test_a_deep_model_is_linear_in_its_layers():
     assert not whole.extrapolated
     assert deep.step.held == whole.step.held and deep.held == whole.held
     assert deep.step.peak == pytest.approx(whole.step.peak, rel=1e-3)
-    assert deep.step.microbatch == whole.step.microbatch
-    assert {k: c for k, (c, _) in deep.step.optimizer.items()} == {
-        k: c for k, (c, _) in whole.step.optimizer.items()
-    }
+    assert deep.step.collectives == whole.step.collectives and deep.update == whole.update
 
 
 @pytest.mark.parametrize("recompute", [False, True])
