@@ -36,7 +36,9 @@ class Ranks:
         """Return all ranks of the world, one where there is no process group. All of them must call this."""
         if not dist.is_initialized():
             return cls()
-        return cls(dist.new_group(backend="gloo", timeout=LONG))
+        group = dist.new_group(backend="gloo", timeout=LONG)
+        assert isinstance(group, dist.ProcessGroup), "this rank is in the group of all ranks"
+        return cls(group)
 
     def together(self, work: Callable[[], Result]) -> list[Result]:
         """Call `work` on every rank. Return the results by rank; raise the error of any rank on all, as a ValueError.

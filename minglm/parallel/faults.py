@@ -6,8 +6,12 @@
 
 In a sharded step all ranks wait for one another many times, so all steps are as slow as the slowest rank and their times
 tell nothing of it. Therefore a product is timed that no rank needs another one for. A rank that waits for a collective
-which another one never joins would wait forever; when it ends instead, torchrun ends the others, and starts all of them
-again from the last checkpoint if it was given --max-restarts.
+which another one never joins would wait forever; when it ends instead, torchrun ends the others.
+
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts 3 ...
+
+starts all of them again, and they go on from the last checkpoint. Without the variable, ranks of the second try look for
+those of the first, whose addresses are still in the store that torchrun keeps.
 """
 
 import contextlib

@@ -68,7 +68,7 @@ def weights_of(model: nn.Module) -> Tensors:
 
 def moments_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
     """Return what a checkpoint holds of the optimizer of a model, by name of the parameter; not copies."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {tensor: name for name, tensor in model.named_parameters()}
     tensors = {}
     for parameter, state in optimizer.state.items():
         for key, tensor in state.items():

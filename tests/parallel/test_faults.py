@@ -151,7 +151,11 @@ def run_with_a_wrong_rank(folder, what, restarts, *overrides):
         capture_output=True,
         text=True,
         timeout=500,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # the ranks of each try find one another anew
+        },
     )
 
 
