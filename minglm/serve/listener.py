@@ -50,7 +50,6 @@ def serve(
         ready(url_of(listening))
     config = uvicorn.Config(
         app,
-        http=connection_class(),
         ws="none",
         log_level="error",
         access_log=False,
@@ -135,6 +134,8 @@ def answer_server(
     """Return uvicorn's server with an accepting of our own. stop() is called before it waits for open answers."""
     import uvicorn
 
+    connection = connection_class()
+
     class AnswerServer(uvicorn.Server):
         """Accepts, and stops, as the module says."""
 
@@ -161,8 +162,7 @@ def answer_server(
             self.should_exit = True
 
         def _connection(self) -> asyncio.BaseProtocol:
-            make: Callable[..., asyncio.BaseProtocol] = config.http_protocol_class
-            return make(
+            return connection(
                 config=config, server_state=self.server_state, app_state=self.lifespan.state
             )
 
