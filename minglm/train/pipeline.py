@@ -65,7 +65,7 @@ def accumulate_stage(
 
     def loss_of(output: tuple[Tensor, ...] | Tensor, rows: Tensor) -> Tensor:
         """Compute the loss of a micro-batch; called in the last stage."""
-        states: tuple[Tensor, ...] = (output,) if isinstance(output, Tensor) else output
+        states = [output] if isinstance(output, Tensor) else list(output)
         microbatch = padded.map(lambda tensor: tensor[rows])
         loss = cross_entropy_term(model, states[0], microbatch, NEXT_TOKEN, counts.next_token)
         cross_entropies.append(loss.detach())
