@@ -27,7 +27,7 @@ from typing import TypeVar
 
 from minglm.chat import continuation, render
 from minglm.chat.messages import Message, Tool
-from minglm.chat.parser import Piece
+from minglm.chat.parser import FormatError, Piece
 from minglm.chat.stream import decode_turn, turn_pieces
 from minglm.common.ranks import Ranks
 from minglm.data.tokenizer import Tokenizer
@@ -248,7 +248,10 @@ async def _take_turn(
     trajectory.last_pieces = turn_pieces(player.tokenizer, completion.tokens)
     if completion.finish_reason != FinishReason.STOP:
         trajectory.truncated = True
-    if bool(message.get("reasoning_content")) != trajectory.thinking:
+    # A thought without an end is read as content; that is a fault of format, and still thinking.
+    unclosed = message.get("error") == FormatError.UNCLOSED_THINK
+    has_thought = bool(message.get("reasoning_content")) or unclosed
+    if has_thought != trajectory.thinking:
         trajectory.switch_obeyed = False
 
     trajectory.messages.append(message)

@@ -160,6 +160,7 @@ FAULTS = {
     "truncated": ("\n<think>look</think>\nLet me", True, "truncated"),
     "cut off inside a call": ("\n<think>look</think>" + CALL[:40], True, "unclosed_tool_call"),
     "cut off inside the thought": ("\n<think>look", True, "unclosed_think"),
+    "a thought that ends the turn": ("\n<think>look<|user|>", True, "unclosed_think"),
     "an answer that hands over to a tool": (
         "\n<think>a</think>\nDone.<|observation|>",
         True,
