@@ -310,11 +310,14 @@ def test_damaged_files_of_a_run(copied, capsys, damage):
 @pytest.mark.parametrize("stage", ["general", "long_agent"])
 def test_a_stage_is_loaded_as_it_was_trained(finished, stage):
     """Bits per byte of the loaded model are those in the log, which needs the stage's own rotary base."""
-    model, tokenizer, config, name, _ = load_run(finished, stage)
-    assert name == stage and model.rope_theta == getattr(config.stages, stage).rope_theta
+    loaded = load_run(finished, stage)
+    trained = getattr(loaded.config.stages, stage)
+    assert loaded.stage == stage
+    assert loaded.model.rope_theta == trained.rope_theta
     heldout = load_shards(finished / "data" / "heldout")["prose"]
-    length = min(getattr(config.stages, stage).sequence_length, 1024)
-    found = bits_per_byte(model, tokenizer, heldout, length, config.evaluation.heldout_tokens)
+    length = min(trained.sequence_length, 1024)
+    tokens = loaded.config.evaluation.heldout_tokens
+    found = bits_per_byte(loaded.model, loaded.tokenizer, heldout, length, tokens)
     logged = [r for r in records(finished, "bits_per_byte") if r["source"] == "prose"]
     (expected,) = [r["value"] for r in logged if r["stage"] == stage]
     assert found == pytest.approx(expected, rel=1e-6)

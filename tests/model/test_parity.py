@@ -125,4 +125,5 @@ def test_bfloat16_is_as_exact_as_hugging_faces(latent, data, S):
         theirs = reference(tokens_BS).logits.float()
     error = (found - exact).norm()
     their_error = (theirs - exact).norm()
-    assert error < 2 * their_error + 2**-8 * exact.norm()
+    # Two sums of few roundings: in 200 models of the smallest size the ratio is 0.98 in the middle, 1/3.3 to 2.8 at the ends.
+    assert error < 4 * their_error + 2**-8 * exact.norm()
