@@ -52,6 +52,10 @@ ONE_RUN = ("tests/cli/test_main.py", "tests/recipe/test_run.py")
 ANY_WORKER = "tests/kernels/test_compile_gate.py"
 
 
+# What takes minutes comes first, so that no worker begins it when the others are done.
+FIRST = ("tests/parallel/", *ONE_RUN, "tests/test_readme.py", "tests/launch/", ANY_WORKER)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Keep the tests of a file in one worker, so that its fixtures are set up once.
@@ -93,9 +97,10 @@ def poisoned():
 
 
 def pytest_collection_modifyitems(items):
-    """Skip tests marked `gpu` where there is no CUDA device."""
+    """Put the longest files first; skip tests marked `gpu` where there is no CUDA device."""
     import torch
 
+    items.sort(key=lambda item: not item.nodeid.startswith(FIRST))  # within a file nothing moves
     if torch.cuda.is_available():
         return
     for item in items:
