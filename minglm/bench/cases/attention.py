@@ -53,7 +53,9 @@ def sdpa(backend: SDPBackend, causal: bool = True) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
             out = F.scaled_dot_product_attention(
-                *(x.transpose(1, 2) for x in (q, k, v)),
+                q.transpose(1, 2),
+                k.transpose(1, 2),
+                v.transpose(1, 2),
                 is_causal=causal,
                 enable_gqa=q.shape[2] != k.shape[2],
             )
