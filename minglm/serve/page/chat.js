@@ -357,14 +357,17 @@ function toEnd() {
   scrollTo({top: document.documentElement.scrollHeight, behavior: "instant"});
 }
 
-let place = 0;  // where the page was
+let place = 0;  // where the page was; while it follows, the lowest place
 
-/** See where the reader is. Only going up means to leave the end: the text may have grown since the page followed it. */
+/**
+ * See where the reader is. Only going up means to leave the end: the text may have grown since the page followed it. And
+ * only going up by more than a line or two: a note that goes makes the page shorter, which moves it up by as much.
+ */
 function mark() {
   const isNear = distance() < NEAR;
   if (isNear) following = true;
-  else if (scrollY < place || !live) following = false;
-  place = scrollY;
+  else if (scrollY < place - NEAR || !live) following = false;
+  if (isNear || !following || scrollY > place) place = scrollY;
   byId("latest").hidden = following;
 }
 
