@@ -366,7 +366,7 @@ class Engine:
             pages.keep_states(rows, hidden_TD)
         # A sum over everything is the cheap test that nearly every pass ends with.
         finite = math.isfinite((hidden_TD.sum() + logits_BV.sum()).item())
-        if finite and not any(row.scored for row in rows):
+        if finite and all(row.scored is None for row in rows):
             return Forward(rows, logits_BV, [])
 
         sound_rows: list[Row] = []

@@ -63,9 +63,8 @@ def experts(
     pairs = experts_TK.numel()
     F = gate_EFD.shape[1]
     kept = [x_TD.new_empty(pairs, F), x_TD.new_empty(pairs, F), experts_TK.new_empty(pairs)]
-    x_TD.new_empty(
-        pairs, F + x_TD.shape[1]
-    )  # the hidden units, and the pairs' results before they are summed
+    # The hidden units, and the pairs' results before they are summed.
+    x_TD.new_empty(pairs, F + x_TD.shape[1])
     (result,) = _Saved.apply(
         (torch.empty_like(x_TD),), kept, x_TD, weights_TK, gate_EFD, up_EFD, down_EDF
     )

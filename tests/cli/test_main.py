@@ -220,7 +220,7 @@ def test_interrupts_and_broken_files_are_no_tracebacks(capsys, monkeypatch):
     """Ctrl-C anywhere is status 130; an error of the file system names its file; others are not hidden."""
     for error, status in (
         (KeyboardInterrupt(), 130),
-        (PermissionError(13, "Permission denied", "/root/run"), 2),
+        (PermissionError(13, "Permission denied", "/srv/run"), 2),
         (OSError(28, "No space left on device"), 2),
     ):
         monkeypatch.setattr(
@@ -229,7 +229,7 @@ def test_interrupts_and_broken_files_are_no_tracebacks(capsys, monkeypatch):
         assert main(["run"]) == status
         printed = capsys.readouterr().err
         assert printed.count("\n") == 1
-        assert status == 130 or "/root/run: Perm" in printed or "disk is full" in printed
+        assert status == 130 or "/srv/run: Perm" in printed or "disk is full" in printed
     monkeypatch.setattr(command_line, "run_verb", lambda *_: [][1])
     with pytest.raises(IndexError):
         main(["run"])
