@@ -83,3 +83,13 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def free_bytes(device: "torch.device") -> float:
+    """Return the memory of a GPU that this process could still use, in bytes; of a CPU, infinity: it is not asked."""
+    import torch
+
+    if device.type != "cuda":
+        return float("inf")
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

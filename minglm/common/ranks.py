@@ -1,6 +1,8 @@
 """Let ranks that write or read files together agree: all of them go on, or all stop with one error (no section).
 
-    together(work)     every rank calls `work`; each then has the results of all, or raises what went wrong on any
+    together(work)         every rank calls `work`; each then has the results of all, or raises what went wrong on any
+    deal(work, tasks)      each rank calls `work` on its share of the tasks; all then have all results, in order
+    divide(work, tasks)    the same for work on a single task
 
 Agreement goes through a process group of its own, on the CPU (gloo): it never mixes with the exchanges of a training step,
 also where a thread does it in the background, and it takes no memory of a GPU. One process alone is a world of one.
@@ -8,7 +10,7 @@ also where a thread does it in the background, and it takes no memory of a GPU. 
 
 import contextlib
 import datetime
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +20,7 @@ from minglm.common.files import new_folder
 from minglm.common.mistakes import one_line
 
 Result = TypeVar("Result")
+Task = TypeVar("Task")
 
 LONG = datetime.timedelta(days=1)
 """Most time that ranks wait for one that writes a file. One that dies closes its connections, which ends the wait."""
@@ -63,6 +66,22 @@ class Ranks:
     def first(self, work: Callable[[], Result]) -> Result:
         """Call `work` on rank 0, while the others wait. Return its result, or raise its error, on all ranks."""
         return self.together(work if self.rank == 0 else _nothing)[0]
+
+    def deal(
+        self, work: Callable[[Sequence[Task]], Sequence[Result]], tasks: Sequence[Task]
+    ) -> list[Result]:
+        """Call `work` with the tasks of this rank: it returns a result for each. Return those of all ranks, in order.
+
+        Errors as `together`.
+        """
+        own = tasks[self.rank :: self.size]
+        found = self.together(lambda: work(own))
+        # Rank r has the tasks r, r + size, r + 2 size, ...
+        return [found[n % self.size][n // self.size] for n in range(len(tasks))]
+
+    def divide(self, work: Callable[[Task], Result], tasks: Sequence[Task]) -> list[Result]:
+        """Call work(task) for each task on one of the ranks. Return the results of all, in order; errors as `together`."""
+        return self.deal(lambda own: [work(task) for task in own], tasks)
 
 
 def _nothing() -> Any:

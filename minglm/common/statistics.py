@@ -1,4 +1,4 @@
-"""Estimate scores and their uncertainty: pass@k and confidence intervals over problems (paper section 4, protocol).
+"""Estimate scores, differences and their uncertainty: pass@k and intervals over problems (paper section 4, protocol).
 
     pass@k    = 1 - C(n - c, k) / C(n, k),   c right answers among n
     interval  = Wilson interval of p with effective sample size n_eff
@@ -9,11 +9,31 @@
 
 p is the mean over problems. The answers to one problem are not independent, so n_eff lies between the number of
 problems (the answers to a problem all agree) and the number of answers (they are independent).
+
+Two models that answer the same problems are compared problem by problem: what makes a problem hard for both is in
+neither the difference nor its interval.
+
+    difference = mean over problems of (score after - score before)
+    interval   = percentiles of that mean over problems drawn again, with replacement (bootstrap)
 """
 
 import math
 from collections.abc import Sequence
 from statistics import NormalDist, fmean, variance
+from typing import NamedTuple
+
+import numpy as np
+
+RESAMPLES = 4000
+"""Draws of the bootstrap: the ends of a 95% interval then vary by a few hundredths of its width."""
+
+
+class Difference(NamedTuple):
+    """A mean difference over problems, and its interval."""
+
+    mean: float
+    low: float
+    high: float
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -58,3 +78,28 @@ def interval(
     spread = p * (1 - p) / effective_n + z2 / (4 * effective_n * effective_n)
     half_width = math.sqrt(z2 * spread) / shrink
     return max(0.0, centre - half_width), min(1.0, centre + half_width)
+
+
+def paired_difference(
+    before: Sequence[float | None], after: Sequence[float | None], confidence: float = 0.95
+) -> Difference:
+    """Return the mean of after - before over problems, with its bootstrap interval; the same values, the same interval.
+
+    before, after: the scores of two models on the same problems, in the same order. A problem that either could not
+    be scored on (None) is left out. Raises ValueError for sequences of different length, or without a common problem.
+    """
+    if len(before) != len(after):
+        raise ValueError(
+            f"{len(before)} problems before and {len(after)} after: a paired difference needs the same ones"
+        )
+    differences = []
+    for first, second in zip(before, after):
+        if first is not None and second is not None:
+            differences.append(second - first)
+    if not differences:
+        raise ValueError("a paired difference needs a problem that both were scored on")
+    values = np.array(differences)
+    draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(values[draws].mean(axis=1), (tail, 1 - tail))
+    return Difference(float(values.mean()), float(low), float(high))

@@ -20,6 +20,10 @@ from minglm.config.model import ModelConfig
 from minglm.config.options import option, positive
 
 MOST_RANKS = 2**20
+DEEPEP_RANKS = (2, 4, 8, 16, 24, 32, 64, 128, 144, 160)
+"""Sizes of `ep` for which DeepEP 1.2.1 has settings (`Buffer.get_dispatch_config`)."""
+DEEPEP_WIDTH = 256
+"""Numbers of bfloat16 whose multiple a token must have: DeepEP's kernels move 512 bytes at a time."""
 
 
 class TokenExchange(StrEnum):
@@ -28,7 +32,7 @@ class TokenExchange(StrEnum):
     ALL_TO_ALL = "all_to_all"
     """Two all-to-alls of torch.distributed, on any device."""
     DEEPEP = "deepep"
-    """The kernels of the package deep_ep, between GPUs only. A run refuses it: nobody here could try it on two GPUs."""
+    """The kernels of the package deep_ep, between GPUs only; never run on GPUs yet (`minglm.parallel.deepep`)."""
 
 
 class Layout(NamedTuple):
@@ -39,6 +43,7 @@ class Layout(NamedTuple):
     fsdp: int
     ep: int
     cp: int
+    interleave: int = 1
 
     @property
     def world(self) -> int:
@@ -61,7 +66,9 @@ class ParallelConfig:
     """The layout of a run over the ranks that torchrun starts; one process needs none of it."""
 
     pp: int = positive(1, maximum=MOST_RANKS)
-    """Pipeline stages: each holds consecutive layers."""
+    """Ranks of the pipeline: each holds consecutive layers, a stage."""
+    interleave: int = positive(1, maximum=MOST_RANKS)
+    """Stages on each rank of the pipeline; with more than 1 the schedule is interleaved 1F1B."""
     dp_replicate: int = positive(1, maximum=MOST_RANKS)
     """Copies of the sharded weights (hybrid sharding)."""
     fsdp: int = option(0, maximum=MOST_RANKS)
@@ -73,7 +80,8 @@ class ParallelConfig:
     reshard_after_forward: bool = True
     """Free the gathered weights of a layer after its forward pass and gather them again for the backward pass."""
     dispatcher: TokenExchange = TokenExchange.ALL_TO_ALL
-    """How tokens travel to their experts: all_to_all (deepep is refused by name)."""
+    """How tokens travel to their experts: all_to_all, or deepep (its package, GPUs with NVLink, bfloat16, a multiple of 256
+    hidden units, ep of 2, 4, 8, 16, 24, 32, 64, 128, 144 or 160)."""
     timeout_seconds: float = option(600.0, positive=True, maximum=10**7)
     """Most seconds of a step on several ranks: one that takes longer ends the run, and says where each rank is."""
 
@@ -90,12 +98,28 @@ class ParallelConfig:
                 f"parallel.pp = {self.pp}: each stage needs a layer of model.num_hidden_layers = "
                 f"{model.num_hidden_layers}; use {model.num_hidden_layers}"
             )
+        most = model.num_hidden_layers // self.pp if self.pp > 1 else 1
+        if self.interleave > most:
+            raise ValueError(
+                f"parallel.interleave = {self.interleave}: with parallel.pp = {self.pp} each stage needs a layer of "
+                f"model.num_hidden_layers = {model.num_hidden_layers}; use {most}"
+            )
+        if self.pp > 1 and self.cp > 1:
+            raise ValueError(
+                f"parallel.pp = {self.pp}: a pipeline's rows are not cut, and parallel.cp = {self.cp}; use one of both"
+            )
+        if self.pp > 1 and model.tie_word_embeddings:
+            raise ValueError(
+                f"parallel.pp = {self.pp}: model.tie_word_embeddings ties the first stage to the last; use 1"
+            )
         if not can_share(model, self.cp):
             possible = [n for n in range(1, 2 * self.cp) if can_share(model, n)]
             raise ValueError(
                 f"parallel.cp = {self.cp}: each rank must have whole heads, of {model.num_attention_heads} for "
                 f"queries and {model.num_key_value_heads} for keys; use {nearest(self.cp, possible)}"
             )
+        if self.dispatcher == TokenExchange.DEEPEP:
+            self._check_deepep(model)
         for name in ("ep", "cp"):
             size = getattr(self, name)
             if self.fsdp and self.fsdp % size:
@@ -103,6 +127,21 @@ class ParallelConfig:
                 raise ValueError(
                     f"parallel.{name} = {size}: must divide parallel.fsdp = {self.fsdp}; use {best}"
                 )
+
+    def _check_deepep(self, model: ModelConfig) -> None:
+        """Refuse sizes that DeepEP's kernels do not have."""
+        if self.ep not in DEEPEP_RANKS:
+            possible = [n for n in DEEPEP_RANKS if model.n_routed_experts % n == 0]
+            ways = f"{nearest(self.ep, possible)} ranks, or " if possible else ""
+            raise ValueError(
+                f"parallel.dispatcher = 'deepep': it exchanges among {', '.join(map(str, DEEPEP_RANKS))} ranks, and "
+                f"parallel.ep = {self.ep}; use {ways}all_to_all"
+            )
+        if model.hidden_size % DEEPEP_WIDTH:
+            raise ValueError(
+                f"parallel.dispatcher = 'deepep': it moves multiples of {DEEPEP_WIDTH} numbers, and model.hidden_size = "
+                f"{model.hidden_size}; use all_to_all"
+            )
 
     def layout(self, world: int, model: ModelConfig) -> Layout:
         """Return the sizes for this many ranks.
@@ -135,7 +174,7 @@ class ParallelConfig:
                     f"parallel.{name} = {size}: must divide fsdp = {fsdp} of {ranks}; "
                     f"use {nearest(size, possible)}, or start another number of ranks with torchrun"
                 )
-        layout = Layout(self.pp, self.dp_replicate, fsdp, self.ep, self.cp)
+        layout = Layout(self.pp, self.dp_replicate, fsdp, self.ep, self.cp, self.interleave)
         if not _rows_divide(layout.efsdp, model):
             self._refuse_rows(layout, model)
         return layout

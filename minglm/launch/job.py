@@ -3,7 +3,8 @@
     minglm run CONFIG --until code_reasoning --parallel.cp 1       rows of 4,096
     minglm run CONFIG --until reasoning --parallel.cp 2            rows of 32,768
     minglm run CONFIG --until long_agent --parallel.cp 8           rows of 131,072
-    minglm run CONFIG                                              post-training
+    minglm run CONFIG --until reasoning.sft --parallel.cp 8        fine-tuning of an expert
+    minglm run CONFIG --until reasoning.rl --parallel.cp 4         its reinforcement learning, and so on
 
 One run in one folder: each command continues where the one before ended, in the layout that its rows need. A job that is
 started again begins with the first command, which finds its stages complete and ends at once.
@@ -14,10 +15,10 @@ A plan that does not fit is refused before a script is written.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from minglm.config.parallel import Layout
 from minglm.config.run import RunConfig
 from minglm.plan.gpus import GPU
-from minglm.plan.layout import shared_by, words
+from minglm.plan.layout import layout_for, words
+from minglm.plan.posttraining import posttraining_layouts, why_no_posttraining
 from minglm.plan.summary import choose_layout, gpus_of, plan_stages, why_not
 
 
@@ -67,7 +68,7 @@ def make_job(
     """Return the job of a config. config: its path, as `run` takes it. gpus: 0 for as many as the config's layout has.
 
     until: the last stage of pre- or mid-training to run; None: all stages, post-training included.
-    Raises ValueError, in one line, for a layout that is impossible or does not fit, and for an unknown stage.
+    Raises ValueError, in one line, for a layout that is impossible or does not fit in any stage, and for an unknown stage.
     """
     gpus = gpus or gpus_of(run)
     if until is not None:
@@ -81,18 +82,26 @@ def make_job(
 
     start = ["run", config, "--out", out]
     commands = []
-    for number, stage in enumerate(wanted):
+    every = layout.pp > 1 or run.parallel.cp > 1  # the config names what not all commands have
+    layouts = [layout_for(run, layout, stage.sequence_length) for stage in wanted]
+    for number, (stage, own) in enumerate(zip(wanted, layouts)):
         is_last = number + 1 == len(wanted)
-        if is_last or wanted[number + 1].cp != stage.cp:
-            shared = layout._replace(cp=stage.cp)
-            commands.append([*start, "--until", stage.name, *overrides, *words(shared).split()])
+        if is_last or layouts[number + 1] != own:
+            asked = words(own, every).split()
+            commands.append([*start, "--until", stage.name, *overrides, *asked])
     if until is None:
-        shared = layout._replace(cp=_posttraining_cp(run, layout))
-        commands.append([*start, *overrides, *words(shared).split()])
+        refusal = why_no_posttraining(run, layout, gpu)
+        if refusal:
+            raise ValueError(refusal)
+        later = posttraining_layouts(run, layout)
+        for number, (name, own) in enumerate(later):
+            if number + 1 == len(later):
+                commands.append([*start, *overrides, *words(own, every).split()])
+            elif later[number + 1][1] != own:
+                asked = words(own, every).split()
+                commands.append([*start, "--until", name, *overrides, *asked])
     check = ["bench", "collectives", config, *overrides, *words(layout).split()]
-    laid_out = [
-        (stage.name, words(layout._replace(cp=stage.cp), every=True).split()) for stage in wanted
-    ]
+    laid_out = [(stage.name, words(own, every=True).split()) for stage, own in zip(wanted, layouts)]
     return Job(_safe(run.name), nodes, per_node, commands, laid_out, check)
 
 
@@ -107,12 +116,6 @@ def stop_after(run: RunConfig, stage: str) -> RunConfig:
         if name not in names[: names.index(stage) + 1]
     }
     return replace(run, stages=replace(run.stages, **later))
-
-
-def _posttraining_cp(run: RunConfig, layout: Layout) -> int:
-    """Return the GPUs that share a row of fine-tuning."""
-    longest = max(sft.sequence_length for sft in run.posttraining.fine_tunings().values())
-    return shared_by(run, layout, longest)
 
 
 def _safe(name: str) -> str:

@@ -2,21 +2,24 @@
 
     fake world of N ranks  ->  model on the meta device  ->  shard  ->  one step on tensors without numbers
 
-What is real: the meshes, the sharding, the dispatcher, the loop, clipping and the optimizer, all that a rank executes, seen
-from rank 0. What is not: numbers, and the kernels of a GPU, for which `minglm.launch.stand_ins` keep as much memory. So
-the bytes of parameters and optimizer are exact, collectives are those of a real step, and the peak is that of PyTorch's
-tensors: without NCCL's buffers, fragmentation, and gathers that run ahead.
+What is real: the meshes, the sharding, the dispatcher, the loop, the pipeline's schedule, clipping and the optimizer, all
+that a rank executes, seen from the first rank, and from the first one of the last stage. What is not: numbers, and the
+kernels of a GPU, for which `minglm.launch.stand_ins` keep as much memory. So the bytes of parameters and optimizer are exact,
+collectives are those of a real step, and the peak is that of PyTorch's tensors: without NCCL's buffers, fragmentation, and
+gathers that run ahead.
 
 The passes of a deep model are extrapolated from two shallow ones: every layer after the dense ones is the same, so memory
-and collectives are linear in their number. Sharding and optimizer are those of the whole model.
+and collectives are linear in their number. In a pipeline the stages become shallow, and equally so. Sharding and optimizer
+are those of the whole model.
 
-Experts have equal loads (the dispatcher's `force_balanced`). Simplified: no pipeline stages.
+Experts have equal loads (the dispatcher's `force_balanced`). Tokens are exchanged by all-to-alls also where a run would use
+DeepEP, whose kernels are no collectives of torch.distributed.
 """
 
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -25,18 +28,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minglm.config import Layout, Packing, RunConfig
+from minglm.config import Layout, Packing, RunConfig, TokenExchange
 from minglm.data.packing import Batch
 from minglm.kernels import dispatch
 from minglm.launch.fake import CollectiveKind, Watch
 from minglm.launch.stand_ins import STAND_INS
+from minglm.model.decoder import DecoderLayer
 from minglm.model.glm import GLM
 from minglm.model.moe import MoE
+from minglm.model.mtp import MTPLayer
 from minglm.optim.muon import Muon
 from minglm.parallel import parallelize
 from minglm.parallel.dispatcher import AllToAllDispatcher
 from minglm.parallel.local import local
 from minglm.parallel.mesh import build_meshes
+from minglm.parallel.pipeline import own_model
 from minglm.parallel.shard import shard
 from minglm.parallel.world import World
 from minglm.plan.text import size
@@ -44,8 +50,8 @@ from minglm.train.guard import Guard, guarded_step
 from minglm.train.loop import Phase, accumulate
 from minglm.train.stages import phases
 
-SHALLOW = (2, 4)
-"""MoE layers of the two models whose steps are tracked."""
+SHALLOW = (3, 4)
+"""MoE layers of the two models whose steps are tracked; in a pipeline, of each stage. Fewer have another peak."""
 
 
 class Held(NamedTuple):
@@ -61,14 +67,14 @@ Collectives = dict[CollectiveKind, tuple[int, int]]
 
 
 class Step(NamedTuple):
-    """What a micro-batch of one depth takes."""
+    """What a micro-batch of one depth takes; in a pipeline, as many as fill it."""
 
     held: int
     """Bytes between two steps."""
     peak: int
     """Most bytes during a micro-batch, gradients of an earlier one included."""
     collectives: Collectives
-    """Of a micro-batch."""
+    """Of these micro-batches."""
 
 
 class Update(NamedTuple):
@@ -80,15 +86,17 @@ class Update(NamedTuple):
 
 
 class Rehearsal(NamedTuple):
-    """The result of a rehearsal, seen from rank 0."""
+    """The result of a rehearsal, seen from the first rank that has the same layers."""
 
     parameters: int
-    """Of the whole model, without buffers."""
+    """Of the layers of these ranks, without buffers: all layers where there is no pipeline."""
     largest: int
-    """Parameters on the rank that has most."""
+    """Parameters on the rank of them that has most."""
     smallest: int
-    """Parameters on the rank that has least: where sizes do not divide evenly, the last one."""
+    """Parameters on the one that has least: where sizes do not divide evenly, the last one."""
     held: Held
+    microbatches: int
+    """Whose step was tracked."""
     step: Step
     update: Update
     extrapolated: bool
@@ -96,15 +104,11 @@ class Rehearsal(NamedTuple):
     """That the rehearsal took."""
 
 
-def rehearse(run: RunConfig, layout: Layout, stage: str) -> Rehearsal:
-    """Rehearse a stage of pre- or mid-training in a layout. Raises ValueError for pipeline stages."""
-    if layout.pp > 1:
-        raise ValueError("a rehearsal has no pipeline stages yet; use --parallel.pp 1")
+def rehearse(run: RunConfig, layout: Layout, stage: str, pipeline_rank: int = 0) -> Rehearsal:
+    """Rehearse a stage of pre- or mid-training in a layout, seen from a rank of the pipeline."""
     began = time.perf_counter()
     phase = next(phase for phase in phases(run) if phase.name == stage)
-    whole = run.model.num_hidden_layers
-    shallow = [run.model.first_k_dense_replace + layers for layers in SHALLOW]
-    with fake_world(layout.world) as world:
+    with fake_world(layout, pipeline_rank) as world:
         model = sharded(run, layout)
         optimizer = Muon(model, run.optimizer)
         sizes = [numbers_on_ranks(p) for p in model.parameters()]
@@ -116,10 +120,16 @@ def rehearse(run: RunConfig, layout: Layout, stage: str) -> Rehearsal:
         )
         parameters = sum(p.numel() for p in model.parameters())
         update = track_update(run, model, phase)
+        stages = layout.pp * layout.interleave
+        whole = decoder_layers(model) / layout.interleave  # of each stage, on the average
+        shallow = [run.model.first_k_dense_replace + layers for layers in SHALLOW]
         if whole <= shallow[1]:
             step = track(run, layout, phase, world)
         else:
-            steps = [track(with_layers(run, layers), layout, phase, world) for layers in shallow]
+            steps = [
+                track(with_layers(run, stages * layers), layout, phase, world, even(stages, layers))
+                for layers in shallow
+            ]
             distance = (whole - shallow[0]) / (shallow[1] - shallow[0])
             step = extrapolate(steps[0], steps[1], distance)
     return Rehearsal(
@@ -127,6 +137,7 @@ def rehearse(run: RunConfig, layout: Layout, stage: str) -> Rehearsal:
         largest=sum(largest for largest, _ in sizes),
         smallest=sum(smallest for _, smallest in sizes),
         held=held,
+        microbatches=filling(layout),
         step=step,
         update=update,
         extrapolated=whole > shallow[1],
@@ -134,19 +145,39 @@ def rehearse(run: RunConfig, layout: Layout, stage: str) -> Rehearsal:
     )
 
 
+def filling(layout: Layout) -> int:
+    """Return micro-batches that fill a pipeline, so that a rank keeps as many as it ever does."""
+    return layout.pp if layout.interleave == 1 else 2 * layout.pp
+
+
+def decoder_layers(model: GLM) -> int:
+    """Count the decoder layers that are in this process, MTP layers left out."""
+    own = [layer for layer in model.model.layers if isinstance(layer, DecoderLayer)]
+    return sum(not isinstance(layer, MTPLayer) for layer in own)
+
+
 @contextlib.contextmanager
-def fake_world(size: int) -> Iterator[World]:
-    """Hold a process group of `size` ranks, of which this process is rank 0 and the others do nothing."""
+def fake_world(layout: Layout, pipeline_rank: int = 0) -> Iterator[World]:
+    """Hold a process group of all ranks, of which this process is the first of a stage and the others do nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     world = World(
         torch.device("cpu")
     )  # before the group: agreement with ranks that do nothing would be none
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    rank = pipeline_rank * (layout.world // layout.pp)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world)
     try:
         yield world
     finally:
         dist.destroy_process_group()
+        clear_cache()  # DTensor would find the groups of this world again in the next one
+
+
+def clear_cache() -> None:
+    """Let DTensor forget what it worked out of each operation, of which the meshes are a part."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()
 
 
 def with_layers(run: RunConfig, layers: int) -> RunConfig:
@@ -154,14 +185,18 @@ def with_layers(run: RunConfig, layers: int) -> RunConfig:
     return replace(run, model=replace(run.model, num_hidden_layers=layers))
 
 
-def sharded(run: RunConfig, layout: Layout) -> GLM:
-    """Return the model of a run on the meta device, sharded as a run shards it."""
-    with torch.device("meta"):
-        model = GLM(run.model)
+def even(stages: int, layers: int) -> list[range]:
+    """Return the layers of each stage where all have so many."""
+    return [range(stage * layers, (stage + 1) * layers) for stage in range(stages)]
+
+
+def sharded(run: RunConfig, layout: Layout, division: Sequence[range] | None = None) -> GLM:
+    """Return the model of a run on the meta device, sharded as a run shards it. division: as in `PipelineGLM`."""
+    meshes = build_meshes(layout, "cpu")
+    model = own_model(run.model, meshes, division)
     model.dtype = getattr(torch, run.dtype)
     model.recompute = run.recompute
-    meshes = build_meshes(layout, "cpu")
-    shard(model, meshes, run.parallel)
+    shard(model, meshes, replace(run.parallel, dispatcher=TokenExchange.ALL_TO_ALL))
     for module in model.modules():
         if isinstance(module, MoE) and isinstance(module.dispatcher, AllToAllDispatcher):
             module.dispatcher.force_balanced = True
@@ -202,30 +237,42 @@ def track_update(run: RunConfig, model: GLM, phase: Phase) -> Update:
         return Update(watch.peak, _counted(watch))
 
 
-def track(run: RunConfig, layout: Layout, phase: Phase, world: World) -> Step:
-    """Run two micro-batches on tensors without numbers, and watch."""
-    model = sharded(run, layout)
+def track(
+    run: RunConfig,
+    layout: Layout,
+    phase: Phase,
+    world: World,
+    division: Sequence[range] | None = None,
+) -> Step:
+    """Run the micro-batches of a batch on tensors without numbers, and watch; gradients of earlier ones are there.
+
+    division: as in `PipelineGLM`.
+    """
+    model = sharded(run, layout, division)
     workers = parallelize(model, world=world, meshes=build_meshes(layout, "cpu"))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, Watch() as watch, dispatch.stand_ins(STAND_INS):
         model.to_empty(device="cpu")
         optimizer = Muon(model, run.optimizer)  # whose state takes memory
         held = watch.held
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
         batch = batch_of(run, layout, phase)
         watch.begin()
         accumulate(model, batch, phase, phase.mtp_weight(0), workers)
-        microbatch = _counted(watch)
-        watch.begin()  # gradients of the first micro-batch are there
-        accumulate(model, batch, phase, phase.mtp_weight(0), workers)
-        peak = watch.peak
+        step = Step(held, watch.peak, _counted(watch))
         optimizer.zero_grad()
-        return Step(held, peak, microbatch)
+        return step
 
 
 def batch_of(run: RunConfig, layout: Layout, phase: Phase) -> Batch:
-    """Return a batch of one micro-batch on each rank: rows of zeros, packed where the stage packs documents."""
+    """Return a batch of one micro-batch on each rank, or of those that fill a pipeline: rows of zeros.
+
+    They are packed where the stage packs documents.
+    """
     length = phase.sequence_length
     rows = max(1, run.optimizer.microbatch_tokens // length) * layout.data_groups
+    rows *= filling(layout)
     tokens_BS = torch.zeros(rows, length, dtype=torch.int64)
     mask_BS = torch.ones(rows, length, dtype=torch.bool)
     stage = dict(run.stages.items())[phase.name]
@@ -268,7 +315,8 @@ def render(found: Rehearsal, usable: float) -> str:
         f"  peak of a micro-batch {size(step.peak, 'B')}, of the optimizer {size(update.peak, 'B')} "
         f"({depth}); usable {size(usable, 'B')}{'' if peak <= usable else ': it does not fit'}",
     ]
-    for name, collectives in (("micro-batch", step.collectives), ("optimizer", update.collectives)):
+    passes = "micro-batch" if found.microbatches == 1 else f"{found.microbatches} of them"
+    for name, collectives in ((passes, step.collectives), ("optimizer", update.collectives)):
         for kind, (count, moved) in sorted(collectives.items(), key=lambda item: -item[1][1]):
             what = f"{kind.name} over {kind.ranks} ranks"
             lines.append(f"  {name:<12}{what:<32}{count:>6,}{size(moved, 'B'):>12}")

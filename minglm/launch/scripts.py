@@ -5,6 +5,7 @@ What all three do:
     rendezvous   the nodes meet at the first one, port 29500; torchrun gives each rank its number
     settings     one thread per rank and core share, expandable memory segments, and NCCL's warnings in the log
     resume       SIGTERM two minutes before the end: the run saves between two steps and stops; started again, it continues
+    restart      after a rank that died torchrun starts all of them again, `RESTARTS` times: they resume on the same nodes
     again        a job that failed or was preempted is put back into the queue, `AGAIN` times at most
 
 A script holds no secret and no path but those that were given. It is plain: read it before you start it, and change what
@@ -18,6 +19,8 @@ from typing import Any
 from minglm.launch.job import Job
 
 PORT = 29500
+RESTARTS = 3
+"""How often torchrun starts all ranks again. A mistake in the config fails as often, within a minute."""
 AGAIN = 20
 """How often a job is started again."""
 GRACE_SECONDS = 120
@@ -26,6 +29,7 @@ SETTINGS = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # less fragmentation
     "NCCL_DEBUG": "WARN",
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a rank that fails ends the others, instead of a hang
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # ranks that are started again find one another anew
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "110",  # torchrun would wait 30 s for a last checkpoint
     "PYTHONUNBUFFERED": "1",
 }
@@ -213,7 +217,7 @@ def _torchrun_lines(
 
     before: words in front of torchrun. forward: pass SIGTERM on to it, which a shell alone in a container does not.
     """
-    ranks = f"--nnodes {job.nodes} --nproc-per-node {job.per_node}"
+    ranks = f"--nnodes {job.nodes} --nproc-per-node {job.per_node} --max-restarts {RESTARTS}"
     meet = f"--rdzv-backend c10d --rdzv-endpoint {first_node}:{PORT} --rdzv-id {job.name}"
     if job.nodes == 1:
         meet = "--standalone"

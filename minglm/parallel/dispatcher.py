@@ -14,8 +14,8 @@ Choices:
 - `force_balanced` sends the same number of rows everywhere, whatever the router says. Sizes then follow from shapes, which a
   planner needs that runs a step without numbers; benchmarks that use it say so.
 
-Simplified: the sizes are read back by the host, so a GPU waits for it once in each layer. DeepEP's kernels and others that
-write into the memory of the receiver avoid that.
+Simplified: the sizes are read back by the host, so a GPU waits for it once in each layer, and a token travels once for each
+choice, also to one rank. `minglm.parallel.deepep` sends it to a rank once, by kernels that write into the receiver's memory.
 """
 
 from typing import NamedTuple

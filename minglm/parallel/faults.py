@@ -10,8 +10,9 @@ which another one never joins would wait forever; when it ends instead, torchrun
 
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts 3 ...
 
-starts all of them again, and they go on from the last checkpoint. Without the variable, ranks of the second try look for
-those of the first, whose addresses are still in the store that torchrun keeps.
+starts all of them again, and they go on from the last checkpoint. Without the variable torchrun's own store serves every
+try, so ranks of the second look for those of the first, whose addresses are still in it. With it rank 0 opens a store for
+each try, on a port of its own. `check_restarts` refuses the one without the other; the scripts of `minglm launch` have both.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,6 +74,16 @@ def check_same_code(run: RunConfig, ranks: Ranks) -> None:
                     f"rank {rank} on {host} has {name} {value}, rank 0 on {first_host} has {first[name]}; "
                     "give all nodes the same code, packages and command"
                 )
+
+
+def check_restarts(environment: Mapping[str, str]) -> None:
+    """Raise ValueError, in one line, where torchrun would start ranks again that could not find one another."""
+    restarts = environment.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            f"torchrun --max-restarts {restarts}: ranks that are started again would look for those before them; "
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
+        )
 
 
 class SlowRank(NamedTuple):

@@ -24,13 +24,13 @@ CLIP_EPS = 1e-6
 
 
 @torch.no_grad()
-def global_norm(model: nn.Module) -> Tensor:
-    """Return the 2-norm of all gradients of a model: a scalar, the same on every rank.
+def global_norm(model: nn.Module, without: nn.Module | None = None) -> Tensor:
+    """Return the 2-norm of all gradients of a model, but those of its part `without`: a scalar, the same on every rank.
 
     Of a model with DTensors every rank must call it, whether it has gradients or not. Raises ValueError for a model of
     which only some parameters are DTensors: it cannot be known which ranks hold the others.
     """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    gradients = _gradients(model, without)
     sharded = {isinstance(parameter, DTensor) for parameter in model.parameters()}
     if sharded == {True, False}:
         raise ValueError("a model is sharded whole or not at all: some parameters are no DTensors")
@@ -48,8 +48,16 @@ def global_norm(model: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, bound: float, norm: Tensor) -> None:
-    """Scale all gradients of a model in place so that their norm, now `norm`, is at most `bound`."""
-    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+def clip_gradients(
+    model: nn.Module, bound: float, norm: Tensor, without: nn.Module | None = None
+) -> None:
+    """Scale the gradients that `global_norm` measured in place so that their norm, now `norm`, is at most `bound`."""
+    gradients = [local(gradient) for gradient in _gradients(model, without)]
     if gradients:
         torch._foreach_mul_(gradients, (bound / (norm + CLIP_EPS)).clamp(max=1.0))
+
+
+def _gradients(model: nn.Module, without: nn.Module | None) -> list[Tensor]:
+    """Return the gradients of a model that are there, but those of a part."""
+    left_out = set() if without is None else set(without.parameters())
+    return [p.grad for p in model.parameters() if p.grad is not None and p not in left_out]

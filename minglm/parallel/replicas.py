@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from minglm.data.packing import Batch
+from minglm.parallel.sequence import WHOLE
 
 Share = TypeVar("Share")
 Result = TypeVar("Result")
@@ -42,6 +42,7 @@ class Replicas:
 
     in_step = False  # threads need not wait for one another before they have all finished
     expert_ranks = 1
+    row_part = WHOLE
 
     def __init__(self, model: nn.Module, count: int = 1) -> None:
         self.models = [model]
@@ -69,10 +70,6 @@ class Replicas:
         for replica in models[1:]:
             self._add_gradients(replica)
         return results
-
-    def cut(self, microbatch: Batch) -> Batch:
-        """Return the rows as they are."""
-        return microbatch
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the values as they are: `run` returns the results of all threads."""

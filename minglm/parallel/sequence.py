@@ -22,7 +22,10 @@ Choices:
 - Every rank reads the whole batch and cuts its positions out (`cut`), so nothing is sent to share it.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,6 +36,7 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from minglm.data.packing import Batch
 from minglm.kernels.attention import flash_attention
 from minglm.model.attention import Attend, Attention
+from minglm.model.balance import whole_row
 from minglm.model.mla import LatentAttention
 from minglm.model.moe import MoE
 
@@ -40,21 +44,42 @@ AHEAD = 2
 """Positions after a cut that its targets lie in: the MTP layer predicts the token after next."""
 
 
-def cut(batch: Batch, rank: int, ranks: int) -> Batch:
-    """Return the positions of each row that belong to a rank: S / ranks of them, and up to `AHEAD` after them.
+class RowPart(NamedTuple):
+    """Which part of each row a process computes."""
 
-    batch: whole rows, whose length is a multiple of `ranks`.
+    rank: int
+    ranks: int
+
+    def bounds(self, length: int) -> tuple[int, int, int]:
+        """Return (begin, end, ahead) for rows of `length`, a multiple of the ranks.
+
+        Of the positions from begin to end the last `ahead`, at most `AHEAD`, are another rank's; their tokens are targets.
+        """
+        own = length // self.ranks
+        begin = self.rank * own
+        end = min(begin + own + AHEAD, length)
+        return begin, end, end - begin - own
+
+
+WHOLE = RowPart(0, 1)
+"""The part of a process that shares no row."""
+
+
+def cut(batch: Batch, part: RowPart) -> Batch:
+    """Return the positions of each row that belong to a rank, and up to `AHEAD` after them.
+
+    batch: whole rows, whose length is a multiple of the ranks that share them.
     """
+    if part.ranks == 1:
+        return batch
     B, S = batch.tokens_BS.shape
-    length = S // ranks
-    begin = rank * length
-    end = min(begin + length + AHEAD, S)
+    begin, end, ahead = part.bounds(S)
     positions_BS = batch.positions_BS
     if positions_BS is None:
         positions_BS = torch.arange(S, device=batch.tokens_BS.device).expand(B, S)
     numbered = dataclasses.replace(batch, positions_BS=positions_BS)
-    part = numbered.map(lambda tensor_BS: tensor_BS[:, begin:end])
-    return dataclasses.replace(part, ahead=end - begin - length)
+    cut_out = numbered.map(lambda tensor_BS: tensor_BS[:, begin:end])
+    return dataclasses.replace(cut_out, ahead=ahead)
 
 
 class HeadExchange:
@@ -131,3 +156,26 @@ def share_sequences(model: nn.Module, group: dist.ProcessGroup) -> None:
             module.attend = exchange
         if isinstance(module, MoE):
             module.sum_over_row = sum_over_ranks
+
+
+@contextlib.contextmanager
+def whole_rows(model: nn.Module) -> Iterator[None]:
+    """Undo `share_sequences` for a while: the model takes whole rows. A model whose rows are whole is left as it is."""
+    shared = [
+        (module, module.attend)
+        for module in model.modules()
+        if isinstance(module, Attention | LatentAttention)
+        and isinstance(module.attend, HeadExchange)
+    ]
+    sums = [(module, module.sum_over_row) for module in model.modules() if isinstance(module, MoE)]
+    for module, exchange in shared:
+        module.attend = exchange.attend
+    for module, _ in sums:
+        module.sum_over_row = whole_row
+    try:
+        yield
+    finally:
+        for module, exchange in shared:
+            module.attend = exchange
+        for module, sum_over_row in sums:
+            module.sum_over_row = sum_over_row

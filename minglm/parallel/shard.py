@@ -26,6 +26,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -34,12 +35,13 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from minglm.config import ParallelConfig
+from minglm.config import ModelConfig, ParallelConfig, TokenExchange
 from minglm.kernels.experts import grouped_experts
 from minglm.model.decoder import DecoderLayer
 from minglm.model.embedding import Embedding, LMHead
 from minglm.model.glm import GLM, Part, initialize
-from minglm.model.moe import MoE
+from minglm.model.moe import Dispatcher, Experts, LocalDispatcher, MoE
+from minglm.parallel.deepep import DeepEPDispatcher
 from minglm.parallel.dispatcher import AllToAllDispatcher
 from minglm.parallel.mesh import Meshes
 from minglm.parallel.sequence import share_sequences
@@ -64,10 +66,15 @@ def shard(model: GLM, meshes: Meshes, config: ParallelConfig) -> None:
     dense = meshes.dense[(*replicas, "fsdp")]
     sparse = meshes.sparse[(*replicas, "efsdp")]
 
-    layers = [layer for layer in model.model.layers if isinstance(layer, DecoderLayer)]
+    layers = list(model.model.layers)
+    dispatcher = exchange_of(model.config, meshes, config)
     for layer in layers:
+        if not isinstance(layer, DecoderLayer):  # another stage of a pipeline has it
+            continue
         if isinstance(layer.mlp, MoE):
-            divide_experts(layer.mlp, meshes)
+            layer.mlp.dispatcher = dispatcher
+            if meshes.layout.ep > 1:
+                divide_experts(layer.mlp.experts, meshes.sparse["ep"])
             fully_shard(
                 layer.mlp.experts,
                 mesh=sparse,
@@ -101,13 +108,18 @@ def shard(model: GLM, meshes: Meshes, config: ParallelConfig) -> None:
         prefetch(layers)
 
 
-def divide_experts(moe: MoE, meshes: Meshes) -> None:
-    """Give each rank along ep its experts, and the layer a dispatcher that finds them."""
+def exchange_of(model: ModelConfig, meshes: Meshes, config: ParallelConfig) -> Dispatcher:
+    """Return the dispatcher of all layers: that of one process where no experts are divided."""
     if meshes.layout.ep == 1:
-        return
-    experts = moe.experts
-    mesh = meshes.sparse["ep"]
-    number = len(experts.gate_EFD)
+        return LocalDispatcher()
+    group = meshes.sparse["ep"].get_group()
+    if config.dispatcher == TokenExchange.DEEPEP:
+        return DeepEPDispatcher(group, model.n_routed_experts, model.hidden_size)
+    return AllToAllDispatcher(group, model.n_routed_experts)
+
+
+def divide_experts(experts: Experts, mesh: DeviceMesh) -> None:
+    """Give each rank of a mesh, that of the axis ep, its experts."""
     for name, parameter in list(experts.named_parameters()):
         # All ranks have the same values, so each takes its part and nothing is sent.
         divided = distribute_tensor(
@@ -115,7 +127,6 @@ def divide_experts(moe: MoE, meshes: Meshes) -> None:
         )
         setattr(experts, name, nn.Parameter(divided))
     experts.operation = own_experts
-    moe.dispatcher = AllToAllDispatcher(mesh.get_group(), number)
 
 
 def own_experts(
@@ -138,8 +149,10 @@ def prefetch(layers: Sequence[nn.Module]) -> None:
         return [module for module in layer.modules() if isinstance(module, FSDPModule)]
 
     for layer, following in pairwise(layers):
-        layer.set_modules_to_forward_prefetch(units(following))  # type: ignore[operator]
-        following.set_modules_to_backward_prefetch(units(layer))  # type: ignore[operator]
+        if not (isinstance(layer, FSDPModule) and isinstance(following, FSDPModule)):
+            continue  # one of both is on another rank of a pipeline
+        layer.set_modules_to_forward_prefetch(units(following))
+        following.set_modules_to_backward_prefetch(units(layer))
 
 
 def own_part(tensor: Tensor) -> Part:

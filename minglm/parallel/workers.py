@@ -7,7 +7,7 @@ A loop is written once, against this interface. `Replicas` are threads over one 
 the ranks over which the weights are sharded.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from minglm.data.packing import Batch
 from minglm.parallel.faults import SlowRank, slowest_rank
 from minglm.parallel.mesh import Meshes
-from minglm.parallel.sequence import cut
+from minglm.parallel.sequence import RowPart
+from minglm.parallel.shard import own_part
 from minglm.parallel.world import World
 
 Share = TypeVar("Share")
@@ -33,6 +33,8 @@ class Workers(Protocol):
     """Whether all workers must make the same number of forward and backward passes: ranks meet in each of them."""
     expert_ranks: int
     """Ranks that the experts of a layer are divided over; the load of each is logged."""
+    row_part: RowPart
+    """Which part of each row this process computes: all of it, unless ranks share rows."""
 
     def __len__(self) -> int:
         """Return into how many shares a batch is cut, at most."""
@@ -45,10 +47,6 @@ class Workers(Protocol):
 
         Returns the results of the shares that this process computed. The gradients of all shares add up in the model.
         """
-        ...
-
-    def cut(self, microbatch: Batch) -> Batch:
-        """Return the part of some rows that this process computes: all of them, unless ranks share each row."""
         ...
 
     def sum(self, values: Tensor) -> Tensor:
@@ -71,9 +69,16 @@ class Workers(Protocol):
         """Return the process that is much slower than the others, if there is one."""
         ...
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return the state dict of the whole model; its tensors may be those of the model itself."""
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return the state dict of the whole model; its tensors may be those of the model itself.
+
+        Where ranks share the model, a tensor is gathered when it is asked for: by all of them, in the same order.
+        """
         ...
+
+
+BUCKET_BYTES = 512 * 2**20
+"""Bytes that are gathered at a time."""
 
 
 class ShardedWorker:
@@ -86,6 +91,7 @@ class ShardedWorker:
         self.world = world
         self.meshes = meshes
         self.expert_ranks = meshes.layout.ep
+        self.row_part = RowPart(meshes.rows.get_local_rank("cp"), meshes.layout.cp)
 
     def __len__(self) -> int:
         return self.meshes.layout.data_groups
@@ -101,15 +107,6 @@ class ShardedWorker:
         assert len(shares) <= len(self), "more shares than ranks"
         number = self.meshes.data_group
         return shares[number] if number < len(shares) else None
-
-    def cut(self, microbatch: Batch) -> Batch:
-        """Return this rank's positions of each row; all of them with cp = 1."""
-        ranks = self.meshes.layout.cp
-        return (
-            cut(microbatch, self.meshes.rows.get_local_rank("cp"), ranks)
-            if ranks > 1
-            else microbatch
-        )
 
     def sum(self, values: Tensor) -> Tensor:
         """Add up `values` over all ranks."""
@@ -135,22 +132,63 @@ class ShardedWorker:
         """Return the rank that is much slower than the others, if there is one."""
         return slowest_rank(self.world.device, self.world.ranks)
 
-    def weights(self) -> dict[str, Tensor]:
-        """Gather the whole model on every rank; of a stage of a pipeline, its part."""
-        return {name: gathered(tensor) for name, tensor in self.model.state_dict().items()}
+    def weights(self) -> "Gathered":
+        """Return the state dict of the model, of a stage of a pipeline its part; each tensor is gathered when asked for."""
+        return Gathered(self.model.state_dict())
 
+    @torch.no_grad()
     def gather_into(self, whole: nn.Module) -> None:
-        """Give a model that is not sharded the weights of all ranks, tensor by tensor."""
+        """Give a model with all layers the weights of all ranks, tensor by tensor; it may be sharded itself, otherwise."""
         own = self.model.state_dict()
         stages = self.meshes.dense["pp"]
-        for name, tensor in whole.state_dict().items():
+        for name, target in whole.state_dict().items():
             if name in own:
-                tensor.copy_(gathered(own[name]))
+                value = gathered(own[name])
+            else:
+                value = torch.empty(target.shape, dtype=torch.float32, device=target.device)
             if stages.size() > 1:  # the stage that has it sends it to the others
                 owner = self.world.agree(stages.get_local_rank() if name in own else -1)
-                dist.broadcast(tensor, group_src=owner, group=stages.get_group())
+                value = value.contiguous()
+                dist.broadcast(value, group_src=owner, group=stages.get_group())
+            part = own_part(target)
+            part.values.copy_(value[part.where])
+
+
+class Gathered(Mapping[str, Tensor]):
+    """Tensors of a sharded model, each of which is gathered when it is asked for, by all ranks in the same order."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self.state = state
+
+    def __getitem__(self, name: str) -> Tensor:
+        return gathered(self.state[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
 
 
 def gathered(tensor: Tensor) -> Tensor:
     """Return a DTensor whole, on every rank of its mesh, all of which must call it; any other tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def buckets(model: nn.Module, most_bytes: int = BUCKET_BYTES) -> Iterator[dict[str, Tensor]]:
+    """Yield the state dict of a model, sharded or not, as whole tensors of at most `most_bytes` together, or one larger.
+
+    All ranks of a sharded model must go through all of it: each bucket is gathered when its turn comes.
+    """
+    names: list[str] = []
+    size = 0
+    state = model.state_dict()
+    for name, tensor in state.items():
+        more = tensor.numel() * tensor.element_size()
+        if names and size + more > most_bytes:
+            yield {name: gathered(state[name]) for name in names}
+            names = []
+            size = 0
+        names.append(name)
+        size += more
+    yield {name: gathered(state[name]) for name in names}

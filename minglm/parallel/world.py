@@ -21,7 +21,7 @@ import torch.distributed as dist
 from minglm.common import mistakes
 from minglm.common.device import pick_device
 from minglm.common.ranks import Ranks
-from minglm.parallel.faults import Watchdog
+from minglm.parallel.faults import Watchdog, check_restarts
 
 
 class World:
@@ -67,10 +67,11 @@ def start_world(device_name: str, timeout_seconds: float) -> World:
 
     device_name: as in a config; "auto" and "cuda" are the GPU of the rank's number on this machine. timeout_seconds: a
     step that takes longer ends this process, which then says where it was; so does a collective that takes twice as long,
-    anywhere. Raises ValueError, in one line, where there are fewer GPUs than ranks, or no NCCL.
+    anywhere. Raises ValueError, in one line, where there are fewer GPUs than ranks, no NCCL, or restarts that cannot work.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World(pick_device(device_name))
+    check_restarts(os.environ)
     device = _device_of_rank(device_name)
     store, rank, size = next(dist.rendezvous("env://"))
 

@@ -11,6 +11,7 @@ sequence parallelism does: neither adds any.
 """
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 from minglm.config.parallel import Layout, can_share, divisors
@@ -50,7 +51,7 @@ class Share(NamedTuple):
 def words(layout: Layout, every: bool = False) -> str:
     """Return the words that ask for this layout on the command line. every: also sizes of one, the default."""
     chosen = []
-    for name in ("pp", "dp_replicate", "fsdp", "ep", "cp"):
+    for name in ("pp", "interleave", "dp_replicate", "fsdp", "ep", "cp"):
         size = getattr(layout, name)
         if every or size > 1 or name == "fsdp":
             chosen.append(f"--parallel.{name} {size}")
@@ -79,6 +80,13 @@ def exchange_seconds(size: float, members: Group, gpu: GPU) -> float:
     return _slower(size * members.between, size * members.within, gpu)
 
 
+def send_seconds(size: float, members: Group, gpu: GPU) -> float:
+    """Estimate the seconds in which a rank sends `size` bytes to the next one along an axis."""
+    if members.in_node == members.size:
+        return _slower(0.0, size, gpu)
+    return _slower(size, 0.0, gpu)
+
+
 def _slower(network: float, nvlink: float, gpu: GPU) -> float:
     """Return the seconds of the slower of two links that work at the same time."""
     return max(network / (gpu.network * NETWORK_SHARE), nvlink / (gpu.nvlink * NVLINK_SHARE))
@@ -98,6 +106,28 @@ def shared_by(run: RunConfig, layout: Layout, sequence_length: int) -> int:
     return possible[-1] if possible else layout.cp
 
 
+def layout_for(run: RunConfig, layout: Layout, sequence_length: int) -> Layout:
+    """Return a layout as a stage with rows of this length uses it: with as many GPUs for a row as it needs.
+
+    A pipeline's rows are not cut, so where rows are, there is none, as in reinforcement learning. Raises ValueError, in one
+    line, where the layout is impossible without it.
+    """
+    cp = shared_by(run, layout, sequence_length)
+    if layout.pp > 1 and cp > 1:
+        layout = without_pipeline(run, layout)
+        cp = shared_by(run, layout, sequence_length)
+    return layout._replace(cp=cp)
+
+
+def without_pipeline(run: RunConfig, layout: Layout) -> Layout:
+    """Return the layout whose weights are sharded over the ranks of the pipeline too. Raises ValueError as `layout_for`."""
+    if layout.pp == 1:
+        return layout
+    fsdp = layout.pp * layout.fsdp
+    sizes = layout._replace(pp=1, interleave=1, fsdp=fsdp)._asdict()
+    return replace(run.parallel, **sizes).layout(layout.world, run.model)
+
+
 def share(run: RunConfig, layout: Layout, sequence_length: int) -> Share:
     """Return what one GPU computes in a stage with rows of this length, once the batch has its full size."""
     cp = layout.cp
@@ -111,22 +141,28 @@ def share(run: RunConfig, layout: Layout, sequence_length: int) -> Share:
 
 
 def check_layout(run: RunConfig, layout: Layout) -> None:
-    """Refuse a layout that a stage's batches cannot fill. Raises ValueError, in one line, with what would be filled."""
+    """Refuse a layout that a stage's batches cannot fill. Raises ValueError, in one line, with what all stages would fill."""
+    refusals = []
     for name, stage in run.stages.items():
         rows = max(1, run.optimizer.batch_tokens_start // stage.sequence_length)
-        longer = layout._replace(cp=shared_by(run, layout, stage.sequence_length))
+        longer = layout_for(run, layout, stage.sequence_length)
         if stage.tokens and rows < longer.data_groups:
-            raise ValueError(
+            refusal = (
                 f"stages.{name}: a batch has {rows:,} rows of {stage.sequence_length:,} tokens for "
-                f"{longer.data_groups:,} groups of ranks, so some would idle; "
-                f"use {_full_world(layout, longer, rows):,} GPUs, or a larger optimizer.batch_tokens_start"
+                f"{longer.data_groups:,} groups of ranks, so some would idle"
             )
+            refusals.append((_full_world(layout, longer, rows), refusal))
+    if refusals:
+        fewest, refusal = min(refusals)
+        raise ValueError(
+            f"{refusal}; use {fewest:,} GPUs, or a larger optimizer.batch_tokens_start"
+        )
 
 
 def _full_world(layout: Layout, longer: Layout, rows: int) -> int:
     """Return the largest number of ranks that leaves no group of them without a row."""
-    most = rows * longer.cp * layout.pp
+    most = rows * longer.cp * longer.pp
     halved = layout.world
     while halved > most and halved % 2 == 0:
         halved //= 2
-    return max(1, min(halved, most))
+    return min(halved, most)

@@ -28,7 +28,9 @@ from minglm.config.parallel import Layout
 from minglm.config.run import RunConfig
 from minglm.config.training import OptimizerConfig
 from minglm.plan.counts import attention_counts, count_parameters, unit_counts
+from minglm.plan.gpus import GPU, USABLE
 from minglm.plan.layout import share
+from minglm.plan.pipeline import divide_layers, first_layers, kept
 
 LOGITS = 5 * 2**27  # bytes of logits that exist at one time, see minglm.kernels.cross_entropy
 GIB = 2**30
@@ -119,13 +121,25 @@ def _largest_layer(c: ModelConfig, ep: int) -> int:
     )
 
 
-def largest_stage(c: ModelConfig, pp: int) -> float:
-    """Return the share of all parameters that the largest of `pp` pipeline stages holds."""
-    count = count_parameters(c)
-    ends = max(count["embedding"], count["head"] + count["mtp"]) if pp > 1 else count["embedding"]
-    if pp == 1:
+def largest_stage(c: ModelConfig, layout: Layout) -> float:
+    """Return the share of all parameters that the rank of the pipeline with most holds."""
+    if layout.pp == 1:
         return 1.0
-    return (count["body"] / pp + ends) / count["total_with_mtp"]
+    count = count_parameters(c)
+    unit = unit_counts(c)
+    layer_norms = 2 * c.hidden_size
+    of_layers = [
+        unit["attention"]
+        + layer_norms
+        + (unit["dense"] if layer < c.first_k_dense_replace else unit["moe"])
+        for layer in range(c.num_hidden_layers)
+    ]
+    division = divide_layers(c, layout.pp * layout.interleave)
+    of_stages = [sum(of_layers[layer] for layer in own) for own in division]
+    of_stages[0] += count["embedding"]
+    of_stages[-1] += count["head"] + count["mtp"] + c.hidden_size
+    of_ranks = [sum(of_stages[rank :: layout.pp]) for rank in range(layout.pp)]
+    return max(of_ranks) / count["total_with_mtp"]
 
 
 def _working_copies(run: RunConfig, layout: Layout, recompute: bool) -> int:
@@ -145,19 +159,21 @@ def _working_copies(run: RunConfig, layout: Layout, recompute: bool) -> int:
     return value * (layer if recompute else count["total_with_mtp"])
 
 
-def _kept_activations(run: RunConfig, layout: Layout, recompute: bool) -> int:
-    """Estimate the bytes per token that the layers of one GPU keep for the backward pass."""
+def _kept_activations(run: RunConfig, share: float, recompute: bool) -> float:
+    """Estimate the bytes per token that the layers of one GPU keep for the backward pass.
+
+    share: of all layers. Each rank of a pipeline has a part of them, and keeps it for several micro-batches.
+    """
     c = run.model
     value = compute_bytes(run)
     dense = activation_bytes_per_token(c, dense=True, bytes_per_value=value)
     moe = activation_bytes_per_token(c, dense=False, bytes_per_value=value)
-    # The first of pp stages has a pp-th of the layers, for pp micro-batches on their way: all layers' worth.
     dense_layers = c.first_k_dense_replace
     if not recompute:
-        return dense_layers * dense + count_moe_layers(c) * moe
+        return share * (dense_layers * dense + count_moe_layers(c) * moe)
     # The inputs of all layers, and everything of the one that is recomputed.
     inputs = (dense_layers + count_moe_layers(c)) * c.hidden_size * value
-    return inputs + (moe if count_moe_layers(c) else dense)
+    return share * inputs + (moe if count_moe_layers(c) else dense)
 
 
 def exchange_bytes(run: RunConfig, tokens: int) -> int:
@@ -178,20 +194,42 @@ def memory(
     c = run.model
     count = count_parameters(c)
     split = optimizer_split(c, run.optimizer)
-    tokens = share(run, layout, sequence_length).tokens
+    part = share(run, layout, sequence_length)
+    tokens = part.tokens
     logits = min(LOGITS, tokens * c.vocab_size * compute_bytes(run))
     head_gradient = 4 * count["embedding"]
-    held = largest_stage(c, layout.pp)
+    held = largest_stage(c, layout)
     ranks = layout.fsdp
+    layers = kept(layout, part.microbatches) * first_layers(c, layout)
+    activations = _kept_activations(run, layers, recompute)
     terms = {
         "weights": 4 * math.ceil(count["total_with_mtp"] * held / ranks),
         "gradients": 4 * math.ceil((split.muon + split.adamw) * held / ranks),
         "muon": 4 * math.ceil(split.muon * held / ranks),
         "adamw": 8 * math.ceil(split.adamw * held / ranks),
         "working copies": _working_copies(run, layout, recompute),
-        "activations": tokens * _kept_activations(run, layout, recompute),
+        "activations": round(tokens * activations),
         # Sent and received, on the way there and on the way back.
         "exchange": 4 * exchange_bytes(run, tokens) if layout.ep > 1 else 0,
         "head": logits + head_gradient,
     }
     return terms | {"total": sum(terms.values())}
+
+
+class Fit(NamedTuple):
+    """The memory of one GPU in one stage."""
+
+    memory: dict[str, int]
+    recompute: bool
+    fits: bool
+
+
+def fit(run: RunConfig, layout: Layout, gpu: GPU, sequence_length: int) -> Fit:
+    """Return the memory of one GPU, with activations recomputed where the run says so or they would not fit."""
+    usable = USABLE * gpu.memory_gib * GIB
+    recompute = run.recompute
+    terms = memory(run, layout, sequence_length, recompute)
+    if terms["total"] > usable and not recompute:
+        recompute = True
+        terms = memory(run, layout, sequence_length, recompute)
+    return Fit(terms, recompute, terms["total"] <= usable)

@@ -1,7 +1,7 @@
 """Estimate the time of an optimizer step: products, collectives against the speed of links, what binds (paper 2.4).
 
-    seconds of a micro-batch = max(products + exchange + context, gather + reduce + replicas, launches)
-    seconds of a step        = (micro-batches + pp - 1) * that + optimizer
+    seconds of a micro-batch = max(products + exchange + context + stages, gather + reduce + replicas, launches)
+    seconds of a step        = (micro-batches + waiting) * that + optimizer     waiting: `minglm.plan.pipeline`
     bound on the MFU         = FLOPs of the model for the tokens of a step / (peak * seconds of the step)
 
 Traffic of weights does not grow with the tokens, and its prefetch hides behind products. Exchanges of tokens grow with
@@ -14,24 +14,32 @@ overhead, slower kernels and unequal loads by experience of others: FSDP2 with e
 reports 28 to 34% on H100s with routing that is forced to be balanced (NeMo Automodel's performance summary). Where routing is real, and
 the bias has not balanced it yet, the busiest expert decides: the exchange of one published run took four times as long.
 
-Simplified: pipeline stages take equal time; rows are full; a step has its final size.
+Simplified: pipeline stages take the time of the busiest one, and wait for the states they send; rows are full; a step has
+its final size.
 """
 
 import math
 from typing import NamedTuple
 
 from minglm.config.model import ModelConfig
-from minglm.config.parallel import Layout
+from minglm.config.parallel import Layout, TokenExchange
 from minglm.config.run import RunConfig
 from minglm.plan.counts import attention_counts, count_parameters, flops_per_token, unit_counts
 from minglm.plan.gpus import GPU, KERNEL_SHARE
-from minglm.plan.layout import Share, exchange_seconds, gather_seconds, group, share
+from minglm.plan.layout import (
+    Share,
+    exchange_seconds,
+    gather_seconds,
+    group,
+    send_seconds,
+    share,
+)
 from minglm.plan.memory import (
     compute_bytes,
     count_moe_layers,
-    exchange_bytes,
     optimizer_split,
 )
+from minglm.plan.pipeline import imbalance, waiting, whole_rounds
 
 EXPECTED = (0.6, 0.8)
 """Share of the bound that a run is expected to reach, lowest and highest."""
@@ -75,13 +83,13 @@ class StepTime(NamedTuple):
 def products_seconds(
     run: RunConfig, layout: Layout, gpu: GPU, sequence_length: int, recompute: bool
 ) -> float:
-    """Estimate the seconds of the matrix products of one micro-batch, on one GPU.
+    """Estimate the seconds of the matrix products of one micro-batch, on one GPU; of a pipeline, the one with most to do.
 
     A product whose matrices are narrow moves more bytes than the memory can while it computes: experts of width F take
     2 D F operations a row for D + F values that are read or written.
     """
     c = run.model
-    tokens = share(run, layout, sequence_length).tokens / layout.pp
+    tokens = share(run, layout, sequence_length).tokens / layout.pp * imbalance(c, layout)
     passes = 4 / 3 if recompute else 1  # forward, backward twice as much, and forward again
     total = passes * tokens * flops_per_token(c, sequence_length).total
     experts = passes * tokens * 6 * count_moe_layers(c) * c.num_experts_per_tok
@@ -101,6 +109,7 @@ def collectives(
     gather: each layer's weights before the forward and the backward pass. reduce: its gradients in float32. exchange:
     tokens to their experts and back, forward and backward, and forward once more when recomputed. context: queries, keys
     and values by heads instead of by positions, and back. replicas: the sum of the sharded gradients over all replicas.
+    stages: the state of each token, with an MTP layer its next embedding too, to the next stage, and the gradients back.
     """
     c = run.model
     value = compute_bytes(run)
@@ -128,12 +137,17 @@ def collectives(
     seconds = 2 * gather_seconds(shard, replicas, gpu)
     found.append(Collective("replicas", "dp_replicate", replicas.size, 2 * shard, seconds))
 
-    moved = trips * exchange_bytes(run, tokens)
+    row = c.hidden_size * value
+    moved = trips * tokens * rows_of_a_token(run, layout.ep) * row
     seconds = exchange_seconds(moved, near, gpu)
     found.append(Collective("exchange", "ep", near.size, moved, seconds))
     moved = passes * layers / layout.pp * tokens * _attention_width(c, layout.cp) * value
     seconds = exchange_seconds(moved, context, gpu)
     found.append(Collective("context", "cp", context.size, moved, seconds))
+    stages = group(layout.pp, layout.world // layout.pp, gpu.per_node)
+    vectors = 2 if c.num_nextn_predict_layers else 1
+    moved = 2 * layout.interleave * vectors * tokens * c.hidden_size * value
+    found.append(Collective("stages", "pp", stages.size, moved, send_seconds(moved, stages, gpu)))
     return [collective for collective in found if collective.ranks > 1]
 
 
@@ -144,16 +158,60 @@ def _attention_width(c: ModelConfig, cp: int) -> int:
     return width * (c.num_attention_heads + copies * c.num_key_value_heads)
 
 
-def newton_schulz_flops(run: RunConfig) -> float:
-    """Count the operations that orthogonalise every matrix of Muon once.
+def tensor_parallel_seconds(
+    run: RunConfig, layout: Layout, gpu: GPU, sequence_length: int, recompute: bool
+) -> float:
+    """Estimate what tensor parallelism over the GPUs of a node would add to a micro-batch: why there is none here.
 
-    A step on a matrix of r rows and c columns, r <= c, takes 4 r r c + 2 r r r: X X', its square, and the product with X.
+    Each product of a layer would be cut over them, and the states of all their tokens be summed after attention and after
+    the MLP, in each pass: a sum is a reduction and a gathering. No other work of the layer can hide it, where the gathering of
+    sharded weights hides behind products.
     """
+    c = run.model
+    node = min(gpu.per_node, layout.fsdp)
+    tokens = node * share(run, layout, sequence_length).tokens
+    states = tokens * c.hidden_size * compute_bytes(run)
+    layers = (c.num_hidden_layers + c.num_nextn_predict_layers) / layout.pp
+    sums = 2 * (3 if recompute else 2) * layers
+    return sums * 2 * gather_seconds(states, group(node, 1, gpu.per_node), gpu)
+
+
+def rows_of_a_token(run: RunConfig, ep: int) -> float:
+    """Return how often a token travels to its K experts among E, which `ep` ranks divide.
+
+    K times by all-to-alls. DeepEP sends it once to each rank that has any: ep * (1 - C(E - E / ep, K) / C(E, K)) for experts
+    that are chosen equally often.
+    """
+    c = run.model
+    E = c.n_routed_experts
+    K = c.num_experts_per_tok
+    if run.parallel.dispatcher == TokenExchange.ALL_TO_ALL:
+        return K
+    return ep * (1 - math.comb(E - E // ep, K) / math.comb(E, K))
+
+
+def newton_schulz_flops(run: RunConfig) -> float:
+    """Count the operations that orthogonalise every matrix of Muon once."""
+    total = sum(
+        count * newton_schulz_step(rows, columns)
+        for count, rows, columns in newton_schulz_shapes(run)
+    )
+    return run.optimizer.newton_schulz_steps * total
+
+
+def newton_schulz_step(rows: int, columns: int) -> float:
+    """Count the operations of a step on one matrix: 4 r r c + 2 r r r for r <= c: X X', its square, the product with X."""
+    rows, columns = sorted((rows, columns))
+    return 4.0 * rows**2 * columns + 2.0 * rows**3
+
+
+def newton_schulz_shapes(run: RunConfig) -> list[tuple[int, int, int]]:
+    """List the matrices of Muon: how many there are, rows and columns."""
     c = run.model
     D = c.hidden_size
     q_width = c.num_attention_heads * c.head_dim
     kv_width = c.num_key_value_heads * c.head_dim
-    shapes: list[tuple[float, int, int]] = []
+    shapes: list[tuple[int, int, int]] = []
     layers = c.num_hidden_layers + c.num_nextn_predict_layers
     moe = count_moe_layers(c)
     if c.kv_lora_rank:
@@ -168,11 +226,7 @@ def newton_schulz_flops(run: RunConfig) -> float:
     shapes.append((3 * c.first_k_dense_replace, D, c.intermediate_size))
     shapes.append((moe, D, c.n_routed_experts))
     shapes.append((c.num_nextn_predict_layers, D, 2 * D))
-    total = 0.0
-    for count, rows, columns in shapes:
-        rows, columns = sorted((rows, columns))
-        total += count * (4 * rows**2 * columns + 2 * rows**3)
-    return run.optimizer.newton_schulz_steps * total
+    return [(count, rows, columns) for count, rows, columns in shapes if count]
 
 
 def optimizer_seconds(run: RunConfig, layout: Layout, gpu: GPU) -> float:
@@ -198,12 +252,13 @@ def step_time(
     for collective in found:
         spent[collective.name] = spent.get(collective.name, 0.0) + collective.seconds
     weights = sum(spent.get(name, 0.0) for name in ("gather", "reduce", "replicas"))
-    exposed = spent.get("exchange", 0.0) + spent.get("context", 0.0)
+    exposed = sum(spent.get(name, 0.0) for name in ("exchange", "context", "stages"))
     launches = _launch_seconds(run, layout, recompute)
     microbatch = max(products + exposed, weights, launches)
     optimizer = optimizer_seconds(run, layout, gpu)
-    bubble = (layout.pp - 1) * microbatch
-    total = part.microbatches * microbatch + bubble + optimizer
+    bubble = waiting(layout, part.microbatches) * microbatch
+    made = whole_rounds(layout, part.microbatches)
+    total = made * microbatch + bubble + optimizer
 
     rows = max(1, round(run.optimizer.batch_tokens_end / sequence_length))
     tokens = rows * sequence_length
@@ -232,7 +287,7 @@ def _binds(
     products: float, spent: dict[str, float], weights: float, launches: float, optimizer: float
 ) -> str:
     """Say what takes longest."""
-    exposed = products + spent.get("exchange", 0.0) + spent.get("context", 0.0)
+    exposed = products + sum(spent.get(name, 0.0) for name in ("exchange", "context", "stages"))
     if launches > max(weights, exposed):
         return "starting kernels"
     if weights > exposed:
@@ -241,6 +296,7 @@ def _binds(
         "products": products,
         "exchange of tokens": spent.get("exchange", 0.0),
         "sharing sequences": spent.get("context", 0.0),
+        "sending states": spent.get("stages", 0.0),
         "optimizer": optimizer,
     }
     return max(parts, key=lambda name: parts[name])

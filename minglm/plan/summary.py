@@ -6,8 +6,8 @@ The layout is the config's, or where it names none the best of `minglm.plan.sear
 one GPU shares them among as many as it takes (cp): the same run continues in another layout from stage to stage. A run
 that does not fit still has its parameters counted, and the plan says what would fit.
 
-Time is a range, from `minglm.plan.speed`: expected, by arithmetic, and not measured. Simplified: pre- and mid-training
-only; the cost of rollouts depends on how long the model chooses to think.
+Time is a range, from `minglm.plan.speed`: expected, by arithmetic, and not measured. That of post-training is wider and
+stands beside (`minglm.plan.posttraining`): it depends on how long the model chooses to think.
 """
 
 from dataclasses import dataclass, replace
@@ -18,25 +18,21 @@ from minglm.config.run import RunConfig
 from minglm.config.training import StageConfig
 from minglm.plan.counts import count_parameters, flops_per_token, kv_cache_bytes_per_token
 from minglm.plan.gpus import GPU, KERNEL_SHARE, NETWORK_SHARE, NVLINK_SHARE, USABLE
-from minglm.plan.layout import check_layout, shared_by, words
-from minglm.plan.memory import GIB, STATE_TERMS, memory
+from minglm.plan.layout import check_layout, layout_for, words
+from minglm.plan.memory import GIB, STATE_TERMS, fit
+from minglm.plan.posttraining import ANSWERS, plan_posttraining
 from minglm.plan.serving import serving_table
-from minglm.plan.speed import EXPECTED, step_time
+from minglm.plan.speed import EXPECTED, step_time, tensor_parallel_seconds
 
 ROUTING = "equal loads: the bound as if forced, the range once the bias has balanced them"
 """How tokens are routed in every number of utilisation."""
 LARGEST_POWER = 16
 """Numbers of GPUs up to two to this power are tried where a run does not fit."""
+LONGEST_PIPELINE = 16
+INTERLEAVED = (1, 2, 4)
+"""Stages of a rank that a search tries."""
 COMFORTABLE = 0.8
 """Share of the usable memory up to which an estimate can be trusted not to be exceeded."""
-
-
-class Fit(NamedTuple):
-    """The memory of one GPU in one stage."""
-
-    memory: dict[str, int]
-    recompute: bool
-    fits: bool
 
 
 @dataclass(frozen=True)
@@ -73,23 +69,12 @@ class StagePlan:
     gpu_hours: tuple[float, float]
 
 
-def fit(run: RunConfig, layout: Layout, gpu: GPU, sequence_length: int) -> Fit:
-    """Return the memory of one GPU, with activations recomputed where the run says so or they would not fit."""
-    usable = USABLE * gpu.memory_gib * GIB
-    recompute = run.recompute
-    terms = memory(run, layout, sequence_length, recompute)
-    if terms["total"] > usable and not recompute:
-        recompute = True
-        terms = memory(run, layout, sequence_length, recompute)
-    return Fit(terms, recompute, terms["total"] <= usable)
-
-
 def plan_stage(
     run: RunConfig, layout: Layout, gpu: GPU, name: str, stage: StageConfig
 ) -> StagePlan:
     """Plan one stage in a layout, with as many GPUs for a row as it needs."""
     length = stage.sequence_length
-    layout = layout._replace(cp=shared_by(run, layout, length))
+    layout = layout_for(run, layout, length)
     found = fit(run, layout, gpu, length)
     time = step_time(run, layout, gpu, length, found.recompute)
     low, high = EXPECTED
@@ -102,6 +87,9 @@ def plan_stage(
         seconds[key] = collective.seconds
         traffic[key] = collective.bytes
     seconds |= {"micro-batch": time.microbatch, "optimizer": time.optimizer, "step": time.total}
+    seconds["tensor parallelism"] = tensor_parallel_seconds(
+        run, layout, gpu, length, found.recompute
+    )
     return StagePlan(
         name=name,
         tokens=stage.tokens,
@@ -153,22 +141,33 @@ class Candidate(NamedTuple):
         return self.memory > COMFORTABLE * usable
 
 
-def search(run: RunConfig, gpu: GPU, gpus: int) -> list[Candidate]:
+def search(run: RunConfig, gpu: GPU, gpus: int, pipelines: bool = False) -> list[Candidate]:
     """Return every layout of `gpus` GPUs in which all stages fit, the fastest first, those that are tight last.
 
-    Tried are all divisions of the ranks into replicas, sharding and experts, with the config's pipeline stages, and as
-    many GPUs for a row as it needs.
+    Tried are all divisions of the ranks into replicas, sharding and experts, and as many GPUs for a row as it needs.
+    pipelines: pipelines of any length up to `LONGEST_PIPELINE`, with
+    each number of stages of `INTERLEAVED`, in place of the config's.
     """
-    pp = run.parallel.pp
-    if gpus % pp:
-        return []
+    shapes = [(run.parallel.pp, run.parallel.interleave)]
+    if pipelines:
+        lengths = [pp for pp in divisors(gpus) if pp <= LONGEST_PIPELINE]
+        shapes = [(pp, n) for pp in lengths for n in INTERLEAVED if pp > 1 or n == 1]
     found = []
-    for dp_replicate in divisors(gpus // pp):
-        for ep in divisors(gpus // pp // dp_replicate):
-            asked = replace(run.parallel, dp_replicate=dp_replicate, fsdp=0, ep=ep, cp=1)
-            candidate = _candidate(run, asked, gpu, gpus)
-            if candidate is not None:
-                found.append(candidate)
+    for pp, interleave in shapes:
+        for dp_replicate in divisors(gpus // pp) if gpus % pp == 0 else ():
+            for ep in divisors(gpus // pp // dp_replicate):
+                asked = replace(
+                    run.parallel,
+                    pp=pp,
+                    interleave=interleave,
+                    dp_replicate=dp_replicate,
+                    fsdp=0,
+                    ep=ep,
+                    cp=1,
+                )
+                candidate = _candidate(run, asked, gpu, gpus)
+                if candidate is not None:
+                    found.append(candidate)
     usable = USABLE * gpu.memory_gib * GIB
     return sorted(found, key=lambda candidate: (candidate.is_tight(usable), candidate.days))
 
@@ -179,13 +178,12 @@ def _candidate(run: RunConfig, asked: ParallelConfig, gpu: GPU, gpus: int) -> Ca
         asked.check(run.model)
         layout = asked.layout(gpus, run.model)
         check_layout(run, layout)
+        lengths = {stage.sequence_length for _, stage in run.stages.items() if stage.tokens}
+        for length in sorted(lengths, reverse=True):  # the longest rows need most
+            if not fit(run, layout_for(run, layout, length), gpu, length).fits:
+                return None
     except ValueError:
         return None
-    lengths = {stage.sequence_length for _, stage in run.stages.items() if stage.tokens}
-    for length in sorted(lengths, reverse=True):  # the longest rows need most
-        shared = layout._replace(cp=shared_by(run, layout, length))
-        if not fit(run, shared, gpu, length).fits:
-            return None
     stages = plan_stages(run, layout, gpu)
     if not stages:
         return None
@@ -287,6 +285,7 @@ def plan(run: RunConfig, gpu: GPU, gpus: int = 0, dollars: float = 2.0) -> dict[
         "refusal": None,
         "layout": None,
         "stages": [],
+        "posttraining": [],
         "assumed": {
             "source": gpu.source,
             "peak_flops": gpu.flops,
@@ -295,18 +294,21 @@ def plan(run: RunConfig, gpu: GPU, gpus: int = 0, dollars: float = 2.0) -> dict[
             "network_bytes_per_second": NETWORK_SHARE * gpu.network,
             "expected_share_of_bound": EXPECTED,
             "routing": ROUTING,
+            "answers": ANSWERS,
             "dollars_per_gpu_hour": dollars,
             "measured": False,
         },
     }
     try:
         layout = choose_layout(run, gpu, gpus)
+        stages = plan_stages(run, layout, gpu)
+        later = plan_posttraining(run, layout, gpu)
     except ValueError as error:
         return result | {"refusal": str(error)}
-    stages = plan_stages(run, layout, gpu)
     result["layout"] = layout._asdict() | {"efsdp": layout.efsdp, "words": words(layout)}
     result["layout"]["chosen"] = names_no_layout(run) and gpus > 1
     result["stages"] = [vars(stage) for stage in stages]
+    result["posttraining"] = [vars(stage) for stage in later]
     result["refusal"] = why_not(run, layout, gpu, stages)
     result["fits"] = result["refusal"] is None
     result["flops"] = sum(stage.tokens * stage.flops_per_token for stage in stages)

@@ -31,6 +31,7 @@ def render(plan: Mapping[str, Any]) -> str:
     lines += ["", *_layout_lines(plan)]
     if plan["stages"]:
         lines += ["", *_memory_lines(plan), "", *_stage_lines(plan), "", *_step_lines(plan)]
+        lines += ["", *_posttraining_lines(plan)]
     lines += ["", *_serving_lines(plan)]
     if plan["stages"]:
         lines += ["", *_cost_lines(plan)]
@@ -83,6 +84,10 @@ def _stage_lines(plan: Mapping[str, Any]) -> list[str]:
         lines.append(
             "cp differs: run each stage with --until STAGE and its --parallel.cp; the run continues in any layout"
         )
+        if plan["layout"]["pp"] > 1:
+            lines.append(
+                "rows that are shared go through no pipeline: there its ranks shard the weights too (--parallel.pp 1)"
+            )
     return lines
 
 
@@ -98,11 +103,41 @@ def _step_lines(plan: Mapping[str, Any]) -> list[str]:
     for name, moved in stage["traffic"].items():
         hidden = (
             ""
-            if name.startswith(("exchange", "context"))
+            if name.startswith(("exchange", "context", "stages"))
             else ", hidden where products last longer"
         )
         lines.append(f"  {name:<32}{size(moved, 'B'):>12}{seconds[name]:>12.4f} s{hidden}")
     lines.append(f"  {'optimizer':<32}{'':>12}{seconds['optimizer']:>12.4f} s a step")
+    if seconds["tensor parallelism"]:
+        lines.append(
+            f"  left out: tensor parallelism in a node, which would add {seconds['tensor parallelism']:.3g} s to each "
+            "micro-batch, not hidden"
+        )
+    return lines
+
+
+def _posttraining_lines(plan: Mapping[str, Any]) -> list[str]:
+    """Return the stages of post-training: assumed conversations, at the speed of a training step."""
+    shortest, longest = plan["assumed"]["answers"]
+    lines = [
+        f"post-training, if conversations have {shortest:.0%} to {longest:.0%} of the longest answer",
+        f"{'stage':<18}{'tokens':>16}{'length':>9}{'cp':>4}{'GiB':>7}{'tokens/s/GPU':>24}{'days':>18}{'GPU-hours':>24}",
+    ]
+    for stage in plan["posttraining"]:
+        tokens = " to ".join(size(end) for end in stage["tokens"])
+        lines.append(
+            f"{stage['name']:<18}{tokens:>16}{stage['sequence_length']:>9,}{stage['cp']:>4}"
+            f"{stage['memory'] / GIB:>7.1f}{between(stage['tokens_per_second_per_gpu']):>24}"
+            f"{between(stage['days']):>18}{between(stage['gpu_hours']):>24}"
+        )
+    too_large = [stage["name"] for stage in plan["posttraining"] if not stage["fits"]]
+    if too_large:
+        lines.append(f"does not fit: {', '.join(too_large)}")
+        engine = max(stage["engine"] for stage in plan["posttraining"])
+        if engine:
+            lines.append(
+                f"{engine / GIB:.1f} GiB are the weights of an engine in each rank; --rollout_engine URL names one of its own"
+            )
     return lines
 
 

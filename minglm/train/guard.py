@@ -105,18 +105,31 @@ def guarded_step(
     learning_rate: float,
     clip_norm: float,
     guard: Guard,
+    apart: nn.Module | None = None,
 ) -> StepResult:
     """Clip the gradients and take one optimizer step, unless the guard skips it. Clears the gradients.
 
-    clip_norm: bound on the global gradient norm; 0 turns it off.
+    clip_norm: bound on the global gradient norm; 0 turns it off. apart: a part of the model that is trained on a loss of
+    its own: its norm is bounded by itself, and the guard does not see it. It stays as it is if it is not finite.
     """
-    norm = global_norm(model)
+    norm = global_norm(model, apart)
     left_out = guard.reason(float(norm))
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     if left_out is None:
         if clip_norm:
-            clip_gradients(model, clip_norm, norm)
+            clip_gradients(model, clip_norm, norm, apart)
+        if apart is not None:
+            _prepare(apart, clip_norm)
         optimizer.step()
     optimizer.zero_grad()
     return StepResult(float(norm), left_out)
+
+
+def _prepare(part: nn.Module, clip_norm: float) -> None:
+    """Clip the gradient of a part by itself, or clear it where it is not finite."""
+    norm = global_norm(part)
+    if not math.isfinite(float(norm)):
+        part.zero_grad()
+    elif clip_norm:
+        clip_gradients(part, clip_norm, norm)

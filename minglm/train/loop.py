@@ -27,13 +27,14 @@ from minglm.data.packing import Batch
 from minglm.model.balance import update_expert_bias
 from minglm.model.glm import GLM
 from minglm.parallel import Replicas, Workers
-from minglm.parallel.pipeline import GLMStage
+from minglm.parallel.pipeline import PipelineGLM
+from minglm.parallel.sequence import cut
 from minglm.parallel.workers import ShardedWorker
 from minglm.report.records import RollbackRecord, SlowRankRecord, StepMetrics, StepRecord
 from minglm.train.checkpoint import StageCheckpoints
 from minglm.train.guard import Guard, guarded_step
 from minglm.train.loss import LossWeights, count_targets, training_loss
-from minglm.train.pipeline import accumulate_stage
+from minglm.train.pipeline import accumulate_stages
 from minglm.train.state import Stateful, TrainingState
 
 PACE_STEPS = 100
@@ -112,18 +113,18 @@ def accumulate_batch(
     counts = count_targets(model, batch, weights)
     shares = batch.split(math.ceil(len(batch.tokens_BS) / len(workers)))
     passes = math.ceil(len(shares[0].tokens_BS) / microbatch_rows)  # of the largest share
-    if isinstance(model, GLMStage):
+    if isinstance(model, PipelineGLM):
         assert isinstance(workers, ShardedWorker)
         nothing = batch.map(lambda tensor: tensor[:0])
         share = workers.own_share(shares) or nothing
-        terms = accumulate_stage(model, share, counts, weights, microbatch_rows, passes, workers)
+        terms = accumulate_stages(model, share, counts, weights, microbatch_rows, passes, workers)
         return total_of_all(BatchTerms(*terms), workers)
 
     def work(model: GLM, share: Batch | None) -> BatchTerms:
         microbatches = [] if share is None else share.split(microbatch_rows)
         total = BatchTerms(0.0, 0.0, 0.0, None)
         for microbatch in microbatches:
-            part = workers.cut(microbatch).to(model.device)
+            part = cut(microbatch, workers.row_part).to(model.device)
             terms = training_loss(model, part, counts, weights)
             terms.loss.backward()
             added = BatchTerms(
@@ -135,7 +136,7 @@ def accumulate_batch(
             total = add_terms(total, added)
         if workers.in_step:
             # A worker with fewer rows makes the passes that the others wait for, and learns nothing from them.
-            row = workers.cut(batch.split(1)[0]).to(model.device)
+            row = cut(batch.split(1)[0], workers.row_part).to(model.device)
             for _ in range(passes - len(microbatches)):
                 (0.0 * training_loss(model, row, counts, weights).loss).backward()
         return total

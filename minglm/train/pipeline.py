@@ -4,12 +4,12 @@
     stage 0      F0   F1        B0   F2   B1        B2        F: forward, B: backward, of a micro-batch
     stage 1           F0   B0   F1   B1   F2   B2
 
-PyTorch's 1F1B schedule (`torch.distributed.pipelining`) decides who does what when, and sends states and gradients. Each
-stage keeps as many micro-batches as there are stages after it. With p stages and m micro-batches a stage waits for
-(p - 1) / (m + p - 1) of the time: take many.
+PyTorch's schedules (`torch.distributed.pipelining`) decide who does what when, and send states and gradients: 1F1B, or
+interleaved 1F1B where a rank has several stages. `minglm.plan.pipeline` has the order, what waits, and what is kept. With
+p ranks and m micro-batches a rank waits for (p - 1) / (m + p - 1) of the time: take many, or interleave.
 
 - All micro-batches have the same shape, since a stage must know what it will receive. Rows that are missing are filled up by
-  padding, which counts nowhere.
+  padding, which counts nowhere; so are micro-batches that are missing to fill the pipeline.
 - The gradient is that of the batch: the loss is divided by the counts of the whole batch, and the schedule does not scale.
 - Schedules that split the backward pass in two (zero bubble) compute the gradients of weights later than FSDP reduces them,
   and fail with divided experts. They are not offered.
@@ -21,11 +21,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleInterleaved1F1B,
+)
 
 from minglm.data.packing import Batch
-from minglm.parallel.pipeline import GLMStage
+from minglm.parallel.pipeline import PipelineGLM, Stage
 from minglm.parallel.workers import ShardedWorker
+from minglm.plan.pipeline import whole_rounds
 from minglm.train.loss import (
     AFTER_NEXT,
     NEXT_TOKEN,
@@ -38,8 +43,8 @@ Terms = tuple[float, float, float, Tensor]
 """Cross-entropies of the next token and of the one after it, balance loss, and tokens (L, E) by router and expert."""
 
 
-def accumulate_stage(
-    model: GLMStage,
+def accumulate_stages(
+    model: PipelineGLM,
     batch: Batch,
     counts: TargetCounts,
     weights: LossWeights,
@@ -47,13 +52,12 @@ def accumulate_stage(
     passes: int,
     workers: ShardedWorker,
 ) -> Terms:
-    """Add the gradients of this rank's rows to its stage. Return the terms that this rank knows; the sum is the batch's.
+    """Add the gradients of this rank's rows to its stages. Return the terms that this rank knows; the sum is the batch's.
 
     batch: the rows of this rank's data group, perhaps none. counts: of the whole batch. passes: micro-batches of the group
     with the most rows; every rank makes as many.
     """
-    layout = workers.meshes.layout
-    passes = max(passes, layout.pp)  # 1F1B fills every stage
+    passes = whole_rounds(workers.meshes.layout, passes)
     padded = fill_up(batch, passes * microbatch_rows).to(model.device)
     total_routers = routers_of(model, bool(weights.mtp))
     model.with_mtp = bool(weights.mtp) and model.config.num_nextn_predict_layers > 0
@@ -88,8 +92,8 @@ def accumulate_stage(
 
     balance = 0.0
     load_LE = torch.zeros(total_routers, model.config.n_routed_experts)
-    for routings in model.reports:
-        for number, routing in zip(model.own_routers, routings):
+    for stage, routings in model.reports:
+        for number, routing in zip(model.own_routers[stage], routings):
             balance += routing.balance_loss.item() * rows_share / total_routers
             load_LE[number] += routing.tokens_per_expert_E.cpu()
     return (
@@ -100,7 +104,7 @@ def accumulate_stage(
     )
 
 
-def routers_of(model: GLMStage, with_mtp: bool) -> int:
+def routers_of(model: PipelineGLM, with_mtp: bool) -> int:
     """Count the routers of all stages that a step uses."""
     config = model.config
     layers = config.num_hidden_layers - config.first_k_dense_replace
@@ -131,26 +135,31 @@ def fill_up(batch: Batch, rows: int) -> Batch:
 
 
 def schedule_of(
-    model: GLMStage,
+    model: PipelineGLM,
     batch: Batch,
     microbatch_rows: int,
     passes: int,
     loss_of: Callable[[tuple[Tensor, ...] | Tensor, Tensor], Tensor],
     workers: ShardedWorker,
-) -> Schedule1F1B:
+) -> Schedule1F1B | ScheduleInterleaved1F1B:
     """Return the schedule of one step, whose stages know the shapes of what they send and receive."""
     shape = (microbatch_rows, batch.tokens_BS.shape[1], model.config.hidden_size)
     states = torch.empty(shape, dtype=model.dtype, device="meta", requires_grad=True)
     between = (states, states) if model.with_mtp else (states,)
     first = (batch.tokens_BS[:microbatch_rows].to("meta"),)
-    mesh = workers.meshes.dense["pp"]
-    stage = PipelineStage(
-        model,
-        mesh.get_local_rank(),
-        mesh.size(),
-        model.device,
-        input_args=first if model.is_first else between,
-        output_args=between,
-        group=mesh.get_group(),
-    )
-    return Schedule1F1B(stage, passes, loss_fn=loss_of, scale_grads=False)
+    group = workers.meshes.dense.get_group("pp")
+    stages = [
+        PipelineStage(
+            Stage(model, number),
+            number,
+            model.last_stage + 1,
+            model.device,
+            input_args=between if number else first,
+            output_args=between,
+            group=group,
+        )
+        for number in model.own_stages
+    ]
+    if len(stages) == 1:
+        return Schedule1F1B(stages[0], passes, loss_fn=loss_of, scale_grads=False)
+    return ScheduleInterleaved1F1B(list(stages), passes, loss_fn=loss_of, scale_grads=False)

@@ -12,7 +12,7 @@ def phase(name: str, config: SFTConfig, run: RunConfig, tokens: int) -> Phase:
     """Return the `Phase` of an SFT stage over `tokens` tokens: warm-up over 5%, then cosine to a tenth of the peak.
 
     run: for what SFT shares with the later stages of pre-training: the weights of the MTP and balance losses,
-    micro-batches, clipping and the guard. The selection bias does not move.
+    micro-batches, clipping and the guard. The selection bias moves only with `balance_bias`.
     """
     warmup_tokens = WARMUP_SHARE * tokens
 
@@ -30,7 +30,7 @@ def phase(name: str, config: SFTConfig, run: RunConfig, tokens: int) -> Phase:
         learning_rate=learning_rate,
         batch_tokens=lambda tokens_seen: config.batch_tokens,
         mtp_weight=lambda tokens_seen: run.balance.mtp_weight_late,
-        bias_rate=lambda tokens_seen: 0.0,
-        balance_weight=run.balance.sequence_loss_weight,
+        bias_rate=lambda tokens_seen: run.balance.bias_rate if config.balance_bias else 0.0,
+        balance_weight=run.balance.sequence_loss_weight if config.balance_loss else 0.0,
         optimizer=run.optimizer,
     )

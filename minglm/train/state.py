@@ -5,7 +5,8 @@ the same parts. After repeated failures `roll_back` restores the weights and the
 counters continue.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +38,8 @@ class TrainingState:
     guard: Guard
     stream: Stateful | None = None
     """Where the next batch comes from; None when the data follow from the number of the step."""
+    parts: Mapping[str, Stateful] = field(default_factory=dict)
+    """What else changes from step to step, by name. Checkpoints of older runs may lack it."""
     step: int = 0
     """Steps done in this stage."""
     tokens: int = 0
@@ -47,6 +50,8 @@ class TrainingState:
         values = {"guard": self.guard.state_dict(), "tokens": self.tokens, "step": self.step}
         if self.stream is not None:
             values["stream"] = self.stream.state_dict()
+        for name, part in self.parts.items():
+            values[name] = part.state_dict()
         checkpoints.save(self._tensors(), values, background=background)
 
     def restore(self, checkpoints: StageCheckpoints) -> bool:
@@ -58,6 +63,9 @@ class TrainingState:
             self.stream.load_state_dict(values["stream"])
         if "guard" in values:  # reinforcement learning has stored it only since it has a guard
             self.guard.load_state_dict(values["guard"])
+        for name, part in self.parts.items():
+            if name in values:
+                part.load_state_dict(values[name])
         self.step = values["step"]
         self.tokens = values.get("tokens", 0)
         return True

@@ -62,20 +62,40 @@ def test_launch(capsys):
     assert "usable" in out and "does not fit" not in out
 
 
-FULL_SIZE = [  # .ci/run rehearses the other layouts
-    "mini.py",
-    "flash_30b.py:h100x8",
-    "air_106b.py:h100x32",
-    "glm45_355b.py:h100x512_128k",
+def test_launch_of_a_pipeline(capsys):
+    """Both ends of it: rank 0 has the embedding, the last one the head and the MTP layer, and both send and receive."""
+    words = ["--gpus", 2, "--gpus-per-node", 2, "--parallel.pp", 2, "--until", "general"]
+    out = printed(capsys, "launch", CONFIGS / "nano.py", "--dry-run", *words)
+    first, last = out.split("rank 1 of the pipeline's 2")
+    assert "rank 0 of the pipeline's 2" in first
+    for end in (first, last):
+        assert "send over 2 ranks" in end and "receive over 2 ranks" in end
+    counts = [
+        int(re.search(r"([\d,]+) parameters", end)[1].replace(",", "")) for end in (first, last)
+    ]
+    assert sum(counts) == 159_168 and counts[0] < counts[1]
+
+
+FULL_SIZE = [
+    ("mini.py", "general"),
+    ("flash_30b.py:h100x8", "general"),
+    ("air_106b.py:h100x32", "general"),
+    ("air_106b.py:h100x64", "general"),
+    *((f"glm45_355b.py:h100x{gpus}", "general") for gpus in (256, 512)),
+    *((f"glm45_355b.py:h100x{gpus}_32k", "repository") for gpus in (256, 512)),
+    *((f"glm45_355b.py:h100x{gpus}_128k", "long_agent") for gpus in (256, 512)),
+    (
+        "glm45_355b.py --gpus 256 --parallel.pp 4 --parallel.interleave 2 --parallel.fsdp 64 --parallel.ep 32",
+        "general",
+    ),
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FULL_SIZE)
-def test_launch_of_full_size(name):
+@pytest.mark.ci
+@pytest.mark.parametrize(("name", "stage"), FULL_SIZE)
+def test_launch_of_full_size(name, stage):
     """The stage that a layout is for is rehearsed within 3 minutes and 16 GiB, and fits, as the plan says."""
-    stage = {"128k": "long_agent"}.get(name.rpartition("_")[2], "general")
-    words = ["launch", f"configs/{name}", "--dry-run", "--stage", stage]
+    words = ["launch", *f"configs/{name}".split(), "--dry-run", "--stage", stage]
     done = subprocess.run(
         [sys.executable, "-m", "minglm", *words],
         cwd=ROOT,

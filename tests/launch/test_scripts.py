@@ -1,7 +1,6 @@
 """Scripts that start a run on a cluster: every one is parsed, Kubernetes' by its published schema, Slurm's by Slurm."""
 
 import json
-import re
 import shlex
 import shutil
 import subprocess
@@ -21,7 +20,11 @@ CONFIGS = Path(__file__).parent.parent.parent / "configs"
 H100 = GPUS["h100"]
 
 
-def job(config="glm45_355b.py:h100x512", until=None, overrides=(), gpus=0):
+ENGINE = ("--rollout_engine", "http://rollouts:8000")
+"""On GPUs of its own: with an engine in each rank no full-size config fits in RL."""
+
+
+def job(config="glm45_355b.py:h100x512", until=None, overrides=ENGINE, gpus=0):
     """The job of a shipped layout."""
     path = str(CONFIGS / config)
     return make_job(load_config(path, overrides), path, overrides, "runs/x", H100, gpus, until)
@@ -48,25 +51,60 @@ def words_after(text, function="minglm"):
     return [shlex.split(line)[1:] for line in lines if line.startswith(f"{function} ")]
 
 
-def test_one_run_goes_through_the_layouts_that_its_rows_need():
-    """Rows of 4K, 32K and 128K: whole, shared by 2 and by 8 GPUs, then post-training, in one folder."""
-    made = job()
-    assert (made.nodes, made.per_node, made.gpus) == (64, 8, 512)
-    untils = [command[command.index("--until") + 1] for command in made.commands[:-1]]
-    assert untils == ["code_reasoning", "reasoning", "long_agent"]
-    assert "--until" not in made.commands[-1]
-    sizes = [re.search(r"--parallel.cp (\d+)", " ".join(command)) for command in made.commands]
-    assert [found and int(found[1]) for found in sizes] == [
-        None,
-        2,
-        8,
-        sizes[-1] and int(sizes[-1][1]),
+def until_of(made):
+    """The stage that each command of a job ends with; None for the end of the run."""
+    return [
+        command[command.index("--until") + 1] if "--until" in command else None
+        for command in made.commands
     ]
+
+
+def layouts_of(made):
+    """The layout of each command of a job."""
+    found = []
+    for command in made.commands:
+        config = load_config(command[1], command[6:] if "--until" in command else command[4:])
+        found.append(config.parallel.layout(made.gpus, config.model))
+    return found
+
+
+# Where the layout changes: RL, whose answers are shorter, and the fine-tunings in between.
+POST = ["reasoning.sft", "reasoning.rl", "agent.sft", "agent.rl", "chat.sft", "chat.rl", "unified"]
+
+
+@pytest.mark.parametrize("variant", ["h100x512", "h100x512_128k"])
+def test_one_run_goes_through_the_layouts_that_its_rows_need(variant):
+    """Rows of 4K, 32K and 128K: whole, shared by 2 and by 8 GPUs, answers of 64K by 4; one layout for all of a config that shares
+    every row by 8."""
+    made = job(f"glm45_355b.py:{variant}")
+    assert (made.nodes, made.per_node, made.gpus) == (64, 8, 512)
+    wide = variant.endswith("128k")  # whose layout shares all rows
+    rows = ["code_reasoning", "reasoning", "long_agent"]
+    assert until_of(made) == (["long_agent", None] if wide else [*rows, *POST, None])
+    shared = [8, 8] if wide else [1, 2, 8, *[8, 4] * 4]
+    assert [layout.cp for layout in layouts_of(made)] == shared
     for command in made.commands:
         assert command[0] == "run" and command[2:4] == ["--out", "runs/x"]
-        overrides = command[4:] if "--until" not in command else command[6:]
-        config = load_config(command[1], overrides)
-        assert config.parallel.layout(512, config.model).world == 512
+
+
+def test_a_pipeline_is_for_stages_whose_rows_are_whole():
+    """Shared rows and post-training go through none: its ranks shard the weights there."""
+    pipeline = [
+        *ENGINE,
+        "--parallel.pp",
+        "4",
+        "--parallel.interleave",
+        "2",
+        "--parallel.fsdp",
+        "64",
+        "--parallel.ep",
+        "32",
+    ]
+    made = job("glm45_355b.py", overrides=pipeline, gpus=256)
+    first, *others = layouts_of(made)
+    assert first == (4, 1, 64, 32, 1, 2)
+    assert others == [(1, 1, 256, 32, cp, 1) for cp in (2, 8, *[8, 4] * 4)]
+    assert [words[1] for _, words in made.stages] == ["4", "4", "1", "1", "1"]
 
 
 def test_until_stops_early():
@@ -83,6 +121,10 @@ def test_what_does_not_fit_is_refused():
     """With the layout that would fit, before a script is written; so are GPUs that do not fill their nodes."""
     with pytest.raises(ValueError, match=r"needs .* GiB .*; use --gpus 128 --parallel.fsdp 128"):
         job("glm45_355b.py", gpus=64)
+    engine = r"\.rl needs 708\.6 GiB .*; 664\.6 are the weights of an engine .*--rollout_engine URL, or .*--until"
+    with pytest.raises(ValueError, match=engine):
+        job(overrides=())
+    assert job(overrides=(), until="long_agent").commands
     with pytest.raises(ValueError, match=r"do not fill nodes of 8; use --gpus 16 or 24"):
         check_nodes(20, 8)
     assert check_nodes(4, 8) == (1, 4)
@@ -94,6 +136,7 @@ def test_bash_can_parse_every_script(made):
     """So that each word arrives as it was given, whatever is in it."""
     for text in (torchrun_script(made), slurm_script(made, 1.0)):
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+        assert "--max-restarts 3" in text and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in text
         assert words_after(text)[1:] == made.commands
         assert words_after(text)[0] == made.check
 
@@ -148,6 +191,7 @@ def test_kubernetes_objects_keep_the_published_schema(made):
         service["spec"]["selector"].items()
         <= batch["spec"]["template"]["metadata"]["labels"].items()
     )
+    assert {"name": "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "value": "1"} in container["env"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == made.per_node
     script = container["command"][2]
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
@@ -190,13 +234,13 @@ def wait_for(path, seconds=20.0):
 def test_the_verb_prints_or_writes_the_script(tmp_path, capsys):
     """The same text either way; Kubernetes needs to know its image; a mistake is one line."""
     config = str(CONFIGS / "flash_30b.py:h100x8")
-    assert main(["launch", config, "--torchrun"]) == 0
+    assert main(["launch", config, "--torchrun", *ENGINE]) == 0
     printed = capsys.readouterr().out
     script = tmp_path / "run.sh"
-    assert main(["launch", config, "--torchrun", "--script", str(script)]) == 0
+    assert main(["launch", config, "--torchrun", *ENGINE, "--script", str(script)]) == 0
     assert script.read_text() == printed and "--standalone" in printed
     capsys.readouterr()
-    assert main(["launch", config, "--kubernetes"]) == 2
+    assert main(["launch", config, "--kubernetes", *ENGINE]) == 2
     assert "--image" in capsys.readouterr().err
     assert main(["launch", str(CONFIGS / "glm45_355b.py"), "--gpus", "8", "--slurm"]) == 2
     assert "use --gpus" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -22,13 +23,14 @@ from minglm.common.ranks import Ranks, new_folder_of
 from minglm.config import Layout, OptimizerConfig, ParallelConfig, load_config
 from minglm.data.mixture import Mixture
 from minglm.model.glm import GLM
+from minglm.model.hf import write as write_module
 from minglm.model.hf.config import to_hf
 from minglm.model.hf.files import INDEX, HFOrigin
-from minglm.model.hf.write import write
+from minglm.model.hf.write import write, write_stream
 from minglm.optim.muon import Muon
 from minglm.parallel import parallelize
 from minglm.parallel.mesh import build_meshes
-from minglm.parallel.pipeline import GLMStage
+from minglm.parallel.pipeline import PipelineGLM
 from minglm.parallel.shard import materialize, shard
 from minglm.parallel.world import World
 from minglm.recipe import convert
@@ -211,7 +213,9 @@ def train(folder, layout, steps):
     with torch.device("meta"):
         model = GLM(config)
         if layout.pp > 1:
-            model = GLMStage(config, meshes.dense["pp"].get_local_rank(), layout.pp)
+            model = PipelineGLM(
+                config, meshes.dense.get_local_rank("pp"), layout.pp, layout.interleave
+            )
     workers = None
     if meshes is not None:
         shard(model, meshes, ParallelConfig())
@@ -242,27 +246,23 @@ def trained(folder, *legs):
     return losses, state
 
 
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """Return the losses and the state of four steps in one process."""
-    return trained(tmp_path_factory.mktemp("straight"), (ALONE, 4))
-
-
 @pytest.mark.parametrize(
-    ("first", "second"),
+    "layouts",
     [
-        (BOTH, ALONE),
-        (ALONE, BOTH),
-        (Layout(2, 1, 2, 1, 1), BOTH),
-        pytest.param(BOTH, Layout(1, 1, 2, 1, 1), marks=pytest.mark.slow),
-        pytest.param(BOTH, Layout(2, 1, 2, 2, 1), marks=pytest.mark.slow),
-        pytest.param(Layout(1, 2, 2, 2, 1), Layout(1, 1, 4, 4, 1), marks=pytest.mark.slow),
+        (BOTH, ALONE, Layout(2, 1, 2, 1, 1), BOTH),
+        (
+            Layout(1, 2, 2, 2, 1),
+            Layout(1, 1, 4, 4, 1),
+            Layout(2, 1, 2, 2, 1),
+            Layout(1, 1, 2, 1, 1),
+        ),
     ],
 )
-def test_training_goes_on_in_another_layout(straight, tmp_path, first, second):
-    """Saved in one layout and resumed in another: losses, weights and moments are those of one process."""
-    losses, state = trained(tmp_path, (first, 2), (second, 4))
-    expected_losses, expected = straight
+def test_training_goes_on_in_another_layout(tmp_path, layouts):
+    """Each step of four in another layout than the one before: losses, weights and moments are those of one process."""
+    legs = [(layout, step) for step, layout in enumerate(layouts, 1)]
+    losses, state = trained(tmp_path / "legs", *legs)
+    expected_losses, expected = trained(tmp_path / "straight", (ALONE, 4))
     assert losses == pytest.approx(expected_losses, rel=2e-6)
     assert state.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -271,9 +271,9 @@ def test_training_goes_on_in_another_layout(straight, tmp_path, first, second):
 
 
 def test_the_same_layout_resumes_bit_for_bit(tmp_path):
-    """Two experts' ranks by two: two steps and two more are four steps, in every bit."""
-    losses, state = trained(tmp_path / "a", (BOTH, 4))
-    again_losses, again = trained(tmp_path / "b", (BOTH, 2), (BOTH, 4))
+    """Two experts' ranks by two: a step and one more are two steps, in every bit."""
+    losses, state = trained(tmp_path / "a", (BOTH, 2))
+    again_losses, again = trained(tmp_path / "b", (BOTH, 1), (BOTH, 2))
     assert losses == again_losses
     assert all(torch.equal(tensor, again[name]) for name, tensor in state.items())
 
@@ -333,3 +333,41 @@ def save_model(folder):
     ranks = Ranks.of_the_world()
     tensors = divided(weights_of(tiny_model(1)), Division(ranks.size, 1))
     CheckpointStore(folder).save("general", tensors, {"tokens": 0})
+
+
+def stream(folder, full_disk):
+    """Write a released checkpoint of a sharded model. full_disk: the rank whose disk is full; return the error."""
+    model = tiny_model(1)
+    meshes = build_meshes(Layout(1, 1, 2, 2, 1), "cpu")
+    shard(model, meshes, ParallelConfig())
+    workers = parallelize(model, world=World(torch.device("cpu")), meshes=meshes)
+    ranks = Ranks.of_the_world()
+    path = Path(folder) / "released"
+    ranks.first(path.mkdir)
+    if ranks.rank == full_disk:
+        write_module._write_file = no_space
+    try:
+        write_stream(model.config, None, workers.weights(), path, "bfloat16", ranks, 4e-6)
+    except ValueError as error:
+        return str(error)
+
+
+def no_space(path, tensors):
+    """Fail as a full disk does."""
+    raise OSError("No space left on device")
+
+
+def test_a_sharded_model_is_written_tensor_by_tensor(tmp_path):
+    """Two ranks write, in files of both, what one process would of the whole model."""
+    assert run_ranks(stream, 2, str(tmp_path), None) == [None, None]
+    tiny_model(1).save_pretrained(tmp_path / "alone", "bfloat16")
+    alone = GLM.from_pretrained(tmp_path / "alone").state_dict()
+    streamed = GLM.from_pretrained(tmp_path / "released").state_dict()
+    assert all(torch.equal(tensor, streamed[name]) for name, tensor in alone.items())
+    assert len(list((tmp_path / "released").glob("*.safetensors"))) > 3
+
+
+def test_a_full_disk_of_one_rank_ends_the_writing_on_all(tmp_path):
+    """None waits for the rank that failed."""
+    found = run_ranks(stream, 2, str(tmp_path), 1)
+    assert all("No space left" in error for error in found), found

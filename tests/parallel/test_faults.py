@@ -2,19 +2,23 @@
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
+from helpers.command import Started, minglm, torchrun
+from helpers.nano_run import CONFIG, OVERRIDES
 from helpers.world import run_ranks
 
 from minglm.config import load_config
+from minglm.launch.scripts import RESTARTS, SETTINGS
 from minglm.parallel import faults
 from minglm.report.records import StepRecord, read_records, select
 from minglm.train.checkpoint import CheckpointStore
-
-CONFIG = "configs/nano.py"
+from minglm.train.loop import Trainer
 
 
 def handshake(difference):
@@ -108,72 +112,53 @@ def test_a_step_that_hangs_ends_in_one_line():
     assert stack[0].lstrip().startswith("File ") and any("exchange" in text for text in stack)
 
 
-WRONG_RANK = """
-import os, signal, sys, time
-from minglm.__main__ import main
-from minglm.train import loop
-
-step = loop.Trainer.step
-
-def step_of_a_wrong_rank(trainer):
+def wrong_rank(what, *words):
+    """Be a rank of the command; rank 1 goes wrong before its fourth step, the first time that it is started."""
     first_try = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-    if trainer.state.step == 3 and os.environ["RANK"] == "1" and first_try:
-        os.kill(os.getpid(), signal.SIGKILL) if sys.argv[1] == "killed" else time.sleep(600)
-    return step(trainer)
+    step = Trainer.step
 
-loop.Trainer.step = step_of_a_wrong_rank
-sys.exit(main(sys.argv[2:]))
-"""
+    def step_of_a_wrong_rank(trainer):
+        if trainer.state.step == 3 and os.environ["RANK"] == "1" and first_try:
+            os.kill(os.getpid(), signal.SIGKILL) if what == "killed" else time.sleep(600)
+        return step(trainer)
+
+    Trainer.step = step_of_a_wrong_rank
+    minglm(*words)
 
 
 def run_with_a_wrong_rank(folder, what, restarts, *overrides):
-    """Train nano's first stage on two ranks started by torchrun, of which rank 1 goes wrong before its fourth step."""
-    script = folder / "wrong_rank.py"
-    script.write_text(WRONG_RANK, encoding="utf-8")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return subprocess.run(
-        [
-            *torchrun,
-            "--nproc-per-node=2",
-            f"--max-restarts={restarts}",
-            str(script),
-            what,
-            "run",
-            CONFIG,
-            "--out",
-            str(folder / "run"),
-            "--until",
-            "general",
-            "--threads=1",
-            "--checkpoint_seconds=0.001",
-            *overrides,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # the ranks of each try find one another anew
-        },
-    )
+    """Train nano's first stage on two ranks under torchrun, of which one goes wrong. Return (status, errors)."""
+    words = ["run", CONFIG, "--out", str(folder / "run"), *OVERRIDES, "--until", "general"]
+    words += ["--threads=1", "--checkpoint_seconds=0.001", *overrides]
+    ranks = Started(torchrun, 2, restarts, wrong_rank, what, *words, environment=SETTINGS)
+    status, _, errors = ranks.end()
+    return status, errors
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_by_itself_after_a_rank_was_killed(tmp_path):
-    """torchrun starts all ranks again; they continue from the last checkpoint, and each step is in the log once."""
-    done = run_with_a_wrong_rank(tmp_path, "killed", 1)
-    assert done.returncode == 0, done.stderr
+    """torchrun, as a script starts it, starts all ranks again; they continue from the last checkpoint, each step once."""
+    status, errors = run_with_a_wrong_rank(tmp_path, "killed", RESTARTS)
+    assert status == 0, errors
     records = read_records(tmp_path / "run" / "log.jsonl")
     steps = [record.step for record in select(records, StepRecord, stage="general")]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > 5
     assert CheckpointStore(tmp_path / "run").is_complete("general")
 
 
+def test_restarts_that_cannot_work_are_refused():
+    """torchrun that shares its store with the ranks, as it does unless told otherwise, is told how; else nothing is said."""
+    shares = {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with pytest.raises(ValueError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        faults.check_restarts(shares)
+    for works in ({"TORCHELASTIC_MAX_RESTARTS": "0"}, {"TORCHELASTIC_USE_AGENT_STORE": "False"}):
+        faults.check_restarts(shares | works)
+
+
 @pytest.mark.slow
 def test_a_rank_that_others_wait_for_ends_the_run(tmp_path):
     """The rank that waits says where, within the configured time; what was saved is there to go on from."""
-    done = run_with_a_wrong_rank(tmp_path, "stuck", 0, "--parallel.timeout_seconds=5")
-    assert done.returncode != 0
-    assert "stage general, step 4 has not ended in 5 s; it is in " in done.stderr
+    status, errors = run_with_a_wrong_rank(tmp_path, "stuck", 0, "--parallel.timeout_seconds=12")
+    assert status != 0
+    assert "stage general, step 4 has not ended in 12 s; it is in " in errors
     assert CheckpointStore(tmp_path / "run").is_interrupted("general")

@@ -45,10 +45,13 @@ def shared(model, layout, config=None):
 
 
 def check_layouts(layouts):
-    """Hold each layout to the contract; every second one keeps its gathered weights."""
+    """Hold each layout to the contract; every second one keeps its gathered weights, and gets a tied embedding too."""
     for number, layout in enumerate(layouts):
         config = ParallelConfig(reshard_after_forward=number % 2 == 0)
-        check_layout(lambda model, layout=layout, config=config: shared(model, layout, config))
+        check_layout(
+            lambda model, layout=layout, config=config: shared(model, layout, config),
+            examples=1 + number % 2,
+        )
 
 
 @pytest.mark.parametrize("first", range(3))

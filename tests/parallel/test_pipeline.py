@@ -1,9 +1,13 @@
-"""A pipeline of stages computes what one process computes: terms, loads, each gradient, and the weights after three steps."""
+"""A pipeline of stages computes what one process computes: terms, loads, each gradient, and the weights after three steps.
+
+Its passes have the order that the plan simulates.
+"""
 
 import pytest
 import torch
 from helpers.tiny import constant_phase, drawn_batch
 from helpers.world import run_ranks
+from torch.distributed.pipelining import PipelineStage
 
 from minglm.config import Layout, OptimizerConfig, ParallelConfig
 from minglm.model.glm import GLM
@@ -11,10 +15,11 @@ from minglm.optim.muon import Muon
 from minglm.parallel import parallelize
 from minglm.parallel.gradients import global_norm
 from minglm.parallel.mesh import build_meshes
-from minglm.parallel.pipeline import GLMStage
+from minglm.parallel.pipeline import PipelineGLM
 from minglm.parallel.shard import materialize, shard
 from minglm.parallel.workers import gathered
 from minglm.parallel.world import World
+from minglm.plan.pipeline import Pass, order
 from minglm.testing.model import tiny_model
 from minglm.train.guard import Guard
 from minglm.train.loop import accumulate, step
@@ -23,12 +28,12 @@ CPU = torch.device("cpu")
 
 
 def stage_and_whole(layout, seed):
-    """Return this rank's stage, its workers, and the whole model of one process, with the same initial values."""
+    """Return this rank's stages, their workers, and the whole model of one process, with the same initial values."""
     config = tiny_model(seed, num_hidden_layers=4, initializer_range=0.3).config
     meshes = build_meshes(layout, "cpu")
-    pp = meshes.dense["pp"]
+    rank = meshes.dense.get_local_rank("pp")
     with torch.device("meta"):
-        stage = GLMStage(config, pp.get_local_rank(), pp.size())
+        stage = PipelineGLM(config, rank, layout.pp, layout.interleave)
     shard(stage, meshes, ParallelConfig())
     materialize(stage, CPU, seed)
     return stage, parallelize(stage, world=World(CPU), meshes=meshes), GLM(config, seed)
@@ -67,12 +72,44 @@ def compare(layout, cases):
 CASES = [(5, True, 0.3, False), (2, False, 0.3, True), (3, False, 0.0, False)]
 
 
-@pytest.mark.parametrize("layout", [Layout(2, 1, 1, 1, 1), Layout(2, 1, 2, 2, 1)])
+LAYOUTS = [Layout(2, 1, 1, 1, 1), Layout(2, 1, 2, 2, 1, interleave=2)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_stages_compute_the_gradients_of_one_process(layout):
-    """Two stages, alone and with experts divided inside each; batches that do not fill the pipeline; recomputation."""
+    """One stage on each rank, or two with experts divided inside each; batches that do not fill the pipeline;
+    recomputation. (tests/parallel/test_checkpoints.py trains one stage on each rank with divided experts.)"""
     for found in run_ranks(compare, layout.world, layout, CASES):
         for case, (difference, name) in zip(CASES, found, strict=True):
             assert difference < 2e-6, f"{case}: {name} differs by {difference}"  # float32
+
+
+def recorded(layout, microbatches):
+    """Return the passes of this rank in the order of a real step."""
+    stage, workers, _ = stage_and_whole(layout, 0)
+    found = []
+
+    def record(name, is_forward):
+        original = getattr(PipelineStage, name)
+
+        def method(self, microbatch, *arguments, **options):
+            found.append(Pass(is_forward, self.stage_index, microbatch))
+            return original(self, microbatch, *arguments, **options)
+
+        setattr(PipelineStage, name, method)
+
+    record("forward_one_chunk", True)
+    record("backward_one_chunk", False)
+    batch = drawn_batch(1, microbatches, 8, False)
+    accumulate(stage, batch, constant_phase(microbatch_tokens=8), 0.0, workers)
+    return found
+
+
+@pytest.mark.parametrize(("interleave", "microbatches"), [(1, 5), (2, 6)])
+def test_a_real_step_has_the_order_of_the_plan(interleave, microbatches):
+    """Pass by pass, on both ranks."""
+    layout = Layout(2, 1, 1, 1, 1, interleave)
+    assert run_ranks(recorded, 2, layout, microbatches) == order(layout, microbatches)
 
 
 def three_steps(layout):
@@ -98,4 +135,4 @@ def three_steps(layout):
 def test_three_steps_of_a_pipeline_lead_to_the_same_weights():
     """Clipping over all stages, Muon, and the selection bias of each stage; the whole model is gathered from them."""
     # Newton-Schulz magnifies float32's rounding; a wrong rule moves a weight by 2e-3 a step.
-    assert max(run_ranks(three_steps, 4, Layout(2, 1, 2, 2, 1))) < 2e-5
+    assert max(run_ranks(three_steps, 4, Layout(2, 1, 2, 2, 1, interleave=2))) < 2e-5

@@ -1,30 +1,22 @@
-"""`torchrun -m minglm run`: the numbers of one process, one line for a mistake, and a stop that loses nothing."""
+"""`torchrun -m minglm run`: the numbers of one process, one line for a mistake, and a stop that loses nothing.
+
+Its ranks are forked; tests/bench/test_collectives.py starts some from nothing.
+"""
 
 import math
 import signal
-import subprocess
-import sys
 
 import pytest
-from helpers.nano_run import CONFIG, OVERRIDES, ROOT, complete, environment, finished, records, stop
+from helpers.command import Started, minglm, torchrun
+from helpers.nano_run import CONFIG, OVERRIDES, complete, finished, records
 
 __all__ = ["finished"]  # a fixture
-
-FEW = ["--stages.general.tokens", "4000", "--until", "general"]
 
 
 def ranks(count, out, *words):
     """Start the command on so many ranks."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    command = ["-m", "minglm", "run", CONFIG, "--out", str(out), *OVERRIDES, *words]
-    return subprocess.Popen(
-        [sys.executable, *launcher, *command],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = ["run", CONFIG, "--out", str(out), *OVERRIDES, *words]
+    return Started(torchrun, count, 0, minglm, *words)
 
 
 def own_lines(errors):
@@ -46,23 +38,10 @@ def assert_same_records(found, wanted, close):
                 assert ours[name] == value, (theirs["kind"], name)
 
 
-def test_two_ranks_log_what_one_process_logs(tmp_path):
-    """Losses, norms, loads and the evaluation of a stage, with the experts divided over two ranks."""
-    process = ranks(2, tmp_path / "two", "--parallel.ep", "2", *FEW)
-    printed, errors = process.communicate(timeout=500)
-    assert process.returncode == 0, errors
-    assert printed.count("continue with:") == 1  # one rank speaks
-    status, _, errors = complete(tmp_path / "one", *FEW)
-    assert status == 0, errors
-    # float32 sums in another order, after a few steps
-    assert_same_records(records(tmp_path / "two"), records(tmp_path / "one"), 1e-5)
-
-
 def test_a_mistake_on_many_ranks_is_one_line(tmp_path):
     """All ranks find the layout impossible; the user reads it once, and nothing is written."""
-    process = ranks(2, tmp_path / "run", "--parallel.fsdp", "8")
-    _, errors = process.communicate(timeout=500)
-    assert process.returncode
+    status, _, errors = ranks(2, tmp_path / "run", "--parallel.fsdp", "8").end()
+    assert status
     (line,) = own_lines(errors)
     assert "parallel.fsdp = 8" in line and "start 8 ranks with torchrun" in line
     assert not (tmp_path / "run").exists()
@@ -70,11 +49,12 @@ def test_a_mistake_on_many_ranks_is_one_line(tmp_path):
 
 @pytest.mark.slow
 def test_the_whole_recipe_on_two_ranks(finished, tmp_path):
-    """Pre-training, fine-tuning, RL, distillation and evaluation: the log of one process, sampled answers included."""
-    process = ranks(2, tmp_path / "two")
-    printed, errors = process.communicate(timeout=900)
-    assert process.returncode == 0, errors
-    assert "talk to it" in printed and (tmp_path / "two" / "report.md").exists()
+    """Pre-training, fine-tuning, RL, distillation and evaluation, with the experts divided: the log of one process,
+    sampled answers included."""
+    status, printed, errors = ranks(2, tmp_path / "two", "--parallel.ep", "2").end()
+    assert status == 0, errors
+    assert printed.count("talk to it") == 1  # one rank speaks
+    assert (tmp_path / "two" / "report.md").exists()
     assert_same_records(records(tmp_path / "two"), records(finished), 1e-4)
 
 
@@ -87,7 +67,7 @@ def test_ranks_stop_together_and_another_number_continues(finished, tmp_path):
     def has_trained():
         return (out / "log.jsonl").exists() and len(records(out, "step")) > 3
 
-    status, errors = stop(process, has_trained, signal.SIGTERM)
+    status, errors = process.stop(has_trained, signal.SIGTERM)
     assert status and "Traceback" not in "".join(own_lines(errors))
     steps = len(records(out, "step"))
     status, _, errors = complete(out, "--until", "general")

@@ -7,6 +7,7 @@ import torch
 from helpers.world import run_ranks
 
 from minglm.config import Layout
+from minglm.parallel import world as world_module
 from minglm.parallel.mesh import build_meshes
 from minglm.parallel.world import World, start_world
 
@@ -73,6 +74,20 @@ def test_one_process_is_a_world_without_a_group(monkeypatch):
     world = start_world("cpu", 1.0)
     assert (world.rank, world.size, world.has_group, world.agree(7)) == (0, 1, False, 7)
     world.close()
+
+
+def test_a_machine_without_what_its_ranks_need_says_so(monkeypatch):
+    """A torch without NCCL, and fewer GPUs than ranks: one line each, before anything is joined."""
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "5"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(world_module, "pick_device", torch.device)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(ValueError, match=r"^device = 'cuda': this torch has no NCCL.*use --device"):
+        start_world("cuda", 1.0)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(ValueError, match=r"a rank 5 on this machine, which has 4 GPUs; use .* 4$"):
+        start_world("cuda", 1.0)
 
 
 def fails(rank):

@@ -7,17 +7,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.config import ModelConfig, OptimizerConfig, RunConfig, StageConfig, StagesConfig
 from minglm.config import load_config as load
 from minglm.config.parallel import Layout
+from minglm.model.glm import GLM
+from minglm.parallel.pipeline import PipelineGLM
 from minglm.plan.counts import flops_per_token
 from minglm.plan.gpus import GPUS
 from minglm.plan.layout import share, shared_by
-from minglm.plan.memory import GIB, activation_bytes_per_token, memory, optimizer_split
-from minglm.plan.speed import EXPECTED, collectives
+from minglm.plan.memory import (
+    GIB,
+    activation_bytes_per_token,
+    largest_stage,
+    memory,
+    optimizer_split,
+)
+from minglm.plan.speed import EXPECTED, LAUNCH_SECONDS, LAUNCHES, collectives, step_time
 from minglm.plan.summary import plan, search
 from minglm.plan.text import render
 
@@ -169,6 +178,30 @@ def test_replicas_sum_their_shards():
 def test_one_gpu_moves_nothing(dtype, recompute):
     """Whatever the run."""
     assert not collectives(run_of(dtype=dtype), ONE, H100, 16, recompute)
+
+
+@pytest.mark.parametrize(("pp", "interleave"), [(1, 1), (2, 1), (2, 3), (4, 1), (3, 2)])
+def test_the_largest_stage_is_that_of_the_real_stages(pp, interleave):
+    """Number by number, buffers included: of the rank of the pipeline that holds most."""
+    model = replace(GLM45.model, num_hidden_layers=9, hidden_size=64, vocab_size=1000)
+    held = []
+    with torch.device("meta"):
+        for rank in range(pp):
+            stages = PipelineGLM(model, rank, pp, interleave) if pp > 1 else GLM(model)
+            held.append(sum(t.numel() for t in [*stages.parameters(), *stages.buffers()]))
+    found = largest_stage(model, Layout(pp, 1, 1, 1, 1, interleave))
+    assert found == pytest.approx(max(held) / sum(held), rel=1e-9)
+
+
+@pytest.mark.parametrize(("recompute", "passes"), [(False, 3), (True, 4)])
+@pytest.mark.parametrize("mtp", [0, 1, 2])
+def test_a_tiny_model_waits_for_its_kernels(recompute, passes, mtp):
+    """Its time is that of starting the kernels of each layer, MTP layers too, and of one pass more if it recomputes."""
+    run = run_of(model=replace(TINY, num_nextn_predict_layers=mtp))
+    found = step_time(run, ONE, H100, 16, recompute)
+    assert found.binds == "starting kernels"
+    layers = TINY.num_hidden_layers + mtp
+    assert found.microbatch == pytest.approx(passes / 3 * layers * LAUNCHES * LAUNCH_SECONDS)
 
 
 def test_copies_that_glm45_holds_beside_its_shards():

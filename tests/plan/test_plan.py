@@ -23,7 +23,7 @@ from minglm.config import (
     StagesConfig,
     load_config,
 )
-from minglm.config.parallel import Layout
+from minglm.config.parallel import Layout, TokenExchange
 from minglm.kernels.attention import chunked
 from minglm.optim.muon import Muon
 from minglm.plan.counts import (
@@ -33,12 +33,14 @@ from minglm.plan.counts import (
     unit_counts,
 )
 from minglm.plan.gpus import GPUS
-from minglm.plan.layout import exchange_seconds, gather_seconds, group
+from minglm.plan.layout import check_layout, exchange_seconds, gather_seconds, group
 from minglm.plan.memory import GIB, activation_bytes_per_token, memory
+from minglm.plan.posttraining import plan_posttraining
 from minglm.plan.serving import serving_table
-from minglm.plan.speed import newton_schulz_flops, step_time
+from minglm.plan.speed import newton_schulz_flops, rows_of_a_token, step_time
 from minglm.plan.summary import plan, search
 from minglm.plan.text import render
+from minglm.recipe.stages import plan_stages
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 GLM45, AIR = load_config(CONFIGS / "glm45_355b.py"), load_config(CONFIGS / "air_106b.py")
@@ -340,6 +342,63 @@ def test_plan_of_the_paper():
     assert max(map(len, text.splitlines())) <= 130
 
 
+def test_the_plan_says_why_there_is_no_tensor_parallelism():
+    """By hand: two sums in each of three passes of 93 layers, of 131,072 states of 10,240 bytes, over eight GPUs."""
+    planned = plan(PAPER, H100)
+    (stage,) = [stage for stage in planned["stages"] if stage["name"] == "general"]
+    states = 8 * 16_384 * 5120 * 2
+    seconds = 93 * 3 * 2 * 2 * states * 7 / 8 / (0.67 * 450e9)
+    assert stage["seconds"]["tensor parallelism"] == pytest.approx(seconds)
+    assert f"tensor parallelism in a node, which would add {seconds:.3g} s" in render(planned)
+    alone = plan(load_config(CONFIGS / "mini.py"), H100)
+    assert "tensor parallelism" not in render(alone)
+
+
+def test_float8_rollouts_of_each_rank_are_made_of_float32_weights():
+    """Five bytes a parameter in place of two; an engine of its own takes none of these."""
+    parameters = count_parameters(PAPER.model)["total_with_mtp"]
+    for changes, each in (
+        ({}, 2),
+        ({"rollouts": "float8"}, 5),
+        ({"rollout_engine": "http://a"}, 0),
+    ):
+        planned = plan_posttraining(
+            replace(PAPER, **changes), PAPER.parallel.layout(512, PAPER.model), H100
+        )
+        found = {stage.engine for stage in planned if stage.name.endswith("rl")}
+        assert found == {each * parameters}
+
+
+def test_post_training_of_the_paper():
+    """Days are tokens over speed; what is assumed of answers is said; long answers are cut, and fit but for the engine."""
+    planned = json.loads(json.dumps(plan(PAPER, H100)))
+    stages = {stage["name"]: stage for stage in planned["posttraining"]}
+    assert list(stages) == [stage.name for stage in plan_stages(PAPER)][len(planned["stages"]) :]
+    for name, stage in stages.items():
+        ends = zip(stage["tokens"], stage["days"], reversed(stage["tokens_per_second_per_gpu"]))
+        for tokens, days, speed in ends:
+            assert days == pytest.approx(tokens / (512 * speed * 86400))
+        is_rl = name.endswith("rl")
+        assert (stage["cp"], stage["fits"]) == ((4, False) if is_rl else (8, True))
+        assert stage["memory"] - stage["engine"] < planned["usable"]
+        assert stage["engine"] == (2 * planned["parameters"]["total_with_mtp"] if is_rl else 0)
+    # 1,000 steps of 64 prompts with 16 answers of at most 65,536 tokens, a tenth and a half of that
+    most = 1000 * 64 * 16 * 65_536
+    assert stages["general_rl"]["tokens"] == pytest.approx([0.1 * most, 0.5 * most])
+    text = render(planned)
+    assert "10% to 50% of the longest answer" in text and "does not fit: reasoning.rl" in text
+
+
+def test_small_batches_of_fine_tuning_leave_gpus_idle():
+    """A million tokens are 8 rows of 131,072: with 512 GPUs in 64 groups that takes as long as with 64 GPUs."""
+    seconds = []
+    for gpus in (64, 512):
+        layout = Layout(1, 1, gpus, 8, 8)
+        stage = next(s for s in plan_posttraining(PAPER, layout, H100) if s.name == "unified")
+        seconds.append(stage.days[0])
+    assert seconds[1] == pytest.approx(seconds[0], rel=0.2)
+
+
 def test_small_run_fits_one_device():
     """A toy fits one device with its activations kept, and has no traffic."""
     run = small_run(
@@ -384,6 +443,17 @@ def test_an_impossible_layout_is_one_line():
         assert bool(planned["stages"]) == ("idle" in planned["refusal"])
         assert re.search(line, planned["refusal"]), planned["refusal"]
         assert "355,234,006,336" in render(planned)
+
+
+def test_the_number_of_gpus_that_is_named_leaves_none_idle():
+    """Every stage has enough rows for as many GPUs as the line says, and not for twice as many."""
+    words = ["--parallel.ep", "8", "--optimizer.batch_tokens_start", "1000000"]
+    run = load_config(CONFIGS / "glm45_355b.py", words)
+    refusal = plan(run, H100, 512)["refusal"]
+    gpus = int(re.search(r"use ([\d,]+) GPUs", refusal)[1].replace(",", ""))
+    check_layout(run, Layout(1, 1, gpus, 8, 1))
+    with pytest.raises(ValueError, match="would idle"):
+        check_layout(run, Layout(1, 1, 2 * gpus, 8, 1))
 
 
 def test_the_bound_is_the_one_of_the_reference():
@@ -434,6 +504,31 @@ def test_links(size, stride, per_node):
         assert exchange_seconds(1e9, members, H100) < 1e9 / (H100.network * 0.9)
 
 
+def asked(dispatcher, experts, chosen):
+    """Return GLM-4.5 with so many experts and a dispatcher."""
+    model = replace(GLM45.model, n_routed_experts=experts, num_experts_per_tok=chosen)
+    parallel = replace(GLM45.parallel, dispatcher=dispatcher)
+    return replace(GLM45, model=model, parallel=parallel)
+
+
+@settings(max_examples=10)
+@given(st.sampled_from([2, 4, 8, 16]), st.integers(1, 4), st.integers(1, 8))
+def test_deepep_sends_a_token_once_to_each_rank(ep, own, chosen):
+    """As often as drawn choices fall on different ranks, and K times where each rank has one expert, as all-to-alls do."""
+    experts = ep * own
+    chosen = min(chosen, experts)
+    found = rows_of_a_token(asked(TokenExchange.DEEPEP, experts, chosen), ep)
+    assert rows_of_a_token(asked(TokenExchange.ALL_TO_ALL, experts, chosen), ep) == chosen
+    assert found <= min(chosen, ep) + 1e-9
+    if own == 1:
+        assert found == pytest.approx(chosen)
+    scores = torch.rand(4000, experts, generator=torch.Generator().manual_seed(experts))
+    rank_TK = scores.topk(chosen).indices // own
+    drawn = torch.nn.functional.one_hot(rank_TK, ep).amax(1).sum(1).float()
+    # of 4,000 draws the mean lies within five of its standard errors, at most 0.08
+    assert found == pytest.approx(float(drawn.mean()), abs=0.08)
+
+
 def test_search_finds_only_what_fits_and_the_fastest_first():
     """Every layout has as many ranks as GPUs; those with little memory left come last."""
     found = search(GLM45, H100, 256)
@@ -442,6 +537,20 @@ def test_search_finds_only_what_fits_and_the_fastest_first():
     assert all(candidate.memory <= usable for candidate in found)
     order = [(candidate.is_tight(usable), candidate.days) for candidate in found]
     assert order == sorted(order)
+    assert {candidate.layout.pp for candidate in found} == {1}
+
+
+def test_search_compares_pipelines_where_it_is_asked_to():
+    """Whatever it finds without them, and pipelines of several lengths, of one and more stages a rank."""
+    plain = search(AIR, H100, 64)
+    found = search(AIR, H100, 64, pipelines=True)
+    assert set(plain) < set(found)
+    layouts = {candidate.layout for candidate in found}
+    assert {2, 4} <= {layout.pp for layout in layouts} and {1, 2} <= {
+        layout.interleave for layout in layouts
+    }
+    for layout in layouts:
+        assert layout.world == 64 and layout.pp * layout.interleave <= AIR.model.num_hidden_layers
 
 
 # (config, float8): GPUs at least, and for 128K, in the table of the model's own README

@@ -18,7 +18,13 @@ from minglm.testing.model import drawn_documents, tiny_model
 from minglm.testing.strategies import numbers, seeds
 from minglm.train.guard import Guard
 from minglm.train.loop import accumulate, step
-from minglm.train.loss import LossTerms, LossWeights, count_targets, training_loss
+from minglm.train.loss import (
+    LossTerms,
+    LossWeights,
+    count_targets,
+    next_token_targets,
+    training_loss,
+)
 
 
 @settings(max_examples=15)
@@ -80,6 +86,16 @@ def test_a_step_left_out_moves_nothing(seed, bad, steps):
     assert "lm_head.weight" in moved and any("e_score_correction_bias" in name for name in moved)
 
 
+@given(seed=seeds, packed=st.booleans(), offset=st.sampled_from([1, 2]))
+def test_targets_lie_ahead(seed, packed, offset):
+    """A target is the token at the offset; beyond the end of the row it is 0 and never counts."""
+    batch = drawn_batch(seed, 3, 8, packed)
+    batch.mask_BS[:] = True
+    targets = next_token_targets(batch.tokens_BS, batch.mask_BS, batch.documents_BS, offset)
+    assert torch.equal(targets.tokens_BS[:, :-offset], batch.tokens_BS[:, offset:])
+    assert not targets.tokens_BS[:, -offset:].any() and not targets.counts_BS[:, -offset:].any()
+
+
 @given(seed=seeds, packed=st.booleans())
 def test_loss_is_the_mean_over_targets(seed, packed):
     """The logged losses are plain means of cross-entropy over the targets that count, of trunk and MTP layer."""
@@ -120,6 +136,10 @@ def test_losses_of_parts_add_up(seed, packed, rows):
         torch.testing.assert_close(total, getattr(whole, name), atol=1e-5, rtol=1e-5, msg=name)
     expected = whole.cross_entropy + 0.3 * whole.mtp + 0.1 * whole.balance
     torch.testing.assert_close(whole.loss, expected)
+    out = model.hidden(batch.tokens_BS, batch.positions_BS, batch.documents_BS, mtp=True)
+    of_routers = [routing.balance_loss for routing in out.routing]
+    assert len(of_routers) == 3
+    torch.testing.assert_close(whole.balance, sum(of_routers) / 3)
 
 
 @given(seed=seeds, rows=st.integers(1, 3))
@@ -184,10 +204,13 @@ def test_a_step_of_dense_layers(weight):
     model = tiny_model(1)
     config = dataclasses.replace(model.config, first_k_dense_replace=model.config.num_hidden_layers)
     model = GLM(config, 1)
-    metrics = step(
-        model, optimizer(model), drawn_batch(1, 2, 8, False), constant_phase(mtp_weight=weight), 0
-    )
-    assert len(metrics.load_max_over_mean or []) == (1 if weight else 0)
+    batch = drawn_batch(1, 2, 8, False)
+    with torch.no_grad():
+        used = model.hidden(batch.tokens_BS, mtp=bool(weight)).routing
+    balance = sum(float(routing.balance_loss) for routing in used)
+    metrics = step(model, optimizer(model), batch, constant_phase(mtp_weight=weight), 0)
+    assert len(used) == len(metrics.load_max_over_mean or []) == (1 if weight else 0)
+    assert metrics.left_out is None and metrics.balance_loss == pytest.approx(balance, rel=1e-6)
 
 
 def test_padding_is_not_in_the_load():

@@ -180,3 +180,13 @@ def test_the_phase_warms_up_and_falls_to_a_tenth(tokens):
     for seen in (0, tokens):
         assert (phase.batch_tokens(seen), phase.bias_rate(seen)) == (256, 0.0)
         assert phase.mtp_weight(seen) == run.balance.mtp_weight_late
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_what_balances_the_experts_is_asked_for(asked):
+    """The balance loss and the step of the selection bias are those of pre-training, or 0."""
+    run = load_config("configs/nano.py")
+    phase = sft.phase("x", SFTConfig(balance_loss=asked, balance_bias=asked), run, 40)
+    of_pretraining = run.balance.sequence_loss_weight, run.balance.bias_rate
+    assert all(of_pretraining)
+    assert (phase.balance_weight, phase.bias_rate(0)) == (of_pretraining if asked else (0, 0))
