@@ -25,8 +25,9 @@ class Arithmetic(SingleTurn):
     name = "arithmetic"
     group = "reasoning"
     chance = 0.16  # the most frequent label is right for about one task in eight
-    difficulties = (1, 2, 3, 4, 5, 6)
+    difficulties = tuple(range(1, 13))
     default_difficulties = (2, 3, 4, 5)
+    shown_difficulties = (1, 2, 3, 4)
 
     def draw(self, rng: random.Random, difficulty: int) -> tuple[list[Message], str]:
         """Return one random sum as (messages, the result as text)."""

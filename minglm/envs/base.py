@@ -13,8 +13,9 @@ the trainer, which never re-tokenises what was sampled.
 
 Choices:
 - A task is a function of (index, seed, split), so a resumed run sees the same tasks and nothing is stored.
-- Train and test are divided by a hash of the problem that a task asks for (one in ten is a test problem): a test task
-  never occurs in training, under any seed, nor does the same problem in other words.
+- The splits are divided by a hash of the problem that a task asks for (one in ten is a test problem, one in ten a
+  development problem): a test task never occurs in training, under any seed, nor does the same problem in other words.
+  Settings are chosen on development problems, so that test problems are scored once.
 - A malformed message ends the episode at once with value 0 and status "format" (paper 3.3.2: halt and zero). A failure
   of the machine, for example a dead sandbox, has status "infrastructure"; such samples leave the group statistics.
 - Every environment brings an oracle. Its conversations are the cold-start data, and tests play it against the score.
@@ -23,6 +24,7 @@ Choices:
   know an environment by its name.
 """
 
+import asyncio
 import hashlib
 import json
 import random
@@ -35,11 +37,15 @@ from typing import Any, Self, TypeVar
 
 from minglm.chat.messages import Message
 from minglm.chat.schema import parameters_of
+from minglm.config import Split
 
 Result = TypeVar("Result")
 
-TEST_SHARE = 10
-"""One problem in this many belongs to the test split."""
+SPLIT_SHARE = 10
+"""One problem in this many belongs to the test split, and as many to the development split."""
+
+MOST_DRAWS = 3000
+"""Draws for one task. With one problem in ten it takes more only where the environment has a handful of problems."""
 
 LARGEST_REWARD = 1e6
 """Bound on the size of a reward; beyond it the statistics of a group lose their precision in float32."""
@@ -70,7 +76,7 @@ class Task:
     """Hash of environment, prompt and label, in hexadecimal."""
     environment: str
     messages: tuple[Message, ...]
-    """The conversation so far, as message dicts; the last one is the user's."""
+    """The conversation so far, as message dicts; the last one is the user's, or the result of a call."""
     tools: tuple[dict[str, Any], ...]
     """Function schemas, empty when there are none."""
     label: Any
@@ -81,6 +87,16 @@ class Task:
     """Language that every reply must be written in, "en" or "zh"; None if the task does not ask for one."""
     spelled_tags_are_noise: bool = False
     """Whether text that spells a tag of the template is a fault of form, because nothing in the task speaks of tags."""
+    criteria: Mapping[str, str] = field(default_factory=dict)
+    """The sentences of the request that an answer is judged by, each by the part of the score that judges it."""
+
+
+def check_reward(value: float) -> None:
+    """Raise ValueError for a reward that is not finite, or too large for the statistics of a group."""
+    if not abs(value) <= LARGEST_REWARD:
+        raise ValueError(
+            f"reward = {value}: must be a finite number, 0 to 1 in the environments of this package"
+        )
 
 
 @dataclass(frozen=True)
@@ -97,10 +113,7 @@ class Score:
 
     def __post_init__(self) -> None:
         """Refuse a value that is no reward. One NaN in a group would decide what its siblings teach."""
-        if not abs(self.value) <= LARGEST_REWARD:
-            raise ValueError(
-                f"reward = {self.value}: must be a finite number, 0 to 1 in the environments of this package"
-            )
+        check_reward(self.value)
 
 
 class Episode:
@@ -185,13 +198,21 @@ class Environment:
     name: str = ""
     group: str = ""
     """reasoning, agentic, coding or chat: which expert trains on it (paper 3.1)."""
+    objective: bool = True
+    """Whether a task has a right answer. Otherwise a score is a judgement, as a reward model's (paper 3.1)."""
     chance: float = 0.0
     """Upper bound on the mean reward of the best answer that ignores the prompt."""
     max_turns: int = 1
+    waits: bool = False
+    """Whether an episode waits for something while it is played: a sandbox, or a program."""
+    patience: float = 3600.0
+    """Most seconds that an episode may take to open, for one reply, and for its score; then its sample has failed."""
     difficulties: tuple[int, ...] = (1, 2, 3)
     """All difficulties."""
     default_difficulties: tuple[int, ...] = difficulties
     """Those dealt unless the caller names others."""
+    shown_difficulties: tuple[int, ...] | None = None
+    """Those that demonstrations show, the easy part of the scale; None: all that are dealt. RL meets the others first."""
     spelled_tags_are_noise: bool = False
     """As in `Task`."""
 
@@ -199,65 +220,83 @@ class Environment:
         self,
         index: int,
         seed: int,
-        split: str = "train",
+        split: str = Split.TRAIN,
         difficulties: Iterable[int] | None = None,
     ) -> Task:
         """Return task number `index` of a seed's infinite sequence.
 
-        Raises ValueError for an unknown split or difficulty.
+        Raises ValueError for an unknown split or difficulty, and for a split without a problem.
         """
         difficulties = tuple(difficulties or self.default_difficulties)
-        if split not in ("train", "test"):
-            raise ValueError(f"split = {split!r}: use 'train' or 'test'")
+        if split not in set(Split):
+            raise ValueError(f"split = {split!r}: use {', '.join(map(repr, map(str, Split)))}")
         if not set(difficulties) <= set(self.difficulties):
             raise ValueError(
                 f"difficulties = {difficulties}: {self.name} has difficulties {self.difficulties}"
             )
         rng = random.Random(f"{self.name}/{split}/{seed}/{index}")
         difficulty = rng.choice(difficulties)
-        while True:
+        for _ in range(MOST_DRAWS):
             messages, label = self.draw(rng, difficulty)
             problem = fingerprint([self.name, *self.problem(messages, label)])
-            is_test = int(problem, 16) % TEST_SHARE == 0
-            if is_test == (split == "test"):
+            if split_of(problem) == split:
                 break
+        else:
+            raise ValueError(f"{self.name} has no problem in the split {split}, or hardly any")
+        return self.made(messages, label, difficulty)
+
+    def made(self, messages: Sequence[Message], label: Any, difficulty: int) -> Task:
+        """Return a drawn problem as a task."""
         return Task(
             id=fingerprint([self.name, messages, label]),
             environment=self.name,
             messages=tuple(messages),
-            tools=self.tools(),
+            tools=self.offered(label),
             label=label,
             difficulty=difficulty,
             expected_language=self.expected_language(label),
             spelled_tags_are_noise=self.spelled_tags_are_noise,
+            criteria=self.criteria(label),
         )
 
     def tasks(
         self,
         n: int,
         seed: int,
-        split: str = "train",
+        split: str = Split.TRAIN,
         difficulties: Iterable[int] | None = None,
     ) -> list[Task]:
         """Return the first `n` tasks of a seed's sequence."""
         return [self.task(index, seed, split, difficulties) for index in range(n)]
 
-    def test_tasks(self, n: int, seed: int) -> list[Task]:
-        """Return the first `n` different tasks of the test split, or fewer if 20 n draws hold no more."""
+    def distinct_tasks(self, n: int, seed: int, split: str = Split.TEST) -> list[Task]:
+        """Return the first `n` different tasks of a split, or fewer if 20 n draws hold no more."""
         tasks: dict[str, Task] = {}
         for index in range(20 * n):
             if len(tasks) < n:
-                task = self.task(index, seed, "test")
+                task = self.task(index, seed, split)
                 tasks.setdefault(task.id, task)
         return list(tasks.values())
+
+    def shown_tasks(self, n: int, seed: int) -> list[Task]:
+        """Return `n` training tasks to demonstrate, of the difficulties that demonstrations show."""
+        return self.tasks(n, seed, difficulties=self.shown_difficulties)
 
     def tools(self) -> tuple[dict[str, Any], ...]:
         """Return the schemas of the functions that the model may call."""
         return ()
 
+    def offered(self, label: Any) -> tuple[dict[str, Any], ...]:
+        """Return the schemas that a task with this label offers, all of them unless a subclass chooses."""
+        return self.tools()
+
     def expected_language(self, label: Any) -> str | None:
         """Return the language that replies to a task with this label must be written in; None if any will do."""
         return None
+
+    def criteria(self, label: Any) -> dict[str, str]:
+        """Return the sentences of a request by the parts of its score, as in `Task`; none where it is judged as a whole."""
+        return {}
 
     def problem(self, messages: list[Message], label: Any) -> list[Any]:
         """Return what a task asks for, as plain JSON values; tasks that ask for the same are in the same split.
@@ -278,17 +317,22 @@ class Environment:
         """Return the assistant message of a perfect policy, given the conversation so far."""
         raise AssertionError("an Environment defines oracle")
 
+    def spoilt(self, task: Task, rng: random.Random) -> Message | None:
+        """Return an answer that is worse than the oracle's, for a reward model to compare; None where none is known."""
+        return None
+
     def demonstrate(self, task: Task, thinking: bool = True, seed: int = 0) -> list[Message]:
         """Return the whole conversation of the oracle: prompt, its messages, and the environment's replies.
 
-        For code without an event loop and episodes that wait for nothing; for others await `play_oracle`.
+        For code without an event loop; inside of one await `play_oracle`.
         """
-        return run_without_waiting(self.play_oracle(task, thinking, seed))
+        playing = self.play_oracle(task, thinking, seed)
+        return asyncio.run(playing) if self.waits else run_without_waiting(playing)
 
     async def play_oracle(self, task: Task, thinking: bool = True, seed: int = 0) -> list[Message]:
         """Return the whole conversation of the oracle, as `demonstrate` does."""
         rng = random.Random(f"{task.id}/{seed}")
-        conversation = list(task.messages)
+        conversation = prompt_of(task, thinking)
         async with self.episode(task) as episode:
             while not episode.done:
                 message = self.oracle(task, conversation, rng)
@@ -310,6 +354,12 @@ class SingleTurn(Environment):
     def episode(self, task: Task) -> Episode:
         """Return a fresh episode of `task`, which ends with the first message."""
         return SingleTurnEpisode(self, task)
+
+    def spoilt(self, task: Task, rng: random.Random) -> Message | None:
+        """Return the oracle's answer to another task, unless it is as good here."""
+        other = self.task(rng.randrange(10**6), 0, difficulties=(task.difficulty,))
+        message = self.oracle(other, other.messages, rng)
+        return None if self.judge(task, message).value == 1 else message
 
     def judge(self, task: Task, message: Message) -> Score:
         """Return the Score of one well-formed assistant message."""
@@ -370,6 +420,11 @@ def assistant(
     return message
 
 
+def prompt_of(task: Task, thinking: bool) -> list[Message]:
+    """Return the conversation that a task begins with; with thinking off its earlier steps have no reasoning either."""
+    return list(task.messages) if thinking else [without_reasoning(m) for m in task.messages]
+
+
 def without_reasoning(message: Message) -> Message:
     """Return a message without its reasoning."""
     return {key: value for key, value in message.items() if key != "reasoning_content"}
@@ -386,6 +441,17 @@ def no_answer() -> Score:
     return Score(0.0, ScoreStatus.WRONG, detail="no answer")
 
 
+def checked_score(score: Any) -> Score:
+    """Return what an episode was scored with. Raises ValueError or TypeError for what is no `Score` with a reward.
+
+    A `Score` checks its value when it is made; an environment may return something else, or change it afterwards.
+    """
+    if not isinstance(score, Score):
+        raise TypeError(f"score() returned {type(score).__name__}, not a Score")
+    check_reward(score.value)
+    return score
+
+
 def infrastructure_failure(
     error: Exception, environment: str, parts: dict[str, float] | None = None
 ) -> Score:
@@ -399,6 +465,12 @@ def fingerprint(value: Any) -> str:
     """Return a hash of a plain JSON value, 16 hexadecimal digits."""
     text = json.dumps(value, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def split_of(problem: str) -> Split:
+    """Return the split of a problem, given as its fingerprint."""
+    remainder = int(problem, 16) % SPLIT_SHARE
+    return {0: Split.TEST, 1: Split.DEVELOPMENT}.get(remainder, Split.TRAIN)
 
 
 def message_fault(message: Any, tools: Iterable[dict[str, Any]]) -> str | None:

@@ -102,6 +102,7 @@ class Code(SingleTurn):
     chance = 0.05
     difficulties = (1, 2, 3, 4)
     default_difficulties = difficulties
+    shown_difficulties = (1, 2, 3)
     floor = "no-namespaces"
     """Weakest sandbox isolation to accept (`sandbox.pool.LEVELS`)."""
     seconds = 2.0
@@ -152,7 +153,7 @@ class Code(SingleTurn):
         """Return the Score of one answer, judged in the calling thread."""
         return self.score_of(
             self.sandbox().judge(
-                source_of(message["content"]), "f", cases(task.label), self.seconds
+                self.program(task, message["content"]), "f", cases(task.label), self.seconds
             )
         )
 
@@ -162,12 +163,16 @@ class Code(SingleTurn):
         future = self.in_flight.get(key)
         if future is None:
             future = self.sandbox().submit(
-                source_of(message["content"]), "f", cases(task.label), self.seconds
+                self.program(task, message["content"]), "f", cases(task.label), self.seconds
             )
             self.in_flight[key] = future
             future.add_done_callback(lambda _: self.in_flight.pop(key, None))
         # shield: an episode that is cancelled does not take the verdict from the others that wait for it
         return self.score_of(await asyncio.shield(asyncio.wrap_future(future)))
+
+    def program(self, task: Task, content: str) -> str:
+        """Return the program that an answer stands for."""
+        return source_of(content)
 
     def sandbox(self) -> Sandbox:
         """Return the sandbox of this process; raises Misconfigured when its isolation is below the floor."""
@@ -229,7 +234,8 @@ def meaning(steps: Sequence[Sequence[Any]], value: Any) -> Any:
 
 def cases(label: dict[str, Any]) -> list[Case]:
     """Return the hidden tests of a label, [(arguments, expected)]; a label always has the same tests."""
-    rng = random.Random(fingerprint(label))
+    computed = {"argument": label["argument"], "steps": label["steps"]}
+    rng = random.Random(fingerprint(computed))
     inputs: list[Any]
     if label["argument"] == "x":
         negative = [x for x in NUMBERS if x < 0]

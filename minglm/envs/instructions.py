@@ -15,8 +15,7 @@ different requests, so that following them is easier than memorising them. The o
 count that is written down need not be kept in mind. Constraints on the letters of a word are left to difficulty 4,
 because a tokenizer hides letters.
 
-Simplification: the paper has 151 kinds of constraints, and combines rules with a reward model and critiques; here only
-the rules are used.
+Simplification: the paper has 151 kinds of constraints; here are 19, and 99 in `minglm.envs.constraints`.
 """
 
 import random
@@ -88,6 +87,7 @@ class Instructions(SingleTurn):
     chance = 0.05
     difficulties = (1, 2, 3, 4)
     default_difficulties = (1, 2, 3)
+    shown_difficulties = (1, 2)
 
     def draw(self, rng: random.Random, difficulty: int) -> tuple[list[Message], dict[str, Any]]:
         """Return one random request as (messages, label).
@@ -114,7 +114,13 @@ class Instructions(SingleTurn):
                 continue  # not enough words satisfy the constraints
             if any(len({*names} & {*rivals}) >= 2 for rivals in EXCLUSIVE):
                 continue
-            return [user(request(constraints, asked))], {"asked": asked, "constraints": constraints}
+            said = sentences(constraints, asked).values()
+            request = ("" if asked == "zh" else " ").join(said)
+            return [user(request)], {"asked": asked, "constraints": constraints}
+
+    def criteria(self, label: Any) -> dict[str, str]:
+        """Return the sentence of every constraint."""
+        return sentences(label["constraints"], label["asked"])
 
     def oracle(self, task: Task, conversation: Sequence[Message], rng: random.Random) -> Message:
         """Return an answer that satisfies every constraint, with its words numbered as reasoning."""
@@ -185,22 +191,22 @@ def candidates(constraints: Constraints) -> list[str]:
     return words
 
 
-def request(constraints: Constraints, asked: str) -> str:
-    """Return the prompt, in the language `asked`.
+def sentences(constraints: Constraints, asked: str) -> dict[str, str]:
+    """Return {constraint: its sentence in the language `asked`}.
 
     The language of the answer is not stated when it is English, asked for in English, or shown by the word to repeat.
     """
     column = int(asked == "zh")  # of PHRASES and LANGUAGE_NAMES
     language_is_clear = "repeat" in constraints or constraints["language"] == asked == "en"
-    texts = []
+    said = {}
     for name, value in constraints.items():
         if name == "language":
             if language_is_clear:
                 continue
             value = LANGUAGE_NAMES[value][column]
         values = value if isinstance(value, (list, tuple)) else (value,)
-        texts.append(PHRASES[name][column].format(*values))
-    return ("" if asked == "zh" else " ").join(texts)
+        said[name] = PHRASES[name][column].format(*values)
+    return said
 
 
 def thought(words: Sequence[str], language: str) -> str:

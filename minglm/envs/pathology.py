@@ -164,6 +164,7 @@ class PathologyPrompts(SingleTurn):
 
     name = "provocation"
     group = "chat"
+    objective = False  # any reply without a fault will do
     spelled_tags_are_noise = True
     chance = 0.6  # one clean English sentence for every prompt is right for those that want English
 
@@ -243,3 +244,14 @@ def faults(task: Task, message: Message) -> dict[str, bool]:
         text = f"<think>{message['reasoning_content']}</think>\n{text}"
     text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair has no encoding
     return pathology.detect(text, task.expected_language, message)
+
+
+def clean_replies() -> list[str]:
+    """Return every clean reply to the prompts, in both languages, each once, in a fixed order."""
+    replies = {r for page in CATALOGUE.values() for e in page.values() for r in e.replies.values()}
+    return sorted(replies)
+
+
+def says_right(task: Task, text: str) -> bool:
+    """Return whether an answer holds the oracle's reply, in the language that was asked for."""
+    return _entry(task).replies[task.label] in text

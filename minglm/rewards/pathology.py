@@ -36,6 +36,8 @@ from minglm.chat.template import STOPS
 FAULTS = ("language_mixing", "repetition", "format")
 
 MAX_PIECE = 256  # characters of a piece whose copies count as a run
+NO_CHARACTER = 0xFFFFFFFF
+RUN_BLOCK = 1 << 16  # comparisons of characters at once
 MIN_RUN = 40  # characters of a run from which on it may be a fault
 MAX_RUN_SHARE = 0.2
 MIN_GRAMS = 64  # 4-grams from which on their variety is judged
@@ -146,15 +148,30 @@ def longest_run(text: str) -> LongestRun:
     text = _RULER.sub(" ", _TAG.sub(" ", text)).strip()
     text += " "  # so that the last copy ends as the others do
     codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+    length = len(codes)
+    most = min(MAX_PIECE, length // 3)
+    if not most:
+        return LongestRun(0, length)
+    # Row p - 1: the text, p characters later, with something else in the place of what is missing.
+    before = np.concatenate((np.full(most, NO_CHARACTER, dtype=np.uint32), codes))
+    shifted = np.lib.stride_tricks.sliding_window_view(before, length)[:most][::-1]
+    index = np.arange(length, dtype=np.int32)
     longest = 0
-    for piece in range(1, min(MAX_PIECE, len(codes) // 3) + 1):
+    rows = max(1, RUN_BLOCK // length)  # pieces that are looked for at once
+    for first in range(0, most, rows):
+        differs = shifted[first : first + rows] != codes
+        piece = np.arange(first + 1, first + 1 + len(differs))
+        # Most pieces have too few equal characters in all.
+        (possible,) = np.nonzero(length - np.count_nonzero(differs, axis=1) >= 2 * piece)
+        if not len(possible):
+            continue
+        piece = piece[possible]
         # The longest stretch of characters that equal the one `piece` before them is a run, less its first copy.
-        differs = np.flatnonzero(codes[piece:] != codes[:-piece])
-        edges = np.concatenate(([-1], differs, [len(codes) - piece]))
-        equal = int(np.diff(edges).max()) - 1
-        if equal >= 2 * piece:
-            longest = max(longest, equal + piece)
-    return LongestRun(longest, len(codes))
+        last_difference = np.maximum.accumulate(np.where(differs[possible], index, 0), axis=1)
+        equal = (index - last_difference).max(1)
+        runs = np.where(equal >= 2 * piece, equal + piece, 0)
+        longest = max(longest, int(runs.max()))
+    return LongestRun(longest, length)
 
 
 def distinctness(text: str, n: int = 4) -> Distinctness:

@@ -1,6 +1,10 @@
 """Environments: each holds the contract, broken ones are refused, and the scores say what the task says."""
 
+# A message is a mapping for those who read it, and a dict where a test changes one.
+# pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+
 import asyncio
+import collections
 import dataclasses
 import json
 import random
@@ -11,23 +15,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minglm.envs import ENVIRONMENTS
+from minglm.config import Split
+from minglm.envs import ENVIRONMENTS, Environments
 from minglm.envs import code as code_module
 from minglm.envs.arithmetic import Arithmetic
 from minglm.envs.base import (
     Misconfigured,
     SingleTurnEpisode,
     assistant,
+    fingerprint,
     message_fault,
     run_without_waiting,
+    split_of,
     user,
     verdict,
 )
 from minglm.envs.code import Code, cases, meaning
 from minglm.envs.instructions import CHECKS, VALUE, WORDS, Instructions, split_words
 from minglm.envs.pathology import PathologyPrompts, corrupt, faults
-from minglm.envs.retail import OUTCOME, TOOLS, Retail, RetailEpisode, outcomes_told
 from minglm.envs.sandbox.pool import Verdict
+from minglm.envs.worlds.retail import OUTCOME, TOOLS, Retail, outcomes_told
 from minglm.testing import strategies
 from minglm.testing.envs import check_environment, play_all
 from minglm.testing.envs import play as play_messages
@@ -51,7 +58,7 @@ class Forgetful(Arithmetic):
 
 
 class OneSplit(Arithmetic):
-    """Train and test are the same tasks."""
+    """All splits are the same tasks."""
 
     def task(self, index, seed, split="train", difficulties=None):
         return super().task(index, seed, "train", difficulties)
@@ -62,8 +69,8 @@ class SeedSplit(Arithmetic):
 
     def task(self, index, seed, split="train", difficulties=None):
         if split == "test":
-            seed += 12345
-        return super().task(index, seed, "train", difficulties)
+            return super().task(index, seed + 12345, "train", difficulties)
+        return super().task(index, seed, split, difficulties)
 
 
 class SplitByWords(Arithmetic):
@@ -133,13 +140,9 @@ class Parity(Arithmetic):
 class Trusting(Retail):
     """The final words are enough when nothing had to change."""
 
-    def episode(self, task):
-        class NoLookup(RetailEpisode):
-            async def grade(self):
-                self.shop.looked_up = set(self.task.label["wanted"])
-                return await super().grade()
-
-        return NoLookup(task, self.max_turns)
+    def completed(self, task, world):
+        world.looked_up = set(task.label["wanted"])
+        return super().completed(task, world)
 
 
 class Partial(Instructions):
@@ -159,9 +162,9 @@ class Silent(PathologyPrompts):
 
 BROKEN = {
     Forgetful: "give another task",
-    OneSplit: "occurs in training",
-    SeedSplit: "a test task occurs in training",
-    SplitByWords: "problem of a test task occurs in training",
+    OneSplit: "a development task occurs in train",
+    SeedSplit: "a test task occurs in train",
+    SplitByWords: "problem of a development task occurs in train",
     CarelessOracle: "the oracle earns",
     AlwaysThinks: "thoughts where asked for",
     Lenient: "earns",
@@ -183,23 +186,74 @@ def test_contract_refuses_broken_environments(broken):
 
 def test_difficulties_and_splits_are_checked():
     """An unknown difficulty or split is one clear line."""
-    with pytest.raises(ValueError, match=r"difficulties = \(9,\): arithmetic has difficulties"):
-        ENVIRONMENTS["arithmetic"].task(0, 0, difficulties=(9,))
-    with pytest.raises(ValueError, match="use 'train' or 'test'"):
+    with pytest.raises(ValueError, match=r"difficulties = \(13,\): arithmetic has difficulties"):
+        ENVIRONMENTS["arithmetic"].task(0, 0, difficulties=(13,))
+    with pytest.raises(ValueError, match="use 'train', 'development', 'test'"):
         ENVIRONMENTS["arithmetic"].task(0, 0, split="dev")
 
 
 @given(seeds)
-def test_test_share(seed):
-    """About one content in ten is a test task: the hash divides evenly, whatever the seed."""
+def test_shares_of_the_splits(seed):
+    """About one content in ten is a test task and one a development task: the hash divides evenly, whatever the seed."""
     env = ENVIRONMENTS["arithmetic"]
     rng = random.Random(seed)
-    tests = 0
+    counts = collections.Counter()
     for _ in range(400):
         messages, label = env.draw(rng, 5)
-        task = dataclasses.replace(env.task(0, 0), messages=tuple(messages), label=label)
-        tests += int(code_module.fingerprint([env.name, list(task.messages), label]), 16) % 10 == 0
-    assert 12 <= tests <= 72  # 40 expected, deviation 6; five of them to each side
+        counts[split_of(fingerprint([env.name, messages, label]))] += 1
+    for split in (Split.DEVELOPMENT, Split.TEST):
+        assert 12 <= counts[split] <= 72  # 40 expected, deviation 6; five of them to each side
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "code", "instructions", "retail"])
+def test_demonstrations_show_the_easy_part(name):
+    """What is shown is a part of the scale, every difficulty of it, beginning with the easiest that is dealt."""
+    env = ENVIRONMENTS[name]
+    shown = {task.difficulty for task in env.shown_tasks(60, seed=0)}
+    assert shown == set(env.shown_difficulties or env.default_difficulties)
+    assert min(shown) <= min(env.default_difficulties)
+    assert max(shown) <= max(env.default_difficulties)
+
+
+class AskingInPlace(Environments):
+    """Asks other difficulties, by changing the environments themselves."""
+
+    def asking(self, asked, shown=None):
+        for name, difficulties in asked.items():
+            self[name].default_difficulties = difficulties
+        return self
+
+
+def check_asking(environments, name, difficulties, shown):
+    """Check that these difficulties are asked and these shown, and that the environments stay as they were."""
+    before = environments[name].tasks(6, 0), environments[name].shown_tasks(6, 0)
+    changed = environments.asking({name: difficulties})[name]
+    assert {task.difficulty for task in changed.tasks(12, 0)} <= set(difficulties)
+    assert changed.shown_tasks(6, 0) == before[1]
+    changed = environments.asking({}, {name: shown})[name]
+    assert {task.difficulty for task in changed.shown_tasks(12, 0)} <= set(shown)
+    assert changed.tasks(6, 0) == before[0]
+    assert (environments[name].tasks(6, 0), environments[name].shown_tasks(6, 0)) == before
+
+
+@given(st.sampled_from(["arithmetic", "instructions", "retail", "science"]), st.data())
+def test_what_is_asked_is_apart_from_what_is_shown(name, data):
+    """A run asks any difficulties and shows any others; naming one of the two leaves the other as it was."""
+    levels = st.sampled_from(ENVIRONMENTS[name].difficulties)
+    asked, shown = (tuple(data.draw(st.lists(levels, min_size=1))) for _ in range(2))
+    check_asking(ENVIRONMENTS, name, asked, shown)
+
+
+def test_asking_in_place_is_found():
+    """A twin that changes the environments for everyone fails."""
+    with pytest.raises(AssertionError):
+        check_asking(AskingInPlace(Arithmetic()), "arithmetic", (9,), (2,))
+
+
+def test_asked_difficulties_exist():
+    """A difficulty that an environment does not have is one clear line, with those that it has."""
+    with pytest.raises(ValueError, match="retail:1,4: retail has the difficulties 1, 2, 3"):
+        ENVIRONMENTS.asking({"retail": (1, 4)})
 
 
 def test_faults_of_calls():

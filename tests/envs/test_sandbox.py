@@ -11,9 +11,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -265,16 +268,77 @@ def test_many_candidates_at_once(sandbox):
     assert statuses == ["passed"] * 3 + ["wrong"] * 9
 
 
-def test_dead_worker_is_an_infrastructure_failure(sandbox):
-    """A killed worker costs one verdict, named as what it is, and is replaced."""
+def test_a_dead_worker_costs_nothing(sandbox):
+    """A killed worker is replaced, and its job is run again; where every one dies the verdict is named as what it is."""
     job = ("def f():\n    return 1", "f", [([], 1)])
     assert sandbox.judge(*job).status == "passed"
     worker = sandbox.workers.get()
     sandbox.workers.put(worker)
     os.kill(worker.process.pid, signal.SIGKILL)
     worker.process.wait()
-    assert sandbox.judge(*job).status == "infrastructure"
     assert sandbox.judge(*job).status == "passed"
+    with patch.object(module.Worker, "ask", side_effect=module.WorkerError("died")) as asked:
+        verdict = sandbox.judge(*job)
+    assert (verdict.status, verdict.detail, asked.call_count) == ("infrastructure", "died", 2)
+    assert sandbox.judge(*job).status == "passed"
+
+
+class StubWorker:
+    """A worker without a process, which says that every value is as expected; it dies the first time it meets some jobs."""
+
+    layers = ("seccomp", "namespaces")
+    made = 0
+    deadly = set()
+    """Sources of these jobs."""
+    gate = threading.Event()
+
+    def __init__(self):
+        StubWorker.made += 1
+
+    def ask(self, job, seconds):
+        """Wait until the gate is open, then answer."""
+        self.gate.wait()
+        job = pickle.loads(job)
+        if job["source"] in self.deadly:
+            self.deadly.remove(job["source"])
+            raise module.WorkerError("a sandbox worker died")
+        answer = f"{job['secret']}\nvalue {encode(1).types} {encode(1).text}"
+        return {"ready": True, "late": False, "flood": False, "answer": answer}
+
+    def close(self):
+        """There is nothing to close."""
+
+
+JOBS = 2000
+ARGUMENTS = [list(range(2000))]
+"""Of every job, 4 KB each when they are made ready."""
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_thousands_of_jobs_wait_in_little_memory(monkeypatch, eager):
+    """2,000 queued jobs take less than 6 MB and no more workers than there are places; all are judged, though some die.
+
+    A twin that makes every job ready when it is queued takes more.
+    """
+    monkeypatch.setattr(module, "Worker", StubWorker)
+    StubWorker.made = 0
+    StubWorker.gate.clear()
+    sources = [f"# {number}\ndef f(x):\n    return 1" for number in range(JOBS)]
+    StubWorker.deadly = set(sources[::50])
+    cases = [(ARGUMENTS, 1)]
+    with Sandbox(workers=4) as box:
+        tracemalloc.start()
+        if eager:
+            jobs = [module.prepare(source, "f", cases, 2.0) for source in sources]
+            futures = [box.threads.submit(box.run, job) for job in jobs]
+        else:
+            futures = [box.submit(source, "f", cases) for source in sources]
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        StubWorker.gate.set()
+        assert {future.result(60).status for future in futures} == {"passed"}
+    assert (peak > 6e6) == eager, f"{peak / 1e6:.1f} MB"
+    assert not StubWorker.deadly and StubWorker.made <= 4 + JOBS // 50
 
 
 @pytest.mark.parametrize(
@@ -516,7 +580,11 @@ def test_arguments_arrive_as_they_are(values):
 )
 def test_a_value_that_cannot_be_compared_is_an_error_of_the_task(value, sandbox):
     """It is said before a program runs, by judge and by submit, with the number of the test and the remedy."""
-    for judge in (sandbox.judge, sandbox.submit):
+
+    def submit(*job):
+        return sandbox.submit(*job).result()
+
+    for judge in (sandbox.judge, submit):
         with pytest.raises(ValueError, match=r"test 1.*(consist of|equals nothing; let)"):
             judge("def f(x):\n    return 1", "f", [([1], 1), ([1], value)])
     if value == value and not isinstance(value, list):

@@ -135,12 +135,15 @@ PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 
 
+LIBC = ctypes.CDLL(None, use_errno=True)
+"""The C library, loaded once: loading it makes a class, which costs a forked child a copy of many pages."""
+
+
 def libc_call(name: str, *arguments: typing.Any) -> int:
     """Call a function of the C library; raise OSError when it fails or does not exist."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, name):
+    if not hasattr(LIBC, name):
         raise OSError(f"the C library has no {name}")
-    result = getattr(libc, name)(*arguments)
+    result = getattr(LIBC, name)(*arguments)
     if result < 0:
         error = ctypes.get_errno()
         raise OSError(error, f"{name}: {os.strerror(error)}")
@@ -154,6 +157,9 @@ def die_with_parent() -> None:
         libc_call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
+READ_ONLY = (ctypes.c_uint64 * 4)(1, 0, 0, 0)  # struct mount_attr with attr_set = MOUNT_ATTR_RDONLY
+
+
 def enter_namespaces() -> None:
     """Enter new user, mount, network, ipc and pid namespaces, and make every mount read-only.
 
@@ -165,12 +171,13 @@ def enter_namespaces() -> None:
     new_ipc = 0x08000000
     new_pids = 0x20000000
     libc_call("unshare", new_user | new_mounts | new_network | new_ipc | new_pids)
-    # struct mount_attr with attr_set = MOUNT_ATTR_RDONLY
-    read_only = (ctypes.c_uint64 * 4)(1, 0, 0, 0)
     here = -100  # AT_FDCWD
     recursive = 0x8000
-    size = ctypes.sizeof(read_only)
-    libc_call("syscall", MOUNT_SETATTR, here, b"/", recursive, read_only, size)
+    size = ctypes.sizeof(READ_ONLY)
+    libc_call("syscall", MOUNT_SETATTR, here, b"/", recursive, READ_ONLY, size)
+
+
+Ruleset = ctypes.c_uint64 * 3  # struct landlock_ruleset_attr
 
 
 def deny_files() -> None:
@@ -187,9 +194,7 @@ def deny_files() -> None:
         file_rights = 16
     network_rights = 2 if version >= 4 else 0
     scopes = 2 if version >= 6 else 0
-    ruleset = (ctypes.c_uint64 * 3)(
-        (1 << file_rights) - 1, (1 << network_rights) - 1, (1 << scopes) - 1
-    )
+    ruleset = Ruleset((1 << file_rights) - 1, (1 << network_rights) - 1, (1 << scopes) - 1)
     if version < 4:
         size = 8
     elif version < 6:
@@ -218,11 +223,8 @@ class Program(ctypes.Structure):
     _fields_ = [("length", ctypes.c_uint16), ("instructions", ctypes.POINTER(Instruction))]
 
 
-def filter_system_calls() -> None:
-    """Enter seccomp: system calls outside ALLOWED fail with EPERM."""
-    if platform.machine() not in ALLOWED:
-        raise OSError(f"no table of system calls for {platform.machine()}")
-    calls = ALLOWED[platform.machine()]
+def filter_program(calls: SystemCalls) -> Program:
+    """Return the filter by which all other system calls fail with EPERM."""
     load, equal, give = 0x20, 0x15, 0x06  # opcodes: load a word, jump if equal, return
     kill, refuse, allow = 0x80000000, 0x00050001, 0x7FFF0000  # verdicts
     program = [
@@ -236,9 +238,19 @@ def filter_system_calls() -> None:
         program.append((equal, len(calls.numbers) - i, 0, number))
     program += [(give, 0, 0, refuse), (give, 0, 0, allow)]
     instructions = (Instruction * len(program))(*program)
+    return Program(len(program), instructions)
+
+
+MACHINE = platform.machine()
+FILTERS = {machine: filter_program(calls) for machine, calls in ALLOWED.items()}
+
+
+def filter_system_calls() -> None:
+    """Enter seccomp: system calls outside ALLOWED fail with EPERM."""
+    if MACHINE not in FILTERS:
+        raise OSError(f"no table of system calls for {MACHINE}")
     mode_filter = 2
-    filter_program = ctypes.byref(Program(len(program), instructions))
-    libc_call("prctl", PR_SET_SECCOMP, mode_filter, filter_program, 0, 0)
+    libc_call("prctl", PR_SET_SECCOMP, mode_filter, ctypes.byref(FILTERS[MACHINE]), 0, 0)
 
 
 def limit_resources(seconds: float) -> None:

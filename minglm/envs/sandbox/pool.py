@@ -17,10 +17,13 @@ verdict is computed here, by comparing values as text:
 
 The level of isolation has a name: `full` (namespaces and a system call filter), `no-namespaces` (only the filter),
 `rlimits-only` (neither, for instance on macOS: enough against accidents, not against malice). A sandbox refuses to
-start below its floor. Infrastructure failures have a status of their own because they are not the model's fault.
+start below its floor. A job whose interpreter dies is run once more, by a new one. Infrastructure failures have a status of
+their own because they are not the model's fault.
 
-Simplifications: pure functions only; nothing can be written or opened. A cluster puts containers in the place
-of `Worker`. The paper runs code in a sandbox too (3.2, 3.5) and does not describe it.
+Thousands of jobs may wait: what waits is what the caller has already, and is made ready when an interpreter is free.
+
+Simplifications: pure functions only; nothing can be written or opened (`container.py` runs commands in containers). The paper
+runs code in a sandbox too (3.2, 3.5) and does not describe it.
 """
 
 import atexit
@@ -297,9 +300,9 @@ class Sandbox:
     ) -> Future[Verdict]:
         """Judge one candidate in a thread, at most `workers` at a time; return the future Verdict.
 
-        Arguments and errors are those of `judge`.
+        Arguments and errors are those of `judge`; the errors come with the future.
         """
-        return self.threads.submit(self.run, prepare(source, function, cases, seconds))
+        return self.threads.submit(self.judge, source, function, cases, seconds)
 
     def judge(
         self, source: str, function: str, cases: Sequence[Case], seconds: float = 2.0
@@ -316,6 +319,13 @@ class Sandbox:
 
     def run(self, job: Job) -> Verdict:
         """Return the Verdict of a prepared job."""
+        verdict = self._run(job)
+        if verdict.status == VerdictStatus.INFRASTRUCTURE:  # a new interpreter may do better
+            verdict = self._run(job)
+        return verdict
+
+    def _run(self, job: Job) -> Verdict:
+        """Run a job once."""
         secret = secrets.token_hex(16)
         message = {
             "source": job.source,

@@ -1,4 +1,4 @@
-"""Run a small shop with a rule-based customer, the agentic task of the toy (paper 3.2 agentic RL, 3.3.2 function calling).
+"""Run a small shop with a rule-based customer, the agentic task of the toy (paper 3.3 agentic RL, 3.4 function calling).
 
     customer: I do not want order 482.      get_order(482) -> {"status": "pending"}
                                             cancel_order(482) -> {"ok": true}
@@ -16,17 +16,20 @@ Choices: the look-up is part of the reward, so saying "on its way" without a cal
 that the policy forbids is refused by the shop and costs the reward, so trying both is no strategy. Schemas are as
 short as JSON allows, because every prompt carries them.
 
-Simplification: the customer is a program with one secret, the number, and asks for one thing.
+Simplification: the customer has one secret, the number, asks for one thing, and is less patient than the users of other
+worlds (`minglm.envs.worlds.users`): a second question ends the talk.
 """
 
 import json
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from minglm.chat.messages import Message
-from minglm.envs.base import Environment, Episode, Score, Task, assistant, user, verdict
+from minglm.envs.base import Task, assistant, user
+from minglm.envs.worlds.base import WorldEnvironment
+from minglm.envs.worlds.users import STOP
 
 REQUESTS = (
     "I do not want {}.",
@@ -73,8 +76,9 @@ class Shop:
         self.looked_up: set[int] = set()
         self.violations = 0
 
-    def call(self, name: str, number: int) -> dict[str, Any]:
+    def call(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Run one function on the database; return its result."""
+        number = arguments["order_id"]
         status = self.orders.get(number)
         if status is None:
             return {"error": "no such order"}
@@ -91,13 +95,25 @@ class Shop:
         return {"ok": True}
 
 
-class Retail(Environment):
+class Customer:
+    """The shop's customer: says one thing when asked, once, and ends the talk otherwise."""
+
+    def __init__(self, secret: str | None) -> None:
+        self.secret = secret
+
+    async def answer(self, said: str) -> str:
+        """Return the number in answer to the first question, STOP to everything else."""
+        if self.secret is None or "?" not in said:
+            return STOP
+        number = self.secret
+        self.secret = None
+        return number
+
+
+class Retail(WorldEnvironment):
     """Cancel, return or leave alone; the difficulty is 1 (number given), 2 (ask for it) or 3 (two orders)."""
 
     name = "retail"
-    group = "agentic"
-    chance = 0.0
-    max_turns = 8
 
     def tools(self) -> tuple[dict[str, Any], ...]:
         """Return the schemas of the shop's functions."""
@@ -121,9 +137,35 @@ class Retail(Environment):
         secret = rng.choice(NUMBERS).format(wanted[0]) if difficulty == 2 else None
         return [user(request)], {"orders": orders, "wanted": wanted, "secret": secret}
 
-    def episode(self, task: Task) -> "RetailEpisode":
-        """Return a fresh episode of `task`, with a shop of its own."""
-        return RetailEpisode(task, self.max_turns)
+    def world(self, task: Task) -> Shop:
+        """Return the shop with the task's orders."""
+        return Shop(initial_orders(task))
+
+    def program_user(self, task: Task) -> Customer:
+        """Return the customer, who knows what the label keeps secret."""
+        return Customer(task.label["secret"])
+
+    def knowledge(self, task: Task) -> str:
+        """Return what the customer wants and knows."""
+        numbers = " and ".join(map(str, task.label["wanted"]))
+        return f"You no longer want what you bought: {numbers} is the number of the order."
+
+    def completed(self, task: Task, world: Shop) -> bool:
+        """Return whether every order in question was looked up, and each is as the policy wants it."""
+        before = initial_orders(task)
+        wanted = task.label["wanted"]
+        goal = dict(before)
+        for number in wanted:
+            if before[number] in ACTION:
+                goal[number] = AFTER[ACTION[before[number]]]
+        return world.orders == goal and set(wanted) <= world.looked_up
+
+    def told(self, task: Task, reply: str) -> bool:
+        """Return whether a reply names the right outcome of each order."""
+        before = initial_orders(task)
+        wanted = task.label["wanted"]
+        outcomes = {str(number): OUTCOME[before[number]] for number in wanted}
+        return outcomes_told(reply, wanted) == outcomes
 
     def oracle(self, task: Task, conversation: Sequence[Message], rng: random.Random) -> Message:
         """Read the conversation, as the model must, and return what the policy says next."""
@@ -168,47 +210,6 @@ class Retail(Environment):
             assistant(" ".join(truth)),
             assistant(" ".join(truth), None, calls),
         ]
-
-
-class RetailEpisode(Episode):
-    """The shop and the customer."""
-
-    def __init__(self, task: Task, max_turns: int) -> None:
-        super().__init__(task, max_turns)
-        self.shop = Shop(initial_orders(task))
-        self.secret: str | None = task.label["secret"]
-        self.reply = ""
-
-    async def respond(self, message: Message) -> list[Message]:
-        """Run the calls of a message, or let the customer answer a question."""
-        calls = message.get("tool_calls") or ()
-        if calls:
-            results = [
-                self.shop.call(call["name"], call["arguments"]["order_id"]) for call in calls
-            ]
-            return [{"role": "tool", "content": json.dumps(result)} for result in results]
-        self.reply = message["content"]
-        if self.secret and "?" in self.reply:
-            number = self.secret
-            self.secret = None  # told once only
-            return [user(number)]
-        return []
-
-    async def grade(self) -> Score:
-        """Return 1 if the database, the look-ups and the last message are right and no call broke the policy."""
-        before = initial_orders(self.task)
-        wanted = self.task.label["wanted"]
-        goal = dict(before)
-        for number in wanted:
-            if before[number] in ACTION:
-                goal[number] = AFTER[ACTION[before[number]]]
-        right_state = self.shop.orders == goal
-        looked_up = set(wanted) <= self.shop.looked_up
-        outcomes = {str(number): OUTCOME[before[number]] for number in wanted}
-        told = outcomes_told(self.reply, wanted) == outcomes
-        violations = self.shop.violations
-        parts = {"state": float(right_state), "told": float(told), "violations": violations}
-        return verdict(self.done and right_state and looked_up and told and not violations, parts)
 
 
 def initial_orders(task: Task) -> dict[int, str]:

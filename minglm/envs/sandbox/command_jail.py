@@ -1,0 +1,96 @@
+"""Close a jail around one command, then become it: the inside of `command.py` (paper 3.3).
+
+`command.py` starts this file as `python -I -S command_jail.py STATUS FOLDER TEMPORARY SECONDS COMMAND...`. It enters new namespaces, in
+which nothing can be written but the two folders, there is no network and no process but its own, and /proc is empty;
+it forks, sets limits, and the child becomes the command. That child is process 1 of its namespace: when it ends, or its
+parent dies, all that it started dies with it.
+
+The capabilities that the namespaces bring are lost when the command starts, because its user has no name in them; with
+`no_new_privs` none come back. No counterpart in the paper, which names its sandbox but does not describe it.
+"""
+
+import ctypes
+import importlib.util
+import os
+import pathlib
+import resource
+import sys
+import types
+
+READY = b"+"
+"""Written to the descriptor STATUS when the jail is closed; or else why it could not be."""
+MEMORY = 4 * 2**30
+"""Address space of each process of the command, bytes."""
+FILE = 64 * 2**20
+"""Size of a file that it may write, bytes."""
+BIND = 4096  # MS_BIND
+WRITABLE = (ctypes.c_uint64 * 4)(0, 1, 0, 0)  # struct mount_attr with attr_clr = MOUNT_ATTR_RDONLY
+
+
+def load_jail() -> types.ModuleType:
+    """Return the module `jail` beside this file, without the package that it belongs to."""
+    place = pathlib.Path(__file__).with_name("jail.py")
+    spec = importlib.util.spec_from_file_location("jail", place)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+jail = load_jail()
+
+
+def enter(folders: list[str]) -> None:
+    """Enter new namespaces in which only these folders can be written. Raises OSError where the system refuses."""
+    jail.enter_namespaces()
+    size = ctypes.sizeof(WRITABLE)
+    here = -100  # AT_FDCWD
+    for folder in map(os.fsencode, folders):
+        # A mount of its own, made here, is one that may be writable again.
+        jail.libc_call("mount", folder, folder, None, BIND, None)
+        jail.libc_call("syscall", jail.MOUNT_SETATTR, here, folder, 0, WRITABLE, size)
+    jail.libc_call("mount", b"nothing", b"/proc", b"tmpfs", 1, None)  # 1: MS_RDONLY
+
+
+def become(command: list[str], folder: str, temporary: str, seconds: float, status: int) -> None:
+    """Set limits and become the command, in its folder."""
+    jail.die_with_parent()
+    os.setsid()
+    limits = {"RLIMIT_AS": MEMORY, "RLIMIT_FSIZE": FILE, "RLIMIT_CORE": 0}
+    limits["RLIMIT_CPU"] = int(seconds) + 1
+    for name, value in limits.items():
+        resource.setrlimit(getattr(resource, name), (value, value))
+    os.chdir(folder)
+    variables = {
+        "PATH": os.environ.get("PATH", os.defpath),
+        "LANG": "C.UTF-8",
+        "HOME": temporary,
+        "TMPDIR": temporary,
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONHASHSEED": "0",
+    }
+    os.write(status, READY)
+    os.set_inheritable(status, False)
+    os.execvpe(command[0], command, variables)
+
+
+def main() -> None:
+    """Close the jail, run the command, end with its exit status."""
+    descriptor, folder, temporary, seconds, *command = sys.argv[1:]
+    status = int(descriptor)
+    try:
+        jail.die_with_parent()
+        enter([folder, temporary])
+        pid = os.fork()
+        if pid == 0:
+            become(command, folder, temporary, float(seconds), status)
+    except (OSError, AttributeError) as error:
+        os.write(status, str(error).encode())
+        os._exit(1)
+    os.close(status)
+    ended = os.waitpid(pid, 0)[1]
+    os._exit(os.waitstatus_to_exitcode(ended) & 0xFF)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""A user's own repository: its tests decide, they run in a jail, and what cannot be judged is refused in one line."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from minglm.envs import ENVIRONMENTS
+from minglm.envs.base import Misconfigured, assistant
+from minglm.envs.sandbox.command import run_command
+from minglm.envs.swe.repository import PLAIN_GIT
+from minglm.envs.swe.users import outcomes
+from minglm.testing.envs import play
+
+TESTS = """
+import unittest
+from area import area, name
+
+class Area(unittest.TestCase):
+    def test_area(self):
+        self.assertEqual(area(2, 3), 6)
+
+    def test_name(self):
+        self.assertEqual(name(), "area")
+"""
+BROKEN = "def area(a, b):\n    return a + b\n\n\ndef name():\n    return 'area'\n"
+UNITTEST = "&tests=python -m unittest -v"
+
+
+def make(folder, source=BROKEN, tests=TESTS, commit=True):
+    """Write a repository and an issue; return the name of its environment."""
+    folder.mkdir()
+    (folder / "area.py").write_text(source, encoding="utf-8")
+    (folder / "test_area.py").write_text(tests, encoding="utf-8")
+    issue = folder.with_suffix(".txt")
+    issue.write_text("The area of 2 and 3 is 5.\n", encoding="utf-8")
+    if commit:
+        for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"]):
+            subprocess.run(["git", *words], cwd=folder, env=PLAIN_GIT, check=True)
+    return f"swe:{folder}?issue={issue}{UNITTEST}"
+
+
+def edit(old, new, path="area.py"):
+    return assistant("", None, [("edit", {"path": path, "old": old, "new": new})])
+
+
+RUN = assistant("", None, [("run_tests", {})])
+DONE = assistant("Repaired.")
+
+
+def test_a_repair_is_found_by_the_users_tests(tmp_path):
+    """The issue is the prompt; the right edit earns 1, a wrong one and edits of tests nothing; nothing of the user changes."""
+    name = make(tmp_path / "mine")
+    env = ENVIRONMENTS[name]
+    assert ENVIRONMENTS[name] is env
+    task = env.task(0, 0, "test")
+    assert task.messages[0]["content"] == "The area of 2 and 3 is 5."
+    assert [len(task.label[kind]) for kind in ("failing", "passing")] == [1, 1]
+    played = play(env, task, [RUN, edit("a + b", "a * b"), RUN, DONE])
+    assert "FAIL" in played.replies[0][0]["content"] and "OK" in played.replies[2][0]["content"]
+    assert played.score.value == 1, played
+    breaks_another = [edit("a + b", "a * b"), edit("'area'", "'a'"), DONE]
+    score = play(env, task, breaks_another).score
+    assert (score.value, score.parts["fail_to_pass"], score.parts["pass_to_pass"]) == (0, 1, 0)
+    for cheat in (
+        [edit("6", "5", "test_area.py"), DONE],
+        [edit("", "import os; os._exit(0)", "conftest.py"), DONE],
+        [edit("def area", "import os\nos._exit(0)\ndef area"), DONE],
+        [DONE],
+    ):
+        assert play(env, task, cheat).score.value == 0, cheat
+    assert (tmp_path / "mine" / "area.py").read_text(encoding="utf-8") == BROKEN
+    with pytest.raises(Misconfigured, match="no solution to show"):
+        env.demonstrate(task)
+
+
+def test_what_cannot_be_judged_is_refused(tmp_path):
+    """One line each: no repository, no commit, no issue, no tests, nothing to repair, an unknown option."""
+    plain = make(tmp_path / "plain", commit=False)
+    right = make(tmp_path / "right", source=BROKEN.replace("a + b", "a * b"))
+    empty = make(tmp_path / "empty", tests="")
+    issue = plain.replace("plain.txt", "none.txt")
+    for name, why in (
+        (plain, "is not a git repository"),
+        (issue, "the issue .*none.txt cannot be read"),
+        (right, "all 2 tests already pass"),
+        (empty, "no tests: "),
+        (plain + "&x=1", "must be swe:REPOSITORY"),
+        (f"swe:{tmp_path}", "must be swe:REPOSITORY"),
+    ):
+        with pytest.raises(ValueError, match=why) as error:
+            ENVIRONMENTS[name]
+        assert "\n" not in str(error.value)
+
+
+def test_reports_of_both_runners_are_read():
+    """Names and outcomes of pytest and of unittest; a name that appears twice passes only if it did so twice."""
+    said = (
+        "PASSED test_a.py::test_x[1]\nFAILED test_a.py::test_y - assert 1\nERROR test_b.py\n"
+        "test_z (test_c.C) ... ok\ntest_w (test_c.C.test_w)\nIts docstring. ... FAIL\n"
+        "PASSED test_a.py::test_y\nFAILED (failures=1)\nSKIPPED [1] test_a.py:3: no\n"
+    )
+    assert outcomes(said) == {
+        "test_a.py::test_x[1]": True,
+        "test_a.py::test_y": False,
+        "test_b.py": False,
+        "test_z (test_c.C)": True,
+        "test_w (test_c.C.test_w)": False,
+    }
+
+
+HOSTILE = {
+    "writes outside": "open('{outside}/x', 'w')",
+    "makes a folder": "import os; os.mkdir('{outside}/d')",
+    "opens a connection": "import socket; socket.create_connection(('127.0.0.1', {port}), 2)",
+    "sees processes": "import os; os.kill({pid}, 0)",
+    "mounts": "import ctypes; assert ctypes.CDLL(None).mount(b'x', b'/tmp', b'tmpfs', 0, None) == 0",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_the_jail_takes_away(name, tmp_path):
+    """What a test of a repository could do to the machine fails in the jail; ordinary work succeeds."""
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        source = HOSTILE[name].format(outside=tmp_path, port=port, pid=os.getpid())
+        result = run_command([sys.executable, "-S", "-c", source], inside, 30)
+    assert (result.status, result.exit_code) == ("ended", 1), result
+    assert "Error" in result.output
+    work = "import os; open('x', 'w').write('1'); open(os.environ['TMPDIR'] + '/y', 'w'); print('fine')"
+    result = run_command([sys.executable, "-S", "-c", work], inside, 30)
+    assert (result.status, result.exit_code, result.output) == ("ended", 0, "fine\n")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["inside", "x"]
+
+
+def test_a_command_that_hangs_is_cut_off_with_its_children(tmp_path):
+    """The deadline has a name, and nothing that the command started goes on."""
+    beat = tmp_path / "beat"
+    child = f"import time\nwhile True:\n    open('{beat}', 'a').write('.')\n    time.sleep(0.05)"
+    source = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-S', '-c', {child!r}]); time.sleep(60)"
+    result = run_command([sys.executable, "-S", "-c", source], tmp_path, 3)
+    assert result.status == "timeout"
+    size = beat.stat().st_size
+    time.sleep(0.3)
+    assert 0 < size == beat.stat().st_size
