@@ -11,10 +11,14 @@ The experts answer each prompt several times. The unified model learns from the 
 policy's own accepted answers, fine-tune a fresh model on them, and continue with harder tasks.
 
 Prompts are selected by the length of their answers: short answers mark easy prompts, and dropping the shorter half
-raised the paper's mathematics and science scores by 2 to 4% with half of the data.
+raised the paper's mathematics and science scores by 2 to 4% with half of the data. The prompts that remain are the hard
+ones, and four answers to each raised them by 1 to 2% more.
 
-Choices: a filter is a predicate of one sample, so filters commute, and what is kept passes all of them when asked
-again. The report counts every filter on every sample; a sample with two faults counts twice, whatever the order.
+Choices: the length of a prompt's answers is known after one answer each, so the others are drawn for the hard prompts
+alone. Lengths are compared within an environment, or one with short conversations would be dropped whole. Where an
+environment has no right answers (`Environment.objective`) its score is the judgement that a reward model would give. A
+filter is a predicate of one sample, so filters commute, and what is kept passes all of them when asked again. The report
+counts every filter on every sample; a sample with two faults counts twice, whatever the order.
 Simplified: `data.cleaning.minhash` removes duplicates. The paper gives no thresholds.
 """
 
@@ -24,9 +28,12 @@ from statistics import fmean
 from typing import NamedTuple
 
 from minglm.chat.messages import Message
-from minglm.envs.base import ScoreStatus, Task
+from minglm.envs.base import Environment, ScoreStatus, Task
 from minglm.rewards.pathology import detect
 from minglm.rl.episode import Trajectory
+
+LEAST_JUDGEMENT = 0.5
+"""Judgement that an answer needs where no objective answer exists."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,8 @@ class Sample:
     """The whole conversation."""
     score: float | None = None
     """The environment's score, 0 to 1; None where no objective answer exists."""
+    judgement: float | None = None
+    """What is thought of the answer, 0 to 1, where no objective answer exists; otherwise None."""
     status: str = ScoreStatus.OK
     """Status of the score."""
     truncated: bool = False
@@ -75,7 +84,7 @@ class Accepted(NamedTuple):
     conversations: list[tuple[Task, list[Message]]]
     """Each different accepted answer once."""
     counts: dict[str, int]
-    """answers, kept, and rejected by each filter."""
+    """answers, those that each filter rejected, kept, and how many of these are different."""
 
 
 def well_formed(min_tokens: int = 1, language: str | None = None) -> Filter:
@@ -95,10 +104,7 @@ def correct(least: float = 1.0) -> Filter:
 
 
 def rewarded(reward: Callable[[Sample], float], least: float) -> Filter:
-    """Return filter three: where no objective score exists, `reward(sample)` reaches `least`.
-
-    Not wired yet: no stage uses it, because every environment has an objective score.
-    """
+    """Return filter three: where no objective score exists, `reward(sample)` reaches `least`."""
     return lambda sample: sample.score is not None or reward(sample) >= least
 
 
@@ -149,35 +155,72 @@ def reject(samples: Iterable[Sample], filters: Mapping[str, Filter]) -> Rejectio
     return Rejection(kept, RejectionReport(total, len(kept), rejected))
 
 
-def accept(trajectories: Sequence[Trajectory]) -> Accepted:
-    """Accept the scored trajectories that pass the three filters that need no reward model."""
+def judgement(sample: Sample) -> float:
+    """Return what the environment thought of an answer that nothing objective decides."""
+    return 0.0 if sample.judgement is None else sample.judgement
+
+
+FILTERS: Mapping[str, Filter] = {
+    "form": well_formed(),
+    "correct": correct(),
+    "reward": rewarded(judgement, LEAST_JUDGEMENT),
+    "protocol": obeys_protocol(),
+}
+"""The four filters, by the names that the log counts them under."""
+
+
+def sample_of(trajectory: Trajectory, objective: bool) -> Sample:
+    """Return a scored trajectory as an answer. objective: whether its environment has right answers."""
+    score = trajectory.score.value
+    return Sample(
+        prompt=trajectory.task.id,
+        text=trajectory.texts[-1] if trajectory.texts else "",
+        messages=tuple(trajectory.messages),
+        score=score if objective else None,
+        judgement=None if objective else score,
+        status=trajectory.score.status,
+        truncated=trajectory.truncated,
+        n_tokens=trajectory.length,
+    )
+
+
+def accept(trajectories: Sequence[Trajectory], environments: Mapping[str, Environment]) -> Accepted:
+    """Accept the scored trajectories that pass the four filters. environments: by name."""
     samples = []
     for trajectory in trajectories:
-        sample = Sample(
-            prompt=trajectory.task.id,
-            text=trajectory.texts[-1] if trajectory.texts else "",
-            messages=tuple(trajectory.messages),
-            score=trajectory.score.value,
-            status=trajectory.score.status,
-            truncated=trajectory.truncated,
-            n_tokens=trajectory.length,
-        )
-        samples.append(sample)
-    filters = {"form": well_formed(), "correct": correct(), "protocol": obeys_protocol()}
-    kept, report = reject(samples, filters)
+        objective = environments[trajectory.task.environment].objective
+        samples.append(sample_of(trajectory, objective))
+    kept, report = reject(samples, FILTERS)
 
     # Equal answers to a prompt count once: the last of them, at the place of the first.
     distinct = {(sample.prompt, sample.text): sample for sample in kept}
     tasks = {trajectory.task.id: trajectory.task for trajectory in trajectories}
     conversations = [(tasks[sample.prompt], list(sample.messages)) for sample in distinct.values()]
-    counts = {"answers": report.samples, "kept": report.kept, **report.rejected}
+    counts = {"answers": report.samples, **report.rejected, "kept": report.kept}
+    counts["kept, different"] = len(conversations)
     return Accepted(conversations, counts)
+
+
+def hard_prompts(trajectories: Sequence[Trajectory], dropped: float) -> set[str]:
+    """Return the ids of the prompts that remain when those with the shortest answers are dropped.
+
+    Args:
+        trajectories: answers to the prompts. Those whose environment failed have no length.
+        dropped: share of the prompts of each environment.
+    """
+    by_environment: dict[str, list[Sample]] = {}
+    for trajectory in trajectories:
+        if trajectory.valid:
+            group = by_environment.setdefault(trajectory.task.environment, [])
+            group.append(sample_of(trajectory, objective=True))
+    hard = set()
+    for samples in by_environment.values():
+        hard |= {sample.prompt for sample in drop_shortest(samples, dropped)}
+    return hard
 
 
 def drop_shortest(samples: Sequence[Sample], share: float = 0.5) -> list[Sample]:
     """Leave out the prompts with the shortest answers, with all their samples.
-
-    Not wired yet: no stage uses it.
 
     A prompt's length is the mean n_tokens of its samples. Exactly floor(share * prompts) prompts are dropped; of
     equally long ones, those that came later. Raises ValueError for a share outside [0, 1].

@@ -14,22 +14,28 @@ Choices
 - A malformed turn ends its episode with reward 0. So does an answer that is cut off, that stops with the wrong role
   token, or that disobeys the thinking switch: the conversation cannot continue from such a turn.
 - An exception in the environment is a failure of the infrastructure: this sample alone gets that status, which all
-  statistics leave out. So is an answer that the generator failed at (`AnswerFailed`: numbers that are not finite). Any
-  other exception of the generator, or in our own code, ends the rollout.
+  statistics leave out. So is an environment that says nothing for longer than its `patience`. One that cannot be opened is
+  tried once more, because nothing has been sampled yet. An answer that the generator failed at (`AnswerFailed`: numbers that
+  are not finite) is such a failure too. Any other exception of the generator, or in our own code, ends the rollout.
 """
 
+import asyncio
 import contextlib
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TypeVar
+from typing import Protocol, TypeVar
+
+from torch import Tensor
 
 from minglm.chat import continuation, render
 from minglm.chat.messages import Message, Tool
 from minglm.chat.parser import FormatError, Piece
 from minglm.chat.stream import decode_turn, turn_pieces
 from minglm.common.ranks import Ranks
+from minglm.common.trace import Phase, Trace
 from minglm.data.tokenizer import Tokenizer
 from minglm.envs.base import (
     Environment,
@@ -38,7 +44,9 @@ from minglm.envs.base import (
     Score,
     ScoreStatus,
     Task,
+    checked_score,
     infrastructure_failure,
+    prompt_of,
 )
 from minglm.inference.client import Generator
 from minglm.inference.request import AnswerFailed, Completion, FinishReason, Request
@@ -66,8 +74,24 @@ class SamplingSettings:
     """Bound on the tokens of one assistant turn."""
     temperature: float = 1.0
     top_p: float = 1.0
+    thinking_budget: int | None = None
+    """Bound on the tokens of reasoning in one assistant turn; None: no bound of its own."""
     max_turns: int = 64
     """Bound on the assistant turns of an episode; the environment may have a lower one."""
+
+
+SeedOfTurn = Callable[[int], int]
+"""The number of a turn, from 0 -> the seed of its request."""
+
+
+class OutsidePlayer(Protocol):
+    """Plays tasks with agents that are not part of this package."""
+
+    async def play(
+        self, player: "Player", task: Task, thinking: bool, seed_of_turn: SeedOfTurn
+    ) -> "Trajectory":
+        """Play one task once, as the function `play` does."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -79,6 +103,22 @@ class Player:
     settings: SamplingSettings
     ranks: Ranks = field(default_factory=Ranks)
     """Ranks that divide the episodes, each with a generator of its own for the same weights."""
+    outside: OutsidePlayer | None = None
+    """Who plays the episodes in place of `play`: agents of other processes."""
+
+    list_tools: bool = True
+    """Whether prompts list the tools of the task; False for a model that knows them by heart."""
+
+    trace: Trace | None = None
+    """Times the phases of the episodes; None: nobody asks."""
+
+    def span(self, phase: Phase) -> AbstractContextManager[None]:
+        """Time a phase of an episode."""
+        return contextlib.nullcontext() if self.trace is None else self.trace.span(phase)
+
+    def at(self, temperature: float) -> "Player":
+        """Return a player that samples at this temperature."""
+        return replace(self, settings=replace(self.settings, temperature=temperature))
 
 
 @dataclass
@@ -88,23 +128,42 @@ class Segment:
     tokens: list[int]
     mask: list[bool]
     logprobs: list[float]
+    versions: list[int] = field(default_factory=list)
+    """For each token the version of the weights that drew it; -1 where none did, or where nobody counts them."""
+    proximal_logprobs: list[float] | None = None
+    """Those of the trainer before its first update on this rollout; None until it records them."""
+    trainer_logprobs: list[float] | None = None
+    """Those of the trainer before its first update; None unless samples are written."""
+    experts_SLK: Tensor | None = None
+    """The experts that the engine chose for the first tokens, on each MoE layer; None where it does not keep them."""
 
     @classmethod
     def prompt(cls, tokens: list[int]) -> "Segment":
         """Return a segment that so far holds only a prompt."""
-        return cls(list(tokens), [False] * len(tokens), [0.0] * len(tokens))
+        count = len(tokens)
+        return cls(list(tokens), [False] * count, [0.0] * count, [-1] * count)
 
-    def add_sampled(self, tokens: list[int], logprobs: list[float]) -> None:
-        """Append tokens that the model sampled."""
-        self.tokens += tokens
-        self.mask += [True] * len(tokens)
-        self.logprobs += logprobs
+    def add_answer(self, completion: Completion) -> None:
+        """Append an answer. A token in it that was put in, not sampled, is context: nothing is learnt from it.
+
+        Its experts are those of the whole text, also of earlier turns.
+        """
+        self.experts_SLK = completion.experts_SLK
+        forced = set(completion.forced)
+        versions = completion.versions or [-1] * len(completion.tokens)
+        for place, token in enumerate(completion.tokens):
+            sampled = place not in forced
+            self.tokens.append(token)
+            self.mask.append(sampled)
+            self.logprobs.append(completion.logprobs[place] if sampled else 0.0)
+            self.versions.append(versions[place] if sampled else -1)
 
     def add_context(self, tokens: list[int]) -> None:
         """Append tokens that came from the environment."""
         self.tokens += tokens
         self.mask += [False] * len(tokens)
         self.logprobs += [0.0] * len(tokens)
+        self.versions += [-1] * len(tokens)
 
 
 @dataclass
@@ -124,6 +183,8 @@ class Trajectory:
     """Whether every turn had reasoning exactly when thinking was on."""
     last_pieces: list[Piece] | None = None
     """The text and the tags of the last assistant turn."""
+    advantage: float | None = None
+    """What the trainer made of the score; None where nothing was learned from it."""
 
     @property
     def length(self) -> int:
@@ -149,7 +210,7 @@ async def play(
     environment: Environment,
     task: Task,
     thinking: bool,
-    seed_of_turn: Callable[[int], int],
+    seed_of_turn: SeedOfTurn,
 ) -> Trajectory:
     """Play one task once.
 
@@ -163,11 +224,15 @@ async def play(
     Returns the scored trajectory. An exception in the environment, or an answer that the generator failed at, becomes its
     score's status "infrastructure".
     """
-    trajectory = Trajectory(task, thinking, list(task.messages))
+    if player.outside is not None:
+        return await player.outside.play(player, task, thinking, seed_of_turn)
+    trajectory = Trajectory(task, thinking, prompt_of(task, thinking))
     try:
-        async with _opened(environment.episode(task)) as episode:
-            await _converse(player, episode, trajectory, seed_of_turn)
-            trajectory.score = await _from_environment(episode.score())
+        async with _opened(environment, task) as episode:
+            await _converse(player, episode, environment.patience, trajectory, seed_of_turn)
+            with player.span(Phase.REWARD):
+                scored = _score(episode)
+                trajectory.score = await _from_environment(scored, environment.patience)
     except EnvironmentFailure as failure:
         trajectory.score = infrastructure_failure(failure.cause, task.environment)
     except AnswerFailed as failure:
@@ -183,37 +248,57 @@ class EnvironmentFailure(Exception):
         self.cause = cause
 
 
-async def _from_environment(result: Awaitable[Result]) -> Result:
-    """Await something of an environment. Raises EnvironmentFailure for any exception but Misconfigured."""
+async def _score(episode: Episode) -> Score:
+    """Return the score of an episode, which must be one."""
+    return checked_score(await episode.score())
+
+
+async def _from_environment(result: Awaitable[Result], patience: float) -> Result:
+    """Await something of an environment, for so many seconds.
+
+    Raises EnvironmentFailure for any exception but Misconfigured, and where it takes longer.
+    """
+    limit = asyncio.timeout(patience)
     try:
-        return await result
+        async with limit:
+            return await result
     except Misconfigured:
         raise
     except Exception as error:
-        raise EnvironmentFailure(error) from error
+        late = TimeoutError(f"nothing within {patience:g} s")
+        raise EnvironmentFailure(late if limit.expired() else error) from error
 
 
 @contextlib.asynccontextmanager
-async def _opened(episode: Episode) -> AsyncIterator[Episode]:
-    """Enter an episode, and leave it whatever happens; a failure to close it is a warning, because it is scored."""
-    entered = await _from_environment(episode.__aenter__())
+async def _opened(environment: Environment, task: Task) -> AsyncIterator[Episode]:
+    """Enter an episode, at the second attempt if need be, and leave it whatever happens.
+
+    A failure to close it is a warning, because it is scored.
+    """
+    patience = environment.patience
+    episode = environment.episode(task)
+    try:
+        entered = await _from_environment(episode.__aenter__(), patience)
+    except EnvironmentFailure:
+        episode = environment.episode(task)
+        entered = await _from_environment(episode.__aenter__(), patience)
     try:
         yield entered
     finally:
         try:
-            await episode.__aexit__(None, None, None)
-        except Exception as error:
-            name = f"{type(error).__name__}: {error}"
-            warnings.warn(
-                f"an episode of {episode.task.environment} did not close: {name}", stacklevel=2
-            )
+            await _from_environment(episode.__aexit__(None, None, None), patience)
+        except (EnvironmentFailure, Misconfigured) as failure:
+            cause = failure.cause if isinstance(failure, EnvironmentFailure) else failure
+            name = f"{type(cause).__name__}: {cause}"
+            warnings.warn(f"an episode of {task.environment} did not close: {name}", stacklevel=2)
 
 
 async def _converse(
     player: Player,
     episode: Episode,
+    patience: float,
     trajectory: Trajectory,
-    seed_of_turn: Callable[[int], int],
+    seed_of_turn: SeedOfTurn,
 ) -> None:
     """Take turns until the episode is done, a bound is reached, or the context is full."""
     trajectory.segments.append(Segment.prompt(_prompt(player, trajectory)))
@@ -224,10 +309,12 @@ async def _converse(
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
+            thinking_budget=settings.thinking_budget,
             seed=seed_of_turn(turn),
         )
-        completion = await player.generator.generate(request)
-        await _take_turn(player, episode, trajectory, completion)
+        with player.span(Phase.GENERATE):
+            completion = await player.generator.generate(request)
+        await _take_turn(player, episode, patience, trajectory, completion)
         if episode.done:
             return
         # A conversation that fills the model's context cannot continue.
@@ -238,24 +325,18 @@ async def _converse(
 
 
 async def _take_turn(
-    player: Player, episode: Episode, trajectory: Trajectory, completion: Completion
+    player: Player,
+    episode: Episode,
+    patience: float,
+    trajectory: Trajectory,
+    completion: Completion,
 ) -> None:
     """Take one sampled turn into the trajectory and, unless the episode is over, prepare the next prompt."""
-    tools = trajectory.task.tools
-    message, text = read_turn(player.tokenizer, completion, tools, trajectory.thinking)
-    trajectory.segments[-1].add_sampled(completion.tokens, completion.logprobs)
-    trajectory.texts.append(text)
-    trajectory.last_pieces = turn_pieces(player.tokenizer, completion.tokens)
-    if completion.finish_reason != FinishReason.STOP:
-        trajectory.truncated = True
-    # A thought without an end is read as content; that is a fault of format, and still thinking.
-    unclosed = message.get("error") == FormatError.UNCLOSED_THINK
-    has_thought = bool(message.get("reasoning_content")) or unclosed
-    if has_thought != trajectory.thinking:
-        trajectory.switch_obeyed = False
-
+    trajectory.segments[-1].add_answer(completion)
+    message = take_answer(player.tokenizer, trajectory, completion, trajectory.task.tools)
     trajectory.messages.append(message)
-    replies = await _from_environment(episode.step(message))
+    with player.span(Phase.ENVIRONMENT):
+        replies = await _from_environment(episode.step(message), patience)
     trajectory.messages += replies
     if episode.done:
         return
@@ -269,12 +350,30 @@ async def _take_turn(
         trajectory.segments.append(Segment.prompt(_prompt(player, trajectory)))
 
 
+def take_answer(
+    tokenizer: Tokenizer, trajectory: Trajectory, completion: Completion, tools: Sequence[Tool]
+) -> Message:
+    """Note in a trajectory what an answer says and how it ended; return it as a message, with `error` set if malformed."""
+    message, text = read_turn(tokenizer, completion, tools, trajectory.thinking)
+    trajectory.texts.append(text)
+    trajectory.last_pieces = turn_pieces(tokenizer, completion.tokens)
+    if completion.finish_reason != FinishReason.STOP:
+        trajectory.truncated = True
+    # A thought without an end is read as content; that is a fault of format, and still thinking. So is a thought that
+    # was closed by force, however short.
+    unclosed = message.get("error") == FormatError.UNCLOSED_THINK
+    has_thought = bool(message.get("reasoning_content")) or unclosed or bool(completion.forced)
+    if has_thought != trajectory.thinking:
+        trajectory.switch_obeyed = False
+    return message
+
+
 def _prompt(player: Player, trajectory: Trajectory) -> list[int]:
     """Return the rendered conversation so far, up to the assistant's role token."""
     return render(
         player.tokenizer,
         trajectory.messages,
-        trajectory.task.tools,
+        trajectory.task.tools if player.list_tools else (),
         trajectory.thinking,
         generation_prompt=True,
     ).ids
@@ -291,7 +390,7 @@ def read_turn(
         fault = TurnFault.TRUNCATED
     elif completion.tokens[-1] != expected:
         fault = TurnFault.WRONG_STOP
-    elif bool(message["reasoning_content"]) != thinking:
+    elif bool(message["reasoning_content"] or completion.forced) != thinking:
         fault = TurnFault.THINKING_SWITCH
     else:
         fault = None

@@ -16,10 +16,14 @@ that wait in another thread between two turns the batches depend on time as well
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from typing import Any
 
 from minglm.envs.base import Environment, Task
+from minglm.rewards.hybrid import Grader
+from minglm.rl.buffer import GroupTask
 from minglm.rl.episode import Player, Trajectory, play
+from minglm.rl.grading import grade
 
 PRIME = 1_000_003
 MAX_TURNS = 101  # turns of an episode that get seeds of their own
@@ -44,16 +48,37 @@ async def play_episodes(
 
     The other arguments are those of `rollout`. Returns the trajectories in the order of the numbers.
     """
-    episodes = []
+    coroutines = []
     for number in numbers:
         p, g = divmod(number, samples)
-        environment = environments[tasks[p].environment]
 
         def seed_of_turn(turn: int, p: int = p, g: int = g) -> int:
             return turn_seed(seed, p, g, turn)
 
-        episode = play(player, environment, tasks[p], thinking[p], seed_of_turn)
-        episodes.append(asyncio.ensure_future(episode))
+        environment = environments[tasks[p].environment]
+        coroutines.append(play(player, environment, tasks[p], thinking[p], seed_of_turn))
+    return await all_of(coroutines)
+
+
+async def play_group(
+    player: Player, environments: Mapping[str, Environment], task: GroupTask, samples: int
+) -> list[Trajectory]:
+    """Play one group of a round, as `play_episodes` plays all of them, inside an event loop."""
+    coroutines = []
+    player = player.at(task.temperature)
+    for sample in range(samples):
+
+        def seed_of_turn(turn: int, sample: int = sample) -> int:
+            return turn_seed(task.seed, task.number, sample, turn)
+
+        environment = environments[task.task.environment]
+        coroutines.append(play(player, environment, task.task, task.thinking, seed_of_turn))
+    return await all_of(coroutines)
+
+
+async def all_of(coroutines: Iterable[Coroutine[Any, Any, Trajectory]]) -> list[Trajectory]:
+    """Run episodes side by side. Return their trajectories in order; the exception of one ends all."""
+    episodes = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*episodes)
     except BaseException:
@@ -71,6 +96,7 @@ def rollout(
     samples: int,
     thinking: Sequence[bool] | None = None,
     seed: int = 0,
+    grader: Grader | None = None,
 ) -> list[list[Trajectory]]:
     """Play every task `samples` times, from code without an event loop.
 
@@ -81,20 +107,21 @@ def rollout(
         samples: episodes of each task.
         thinking: the thinking switch of each task; None: on for all.
         seed: decides every draw.
+        grader: gives the rewards; None: they are the scores of the environments.
 
     Returns, for each task, the list of its trajectories.
     """
     if thinking is None:
         thinking = [True] * len(tasks)
     assert len(thinking) == len(tasks), "a thinking switch for each task"
-    ranks = player.ranks
-    count = len(tasks) * samples
-    own = range(ranks.rank, count, ranks.size)
 
-    def play_own() -> list[Trajectory]:
-        return asyncio.run(play_episodes(player, environments, tasks, samples, own, thinking, seed))
+    def play_own(numbers: Sequence[int]) -> list[Trajectory]:
+        trajectories = asyncio.run(
+            play_episodes(player, environments, tasks, samples, numbers, thinking, seed)
+        )
+        if grader is not None:
+            grade(grader, environments, player.tokenizer, trajectories)
+        return trajectories
 
-    # Rank r played the episodes r, r + size, r + 2 size, ...
-    played = ranks.together(play_own)
-    trajectories = [played[number % ranks.size][number // ranks.size] for number in range(count)]
+    trajectories = player.ranks.deal(play_own, range(len(tasks) * samples))
     return [trajectories[p * samples : (p + 1) * samples] for p in range(len(tasks))]

@@ -89,7 +89,7 @@ def test_a_trajectory_of_several_rows_counts_once(seed, pieces, mode, order):
 
 @given(seed=seeds, shape=shapes)
 def test_modes_agree_on_equal_lengths(seed, shape):
-    """Where every sample has the same number of tokens, the three modes are the same mean."""
+    """Where every sample has the same number of tokens, all modes are the same mean."""
     loss_BS = torch.randn(shape, generator=numbers(seed))
     mask_BS = torch.ones(shape, dtype=torch.bool)
     values = [
@@ -97,7 +97,7 @@ def test_modes_agree_on_equal_lengths(seed, shape):
         for mode in list(Aggregation)
     ]
     # float32, another order of summation.
-    torch.testing.assert_close(values[1:], values[:1] * 2, atol=1e-5, rtol=0)
+    torch.testing.assert_close(values[1:], values[:1] * 3, atol=1e-5, rtol=0)
 
 
 @given(seed=seeds, shape=shapes, mode=st.sampled_from(list(Aggregation)), rows=st.integers(1, 3))
@@ -120,7 +120,7 @@ def test_padding_rows_do_not_count(seed, shape, mode, rows):
 def test_user_mistakes_are_one_line():
     """An unknown mode, and a constant mode without its constant, say what to do."""
     mask_BS = torch.ones(2, 3, dtype=torch.bool)
-    with pytest.raises(ValueError, match="must be one of token, sequence, constant"):
+    with pytest.raises(ValueError, match="must be one of token, sequence, prompt, constant"):
         aggregate(torch.zeros(2, 3), mask_BS, "mean")
     with pytest.raises(ValueError, match="needs a length"):
         aggregate(torch.zeros(2, 3), mask_BS, "constant")

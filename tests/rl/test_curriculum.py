@@ -1,5 +1,6 @@
 """The curriculum: unbiased pass@k, tiers that never admit the impossible or the solved, intervals over problems."""
 
+import json
 import random
 from statistics import fmean
 
@@ -8,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.common.statistics import interval, pass_at_k
-from minglm.rl.curriculum import EXTREME, PassRate, RateRange, measure, tiers_from_pass_rates
+from minglm.config import CurriculumConfig, ExtremeTier
+from minglm.envs.base import Task, user
+from minglm.rl.curriculum import (
+    Curriculum,
+    PassRate,
+    Problem,
+    Tier,
+    Verdict,
+    needs_second_draw,
+    tier_of,
+)
 from minglm.testing.rl import check_pass_at_k
 
 
@@ -52,101 +63,173 @@ def test_impossible_counts_are_one_line():
         pass_at_k(4, 2, 8)
 
 
-counts = st.integers(1, 512).flatmap(
-    lambda n: st.integers(0, n).flatmap(lambda c: st.tuples(st.just(n), st.just(c)))
-)
+RATE = CurriculumConfig(pool=1)
+LITERAL = CurriculumConfig(pool=1, extreme_tier=ExtremeTier.UNSOLVED)
 
 
-@given(seen=st.lists(counts, max_size=30), literal=st.booleans())
-def test_tiers_never_admit_the_impossible_or_the_solved(seen, literal):
-    """Every problem lands in one tier; those in a stage have a right and a wrong answer, and its pass rate."""
-    rates = {i: PassRate(n, c, min(c, i % 2)) for i, (n, c) in enumerate(seen)}
-    tiers = tiers_from_pass_rates(rates, extreme=None if literal else EXTREME)
-    assert sorted(problem for tier in tiers for problem in tier) == sorted(rates)
-    for problem in tiers.moderate + tiers.extreme:
-        assert 0 < rates[problem].successes < rates[problem].attempts
-    assert all(0.2 <= rates[p].successes / rates[p].attempts <= 0.8 for p in tiers.moderate)
-    if literal:
-        assert all(rates[problem].first_successes == 0 for problem in tiers.extreme)
-    else:
-        assert all(0.05 <= rates[p].successes / rates[p].attempts < 0.2 for p in tiers.extreme)
-
-
-@given(counts=st.tuples(st.integers(-2, 4), st.integers(-2, 4), st.integers(-2, 4)))
-def test_counts_that_no_draw_can_have_are_one_line(counts):
-    """No attempt, more right answers than answers, more in the first draw than in all, or a negative count."""
-    attempts, successes, first = counts
-    if attempts >= 1 and 0 <= first <= successes <= attempts:
-        tiers = tiers_from_pass_rates({0: PassRate(*counts)})
-        assert sum(map(len, tiers)) == 1
-        return
-    with pytest.raises(ValueError, match=f"^attempts = {attempts}, successes = {successes}, "):
-        PassRate(*counts)
-
-
-@pytest.mark.parametrize("bad", [(0.8, 0.2), (-0.1, 0.5), (0.2, 1.1), (float("nan"), 0.5)])
-def test_a_range_that_is_none_is_one_line(bad):
-    """The ends must be in order, within 0 and 1, and numbers."""
-    with pytest.raises(ValueError, match=r"moderate = .* range within 0 and 1"):
-        tiers_from_pass_rates({}, moderate=RateRange(*bad))
-    with pytest.raises(ValueError, match=r"extreme = .* range within 0 and 1"):
-        tiers_from_pass_rates({}, extreme=RateRange(*bad))
-
-
-def test_a_range_may_be_everything_or_one_rate():
-    """Both ends may be 0, 1 or equal."""
-    rates = {n: PassRate(10, n, 1) for n in range(1, 10)}
-    everything = tiers_from_pass_rates(rates, moderate=RateRange(0, 1), extreme=None)
-    assert everything.moderate == list(rates)
-    assert tiers_from_pass_rates(rates, RateRange(0.3, 0.3), None).moderate == [3]
-    assert tiers_from_pass_rates(rates, RateRange(1, 1), RateRange(0, 0)).between == list(rates)
-
-
-def test_a_first_draw_of_nothing_is_one_line():
-    """Its rate would be 0 / 0."""
-    with pytest.raises(ValueError, match="first = 0"):
-        measure(lambda k: 0, first=0)
-
-
-def test_the_smallest_draws():
-    """One answer is a draw; a limit that the first draw reaches leaves nothing to draw again."""
-    assert measure(lambda k: 0, first=1, limit=1) == PassRate(1, 0, 0)
-    assert measure(lambda k: k - 1, first=1, limit=2) == PassRate(2, 0, 0)
-    assert measure(lambda k: k - 1, first=1, limit=3) == PassRate(3, 1, 0)
-    assert measure(lambda k: 0, first=4, limit=2) == PassRate(4, 0, 0)
+@given(first=st.integers(0, 8), second=st.none() | st.integers(0, 504), literal=st.booleans())
+def test_tiers_never_admit_the_impossible_or_the_solved(first, second, literal):
+    """What is trained on has a right and a wrong answer, and the pass rate, or the misfortune, of its tier."""
+    seen = PassRate(8, first) if second is None else PassRate(8, first, 504, second)
+    tier = tier_of(seen, LITERAL if literal else RATE)
+    right = first + (second or 0)
+    attempts = seen.first + seen.second
+    assert (tier == Tier.UNSOLVED) == (right == 0)
+    assert (tier == Tier.SOLVED) == (right == attempts)
+    if tier == Tier.EXTREME and literal:
+        assert first == 0 and second
+    elif tier == Tier.EXTREME:
+        assert 0.05 <= seen.rate < 0.2
+    elif tier == Tier.MODERATE:
+        assert 0.2 <= seen.rate <= 0.8
+    low, high = seen.interval
+    assert low <= seen.rate <= high and low < high
 
 
 def test_ends_of_the_ranges():
     """Moderate takes both of its ends, extreme its lower one; at a common end the problem is moderate."""
-    rates = {n: PassRate(100, n, 0) for n in (1, 4, 5, 19, 20, 80, 81, 99, 100, 0)}
-    tiers = tiers_from_pass_rates(rates)
-    assert tiers == ([20, 80], [5, 19], [100], [0], [1, 4, 81, 99])
-    literal = tiers_from_pass_rates(
-        {n: PassRate(512, n, min(n, 1)) for n in (1, 8, 256)}, extreme=None
-    )
-    assert literal.moderate == [256] and literal.between == [1, 8]
+    tiers = {}
+    for right in (0, 1, 4, 5, 19, 20, 80, 81, 99, 100):
+        tiers.setdefault(tier_of(PassRate(100, right), RATE), []).append(right)
+    assert tiers == {
+        Tier.UNSOLVED: [0],
+        Tier.BETWEEN: [1, 4, 81, 99],
+        Tier.EXTREME: [5, 19],
+        Tier.MODERATE: [20, 80],
+        Tier.SOLVED: [100],
+    }
 
 
-@given(rate=st.sampled_from([0.0, 0.004, 0.3, 1.0]), seed=st.integers(0, 2**32 - 1))
-def test_measure_spends_512_answers_only_on_failures(rate, seed):
-    """Eight answers where one of them is right, 512 where none is; all of them are counted."""
-    generator = random.Random(seed)
-    spent = []
+def test_the_second_draw_alone_tells_the_rate():
+    """The first chose the problem for its bad luck: 0 of 8 and 12 of 56 is a rate of 21%, and moderate."""
+    seen = PassRate(8, 0, 56, 12)
+    assert seen.rate == 12 / 56 and tier_of(seen, RATE) == Tier.MODERATE
+    assert tier_of(seen, LITERAL) == Tier.EXTREME
 
-    def attempt(k):
-        right = sum(generator.random() < rate for _ in range(k))
-        spent.append((k, right))
-        return right
 
-    seen = measure(attempt)
-    first_right = spent[0][1]
-    attempts = sum(k for k, _ in spent)
-    successes = sum(right for _, right in spent)
-    assert [k for k, _ in spent] == ([8] if first_right else [8, 504])
-    assert seen == PassRate(attempts, successes, first_right)
-    tiers = tiers_from_pass_rates({0: seen}, extreme=None)
-    if not first_right:
-        assert (tiers.extreme if seen.successes else tiers.unsolved) == [0]
+@pytest.mark.parametrize(
+    ("attempts", "right", "rate", "literal"),
+    [(8, 0, True, True), (8, 1, True, False), (8, 2, False, False), (10, 2, True, False)],
+)
+def test_who_is_drawn_again(attempts, right, rate, literal):
+    """By the paper's rule those without a right answer; by rate all that may lie below a fifth, a fifth among them."""
+    assert needs_second_draw(PassRate(attempts, right), RATE) == rate
+    assert needs_second_draw(PassRate(attempts, right), LITERAL) == literal
+
+
+def share_called_extreme(chance, second):
+    """Return in how many of 1,000 screenings a problem of this pass rate is extreme, with such a second draw."""
+    generator = random.Random(0)
+
+    def right(answers):
+        return sum(generator.random() < chance for _ in range(answers))
+
+    found = 0
+    for _ in range(1000):
+        seen = PassRate(8, right(8))
+        if second and needs_second_draw(seen, RATE):
+            seen = seen._replace(second=second, second_right=right(second))
+        found += tier_of(seen, RATE) == Tier.EXTREME
+    return found / 1000
+
+
+def test_a_problem_of_two_percent_is_seldom_called_extreme():
+    """Eight answers call it so in 15% of the screenings, 200 in few; a problem of 10% is found by them in most."""
+    assert 0.1 < share_called_extreme(0.02, 0) < 0.2
+    assert share_called_extreme(0.02, 192) < 0.03
+    assert share_called_extreme(0.1, 192) > 0.7
+
+
+def problem(environment, number):
+    """Return a problem with a number for a name."""
+    task = Task(f"{environment}{number}", environment, (user("?"),), (), None, 1)
+    return Problem(task, bool(number % 2))
+
+
+def curriculum(moderate, extreme, steps=10, names=("a", "b", "a"), held_out=3, **changes):
+    """Return a curriculum with so many problems of each tier, by environment."""
+    tiers = {tier: {name: [] for name in names} for tier in Tier}
+    for tier, counts in ((Tier.MODERATE, moderate), (Tier.EXTREME, extreme)):
+        for name, count in counts.items():
+            tiers[tier][name] = [problem(f"{name}-{tier}-", i) for i in range(count)]
+    config = CurriculumConfig(pool=1, **changes)
+    held = [problem("held", i) for i in range(held_out)]
+    return Curriculum(config, steps, names, tiers, held, 5)
+
+
+@given(
+    share=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
+    a=st.integers(0, 4),
+    b=st.integers(0, 4),
+    steps=st.integers(1, 12),
+)
+def test_moderate_steps_come_first(share, a, b, steps):
+    """Hard problems after the share of the steps; a tier without problems gives its steps to the other."""
+    if a + b == 0:
+        with pytest.raises(ValueError, match="no problem of the pool is moderate or extreme"):
+            curriculum({"a": 0}, {"b": 0})
+        return
+    subject = curriculum({"a": a}, {"b": b}, steps, moderate_share=share)
+    tiers = [subject.tier(step) for step in range(steps)]
+    moderate = round(share * steps)
+    if a == 0:
+        moderate = 0
+    if b == 0:
+        moderate = steps
+    assert tiers == [Tier.MODERATE] * moderate + [Tier.EXTREME] * (steps - moderate)
+    changes = [step for step in range(steps) if subject.changes_at(step)]
+    assert changes == ([moderate] if 0 < moderate < steps else [])
+    for step, tier in enumerate(tiers):
+        for number in range(6):
+            dealt = subject.problem(step, number)
+            assert dealt == subject.problem(step, number)
+            assert dealt.task.environment.startswith("a-mod" if tier == Tier.MODERATE else "b-ext")
+
+
+def test_each_pass_deals_every_problem_once_and_by_weight():
+    """With names a, b, a the first environment has two of three places; each pass has another order."""
+    subject = curriculum({"a": 4, "b": 2}, {"a": 1})
+    dealt = [subject.problem(0, number).task.id for number in range(6 * 20)]
+    passes = [dealt[i : i + 6] for i in range(0, len(dealt), 6)]
+    assert all(len(set(each)) == 6 for each in passes)
+    assert [name[0] for name in dealt[:6]] == ["a", "b", "a", "a", "b", "a"]
+    assert len({tuple(each) for each in passes}) > 1
+
+
+def test_the_guard_remembers_holds_and_falls():
+    """Scored before the first hard step, every few steps, and at the end; a shown fall makes the rest moderate."""
+    subject = curriculum({"a": 3}, {"a": 3}, steps=12, guard_every=4, guard_drop=0.1)
+    subject.held_out = [problem("held", i) for i in range(200)]
+    assert [done for done in range(13) if subject.is_due(done)] == [6, 10, 12]
+    assert [done for done in range(13) if subject.guards(done)] == list(range(6, 13))
+    assert subject.check([0.5] * 200, 6) == Verdict.REMEMBERED and not subject.is_due(6)
+    assert subject.check([0.45] * 200, 10) == Verdict.HELD  # within the drop
+    restored = curriculum({"a": 3}, {"a": 3}, steps=12, guard_every=4, guard_drop=0.1)
+    restored.load_state_dict(json.loads(json.dumps(subject.state_dict())))
+    restored.held_out = subject.held_out
+    for one in (subject, restored):
+        assert one.check([0.3] * 200, 12) == Verdict.FALLEN
+        assert one.tier(11) == Tier.MODERATE and not one.guards(11) and not one.is_due(12)
+        assert one.baseline_score() == 0.5
+
+
+def test_noise_alone_does_not_roll_back():
+    """Over many checks of unchanged weights the score is seldom shown to have fallen; a collapse always is."""
+    generator = random.Random(0)
+    fallen = 0
+    for _ in range(200):
+        chances = [generator.random() for _ in range(60)]
+        scores = [
+            [sum(generator.random() < chance for _ in range(4)) / 4 for chance in chances]
+            for _ in range(2)
+        ]
+        subject = curriculum({"a": 1}, {"a": 1})
+        subject.check(scores[0], 5)
+        fallen += subject.check(scores[1], 7) == Verdict.FALLEN
+        collapsed = curriculum({"a": 1}, {"a": 1})
+        collapsed.check(scores[0], 5)
+        assert collapsed.check([0.0] * 60, 7) == Verdict.FALLEN
+    assert fallen <= 4  # the drop of 0.1 comes on top of the risk of 5%
 
 
 @given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=8), min_size=1, max_size=20))

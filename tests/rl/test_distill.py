@@ -2,20 +2,25 @@
 
 import itertools
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minglm.envs.base import Score, Task
 from minglm.rl.distill import (
     Sample,
+    accept,
     correct,
     drop_shortest,
+    hard_prompts,
     obeys_protocol,
     reject,
     rewarded,
     well_formed,
 )
+from minglm.rl.episode import Segment, Trajectory
 
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
 RESULT = {"role": "tool", "content": "1"}
@@ -135,12 +140,68 @@ def test_the_defaults():
     """An answer of one token, entirely right, is kept; half of the prompts go, and of equally long ones the later."""
     assert well_formed()(Sample("a", "yes", n_tokens=1))
     assert not well_formed()(Sample("a", "yes", n_tokens=0))
+    assert not well_formed()(Sample("a", "yes"))  # nobody has counted its tokens
     assert correct()(Sample("a", "yes", score=1.0))
     assert not correct()(Sample("a", "yes", score=0.99))
     some = [Sample(name, "yes", n_tokens=7) for name in "abcd"]
     assert drop_shortest(some) == some[:2]
     assert drop_shortest(some, 0.0) == some
     assert drop_shortest(some, 1.0) == []
+
+
+def played(environment, prompt, text="yes", score=1.0, status="ok", tokens=3, messages=()):
+    """Return a scored trajectory of a prompt."""
+    task = Task(prompt, environment, (), (), None, 1)
+    segment = Segment([0] * tokens, [True] * tokens, [0.0] * tokens)
+    return Trajectory(task, True, list(messages), [segment], [text], Score(score, status))
+
+
+def environments(**objective):
+    """Return environments of these names, with or without right answers."""
+    return {name: SimpleNamespace(objective=value) for name, value in objective.items()}
+
+
+def test_every_answer_meets_the_four_filters():
+    """The counts name each filter; an environment without right answers is judged, and not asked for the right one."""
+    drawn = [
+        played("sums", "a"),
+        played("sums", "a"),  # the same answer again
+        played("sums", "b", score=0.5, status="wrong"),
+        played("sums", "c", text="again and " * 30),
+        played("sums", "d", status="format"),
+        played("taste", "e", score=0.6, status="wrong"),
+        played("taste", "f", score=0.4, status="wrong"),
+    ]
+    accepted = accept(drawn, environments(sums=True, taste=False))
+    assert [task.id for task, _ in accepted.conversations] == ["a", "e"]
+    assert accepted.counts == {
+        "answers": 7,
+        "form": 1,
+        "correct": 1,
+        "reward": 1,
+        "protocol": 1,
+        "kept": 3,
+        "kept, different": 2,
+    }
+
+
+@given(
+    lengths=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=8), min_size=1, max_size=3),
+    percent=st.integers(0, 90),
+)
+def test_hard_prompts_are_chosen_within_each_environment(lengths, percent):
+    """Of each environment its share goes, however short its conversations are beside those of another."""
+    drawn = []
+    for number, tokens in enumerate(lengths):
+        for i, count in enumerate(tokens):
+            drawn.append(played(f"env{number}", f"{number}/{i}", tokens=100 * number + count))
+    failed = played("env0", "failed", status="infrastructure")
+    hard = hard_prompts([*drawn, failed], percent / 100)
+    assert "failed" not in hard
+    for number, tokens in enumerate(lengths):
+        kept = [count for i, count in enumerate(tokens) if f"{number}/{i}" in hard]
+        assert len(kept) == len(tokens) - percent * len(tokens) // 100
+        assert sorted(tokens)[-len(kept) :] == sorted(kept)
 
 
 def test_share_outside_the_unit_interval_is_one_line():

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from minglm.chat import render
 from minglm.envs import ENVIRONMENTS
 from minglm.envs.base import Misconfigured, assistant
-from minglm.envs.retail import RetailEpisode
+from minglm.envs.worlds.base import WorldEpisode
+from minglm.envs.worlds.retail import Retail
 from minglm.inference import Engine
 from minglm.inference.client import EngineGenerator
 from minglm.rl.episode import Player, SamplingSettings
@@ -285,13 +286,14 @@ def test_samples_of_a_prompt_share_it_and_differ_in_their_draws():
     assert all(0 <= seed < 2**63 for seed in seen)
 
 
-class Scheduled(type(RETAIL)):
+class Scheduled(Retail):
     """A shop whose episodes wait in `step`, fail where they are told to, and record that they were left."""
 
     def __init__(self, name, wait=0.0, fails_in=None):
         self.name = name
         self.wait = wait
         self.fails_in = fails_in
+        self.tried = 0
         self.opened = 0
         self.left = 0
         self.finished_at = []
@@ -300,12 +302,15 @@ class Scheduled(type(RETAIL)):
         """Return an episode of this environment."""
         environment = self
 
-        class Recorded(RetailEpisode):
+        class Recorded(WorldEpisode):
             """An episode that reports to its environment."""
 
             async def __aenter__(self):
+                environment.tried += 1
                 if environment.fails_in == "open":
                     raise OSError("no sandbox")
+                if environment.fails_in == "open at first" and environment.tried % 2:
+                    raise OSError("no sandbox yet")
                 environment.opened += 1
                 return self
 
@@ -313,6 +318,8 @@ class Scheduled(type(RETAIL)):
                 environment.left += 1
                 if environment.fails_in == "close":
                     raise OSError("it hangs")
+                if environment.fails_in == "hang at the end":
+                    await asyncio.sleep(60)
 
             async def step(self, message):
                 if environment.fails_in == "step":
@@ -321,12 +328,14 @@ class Scheduled(type(RETAIL)):
                 return await super().step(message)
 
             async def score(self):
+                if environment.fails_in == "hang":
+                    await asyncio.sleep(60)
                 if environment.fails_in == "score":
                     raise OSError("no verdict")
                 environment.finished_at.append(time.monotonic())
                 return await super().score()
 
-        return Recorded(task, self.max_turns)
+        return Recorded(self, task)
 
 
 def scheduled(environments, generator=None, samples=2):
@@ -367,6 +376,31 @@ def test_a_failure_of_the_environment_is_its_own_sample_s_alone(where):
     for environment in (broken, sound):
         assert environment.left == environment.opened
     assert broken.opened == (0 if where == "open" else 6)
+
+
+def test_an_environment_that_says_nothing_fails_its_own_samples():
+    """After its patience: status infrastructure, with the reason; the others are scored, and every episode is left."""
+    silent = Scheduled("silent", fails_in="hang")
+    waiting = Scheduled("waiting", wait=60)
+    stuck = Scheduled("stuck", fails_in="hang at the end")
+    sound = Scheduled("sound")
+    silent.patience = waiting.patience = stuck.patience = 0.2
+    with pytest.warns(UserWarning, match="stuck did not close: TimeoutError: nothing within 0.2 s"):
+        groups = scheduled([silent, waiting, stuck, sound], samples=1)
+    for (t,) in groups:
+        failed = t.task.environment in ("silent", "waiting")
+        assert t.valid != failed and t.score.value == (0 if failed else 1)
+        assert ("TimeoutError: nothing within 0.2 s" in t.score.detail) == failed
+    for environment in (silent, waiting, stuck, sound):
+        assert environment.left == environment.opened == 3
+
+
+def test_an_environment_that_opens_at_the_second_attempt_costs_nothing():
+    """Nothing had been sampled: all samples are valid, and each episode that was opened is left."""
+    late = Scheduled("late", fails_in="open at first")
+    groups = scheduled([late])
+    assert all(t.valid and t.score.value == 1 for group in groups for t in group)
+    assert (late.tried, late.opened, late.left) == (12, 6, 6)
 
 
 def test_an_episode_that_cannot_be_closed_keeps_its_score():
@@ -442,6 +476,33 @@ def test_logprobs_are_the_model_s_own(seed, temperature, thinking):
             if mask:  # float32 logits of size 10; the engine sums in another order
                 assert logprob == pytest.approx(logp_SV[at - 1, token].item(), abs=1e-4)
         assert 1 <= t.length <= 9 and t.truncated == (segment.tokens[-1] not in tokenizer.stop_ids)
+
+
+@pytest.mark.parametrize("thought", ["", "12 plus"])
+def test_a_token_that_was_put_in_is_not_trained(thought):
+    """The forced close of a thought is context; the thought counts as thinking, however short, and is no fault."""
+    task = ENVIRONMENTS["arithmetic"].tasks(1, 1)[0]
+    tokenizer = byte_tokenizer()
+    close = tokenizer.special["</think>"]
+    answer = f"\n<think>{thought}</think>\n{task.label}<|user|>"
+
+    class Closing(ScriptedGenerator):
+        """A model whose thoughts are closed by force."""
+
+        async def generate(self, request):
+            completion = await super().generate(request)
+            completion.forced.append(completion.tokens.index(close))
+            return completion
+
+    generator = Closing(tokenizer, lambda prompt: answer)
+    player = Player(generator, tokenizer, bounds(thinking_budget=len(thought)))
+    ((t,),) = rollout(player, ENVIRONMENTS, [task], 1, [True])
+    assert generator.asked[0].thinking_budget == len(thought)
+    (segment,) = t.segments
+    untrained = [i for i, m in zip(segment.tokens, segment.mask, strict=True) if not m]
+    assert untrained == generator.asked[0].prompt + [close]
+    assert segment.logprobs[segment.tokens.index(close, len(untrained) - 1)] == 0
+    assert t.switch_obeyed and t.score.status != "format" and not t.messages[-1]["error"]
 
 
 def test_messages_that_came_from_outside_are_kept():

@@ -1,5 +1,6 @@
 """The trainer and the loop of RL: what was sampled is trained, equal rewards teach nothing, a stopped run resumes."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -17,27 +18,48 @@ from hypothesis import strategies as st
 from minglm.common.files import read_jsonl
 from minglm.common.log import Log
 from minglm.common.signals import Stopped
-from minglm.config import OptimizerConfig, RLConfig
+from minglm.config import (
+    Aggregation,
+    CurriculumConfig,
+    DynamicTemperatureConfig,
+    OptimizerConfig,
+    RLConfig,
+)
 from minglm.envs import ENVIRONMENTS
 from minglm.envs.base import Environment, Episode, Score, Task, assistant, user
 from minglm.inference import Engine
 from minglm.inference.client import EngineGenerator
+from minglm.inference.pages import decoder_for
 from minglm.model.embedding import LMHead
 from minglm.model.glm import GLM, Output
 from minglm.optim.muon import Muon
 from minglm.parallel import Replicas
 from minglm.report.records import RLRecord, parse
-from minglm.rl import trainer
+from minglm.rl import loop, trainer
+from minglm.rl.batch import Sample, collate, sampled_log_probabilities
+from minglm.rl.curriculum import Curriculum, Problem, Tier
 from minglm.rl.episode import Player, SamplingSettings, Segment, Trajectory
-from minglm.rl.loop import TaskSchedule, reinforce, summarize
+from minglm.rl.gap import Gap
+from minglm.rl.loop import draw_groups, reinforce, summarize
 from minglm.rl.rollout import rollout
-from minglm.rl.trainer import PolicyTrainer, Sample, collate, sampled_log_probabilities
+from minglm.rl.schedule import TaskSchedule
+from minglm.rl.trainer import PolicyTrainer
 from minglm.testing.model import tiny_model
 from minglm.testing.strategies import numbers, seeds
 from minglm.train.checkpoint import CheckpointStore
 
 TASK = Task("0", "letters", (user("?"),), (), None, 1)
 CONFIG = RLConfig(("letters",), steps=1, prompts=2, samples=2, max_new_tokens=8, peak_lr=1e-2)
+
+
+def with_loss(normalize_std=True, updates_per_rollout=1, **changes):
+    """Return the config with another loss."""
+    return dataclasses.replace(
+        CONFIG,
+        normalize_std=normalize_std,
+        updates_per_rollout=updates_per_rollout,
+        loss=dataclasses.replace(CONFIG.loss, **changes),
+    )
 
 
 def drawn_segment(seed, sampled=True):
@@ -70,11 +92,8 @@ def recorded(model, segments, temperature=1.0):
     """Return the segments with the log-probabilities that the model gives them now."""
     found = []
     for s in segments:
-        tokens_BS, mask_BS, _, documents_BS = collate([s], 0)
         with torch.no_grad():
-            logprobs_BS, _ = sampled_log_probabilities(
-                model, tokens_BS, mask_BS, documents_BS, temperature
-            )
+            logprobs_BS, _, _ = sampled_log_probabilities(model, collate([s], 0), temperature)
         found.append(Segment(s.tokens, s.mask, logprobs_BS[0].tolist()))
     return found
 
@@ -123,15 +142,13 @@ def test_log_probabilities_are_those_of_a_forward_pass(seed, temperature):
     """At sampled tokens log softmax of logits over temperature, alone and unpadded; 0 elsewhere; entropy as a sum."""
     model = tiny_model(seed)
     segments = [drawn_segment(seed + 10 * i, sampled=i > 0) for i in range(4)]
-    tokens_BS, mask_BS, _, documents_BS = collate(segments, pad=7)
-    found_BS, entropy = sampled_log_probabilities(
-        model, tokens_BS, mask_BS, documents_BS, temperature
-    )
+    batch = collate(segments, pad=7)
+    found_BS, entropy, _ = sampled_log_probabilities(model, batch, temperature)
     total = 0.0
     for b, s in enumerate(segments):
         with torch.no_grad():
             logp_SV = (model(torch.tensor([s.tokens]))[0] / temperature).log_softmax(-1)
-        for at in range(tokens_BS.shape[1]):
+        for at in range(batch.computed):
             if at >= len(s.tokens) or not s.mask[at]:
                 assert found_BS[b, at] == 0
                 continue
@@ -147,15 +164,15 @@ def test_log_probabilities_are_those_of_a_forward_pass(seed, temperature):
 def test_environment_tokens_have_no_gradient(seed):
     """The state before a token that came from outside gets a gradient of exactly zero; before a sampled one it does."""
     segments = [drawn_segment(seed), drawn_segment(seed + 50)]
-    tokens_BS, mask_BS, _, documents_BS = collate(segments, 0)
-    hidden_BSD = torch.randn(*tokens_BS.shape, 6, generator=numbers(seed)).requires_grad_()
+    batch = collate(segments, 0)
+    hidden_BSD = torch.randn(*batch.tokens_BS.shape, 6, generator=numbers(seed)).requires_grad_()
     head = LMHead(24, 6)
     torch.nn.init.normal_(head.weight, generator=numbers(seed + 1))
     stub = SimpleNamespace(hidden=lambda *_, **__: Output(hidden_BSD), lm_head=head)
-    logprobs_BS, _ = sampled_log_probabilities(stub, tokens_BS, mask_BS, documents_BS, 1.0)
+    logprobs_BS, _, _ = sampled_log_probabilities(stub, batch, 1.0)
     logprobs_BS.sum().backward()
-    before_BS = torch.zeros_like(mask_BS)
-    before_BS[:, :-1] = mask_BS[:, 1:]
+    before_BS = torch.zeros_like(batch.mask_BS)
+    before_BS[:, :-1] = batch.mask_BS[:, 1:]
     assert torch.equal(hidden_BSD.grad.abs().sum(-1) > 0, before_BS)
 
 
@@ -180,12 +197,12 @@ def test_what_follows_the_last_sampled_token_changes_nothing(seed):
     seed=seeds,
     size=st.sampled_from([1, 13, 30, 60]),
     threads=st.integers(1, 9),
-    mode=st.sampled_from(["token", "sequence", "constant"]),
+    mode=st.sampled_from(Aggregation),
 )
 def test_neither_micro_batches_nor_threads_change_a_gradient(seed, size, threads, mode):
     """Any bound on the tokens of a pass, any number of threads and aggregation: the same gradient, norm and metrics."""
     model = tiny_model(seed)
-    config = dataclasses.replace(CONFIG, aggregation=mode)
+    config = with_loss(aggregation=mode)
     pairs = [(drawn_segment(seed + 10 * i), [1.0, -0.5, 2.0][i % 3]) for i in range(7)]
     whole, metrics = gradients(model, pairs, config)
     with pytest.MonkeyPatch.context() as patch:
@@ -195,7 +212,9 @@ def test_neither_micro_batches_nor_threads_change_a_gradient(seed, size, threads
         torch.testing.assert_close(
             whole[name], cut[name], atol=1e-4 * max(1, whole[name].abs().max()), rtol=1e-3
         )
-    assert metrics.pop("left_out") is other.pop("left_out") is None
+    for absent in ("left_out", "capped_share", "reference_kl", "gap_routing", "mtp_loss"):
+        assert metrics.pop(absent) is other.pop(absent) is None
+    assert metrics.pop("gap") == pytest.approx(other.pop("gap"), rel=1e-3, abs=1e-4)
     assert metrics == pytest.approx(other, rel=1e-3, abs=1e-4)
 
 
@@ -216,6 +235,7 @@ def test_on_policy_the_ratio_is_one(seed, temperature):
     assert metrics["ratio_max"] == pytest.approx(1, abs=2e-4)
     assert metrics["clip_share"] == 0
     assert abs(metrics["kl"]) < 1e-6 and metrics["entropy"] > 0
+    assert 0 <= metrics["gap"].kl < 1e-6 and metrics["gap"].worst < 2e-4
     alone = recorded(model, [s for s, _ in pairs], temperature)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "MICROBATCH_TOKENS", 1)  # each on its own, as it was recorded
@@ -348,10 +368,10 @@ def test_uninformative_groups_are_as_if_they_had_not_been(seed, normalize):
 
 
 @settings(max_examples=8)
-@given(seed=seeds, normalize=st.booleans(), mode=st.sampled_from(["token", "sequence", "constant"]))
+@given(seed=seeds, normalize=st.booleans(), mode=st.sampled_from(Aggregation))
 def test_failures_of_the_machine_leave_the_statistics(seed, normalize, mode):
     """A sample whose environment failed is as if it had not been drawn: for the advantages and for the denominator."""
-    config = dataclasses.replace(CONFIG, normalize_std=normalize, aggregation=mode)
+    config = with_loss(aggregation=mode, normalize_std=normalize)
     found = []
     groups = drawn_groups(seed, [[0, 1, 1, None], [None, 1, 0, 0]])
     without = [[t for t in group if t.score.status != "infrastructure"] for group in groups]
@@ -382,9 +402,15 @@ def test_a_rollout_can_serve_several_updates(updates):
     subject = trainer_of(model, config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            subject, "update", lambda samples, rate: calls.append(samples) or {"left_out": None}
+            subject,
+            "update",
+            lambda samples, rate: (
+                calls.append(samples)
+                or {"left_out": None, "gap": Gap(len(calls), 0, 0, 0), "gap_routing": None}
+            ),
         )
-        subject.learn(groups, 9)
+        metrics = subject.learn(groups, 9)
+    assert metrics["gap_mean"] == 1, "the gap is that of the first update"
     assert len(calls) == min(updates, 4) and all(calls)
     assert Counter(id(sample.segments) for samples in calls for sample in samples) == Counter(
         id(t.segments) for group in groups for t in group
@@ -401,7 +427,7 @@ def test_a_rollout_can_serve_several_updates(updates):
 def test_a_trajectory_has_one_vote(seed, counts, mode, size):
     """However many segments it has: the mean over trajectories of each one's sum, divided by its tokens or a constant."""
     model = tiny_model(seed)
-    config = dataclasses.replace(CONFIG, aggregation=mode)
+    config = with_loss(aggregation=mode)
     samples = [
         Sample(recorded(model, [drawn_segment(seed + 100 * i + j) for j in range(n)]), (-1.0) ** i)
         for i, n in enumerate(counts)
@@ -411,7 +437,7 @@ def test_a_trajectory_has_one_vote(seed, counts, mode, size):
         found, _ = gradients(model, samples, config)
     model.zero_grad()
     loss = 0.0
-    for segments, advantage in samples:
+    for segments, advantage, _ in samples:
         total = 0.0
         for s in segments:
             logp_SV = model(torch.tensor([s.tokens]))[0].log_softmax(-1)
@@ -423,6 +449,107 @@ def test_a_trajectory_has_one_vote(seed, counts, mode, size):
     for name, p in model.named_parameters():
         expected = torch.zeros_like(p) if p.grad is None else p.grad
         torch.testing.assert_close(found[name], expected, atol=1e-4, rtol=1e-3)  # float32
+
+
+@settings(max_examples=8)
+@given(seed=seeds, counts=st.lists(st.integers(1, 3), min_size=2, max_size=4))
+def test_a_prompt_has_one_vote(seed, counts):
+    """Averaged by prompt: the mean over prompts of the mean over the tokens of all its samples and their segments."""
+    model = tiny_model(seed)
+    samples = []
+    for prompt, count in enumerate(counts):
+        for i in range(count):
+            drawn = [drawn_segment(seed + 100 * prompt + 10 * i + j) for j in range(1 + i % 2)]
+            samples.append(Sample(recorded(model, drawn), (-1.0) ** i, prompt))
+    found, _ = gradients(model, samples, with_loss(aggregation="prompt"))
+    model.zero_grad()
+    loss = 0.0
+    for prompt in range(len(counts)):
+        total = 0.0
+        tokens = 0
+        for segments, advantage, _ in (s for s in samples if s.prompt == prompt):
+            for s in segments:
+                logp_SV = model(torch.tensor([s.tokens]))[0].log_softmax(-1)
+                chosen = [logp_SV[i - 1, s.tokens[i]] for i, m in enumerate(s.mask) if m]
+                total -= advantage * sum(chosen)
+                tokens += len(chosen)
+        loss += total / tokens / len(counts)
+    loss.backward()
+    for name, p in model.named_parameters():
+        expected = torch.zeros_like(p) if p.grad is None else p.grad
+        torch.testing.assert_close(found[name], expected, atol=1e-4, rtol=1e-3)  # float32
+
+
+@settings(max_examples=6)
+@given(seed=seeds, threads=st.integers(1, 2), size=st.sampled_from([1, 30, 8192]))
+def test_later_updates_know_the_policy_before_the_first(seed, threads, size):
+    """With a cap the second update of a rollout gets the log-probabilities from before the first, the first gets none."""
+    model = tiny_model(seed)
+    config = with_loss(importance_cap=2.0, updates_per_rollout=2)
+    groups = drawn_groups(seed, [[0, 1], [1, 0]])
+    segments = [s for group in groups for t in group for s in t.segments]
+    before = {id(s): recorded(model, [s])[0].logprobs for s in segments}
+    workers = Replicas(model, threads)
+    subject = PolicyTrainer(model, muon(model), config, OptimizerConfig(), 0, workers)
+    updates = []
+    update = subject.update
+
+    def watched(samples, rate):
+        own = [s for sample in samples for s in sample.segments]
+        updates.append(own)
+        for s in own:
+            if len(updates) == 1:
+                assert s.proximal_logprobs is None
+            else:  # float32, other rows in the pass
+                assert s.proximal_logprobs == pytest.approx(before[id(s)], abs=1e-4)
+        return update(samples, rate)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "MICROBATCH_TOKENS", size)
+        patch.setattr(subject, "update", watched)
+        metrics = subject.learn(groups, 9)
+    assert Counter(id(s) for own in updates for s in own) == Counter(map(id, segments))
+    assert 0 <= metrics["capped_share"] <= 1
+
+
+@settings(max_examples=6)
+@given(seed=seeds, threads=st.integers(1, 2), size=st.sampled_from([1, 30, 8192]))
+def test_the_divergence_is_from_the_reference(seed, threads, size):
+    """0 with no gradient at the reference itself; elsewhere the mean of r - 1 - log r, r = reference / policy."""
+    model = tiny_model(seed)
+    config = with_loss(beta=0.5)
+    samples = [Sample([drawn_segment(seed + 10 * i)], 0.0) for i in range(4)]
+    segments = [s for sample in samples for s in sample.segments]
+    ours = recorded(model, segments)
+    for reference in (copy.deepcopy(model), tiny_model(seed + 1)):
+        optimizer = Looks(model)
+        workers = Replicas(model, threads)
+        subject = PolicyTrainer(
+            model, optimizer, config, OptimizerConfig(clip_norm=1e9), 0, workers, reference
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer, "MICROBATCH_TOKENS", size)
+            metrics = subject.update(samples, 0.0)
+        theirs = recorded(reference, segments)
+        expected = []
+        for new, old in zip(ours, theirs, strict=True):
+            for log, other, produced in zip(new.logprobs, old.logprobs, new.mask, strict=True):
+                if produced:
+                    expected.append(math.expm1(other - log) - (other - log))
+        mean = sum(expected) / len(expected)
+        # float32, and another order of the rows
+        assert metrics["reference_kl"] == pytest.approx(mean, abs=1e-5, rel=1e-3)
+        moved = max(float(gradient.abs().max()) for gradient in optimizer.seen[0].values())
+        assert (moved < 1e-4) == (mean < 1e-9)
+        assert all(p.grad is None for p in reference.parameters())
+
+
+def test_a_reference_is_held_only_for_a_divergence():
+    """A trainer without the KL term that is given a reference, or the other way round, is a mistake of the caller."""
+    model = tiny_model(1)
+    for config, reference in ((CONFIG, model), (with_loss(beta=0.1), None)):
+        with pytest.raises(AssertionError, match="a reference, if there is a KL term"):
+            PolicyTrainer(model, muon(model), config, OptimizerConfig(), 0, reference=reference)
 
 
 class Unstable(Environment):
@@ -477,6 +604,116 @@ def test_a_reward_that_is_no_number_leaves_the_statistics(value):
         assert not learn(model, chosen)["skipped"]
         found.append(weights(model))
     assert same(*found)
+
+
+class Careless(Environment):
+    """An environment that scores past `Score`: another type, a subclass without the check, a value changed later."""
+
+    name = "careless"
+
+    def __init__(self, score):
+        self.score = score
+
+    def draw(self, rng, difficulty):
+        return [user(f"{rng.randint(0, 10**6)}?")], None
+
+    def episode(self, task):
+        episode = UnstableEpisode(task, 0.0)
+
+        async def score():
+            return self.score
+
+        episode.score = score
+        return episode
+
+
+class Unchecked(Score):
+    """A score that checks nothing."""
+
+    def __post_init__(self):
+        """Broken: take any value."""
+
+
+def changed():
+    """Return a score that was a reward when it was made."""
+    score = Score(1.0, "ok")
+    object.__setattr__(score, "value", math.inf)
+    return score
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        math.nan,
+        None,
+        SimpleNamespace(value=math.nan, status="ok"),
+        Unchecked(math.nan, "ok"),
+        changed(),
+    ],
+    ids=["a number", "nothing", "a lookalike", "a subclass", "changed"],
+)
+def test_no_score_passes_unchecked(score):
+    """Whatever an environment returns in place of a `Score`, its sample is not valid and the environment is named."""
+    tokenizer = byte_tokenizer()
+    environments = {"careless": Careless(score)}
+    engine = ScriptedGenerator(tokenizer, lambda prompt: said(tokenizer, assistant("yes", "so")))
+    player = Player(engine, tokenizer, SamplingSettings(8))
+    with pytest.warns(UserWarning, match="^careless: .*leaves the statistics"):
+        ((trajectory,),) = rollout(player, environments, environments["careless"].tasks(1, 1), 1)
+    assert not trajectory.valid and trajectory.score.value == 0
+
+
+class Shares(Environment):
+    """Tasks whose answers differ in reward for a share of the tasks, and are all wrong for the others."""
+
+    name = "shares"
+
+    def __init__(self, share):
+        self.share = share
+        self.seen = Counter()
+
+    def draw(self, rng, difficulty):
+        return [user(f"{rng.randint(0, 10**9)}?")], rng.random() < self.share
+
+    def episode(self, task):
+        self.seen[task.id] += 1
+        return UnstableEpisode(task, float(task.label and self.seen[task.id] % 2))
+
+
+@settings(max_examples=12)
+@given(
+    seed=seeds,
+    share=st.sampled_from([0.0, 0.3, 0.7, 1.0]),
+    refill=st.integers(0, 3),
+    prompts=st.integers(1, 5),
+)
+def test_groups_without_signal_are_refilled(seed, share, refill, prompts):
+    """New prompts replace them until all are live or the rounds are used up; every draw is counted, none comes twice."""
+    tokenizer = byte_tokenizer()
+    environment = Shares(share)
+    engine = ScriptedGenerator(tokenizer, lambda prompt: said(tokenizer, assistant("yes", "so")))
+    player = Player(engine, tokenizer, SamplingSettings(8))
+    schedule = TaskSchedule({"shares": environment}, ("shares",), prompts, seed, refill=refill)
+    model = tiny_model(1, vocab_size=292, max_position_embeddings=512)
+    subject = trainer_of(model)
+    seen = []
+    for step in range(2):
+        groups, refilled, _ = draw_groups(subject, player, schedule, step)
+        live = [bool(group[0].task.label) for group in groups]
+        assert refilled == len(groups) - prompts
+        assert sum(live) <= prompts
+        if sum(live) < prompts:  # no place was given up before its last round
+            assert live.count(False) >= 1 + refill
+        else:
+            assert sum(live) == prompts
+        seen += [group[0].task.id for group in groups]
+        metrics = subject.learn(groups, 9)
+        counts = (metrics["groups"], metrics["discarded"])
+        assert counts == (len(groups), live.count(False))
+        assert metrics["skipped"] == (sum(live) < 2)
+    assert len(set(seen)) == len(seen)
+    first = TaskSchedule({"shares": environment}, ("shares",), prompts, seed)
+    assert refill or schedule.draw(1) == first.draw(1)
 
 
 @settings(max_examples=8)
@@ -640,6 +877,7 @@ class Run:
         self.checkpoints = CheckpointStore(folder, self.log, seconds).stage("letters.rl")
         self.stop_after = stop_after
         self.steps = 0
+        self.curriculum = None
 
     def write(self, record):
         """Write to the log; send Ctrl-C during the step to stop after."""
@@ -657,7 +895,14 @@ class Run:
         generator = EngineGenerator(Engine(self.model, tokenizer))
         player = Player(generator, tokenizer, SamplingSettings(self.config.max_new_tokens))
         names = self.config.environments
-        schedule = TaskSchedule({"letters": Letters()}, names, self.config.prompts, 5, 0.5)
+        schedule = TaskSchedule(
+            {"letters": Letters()},
+            names,
+            self.config.prompts,
+            5,
+            0.5,
+            curriculum=self.curriculum,
+        )
         reinforce(trainer, player, schedule, self.checkpoints, self, "letters.rl", quiet=True)
         return self
 
@@ -665,7 +910,8 @@ class Run:
 def logged(folder):
     """Return the log without times."""
     return [
-        {k: v for k, v in r.items() if k != "seconds"} for r in read_jsonl(folder / "log.jsonl")
+        {k: v for k, v in r.items() if k not in ("seconds", "spans")}
+        for r in read_jsonl(folder / "log.jsonl")
     ]
 
 
@@ -699,6 +945,143 @@ def test_stopped_and_resumed_equals_straight(straight, tmp_path_factory, stops):
         for k, s in states[0].items()
         for name, v in s.items()
     )
+
+
+MOVING = dataclasses.replace(
+    LETTERS,
+    dynamic_temperature=DynamicTemperatureConfig(
+        window=2, gain=1.0, lowest=1.0, highest=1.2, drop=0.9, risk=0.4, problems=30, samples=2
+    ),
+)
+"""A stage that raises its temperature at each plateau, because almost any loss is allowed."""
+
+
+def test_rollout_and_loss_share_a_temperature_that_moves(tmp_path):
+    """What a step samples with, what its loss divides by and what its record says are one number, before and after."""
+    sampled = []
+    divided = []
+    generate = EngineGenerator.generate
+    score = trainer.sampled_log_probabilities
+
+    def generating(self, request):
+        sampled.append(request.temperature)
+        return generate(self, request)
+
+    def scoring(model, batch, temperature):
+        divided.append(temperature)
+        return score(model, batch, temperature)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EngineGenerator, "generate", generating)
+        patch.setattr(trainer, "sampled_log_probabilities", scoring)
+        run = Run(tmp_path, MOVING)
+        run.go()
+    records = logged(tmp_path)
+    probes = [r for r in records if r["kind"] == "temperature"]
+    steps = [r for r in records if r["kind"] == "rl"]
+    assert [probe["verdict"] for probe in probes] == ["raised"] and probes[0]["problems"] == 30
+    assert probes[0]["step"] == 4 and probes[0]["after"] > 1.0
+    expected = [1.0] * 4 + [probes[0]["after"]] * 2
+    assert [step["temperature"] for step in steps] == expected
+    episodes = LETTERS.prompts * LETTERS.samples
+    grid = [1.0, 1.1, 1.2]
+    probed = [temperature for temperature in grid for _ in range(30 * 2)]
+    assert sampled == [1.0] * 4 * episodes + probed + [probes[0]["after"]] * 2 * episodes
+    trained = [step["temperature"] for step in steps if not step["skipped"]]
+    assert [t for i, t in enumerate(divided) if not i or t != divided[i - 1]] == [
+        t for i, t in enumerate(trained) if not i or t != trained[i - 1]
+    ]
+
+
+@pytest.mark.parametrize("stops", [[3], [4], [5, 1]])
+def test_a_temperature_that_moves_is_resumed(tmp_path, stops):
+    """Stopped before, at and after a probe: the same decisions, temperatures and weights as in one run."""
+    whole = Run(tmp_path / "whole", MOVING).go()
+    for stop in stops:
+        with pytest.raises(Stopped):
+            Run(tmp_path / "stopped", MOVING, stop_after=stop).go()
+    resumed = Run(tmp_path / "stopped", MOVING).go()
+    assert logged(tmp_path / "stopped") == logged(tmp_path / "whole")
+    assert same(weights(resumed.model), weights(whole.model))
+
+
+def guarded(folder, stop_after=None, seconds=1e9):
+    """Return a run of six steps, the last four of them hard, whose held-out problems are scored every two."""
+    run = Run(folder, stop_after=stop_after, seconds=seconds)
+    letters = Letters()
+    tiers = {tier: {"letters": []} for tier in Tier}
+    for tier, split in ((Tier.MODERATE, "train"), (Tier.EXTREME, "development")):
+        tasks = letters.distinct_tasks(6, 1, split)
+        tiers[tier]["letters"] = [Problem(task, False) for task in tasks]
+    config = CurriculumConfig(pool=6, moderate_share=0.34, guard_every=2)
+    held = [Problem(task, False) for task in letters.distinct_tasks(40, 2, "development")]
+    run.curriculum = Curriculum(config, LETTERS.steps, ("letters",), tiers, held, 1)
+    return run
+
+
+@pytest.mark.parametrize("falls_at", [None, 4, 6])
+def test_hard_problems_are_watched_and_rolled_back(tmp_path, falls_at):
+    """Scored before the first hard step and then every two; after a fall the last healthy weights, and moderate steps."""
+    seen = {}
+
+    def scores(player, environments, prompts, samples, seed):
+        assert len(prompts.tasks) == 40 and samples == 4
+        done = sum(r["kind"] == "rl" for r in read_jsonl(run.log.path))
+        seen[done] = weights(run.model)
+        return [0.0 if done == falls_at else 1.0] * 40
+
+    run = guarded(tmp_path, seconds=0)  # a checkpoint would be due after every step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "problem_scores", scores)
+        run.go()
+    records = read_jsonl(tmp_path / "log.jsonl")
+    checks = [(r["step"], r["verdict"]) for r in records if r["kind"] == "curriculum"]
+    tiers = [r["tier"] for r in records if r["kind"] == "rl"]
+    back = [(r["step"], r["to_step"]) for r in records if r["kind"] == "rollback"]
+    if falls_at is None:
+        assert checks == [(2, "remembered"), (4, "held"), (6, "held")] and not back
+        assert tiers == ["moderate"] * 2 + ["extreme"] * 4
+    elif falls_at == 4:
+        assert checks == [(2, "remembered"), (4, "fallen")] and back == [(4, 2)]
+        assert tiers == ["moderate"] * 2 + ["extreme"] * 2 + ["moderate"] * 2
+    else:
+        assert checks == [(2, "remembered"), (4, "held"), (6, "fallen")] and back == [(6, 4)]
+        assert same(weights(run.model), seen[4]) and not same(seen[4], seen[6])
+
+
+def test_rewards_of_two_tiers_are_not_compared(tmp_path):
+    """The windows of the temperature are filled anew at the first hard step, and after a fall."""
+    seen = []
+    run = guarded(tmp_path)
+    run.config = dataclasses.replace(
+        LETTERS, dynamic_temperature=DynamicTemperatureConfig(window=50)
+    )
+    step = loop.reinforce_step
+
+    def stepping(subject, *rest):
+        seen.append(len(subject.temperature.rewards))
+        return step(subject, *rest)
+
+    def scores(player, environments, prompts, samples, seed):
+        return [0.0 if len(seen) == 4 else 1.0] * 40
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "problem_scores", scores)
+        patch.setattr(loop, "reinforce_step", stepping)
+        run.go()
+    assert seen == [0, 1, 0, 1, 0, 1]  # hard from the third step, moderate again from the fifth
+
+
+@pytest.mark.parametrize("stops", [[1], [3], [4], [5, 2]])
+def test_a_curriculum_is_resumed(tmp_path, stops):
+    """Stopped before, at and after a check: the same problems, checks and weights as in one run."""
+    whole = guarded(tmp_path / "whole").go()
+    for stop in stops:
+        with pytest.raises(Stopped):
+            guarded(tmp_path / "stopped", stop_after=stop).go()
+    resumed = guarded(tmp_path / "stopped").go()
+    assert logged(tmp_path / "stopped") == logged(tmp_path / "whole")
+    assert same(weights(resumed.model), weights(whole.model))
 
 
 def test_the_guard_is_saved_and_restored(tmp_path):
@@ -776,6 +1159,39 @@ def test_reward_rises(tmp_path):
     assert rewards[0] < 0.4 and sum(rewards[-5:]) / 5 > 0.9, rewards
     assert all(r["trained_tokens"] > 0 for r in logged(tmp_path) if not r["skipped"])
     assert run.steps == 30
+
+
+def test_at_rate_zero_the_gap_is_flat_and_no_weight_moves(tmp_path):
+    """Twenty steps of rate 0: not one bit, decay included, and trainer and engine agree in the last as in the first."""
+    run = Run(tmp_path, dataclasses.replace(LETTERS, steps=20, peak_lr=0.0))
+    before = weights(run.model)
+    run.go()
+    assert same(before, weights(run.model))
+    taken = [r for r in logged(tmp_path) if not r["skipped"]]
+    assert len(taken) > 15
+    for r in taken:
+        # float32 on both sides: the difference of two log-probabilities of about -6 is a few times 1e-6
+        assert 0 <= r["gap_mean"] <= r["gap_p99"] <= r["gap_worst"] < 1e-4
+        assert 0 <= r["gap_kl"] < 1e-6
+
+
+def test_an_engine_with_other_weights_is_seen_in_the_gap(tmp_path):
+    """An engine that does not get the new weights, the fault that the gap is for: it grows with the steps."""
+    run = Run(tmp_path, LETTERS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "update_weights", lambda self, state=None: None)
+        patch.setattr(Engine, "_current_pages", stale_pages)
+        run.go()
+    gaps = [r["gap_mean"] for r in logged(tmp_path) if not r["skipped"]]
+    assert gaps[0] < 1e-4 < 1e-3 < gaps[-1]
+
+
+def stale_pages(engine):
+    """Return the cache of the first step's weights."""
+    if engine._pages is None:
+        engine._pages = decoder_for(engine.model)(engine.model, engine.blocks.block_size)
+        engine._pages.read_weights()
+    return engine._pages
 
 
 def test_a_model_that_is_always_right_is_not_touched(tmp_path):

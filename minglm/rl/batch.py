@@ -1,0 +1,210 @@
+"""Put the trajectories of an update into tensors, and score the tokens that were sampled (paper 3.2).
+
+    trajectories -> rows, a segment each, shortest first -> micro-batches -> padded tensors -> log-probabilities
+
+A row carries what the loss needs to know of the whole trajectory: its advantage, and whom it votes with.
+
+Where ranks share a row, each computes some of its positions (`SegmentBatch.cut`) and the log-probabilities of the tokens
+after them. Every sampled token then belongs to one rank, and sums over ranks are those over whole rows.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minglm.config import Aggregation
+from minglm.model.glm import GLM, Output
+from minglm.model.mtp import shift
+from minglm.parallel.sequence import RowPart
+from minglm.rl.episode import Segment
+
+
+class Sample(NamedTuple):
+    """A trajectory to learn from."""
+
+    segments: Sequence[Segment]
+    advantage: float
+    prompt: int = 0
+    """Number of its prompt in the rollout."""
+
+
+class Row(NamedTuple):
+    """A segment of a trajectory, and what the loss needs to know of the whole."""
+
+    segment: Segment
+    advantage: float
+    owner: int
+    """Number of what it votes with: of its trajectory in the batch, or of its prompt (`Aggregation.PROMPT`)."""
+    tokens: int
+    """Sampled tokens of the whole owner."""
+    exact_T: Tensor | None = None
+    """float32, the log-probability of each sampled token by the engine's own decoder; None unless they are exact."""
+
+
+class SegmentBatch(NamedTuple):
+    """Segments as tensors, padded on the right."""
+
+    tokens_BS: Tensor
+    """int64."""
+    mask_BS: Tensor
+    """bool, True on the tokens that the model sampled."""
+    sampling_logprobs_BS: Tensor
+    """float32, as the rollout engine recorded them; 0 elsewhere."""
+    proximal_logprobs_BS: Tensor
+    """float32, as the trainer recorded them before its first update; elsewhere, and where it did not, as sampled."""
+    documents_BS: Tensor
+    """int32, 0 in the segment and -1 on padding."""
+    imposed_BSLK: Tensor | None = None
+    """int16: the experts that the engine chose, -1 where none is known; None without routing replay."""
+    exact_BS: Tensor | None = None
+    """float32, the log-probabilities by the engine's own decoder, 0 elsewhere; None unless they are wanted."""
+    positions_BS: Tensor | None = None
+    """int64, places in the whole rows; None: the rows are whole."""
+    ahead: int = 0
+    """Positions at the end that another rank computes; their tokens are targets here."""
+
+    @property
+    def begin(self) -> int:
+        """Place of the first position in the whole rows."""
+        return 0 if self.positions_BS is None else int(self.positions_BS[0, 0])
+
+    @property
+    def computed(self) -> int:
+        """Number of positions that this process computes, from the first one on."""
+        return self.tokens_BS.shape[1] - self.ahead
+
+    @property
+    def predicted_BS(self) -> Tensor:
+        """bool, True on the sampled tokens that this process predicts: those after a position that it computes."""
+        predicted_BS = self.mask_BS.clone()
+        predicted_BS[:, 0] = False
+        predicted_BS[:, self.computed + 1 :] = False
+        return predicted_BS
+
+    def to(self, device: torch.device) -> "SegmentBatch":
+        """Return the batch on a device."""
+        return self._map(lambda x: x.to(device))
+
+    def cut(self, part: RowPart) -> "SegmentBatch":
+        """Return the positions of each row that belong to a rank, and up to `AHEAD` after them.
+
+        The length of the rows is a multiple of the ranks that share them.
+        """
+        if part.ranks == 1:
+            return self
+        B, S = self.tokens_BS.shape
+        begin, end, ahead = part.bounds(S)
+        positions_BS = torch.arange(S, device=self.tokens_BS.device).expand(B, S)
+        numbered = self._replace(positions_BS=positions_BS)
+        return numbered._map(lambda x: x[:, begin:end])._replace(ahead=ahead)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "SegmentBatch":
+        """Return the batch with every tensor changed."""
+        tensors = {name: x for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(**{name: change(x) for name, x in tensors.items()})
+
+
+class SampledLogProbabilities(NamedTuple):
+    """What the model says of the tokens that were sampled."""
+
+    logprobs_BS: Tensor
+    """float32, at each sampled token its log-probability; 0 elsewhere."""
+    entropy_sum: Tensor
+    """Scalar float32: sum over the sampled tokens of the entropy that they were sampled from, nats."""
+    out: Output
+    """The pass that it comes from: states, and what the routers chose."""
+
+
+def padded(
+    rows: Sequence[Sequence[Any]], fill: Any, dtype: torch.dtype, length: int | None = None
+) -> Tensor:
+    """Return rows as a tensor (B, S), filled up on the right. length: S; None: that of the longest row."""
+    length = length or max(len(row) for row in rows)
+    return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], dtype=dtype)
+
+
+def collate(segments: Sequence[Segment], pad: int, multiple: int = 1) -> SegmentBatch:
+    """Return segments as tensors, padded on the right with the id `pad` to a length that is a multiple of `multiple`."""
+    longest = max(len(segment.tokens) for segment in segments)
+    length = -(-longest // multiple) * multiple
+    documents = [[0] * len(segment.tokens) for segment in segments]
+    return SegmentBatch(
+        tokens_BS=padded([s.tokens for s in segments], pad, torch.int64, length),
+        mask_BS=padded([s.mask for s in segments], False, torch.bool, length),
+        sampling_logprobs_BS=padded([s.logprobs for s in segments], 0.0, torch.float32, length),
+        proximal_logprobs_BS=padded(
+            [s.proximal_logprobs or s.logprobs for s in segments], 0.0, torch.float32, length
+        ),
+        documents_BS=padded(documents, -1, torch.int32, length),
+        imposed_BSLK=_imposed([segment.experts_SLK for segment in segments], length),
+    )
+
+
+def _imposed(experts: Sequence[Tensor | None], length: int) -> Tensor | None:
+    """Return the experts of some segments (S, L, K) as int16 (B, length, L, K), -1 where none is known; None without any."""
+    known = [experts_SLK for experts_SLK in experts if experts_SLK is not None]
+    if not known:
+        return None
+    imposed_BSLK = torch.full((len(experts), length, *known[0].shape[1:]), -1, dtype=torch.int16)
+    for row_SLK, experts_SLK in zip(imposed_BSLK, experts, strict=True):
+        if experts_SLK is not None:
+            row_SLK[: len(experts_SLK)] = experts_SLK
+    return imposed_BSLK
+
+
+def sampled_log_probabilities(
+    model: GLM, batch: SegmentBatch, temperature: float
+) -> SampledLogProbabilities:
+    """Return log-probabilities and entropies of the sampled tokens that this process predicts.
+
+    temperature: the logits are divided by it, as in the rollout.
+    """
+    S = batch.computed
+
+    def computed(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[:, :S]
+
+    out = model.hidden(
+        batch.tokens_BS[:, :S],
+        computed(batch.positions_BS),
+        batch.documents_BS[:, :S],
+        imposed_BSLK=computed(batch.imposed_BSLK),
+    )
+    predicted_BS = batch.predicted_BS
+    follows_BS = shift(predicted_BS, 1, False)[:, :S]  # position s predicts token s + 1
+    hidden_TD = out.hidden_BSD[follows_BS]
+    targets_T = batch.tokens_BS[predicted_BS]
+    logprobs_T, entropy_T = model.lm_head.token_log_probabilities(hidden_TD, targets_T, temperature)
+    zeros_BS = torch.zeros(predicted_BS.shape, dtype=torch.float32, device=predicted_BS.device)
+    logprobs_BS = zeros_BS.masked_scatter(predicted_BS, logprobs_T)
+    return SampledLogProbabilities(logprobs_BS, entropy_T.sum(), out)
+
+
+def rows_of(samples: Sequence[Sample], aggregation: Aggregation) -> list[Row]:
+    """Return the segments of all trajectories, shortest first, with the owners that the aggregation counts."""
+    owners = list(range(len(samples)))
+    if aggregation == Aggregation.PROMPT:
+        owners = [sample.prompt for sample in samples]
+    tokens = dict.fromkeys(owners, 0)
+    for owner, sample in zip(owners, samples, strict=True):
+        tokens[owner] += sum(sum(segment.mask) for segment in sample.segments)
+    rows = []
+    for owner, sample in zip(owners, samples, strict=True):
+        for segment in sample.segments:
+            rows.append(Row(segment, sample.advantage, owner, tokens[owner]))
+    return sorted(rows, key=lambda row: len(row.segment.tokens))
+
+
+def microbatches(rows: Sequence[Row], most_tokens: int) -> Iterator[list[Row]]:
+    """Cut rows, shortest first, so that no padded micro-batch of more than one row exceeds `most_tokens`."""
+    microbatch: list[Row] = []
+    for row in rows:
+        longest = len(row.segment.tokens)
+        if microbatch and longest * (len(microbatch) + 1) > most_tokens:
+            yield microbatch
+            microbatch = []
+        microbatch.append(row)
+    if microbatch:
+        yield microbatch
