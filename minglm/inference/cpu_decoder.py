@@ -56,9 +56,9 @@ class Pass(ctypes.Structure):
 
     _fields_ = [
         *fields(ctypes.c_void_p, "layers x cosine sine positions rows tables norm head"),
-        *fields(ctypes.c_void_p, "wanted logits scratch"),
+        *fields(ctypes.c_void_p, "wanted logits scratch chosen"),
         *fields(ctypes.c_long, "layer_count T D N M A half blocks size first"),
-        *fields(ctypes.c_long, "E K F normalize logit_rows V"),
+        *fields(ctypes.c_long, "E K F normalize logit_rows V L"),
         *fields(ctypes.c_long, "threads per_token per_thread"),
         *fields(ctypes.c_float, "eps scale"),
         *fields(ctypes.c_long, "ready arrived"),
@@ -137,6 +137,8 @@ class Packed:
 class CpuDecoder(PagedCache):
     """A `PagedCache` whose passes run in C, for a model that `minglm.inference.pages.is_plain` accepts."""
 
+    same_bits_in_any_batch = True
+
     def store(self) -> torch.Tensor:
         """Allocate the blocks of one layer: (blocks, M, values (size, A) and then keys (A, whole size))."""
         _, M, size, A = self.shape
@@ -159,7 +161,13 @@ class CpuDecoder(PagedCache):
         """Run the decoder layers; arguments and results as those of `PagedCache.trunk`, all float32."""
         tokens_T = integers(tokens, self.device)
         x_TD = self.model.embed(tokens_T)
-        return self._run(self.packed, self.layers, rows, tokens_T, x_TD, wanted)
+        chosen_TLK = None
+        if self.choices is not None:
+            chosen_TLK = torch.zeros(len(tokens), *self.choices.shape[2:], dtype=torch.int64)
+        result = self._run(self.packed, self.layers, rows, tokens_T, x_TD, wanted, chosen_TLK)
+        if chosen_TLK is not None:
+            self.keep_choices(rows, chosen_TLK)
+        return result
 
     def mtp(
         self, rows: Sequence[Span], tokens: Sequence[int], states_TD: torch.Tensor
@@ -180,8 +188,9 @@ class CpuDecoder(PagedCache):
         tokens_T: torch.Tensor,
         x_TD: torch.Tensor,
         wanted: Sequence[int],
+        chosen_TLK: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Call C once; x (T, D) is overwritten by the states."""
+        """Call C once; x (T, D) is overwritten by the states, and chosen int64 (T, L, K) by the experts of each token."""
         c = self.model.config
         T, D = x_TD.shape
         _, M, size, A = self.shape
@@ -231,6 +240,7 @@ class CpuDecoder(PagedCache):
             wanted=address(wanted_R),
             logits=address(logits_RV),
             scratch=address(scratch),
+            chosen=address(chosen_TLK),
             layer_count=len(packed.layers),
             T=T,
             D=D,
@@ -247,6 +257,7 @@ class CpuDecoder(PagedCache):
             normalize=c.norm_topk_prob,
             logit_rows=len(wanted),
             V=c.vocab_size,
+            L=0 if chosen_TLK is None else chosen_TLK.shape[1],
             threads=threads,
             per_token=per_token,
             per_thread=per_thread,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from minglm.inference.grammar import GrammarCompiler, GrammarTokenizer
-from minglm.inference.kv_cache import BlockManager
+from minglm.inference.kv_cache import BLOCK_SIZE, BlockManager
 from minglm.inference.logit_rules import LogitRules
 from minglm.inference.pages import PagedCache, decoder_for
 from minglm.inference.request import (
@@ -38,13 +38,14 @@ from minglm.inference.request import (
 )
 from minglm.inference.sampling import (
     SamplerSettings,
-    log_distribution,
+    drawn_log_probabilities,
     prompt_scores,
     sample_next,
     top_logprobs,
 )
 from minglm.inference.scheduler import Row, Scheduler, Sequence
 from minglm.inference.speculative import Candidate, Drafter, verify_pass
+from minglm.inference.thinking import ThoughtBudget
 from minglm.model.glm import GLM
 
 __all__ = ["Completion", "Engine", "Event", "ExpertPrecision", "Request"]
@@ -83,6 +84,7 @@ class Engine:
     prefill_tokens: most prompt tokens in one pass.
     cache_tokens: bound on the positions held in the cache, in blocks of `block`; None: the cache grows as needed.
     experts: an `ExpertPrecision`.
+    keep_choices: return with each completion which experts its tokens went through.
     """
 
     def __init__(
@@ -94,14 +96,16 @@ class Engine:
         draft_tokens: int = 0,
         prefill_tokens: int = 2048,
         cache_tokens: int | None = None,
-        block: int = 16,
+        block: int = BLOCK_SIZE,
         experts: str = ExpertPrecision.MODEL,
+        keep_choices: bool = False,
     ) -> None:
         if experts not in list(ExpertPrecision):
             raise ValueError(f"experts = {experts!r}: must be {' or '.join(ExpertPrecision)}")
         self.model = model
         self.tokenizer = tokenizer
         self.fp8_experts = experts == ExpertPrecision.FLOAT8
+        self.keep_choices = keep_choices
         self.limit = model.config.max_position_embeddings  # of prompt and completion together
         max_blocks = None if cache_tokens is None else cache_tokens // block
         self.blocks = BlockManager(block, max_blocks)
@@ -141,9 +145,15 @@ class Engine:
         if stop_ids is None:
             stop_ids = () if self.tokenizer is None else self.tokenizer.stop_ids
         rules = self._rules(request, stop_ids) if request.changes_logits else None
+        thought = None
+        if request.thinking_budget is not None:
+            special = getattr(self.tokenizer, "special", {})
+            thought = ThoughtBudget(request, special)
         with self._changed:
             number = next(self._numbers)
-            sequence = Sequence(number, request, set(stop_ids), self.limit, on_event, rules)
+            sequence = Sequence(
+                number, request, set(stop_ids), self.limit, on_event, rules, thought
+            )
             self.open[number] = sequence
             self._inbox.append(sequence)
             self._changed.notify_all()
@@ -228,13 +238,18 @@ class Engine:
                 raise AnswerFailed(completion.error)
         return completions
 
-    def update_weights(self, state: Mapping[str, Tensor] | None = None) -> None:
+    def update_weights(
+        self, state: Mapping[str, Tensor] | None = None, partial: bool = False
+    ) -> None:
         """Load a state dict into the model between two steps; None: the weights were changed in place.
 
+        partial: whether tensors may be missing, which keep their values. Raises RuntimeError for other names or shapes.
         Open requests continue: their text so far is computed again with the new weights at the next step.
         """
         with self._stepping:
             if state is not None:
+                if partial:
+                    state = {**self.model.state_dict(), **state}
                 self.model.load_state_dict(state)
             self._weight_versions = None
 
@@ -290,6 +305,7 @@ class Engine:
         top: TopLogprobs = (),
         end: FinishReason | None = None,
         error: str = "",
+        forced: bool = False,
     ) -> Event:
         """Report a token of a sequence, and remove the sequence if it has ended."""
         completion = sequence.completion
@@ -300,10 +316,14 @@ class Engine:
         if end is not None:
             completion.finish_reason = end
             completion.error = error
+            if self._pages is not None:
+                computed = min(sequence.table.length, len(sequence.ids) - 1)
+                completion.experts_SLK = self._pages.choices_of(sequence.table, computed)
             self.scheduler.remove(sequence)
             with self._changed:
                 del self.open[sequence.number]
-        event = Event(sequence.number, token, logprob, top, end, scores, error)
+        chosen = completion.experts_SLK
+        event = Event(sequence.number, token, logprob, top, end, scores, error, forced, chosen)
         if sequence.on_event is not None:
             sequence.on_event(event)
         return event
@@ -342,7 +362,7 @@ class Engine:
         pages = self._pages
         if pages is None or type(pages) is not decoder or not pages.fits(self.model):
             drafts = self.drafter is not None
-            pages = decoder(self.model, self.blocks.block_size, drafts)
+            pages = decoder(self.model, self.blocks.block_size, drafts, choices=self.keep_choices)
             self._pages = pages
         pages.read_weights()
         return pages
@@ -431,6 +451,11 @@ class Engine:
             logits_BV = logits_BV[source]
         settings = self._settings_of(sequences, logits_BV.device)
         sampled = sample_next(logits_BV, settings, settings.next_index(sequences))
+        places = list(range(len(sequences)))
+        forced = _forced(sequences, logits_BV, places, settings.temperature_B)
+        for b, (token, logprob) in forced.items():
+            sampled.tokens[b] = token
+            sampled.logprobs[b] = logprob
         return list(map(self._append, sequences, *sampled))
 
     def _settings_of(self, sequences: list[Sequence], device: torch.device) -> SamplerSettings:
@@ -460,18 +485,16 @@ class Engine:
 
         sequences = [candidate.sequence for candidate in candidates]
         settings = self._settings_of(sequences, logits_TV.device)
-        accepted, tokens_BS, p_BSV, places_BS = verify_pass(candidates, logits_TV, q_BSV, settings)
+        verified = verify_pass(candidates, logits_TV, q_BSV, settings)
+        accepted, tokens_BS, logprobs_BS, places_BS = verified
         drafter.accepted += sum(accepted)
-        logprobs_BS = p_BSV.gather(2, tokens_BS[..., None])[..., 0].log()
-        if settings.has_rules:
-            # Rules may force a token whose probability is 0 in float32. It is the first after the row's drafts.
-            logp_BV = log_distribution(logits_TV[places_BS[:, 0]], settings.temperature_B)
-            first_B = logp_BV.gather(1, tokens_BS[:, :1]).squeeze(1)
-            has_rules_B = torch.tensor([one.rules is not None for one in sequences])
-            first_B = torch.where(has_rules_B.to(first_B.device), first_B, logprobs_BS[:, 0])
-            logprobs_BS = torch.cat((first_B[:, None], logprobs_BS[:, 1:]), 1)
         tokens = tokens_BS.tolist()
         logprobs = logprobs_BS.tolist()
+        places = [candidate.first for candidate in candidates]
+        forced = _forced(sequences, logits_TV, places, settings.temperature_B)
+        for b, (token, logprob) in forced.items():
+            tokens[b][0] = token
+            logprobs[b][0] = logprob
         top: list[list[TopLogprobs]] | None = None  # for each position of the drafts, each row
         if settings.max_top_logprobs:
             top = [
@@ -485,20 +508,25 @@ class Engine:
                 likely = top[i][b] if top else ()
                 event = self._append(sequence, tokens[b][i], logprobs[b][i], likely)
                 events.append(event)
-                if event.finish_reason is not None:
+                if event.finish_reason is not None or sequence.forced_token is not None:
                     break
-            else:
-                # The cache holds the rejected drafts too: drop them.
+            if sequence.number in self.open:
+                # The cache holds the drafts that were not taken too: drop them.
                 self.blocks.truncate(sequence.table, len(sequence.ids) - 1)
         return events
 
     def _append(
         self, sequence: Sequence, token: int, logprob: float, top: TopLogprobs = ()
     ) -> Event:
-        """Append a sampled token to a sequence's text, and report it."""
-        if sequence.rules is not None and not sequence.rules.accept(token):
+        """Append the next token to a sequence's text, and report it."""
+        forced = sequence.forced_token is not None
+        if sequence.rules is not None and not sequence.rules.accept(token, forced):
             return self._emit(sequence, None, end=FinishReason.ERROR, error=NO_TOKEN)
+        if sequence.thought is not None:
+            sequence.thought.take(token)
         completion = sequence.completion
+        if forced:
+            completion.forced.append(len(completion.tokens))
         sequence.ids.append(token)
         completion.tokens.append(token)
         completion.logprobs.append(logprob)
@@ -509,7 +537,7 @@ class Engine:
             end = FinishReason.STOP
         elif not sequence.tokens_left:
             end = FinishReason.LENGTH
-        return self._emit(sequence, token, logprob, top, end)
+        return self._emit(sequence, token, logprob, top, end, forced=forced)
 
 
 class Forward(NamedTuple):
@@ -521,6 +549,33 @@ class Forward(NamedTuple):
     """For each of the rows that samples: after its last token, and after each draft."""
     events: list[Event]
     """Of the requests that the pass has ended."""
+
+
+class ForcedToken(NamedTuple):
+    """A token that is put in, not sampled."""
+
+    token: int
+    logprob: float
+    """The model's own, at the request's temperature."""
+
+
+def _forced(
+    sequences: list[Sequence], logits_TV: Tensor, places: list[int], temperature_B: Tensor
+) -> dict[int, ForcedToken]:
+    """Return the tokens that have to come next, by the index of their sequence.
+
+    places: which of the logits (T, V) each sequence's next token comes from. temperatures: float (B,).
+    """
+    forced: dict[int, ForcedToken] = {}
+    for b, sequence in enumerate(sequences):
+        token = sequence.forced_token
+        if token is None:
+            continue
+        token_1 = torch.tensor([token], device=logits_TV.device)
+        one = slice(places[b], places[b] + 1)
+        logprob_1 = drawn_log_probabilities(logits_TV[one], temperature_B[b, None], token_1)
+        forced[b] = ForcedToken(token, logprob_1.item())
+    return forced
 
 
 def _all_finite(tensors: Iterable[Tensor]) -> bool:

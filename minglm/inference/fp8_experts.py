@@ -8,7 +8,7 @@ before each product, in blocks of 1 x 128 (`minglm.kernels.fp8`). Router, shared
 are, and so do the model's own parameters.
 
 What is sampled is then not quite the policy that is trained. The recorded log-probabilities are those of what was
-sampled, so the ratio of GRPO accounts for it, and the log's `kl` and `ratio_max` say how far they are apart.
+sampled, so the ratio of the loss accounts for it, and `gap_kl` and its neighbours in the log say how far they are apart.
 """
 
 import contextlib

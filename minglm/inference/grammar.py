@@ -143,6 +143,10 @@ class GrammarMatcher:
         allowed_V[: len(bits)] = torch.from_numpy(bits).bool()
         return allowed_V
 
+    def allows(self, token: int) -> bool:
+        """Return whether this token may come next."""
+        return not self.matcher.is_error() and self.matcher.validate_tokens([token]) == 1
+
     def accept(self, token: int) -> bool:
         """Move on by a token; return whether the grammar allowed it."""
         return not self.matcher.is_error() and self.matcher.consume_token(token)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 ROOT_PREFIX = 0  # the id of the empty text
+BLOCK_SIZE = 16  # positions of a block, unless asked for otherwise
 
 BlockKey = tuple[int, tuple[int, ...]]
 """(id of the text before the block, tokens of the block)."""
@@ -53,7 +54,7 @@ class BlockTable:
 class BlockManager:
     """Counts the tables that hold each block. max_blocks: how many may exist; None: as many as are asked for."""
 
-    def __init__(self, block_size: int = 16, max_blocks: int | None = None) -> None:
+    def __init__(self, block_size: int = BLOCK_SIZE, max_blocks: int | None = None) -> None:
         self.block_size = block_size
         self.max_blocks = max_blocks
         self.ref_count: list[int] = []  # for each block, how many tables hold it

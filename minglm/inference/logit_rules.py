@@ -27,6 +27,10 @@ class Matcher(Protocol):
         """Move on by a token; return whether the grammar allowed it."""
         ...
 
+    def allows(self, token: int) -> bool:
+        """Return whether this token may come next."""
+        ...
+
 
 class LogitRules:
     """The rules of one request while it is answered. Raises ValueError for ids outside the vocabulary."""
@@ -82,14 +86,26 @@ class LogitRules:
             allowed_V = self.matcher.allowed(len(logits_V)).to(device)
             logits_V.masked_fill_(~allowed_V, -torch.inf)
 
-    def accept(self, token: int) -> bool:
-        """Take in the next token; return whether the rules allowed it. They do not if they left no token at all."""
-        if self.forbidden is not None and bool(self.forbidden[token]):
-            return False
-        if self.length < self.request.min_new_tokens and bool((self.stop_ids == token).any()):
+    def allows(self, token: int) -> bool:
+        """Return whether the grammar allows a token to come next, sampled or not."""
+        return self.matcher is None or self.matcher.allows(token)
+
+    def accept(self, token: int, forced: bool = False) -> bool:
+        """Take in the next token; return whether the rules allowed it. They do not if they left no token at all.
+
+        forced: the token was not sampled, so that only the grammar has to allow it.
+        """
+        if not forced and not self._may_sample(token):
             return False
         self.length += 1
         self.sampled[token] += 1
         if self.request.repetition_penalty != 1:
             self.seen.add(token)
         return self.matcher is None or self.matcher.accept(token)
+
+    def _may_sample(self, token: int) -> bool:
+        """Return whether the ids allow a token, whatever the grammar says."""
+        if self.forbidden is not None and bool(self.forbidden[token]):
+            return False
+        too_early = self.length < self.request.min_new_tokens
+        return not (too_early and bool((self.stop_ids == token).any()))

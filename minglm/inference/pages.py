@@ -8,18 +8,22 @@ another one fills in the same pass.
 
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
-from minglm.inference.kv_cache import BlockTable
+from minglm.inference.kv_cache import BLOCK_SIZE, BlockTable
 from minglm.kernels.attention import PagedRows, flash_attention, paged_attention
 from minglm.kernels.dispatch import Operation, select
 from minglm.kernels.experts import grouped_experts
 from minglm.model.decoder import DecoderLayer
 from minglm.model.glm import GLM
 from minglm.model.moe import LocalDispatcher, MoE
+
+MOST_EXPERTS_IN_A_BYTE = 256
+"""Experts of a layer up to which a choice is kept in eight bits."""
 
 
 class Span(Protocol):
@@ -39,6 +43,15 @@ class Span(Protocol):
     def stop(self) -> int:
         """The position after the last one of the pass."""
         ...
+
+
+@dataclass
+class TableSpan:
+    """Slots `start` to `stop` of a table."""
+
+    table: BlockTable
+    start: int
+    stop: int
 
 
 class LayerPages:
@@ -128,10 +141,21 @@ class PagedCache:
     """Keys and values of all layers, and passes of the model's own forward over them.
 
     `layers` has one `LayerPages` for each decoder layer. With drafts `mtp_layer` is that of the MTP layer, and `states`
-    has the state after each token.
+    has the state after each token. With `choices` that tensor has the experts of each token (blocks, size, L, K), for the
+    L MoE layers of the trunk: they are kept where the token's keys are, so blocks that are shared bring them along.
     """
 
-    def __init__(self, model: GLM, size: int = 16, drafts: bool = False, blocks: int = 64) -> None:
+    same_bits_in_any_batch: ClassVar[bool] = False
+    """Whether the numbers of a token depend on its own text alone, to the last bit."""
+
+    def __init__(
+        self,
+        model: GLM,
+        size: int = BLOCK_SIZE,
+        drafts: bool = False,
+        blocks: int = 64,
+        choices: bool = False,
+    ) -> None:
         c = model.config
         self.model = model
         self.dtype: torch.dtype = model.dtype
@@ -146,6 +170,11 @@ class PagedCache:
         if drafts:
             self.mtp_layer = LayerPages(self.store(), size, first=1)
             self.states = self._zeros(size, c.hidden_size)
+        self.choices: torch.Tensor | None = None
+        if choices:
+            layers = c.num_hidden_layers - c.first_k_dense_replace
+            dtype = torch.uint8 if c.n_routed_experts <= MOST_EXPERTS_IN_A_BYTE else torch.int16
+            self.choices = self._zeros(size, layers, c.num_experts_per_tok).to(dtype)
 
     def store(self) -> torch.Tensor:
         """Allocate the key/value blocks of one layer."""
@@ -170,7 +199,7 @@ class PagedCache:
         if blocks > self.blocks:
             old = self.blocks
             self.blocks = 2 * blocks
-            self._change(lambda x: torch.cat([x, self._zeros(*x.shape[1:])[old:]]))
+            self._change(lambda x: torch.cat([x, self._zeros(*x.shape[1:])[old:].to(x.dtype)]))
         if copies:
             source = torch.tensor([pair[0] for pair in copies], device=self.device)
             target = torch.tensor([pair[1] for pair in copies], device=self.device)
@@ -181,6 +210,8 @@ class PagedCache:
             layer.store = change(layer.store)
         if self.states is not None:
             self.states = change(self.states)
+        if self.choices is not None:
+            self.choices = change(self.choices)
 
     def trunk(
         self, rows: Sequence[Span], tokens: Sequence[int], wanted: Sequence[int]
@@ -194,6 +225,8 @@ class PagedCache:
             layer.plan = plan
         tokens_BS = torch.tensor([tokens], device=self.device)
         out = self.model.hidden(tokens_BS, plan.positions_T[None], cache=self.layers)
+        if self.choices is not None:
+            self.keep_choices(rows, torch.stack([r.experts_TK for r in out.routing], 1))
         hidden_TD = out.hidden_BSD[0]
         wanted_TD = hidden_TD if len(wanted) == len(tokens) else hidden_TD[wanted]
         return hidden_TD, self.model.lm_head(wanted_TD)
@@ -210,8 +243,8 @@ class PagedCache:
         embedded = self.model.embed(tokens_BS)
         return self.model.mtp(states_TD[None], embedded, rotation, None, self.mtp_layer)[0][0]
 
-    def _state_slots(self, rows: Sequence[Span], back: int = 0) -> torch.Tensor:
-        """Return where the state `back` tokens before each token of these rows is kept."""
+    def _slots(self, rows: Sequence[Span], back: int = 0) -> torch.Tensor:
+        """Return the slot of the token `back` tokens before each token of these rows, counted over all blocks."""
         slots = []
         for row in rows:
             for position in range(row.start - back, row.stop - back):
@@ -222,12 +255,26 @@ class PagedCache:
     def keep_states(self, rows: Sequence[Span], states_TD: torch.Tensor) -> None:
         """Keep the state after each token of these rows."""
         assert self.states is not None, "the cache was made without drafts"
-        self.states.flatten(0, 1).index_copy_(0, self._state_slots(rows), states_TD)
+        self.states.flatten(0, 1).index_copy_(0, self._slots(rows), states_TD)
+
+    def keep_choices(self, rows: Sequence[Span], chosen_TLK: torch.Tensor) -> None:
+        """Keep the experts of each token of these rows, int64 (T, L, K)."""
+        assert self.choices is not None, "the cache was made without choices"
+        chosen_TLK = chosen_TLK.to(self.choices.dtype)
+        self.choices.flatten(0, 1).index_copy_(0, self._slots(rows), chosen_TLK)
+
+    def choices_of(self, table: BlockTable, length: int) -> torch.Tensor | None:
+        """Return the experts of the first tokens of a sequence, (length, L, K); None for a cache without choices."""
+        if self.choices is None:
+            return None
+        slots = torch.arange(length, device=self.device)
+        blocks = torch.tensor(table.blocks, dtype=torch.int64, device=self.device)
+        return self.choices[blocks[slots // self.size], slots % self.size]
 
     def states_before(self, rows: Sequence[Span]) -> torch.Tensor:
         """Return the state before each token of these rows: (T, D)."""
         assert self.states is not None, "the cache was made without drafts"
-        return self.states.flatten(0, 1)[self._state_slots(rows, back=1)]
+        return self.states.flatten(0, 1)[self._slots(rows, back=1)]
 
     @property
     def bytes(self) -> int:

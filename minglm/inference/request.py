@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
+from torch import Tensor
+
 TopLogprobs = tuple[tuple[int, float], ...]
 """((id, log-probability), ...) of the most likely tokens, the most likely first."""
 
@@ -61,6 +63,8 @@ class Request:
     `max_new_tokens` = 0 scores a text."""
     grammar: str | None = None
     """What the completion must match, in the notation of `minglm.inference.grammar`."""
+    thinking_budget: int | None = None
+    """Most tokens of reasoning, after which `</think>` is put in (`thinking.py`); None: no bound."""
     min_new_tokens: int = 0
     """No stop token before this number of tokens."""
     logit_bias: tuple[tuple[int, float], ...] = ()
@@ -101,9 +105,12 @@ class Request:
             "min_p": (0, 1),
             "top_logprobs": (0, None),
             "min_new_tokens": (0, None),
+            "thinking_budget": (0, None),
         }
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
+            if value is None:
+                continue
             if not (value >= low and (high is None or value <= high)):
                 upper = f" and at most {high}" if high else ""
                 raise ValueError(f"{name} = {value}: must be at least {low}{upper}")
@@ -111,7 +118,7 @@ class Request:
 
 @dataclass
 class Completion:
-    """A completion: sampled ids, the stop id included, and the log-probability of each at the request's temperature."""
+    """A completion: its ids, the stop id included, and the log-probability of each at the request's temperature."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -122,6 +129,13 @@ class Completion:
     """One entry for each token of the prompt but the first, if the request asked for them."""
     error: str = ""
     """With finish reason ERROR: what is wrong."""
+    versions: list[int] = field(default_factory=list, compare=False)
+    """For each token the version of the weights that drew it; empty where nobody counts versions."""
+    forced: list[int] = field(default_factory=list)
+    """Places of the tokens that were put in, not sampled: the close of a thought beyond its budget."""
+    experts_SLK: Tensor | None = field(default=None, compare=False)
+    """The experts of each token but the last of prompt and completion, on each MoE layer: uint8, int16 for more than 256
+    experts. None where the engine was not asked to keep them."""
 
 
 class Event(NamedTuple):
@@ -140,3 +154,7 @@ class Event(NamedTuple):
     """With the first event of a request that asked for them."""
     error: str = ""
     """With finish reason ERROR: what is wrong."""
+    forced: bool = False
+    """Whether the token was put in, not sampled."""
+    experts_SLK: Tensor | None = None
+    """With the end of a completion: as in `Completion`."""

@@ -248,6 +248,23 @@ def prompt_scores(logits_SV: Tensor, targets: list[int], count: int) -> list[Pro
     return list(map(PromptLogprob, targets, logprobs, ranks, tops))
 
 
+def drawn_log_probabilities(logits_BV: Tensor, temperature_B: Tensor, tokens_B: Tensor) -> Tensor:
+    """Return the log-probability that `sample_next` gives a token of each row when it draws it: float32 (B,).
+
+    logits float (B, V); temperature float32 (B,), 0 counts as 1; tokens int64 (B,). In C it has the same bits.
+    """
+    compute = select(Operation.DRAWN_LOG_PROBABILITIES, logits_BV)
+    return compute(logits_BV, temperature_B, tokens_B)
+
+
+def drawn_log_probabilities_with_torch(
+    logits_BV: Tensor, temperature_B: Tensor, tokens_B: Tensor
+) -> Tensor:
+    """Compute `drawn_log_probabilities` in PyTorch, finite where the probability itself would be 0 in float32."""
+    logp_BV = log_distribution(logits_BV, temperature_B)
+    return logp_BV.gather(1, tokens_B[:, None]).squeeze(1)
+
+
 class Sampled(NamedTuple):
     """The next token of each sequence of a batch."""
 

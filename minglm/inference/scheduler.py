@@ -1,8 +1,10 @@
 """Choose what the next forward pass computes: continuous batching in plain Python (no section in the paper).
 
-Each pass takes the next token of every running sequence, and up to `prefill_tokens` tokens of prompts. Requests with the
-same prompt are computed once. When blocks run out, the youngest sequence returns its blocks and waits; its text so far is
-then its prompt, so it continues as if it had not been interrupted.
+Each pass takes the next token of every running sequence, and up to `prefill_tokens` tokens of prompts: half of them for the
+oldest, if it needs so many, the others for the shortest first. So a short prompt does not wait for all of a long one, and a
+long one does not wait for ever. Requests with the same prompt are computed once. When blocks run out, the last prompt in this
+order or else the youngest sequence returns its blocks and waits; its text so far is then its prompt, so it continues as if
+it had not been interrupted.
 """
 
 from collections import deque
@@ -13,13 +15,14 @@ from typing import NamedTuple
 from minglm.inference.kv_cache import BlockCopy, BlockManager, BlockTable, NoFreeBlocks
 from minglm.inference.logit_rules import LogitRules
 from minglm.inference.request import Completion, Event, PromptLogprob, Request
+from minglm.inference.thinking import ThoughtBudget
 
 
 class Sequence:
     """A request that is being answered: its text so far, and the table of its keys and values once they are computed.
 
     number: as `Engine.submit` returned it. stop_ids: the tokens that end it. limit: the model's positions. rules: what
-    changes its logits before sampling, None for most requests.
+    changes its logits before sampling, None for most requests. thought: counts its reasoning, None without a budget.
     """
 
     def __init__(
@@ -30,12 +33,14 @@ class Sequence:
         limit: int,
         on_event: Callable[[Event], None] | None = None,
         rules: LogitRules | None = None,
+        thought: ThoughtBudget | None = None,
     ) -> None:
         self.number = number
         self.request = request
         self.stop_ids = stop_ids
         self.on_event = on_event
         self.rules = rules
+        self.thought = thought
         self.ids = list(request.prompt)
         self.max_tokens = min(request.max_new_tokens, limit - len(request.prompt))
         self.completion = Completion([], [])
@@ -49,6 +54,17 @@ class Sequence:
     def tokens_left(self) -> int:
         """Return how many more tokens it may get."""
         return self.max_tokens - len(self.completion.tokens)
+
+    @property
+    def forced_token(self) -> int | None:
+        """Return the token that has to come next; None where one is sampled.
+
+        A grammar puts off the close of a thought: it wants the last character of a text complete.
+        """
+        token = None if self.thought is None else self.thought.forced
+        if token is not None and self.rules is not None and not self.rules.allows(token):
+            return None
+        return token
 
     @property
     def wants_scores(self) -> bool:
@@ -99,6 +115,11 @@ class Prefill:
         self.table = BlockTable()
         # A scored prompt needs the logits after each of its tokens: nothing of it may come from the cache.
         self.scored = sequence if sequence.wants_scores and not self.resumed else None
+
+    @property
+    def tokens_left(self) -> int:
+        """Return how many of its tokens are not computed."""
+        return len(self.ids) - self.table.length
 
     @property
     def key(self) -> tuple[bool, int | None, tuple[int, ...]]:
@@ -214,12 +235,22 @@ class Scheduler:
                 same.sequences += new.sequences
 
     def _prefill_rows(self) -> list[Row]:
-        """Return rows of the prefills in order, of `prefill_tokens` tokens together at most."""
+        """Return rows of the prefills, of `prefill_tokens` tokens together at most."""
         rows: list[Row] = []
+        if not self.prefills:
+            return rows
+        # The list is in the order of the rows, because what is preempted is its last, which has no row yet.
+        oldest = min(self.prefills, key=lambda prefill: prefill.sequences[0].number)
+        self.prefills.sort(key=lambda prefill: (prefill is not oldest, prefill.tokens_left))
+        wanted = sum(prefill.tokens_left for prefill in self.prefills[1:])
         tokens_left = self.prefill_tokens
         index = 0
         while index < len(self.prefills) and tokens_left > 0:
-            row = self._prefill(self.prefills[index], tokens_left)
+            prefill = self.prefills[index]
+            most = tokens_left
+            if prefill is oldest:
+                most = max((tokens_left + 1) // 2, tokens_left - wanted)
+            row = self._prefill(prefill, most)
             if row is None:
                 break
             rows.append(row)
@@ -295,7 +326,7 @@ class Scheduler:
         self.waiting.extendleft(reversed(prefill.sequences))
 
     def _preempt(self) -> None:
-        """Return the blocks of the youngest text or sequence; it waits again."""
+        """Return the blocks of the last text or, without any, of the youngest sequence; it waits again."""
         if self.prefills:
             self._stop(self.prefills[-1])
             return
@@ -310,8 +341,9 @@ class Scheduler:
 def _max_drafts(sequence: Sequence, drafts: int) -> int:
     """Return how many drafts a sequence has room for: the token after them must still fit.
 
-    Rules depend on the tokens before, drafts included: a sequence with rules gets none.
+    Rules depend on the tokens before, drafts included: a sequence with rules gets none, nor does one whose next token is
+    known.
     """
-    if sequence.rules is not None:
+    if sequence.rules is not None or sequence.forced_token is not None:
         return 0
     return min(drafts, sequence.tokens_left - 1)

@@ -13,7 +13,6 @@ trunk's. The layer's key for token s (and the state before it) is kept in slot s
 its token, and blocks can be shared; slot 0 has no state before it and is never read.
 """
 
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -22,9 +21,15 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-from minglm.inference.kv_cache import BlockTable
-from minglm.inference.pages import PagedCache
-from minglm.inference.sampling import Purpose, SamplerSettings, distribution, draw, uniforms
+from minglm.inference.pages import PagedCache, TableSpan
+from minglm.inference.sampling import (
+    Purpose,
+    SamplerSettings,
+    distribution,
+    draw,
+    drawn_log_probabilities,
+    uniforms,
+)
 from minglm.inference.scheduler import Row, Sequence
 from minglm.model.glm import GLM
 
@@ -84,8 +89,8 @@ class Verified(NamedTuple):
     """For each sequence, how many drafts are accepted."""
     tokens_BS: Tensor
     """int64 (B, S + 1): the accepted drafts and one token more count, the rest is filling."""
-    p_BSV: Tensor
-    """The probabilities before the cuts, (B, S + 1, V)."""
+    logprobs_BS: Tensor
+    """float32 (B, S + 1): the log-probability of each token at its temperature, before the cuts."""
     places_BS: Tensor
     """int64 (B, S + 1): which logits each of them comes from."""
 
@@ -110,7 +115,7 @@ def verify_pass(
     lengths_B = torch.tensor(lengths, device=device)
     drafts_BS = torch.tensor(padded, device=device).view(B, S).long()
 
-    # p and its cut form, with the sampler settings of each row at each of its positions.
+    # What is sampled from, with the sampler settings of each row at each of its positions.
     def at_each_position(x_B: Tensor) -> Tensor:
         return repeat(x_B, "B -> (B S)", S=S + 1)
 
@@ -123,8 +128,7 @@ def verify_pass(
     at_places_TV = logits_TV[places_T]
     # Rows with rules have no drafts: they look at their first position only.
     ruled_TV = settings.ruled(at_places_TV, rows=range(0, B * (S + 1), S + 1))
-    p_TV, cut_TV = distribution(at_places_TV, temperature_T, *cuts, ruled_BV=ruled_TV)
-    p_BSV = rearrange(p_TV, "(B S) V -> B S V", B=B)
+    _, cut_TV = distribution(at_places_TV, temperature_T, *cuts, ruled_BV=ruled_TV)
     cut_BSV = rearrange(cut_TV, "(B S) V -> B S V", B=B)
 
     # q of each row; one without drafts gets ones, which are never looked at.
@@ -141,16 +145,9 @@ def verify_pass(
     last_B = uniforms(settings.seeds_B, index_B, Purpose.RESIDUAL)
     accepted_B, tokens_B = verify(cut_BSV, q_BSV, drafts_BS, lengths_B, accept_BS, last_B)
     tokens_BS = F.pad(drafts_BS, (0, 1)).scatter_(1, accepted_B[:, None], tokens_B[:, None])
-    return Verified(accepted_B.tolist(), tokens_BS, p_BSV, places_T.view(B, S + 1))
-
-
-@dataclass
-class MTPSpan:
-    """Slots `start` to `stop` of a table, in a pass of the MTP layer."""
-
-    table: BlockTable
-    start: int
-    stop: int
+    logprobs_T = drawn_log_probabilities(at_places_TV, temperature_T, tokens_BS.flatten())
+    logprobs_BS = logprobs_T.view(B, S + 1)
+    return Verified(accepted_B.tolist(), tokens_BS, logprobs_BS, places_T.view(B, S + 1))
 
 
 class Drafter:
@@ -172,12 +169,12 @@ class Drafter:
 
     def read(self, pages: PagedCache, rows: list[Row]) -> None:
         """Let the layer read prompts that the trunk has just computed, and keep their keys."""
-        spans: list[MTPSpan] = []
+        spans: list[TableSpan] = []
         tokens: list[int] = []
         for row in rows:
             start = max(row.start, 1)  # slot 0 has no state before it
             if row.end > start:
-                spans.append(MTPSpan(row.table, start, row.end))
+                spans.append(TableSpan(row.table, start, row.end))
                 tokens += row.ids[start : row.end]
         if spans:
             pages.mtp(spans, tokens, pages.states_before(spans))
@@ -188,7 +185,7 @@ class Drafter:
         rows = sorted(rows, key=lambda row: (-row.max_drafts, row.end - _drafter_length(row)))
 
         # The layer reads the tokens that came since the last time, with the trunk's states.
-        spans = [MTPSpan(row.table, _drafter_length(row), row.end) for row in rows]
+        spans = [TableSpan(row.table, _drafter_length(row), row.end) for row in rows]
         tokens = [token for row in rows for token in row.ids[_drafter_length(row) : row.end]]
         states_TD = pages.mtp(spans, tokens, pages.states_before(spans))
         ends = accumulate(span.stop - span.start for span in spans)
@@ -199,7 +196,7 @@ class Drafter:
             active = [row for row in rows if row.max_drafts > step]
             if step:
                 # Then it reads its own drafts, with its own states.
-                spans = [MTPSpan(row.table, row.end + step - 1, row.end + step) for row in active]
+                spans = [TableSpan(row.table, row.end + step - 1, row.end + step) for row in active]
                 last_drafts = [row.drafts[-1] for row in active]
                 states_BD = pages.mtp(spans, last_drafts, states_BD[: len(active)])
             q_BV = self._draft_one(active, states_BD, step)

@@ -75,6 +75,8 @@ class Operation(StrEnum):
     """The rows of each expert times its matrix, both in float8."""
     SAMPLING = "sampling"
     """The next token of each answer from its logits."""
+    DRAWN_LOG_PROBABILITIES = "log-probabilities of drawn tokens"
+    """The log-probability that sampling gives a token, of tokens that are known."""
     DECODER = "decoder"
     """A pass of the engine through all layers."""
 
@@ -438,12 +440,16 @@ FORMS: dict[Operation, tuple[Form, ...]] = {
         ),
         Form("eager", "minglm.kernels.fp8.eager:scaled_product"),
     ),
-    # The last two have their forms in the engine's folder, which is above this one: the table only names them.
+    # The last three have their forms in the engine's folder, which is above this one: the table only names them.
     Operation.SAMPLING: (
         Form(
             "c", "minglm.inference.sampling:sample_with_c", (plain_sampling, inference, c_library)
         ),
         Form("torch", "minglm.inference.sampling:sample_with_torch"),
+    ),
+    Operation.DRAWN_LOG_PROBABILITIES: (
+        Form("c", "minglm.kernels.cpu.sampling:log_probabilities_c", (inference, c_library)),
+        Form("torch", "minglm.inference.sampling:drawn_log_probabilities_with_torch"),
     ),
     Operation.DECODER: (
         Form("fp8 experts", "minglm.inference.fp8_experts:Fp8Decoder", (fp8_experts_wanted,)),
@@ -466,6 +472,7 @@ REFERENCES: dict[Operation, str] = {
     Operation.FP8_QUANTIZE: "minglm.kernels.fp8.eager:quantize",
     Operation.FP8_PRODUCT: "minglm.kernels.fp8.eager:scaled_product",
     Operation.SAMPLING: "minglm.inference.sampling:sample",
+    Operation.DRAWN_LOG_PROBABILITIES: "minglm.inference.sampling:drawn_log_probabilities_with_torch",
     Operation.DECODER: "minglm.inference.pages:PagedCache",
 }
 

@@ -33,13 +33,17 @@ class DecoderLayer(nn.Module):
         rotation: Rotation,
         documents_BS: Tensor | None = None,
         cache: LayerCache | None = None,
+        imposed_BSK: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """Map x (B, S, D) to (x (B, S, D), the `Routing` of a MoE layer or None); arguments as `Attention.forward`."""
+        """Map x (B, S, D) to (x (B, S, D), the `Routing` of a MoE layer or None).
+
+        Arguments are those of `Attention.forward`, and imposed experts for a MoE layer.
+        """
         change_BSD = self.self_attn(self.input_layernorm(x_BSD), rotation, documents_BS, cache)
         # The second norm adds the attention's change to x itself, in one operation.
         normed_BSD, x_BSD = self.post_attention_layernorm(x_BSD, change_BSD)
         if not isinstance(self.mlp, MoE):
             return x_BSD + self.mlp(normed_BSD), None
         valid_BS = None if documents_BS is None else documents_BS >= 0
-        change_BSD, routing = self.mlp(normed_BSD, valid_BS)
+        change_BSD, routing = self.mlp(normed_BSD, valid_BS, imposed_BSK)
         return x_BSD + change_BSD, routing

@@ -37,13 +37,16 @@ class LMHead(nn.Module):
         """Map states (..., D) to logits (..., V), in the dtype of the states."""
         return F.linear(hidden, self.weight.to(hidden.dtype))
 
-    def cross_entropy(self, hidden_TD: Tensor, targets_T: Tensor, weights_T: Tensor) -> Tensor:
+    def cross_entropy(
+        self, hidden_TD: Tensor, targets_T: Tensor, weights_T: Tensor, frozen: bool = False
+    ) -> Tensor:
         """Compute sum_t weight_t * CE(logits_t, target_t): a float32 scalar, without holding all logits.
 
         hidden (T, D); targets int64 (T,); weights float32 (T,), for example a mask over a count of targets. If all
-        weights are zero, the loss is exactly 0 and so are its gradients.
+        weights are zero, the loss is exactly 0 and so are its gradients. frozen: the head itself gets no gradient.
         """
-        return linear_cross_entropy(hidden_TD, self.weight, targets_T, weights_T)
+        weight_VD = self.weight.detach() if frozen else self.weight
+        return linear_cross_entropy(hidden_TD, weight_VD, targets_T, weights_T)
 
     def token_log_probabilities(
         self, hidden_TD: Tensor, targets_T: Tensor, temperature: float = 1.0

@@ -39,7 +39,7 @@ class Output:
     mtp_hidden_BSD: Tensor | None = None
     """States of the MTP layer, after its norm; None for a pass without it."""
     routing: list[Routing] = field(default_factory=list)
-    """One report for each MoE layer, in the order of `GLM.routers`; empty where no gradient is asked for."""
+    """One report for each MoE layer, in the order of `GLM.routers`."""
 
 
 class Trunk(nn.Module):
@@ -137,19 +137,25 @@ class GLM(nn.Module):
         cache: Sequence[LayerCache] | None = None,
         mtp: bool = False,
         next_BS: Tensor | None = None,
+        imposed_BSLK: Tensor | None = None,
     ) -> Output:
         """Run the trunk, and with `mtp` the MTP layer after it.
 
         tokens int64 (B, S); positions int64 (B, S); documents int (B, S), -1 for padding. cache: one layer cache for
         each decoder layer. next int64 (B, S): the token after each position, for the MTP layer; None: that of the row.
+        imposed int (B, S, L, K): experts for each MoE layer of the trunk to take, see `Router.impose`.
         """
         rotation = self.rotation(tokens_BS, positions_BS)
         x_BSD = self.embed(tokens_BS)
         reports: list[Routing] = []
         for index in range(self.config.num_hidden_layers):
             layer_cache = None if cache is None else cache[index]
+            routed = index - self.config.first_k_dense_replace
+            imposed_BSK = None
+            if imposed_BSLK is not None and routed >= 0:
+                imposed_BSK = imposed_BSLK[:, :, routed]
             x_BSD, routing = self.apply_layer(
-                self.model.layers[index], x_BSD, rotation, documents_BS, layer_cache
+                self.model.layers[index], x_BSD, rotation, documents_BS, layer_cache, imposed_BSK
             )
             if routing is not None:
                 reports.append(routing)

@@ -20,6 +20,7 @@ products and weighted sum are one kernel operation, which need not keep the expe
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -30,17 +31,37 @@ from minglm.config import ModelConfig
 from minglm.kernels.experts import grouped_experts
 from minglm.model.balance import SumOverRow, sequence_loss, tokens_per_expert, whole_row
 from minglm.model.layers import MLP
-from minglm.model.router import Router
+from minglm.model.router import Router, replaced_choices
 
 
 @dataclass
 class Routing:
-    """The report of one MoE layer about a forward pass."""
+    """The report of one MoE layer about a forward pass. Loads and loss are computed when someone asks for them."""
 
-    tokens_per_expert_E: Tensor
-    """Tokens routed to each expert, float32 (E,)."""
-    balance_loss: Tensor
-    """The sequence-wise balance loss without its weight, a scalar."""
+    experts_TK: Tensor
+    """int64: the experts of each token, best first."""
+    scores_TE: Tensor
+    """float32: what the router thinks of all experts, before the selection bias."""
+    batch: int
+    """Sequences of equal length that the tokens belong to."""
+    valid_T: Tensor | None
+    """bool: the tokens that count; None: all."""
+    sum_over_row: SumOverRow
+    """Adds the counts of other ranks, where they hold the rest of each row."""
+    replaced: Tensor | None = None
+    """Choices of the router that an imposed choice replaced, int64, a scalar; None where nothing was imposed."""
+
+    @cached_property
+    def tokens_per_expert_E(self) -> Tensor:
+        """Tokens routed to each expert, float32 (E,)."""
+        return tokens_per_expert(self.experts_TK, self.scores_TE.shape[1], self.valid_T)
+
+    @cached_property
+    def balance_loss(self) -> Tensor:
+        """The sequence-wise balance loss without its weight, a scalar."""
+        return sequence_loss(
+            self.scores_TE, self.experts_TK, self.batch, self.valid_T, self.sum_over_row
+        )
 
 
 class ExpertsOperation(Protocol):
@@ -140,23 +161,26 @@ class MoE(nn.Module):
         self.sum_over_row: SumOverRow = whole_row
 
     def forward(
-        self, x_BSD: Tensor, valid_BS: Tensor | None = None
-    ) -> tuple[Tensor, Routing | None]:
-        """Map x (B, S, D) to (y (B, S, D), Routing; None where no gradient is asked for).
+        self,
+        x_BSD: Tensor,
+        valid_BS: Tensor | None = None,
+        imposed_BSK: Tensor | None = None,
+    ) -> tuple[Tensor, Routing]:
+        """Map x (B, S, D) to (y (B, S, D), Routing).
 
-        Positions where valid is False are computed but not counted in the routing.
+        Positions where valid is False are computed but not counted in the routing. imposed int (B, S, K): experts to
+        take in place of the router's own choice, see `Router.impose`.
         """
         B, S, _ = x_BSD.shape
         x_TD = rearrange(x_BSD, "b s d -> (b s) d")
-        experts_TK, weights_TK, scores_TE = self.gate(x_TD)
+        routes = self.gate(x_TD)
+        replaced = None
+        if imposed_BSK is not None:
+            imposed_TK = rearrange(imposed_BSK, "b s k -> (b s) k")
+            replaced = replaced_choices(routes.experts_TK, imposed_TK)
+            routes = self.gate.impose(routes, imposed_TK)
+        experts_TK, weights_TK, scores_TE = routes
         y_TD = self.dispatcher(x_TD, experts_TK, weights_TK, self.experts, self.shared_experts)
         y_BSD = rearrange(y_TD, "(b s) d -> b s d", b=B, s=S)
-        if not torch.is_grad_enabled():  # generation does not use the report
-            return y_BSD, None
-
         valid_T = None if valid_BS is None else valid_BS.reshape(-1)
-        routing = Routing(
-            tokens_per_expert(experts_TK, scores_TE.shape[1], valid_T),
-            sequence_loss(scores_TE, experts_TK, B, valid_T, self.sum_over_row),
-        )
-        return y_BSD, routing
+        return y_BSD, Routing(experts_TK, scores_TE, B, valid_T, self.sum_over_row, replaced)

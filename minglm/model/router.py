@@ -3,10 +3,14 @@
     s = sigmoid(W x);   chosen = top-k of (s + b);   w_e = scale * s_e / sum over chosen of s
 
 Everything is float32, also in a model of another dtype: the steps of the bias are smaller than what bfloat16 can tell
-apart, so that rounding it would give many experts the same bias. The bias b only decides which experts are selected. The weights come from the scores without it,
-or balancing would change the output. Equal scores go to the lower expert index, so that decoding with a cache, in any
+apart, so that rounding it would give many experts the same bias. The bias b only decides which experts are selected. The
+weights come from the scores without it, or balancing would change the output. Equal scores go to the lower expert index, so that decoding with a cache, in any
 batch, takes the same experts as one full pass. With expert groups only the best `topk_group` groups compete; a group is as
 good as the sum of its two best biased scores.
+
+Reinforcement learning may impose the experts that the rollout engine chose (routing replay, arXiv 2510.11370). Then the
+choice is the engine's and the rest is as ever: the weights come from this router's own scores at the imposed experts, so
+they and the scores keep their gradient.
 """
 
 from collections.abc import Callable
@@ -59,3 +63,27 @@ class Router(nn.Module):
             groups=self.config.n_group,
             top_groups=self.config.topk_group,
         )
+
+    def impose(self, routes: Routes, imposed_TK: Tensor) -> Routes:
+        """Return the routes with other experts, and the weights that this router's scores give those.
+
+        imposed int (T, K): the experts of each token, best first; -1 in a row leaves the token's own choice.
+        """
+        own_T1 = (imposed_TK < 0).any(1, keepdim=True)
+        experts_TK = torch.where(own_T1, routes.experts_TK, imposed_TK.long())
+        weights_TK = combine_weights(
+            routes.scores_TE,
+            experts_TK,
+            self.config.norm_topk_prob,
+            self.config.routed_scaling_factor,
+        )
+        return Routes(experts_TK, weights_TK, routes.scores_TE)
+
+
+def replaced_choices(own_TK: Tensor, imposed_TK: Tensor) -> Tensor:
+    """Count the imposed experts that are not among a router's own choice for the token: int64, a scalar.
+
+    own int64 and imposed int (T, K); rows of imposed with -1 count nothing.
+    """
+    found_TK = (imposed_TK[:, :, None] == own_TK[:, None, :]).any(2)
+    return (~found_TK & (imposed_TK >= 0)).sum()

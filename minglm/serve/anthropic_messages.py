@@ -3,7 +3,7 @@
     POST /v1/messages    {"system", "messages": [{"role", "content": text or blocks}], "tools", ...}
 
 A body becomes a chat request of `requests.py`; the answer becomes blocks: thinking, text, tool_use. As in the original,
-thinking is off unless it is asked for. `budget_tokens` bounds the reasoning's tokens by a grammar. A block of thinking has
+thinking is off unless it is asked for, and `budget_tokens` bounds the reasoning's tokens. A block of thinking has
 an empty signature: nothing is encrypted, and what comes back is taken as it is.
 """
 
@@ -35,7 +35,8 @@ class MessagesFormat:
 
     def __init__(self, body: Any, served: ServedModel, needs_limit: bool = True) -> None:
         self.served = served
-        self.job = chat_job(chat_body(body, needs_limit), served)
+        self.chat = chat_body(body, needs_limit)
+        self.job = chat_job(self.chat, served)
 
     async def whole(self, stream: AnswerStream) -> JSONObject:
         """Return the message."""

@@ -4,6 +4,8 @@
     POST /v1/responses, /v1/messages                OpenAI's Responses and Anthropic's Messages, for a chat with tools
     GET  /v1/models, /health, /metrics, /           the model's name, whether the engine runs, Prometheus text, chat page
     GET  /page/...                                  the page's files, and what it suggests to ask
+    POST /update_weights_from_disk                  new weights from a folder, if the server was started for that
+    POST /update_weights_from_tensor                new weights in the request, if the server was started for that
 
     minglm serve runs/toy --port 8000
     OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none").chat.completions.create(model="toy", messages=...)
@@ -13,25 +15,33 @@ requests leave the engine. Errors are OpenAI's error objects, also for bodies th
 unknown paths; a failure in one response ends that response only. `access.py` says who may use the server, and
 `listener.py` how it begins and ends.
 
-A large body must not hold up small ones. Few are read at a time, the others stay with their clients; one at a time is
-parsed and tokenized, in a thread, and the tokenizer lets the other threads run.
+A large body must not hold up small ones (`bodies.py`). Few are read at a time, the others stay with their clients; one at a
+time is parsed and tokenized, in a thread, and the tokenizer lets the other threads run. A body is freed when its answer is
+sent: in a cycle of references it would stay until a collection, which would then free many bodies while all others wait.
 
 Simplified: there is no encryption. The server listens on this machine only unless told otherwise; put a proxy in front
 of it.
 """
 
 import asyncio
+import base64
 import contextlib
-import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from minglm.common.mistakes import one_line
 from minglm.serve.access import Access, Gate
 from minglm.serve.anthropic_messages import MessagesFormat
-from minglm.serve.engine_thread import EngineThread, SteppedEngine, Stopping
+from minglm.serve.bodies import LARGE_BODY, ClientGone, check_type, parse_body, read_body
+from minglm.serve.engine_thread import EngineThread, SteppedEngine, Stopping, TokenStream
 from minglm.serve.errors import APIError, as_api_error
 from minglm.serve.examples import examples
+from minglm.serve.fields import refuse_unknown
 from minglm.serve.formats import APIFormat, OpenAIFormat, as_json, error_response
 from minglm.serve.metrics import Metrics
 from minglm.serve.openai_responses import ResponsesFormat
@@ -45,22 +55,14 @@ if TYPE_CHECKING:  # starlette is an optional package, imported where it is used
     from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
 
-BODY_SECONDS = 60  # a body must arrive within this time
-DRAIN_FACTOR = 8  # read a body up to this many times the limit before closing the connection
-LARGE_BODY = 64 << 10
-"""Bytes of a body from which it needs a place."""
 LARGE_PLACES = 4
 """Large bodies that are in memory at once."""
+MAX_WEIGHT_BYTES = 4 << 30
+"""The largest body with weights; a matrix travels whole."""
 CLIENT_GONE = 499  # nginx's status for a client that disconnected
-CLOSE = {"connection": "close"}
-"""Sent with an error after which the client may still be sending."""
 
 T = TypeVar("T")
 JSONObject = dict[str, Any]
-
-
-class ClientGone(Exception):
-    """The client has closed the connection."""
 
 
 async def unless(ended: Awaitable[Any], work: Coroutine[Any, Any, T], error: Exception) -> T:
@@ -76,6 +78,12 @@ async def unless(ended: Awaitable[Any], work: Coroutine[Any, Any, T], error: Exc
         working.cancel()
         ending.cancel()
         await asyncio.gather(working, ending, return_exceptions=True)
+        # An error that `working` ended with knows this frame, and so would keep itself and all that it has passed.
+        del working, ending
+
+
+async def _nothing() -> None:
+    """Wait for no place: the body is small."""
 
 
 async def disconnected(receive: "Receive") -> None:
@@ -84,56 +92,16 @@ async def disconnected(receive: "Receive") -> None:
         pass
 
 
-async def read_body(
-    request: "Request", max_bytes: int, take_place: Callable[[], Awaitable[object]]
-) -> bytes:
-    """Return the bytes of a body. take_place: awaited before more than `LARGE_BODY` bytes are kept.
-
-    A body that is too large is read on for a while, so that the client receives the error.
-    """
-    from starlette.requests import ClientDisconnect
-
-    chunks: list[bytes] = []
-    size = 0
-    large = False
+def format_of(body: Any, path: str, served: ServedModel) -> APIFormat:
+    """Return a parsed body in the words of the API that its path belongs to, checked. Raises `APIError`."""
     try:
-        async with asyncio.timeout(BODY_SECONDS) as limit:
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > LARGE_BODY and not large:
-                    large = True
-                    limit.reschedule(None)  # it is not the client that takes its time
-                    await take_place()
-                    limit.reschedule(asyncio.get_running_loop().time() + BODY_SECONDS)
-                if size <= max_bytes:
-                    chunks.append(chunk)
-                    continue
-                chunks.clear()
-                if size > DRAIN_FACTOR * max_bytes:
-                    break
-    except ClientDisconnect:
-        raise ClientGone from None
-    except TimeoutError:
-        message = f"the body did not arrive within {BODY_SECONDS} seconds"
-        raise APIError(message, status=408, headers=CLOSE) from None
-    if size > max_bytes:
-        message = f"the body is larger than {max_bytes} bytes"
-        raise APIError(message, status=413, code="request_too_large", headers=CLOSE)
-    return b"".join(chunks)
-
-
-def parse_body(body: bytes) -> Any:
-    """Parse a JSON body; refuse NaN and infinity, which Python would read. Raises `APIError`."""
-    try:
-        return json.loads(body, parse_constant=_no_constant)
+        if path.endswith("/v1/responses"):
+            return ResponsesFormat(body, served)
+        if "/v1/messages" in path:
+            return MessagesFormat(body, served, needs_limit=not path.endswith("/count_tokens"))
+        return OpenAIFormat(body, served, chat=path.endswith("/chat/completions"))
     except RecursionError:
         raise APIError("the body is nested too deeply") from None
-    except ValueError as error:
-        raise APIError(f"the body is not JSON: {error}") from None
-
-
-def _no_constant(word: str) -> float:
-    raise ValueError(f"{word} is not a JSON number")
 
 
 class EventStreamResponse:
@@ -179,6 +147,8 @@ class Service:
     """The endpoints of the server, around one engine.
 
     max_open_requests: choices that may be open; more are refused with status 429. max_body_bytes: the largest body.
+    load_weights(path): reads other weights; raises ValueError or OSError. take_weights(tensors): uses some other tensors;
+    raises RuntimeError. None: the weights stay.
     """
 
     def __init__(
@@ -188,8 +158,12 @@ class Service:
         access: Access,
         max_open_requests: int = 320,
         max_body_bytes: int = 8 << 20,
+        load_weights: Callable[[str], None] | None = None,
+        take_weights: Callable[[Mapping[str, Tensor]], None] | None = None,
     ) -> None:
         self.served = served
+        self.load_weights = load_weights
+        self.take_weights = take_weights
         self.access = access
         self.max_body_bytes = max_body_bytes
         self.large_places = asyncio.Semaphore(LARGE_PLACES)
@@ -212,7 +186,11 @@ class Service:
         thread = self.engine_thread
         answer_format = await self.accepted(request)
         job = answer_format.job
-        stream = AnswerStream(thread, job, self.served.tokenizer, self.metrics, started)
+        try:
+            tokens = TokenStream(thread, job.requests)
+        except ValueError as error:
+            raise APIError(str(error)) from None
+        stream = AnswerStream(tokens, job, self.served.tokenizer, self.metrics, started)
         if job.stream:
             return EventStreamResponse(answer_format, stream, self.metrics)
         try:
@@ -241,8 +219,6 @@ class Service:
 
     async def _read(self, request: "Request") -> APIFormat:
         """Read a request, and tokenize its prompt in a thread."""
-        from anyio.to_thread import run_sync
-
         async with contextlib.AsyncExitStack() as held:
             body = await read_body(
                 request,
@@ -251,25 +227,13 @@ class Service:
             )
             path = request.url.path
             if len(body) <= LARGE_BODY:
-                return await run_sync(self.accept, body, path)
+                return await asyncio.to_thread(self.accept, body, path)
             async with self.one_large:
-                return await run_sync(self.accept, body, path)
+                return await asyncio.to_thread(self.accept, body, path)
 
     def accept(self, body: bytes, path: str) -> APIFormat:
         """Return a body in the words of its API, checked. Raises `APIError`."""
-        try:
-            parsed = parse_body(body)
-            answer_format: APIFormat
-            if path == "/v1/responses":
-                answer_format = ResponsesFormat(parsed, self.served)
-            elif path.startswith("/v1/messages"):
-                needs_limit = not path.endswith("/count_tokens")
-                answer_format = MessagesFormat(parsed, self.served, needs_limit)
-            else:
-                chat = path.endswith("/chat/completions")
-                answer_format = OpenAIFormat(parsed, self.served, chat)
-        except RecursionError:
-            raise APIError("the body is nested too deeply") from None
+        answer_format = format_of(parse_body(body), path, self.served)
         job = answer_format.job
         try:
             # All requests of a job have the same grammar; it may take a while to compile.
@@ -298,6 +262,48 @@ class Service:
             message = f"there is no such model; {self.served.name!r} is served"
             raise APIError(message, "model", 404, "model_not_found")
         return self.model_entry()
+
+    async def update_weights(self, request: "Request") -> JSONObject:
+        """Answer once the engine has the weights of a folder, in SGLang's words; open requests continue with them."""
+        if self.load_weights is None:
+            raise APIError(
+                "this server keeps its weights; start it with --weights-from FOLDER", status=403
+            )
+        check_type(request.headers.get("content-type", ""))
+        body = parse_body(await read_body(request, LARGE_BODY, _nothing))
+        refuse_unknown(body, {"model_path", "weight_version"})
+        path = body.get("model_path")
+        if not isinstance(path, str):
+            raise APIError("model_path must be a folder", "model_path")
+        try:
+            await asyncio.to_thread(self.load_weights, path)
+        except (ValueError, OSError, RuntimeError) as error:
+            return {"success": False, "message": one_line(str(error))}
+        return {"success": True, "message": "the weights were read"}
+
+    async def take_tensors(self, request: "Request") -> JSONObject:
+        """Answer once the engine has the tensors of the body, a safetensors file in base64, in SGLang's words."""
+        if self.take_weights is None:
+            raise APIError(
+                "this server keeps its weights; start it with --accept-weights", status=403
+            )
+        check_type(request.headers.get("content-type", ""))
+        body = parse_body(await read_body(request, MAX_WEIGHT_BYTES, _nothing))
+        fields = {"serialized_named_tensors", "load_format", "flush_cache", "weight_version"}
+        refuse_unknown(body, fields)
+        if body.get("load_format") != "safetensors":
+            raise APIError("load_format must be safetensors", "load_format")
+        try:
+            (text,) = body["serialized_named_tensors"]
+            tensors = safetensors.torch.load(base64.b64decode(text, validate=True))
+        except (LookupError, TypeError, ValueError, SafetensorError) as error:
+            message = f"serialized_named_tensors must be one safetensors file in base64: {error}"
+            raise APIError(one_line(message), "serialized_named_tensors") from None
+        try:
+            await asyncio.to_thread(self.take_weights, tensors)
+        except RuntimeError as error:
+            return {"success": False, "message": one_line(str(error))}
+        return {"success": True, "message": f"{len(tensors)} tensors were read"}
 
     async def health(self, request: "Request") -> JSONObject:
         """Answer whether the engine's thread is running."""
@@ -350,9 +356,9 @@ class Service:
                 result = Response()
                 status = CLIENT_GONE
             except Exception as exception:
-                error = as_api_error(exception)
-                result = error_response(error, request.url.path)
-                status = error.status
+                # No name is left for the error: it knows this frame, and would keep the body until a collection.
+                result = error_response(as_api_error(exception), request.url.path)
+                status = result.status_code
             if not isinstance(result, EventStreamResponse):  # it counts itself when it ends
                 self._count(request, status)
             if not isinstance(result, dict):
@@ -375,25 +381,12 @@ class Service:
         return error_response(error, request.url.path)
 
 
-def check_type(content_type: str) -> None:
-    """Raise `APIError` 415 for a body that is not announced as JSON.
-
-    Another page may send any text without asking, but a type that is JSON only after the server has allowed it.
-    """
-    kind = content_type.partition(";")[0].strip().lower()
-    if kind != "application/json":
-        message = (
-            f"the content type is {kind!r:.80}; send the header Content-Type: application/json"
-        )
-        raise APIError(message, status=415, code="unsupported_media_type")
-
-
 def create_app(
-    engine: SteppedEngine, served: ServedModel, access: Access | None = None, **limits: int
+    engine: SteppedEngine, served: ServedModel, access: Access | None = None, **options: Any
 ) -> "Starlette":
     """Return the ASGI application around an engine.
 
-    access: who may use it; None: this machine. limits: of `Service`, which is `app.state.service`.
+    access: who may use it; None: this machine. options: of `Service`, which is `app.state.service`.
     """
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
@@ -402,7 +395,7 @@ def create_app(
     from starlette.routing import Route
 
     access = access or Access()
-    service = Service(engine, served, access, **limits)
+    service = Service(engine, served, access, **options)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -418,6 +411,8 @@ def create_app(
         ("POST", "/v1/messages/count_tokens", service.count_tokens, True),
         ("GET", "/v1/models", service.models, True),
         ("GET", "/v1/models/{name:path}", service.model, True),
+        ("POST", "/update_weights_from_disk", service.update_weights, True),
+        ("POST", "/update_weights_from_tensor", service.take_tensors, True),
         ("GET", "/metrics", service.prometheus, True),
         ("GET", "/health", service.health, False),
         ("GET", "/", service.page, False),

@@ -25,6 +25,8 @@ class APIFormat(Protocol):
     """One request in the words of its API."""
 
     job: Job
+    chat: JSONObject
+    """The request in the words of chat completions."""
 
     async def whole(self, stream: AnswerStream) -> JSONObject:
         """Return the object of a response that is not streamed."""
@@ -68,6 +70,7 @@ class OpenAIFormat:
     def __init__(self, body: Any, served: ServedModel, chat: bool) -> None:
         self.served = served
         self.job = chat_job(body, served) if chat else text_job(body, served)
+        self.chat: JSONObject = body
 
     async def whole(self, stream: AnswerStream) -> JSONObject:
         """Return the object of a response that is not streamed."""

@@ -104,20 +104,17 @@ def turn_grammar(
     answer: str | None,
     tools: Sequence[JSONObject],
     several: bool,
-    budget: int | None = None,
 ) -> str:
     """Return the grammar of an assistant's turn after the generation prompt.
 
-    budget: most tokens of reasoning. answer: the rule of the content, None for any text. tools: those that may be called, more than once if `several`.
+    answer: the rule of the content, None for any text. tools: those that may be called, more than once if `several`.
     Raises ValueError for a strict tool that cannot be enforced.
     """
     rules = Rules(special, dialect.line)
     head = ""
     if thinking:
-        limit = "" if budget is None else f"[max_tokens={budget}]"
-        rules.add(f"thought{limit}", TEXT)
         opening = "" if dialect.opens else f"{rules.new_line} {rules.tag('<think>')}"
-        head = rules.add("reasoning", opening, "thought", rules.tag("</think>"))
+        head = rules.add("reasoning", opening, "TEXT", rules.tag("</think>"))
     if answer is None:
         said = rules.add("content", "TEXT", rules.tag("<|user|>"))
     else:

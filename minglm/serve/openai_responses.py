@@ -291,9 +291,10 @@ def _tools(tools: Any, choice: Any) -> JSONObject:
         where = f"tools[{i}]"
         if not isinstance(tool, dict) or tool.get("type") != "function":
             raise APIError(f"{where}: only tools of type function can be called", where)
-        known = {"type", "name", "description", "parameters", "strict"}
-        refuse_unknown(tool, known, where)
-        function = {name: tool[name] for name in known - {"type"} if tool.get(name) is not None}
+        # In this order: the prompt shows the object as it is here. strict = False asks for nothing.
+        known = ("name", "description", "parameters", "strict")
+        refuse_unknown(tool, {"type", *known}, where)
+        function = {name: tool[name] for name in known if tool.get(name) not in (None, False)}
         functions.append({"type": "function", "function": function})
     chat: JSONObject = {"tools": functions or None, "tool_choice": choice}
     if isinstance(choice, dict):

@@ -12,6 +12,8 @@ sampled. A prompt of `/v1/completions` may be token ids. `stop` strings are matc
 against reasoning.
 
 The model has two settings of thinking, on and off. `reasoning_effort` none or minimal switches it off, any other on.
+`thinking` {type, budget_tokens} or `thinking_token_budget` bounds the tokens of reasoning; the engine closes a thought
+that has had as many (`minglm.inference.thinking`), and `forced_places` tells an agent where.
 
 A forced call (`tool_choice` required, or a named function) is started in the prompt, after empty reasoning, and a grammar
 on the logits completes it; so it does what `response_format` asks for, and calls of strict tools (`grammars.py`).
@@ -139,6 +141,8 @@ class Thinking(NamedTuple):
     enabled: bool
     clear: bool
     """Drop the reasoning of older turns."""
+    budget: int | None
+    """Most tokens of reasoning; None: no bound."""
 
 
 class OfferedTools(NamedTuple):
@@ -190,11 +194,9 @@ def chat_job(body: Any, served: ServedModel) -> Job:
     max_new_tokens = _integer(body, limit_field, served.max_model_len, 1)
     sampler["top_logprobs"] = logprobs or 0
     several = _typed(body, "parallel_tool_calls", bool, True)
-    budget = None
-    if body.get("thinking_token_budget") is not None and thinking:
-        budget = _integer(body, "thinking_token_budget", 0, 1)
-    form = _chat_grammar(_format(body), offered, thinking, several, budget, served)
+    form = _chat_grammar(_format(body), offered, thinking, several, served)
     sampler["grammar"] = form.rule
+    sampler["thinking_budget"] = switches.budget
     return Job(
         chat=True,
         requests=_requests([prompt.ids], max_new_tokens, sampler, body, served),
@@ -342,7 +344,6 @@ def _chat_grammar(
     offered: OfferedTools,
     thinking: bool,
     several: bool,
-    budget: int | None,
     served: ServedModel,
 ) -> Format:
     """Return the grammar of an assistant's turn as the rule, None if any turn will do, and the field that asks for it."""
@@ -353,10 +354,10 @@ def _chat_grammar(
         if offered.forced is not None:
             grammar = forced_call_grammar(special, dialect, offered.tools, offered.forced, several)
             return Format(grammar, "tools")
-        if form.rule is None and not strict and budget is None:
+        if form.rule is None and not strict:
             return form
         tools = offered.tools
-        grammar = turn_grammar(special, dialect, thinking, form.rule, tools, several, budget)
+        grammar = turn_grammar(special, dialect, thinking, form.rule, tools, several)
         return Format(grammar, form.asked_by or "tools")
     except ValueError as error:
         raise APIError(str(error), "tools") from None
@@ -531,6 +532,7 @@ def _thinking(body: JSONObject) -> Thinking:
     refuse_unknown(kwargs, known, "chat_template_kwargs")
     asked: list[tuple[str, Any]] = []  # (field, true or false)
     clear: list[tuple[str, Any]] = []
+    budgets = [("thinking_token_budget", body.get("thinking_token_budget"))]
     for source, where in ((kwargs, "chat_template_kwargs"), (body, "")):
         for name in ("enable_thinking", "thinking", "reasoning_effort", "clear_thinking"):
             value = source.get(name)
@@ -542,7 +544,8 @@ def _thinking(body: JSONObject) -> Thinking:
             elif name == "reasoning_effort":
                 asked.append((path, _effort(value, path)))
             elif name == "thinking" and isinstance(value, dict):
-                refuse_unknown(value, {"type", "clear_thinking"}, path)
+                refuse_unknown(value, {"type", "clear_thinking", "budget_tokens"}, path)
+                budgets.append((f"{path}.budget_tokens", value.get("budget_tokens")))
                 kind = value.get("type", "enabled")
                 if kind not in ("enabled", "disabled"):
                     raise APIError(f"{path}.type must be enabled or disabled", path)
@@ -557,7 +560,18 @@ def _thinking(body: JSONObject) -> Thinking:
         asked.append(("reasoning", _effort(reasoning["effort"], "reasoning")))
     if reasoning.get("enabled") is not None:
         asked.append(("reasoning", reasoning["enabled"]))
-    return Thinking(_agreed(asked, True), _agreed(clear, True))
+    return Thinking(_agreed(asked, True), _agreed(clear, True), _budget(budgets))
+
+
+def _budget(budgets: list[tuple[str, Any]]) -> int | None:
+    """Return the one budget of reasoning that all spellings give; None if there is none."""
+    given = [(path, value) for path, value in budgets if value is not None]
+    for path, value in given:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise APIError(f"{path} must be an integer of at least 0", path.partition(".")[0])
+        if value != given[0][1]:
+            raise APIError(f"{given[0][0]} and {path} disagree; give one", path.partition(".")[0])
+    return given[0][1] if given else None
 
 
 def _effort(value: Any, path: str) -> bool:

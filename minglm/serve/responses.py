@@ -147,4 +147,6 @@ def _end(job: Job, index: int, answer: Answer) -> JSONObject:
     if job.return_token_ids:
         end["prompt_token_ids"] = job.requests[index].prompt
         end["token_ids"] = answer.ids
+        if answer.forced:
+            end["forced_places"] = answer.forced
     return end

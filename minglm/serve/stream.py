@@ -16,15 +16,13 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from minglm.chat.parser import Delta as ParsedDelta
 from minglm.chat.parser import DeltaKind
 from minglm.chat.stream import StreamDecoder, TextDecoder
 from minglm.data.tokenizer import Tokenizer
 from minglm.inference.request import Event, FinishReason, PromptLogprob
-from minglm.serve.engine_thread import EngineThread, TokenStream
-from minglm.serve.errors import APIError
 from minglm.serve.metrics import Metrics
 from minglm.serve.requests import Job
 
@@ -109,8 +107,8 @@ class Offsets:
 class Answer:
     """One choice of a response while it grows. `finish_reason` is None until it has ended.
 
-    index: the number of the choice. ids: sampled so far. reasoning_tokens: those between `<think>` and `</think>`, the
-    closing tag included. format_error: the name of a format fault, or None.
+    index: the number of the choice. ids: its tokens so far. forced: places of those that were put in, not sampled.
+    reasoning_tokens: those between `<think>` and `</think>`, the closing tag included. format_error: the name of a format fault, or None.
     """
 
     def __init__(self, job: Job, tokenizer: Tokenizer, index: int = 0) -> None:
@@ -124,6 +122,7 @@ class Answer:
         )
         self.stop_strings = StopStrings(job.stop_strings)
         self.ids: list[int] = []
+        self.forced: list[int] = []
         self.calls = 0  # complete tool calls
         self.calls_begun = 0
         self.reasoning_tokens = 0
@@ -143,6 +142,8 @@ class Answer:
         if event.prompt_logprobs:
             self.prompt_logprobs = event.prompt_logprobs
         if event.token is not None:
+            if event.forced:
+                self.forced.append(len(self.ids))
             self.ids.append(event.token)
             self._count_reasoning(event.token)
             if self.job.logprobs is not None:
@@ -321,16 +322,32 @@ class AnswerStep(NamedTuple):
     deltas: list[Delta]
 
 
+class TokenSource(Protocol):
+    """The tokens of several requests: an async iterator of (number of the request, event)."""
+
+    def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
+        """Return the iterator."""
+        ...
+
+    def cancel(self, index: int) -> None:
+        """End one request."""
+        ...
+
+    def close(self) -> None:
+        """End all requests."""
+        ...
+
+
 class AnswerStream:
     """The choices of a `Job` as they grow: an async iterator of `AnswerStep`, one for each token.
 
-    Its requests are queued at once; raises `QueueFull` or `APIError`. It counts in `metrics`: the time to the first token
-    since `started` (`time.monotonic`), tokens, and how the choices ended. Close it, whatever happens.
+    It counts in `metrics`: the time to the first token since `started` (`time.monotonic`), tokens, and how the choices
+    ended. Close it, whatever happens; it closes the tokens that it reads.
     """
 
     def __init__(
         self,
-        engine_thread: EngineThread,
+        tokens: TokenSource,
         job: Job,
         tokenizer: Tokenizer,
         metrics: Metrics,
@@ -340,10 +357,7 @@ class AnswerStream:
         self.metrics = metrics
         self.started = started
         self.answers = [Answer(job, tokenizer, index) for index in range(len(job.requests))]
-        try:
-            self.tokens = TokenStream(engine_thread, job.requests)
-        except ValueError as error:
-            raise APIError(str(error)) from None
+        self.tokens = tokens
 
     async def __aiter__(self) -> AsyncIterator[AnswerStep]:
         first = True

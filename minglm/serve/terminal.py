@@ -16,7 +16,7 @@ from minglm.chat.stream import StreamDecoder
 from minglm.chat.template import render
 from minglm.data.tokenizer import Tokenizer
 from minglm.envs import ENVIRONMENTS
-from minglm.envs.retail import Shop
+from minglm.envs.worlds.retail import Shop
 from minglm.inference.engine import Engine
 from minglm.inference.request import Request
 from minglm.model.glm import GLM
@@ -42,6 +42,10 @@ class ChatSettings:
     """Of one assistant turn."""
     seed: int = 0
     """Decides every answer, and the orders in the shop."""
+    thinking_budget: int | None = None
+    """Most tokens of reasoning; None: no bound of its own."""
+    draft_tokens: int = 0
+    """Tokens that the MTP layer drafts for each pass of the model."""
     dialect: str = "glm-4.5"
     """Of the model's chat template."""
 
@@ -59,9 +63,9 @@ class Conversation:
         settings: ChatSettings | None = None,
         out: TextIO | None = None,
     ) -> None:
-        self.engine = Engine(model, tokenizer)
         self.tokenizer = tokenizer
         self.settings = settings or ChatSettings()
+        self.engine = Engine(model, tokenizer, draft_tokens=self.settings.draft_tokens)
         self.out = out
         self.thinking = True
         self.tools = False
@@ -125,7 +129,7 @@ class Conversation:
             if not message["tool_calls"] or message["error"]:
                 return
             for call in message["tool_calls"]:
-                result = self.shop.call(call["name"], call["arguments"]["order_id"])
+                result = self.shop.call(call["name"], call["arguments"])
                 self.say(f"{call['name']}({call['arguments']}) -> {result}")
                 self.messages.append({"role": "tool", "content": json.dumps(result)})
         self.say(f"[stopped after {MAX_CALLS} turns with calls]")
@@ -150,6 +154,7 @@ class Conversation:
             temperature=self.settings.temperature,
             top_p=self.settings.top_p,
             seed=self.settings.seed * 1000 + self.turns,
+            thinking_budget=self.settings.thinking_budget,
         )
         self.engine.generate([request], lambda _, token: printer.show(decoder.feed(token)))
         printer.show(decoder.flush())
@@ -212,6 +217,6 @@ def _examples(seed: int) -> str:
     """Return questions that a toy run can answer, one a line."""
     lines = []
     for name in ("arithmetic", "instructions"):
-        for task in ENVIRONMENTS[name].test_tasks(2, seed):
+        for task in ENVIRONMENTS[name].distinct_tasks(2, seed):
             lines.append(f"    {task.messages[-1]['content']}")
     return "\n".join(lines)

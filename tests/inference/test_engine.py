@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minglm.inference import Completion, Engine, Request
+from minglm.inference.kv_cache import BlockManager
 from minglm.inference.sampling import sample, uniforms
+from minglm.inference.scheduler import Scheduler, Sequence
 from minglm.testing.model import tiny_model
 from minglm.testing.strategies import numbers, seeds
 
@@ -128,6 +130,47 @@ def test_a_prompt_is_computed_once_and_a_shared_beginning_once():
     engine.sizes.clear()
     engine.generate([Request([*stem, *answer.tokens, 9], 1)])  # the next turn of a conversation
     assert engine.sizes == [2]
+
+
+@settings(max_examples=25)
+@given(
+    budget=st.integers(1, 12),
+    long=st.integers(1, 60),
+    short=st.lists(st.integers(1, 6), max_size=30),
+)
+def test_a_short_prompt_does_not_wait_for_all_of_a_long_one(budget, long, short):
+    """In each pass the oldest prompt gets half of the tokens or what it needs, and of the others the shortest go first.
+
+    In each pass one more prompt comes. No token of the pass is left unused.
+    """
+    scheduler = Scheduler(BlockManager(block_size=2), prefill_tokens=budget)
+    lengths = [long, *short]
+    # No two begin with the same block, which would be computed once.
+    texts = [[2 * number, 2 * number + 1] * length for number, length in enumerate(lengths)]
+    texts = [text[:length] for text, length in zip(texts, lengths)]
+    left: dict[int, int] = {}  # tokens to compute, by number
+    passes = 0
+    while left or texts:
+        if texts:
+            number = passes
+            text = texts.pop(0)
+            left[number] = len(text)
+            scheduler.add(Sequence(number, Request(text, 1), set(), 1000))
+        rows = scheduler.plan().rows
+        oldest = min(left)
+        used = {row.owners[0].number: row.end - row.start for row in rows}
+        assert sum(used.values()) == min(budget, sum(left.values()))
+        assert used[oldest] >= min(left[oldest], (budget + 1) // 2)
+        others = {number: size for number, size in left.items() if number != oldest}
+        unserved = [size for number, size in others.items() if used.get(number, 0) < size]
+        served = [size for number, size in others.items() if used.get(number, 0) == size]
+        assert not unserved or max(served, default=0) <= min(unserved)
+        for number, size in used.items():
+            left[number] -= size
+        left = {number: size for number, size in left.items() if size}
+        for sequence in list(scheduler.running):
+            scheduler.remove(sequence)
+        passes += 1
 
 
 def test_finished_rows_make_room():

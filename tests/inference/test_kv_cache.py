@@ -110,6 +110,33 @@ TestCache = Cache.TestCase
 TestCache.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
 
 
+@given(first=st.integers(1, 9), then=st.integers(1, 9))
+def test_a_prefix_may_be_matched_in_two_steps(first, then):
+    """A table that ends with a cached block takes the next ones when more of its text is known."""
+    blocks = BlockManager(SIZE, LIMIT)
+    text = list(range(9))
+    known = BlockTable()
+    blocks.extend(known, len(text))
+    blocks.cache_full_blocks(known, text)
+    table = BlockTable()
+    for end in (first, then):
+        blocks.match_prefix(table, text[:end])
+    # The last token is never taken.
+    assert table.length == (max(first, then) - 1) // SIZE * SIZE
+    assert table.blocks == known.blocks[: table.length // SIZE]
+
+
+@given(length=st.integers(1, 9))
+def test_what_is_not_written_is_not_copied(length):
+    """A table that shares all its blocks and grows by nothing keeps them."""
+    blocks = BlockManager(SIZE, LIMIT)
+    table = BlockTable()
+    blocks.extend(table, length)
+    twin = blocks.fork(table)
+    assert blocks.extend(twin, length) is None
+    assert twin.blocks == table.blocks
+
+
 @settings(max_examples=10)
 @given(seed=seeds, room=st.integers(5, 12), drafts=st.integers(0, 2))
 def test_preempted_answers_go_on_as_if_nothing_had_happened(seed, room, drafts):

@@ -1,11 +1,22 @@
 """Sampling: enumerated distributions, the nucleus, and random numbers that belong to the request."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.inference.sampling import cut, draw, sample, uniforms
+from minglm.inference.request import Request
+from minglm.inference.sampling import (
+    SamplerSettings,
+    cut,
+    draw,
+    prompt_scores,
+    sample,
+    sample_next,
+    uniforms,
+)
 from minglm.testing.inference import check_sampler
 from minglm.testing.strategies import numbers, seeds
 
@@ -102,6 +113,38 @@ def test_nucleus_is_the_smallest_set_with_the_mass(seed, rows, V, top_p):
         assert kept_V.sum() >= top_p - 1e-5  # float32 sums to one
         assert kept_V.sum() - kept_V[inside].min() < top_p + 1e-5 or inside.sum() == 1
         assert inside.all() or p_V[~inside].max() <= p_V[inside].min()
+
+
+@given(seed=seeds, S=st.integers(1, 5), V=st.integers(3, 9), count=st.integers(0, 3))
+def test_scores_of_a_prompt_by_definition(seed, S, V, count):
+    """The log-softmax of each target, its rank among all tokens, and the most likely tokens with theirs."""
+    logits_SV = torch.randn(S, V, generator=numbers(seed))
+    targets = torch.randint(V, (S,), generator=numbers(seed + 1)).tolist()
+    found = prompt_scores(logits_SV, targets, count)
+    assert len(found) == S
+    for logits_V, target, score in zip(logits_SV, targets, found):
+        logp_V = logits_V.log_softmax(0)
+        assert score.token == target
+        assert score.logprob == pytest.approx(logp_V[target].item(), abs=1e-5)
+        assert score.rank == 1 + sum(value > logp_V[target] for value in logp_V)
+        likely = logp_V.sort(descending=True).indices[:count].tolist()
+        assert [token for token, _ in score.top] == likely
+        expected = logp_V[likely].tolist()
+        assert [logprob for _, logprob in score.top] == pytest.approx(expected, abs=1e-5)
+    assert prompt_scores(logits_SV[:0], [], count) == []
+
+
+@given(seed=seeds, counts=st.lists(st.integers(0, 3), min_size=1, max_size=4))
+def test_each_request_gets_the_log_probabilities_it_asked_for(seed, counts):
+    """As many of the most likely tokens of its row, whatever the others of the batch asked for."""
+    logits_BV = torch.randn(len(counts), 7, generator=numbers(seed))
+    rows = [SimpleNamespace(request=Request([1], top_logprobs=n), rules=None) for n in counts]
+    batch = SamplerSettings(rows, logits_BV.device)
+    with torch.inference_mode():  # as the engine does, so that the kernel in C may be chosen
+        found = sample_next(logits_BV, batch, torch.zeros(len(counts), dtype=torch.long))
+    order = logits_BV.sort(descending=True).indices.tolist()
+    for count, likely, top in zip(counts, order, found.top_logprobs, strict=True):
+        assert [token for token, _ in top] == likely[:count]
 
 
 def test_cuts_at_their_bounds():

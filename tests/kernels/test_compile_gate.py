@@ -1,4 +1,7 @@
-"""Every Triton kernel, in every default configuration, compiles for an H100 inside its budget; no GPU is needed."""
+"""Every Triton kernel, in every default configuration, compiles for an H100 inside its budget; no GPU is needed.
+
+Most of it takes minutes, and is left out of the default run; `.ci/run` makes it.
+"""
 
 import pytest
 
@@ -8,7 +11,7 @@ from minglm.kernels.toolchain.compile_check import compile_modules, faults, modu
 PARTS = [modules()[start::4] for start in range(4)]
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: ", ".join(part))
 def test_kernels_keep_their_budgets(part):
     """Nothing spilled, shared memory and registers within a block's, products by warp groups."""
@@ -20,7 +23,7 @@ def test_kernels_keep_their_budgets(part):
     assert not {name: found for name, found in broken.items() if found}
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_each_budget_can_be_broken():
     """The good kernel passes, and each of its overweight twins fails for its own reason."""
     found = {

@@ -13,9 +13,8 @@ from minglm.inference import Engine, Request, cpu_decoder
 from minglm.inference.cpu_decoder import CpuDecoder
 from minglm.inference.fp8_experts import Fp8Decoder
 from minglm.inference.kv_cache import BlockTable
-from minglm.inference.pages import PagedCache, decoder_for
+from minglm.inference.pages import PagedCache, TableSpan, decoder_for
 from minglm.inference.sampling import Purpose, cut, sample, uniforms
-from minglm.inference.speculative import MTPSpan
 from minglm.kernels import dispatch
 from minglm.kernels.cpu import build
 from minglm.kernels.cpu import newton_schulz as c_newton_schulz
@@ -84,13 +83,12 @@ def passes(seed, texts, size, largest):
         rows = []
         for i, length in enumerate(lengths):
             if step := min(draw.randint(0, largest), length - at[i]):
-                rows.append(MTPSpan(tables[i], at[i], at[i] + step))
+                rows.append(TableSpan(tables[i], at[i], at[i] + step))
                 at[i] += step
         if rows:
             yield sorted(rows, key=lambda row: row.stop - row.start)
 
 
-@settings(max_examples=40)
 @given(
     model=models(),
     seed=seeds,
@@ -117,7 +115,9 @@ def test_a_pass_is_that_of_the_model(model, seed, texts, size, threads):
                 pages.begin([], 1 + max(block for row in rows for block in row.table.blocks))
                 states, logits = pages.trunk(rows, tokens, wanted)
                 after = [
-                    MTPSpan(row.table, max(1, row.start), row.stop) for row in rows if row.stop > 1
+                    TableSpan(row.table, max(1, row.start), row.stop)
+                    for row in rows
+                    if row.stop > 1
                 ]
                 n = sum(row.stop - row.start for row in after)
                 if n:
@@ -307,6 +307,7 @@ def test_the_engine_draws_the_same_with_and_without(seed):
     assert names == ["c", "torch", "torch"]
 
 
+@pytest.mark.ci
 def test_without_a_compiler_pytorch_is_used(monkeypatch, capsys, tmp_path):
     """No compiler, or one that fails: said in one line, and answers as before. A second process finds the library."""
     request = Request([1, 2, 3], 4, temperature=0.0)

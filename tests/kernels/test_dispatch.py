@@ -134,7 +134,7 @@ def test_the_verb_prints_every_operation(monkeypatch, capsys):
     assert "fused              runs (training, float32; training, bfloat16)" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_everything_runs_without_the_c_folder(tmp_path):
     """A copy of the package without kernels/cpu generates and takes a Muon step, as the package does with PyTorch."""
     copy = tmp_path / "minglm"

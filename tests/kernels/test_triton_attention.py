@@ -347,6 +347,7 @@ check(out[0, 0, -12:], weights @ tile.double())
 """
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("program", [ROWS, PAGES], ids=["rows", "pages"])
 def test_offsets_beyond_32_bits(program):
     """The last of 180,000 positions of 96 heads, and the last of 70,000 blocks, lie past 2^31 elements; found."""

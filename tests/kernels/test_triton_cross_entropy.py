@@ -261,6 +261,7 @@ assert (out[-16:, -256:] - exact).abs().max() < 0.01 * exact.abs().max()
 """
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("program", [HEAD, GRADIENT], ids=["head", "gradient"])
 def test_offsets_beyond_32_bits(program):
     """A head of 450,000 words of 5,120, and the gradient of 20,000 tokens by GLM-4.5's 151,552 words, pass 2^31."""

@@ -204,6 +204,7 @@ check(z[-1:, -512:], y[-1:].double() @ v[0, -512:].double().T)
 """
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("program", [READ, WRITE, ROWS], ids=["read", "write", "rows"])
 def test_offsets_beyond_32_bits(program):
     """The last of 280 of GLM-4.5's experts, and the last of 450,000 rows, lie past 2^31 elements; they are found."""

@@ -182,6 +182,7 @@ assert torch.equal(q[-1, -128:].float(), exact[0].float()) and scale[-1, -1] == 
 """
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("program", [MATRIX, ROWS], ids=["matrix", "rows"])
 def test_offsets_beyond_32_bits(program):
     """The last of 280 of GLM-4.5's experts, and the last of 450,000 rows, lie past 2^31 elements."""

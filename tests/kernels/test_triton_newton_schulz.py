@@ -107,6 +107,7 @@ def test_a_tile_that_is_not_mirrored_is_found(monkeypatch):
         compare(0, 1, 33, 8, torch.float32, False)
 
 
+@pytest.mark.ci
 def test_offsets_beyond_32_bits():
     """The last of 280 matrices of 1536 x 5120 lies past 2^31 elements, and so does the last of 1,000 results."""
     program = (

@@ -77,6 +77,7 @@ def test_only_the_stream_is_used():
     )
 
 
+@pytest.mark.ci
 def test_rows_beyond_32_bits():
     """At 450,000 tokens of GLM-4.5's width the last row lies past 2^31 elements, and is still the one normed."""
     program = (

@@ -100,6 +100,7 @@ def test_plain_form_is_the_model(seed, normed):
         torch.testing.assert_close(ours, rotate(x, cos, sin), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.ci
 def test_rows_beyond_32_bits():
     """At 176,000 tokens of 96 heads the last head lies past 2^31 elements, and is still the one that is turned."""
     program = (

@@ -96,6 +96,7 @@ def test_sort_in_blocks(monkeypatch, T, E, skew):
     compare_sort(T, 5, E, skew, 0)
 
 
+@pytest.mark.ci
 def test_scores_beyond_32_bits():
     """With 14 million tokens the last token's 160 scores lie past 2^31; it is still the one that is routed."""
     program = (

@@ -130,6 +130,14 @@ def test_sequence_loss_pushes_down_the_busy(seed, S, E):
     assert not torch.autograd.grad(nothing, scores_TE)[0].any()
 
 
+@given(logits=st.lists(st.floats(-110, -30, width=32), min_size=4, max_size=4))
+def test_tiny_scores_cost_no_less_than_zero(logits):
+    """Scores that float32 hardly holds, and those that it holds as 0, have shares from 0 to 1."""
+    scores_TE = torch.tensor([logits]).sigmoid()
+    experts_TK = select_experts(scores_TE, torch.zeros(4), 2)
+    assert 0 <= sequence_loss(scores_TE, experts_TK, 1) <= 2  # E / K
+
+
 def test_the_bias_balances_a_router_that_prefers_one_expert():
     """Scores that would send every token to two of eight experts: a few hundred steps spread the load evenly."""
     E = 8

@@ -5,7 +5,7 @@ import pickle
 
 import torch
 from helpers.tiny import changed, drawn_batch, gradients
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minglm.data.packing import Batch
@@ -92,6 +92,7 @@ def without_mtp(model):
     return trunk
 
 
+@settings(max_examples=10)  # each builds models and goes backward through them
 @given(seed=seeds, shape=rows, packed=st.booleans())
 def test_weight_zero_is_a_model_without_the_layer(seed, shape, packed):
     """At weight 0 loss, gradients and loads of the trunk are those of a model that has no MTP layer."""
@@ -106,6 +107,7 @@ def test_weight_zero_is_a_model_without_the_layer(seed, shape, packed):
     assert not any(found[name].any() for name in found.keys() - expected.keys())
 
 
+@settings(max_examples=10)  # each builds models and goes backward through them
 @given(seed=seeds, shape=rows, packed=st.booleans())
 def test_gradient_is_linear_in_the_weight(seed, shape, packed):
     """Twice the weight moves every gradient twice as far from that of weight 0, the trunk's too: the signal arrives."""

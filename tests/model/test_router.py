@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.config import ModelConfig
-from minglm.kernels.router.eager import group_by_expert
+from minglm.kernels.router.eager import group_by_expert, route
 from minglm.model.glm import GLM
-from minglm.model.router import Router, combine_weights, select_experts
+from minglm.model.router import Router, combine_weights, replaced_choices, select_experts
 from minglm.testing.model import check_router, normal, tiny_model
 from minglm.testing.strategies import numbers, seeds
 
@@ -212,3 +212,50 @@ def test_a_model_on_the_meta_device_gets_its_bias_with_the_rest():
         model = GLM(tiny_model(3).config)
     model.to_empty(device="cpu")
     assert all(router.e_score_correction_bias.device.type == "cpu" for router in model.routers())
+
+
+@given(seed=seeds, tokens=st.integers(1, 5), free=st.integers(0, 2))
+def test_imposed_experts_get_the_weights_of_their_own_scores(seed, tokens, free):
+    """A row of imposed experts is taken as it stands and weighed by the router's scores; a row with -1 is left alone.
+
+    The replaced choices are counted against sets, in plain Python.
+    """
+    config = tiny_model(3).config
+    router = Router(config)
+    torch.nn.init.normal_(router.weight, generator=numbers(seed))
+    routes = router(normal(seed, tokens, config.hidden_size))
+    K = config.num_experts_per_tok
+    imposed_TK = normal(seed + 1, tokens, config.n_routed_experts).argsort(1)[:, :K]
+    imposed_TK[:free, -1] = -1  # in one place of the row is enough
+    found = router.impose(routes, imposed_TK)
+
+    replaced = 0
+    for t in range(tokens):
+        own = routes.experts_TK[t].tolist()
+        if t < free:
+            assert found.experts_TK[t].tolist() == own
+            torch.testing.assert_close(found.weights_TK[t], routes.weights_TK[t])
+            replaced += len(set(imposed_TK[t, :-1].tolist()) - set(own))
+            continue
+        taken = imposed_TK[t].tolist()
+        assert found.experts_TK[t].tolist() == taken
+        scores_K = routes.scores_TE[t, taken]
+        weights_K = scores_K / scores_K.sum() * config.routed_scaling_factor
+        torch.testing.assert_close(found.weights_TK[t], weights_K)  # the order of a sum
+        replaced += len(set(taken) - set(own))
+    assert replaced_choices(routes.experts_TK, imposed_TK) == replaced
+
+
+@given(seed=seeds)
+def test_weights_are_shares_unless_something_else_is_said(seed):
+    """Without further arguments the weights of a token add up to 1."""
+    logits_TE = normal(seed, 4, 8)
+    routes = route(logits_TE, torch.zeros(8), 3)
+    torch.testing.assert_close(routes.weights_TK.sum(1), torch.ones(4))
+
+
+@given(logits=st.lists(st.floats(-110, -30, width=32), min_size=4, max_size=4))
+def test_weights_of_tiny_scores_are_no_less_than_zero(logits):
+    """Scores that float32 hardly holds, and those that it holds as 0, still get weights from 0 to 1."""
+    routes = route(torch.tensor([logits]), torch.zeros(4), top_k=2)
+    assert (routes.weights_TK >= 0).all() and (routes.weights_TK <= 1).all()

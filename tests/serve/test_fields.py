@@ -174,7 +174,10 @@ def test_every_spelling_of_the_thinking_switch(switch):
     "body",
     [
         {"chat_template_kwargs": {"tools_in_user_message": True}},
-        {"thinking": {"type": "enabled", "budget_tokens": 5}},
+        {"thinking": {"type": "enabled", "budget_tokens": -5}},
+        {"thinking": {"type": "enabled", "budget_tokens": 5}, "thinking_token_budget": 6},
+        {"thinking": {"type": "enabled", "level": 5}},
+        {"thinking_token_budget": "many"},
         {"reasoning_effort": "huge"},
         {"reasoning": {"max_tokens": 5}},
         {"stream_options": {"continuous_usage_stats": True}},

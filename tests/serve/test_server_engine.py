@@ -129,7 +129,14 @@ def test_a_released_checkpoint_is_served(tmp_path, capsys):
     request = Request(TOKENIZER.encode("Once"), 5, seed=1)
     same = [Engine(one, tokenizer).generate([request])[0].tokens for one in (model, found)]
     assert same[0] == same[1]
-    assert main(["serve", str(tmp_path / "glm"), "--dry-run", "--device", "cpu"]) == 0
+    words = ["serve", str(tmp_path / "glm"), "--dry-run", "--device", "cpu"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert main([*words, "--draft-tokens", "2"]) == 0
+    assert capsys.readouterr().out == said
+    assert main([*words, "--draft-tokens", "17"]) == 2
+    assert "--draft-tokens" in capsys.readouterr().err
+    assert main(words) == 0
     assert capsys.readouterr().out == "glm, template glm-4.7, up to 256 tokens\n"
 
 

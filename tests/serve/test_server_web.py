@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import gc
 import ipaddress
 import json
 import os
@@ -12,9 +13,11 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
 import anthropic
 import httpx
@@ -31,7 +34,7 @@ from hypothesis import strategies as st
 from minglm.__main__ import main
 from minglm.inference.request import Event
 from minglm.serve import app as app_module
-from minglm.serve import listener
+from minglm.serve import bodies, listener
 from minglm.serve.access import Access
 from minglm.serve.blocks import BlockKind, BlockReader, Happening, blocks_of
 from minglm.serve.errors import APIError
@@ -394,9 +397,90 @@ def test_a_small_request_beside_large_ones():
     assert len(waits) > 3 and max(waits) < max(0.5, took / 4), (took, waits)
 
 
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text('a"\\[{猫\U0001f408', max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text('"\\[{', max_size=3), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+"""JSON values with the marks of strings, lists and objects inside strings too."""
+
+
+def parts(value):
+    """Count the strings, lists and objects of a value."""
+    if isinstance(value, dict):
+        return 1 + len(value) + sum(parts(one) for one in value.values())
+    if isinstance(value, list):
+        return 1 + sum(parts(one) for one in value)
+    return int(isinstance(value, str))
+
+
+@given(
+    value=VALUES,
+    plain=st.booleans(),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32-le"]),
+    spare=st.integers(-1, 1),
+)
+def test_a_body_is_refused_for_its_parts_before_it_is_parsed(value, plain, encoding, spare):
+    """Exactly if it has more strings, lists and objects than allowed, in any encoding; else it is what was sent."""
+    body = json.dumps(value, ensure_ascii=plain).encode(encoding)
+    loads = Mock(wraps=json.loads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bodies, "MAX_PARTS", parts(value) + spare)
+        patch.setattr(bodies.json, "loads", loads)
+        if spare >= 0:
+            assert bodies.parse_body(body) == value
+            return
+        with pytest.raises(APIError) as refused:
+            bodies.parse_body(body)
+    assert refused.value.status == 413
+    assert not loads.called
+
+
+class Watched(dict):
+    """A parsed body that can be watched by a weak reference."""
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"prompt": [{}]}, 400),
+        ({"prompt": "a" * 5000}, 400),
+        ({"messages": [{"role": "stranger", "content": "a"}]}, 400),
+        ({"prompt": "hi", "max_tokens": 1}, 200),
+        ({"messages": HI, "response_format": {"type": "json_schema", "json_schema": 1}}, 400),
+    ],
+    ids=["type", "length", "role", "answered", "format"],
+)
+def test_a_body_is_freed_when_it_is_answered(body, status, shop, monkeypatch):
+    """Nothing keeps it until the next collection: that would free the bodies of a minute while all others wait."""
+    http, _ = shop
+    seen = []
+
+    def watched(sent):
+        parsed = Watched(bodies.parse_body(sent))
+        seen.append(weakref.ref(parsed))
+        return parsed
+
+    monkeypatch.setattr(app_module, "parse_body", watched)
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        path = CHAT if "messages" in body else "/v1/completions"
+        assert http.post(path, json=body).status_code == status
+        assert len(seen) == 1
+        assert settled(lambda: seen[0]() is None)
+    finally:
+        if collects:
+            gc.enable()
+
+
 def test_large_bodies_wait_outside_memory(monkeypatch):
     """Only some are read at a time; the others are answered after them."""
-    monkeypatch.setattr(app_module, "LARGE_BODY", 1000)
+    for module in (app_module, bodies):
+        monkeypatch.setattr(module, "LARGE_BODY", 1000)
     inside = 0
     most = 0
     taken = app_module.Service.accept
@@ -441,7 +525,9 @@ HEALTH = b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
 )
 def test_half_a_head_is_hung_up_on(sent, monkeypatch):
     """A client that does not finish the head of its request is cut off, and one that was refused with its body due."""
-    monkeypatch.setattr(listener, "HEAD_SECONDS", 0.4)
+    monkeypatch.setattr(
+        listener, "HEAD_SECONDS", 1.0
+    )  # longer than a busy machine takes to send the bytes below
     with running(Script(script)) as (http, _, _):
         connection = raw(http)
         for byte in sent:  # as slowly as it likes

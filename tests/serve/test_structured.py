@@ -84,7 +84,39 @@ def test_json_schema(noise, fields, seed, thinking):
     assert choice["finish_reason"] == "stop" and "format_error" not in choice
     jsonschema.validate(json.loads(choice["message"]["content"]), schema)
     reasoning = found["usage"]["completion_tokens_details"]["reasoning_tokens"]
-    assert reasoning <= (7 if thinking else 0)  # the budget and the two tags
+    # the budget, the two tags, and three bytes to complete a character
+    assert reasoning <= (10 if thinking else 0)
+
+
+@pytest.mark.parametrize("spelling", ["openai", "zai", "anthropic"])
+def test_a_budget_of_reasoning(noise, spelling):
+    """The thought ends where its budget does, in each spelling; an agent is told which token was not sampled."""
+    http, _ = noise
+    form = {"type": "json_schema", "schema": {"type": "array", "items": False}}
+    body = {"response_format": form, "return_token_ids": True, "seed": 3}
+    switch = {"type": "enabled", "budget_tokens": 4}
+    if spelling == "anthropic":
+        found = ask(http, "/v1/messages", thinking=switch, output_config={"format": form})
+        thought = found["content"][0]
+        assert thought["type"] == "thinking" and found["content"][1]["type"] == "text"
+        return
+    if spelling == "zai":
+        found = ask(http, thinking=switch, **body)
+    else:
+        found = ask(http, thinking_token_budget=4, reasoning_effort="low", **body)
+    (choice,) = found["choices"]
+    (place,) = choice["forced_places"]
+    text = choice["prompt_token_ids"] + choice["token_ids"]
+    close = len(choice["prompt_token_ids"]) + place
+    assert text[close] == TOKENIZER.special["</think>"]
+    opening = max(i for i in range(close) if text[i] == TOKENIZER.special["<think>"])
+    thought = text[opening + 1 : close]
+    # Bytes of noise may begin a character of up to three more.
+    assert 4 <= len(thought) <= 7
+    assert found["usage"]["completion_tokens"] == len(choice["token_ids"])
+    sampled_tag = opening >= len(choice["prompt_token_ids"])  # 4.7 opens the thought in the prompt
+    counted = found["usage"]["completion_tokens_details"]["reasoning_tokens"]
+    assert counted == len(thought) + 1 + sampled_tag
 
 
 @pytest.mark.parametrize(

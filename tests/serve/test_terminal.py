@@ -63,12 +63,20 @@ def talk(monkeypatch, lines, answers=(), **options):
         return answer
 
     engine = Scripted(TOKENIZER, script)
-    monkeypatch.setattr(terminal, "Engine", lambda model, tokenizer: engine)
+    monkeypatch.setattr(terminal, "Engine", lambda model, tokenizer, **options: engine)
     keys = Keys(*lines)
     terminal.chat(None, TOKENIZER, terminal.ChatSettings(**options), read=keys, out=screen)
     assert not keys.lines, "the chat ended early"
     assert not queue, "the model was not asked"
     return re.sub(r"\x1b\[\d*m", "", screen.getvalue()), engine, screen
+
+
+def test_drafts_are_the_engines(monkeypatch):
+    """The number of drafted tokens reaches the engine."""
+    given = {}
+    monkeypatch.setattr(terminal, "Engine", lambda *_, **options: given.update(options))
+    terminal.Conversation(None, TOKENIZER, terminal.ChatSettings(draft_tokens=3))
+    assert given == {"draft_tokens": 3}
 
 
 def prompts(engine):

@@ -27,7 +27,12 @@ GCC_FLAGS = ("--param=avoid-fma-max-bits=0",)
 """For some AMD processors GCC leaves products and sums apart in chains of fused multiply-adds, and which chain it sees
 depends on the number of rows of a tile. An answer would then have other bits in another batch."""
 
-SIGNATURES = {"decode": "p", "sample": "pppppqppp" + "ll", "newton_schulz": "pppp" + "llll"}
+SIGNATURES = {
+    "decode": "p",
+    "sample": "pppppqppp" + "ll",
+    "log_probabilities": "ppppp" + "ll",
+    "newton_schulz": "pppp" + "llll",
+}
 """Arguments of each function in order: p a pointer, l a long, q an int64."""
 
 

@@ -30,7 +30,8 @@ typedef struct {
     const float *norm, *head;                          /* of the output */
     const int64_t *wanted;                             /* (logit_rows,) the tokens whose logits (logit_rows, V) are */
     float *logits, *scratch;                           /* per_token for each token, and per_thread for each thread */
-    long layer_count, T, D, N, M, A, half, blocks, size, first, E, K, F, normalize, logit_rows, V;
+    int64_t *chosen;                                   /* (T, L, K) the experts of each token; null: not wanted */
+    long layer_count, T, D, N, M, A, half, blocks, size, first, E, K, F, normalize, logit_rows, V, L;
     long threads, per_token, per_thread;
     float eps, scale;
     atomic_long ready, arrived;
@@ -230,8 +231,10 @@ static void select_experts(const Pass *p, const float *bias, float *logits, int6
     for (long k = 0; k < p->K; k++) weights[k] *= p->normalize ? p->scale / total : p->scale;
 }
 
-/* x += experts(normed), each expert on the tokens that chose it; then x += dense(normed), the shared expert */
-static void feed_forward(const Pass *p, const Layer *l, const float *normed, float *x, long T, float *scratch) {
+/* x += experts(normed), each expert on the tokens that chose it; then x += dense(normed), the shared expert. chosen: where
+   to write the K experts of the first token, L * K numbers before those of the next; null: nowhere */
+static void feed_forward(const Pass *p, const Layer *l, const float *normed, float *x, int64_t *chosen, long T,
+                         float *scratch) {
     long D = p->D, E = whole(p->E), K = p->K;
     const float *from[CHUNK];
     float *to[CHUNK], weight[CHUNK];
@@ -243,6 +246,7 @@ static void feed_forward(const Pass *p, const Layer *l, const float *normed, flo
         scratch = (float *)(order + T * K);
         product_rows(normed, logits, l->router, T, E, D);
         for (long t = 0; t < T; t++) select_experts(p, l->router_bias, logits + t * E, experts + t * K, weights + t * K);
+        for (long t = 0; t < T && chosen; t++) memcpy(chosen + t * p->L * K, experts + t * K, K * sizeof *chosen);
         for (long j = 0; j < T * K; j++) ends[experts[j] + 1]++;
         for (long e = 0; e < p->E; e++) ends[e + 1] += ends[e];
         for (long j = 0; j < T * K; j++) order[ends[experts[j]]++] = j; /* ends[e] has now moved to where e ends */
@@ -284,6 +288,7 @@ static void *work(void *share) {
     long D = p->D, A = p->A, heads = p->N + 2 * p->M, wide = whole(T * D);
     float *x = p->x + first * D, *normed = p->scratch + first * p->per_token + index * p->per_thread;
     float *qkv = normed + wide, *mixed = qkv + whole(T * heads * A), *scratch = mixed + whole(T * p->N * A);
+    int64_t *chosen = p->chosen ? p->chosen + first * p->L * p->K : 0;
     for (long i = 0; i < p->layer_count; i++) {
         const Layer *l = p->layers + i;
         for (long t = 0; t < T; t++) norm(x + t * D, l->input_norm, normed + t * D, D, p->eps);
@@ -297,7 +302,8 @@ static void *work(void *share) {
                    mixed + t * p->N * A, scratch);
         product_rows(mixed, x, l->o, T, D, p->N * A);
         for (long t = 0; t < T; t++) norm(x + t * D, l->post_norm, normed + t * D, D, p->eps);
-        feed_forward(p, l, normed, x, T, scratch);
+        feed_forward(p, l, normed, x, chosen, T, scratch);
+        if (chosen && l->router) chosen += p->K;
     }
     for (long t = 0; t < T; t++) norm(x + t * D, p->norm, x + t * D, D, p->eps);
     barrier(p, p->layer_count + 1);

@@ -30,6 +30,36 @@ static float smallest_kept(const float *p, float largest, double goal, long V) {
     return largest;
 }
 
+typedef struct {
+    float largest, cool; /* the largest logit, and the reciprocal of the temperature; 1 at temperature 0 */
+    double sum;          /* of e^((logit - largest) * cool) */
+} Softmax;
+
+/* Write e^((logit - largest) * cool) of each token to scratch. Never inlined, like the function after it: what a token is
+   given when it is drawn and when it is looked up later has the same bits because it is the same code. */
+static __attribute__((noinline)) Softmax softmax(const float *logits, float temperature, float *scratch, long V) {
+    Softmax s = {-INFINITY, temperature > 0 ? 1 / temperature : 1, 0};
+    for (long v = 0; v < V; v++) s.largest = logits[v] > s.largest ? logits[v] : s.largest;
+    for (long v = 0; v < V; v++) scratch[v] = (logits[v] - s.largest) * s.cool;
+    for (long v = 0; v < V; v += LANES) *(lanes *)(scratch + v) = exponential(*(lanes *)(scratch + v));
+    for (long v = 0; v < V; v++) s.sum += scratch[v];
+    return s;
+}
+
+static __attribute__((noinline)) float log_probability(const Softmax *s, float logit) {
+    return (logit - s->largest) * s->cool - log(s->sum);
+}
+
+/* Compute the log-probability of a token of each row of logits (B, V) at the row's temperature, with the bits that `sample`
+   gives it; scratch as there */
+void log_probabilities(const float *logits, const float *temperature, const int64_t *tokens, float *logprobs, float *scratch,
+                       long B, long V) {
+    for (long b = 0; b < B; b++, logits += V) {
+        Softmax s = softmax(logits, temperature[b], scratch, V);
+        logprobs[b] = log_probability(&s, logits[tokens[b]]);
+    }
+}
+
 /* Draw a token for each row of logits (B, V), and its log-probability: `uniforms` and `sample` of inference/sampling.py with
    top-p alone (null: no cut). At temperature 0 it is the first of the largest. scratch: V floats in whole vectors */
 void sample(const float *logits, const float *temperature, const float *top_p, const int64_t *seed, const int64_t *index,
@@ -37,14 +67,10 @@ void sample(const float *logits, const float *temperature, const float *top_p, c
     const uint64_t golden = 0x9e3779b97f4a7c15u;
     for (long b = 0; b < B; b++, logits += V) {
         uint64_t x = mixed(mixed(seed[b] + (index[b] + 1) * golden) + (purpose + 1) * golden);
-        float largest = -INFINITY, cool = temperature[b] > 0 ? 1 / temperature[b] : 1;
-        for (long v = 0; v < V; v++) largest = logits[v] > largest ? logits[v] : largest;
-        for (long v = 0; v < V; v++) scratch[v] = (logits[v] - largest) * cool;
-        for (long v = 0; v < V; v += LANES) *(lanes *)(scratch + v) = exponential(*(lanes *)(scratch + v));
-        double whole_sum = 0, total = 0, before = 0;
-        for (long v = 0; v < V; v++) whole_sum += scratch[v];
+        Softmax s = softmax(logits, temperature[b], scratch, V);
+        double total = 0, before = 0;
         if (top_p && top_p[b] < 1) {
-            double goal = top_p[b] * whole_sum, above = 0;
+            double goal = top_p[b] * s.sum, above = 0;
             float border = smallest_kept(scratch, 1, goal, V);
             for (long v = 0; v < V; v++) above += scratch[v] > border ? scratch[v] : 0;
             for (long v = 0; v < V; v++) /* of equal ones the first, until the goal is reached; the likeliest in any case */
@@ -65,8 +91,8 @@ void sample(const float *logits, const float *temperature, const float *top_p, c
                 if (scratch[v] > 0) before += scratch[v], token = v;
         }
         if (token < 0) /* greedy; or the goal fell behind the last token with a probability */
-            for (token = 0; logits[token] != largest;) token++;
+            for (token = 0; logits[token] != s.largest;) token++;
         tokens[b] = token;
-        logprobs[b] = (logits[token] - largest) * cool - log(whole_sum);
+        logprobs[b] = log_probability(&s, logits[token]);
     }
 }

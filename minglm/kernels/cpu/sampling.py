@@ -1,4 +1,4 @@
-"""Draw tokens in C: temperature and top-p (paper 4, sampler settings).
+"""Draw tokens in C, temperature and top-p, and look up the log-probability of given ones (paper 4, sampler settings).
 
 Equations and reference: `minglm.inference.sampling`.
 """
@@ -40,3 +40,28 @@ def sample_c(
         V,
     )
     return tokens_B, logprobs_B
+
+
+def log_probabilities_c(
+    logits_BV: torch.Tensor, temperature_B: torch.Tensor, tokens_B: torch.Tensor
+) -> torch.Tensor:
+    """Return the log-probability of a token of each row, float32 (B,), with the bits that `sample_c` gives it.
+
+    logits float32 (B, V); temperature float32 (B,), 0 counts as 1; tokens int64 (B,).
+    """
+    B, V = logits_BV.shape
+    logits_BV = logits_BV.contiguous()
+    temperature_B = temperature_B.contiguous()
+    tokens_B = tokens_B.contiguous()
+    logprobs_B = logits_BV.new_empty(B)
+    scratch = logits_BV.new_empty(V + lanes())
+    loaded_library().log_probabilities(
+        address(logits_BV),
+        address(temperature_B),
+        address(tokens_B),
+        address(logprobs_B),
+        address(scratch),
+        B,
+        V,
+    )
+    return logprobs_B

@@ -115,7 +115,12 @@ def symmetric_product_eager(
     diagonal: float = 0.0,
 ) -> torch.Tensor:
     """Compute `symmetric_product` in PyTorch, both halves of it; same shapes and dtypes."""
-    out = x @ y.mT if z is None else torch.baddbmm(z, x, y.mT, beta=z_factor, alpha=factor)
+    if z is None:
+        out = x @ y.mT
+        if factor != 1:
+            out *= factor
+    else:
+        out = torch.baddbmm(z, x, y.mT, beta=z_factor, alpha=factor)
     if diagonal:
         out.diagonal(dim1=-2, dim2=-1).add_(diagonal)
     return out

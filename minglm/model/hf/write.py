@@ -3,10 +3,14 @@
 Streaming: one shard is collected, and written. Memory never holds more than that beside the model, which itself may be on
 the disk: `Weights` is read tensor by tensor. Ranks divide the shards. Everything is written into a new folder that takes
 its name when it is complete, so that no folder ever holds parts of two checkpoints.
+
+A sharded model has no tensor whole anywhere. `write_stream` gathers one after the other, on all ranks, and each rank keeps
+those of its own files until these are full.
 """
 
 import math
 import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -154,12 +158,7 @@ def write(
 ) -> None:
     """Write what `save` writes into a folder that exists; ranks divide the files. Memory holds one file at a time."""
     origin = weights.origin
-    wanted = expected(weights.config)
-    entries: dict[str, Entry] = {}
-    for name, entry in wanted.items():
-        # Copies are written only if the checkpoint had them.
-        if entry.kind != EntryKind.COPY or (origin is not None and name in origin.files):
-            entries[name] = entry
+    entries = _entries(weights.config, origin)
     form = _form(dtype, list(entries), origin)
     sizes = {}
     for name, entry in entries.items():
@@ -176,24 +175,120 @@ def write(
         return [_write_tensors(folder / file, names, entries, weights, form) for file, names in own]
 
     written = [file for files in ranks.together(write_own) for file in files]
-    head = wanted["lm_head.weight"].target
-    config_dtype = _config_dtype(dtype, weights.dtype_of(head))
+    kept = weights.dtype_of(expected(weights.config)["lm_head.weight"].target)
+    ranks.first(lambda: _write_about(folder, written, weights.config, origin, dtype, kept))
 
-    def write_about() -> None:
-        if len(written) > 1:
-            weight_map = {name: file.name for file in written for name in file.tensors}
-            total = sum(file.size for file in written)
-            content = {
-                "metadata": {"total_size": total},
-                "weight_map": dict(sorted(weight_map.items())),
-            }
-            write_json(folder / INDEX, content)
-        base = None if origin is None else origin.config
-        write_json(
-            folder / "config.json", to_hf(weights.config, base, config_dtype, dtype == "fp8")
-        )
 
-    ranks.first(write_about)
+def write_stream(
+    config: ModelConfig,
+    origin: HFOrigin | None,
+    weights: Mapping[str, Tensor],
+    folder: Path,
+    dtype: str | None,
+    ranks: Ranks,
+    shard_gigabytes: float = SHARD_GIGABYTES,
+) -> None:
+    """Write what `save` writes into a folder that exists, from tensors that come one after the other on all ranks.
+
+    weights: the state dict of a model with this config; each tensor is asked for once, by all ranks in the same order.
+    Memory holds one tensor on every rank, and one file on some.
+    """
+    entries = _entries(config, origin)
+    form = _form(dtype, list(entries), origin)
+    names_of = _names_of(entries)
+
+    written: list[_Written] = []
+    failures: list[Exception] = []
+    number = 1
+    filled = 0
+    own: dict[str, Tensor] = {}
+    dtypes: dict[str, torch.dtype] = {}
+
+    def finish_file() -> None:
+        # The others gather on: a failure is told when all is gathered.
+        if own and not failures:
+            try:
+                written.append(_write_stored(folder / f"model-{number:05}.safetensors", own))
+            except OSError as error:
+                failures.append(error)
+        own.clear()
+
+    for target, whole in weights.items():
+        dtypes[target] = whole.dtype
+        is_own = number % ranks.size == ranks.rank
+        for name in names_of.get(target, ()):
+            entry = entries[name]
+            tensor = whole.detach() if entry.expert is None else whole.detach()[entry.expert]
+            filled += tensor.numel() * form.dtype_of(name, tensor.dtype).itemsize
+            if is_own:
+                own |= form.stored(name, tensor.cpu().clone())
+        if filled >= shard_gigabytes * 1e9:
+            finish_file()
+            number += 1
+            filled = 0
+    finish_file()
+
+    def own_files() -> list[_Written]:
+        if failures:
+            raise failures[0]
+        return written
+
+    files = [file for of_rank in ranks.together(own_files) for file in of_rank]
+    kept = dtypes[expected(config)["lm_head.weight"].target]
+    ranks.first(lambda: _write_about(folder, files, config, origin, dtype, kept))
+
+
+def released_tensors(
+    config: ModelConfig, origin: HFOrigin | None, weights: Mapping[str, Tensor], dtype: str | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of all that `write_stream` writes, by the released names, in the order of `weights`."""
+    entries = _entries(config, origin)
+    form = _form(dtype, list(entries), origin)
+    names_of = _names_of(entries)
+    for target, whole in weights.items():
+        for name in names_of.get(target, ()):
+            expert = entries[name].expert
+            tensor = whole.detach() if expert is None else whole.detach()[expert]
+            yield from form.stored(name, tensor).items()
+
+
+def _names_of(entries: Mapping[str, Entry]) -> dict[str, list[str]]:
+    """Return the names under which each tensor of the model is stored."""
+    names: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        names.setdefault(entry.target, []).append(name)
+    return names
+
+
+def _entries(config: ModelConfig, origin: HFOrigin | None) -> dict[str, Entry]:
+    """Return the tensors that are written, by name: copies only if the checkpoint had them."""
+    return {
+        name: entry
+        for name, entry in expected(config).items()
+        if entry.kind != EntryKind.COPY or (origin is not None and name in origin.files)
+    }
+
+
+def _write_about(
+    folder: Path,
+    written: Sequence["_Written"],
+    config: ModelConfig,
+    origin: HFOrigin | None,
+    dtype: str | None,
+    kept: torch.dtype,
+) -> None:
+    """Write the index and config.json. kept: the dtype of the head, where `dtype` does not say it."""
+    if [file.name for file in written] != ["model.safetensors"]:
+        weight_map = {name: file.name for file in written for name in file.tensors}
+        total = sum(file.size for file in written)
+        content = {
+            "metadata": {"total_size": total},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        write_json(folder / INDEX, content)
+    base = None if origin is None else origin.config
+    values = to_hf(config, base, _config_dtype(dtype, kept), dtype == "fp8")
+    write_json(folder / "config.json", values)
 
 
 class _Written(NamedTuple):
@@ -216,7 +311,12 @@ def _write_tensors(
         if entry.kind == EntryKind.COPY:  # a file may not hold one memory under two names
             tensor = tensor.clone()
         tensors |= form.stored(name, tensor)
-    _write_file(path, tensors)
+    return _write_stored(path, tensors)
+
+
+def _write_stored(path: Path, tensors: Mapping[str, Tensor]) -> _Written:
+    """Write one file of tensors in the form in which they are stored."""
+    _write_file(path, dict(tensors))
     return _Written(path.name, list(tensors), sum(tensor.nbytes for tensor in tensors.values()))
 
 

@@ -247,6 +247,7 @@ async function reply(tools) {
 /** Read the stream into `mine`. Returns what went wrong: a Failure, an AbortError, or null. */
 async function read(mine, tools) {
   try {
+    if (!model) await look();  // asked before the server had said its name, as right after a reload
     const response = await request("v1/chat/completions", {
       method: "POST",
       signal: mine.abort.signal,
