@@ -18,6 +18,7 @@ from minglm.config import (
     Packing,
     PostTrainingConfig,
     Precision,
+    RewardConfig,
     RLConfig,
     RunConfig,
     SFTConfig,
@@ -134,26 +135,37 @@ def posttraining() -> PostTrainingConfig:
     rollouts = {"prompts": 32, "samples": 16, "max_new_tokens": 2048}
     return PostTrainingConfig(
         reasoning=ExpertConfig(
-            environments=("arithmetic", "code"),
-            sft=cold_start,
-            rl=RLConfig(environments=("arithmetic",), steps=200, peak_lr=5e-6, **rollouts),
-        ),
-        agent=ExpertConfig(
-            environments=("retail",),
+            environments=("arithmetic", "science", "logic", "code"),
             sft=cold_start,
             rl=RLConfig(
-                environments=("retail",),
+                environments=("arithmetic", "science", "logic", "code"),
                 steps=200,
-                max_turns=8,
+                peak_lr=5e-6,
+                **rollouts,
+            ),
+        ),
+        agent=ExpertConfig(
+            environments=("search", "retail", "functions", "swe"),
+            sft=cold_start,
+            rl=RLConfig(
+                environments=("search", "retail", "functions", "swe"),
+                steps=200,
+                max_turns=16,
                 peak_lr=5e-6,
                 normalize_std=False,
                 **rollouts,
             ),
         ),
         chat=ExpertConfig(
-            environments=("instructions",),
+            environments=("instructions", "constraints"),
             sft=cold_start,
-            rl=RLConfig(environments=("instructions",), steps=200, peak_lr=5e-6, **rollouts),
+            rl=RLConfig(
+                environments=("instructions", "constraints"),
+                reward=RewardConfig(critic=1.0, rubric=0.5, reward_model=1.0),
+                steps=200,
+                peak_lr=5e-6,
+                **rollouts,
+            ),
         ),
         unified=SFTConfig(
             samples=100_000,
@@ -164,9 +176,10 @@ def posttraining() -> PostTrainingConfig:
         ),
         prompts_per_environment=20_000,
         responses_per_prompt=2,
+        drop_shortest=0.0,  # the gain was measured on large models, and prompts are few here
         pathology_samples=2000,
         general_rl=RLConfig(
-            environments=("arithmetic", "retail", "instructions"),
+            environments=("arithmetic", "instructions", "constraints", "retail", "functions"),
             steps=100,
             max_turns=8,
             peak_lr=2e-6,

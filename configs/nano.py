@@ -8,6 +8,7 @@ from minglm.config import (
     OptimizerConfig,
     Packing,
     PostTrainingConfig,
+    RewardConfig,
     RLConfig,
     RunConfig,
     SFTConfig,
@@ -140,7 +141,13 @@ def posttraining() -> PostTrainingConfig:
         chat=ExpertConfig(
             environments=("instructions",),
             sft=cold_start,
-            rl=RLConfig(environments=("instructions",), **short),
+            rl=RLConfig(
+                environments=("instructions", "constraints"),
+                reward=RewardConfig(
+                    critic=1.0, rubric=0.5, reward_model=1.0, pairs=16, pairs_lr=1e-3
+                ),
+                **short,
+            ),
         ),
         unified=SFTConfig(
             samples=64,
@@ -151,9 +158,10 @@ def posttraining() -> PostTrainingConfig:
         ),
         prompts_per_environment=4,
         responses_per_prompt=2,
+        drop_shortest=0.0,  # the gain was measured on large models, and prompts are few here
         pathology_samples=8,
         general_rl=RLConfig(
-            environments=("arithmetic", "retail", "instructions"), max_turns=2, **short
+            environments=("arithmetic", "retail", "instructions", "functions"), max_turns=2, **short
         ),
         pathology_rl=RLConfig(
             environments=("provocation", "arithmetic"), fault_penalty=1.0, **short

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from minglm.common.mistakes import shown
+from minglm.config.posttraining import MOST_DRAFTS
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,6 +77,18 @@ def add_config(parser: argparse.ArgumentParser, example: str = "configs/toy.py")
         "config", help=f"a config file, such as {example}, or FILE:FUNCTION for a variant in it"
     )
     parser.set_defaults(overrides=(), config_comes_first=True)
+
+
+def add_drafts(parser: argparse.ArgumentParser, default: int | None = 0) -> None:
+    """Add the option --draft-tokens, for verbs that generate. default: None for what the run's config says."""
+    shown_default = "the config's" if default is None else default
+    parser.add_argument(
+        "--draft-tokens",
+        type=whole(0, MOST_DRAFTS),
+        default=default,
+        help="tokens that the MTP layer drafts for each pass of the model; answers follow the same distribution "
+        f"(default: {shown_default})",
+    )
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:

@@ -1,8 +1,11 @@
 """The verb `bench`: measure speed beside baselines (no section in the paper).
 
 bench generate, bench train   tokens per second beside transformers, as a record and a figure
+bench rl                      a step of reinforcement learning beside trl, rollout and update apart
+bench rl_async                  reward per second of asynchronous beside synchronous training, with slow environments
 bench kernels                 every form of each operation, as a share of this GPU's ceilings
 bench compile                 registers, shared memory and instructions of GPU kernels for an H100, without one
+bench scale                   on one GPU: a run with the code of many ranks, a layer and Muon's step of the 355B
 bench collectives             bytes per second of each collective along each axis of a layout, under torchrun
 """
 
@@ -12,13 +15,16 @@ from pathlib import Path
 from minglm.bench.options import BenchOptions
 from minglm.cli.arguments import number, path, whole
 
-WHAT = ("generate", "train", "kernels", "compile", "collectives")
+WHAT = ("generate", "train", "rl", "rl_async", "kernels", "compile", "scale", "collectives")
 
 
 SUMMARIES = {
     "generate": "Tokens per second of generation beside transformers on the same weights.",
     "train": "Tokens per second of training beside transformers on the same weights.",
+    "rl": "A step of reinforcement learning beside trl's GRPOTrainer on the same weights.",
+    "rl_async": "Reward per second of asynchronous beside synchronous training, with slow environments.",
     "compile": "What the GPU kernels need of an H100, compiled without one.",
+    "scale": "On one GPU: training with the code of many ranks, a checkpoint beside it, a layer and Muon's step of the 355B.",
     "collectives": "Bytes per second of each collective along each axis of a layout, under torchrun.",
     "kernels": "Every form of each operation, as a share of the ceilings measured in the same run.",
 }
@@ -27,13 +33,17 @@ SUMMARIES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `bench`; one subcommand a benchmark."""
     benchmarks = parser.add_subparsers(dest="what", required=True, metavar="|".join(WHAT))
-    for name in ("generate", "train", "compile"):
+    for name in ("generate", "train", "rl", "rl_async", "compile"):
         benchmark = benchmarks.add_parser(name, help=SUMMARIES[name], description=SUMMARIES[name])
         _add_common(benchmark)
     kernels = benchmarks.add_parser(
         "kernels", help=SUMMARIES["kernels"], description=SUMMARIES["kernels"]
     )
     _add_kernels(kernels)
+    whole_script = benchmarks.add_parser(
+        "scale", help=SUMMARIES["scale"], description=SUMMARIES["scale"]
+    )
+    _add_scale(whole_script)
     links = benchmarks.add_parser(
         "collectives", help=SUMMARIES["collectives"], description=SUMMARIES["collectives"]
     )
@@ -42,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `generate`, `train` and `compile`."""
+    """Add the arguments of the benchmarks that run on a CPU."""
     default = BenchOptions()
     parser.add_argument("config", nargs="?", default="configs/toy.py", help="a config file")
     parser.add_argument(
@@ -100,6 +110,27 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=path, default="figures/bench_kernels.json", help="the record")
 
 
+def _add_scale(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `scale`."""
+    parser.add_argument("config", nargs="?", default="configs/mini.py", help="what is trained")
+    parser.add_argument(
+        "--large",
+        default="configs/glm45_355b.py:h100x512",
+        metavar="CONFIG",
+        help="whose layer and matrices are measured, as its layout gives them to one GPU (default: %(default)s)",
+    )
+    parser.add_argument("--steps", type=whole(1, 10**6), default=300, help="steps of the training")
+    parser.add_argument(
+        "--tokens", type=whole(1, 10**9), default=131_072, help="tokens of each step"
+    )
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="also without a GPU, which shows only that the script runs",
+    )
+    parser.add_argument("--out", type=path, default="figures/bench_scale.json", help="the record")
+
+
 def _add_collectives(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `collectives`."""
     parser.add_argument("config", help="a config file, whose layout is measured")
@@ -123,6 +154,9 @@ def main(args: argparse.Namespace) -> None:
         return
     if args.what == "collectives":
         _bench_collectives(args)
+        return
+    if args.what == "scale":
+        _bench_scale(args)
         return
     from minglm.common.files import check_out
 
@@ -165,6 +199,24 @@ def _bench_kernels(args: argparse.Namespace) -> None:
     out = Path(args.out)
     run(device, args.only, out, Schedule(args.rounds, args.seconds), args.smoke)
     print(out, redraw(out))
+
+
+def _bench_scale(args: argparse.Namespace) -> None:
+    """Run `bench scale`. Raises ValueError without a GPU, unless `--smoke` says that numbers do not matter."""
+    from minglm.common.device import pick_device
+    from minglm.common.files import check_out, write_json
+    from minglm.config import load_config
+
+    run = load_config(args.config, args.overrides)
+    large = load_config(args.large)
+    out = Path(args.out)
+    check_out(out.parent)
+    if pick_device(run.device).type != "cuda" and not args.smoke:
+        raise ValueError("bench scale measures a GPU, and there is none; --smoke runs it on a CPU")
+    from minglm.bench.scale import scale
+
+    write_json(out, scale(run, large, run.device, args.steps, args.tokens))
+    print(out)
 
 
 def _bench_collectives(args: argparse.Namespace) -> None:

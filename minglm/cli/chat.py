@@ -2,7 +2,7 @@
 
 import argparse
 
-from minglm.cli.arguments import add_run, number, whole
+from minglm.cli.arguments import add_drafts, add_run, number, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=whole(1), default=200, help="most tokens of an answer"
     )
+    parser.add_argument(
+        "--thinking-budget", type=whole(0), help="most tokens of reasoning (default: no bound)"
+    )
+    add_drafts(parser)
     parser.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="seed of the sampler")
 
 
@@ -32,6 +36,8 @@ def main(args: argparse.Namespace) -> None:
         top_p=args.top_p,
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
+        thinking_budget=args.thinking_budget,
+        draft_tokens=args.draft_tokens,
         dialect=served.dialect,
     )
     terminal.chat(served.model, served.tokenizer, settings)

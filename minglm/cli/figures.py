@@ -17,12 +17,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "paths", type=arguments.path, nargs="*", help="default: everything under figures/"
     )
+    parser.add_argument(
+        "--scores",
+        metavar="FILE",
+        type=arguments.path,
+        help="draw the scores of these run folders over parameters and seconds to this PNG, and nothing else",
+    )
 
 
 def main(args: argparse.Namespace) -> None:
-    """Redraw the figures and print their paths."""
+    """Redraw the figures and print the paths written."""
+    if args.scores is not None:
+        print(compare(args.paths, args.scores))
+        return
     for path in redraw(args.paths or default_paths()):
         print(path)
+
+
+def compare(folders: Iterable[str], picture: str) -> Path:
+    """Draw the scores of run folders over parameters and seconds. Raises ValueError, in one line, as `draw_score_map`."""
+    from minglm.plan.counts import count_parameters
+    from minglm.recipe.folder import check_log, stored_run
+    from minglm.report.records import read_records
+    from minglm.report.score_map import ScoredRun, draw_score_map
+
+    runs = []
+    for folder in map(Path, folders):
+        check_log(folder)
+        parameters = count_parameters(stored_run(folder).config.model)["total"]
+        name = folder.resolve().name
+        runs.append(ScoredRun(name, parameters, read_records(folder / "log.jsonl")))
+    if not runs:
+        raise ValueError("--scores: name the folders of the runs to compare")
+    return draw_score_map(runs, picture)
 
 
 def default_paths() -> list[Path]:
@@ -33,12 +60,12 @@ def default_paths() -> list[Path]:
 
 
 def redraw(paths: Iterable[str | Path]) -> list[Path]:
-    """Redraw figures from what is stored; return the paths of the PNGs. Raises ValueError for any other path.
+    """Redraw figures from what is stored; return the paths written. Raises ValueError for any other path.
 
     A run folder: its figures, from its log. A lesson's log `NN_name.json`: with `draw(log)` of this checkout's
     `lessons/NN_name.py`. A benchmark's record `bench_NAME.json`. A config `configs/NAME.py`: the picture of its stages,
-    `figures/stages.png`. A folder of logs `seedN.jsonl`, runs of one config: `rl.png`, its reinforcement curves over
-    the seeds.
+    `figures/stages.png`. A folder of logs `seedN.jsonl`, runs of one config: what the seeds show side by side
+    (`minglm.report.seeds`).
     """
     drawn: list[Path] = []
     for path in map(Path, paths):
@@ -51,18 +78,14 @@ def _redraw(path: Path) -> list[Path]:
     from minglm.common.files import read_object
     from minglm.config import load_config
     from minglm.recipe.folder import check_log
+    from minglm.report import seeds
     from minglm.report.card import draw_all
-    from minglm.report.curves import draw_rl_seeds
     from minglm.report.drawing import save
-    from minglm.report.records import read_records
     from minglm.report.stages_diagram import draw_stages
 
     lesson = ROOT / "lessons" / f"{path.stem}.py"
-    seed_logs = sorted(path.glob("seed*.jsonl"))
-    if seed_logs:
-        curves = path / "rl.png"
-        draw_rl_seeds([read_records(log) for log in seed_logs], curves)
-        return [curves]
+    if any(path.glob("seed*.jsonl")):
+        return seeds.redraw(path)
     if path.is_dir():
         check_log(path)  # figures of all records are not replaced by those of fewer
         return [path / "figures" / f"{name}.png" for name in draw_all(path)]

@@ -73,7 +73,10 @@ def main(args: argparse.Namespace) -> None:
     if args.gpus_per_node:
         gpu = replace(gpu, per_node=args.gpus_per_node)
     out = args.out or f"runs/{run.name}"
-    job = make_job(run, args.config, args.overrides, out, gpu, args.gpus, args.until)
+    until = args.until
+    if args.dry_run and until is None:  # a rehearsal is of stages of pre- and mid-training
+        until = [name for name, stage in run.stages.items() if stage.tokens][-1]
+    job = make_job(run, args.config, args.overrides, out, gpu, args.gpus, until)
     if args.dry_run:
         _rehearse(run, gpu, job, args.stage)
         return
@@ -119,4 +122,7 @@ def _rehearse(run: "RunConfig", gpu: "GPU", job: "Job", only: str | None) -> Non
         print(
             f"{stage}, rows of {length:,} tokens, {job.gpus:,} ranks, {' '.join(words)}", flush=True
         )
-        print(render(rehearse(laid_out, layout, stage), usable), flush=True)
+        for rank in sorted({0, layout.pp - 1}):  # the stages with embedding and head
+            if layout.pp > 1:
+                print(f"rank {rank} of the pipeline's {layout.pp}")
+            print(render(rehearse(laid_out, layout, stage, rank), usable), flush=True)

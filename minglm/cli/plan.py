@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
     if args.gpus_per_node:
         gpu = replace(gpu, per_node=args.gpus_per_node)
     planned = plan(run, gpu, args.gpus, args.dollars)
-    found = search(run, gpu, planned["gpus"]) if args.search else []
+    found = search(run, gpu, planned["gpus"], pipelines=True) if args.search else []
     if args.search:
         planned["search"] = [c._asdict() | {"layout": c.layout._asdict()} for c in found]
     if args.json:

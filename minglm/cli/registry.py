@@ -37,6 +37,11 @@ VERBS = {
         "score a stage of a run, by default the last one, on held-out tasks",
     ),
     "chat": Verb("minglm.cli.chat", "RUN", "talk to a run in the terminal"),
+    "view": Verb(
+        "minglm.cli.view",
+        "RUN",
+        "show a run in a browser, live while it trains: curves, experts, samples token by token",
+    ),
     "serve": Verb("minglm.cli.serve", "RUN", "serve OpenAI's API, with a chat page"),
     "import": Verb(
         "minglm.cli.import_", "CONFIG FOLDER", "make a released checkpoint the base of a run"

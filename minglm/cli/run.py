@@ -19,6 +19,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--until", metavar="STAGE", help="stop after this stage")
     parser.add_argument(
+        "--rollout-only",
+        action="store_true",
+        help="with --only STAGE, a stage of RL: write its rollouts to OUT/rollouts/STAGE.jsonl, train nothing",
+    )
+    parser.add_argument(
+        "--from-rollouts",
+        type=Path,
+        metavar="FILE",
+        help="with --only STAGE, a stage of RL: train on these samples in place of rolling out",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="check what can be checked without a GPU, print the stages and the config, start nothing",
@@ -43,7 +54,7 @@ def main(args: argparse.Namespace) -> int:
     from minglm.recipe import preflight
     from minglm.recipe.folder import check_folder
     from minglm.recipe.run import RecipeRunner
-    from minglm.recipe.stages import plan_stages, table
+    from minglm.recipe.stages import is_done, plan_stages, table
     from minglm.report import card
     from minglm.train.checkpoint import CheckpointStore
 
@@ -59,8 +70,13 @@ def main(args: argparse.Namespace) -> int:
     with started_world(config.device, config.parallel.timeout_seconds) as world:
         check_same_code(config, world.ranks)
         wanted = preflight.wanted_stages(stages, args.only, args.until)
-        planned = [stage for stage in stages if stage.name in wanted]
+        store = CheckpointStore(out)
+        left = [stage for stage in stages if not is_done(stage, stages, store)]
+        planned = [stage for stage in left if stage.name in wanted]
         preflight.check_layout(config, planned, world.size)
+        preflight.check_exact(config, world.size)
+        preflight.check_unification(config, world.size)
+        preflight.check_halves(stages, args.only, args.rollout_only, args.from_rollouts, world.size)
         if world.is_writer:
             dtype = pick_dtype(config.dtype, world.device)
             print(table(config, stages, measured_flops(world.device, dtype)), flush=True)
@@ -76,7 +92,17 @@ def main(args: argparse.Namespace) -> int:
         try:
             with contextlib.ExitStack() as stack:
                 first(lambda: stack.enter_context(locked(out)))
-                complete = RecipeRunner(config, out, world).execute(args.only, args.until)
+                runner = RecipeRunner(
+                    config,
+                    out,
+                    world,
+                    rollout_only=args.rollout_only,
+                    from_rollouts=args.from_rollouts,
+                )
+                if args.rollout_only:
+                    print(runner.roll_out(args.only))
+                    return 0
+                complete = runner.execute(args.only, args.until)
                 report = first(lambda: card.write(out))
         except KeyboardInterrupt as stop:
             if world.is_writer:

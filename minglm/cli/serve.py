@@ -1,11 +1,17 @@
 """The verb `serve`: answer over HTTP as OpenAI's API does (no section in the paper)."""
 
 import argparse
+import gc
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from minglm.cli.arguments import path, whole
+from minglm.cli.arguments import add_drafts, path, whole
+
+if TYPE_CHECKING:  # imported late, as `main` does
+    from torch import Tensor
 
 KEY_VARIABLE = "MINGLM_API_KEY"
 """Holds the key that clients need."""
@@ -66,6 +72,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bound on the key/value cache, in tokens (default: none)",
     )
     parser.add_argument(
+        "--weights-from",
+        type=path,
+        metavar="FOLDER",
+        help="read new weights from checkpoints in this folder when asked to: the server answers for a run with"
+        " --rollout_engine",
+    )
+    parser.add_argument(
+        "--accept-weights",
+        action="store_true",
+        help="take new weights inside requests: the server answers for a run with --rollout_engine and"
+        " --rollout_weights tensors",
+    )
+    add_drafts(parser)
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="load the model, print what would be served, start nothing",
@@ -82,6 +102,7 @@ def main(args: argparse.Namespace) -> None:
     from minglm.chat.template import dialect_of
     from minglm.common.device import pick_device
     from minglm.inference import Engine
+    from minglm.model.glm import GLM
     from minglm.recipe.load import load_served
     from minglm.serve.access import Access
     from minglm.serve.app import create_app
@@ -98,6 +119,7 @@ def main(args: argparse.Namespace) -> None:
         loaded.tokenizer,
         max_batch=args.max_batch,
         cache_tokens=args.cache_tokens,
+        draft_tokens=args.draft_tokens,
     )
     # A bounded cache also bounds the length of one conversation.
     limit = engine.limit
@@ -132,5 +154,25 @@ def main(args: argparse.Namespace) -> None:
             f" {KEY_VARIABLE} or --api-key",
             file=sys.stderr,
         )
-    app = create_app(engine, served, access, max_open_requests=args.max_batch + args.max_queue)
+    # All that is loaded stays. A collection that looked at it would hold every thread up, for a fifth of a second.
+    gc.collect()
+    gc.freeze()
+
+    def load_weights(folder: str) -> None:
+        allowed = Path(args.weights_from).resolve()
+        if not Path(folder).resolve().is_relative_to(allowed):
+            raise ValueError(f"{folder} is not in {allowed}, from where this server reads weights")
+        engine.update_weights(GLM.from_pretrained(folder).state_dict())
+
+    def take_weights(tensors: "Mapping[str, Tensor]") -> None:
+        engine.update_weights(tensors, partial=True)
+
+    app = create_app(
+        engine,
+        served,
+        access,
+        max_open_requests=args.max_batch + args.max_queue,
+        load_weights=load_weights if args.weights_from else None,
+        take_weights=take_weights if args.accept_weights else None,
+    )
     serve(app, args.host, args.port, on_start)

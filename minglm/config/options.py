@@ -36,7 +36,7 @@ class Option:
     runtime: bool = False
     """The field does not change the result, so it is not part of the config's hash."""
     formerly: str = ""
-    """Name of the field in the config.json of older runs."""
+    """Name of the field in the config.json of older runs; "../NAME" where it was a field of the section around."""
 
 
 def option(

@@ -1,12 +1,16 @@
 """Options of post-training: fine-tuning, reinforcement learning, experts, evaluation (paper 3.1 to 3.4, 4)."""
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 
+from minglm.common.mistakes import shown
 from minglm.config.options import option, positive, share
 
 MOST_PROBLEMS = 100_000
 MOST_SAMPLES = 10_000
+MOST_TEMPERATURES = 100
+MOST_DRAFTS = 16
 
 
 class Aggregation(StrEnum):
@@ -16,8 +20,39 @@ class Aggregation(StrEnum):
     """All trained tokens of the batch."""
     SEQUENCE = "sequence"
     """The tokens of a sample first, then the samples."""
+    PROMPT = "prompt"
+    """The tokens of all samples of a prompt first, then the prompts."""
     CONSTANT = "constant"
     """A constant, the largest number of tokens that a sample may have."""
+
+
+class LossType(StrEnum):
+    """What keeps an update from going too far."""
+
+    CLIP = "clip"
+    """The clipped surrogate: a token that has gone far enough has no gradient (PPO, GRPO)."""
+    CISPO = "cispo"
+    """A clipped weight on the log-probability: every token has a gradient (MiniMax-M1, arXiv 2506.13585)."""
+
+
+class RatioLevel(StrEnum):
+    """What a probability ratio is of."""
+
+    TOKEN = "token"
+    """One token."""
+    SEQUENCE = "sequence"
+    """A whole segment: the geometric mean over its sampled tokens (GSPO, arXiv 2507.18071)."""
+
+
+class Split(StrEnum):
+    """What a problem is for."""
+
+    TRAIN = "train"
+    """To learn from: demonstrations, reinforcement, distillation."""
+    DEVELOPMENT = "development"
+    """To choose settings on."""
+    TEST = "test"
+    """To score the committed settings, once."""
 
 
 def check_answer(name: str, max_new_tokens: int, longest: int) -> None:
@@ -27,6 +62,28 @@ def check_answer(name: str, max_new_tokens: int, longest: int) -> None:
             f"{name}.max_new_tokens = {max_new_tokens}: "
             f"must be at most model.max_position_embeddings = {longest}"
         )
+
+
+DIFFICULTIES = re.compile(r"(\d+)(?:-(\d+))?(?:x(\d+))?")
+"""One or several difficulties, and how often they are named."""
+
+
+def difficulties_of(name: str, text: str) -> tuple[str, tuple[int, ...]]:
+    """Read ENVIRONMENT:DIFFICULTIES, for example arithmetic:1-4x8,5; return both. name: of the field, for the message.
+
+    Raises ValueError, in one line, for another form.
+    """
+    environment, _, levels = text.rpartition(":")  # the name of an environment may hold a colon
+    found: list[int] = []
+    for piece in levels.split(","):
+        match = DIFFICULTIES.fullmatch(piece)
+        if not environment or match is None:
+            raise ValueError(
+                f"{name} = {shown(text)}: must be ENVIRONMENT:DIFFICULTIES, for example arithmetic:3-6"
+            )
+        first, last, times = (int(number) if number else 0 for number in match.groups())
+        found += [*range(first, max(first, last) + 1)] * max(1, times)
+    return environment, tuple(found)
 
 
 @dataclass(frozen=True)
@@ -43,6 +100,10 @@ class SFTConfig:
     """Positions of a packed row."""
     peak_lr: float = 2e-5
     """Learning rate after a warm-up over the first 5% of the tokens; then a cosine to a tenth of it."""
+    balance_loss: bool = True
+    """Add the sequence-level balance loss, with the weight of pre-training."""
+    balance_bias: bool = False
+    """Step the router's selection bias after each optimizer step, at the rate of pre-training."""
 
     def check(self, name: str, longest: int) -> None:
         """Raise ValueError, in one line, for rows longer than the model's. name: dotted, for the message."""
@@ -54,8 +115,245 @@ class SFTConfig:
 
 
 @dataclass(frozen=True)
+class PolicyLossConfig:
+    """The policy-gradient loss. The defaults are the paper's GRPO; `minglm.rl.losses` names the settings of others."""
+
+    loss_type: LossType = LossType.CLIP
+    """The clipped surrogate (clip), or a clipped weight on the log-probability (cispo)."""
+    importance_sampling_level: RatioLevel = RatioLevel.TOKEN
+    """Take the probability ratio of each token (token), or of each segment (sequence: GSPO)."""
+    clip_low: float = share(0.2, formerly="../clip_low")
+    """The probability ratio is clipped below at 1 - clip_low."""
+    clip_high: float = option(0.28, formerly="../clip_high")
+    """The probability ratio is clipped above at 1 + clip_high."""
+    delta: float = 0.0
+    """Bound on the ratio of a token with a negative advantage (dual clip, verl's clip_ratio_c); 0: none."""
+    importance_cap: float = 0.0
+    """Bound on the weight trainer / sampler of truncated importance sampling, 2 for example; 0: no such weight."""
+    beta: float = 0.0
+    """Weight of the KL divergence from the stage's first weights, kept in memory; 0: no such term (the paper)."""
+    aggregation: Aggregation = option(Aggregation.TOKEN, formerly="../aggregation")
+    """Average the loss over all tokens (token), samples (sequence), prompts (prompt), or by a constant (constant)."""
+
+    def check(self, name: str) -> None:
+        """Raise ValueError, in one line, for settings that exclude one another. name: dotted, for the message."""
+        if self.delta and self.loss_type == LossType.CISPO:
+            raise ValueError(
+                f"{name}.delta = {self.delta}: bounds the clipped surrogate; with loss_type = 'cispo' it must be 0"
+            )
+        if self.delta and self.delta <= 1 + self.clip_high:
+            raise ValueError(
+                f"{name}.delta = {self.delta}: must be above 1 + clip_high = {1 + self.clip_high:g}, or 0"
+            )
+
+
+class PartialRollouts(StrEnum):
+    """What becomes of an answer that is under way when new weights come."""
+
+    CONTINUE = "continue"
+    """It goes on under the new weights, which read again what there is of it."""
+    RESUME = "resume"
+    """It is aborted, and asked for again with what there is of it as the end of the prompt."""
+
+
+class WeightTransport(StrEnum):
+    """How weights reach the processes that roll out."""
+
+    SHARED_MEMORY = "shared_memory"
+    """Through the memory of the machine."""
+    FILE = "file"
+    """Through a file in the folder of the run."""
+    BROADCAST = "broadcast"
+    """Through torch.distributed, bucket by bucket."""
+
+
+class RolloutScheduler(StrEnum):
+    """What starts the processes that roll out."""
+
+    LOCAL = "local"
+    """This process, on its own machine."""
+    RAY = "ray"
+    """Ray, wherever it has room."""
+
+
+@dataclass(frozen=True)
+class AsynchronousConfig:
+    """Rollouts in processes of their own, which run ahead of the trainer (paper 3.5)."""
+
+    workers: int = option(0, maximum=4096)
+    """Processes that roll out beside the trainer; 0: the trainer's own process rolls out, between two updates."""
+    max_staleness: int = option(1, maximum=1000)
+    """Versions that the weights which draw a token may be behind those it trains; 0: as synchronous, bit for bit."""
+    partial: PartialRollouts = PartialRollouts.CONTINUE
+    """Let answers under way go on when new weights come (continue), or abort them and ask again (resume)."""
+    transport: WeightTransport = WeightTransport.SHARED_MEMORY
+    """Hand weights over through memory (shared_memory), a file in the run's folder (file), or broadcast."""
+    scheduler: RolloutScheduler = RolloutScheduler.LOCAL
+    """Start the workers on this machine (local), or let Ray do it (ray, `pip install 'minglm[ray]'`)."""
+
+
+class ExtremeTier(StrEnum):
+    """What makes a problem extremely hard."""
+
+    RATE = "rate"
+    """Its pass rate lies in a range; at toy scale the paper's rule destroys the policy."""
+    UNSOLVED = "unsolved"
+    """No answer of the first draw is right and one of the second is (the paper: pass@8 = 0 and pass@512 > 0)."""
+
+
+@dataclass(frozen=True)
+class CurriculumConfig:
+    """Which problems a stage trains on, by their measured difficulty (paper 3.2)."""
+
+    pool: int = option(0, maximum=MOST_PROBLEMS)
+    """Problems of each environment that are screened before the stage; 0: every task is new, whatever its difficulty."""
+    screen: int = positive(8, maximum=MOST_SAMPLES)
+    """Answers to each of them."""
+    search: int = positive(512, maximum=MOST_SAMPLES)
+    """Answers in all to a problem that may be extremely hard."""
+    moderate_lowest: float = share(0.2)
+    """Lowest pass rate of a moderate problem."""
+    moderate_highest: float = share(0.8)
+    """Highest pass rate of a moderate problem."""
+    extreme_tier: ExtremeTier = ExtremeTier.RATE
+    """Call a problem extremely hard by its pass rate (rate), or by the paper's rule (unsolved)."""
+    extreme_lowest: float = share(0.05)
+    """Lowest pass rate of an extremely hard problem, read with extreme_tier = rate."""
+    extreme_highest: float = share(0.2)
+    """Pass rate below which a problem is extremely hard, read with extreme_tier = rate."""
+    moderate_share: float = share(0.5)
+    """Share of the steps that train on moderate problems, before the hard ones."""
+    guard_problems: int = option(100, maximum=MOST_PROBLEMS)
+    """Development problems of each environment, of which the moderate ones guard the hard steps; 0: no guard."""
+    guard_samples: int = positive(4, maximum=MOST_SAMPLES)
+    """Answers to each of them at each check."""
+    guard_every: int = positive(10)
+    """Hard steps between two checks."""
+    guard_drop: float = share(0.1)
+    """Fall of their mean score beyond which the weights are rolled back and the rest of the steps is moderate."""
+
+    def check(self, name: str) -> None:
+        """Raise ValueError, in one line, for ranges that are none. name: dotted, for the message."""
+        for tier in ("moderate", "extreme"):
+            lowest, highest = getattr(self, f"{tier}_lowest"), getattr(self, f"{tier}_highest")
+            if lowest > highest:
+                raise ValueError(
+                    f"{name}.{tier}_lowest = {lowest:g}: must not exceed {tier}_highest = {highest:g}"
+                )
+        if self.search < self.screen:
+            raise ValueError(
+                f"{name}.search = {self.search}: must be at least screen = {self.screen}, whose answers it includes"
+            )
+
+
+@dataclass(frozen=True)
+class DynamicTemperatureConfig:
+    """When and how far the sampling temperature rises during a stage (paper 3.2)."""
+
+    window: int = option(0, maximum=10**6)
+    """Steps whose mean reward is compared with as many before them, to find a plateau; 0: the temperature stays."""
+    gain: float = 0.01
+    """Rise of the mean reward from window to window above which there is no plateau."""
+    lowest: float = positive(0.8)
+    """Lowest temperature that a probe tries."""
+    highest: float = positive(1.4)
+    """Highest temperature that a probe tries."""
+    spacing: float = positive(0.1)
+    """Distance of two temperatures of a probe."""
+    drop: float = share(0.01)
+    """Score that exploration may cost."""
+    relative: bool = True
+    """Whether `drop` is a share of the best score, or in its units."""
+    risk: float = option(0.05, positive=True, maximum=0.5)
+    """Chance, in one probe, of a choice that truly costs more than `drop`."""
+    problems: int = positive(1000, maximum=MOST_PROBLEMS)
+    """Development problems of a probe, of each environment."""
+    samples: int = positive(4, maximum=MOST_SAMPLES)
+    """Answers to each of them, at each temperature."""
+
+    def grid(self) -> list[float]:
+        """Return the temperatures that a probe tries, in rising order."""
+        count = round((self.highest - self.lowest) / self.spacing) + 1
+        return [round(self.lowest + self.spacing * number, 6) for number in range(count)]
+
+    def check(self, name: str, temperature: float) -> None:
+        """Raise ValueError, in one line, for a grid without the first temperature. name: dotted, for the message."""
+        if not self.window:
+            return
+        if self.window < 2:
+            raise ValueError(f"{name}.window = {self.window}: must be 2 or more, or 0")
+        if not self.lowest <= temperature < self.highest:
+            raise ValueError(
+                f"{name}: the temperature begins at {temperature:g}, which must lie from lowest = {self.lowest:g} "
+                f"to below highest = {self.highest:g}"
+            )
+        if (self.highest - self.lowest) / self.spacing > MOST_TEMPERATURES:
+            raise ValueError(
+                f"{name}.spacing = {self.spacing:g}: a probe would try more than {MOST_TEMPERATURES} temperatures"
+            )
+
+
+class Judge(StrEnum):
+    """Who answers the questions of rubric and critic."""
+
+    PROGRAM = "program"
+    """A program for each question."""
+    MODEL = "model"
+    """The model with which the stage begins, asked for yes or no."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """The parts of a reward and their weights (paper 3.4). The reward is their weighted mean."""
+
+    rules: float = option(1.0, maximum=1000)
+    """Weight of the environment's own score: for constraints 1 if all hold, else 0."""
+    critic: float = option(0.0, maximum=1000)
+    """Weight of the share of the request's constraints that hold."""
+    rubric: float = option(0.0, maximum=1000)
+    """Weight of the share of the rubric's questions that hold; its questions are fewer where no answer is right."""
+    reward_model: float = option(0.0, maximum=1000)
+    """Weight of a reward model, trained before the stage from its first weights."""
+    judge: Judge = Judge.PROGRAM
+    """Who answers the questions of rubric and critic: a program, or the stage's first model."""
+    pairs: int = positive(4000, maximum=10**7)
+    """Preference pairs that the reward model learns from; a quarter as many calibrate it, and as many measure it."""
+    pairs_lr: float = positive(1e-5)
+    """Its highest learning rate."""
+
+    @property
+    def composed(self) -> bool:
+        """Return whether the reward is more than the environment's score."""
+        return bool(self.critic or self.rubric or self.reward_model)
+
+    def check(self, name: str) -> None:
+        """Raise ValueError, in one line, for a reward without any part. name: dotted, for the message."""
+        if not (self.rules or self.composed):
+            raise ValueError(f"{name}: every weight is 0, so that no answer earns anything")
+
+
+@dataclass(frozen=True)
+class OutsideConfig:
+    """Agents of other processes that play a stage's tasks over HTTP (paper 3.5); by default there are none."""
+
+    command: str = ""
+    """Command of an agent, which finds the endpoint in MINGLM_ENDPOINT; empty: agents are started by hand."""
+    processes: int = positive(1, maximum=1000)
+    """Processes of the command."""
+    port: int = option(0, maximum=65535, runtime=True)
+    """Port of the endpoint on this machine; 0: a free one, for agents of the command."""
+    idle_seconds: float = positive(60.0, maximum=10**6)
+    """Silence after which an agent loses its session."""
+
+    @property
+    def on(self) -> bool:
+        """Return whether outside agents play."""
+        return bool(self.command or self.port)
+
+
+@dataclass(frozen=True)
 class RLConfig:
-    """One reinforcement learning phase: GRPO without the KL term (paper 3.2, 3.3, 3.4)."""
+    """One reinforcement learning phase (paper 3.2, 3.3, 3.4)."""
 
     environments: tuple[str, ...] = ()
     """Environments the tasks are drawn from, round-robin; repeat a name to weight it."""
@@ -70,21 +368,33 @@ class RLConfig:
     max_turns: int = positive(1)
     """Most assistant turns of an episode."""
     temperature: float = positive(1.0)
-    """Sampling temperature; the loss divides the logits by the same number."""
+    """Sampling temperature, at first; the loss divides the logits by the same number."""
+    dynamic_temperature: DynamicTemperatureConfig = DynamicTemperatureConfig()
+    curriculum: CurriculumConfig = CurriculumConfig()
     peak_lr: float = 1e-6
     """Learning rate, constant after five steps of warm-up."""
-    clip_low: float = share(0.2)
-    """The probability ratio is clipped below at 1 - clip_low."""
-    clip_high: float = 0.28
-    """The probability ratio is clipped above at 1 + clip_high."""
-    aggregation: Aggregation = Aggregation.TOKEN
-    """Average the loss over all tokens (token), over samples (sequence), or divide by a constant (constant)."""
+    refill: int = option(0, maximum=100)
+    """Rounds in which groups without signal are replaced by groups of new prompts (DAPO's dynamic sampling)."""
+    loss: PolicyLossConfig = PolicyLossConfig()
     normalize_std: bool = True
     """Divide advantages by the group's standard deviation (GRPO); the agentic objective does not."""
+    reward: RewardConfig = RewardConfig()
     fault_penalty: float = 0.0
     """Subtracted from the reward of an answer that mixes languages, loops or breaks the format (paper 3.4)."""
     updates_per_rollout: int = positive(1)
     """Optimizer steps that share one batch of rollouts."""
+    routing_replay: bool = False
+    """Train every token through the experts that the rollout took for it, whatever the router says now."""
+    mtp_loss_weight: float = option(0.0, maximum=100)
+    """Weight of the MTP layer's cross-entropy on sampled tokens, which trains that layer alone; 0: it stays as it is."""
+    balance_loss: bool = False
+    """Add the sequence-level balance loss, with the weight of pre-training."""
+    balance_bias: bool = False
+    """Step the router's selection bias after each update, at the rate of pre-training."""
+    asynchronous: AsynchronousConfig = AsynchronousConfig()
+    exact: bool = False
+    """Compute log-probabilities with the engine's own decoder, so that the first ratio is 1 to the bit; on a CPU."""
+    outside: OutsideConfig = OutsideConfig()
 
     def check(self, name: str, longest: int) -> None:
         """Raise ValueError, in one line, for a phase that cannot learn. name: dotted, for the message.
@@ -96,6 +406,34 @@ class RLConfig:
                 f"{name}.samples = {self.samples}: a group of one has no advantage; use 2 or more"
             )
         check_answer(name, self.max_new_tokens, longest)
+        if self.outside.on and self.asynchronous.workers:
+            raise ValueError(
+                f"{name}.outside: agents play beside the trainer; with asynchronous.workers = "
+                f"{self.asynchronous.workers} the workers play, set one of them to nothing"
+            )
+        self.loss.check(f"{name}.loss")
+        self.reward.check(f"{name}.reward")
+        self.curriculum.check(f"{name}.curriculum")
+        self.dynamic_temperature.check(f"{name}.dynamic_temperature", self.temperature)
+        if self.asynchronous.workers and self.asynchronous.max_staleness:
+            self._check_stale(
+                f"{name}.asynchronous.max_staleness = {self.asynchronous.max_staleness}"
+            )
+
+    def _check_stale(self, setting: str) -> None:
+        """Raise ValueError, in one line, for what presumes that the newest weights draw every token."""
+        if not self.loss.importance_cap:
+            raise ValueError(
+                f"{setting}: older weights draw tokens, which loss.importance_cap must correct; set it to 2, for example"
+            )
+        if self.dynamic_temperature.window:
+            raise ValueError(
+                f"{setting}: a batch must have one temperature; set it to 0, or dynamic_temperature.window"
+            )
+        if self.curriculum.pool:
+            raise ValueError(
+                f"{setting}: tasks are dealt before the curriculum has decided; set it to 0, or curriculum.pool"
+            )
 
 
 @dataclass(frozen=True)
@@ -108,10 +446,19 @@ class ExpertConfig:
     """The cold start: a small set with long chains of thought."""
     rl: RLConfig = RLConfig()
     """The reinforcement learning phase."""
-    truncated_reasoning_share: float = share(0.0, formerly="terse_share")
-    """Share of the cold start whose reasoning is cut after its first step, so that RL has to rediscover the others."""
     distilled: float = 1.0
     """Tokens of this expert's answers in the unified data, relative to the other experts."""
+
+
+class Unification(StrEnum):
+    """How the experts become one model."""
+
+    REJECTION = "rejection"
+    """Fine-tuning of the base on the experts' answers that pass four filters, as the paper does."""
+    ON_POLICY = "on_policy"
+    """The base answers, and the expert of each prompt says how likely each token is (arXiv 2606.30406)."""
+    AVERAGE = "average"
+    """The mean of the experts' weights, without training."""
 
 
 @dataclass(frozen=True)
@@ -119,37 +466,62 @@ class PostTrainingConfig:
     """Experts, unified model, general RL (paper 3.1 to 3.4)."""
 
     reasoning: ExpertConfig = ExpertConfig(
-        environments=("arithmetic", "code"),
-        rl=RLConfig(environments=("arithmetic",)),
+        environments=("arithmetic", "science", "logic", "code"),
+        rl=RLConfig(environments=("arithmetic", "science", "logic", "code")),
     )
     agent: ExpertConfig = ExpertConfig(
-        environments=("retail",),
-        rl=RLConfig(environments=("retail",), max_turns=8, normalize_std=False),
+        environments=("search", "retail", "functions", "swe"),
+        rl=RLConfig(
+            environments=("search", "retail", "functions", "swe"),
+            max_turns=16,
+            normalize_std=False,
+        ),
     )
     chat: ExpertConfig = ExpertConfig(
-        environments=("instructions",),
-        rl=RLConfig(environments=("instructions",)),
+        environments=("instructions", "constraints"),
+        rl=RLConfig(
+            environments=("instructions", "constraints"),
+            reward=RewardConfig(critic=1.0, rubric=0.5),
+        ),
     )
+    unification: Unification = Unification.REJECTION
+    """How the experts become one model. On-policy distillation rolls out, and learns, with the numbers of `general_rl`."""
     unified: SFTConfig = SFTConfig()
     """Overall SFT, from the base, on rejection-sampled answers of the experts."""
     prompts_per_environment: int = 100_000
     """Prompts answered for the environment with the shortest conversations; others get fewer, for as many tokens."""
     responses_per_prompt: int = positive(4)
-    """Answers per prompt, of which the right ones are kept (paper 3.1)."""
+    """Answers per hard prompt, of which the right ones are kept (paper 3.1)."""
+    drop_shortest: float = option(0.5, maximum=0.9)
+    """Share of the prompts of each environment that is left out after one answer, those with the shortest (paper 3.1)."""
     thinking_share: float = share(0.5)
     """Share of the unified data that keeps its reasoning; the rest answers directly."""
     pathology_samples: int = option(0, formerly="provoked_samples")
     """Answers to prompts that provoke pathologies in the unified data; 0 where the data bring pathologies anyway."""
     corrupted_share: float = share(0.5, formerly="spoilt_share")
     """Share of these answers that are corrupted: the bad habit that pathology RL is to cure."""
+    asked: tuple[str, ...] = ()
+    """Difficulties that RL, evaluation and distillation ask, ENVIRONMENT:DIFFICULTIES, for example arithmetic:3-6 or
+    arithmetic:3,5x2 (5 twice as often)."""
+    shown: tuple[str, ...] = ()
+    """Difficulties that cold starts and controls show, in the same form. Mid-training shows what the environment says."""
     general_rl: RLConfig = RLConfig(
-        environments=("arithmetic", "retail", "instructions"), max_turns=8
+        environments=("arithmetic", "instructions", "constraints", "retail", "functions"),
+        max_turns=8,
     )
     """RL on a mix of all tasks."""
     pathology_rl: RLConfig = RLConfig(
         environments=("provocation", "arithmetic", "retail", "instructions"), fault_penalty=1.0
     )
     """RL on prompts chosen because they provoke language mixing, repetition and broken format."""
+
+    def asked_difficulties(self) -> dict[str, tuple[int, ...]]:
+        """Return the difficulties of `asked` by environment. Raises ValueError, in one line, for another form."""
+        return dict(difficulties_of("posttraining.asked", text) for text in self.asked)
+
+    def shown_difficulties(self) -> dict[str, tuple[int, ...]]:
+        """Return the difficulties of `shown` by environment. Raises ValueError, in one line, for another form."""
+        return dict(difficulties_of("posttraining.shown", text) for text in self.shown)
 
     def experts(self) -> list[tuple[str, ExpertConfig]]:
         """Return (name, ExpertConfig) pairs in training order."""
@@ -167,6 +539,8 @@ class PostTrainingConfig:
 
     def check(self, longest: int) -> None:
         """Raise ValueError, in one line, for a phase that cannot work. longest: positions of the model."""
+        self.asked_difficulties()
+        self.shown_difficulties()
         for name, sft in self.fine_tunings().items():
             sft.check(f"posttraining.{name}", longest)
         for name, rl in self.reinforcements().items():
@@ -179,8 +553,12 @@ class EvaluationConfig:
 
     problems: int = positive(198, maximum=MOST_PROBLEMS)
     """Held-out problems per environment."""
+    brief_problems: int = positive(198, maximum=MOST_PROBLEMS)
+    """The first so many of them, where no claim compares experts: without thinking, and after the last two stages."""
     samples: int = positive(8, maximum=MOST_SAMPLES)
     """Answers k per problem, for avg@k and pass@k."""
+    split: Split = Split.TEST
+    """Where the problems come from: test, to score the committed settings; development, to choose settings."""
     temperature: float = 0.6
     """Sampling temperature."""
     top_p: float = positive(0.95, maximum=1.0)
@@ -191,6 +569,8 @@ class EvaluationConfig:
     """Held-out tokens per source for bits per byte."""
     every_tokens: int = 0
     """Tokens of pre-training between measurements of bits per byte; 0: only at the end of a stage."""
+    twelve: bool = True
+    """Whether the finished model is scored on all twelve tasks of the paper's three groups, learned or not (Figure 1)."""
     needles: int = option(0, maximum=10_000)
     """Rows of the needle test by length and depth, after a stage with longer rows; with bits by position. 0: none."""
 

@@ -26,8 +26,8 @@ from minglm.config.data import DataConfig
 from minglm.config.model import ModelConfig
 from minglm.config.options import about, check_fields, mismatch, option, types_of
 from minglm.config.overrides import override
-from minglm.config.parallel import ParallelConfig
-from minglm.config.posttraining import EvaluationConfig, PostTrainingConfig
+from minglm.config.parallel import ParallelConfig, TokenExchange
+from minglm.config.posttraining import MOST_DRAFTS, EvaluationConfig, PostTrainingConfig
 from minglm.config.training import BalanceConfig, OptimizerConfig, StagesConfig
 
 
@@ -47,6 +47,17 @@ class RolloutPrecision(StrEnum):
     """That of the model."""
     FLOAT8 = "float8"
     """Float8 in blocks of 128 by 128."""
+
+
+class WeightTransfer(StrEnum):
+    """How new weights reach an engine over HTTP."""
+
+    DISK = "disk"
+    """As a checkpoint in a folder that both see."""
+    TENSORS = "tensors"
+    """Inside requests."""
+    BROADCAST = "broadcast"
+    """By a broadcast to its GPUs."""
 
 
 class Kernels(StrEnum):
@@ -82,6 +93,15 @@ class RunConfig:
     """Precision of the matrix products: float32, or bfloat16 where the device has it. Weights stay float32."""
     rollouts: RolloutPrecision = RolloutPrecision.MODEL
     """Experts while answers are sampled for RL and distillation: the model's own, or float8 in blocks (paper 3.5)."""
+    rollout_engine: str = ""
+    """URL of an engine that answers for RL, distillation and evaluation: vLLM, SGLang, or `serve --weights-from`
+    (`minglm/inference/remote.py` says how each is started); empty: the engine of the run."""
+    rollout_weights: WeightTransfer = option(WeightTransfer.DISK, runtime=True)
+    """How rollout_engine gets new weights: from a folder that both see (disk), inside requests (tensors; SGLang and minglm),
+    or by a broadcast to its GPUs (broadcast; SGLang and vLLM)."""
+    draft_tokens: int = option(0, maximum=MOST_DRAFTS)
+    """Tokens that the MTP layer drafts for each pass of the model while it samples answers for RL, distillation and
+    evaluation; 0: none. Answers follow the same distribution, and are other draws."""
     kernels: Kernels = option(Kernels.AUTO, runtime=True)
     """Implementation of the operations: torch, triton, or auto (triton on a GPU, torch on a CPU)."""
     recompute: bool = option(False, runtime=True)
@@ -92,6 +112,8 @@ class RunConfig:
     """CPU threads, which share the rows of each batch; 0: the cores of this machine divided by the ranks on it."""
     checkpoint_seconds: float = option(60.0, runtime=True)
     """Seconds of training between checkpoints inside a stage."""
+    keep_samples: int = option(1, runtime=True)
+    """Write all samples of every so many steps of RL to samples/STAGE.jsonl in the run's folder; 0: of none."""
     watch: Tracker = option(Tracker.NONE, runtime=True)
     """tensorboard or wandb: send the log's numbers there too (`pip install 'minglm[log]'`); empty: nowhere else."""
 
@@ -116,10 +138,13 @@ class RunConfig:
         self.data.check()
         self.optimizer.check()
         self.parallel.check(self.model)
+        self._check_dispatcher()
         self._check_lengths()
         self._check_rope()
         self._check_muon()
         self.posttraining.check(self.model.max_position_embeddings)
+        self._check_exact()
+        self._check_mtp()
         self.evaluation.check(self.model.max_position_embeddings)
         return self
 
@@ -130,6 +155,13 @@ class RunConfig:
             )
         if self.device.partition(":")[0] not in DEVICES:
             raise ValueError(f"device = {self.device!r}: must be auto, cpu or cuda")
+
+    def _check_dispatcher(self) -> None:
+        if self.parallel.dispatcher == TokenExchange.DEEPEP and self.dtype != Precision.BFLOAT16:
+            raise ValueError(
+                f"parallel.dispatcher = 'deepep': it sums bfloat16 only, and dtype = {self.dtype.value!r}; "
+                "use bfloat16, or all_to_all"
+            )
 
     def _check_lengths(self) -> None:
         if self.stages.longest > self.model.max_position_embeddings:
@@ -164,6 +196,37 @@ class RunConfig:
                 "of a model without latent attention"
             )
 
+    def _check_exact(self) -> None:
+        phases = self.posttraining.reinforcements().items()
+        name = next((name for name, rl in phases if rl.exact), None)
+        if name is None:
+            return
+        wanted = {
+            "dtype": (self.dtype, Precision.FLOAT32),
+            "rollouts": (self.rollouts, RolloutPrecision.MODEL),
+            "kernels": (self.kernels, Kernels.AUTO),
+            "model.kv_lora_rank": (self.model.kv_lora_rank, 0),
+            "model.n_group": (self.model.n_group, 1),
+        }
+        for field_name, (value, needed) in wanted.items():
+            if value != needed:
+                raise ValueError(
+                    f"posttraining.{name}.exact needs {field_name} = {needed}, and it is {value}"
+                )
+
+    def _check_mtp(self) -> None:
+        if self.draft_tokens and not self.model.num_nextn_predict_layers:
+            raise ValueError(
+                f"draft_tokens = {self.draft_tokens}: "
+                "the model has no MTP layer (model.num_nextn_predict_layers = 0); use 0"
+            )
+        for name, rl in self.posttraining.reinforcements().items():
+            if rl.mtp_loss_weight and not self.model.num_nextn_predict_layers:
+                raise ValueError(
+                    f"posttraining.{name}.mtp_loss_weight = {rl.mtp_loss_weight}: "
+                    "the model has no MTP layer (model.num_nextn_predict_layers = 0); use 0"
+                )
+
 
 def runtime_fields() -> list[str]:
     """Return the names of the fields that do not change the result of a run."""
@@ -191,6 +254,7 @@ def _build(section: Any, values: Any, prefix: str) -> Any:
             f"{name} = {shown(values, quoted=True)}: must be a {section.__name__} with its fields"
         )
     types = types_of(section)
+    values = _moved(types, values)
     former = {about(field).formerly: field.name for field in dataclasses.fields(section)}
     arguments = {}
     for given, value in values.items():
@@ -218,6 +282,18 @@ def _build(section: Any, values: Any, prefix: str) -> Any:
         if needed.name not in arguments and not has_default:
             raise ValueError(f"{prefix}{needed.name} is missing; a {section.__name__} needs it")
     return section(**arguments)
+
+
+def _moved(types: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a section with those that have become fields of a section inside it put there."""
+    values = dict(values)
+    for name, kind in types.items():
+        for inner in dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ():
+            outside = about(inner).formerly.removeprefix("../")
+            if about(inner).formerly.startswith("../") and outside in values:
+                value = values.pop(outside)
+                values[name] = {inner.name: value, **values.get(name, {})}
+    return values
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

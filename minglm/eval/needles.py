@@ -9,6 +9,8 @@ A row has exactly `length` tokens; depth 0 puts the needle at its beginning, 1 r
 a length see the same fillers, names and keys. By position, only documents that fill a whole row count, so that all
 positions are measured on the same text; the first tokens of a row cost more bits because they have no context.
 
+Ranks divide the passes, as in `minglm.eval.text`, and add up in the order of one process.
+
 Simplified: one needle a row, no distractors. The paper names its lengths but no test of them; this is the public one.
 """
 
@@ -23,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minglm.common.ranks import Ranks
 from minglm.config.run import RunConfig
 from minglm.data.tokenizer import Tokenizer
 from minglm.model.glm import GLM
@@ -117,19 +120,20 @@ def hide(filler: np.ndarray, needle: Needle, length: int, depth: float) -> np.nd
     )
 
 
-@torch.inference_mode()
 def needle_test(
     model: GLM,
     filler: np.ndarray,
     needles: Sequence[Needle],
     lengths: Sequence[int],
     depths: Sequence[float] = DEPTHS,
+    ranks: Ranks | None = None,
 ) -> list[NeedleResult]:
     """Measure how often, and how surely, a model answers with what was hidden in its context.
 
     Args:
         filler: integer array (ids,), at least as long as the longest row.
         needles: one for each row.
+        ranks: divide the rows; None: one process reads them all.
 
     Returns the results in the order of lengths, then depths. Raises ValueError as `hide` does.
     """
@@ -144,7 +148,7 @@ def needle_test(
                 hide(row_filler, needle, length, depth)
                 for row_filler, needle in zip(fillers, needles, strict=True)
             ]
-            scores = answer_scores(model, rows, sizes)
+            scores = answer_scores(model, rows, sizes, ranks)
             found = sum(score.is_right for score in scores) / len(scores)
             nats = sum(score.nats for score in scores) / len(scores)
             results.append(NeedleResult(length, depth, found, nats))
@@ -152,18 +156,24 @@ def needle_test(
 
 
 def answer_scores(
-    model: GLM, rows: Sequence[np.ndarray], sizes: Sequence[int]
+    model: GLM,
+    rows: Sequence[np.ndarray],
+    sizes: Sequence[int],
+    ranks: Ranks | None = None,
 ) -> list[AnswerScore]:
     """Score the answer at the end of each row.
 
     Args:
         rows: ids, all of the same length.
         sizes: the number of tokens of each row's answer.
+        ranks: as in `needle_test`.
     """
-    scores = []
     longest = max(sizes)
     rows_per_pass = max(1, TOKENS_PER_PASS // len(rows[0]))
-    for start in range(0, len(rows), rows_per_pass):
+
+    @torch.no_grad()
+    def score(start: int) -> list[AnswerScore]:
+        """Score the rows of the pass that begins with this one."""
         batch = np.stack(rows[start : start + rows_per_pass])
         batch_sizes = sizes[start : start + rows_per_pass]
         tokens_BS = torch.tensor(batch, dtype=torch.int64, device=model.device)
@@ -173,11 +183,15 @@ def answer_scores(
         answer_BS = tokens_BS[:, -longest:]
         right_BS = log_p_BSV.argmax(-1) == answer_BS
         log_p_BS = log_p_BSV.gather(2, answer_BS[..., None])[..., 0]
+        scores = []
         for right_S, log_p_S, size in zip(right_BS, log_p_BS, batch_sizes, strict=True):
             is_right = float(right_S[-size:].all())
             nats = -log_p_S[-size:].mean().item()
             scores.append(AnswerScore(is_right, nats))
-    return scores
+        return scores
+
+    passes = (ranks or Ranks()).divide(score, range(0, len(rows), rows_per_pass))
+    return [score for scores in passes for score in scores]
 
 
 def bin_edges(length: int, first: int = FIRST_BIN) -> list[int]:
@@ -191,15 +205,17 @@ def bin_edges(length: int, first: int = FIRST_BIN) -> list[int]:
     return edges
 
 
-@torch.inference_mode()
 def bits_by_position(
     model: GLM,
     tokenizer: Tokenizer,
     documents: Sequence[np.ndarray],
     length: int,
     limit: int,
+    ranks: Ranks | None = None,
 ) -> list[PositionBin] | None:
     """Measure the bits per byte of text by its position in a row of `length` tokens, over at most `limit` tokens.
+
+    ranks: divide the rows; None: one process reads them all.
 
     Returns one result for each bin of `bin_edges`, or None if no document fills a row. Shorter documents are left out.
     """
@@ -215,10 +231,17 @@ def bits_by_position(
     # The first token of a row is not predicted, so it has neither nats nor bytes.
     bytes_S = np.zeros(length)
     bytes_S[1:] = _token_bytes(tokenizer, rows_BS)[:, 1:].sum(0)
-    nats_S = np.zeros(length)
-    for tokens_BS in torch.from_numpy(rows_BS).split(max(1, TOKENS_PER_PASS // length)):
+
+    @torch.no_grad()
+    def measure(tokens_BS: Tensor) -> np.ndarray:
+        """Return the nats of a pass at each position but the first."""
         nats_BS = _next_token_nats(model, tokens_BS.to(model.device))
-        nats_S[1:] += nats_BS.double().sum(0).cpu().numpy()
+        return nats_BS.double().sum(0).cpu().numpy()
+
+    passes = torch.from_numpy(rows_BS).split(max(1, TOKENS_PER_PASS // length))
+    nats_S = np.zeros(length)
+    for nats in (ranks or Ranks()).divide(measure, passes):
+        nats_S[1:] += nats
 
     bins = []
     for start, stop in pairwise(bin_edges(length)):
@@ -253,6 +276,7 @@ def measure(
     heldout: Mapping[str, Sequence[np.ndarray]],
     run: RunConfig,
     stage: str,
+    ranks: Ranks | None = None,
 ) -> Iterator[NeedleRecord | BitsByPositionRecord]:
     """Yield both measurements after a stage with longer rows than the one before, as records for a log.
 
@@ -262,6 +286,7 @@ def measure(
         heldout: {source: documents}.
         run: its `evaluation` says how many rows each length and depth has (`needles`; 0: nothing is measured), and how
             many `heldout_tokens` of each source are read.
+        ranks: as in `needle_test`.
     """
     count = run.evaluation.needles
     lengths = {phase.name: phase.sequence_length for phase in phases(run)}
@@ -279,11 +304,12 @@ def measure(
         filler = np.resize(tokens, max(2 * length, len(tokens)))
         needles = written_needles(tokenizer, count, run.seed)
         tested = sorted({before, max(before, length // 2), length})
-        for result in needle_test(model, filler, needles, tested):
+        for result in needle_test(model, filler, needles, tested, ranks=ranks):
             yield NeedleRecord(stage=stage, **result._asdict())
     for source in sorted(heldout):
         documents = heldout[source]
-        bins = bits_by_position(model, tokenizer, documents, length, run.evaluation.heldout_tokens)
+        limit = run.evaluation.heldout_tokens
+        bins = bits_by_position(model, tokenizer, documents, length, limit, ranks)
         if bins is not None:
             bits: list[list[float | None]] = [[b.start, b.stop, b.bits] for b in bins]
             yield BitsByPositionRecord(stage=stage, source=source, length=length, bits=bits)

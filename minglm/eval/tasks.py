@@ -6,6 +6,7 @@
 A sample whose environment failed says nothing about the model: it leaves every statistic and is counted.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -15,7 +16,9 @@ from minglm.common.statistics import interval, pass_at_k
 from minglm.config.posttraining import EvaluationConfig
 from minglm.data.tokenizer import Tokenizer
 from minglm.envs.base import Environment
+from minglm.envs.pathology import clean_replies, says_right
 from minglm.inference.client import Generator
+from minglm.rewards.audit import FLAGS, CharacterModel, audit
 from minglm.rewards.pathology import FAULTS
 from minglm.rl.episode import Player, SamplingSettings, Trajectory
 from minglm.rl.rollout import rollout
@@ -40,6 +43,7 @@ def tasks(
     thinking: bool = True,
     seed: int = 0,
     ranks: Ranks | None = None,
+    thinking_budget: int | None = None,
 ) -> Evaluation:
     """Play held-out tasks of one environment.
 
@@ -51,11 +55,14 @@ def tasks(
         thinking: the thinking switch.
         seed: decides every draw; the problems are always the same.
         ranks: divide the episodes, each with a generator of its own; None: one process plays them all.
+        thinking_budget: most tokens of reasoning in a turn; None: no bound.
 
     Raises ValueError when the environment failed in every sample.
     """
-    problems = environment.test_tasks(config.problems, TEST_SEED)
-    settings = SamplingSettings(config.max_new_tokens, config.temperature, config.top_p)
+    problems = environment.distinct_tasks(config.problems, TEST_SEED, config.split)
+    settings = SamplingSettings(
+        config.max_new_tokens, config.temperature, config.top_p, thinking_budget
+    )
     groups = rollout(
         Player(generator, tokenizer, settings, ranks or Ranks()),
         {environment.name: environment},
@@ -65,6 +72,11 @@ def tasks(
         seed,
     )
     everything = [t for group in groups for t in group]
+
+    by_problem = []
+    for group in groups:
+        values = [t.score.value for t in group if t.valid]
+        by_problem.append(round(fmean(values), 4) if values else None)
 
     # Samples whose environment failed leave the statistics, and problems without any other sample with them.
     groups = [[t for t in group if t.valid] for group in groups]
@@ -82,6 +94,7 @@ def tasks(
         passed.append(pass_at_k(len(group), right, len(group)))
     calls = sum(t.score.parts.get("calls", 0) for t in valid)
     valid_calls = sum(t.score.parts.get("valid_calls", 0) for t in valid)
+    shown = Counter(environment.shown_difficulties or environment.default_difficulties)
     record = {
         "env": environment.name,
         "group": environment.group,
@@ -95,6 +108,11 @@ def tasks(
         "valid_calls": valid_calls / calls if calls and environment.tools() else None,
         "switch_ok": fmean(t.switch_obeyed for t in valid),
         "length": fmean(t.length for t in valid),
+        "by_problem": by_problem,
+        "levels": [task.difficulty for task in problems],
+        "shown_shares": {
+            str(level): round(count / shown.total(), 4) for level, count in sorted(shown.items())
+        },
     }
     if len(valid) < len(everything):
         record["infrastructure"] = len(everything) - len(valid)
@@ -120,3 +138,22 @@ def faults(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
         "low": low,
         "high": high,
     }
+
+
+def audited(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Return the shares of answers to provoking prompts that the audit flags, {flag: share}, with "any" and "right".
+
+    The flags are those of `rewards.audit`, which no reward uses; right is what holds the oracle's reply. Samples whose
+    environment failed are left out.
+    """
+    clean = clean_replies()
+    model = CharacterModel(clean[::2], clean[1::2])
+    rows = []
+    for trajectory in trajectories:
+        if trajectory.valid:
+            text = trajectory.messages[-1]["content"]
+            flags = audit(text, model)
+            rows.append(
+                {**flags, "any": any(flags.values()), "right": says_right(trajectory.task, text)}
+            )
+    return {name: fmean(row[name] for row in rows) for name in (*FLAGS, "any", "right")}

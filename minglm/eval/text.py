@@ -5,15 +5,19 @@
 
 Bits per byte does not depend on the tokenizer. The acceptance is the probability that a token drafted by the MTP layer
 (q) passes the speculative test against the trunk (p).
+
+Ranks divide the batches; their sums are added in the order of one process, so the result has its bits.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from einops import rearrange
 
-from minglm.data.packing import Batch, fill
+from minglm.common.ranks import Ranks
+from minglm.data.packing import Batch, TokensAndMask, fill
 from minglm.data.tokenizer import Tokenizer
 from minglm.model.glm import GLM
 from minglm.train.loss import AFTER_NEXT, NEXT_TOKEN, next_token_targets
@@ -21,14 +25,18 @@ from minglm.train.loss import AFTER_NEXT, NEXT_TOKEN, next_token_targets
 TOKENS_PER_PASS = 8192
 """Tokens of one forward pass."""
 
+ROWS_PER_PASS = 32
+"""Answers of one forward pass."""
+
+GUESSES = 1024
+"""Positions whose distributions exist at the same time."""
+
 MIN_TOKENS = 3
 """A shorter span of text has no token after next."""
 
 
-def _batches(
-    model: GLM, documents: Sequence[np.ndarray], length: int, limit: int
-) -> Iterator[Batch]:
-    """Cut documents into rows of at most `length` tokens, one span a row, and yield them in batches on the device.
+def _batches(documents: Sequence[np.ndarray], length: int, limit: int) -> list[Batch]:
+    """Cut documents into rows of at most `length` tokens, one span a row, and return them in batches.
 
     limit: the number of rows is limit / length. Raises ValueError if every document is shorter than MIN_TOKENS.
     """
@@ -42,46 +50,101 @@ def _batches(
         raise ValueError(f"no held-out document has {MIN_TOKENS} tokens: there is nothing to score")
     rows = [[(span, None)] for span in spans[: max(1, limit // length)]]
     batch = fill(rows, length, separate=True)
-    for part in batch.split(max(1, TOKENS_PER_PASS // length)):
-        yield part.to(model.device)
+    return batch.split(max(1, TOKENS_PER_PASS // length))
 
 
-@torch.inference_mode()
 def bits_per_byte(
     model: GLM,
     tokenizer: Tokenizer,
     documents: Sequence[np.ndarray],
     length: int,
     limit: int,
+    ranks: Ranks | None = None,
 ) -> float:
-    """Return the bits per byte of documents, in rows of `length` tokens, up to `limit` tokens."""
-    nats = 0.0
-    text_bytes = 0
-    for batch in _batches(model, documents, length, limit):
-        logits_BSV = model(batch.tokens_BS, batch.positions_BS, batch.documents_BS)
-        log_p_BSV = logits_BSV.float().log_softmax(-1)
+    """Return the bits per byte of documents, in rows of `length` tokens, up to `limit` tokens.
+
+    ranks: divide the rows, each with the whole model, or in step where they share one (`minglm.parallel.reading`); None: one
+    process reads them all.
+    """
+
+    @torch.no_grad()
+    def measure(part: Batch) -> tuple[float, int]:
+        """Return nats and bytes of a batch."""
+        batch = part.to(model.device)
+        out = model.hidden(batch.tokens_BS, batch.positions_BS, batch.documents_BS)
         targets = next_token_targets(batch.tokens_BS, batch.mask_BS, batch.documents_BS, NEXT_TOKEN)
-        log_p_BS = log_p_BSV.gather(2, targets.tokens_BS[..., None])[..., 0]
-        nats -= log_p_BS[targets.counts_BS].sum().item()
+        log_p_T, _ = model.lm_head.token_log_probabilities(
+            rearrange(out.hidden_BSD, "b s d -> (b s) d"), targets.tokens_BS.flatten()
+        )
+        nats = -log_p_T[targets.counts_BS.flatten()].sum().item()
         predicted = batch.tokens_BS[batch.mask_BS]
-        text_bytes += len(tokenizer.bytes(predicted, skip_special=True))
+        return nats, len(tokenizer.bytes(predicted, skip_special=True))
+
+    measured = (ranks or Ranks()).divide(measure, _batches(documents, length, limit))
+    nats = sum(nats for nats, _ in measured)
+    text_bytes = sum(size for _, size in measured)
     return nats / math.log(2) / max(1, text_bytes)
 
 
-@torch.inference_mode()
-def mtp_acceptance(model: GLM, documents: Sequence[np.ndarray], length: int, limit: int) -> float:
+def mtp_acceptance(
+    model: GLM,
+    documents: Sequence[np.ndarray],
+    length: int,
+    limit: int,
+    ranks: Ranks | None = None,
+) -> float:
+    """Return the acceptance on documents, in rows of `length` tokens, up to `limit` tokens.
+
+    ranks: as in `bits_per_byte`.
+    """
+    return _acceptance(model, _batches(documents, length, limit), ranks)
+
+
+def mtp_acceptance_on_answers(
+    model: GLM, answers: Sequence[TokensAndMask], limit: int, ranks: Ranks | None = None
+) -> float | None:
+    """Return the acceptance on the tokens that the model sampled itself, None without any.
+
+    answers: (token ids, whether each was sampled) of whole texts, prompts included; of these the first ones with together
+    at most `limit` tokens, and at least one. ranks: as in `bits_per_byte`.
+    """
+    rows: list[list[TokensAndMask]] = []
+    tokens = 0
+    for answer in answers:
+        tokens += len(answer[0])
+        if rows and tokens > limit:
+            break
+        rows.append([answer])
+    rows.sort(key=lambda row: len(row[0][0]))
+    batches: list[Batch] = []
+    for start in range(0, len(rows), ROWS_PER_PASS):
+        part = rows[start : start + ROWS_PER_PASS]
+        batches.append(fill(part, len(part[-1][0][0]), separate=True))
+    return _acceptance(model, batches, ranks) if batches else None
+
+
+def _acceptance(model: GLM, batches: Sequence[Batch], ranks: Ranks | None) -> float:
     """Return the mean over positions of sum_v min(p, q): both guess the token two positions on."""
-    overlap = 0.0
-    count = 0
-    for batch in _batches(model, documents, length, limit):
+
+    @torch.no_grad()
+    def measure(part: Batch) -> tuple[float, int]:
+        """Return the sum over the positions of a batch, and their number."""
+        batch = part.to(model.device)
         out = model.hidden(batch.tokens_BS, batch.positions_BS, batch.documents_BS, mtp=True)
         assert out.mtp_hidden_BSD is not None
-        # For token t + 2: the trunk at position t + 1, the MTP layer at position t.
-        p_BSV = model.lm_head(out.hidden_BSD[:, 1:]).float().softmax(-1)
-        q_BSV = model.lm_head(out.mtp_hidden_BSD[:, :-1]).float().softmax(-1)
         targets = next_token_targets(batch.tokens_BS, batch.mask_BS, batch.documents_BS, AFTER_NEXT)
         counts_BS = targets.counts_BS[:, :-1]
-        overlap_BS = torch.minimum(p_BSV, q_BSV).sum(-1)
-        overlap += overlap_BS[counts_BS].sum().item()
-        count += int(counts_BS.sum())
-    return overlap / max(1, count)
+        # For token t + 2: the trunk at position t + 1, the MTP layer at position t.
+        trunk_TD = out.hidden_BSD[:, 1:][counts_BS]
+        mtp_TD = out.mtp_hidden_BSD[:, :-1][counts_BS]
+        total = 0.0
+        chunks = zip(trunk_TD.split(GUESSES), mtp_TD.split(GUESSES), strict=True)
+        for p_states_TD, q_states_TD in chunks:
+            p_TV = model.lm_head(p_states_TD).float().softmax(-1)
+            q_TV = model.lm_head(q_states_TD).float().softmax(-1)
+            total += torch.minimum(p_TV, q_TV).sum().item()
+        return total, len(trunk_TD)
+
+    measured = (ranks or Ranks()).divide(measure, batches)
+    count = sum(count for _, count in measured)
+    return sum(overlap for overlap, _ in measured) / max(1, count)

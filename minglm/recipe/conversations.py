@@ -1,6 +1,7 @@
 """Collect the conversations that fine-tuning learns from: oracle's solutions, experts' answers (paper 3.1, 3.4).
 
-    cold start   solutions of the oracle to training tasks, all with their reasoning, some cut after its first step
+    cold start   solutions of the oracle to training tasks of the difficulties that are shown, all with their reasoning
+    control      more of them
     unified      right answers of the experts by rejection sampling, half of them without their reasoning,
                  and replies to prompts that provoke pathologies, some of them corrupted
 
@@ -9,8 +10,7 @@ text, would have none.
 """
 
 import random
-import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -18,14 +18,17 @@ from minglm.chat.messages import Message
 from minglm.common.files import read_json, write_json
 from minglm.data.dialogues import Conversation
 from minglm.envs import ENVIRONMENTS
-from minglm.envs.base import Task, without_reasoning
+from minglm.envs.base import Environment, Task, without_reasoning
 from minglm.envs.pathology import PathologyPrompts, corrupt
 from minglm.recipe.context import RunContext
-from minglm.recipe.stages import DISTILLATION_STREAM, ColdStartStage, Teacher, UnifiedStage
+from minglm.recipe.stages import DISTILLATION_STREAM, Teacher, UnifiedStage
+from minglm.report.records import ORACLE
 from minglm.rl import distill
 from minglm.rl.episode import Player, SamplingSettings, Trajectory
-from minglm.rl.loop import evenly_spread
 from minglm.rl.rollout import rollout
+from minglm.rl.schedule import evenly_spread
+
+HARD_PROMPTS_SEED = 10**6 + DISTILLATION_STREAM  # other random numbers than the first answers had
 
 Conversations = dict[str, list[Conversation]]
 """Conversations by environment."""
@@ -39,24 +42,21 @@ class Answer(NamedTuple):
     tools: Sequence[dict[str, Any]]
 
 
-def truncate_reasoning(message: Message) -> Message:
-    """Return a message whose reasoning stops after its first step."""
-    if "reasoning_content" not in message:
-        return message
-    first_step = re.split(r"[;\n]", message["reasoning_content"])[0]
-    return {**message, "reasoning_content": first_step}
+def shown_conversations(
+    environments: Iterable[Environment], samples: int, seed: int
+) -> Conversations:
+    """Return `samples` solutions of the oracle to training tasks of each environment, all with thinking.
 
-
-def cold_start_conversations(stage: ColdStartStage) -> Conversations:
-    """Return solutions of the oracle to training tasks of each environment, all with thinking."""
-    conversations: Conversations = {name: [] for name in stage.environments}
-    for name in stage.environments:
-        environment = ENVIRONMENTS[name]
-        for number, task in enumerate(environment.tasks(stage.config.samples, stage.seed)):
-            messages = environment.demonstrate(task)
-            if evenly_spread(number, stage.truncated_reasoning_share):
-                messages = [truncate_reasoning(message) for message in messages]
-            conversations[name].append((messages, task.tools, True))
+    An environment that is named twice brings twice as many.
+    """
+    conversations: Conversations = {}
+    named = list(environments)
+    for environment in {each.name: each for each in named}.values():
+        count = samples * sum(each.name == environment.name for each in named)
+        tasks = environment.shown_tasks(count, seed)
+        conversations[environment.name] = [
+            (environment.demonstrate(task), task.tools, True) for task in tasks
+        ]
     return conversations
 
 
@@ -101,7 +101,7 @@ class Distillation(NamedTuple):
 
     answers: list[Answer]
     counts: dict[str, int]
-    """Answers, those kept and those that each filter rejected, by "EXPERT: WHAT"."""
+    """Prompts, answers, those that each filter rejected, those kept, those of the oracle, by "EXPERT: WHAT"."""
 
 
 def experts_answers(context: RunContext, stage: UnifiedStage) -> Distillation:
@@ -116,30 +116,61 @@ def experts_answers(context: RunContext, stage: UnifiedStage) -> Distillation:
         tasks = [
             task
             for name, count in teacher.prompts.items()
-            for task in ENVIRONMENTS[name].tasks(count, stage.seed)
+            for task in context.environments[name].tasks(count, stage.seed)
         ]
-        accepted, report = distill.accept(_sample(context, teacher, tasks))
-        for what, count in report.items():
-            counts[f"{teacher.name}: {what}"] = count
+        hard, trajectories = _sample(context, teacher, tasks)
+        accepted, report = distill.accept(trajectories, context.environments)
         answers += [Answer(t.environment, messages, list(t.tools)) for t, messages in accepted]
+
         # An environment without one right answer would be missing from the unified model, so the oracle answers for it.
         answered = {task.environment for task, _ in accepted}
-        for task in tasks:
-            if task.environment not in answered:
-                messages = ENVIRONMENTS[task.environment].demonstrate(task)
-                answers.append(Answer(task.environment, messages, list(task.tools)))
+        shown = [task for task in tasks if task.environment not in answered]
+        for task in shown:
+            messages = context.environments[task.environment].demonstrate(task)
+            answers.append(Answer(task.environment, messages, list(task.tools)))
+        found = {
+            "prompts": len(tasks),
+            "prompts with short answers, left out": len(tasks) - len(hard),
+            **report,
+            ORACLE: len(shown),
+        }
+        for what, count in found.items():
+            counts[f"{teacher.name}: {what}"] = count
     if context.world.is_writer:
         write_json(path, [answers, counts])
     return Distillation(answers, counts)
 
 
-def _sample(context: RunContext, teacher: Teacher, tasks: Sequence[Task]) -> list[Trajectory]:
-    """Return an expert's answers to tasks, `responses_per_prompt` to each, sampled as in the evaluation."""
+class Sampled(NamedTuple):
+    """An expert's answers."""
+
+    hard: list[Task]
+    """The tasks that were not left out for their short answers."""
+    trajectories: list[Trajectory]
+    """Answers to them."""
+
+
+def _sample(context: RunContext, teacher: Teacher, tasks: Sequence[Task]) -> Sampled:
+    """Return an expert's answers, `responses_per_prompt` to each hard prompt, sampled as in the evaluation.
+
+    One answer to each prompt tells which are hard; where no prompt is dropped all answers are drawn at once.
+    """
+    post = context.run.posttraining
     model = context.load_model(teacher.stage)
     sampler = context.run.evaluation
     settings = SamplingSettings(sampler.max_new_tokens, sampler.temperature, sampler.top_p)
-    samples = context.run.posttraining.responses_per_prompt
+    first = 1 if post.drop_shortest else post.responses_per_prompt
+    hard = list(tasks)
     with closing(context.rollout_generator(model)) as generator:
         player = Player(generator, context.tokenizer, settings, context.world.ranks)
-        groups = rollout(player, ENVIRONMENTS, tasks, samples, seed=DISTILLATION_STREAM)
-    return [trajectory for group in groups for trajectory in group]
+        groups = rollout(player, context.environments, tasks, first, seed=DISTILLATION_STREAM)
+        trajectories = [trajectory for group in groups for trajectory in group]
+        if post.drop_shortest:
+            remaining = distill.hard_prompts(trajectories, post.drop_shortest)
+            hard = [task for task in tasks if task.id in remaining]
+            trajectories = [t for t in trajectories if t.task.id in remaining]
+            more = post.responses_per_prompt - first
+            if more:
+                groups = rollout(player, context.environments, hard, more, seed=HARD_PROMPTS_SEED)
+                trajectories += [trajectory for group in groups for trajectory in group]
+    return Sampled(hard, trajectories)

@@ -3,6 +3,9 @@
     sources      every source of every mixture is built in, drawn from an environment, or can come from data.files
     files        data.files, data.tokenizer and data.web_labels exist; the tokenizer fits the vocabulary
     kernels      Triton has a GPU to run on
+    deepep       its package, GPUs, NVLink and RDMA cards are there
+    exact        log-probabilities with the engine's bits have a CPU, a C compiler and one process
+    unification  on-policy distillation has one process
     stages       --only and --until name stages
     order        the stages that --only and --until leave out are done where others build on them
     memory       weights and gradients fit
@@ -21,17 +24,28 @@ from typing import NamedTuple
 import torch
 
 from minglm.common.device import pick_device
-from minglm.config import Kernels, RunConfig, TokenExchange, Tracker
+from minglm.config import (
+    Kernels,
+    RatioLevel,
+    RunConfig,
+    TokenExchange,
+    Tracker,
+    Unification,
+)
 from minglm.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from minglm.kernels.dispatch import has_c_library
 from minglm.plan.counts import count_parameters
 from minglm.plan.memory import optimizer_split
 from minglm.recipe.solutions import check_environments, solved_environments
-from minglm.recipe.stages import Stage, StageKind, is_done
+from minglm.recipe.stages import RLStage, Stage, StageKind, is_done
 from minglm.train.checkpoint import CheckpointStore
 
 BUILT_IN_SOURCES = ("prose", "code", "math", "science", "qa", "long", "repository")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # a token for each byte, and the special ones
 GIB = 2**30
+NVLINK_RANKS = 8
+"""Ranks among which DeepEP exchanges over NVLink; more of them are so many on each machine, with RDMA between machines."""
+INFINIBAND = Path("/sys/class/infiniband")
 
 
 class DiskNeed(NamedTuple):
@@ -58,6 +72,8 @@ def check_run(run: RunConfig) -> None:
     check_data(run)
     check_kernels(run)
     check_tracker(run)
+    check_outside(run)
+    check_rollout_engine(run)
 
 
 def check_data(run: RunConfig) -> None:
@@ -114,6 +130,28 @@ def check_vocabulary(run: RunConfig) -> None:
         )
 
 
+def check_halves(
+    stages: Sequence[Stage],
+    only: str | None,
+    rollout_only: bool,
+    from_rollouts: Path | None,
+    ranks: int,
+) -> None:
+    """Refuse half of RL, its rollouts or its training, where there is no stage for it."""
+    if not rollout_only and from_rollouts is None:
+        return
+    option = "--rollout-only" if rollout_only else "--from-rollouts"
+    names = [stage.name for stage in stages if isinstance(stage, RLStage)]
+    if only not in names:
+        raise ValueError(f"{option} is for one stage of RL: add --only {' or '.join(names)}")
+    if rollout_only and from_rollouts is not None:
+        raise ValueError("--rollout-only and --from-rollouts exclude each other; give one of them")
+    if rollout_only and ranks > 1:
+        raise ValueError(f"--rollout-only: {ranks} ranks; start one process")
+    if from_rollouts is not None and not from_rollouts.is_file():
+        raise ValueError(f"--from-rollouts {from_rollouts}: there is no such file")
+
+
 def check_kernels(run: RunConfig) -> None:
     """Refuse Triton kernels where there is no GPU for them."""
     device = pick_device(run.device)
@@ -121,6 +159,28 @@ def check_kernels(run: RunConfig) -> None:
     if run.kernels == Kernels.TRITON and device.type != "cuda" and not interpreted:
         raise ValueError(
             "kernels = 'triton' needs a GPU; use --kernels auto, or TRITON_INTERPRET=1 for a slow test"
+        )
+
+
+def check_exact(run: RunConfig, ranks: int) -> None:
+    """Refuse exact log-probabilities where there is no C decoder for them, or the weights lie on several ranks."""
+    phases = run.posttraining.reinforcements().items()
+    for name in [name for name, rl in phases if rl.exact]:
+        if pick_device(run.device).type != "cpu":
+            raise ValueError(f"posttraining.{name}.exact runs on a CPU only; use --device cpu")
+        if not has_c_library():
+            raise ValueError(f"posttraining.{name}.exact needs a C compiler, and there is none")
+        if ranks > 1:
+            raise ValueError(
+                f"posttraining.{name}.exact runs in one process, and there are {ranks}"
+            )
+
+
+def check_unification(run: RunConfig, ranks: int) -> None:
+    """Refuse on-policy distillation on several ranks: one process holds the student and all experts."""
+    if run.posttraining.unification == Unification.ON_POLICY and ranks > 1:
+        raise ValueError(
+            f"posttraining.unification = on_policy runs in one process, and there are {ranks}; use rejection"
         )
 
 
@@ -170,29 +230,84 @@ def check_tracker(run: RunConfig) -> None:
         raise ValueError(f"watch = {run.watch.value!r} needs a package: pip install 'minglm[log]'")
 
 
+def check_outside(run: RunConfig) -> None:
+    """Refuse outside agents where the packages that serve them are missing."""
+    for name, phase in run.posttraining.reinforcements().items():
+        for package in ("starlette", "uvicorn") if phase.outside.on else ():
+            if importlib.util.find_spec(package) is None:
+                raise ValueError(
+                    f"posttraining.{name}.outside needs the package {package}: pip install 'minglm[serve]'"
+                )
+
+
+def check_rollout_engine(run: RunConfig) -> None:
+    """Refuse what an engine over HTTP cannot do."""
+    if not run.rollout_engine:
+        return
+    if importlib.util.find_spec("httpx") is None:
+        raise ValueError("rollout_engine needs the package httpx: pip install 'minglm[serve]'")
+    for name, phase in run.posttraining.reinforcements().items():
+        if phase.routing_replay:
+            raise ValueError(
+                f"posttraining.{name}.routing_replay: an engine over HTTP does not report its experts"
+            )
+        if phase.asynchronous.workers:
+            raise ValueError(
+                f"posttraining.{name}.asynchronous.workers: the workers have engines of their own; leave out rollout_engine"
+            )
+
+
 def check_layout(run: RunConfig, stages: Sequence[Stage], ranks: int) -> None:
     """Refuse a layout that does not fit the number of ranks or these stages, or that a run cannot have."""
     layout = run.parallel.layout(ranks, run.model)
-    for name in ("cp", "pp"):
-        size = getattr(layout, name)
-        for stage in stages:
-            if size > 1 and stage.kind == StageKind.RL:
-                raise ValueError(
-                    f"parallel.{name} = {size}: {stage.name} is reinforcement learning, which has no such layout; "
-                    f"stop before it with --until, and continue with --parallel.{name} 1"
-                )
-    if layout.pp > 1 and layout.cp > 1:
-        raise ValueError(
-            f"parallel.pp = {layout.pp}: a pipeline's rows are not cut, and parallel.cp = {layout.cp}; use one of both"
-        )
-    if layout.pp > 1 and run.model.tie_word_embeddings:
-        raise ValueError(
-            f"parallel.pp = {layout.pp}: model.tie_word_embeddings ties the first stage to the last; use 1"
-        )
+    for stage in stages:
+        if not isinstance(stage, RLStage):
+            continue
+        if layout.pp > 1:
+            raise ValueError(
+                f"parallel.pp = {layout.pp}: {stage.name} is reinforcement learning, which has no pipeline; "
+                "stop before it with --until, and continue with --parallel.pp 1"
+            )
+        level = stage.config.loss.importance_sampling_level
+        if layout.cp > 1 and level == RatioLevel.SEQUENCE:
+            raise ValueError(
+                f"parallel.cp = {layout.cp}: the ratio of a whole segment ({stage.name}: "
+                "loss.importance_sampling_level = 'sequence') is not computed over ranks; use 'token', or --parallel.cp 1"
+            )
     if run.parallel.dispatcher == TokenExchange.DEEPEP:
-        raise ValueError(
-            "parallel.dispatcher = 'deepep': a run exchanges tokens by all_to_all only; use that"
+        refusal = deepep_lacks(layout.ep, pick_device(run.device))
+        if refusal:
+            raise ValueError(f"parallel.dispatcher = 'deepep': {refusal}; or use all_to_all")
+
+
+def deepep_lacks(ep: int, device: torch.device) -> str:
+    """Say what this machine lacks for DeepEP's exchange among `ep` ranks, and what to do; "" where nothing is known to."""
+    if device.type != "cuda":
+        return "its kernels need GPUs, and there is none; start the run where they are"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "its kernels need a GPU of compute capability 8.0; use a newer one"
+    if importlib.util.find_spec("deep_ep") is None:
+        return (
+            "it needs the package deep_ep, which is built from github.com/deepseek-ai/DeepEP, version 1.2.1; "
+            "install it on every machine"
         )
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    neighbours = min(ep, NVLINK_RANKS)
+    if here % neighbours:
+        return (
+            f"of parallel.ep = {ep} ranks {neighbours} must share a machine, and this one has {here}; "
+            "start another number on each"
+        )
+    own = torch.cuda.current_device()
+    others = [gpu for gpu in range(torch.cuda.device_count()) if gpu != own]
+    if not all(torch.cuda.can_device_access_peer(own, gpu) for gpu in others):
+        return "its kernels need NVLink between the GPUs of a machine; use another machine"
+    if ep > NVLINK_RANKS and not INFINIBAND.exists():
+        return (
+            f"parallel.ep = {ep} goes beyond one machine, and this one has no RDMA network card; "
+            f"use an ep of up to {NVLINK_RANKS}"
+        )
+    return ""
 
 
 def check_memory(run: RunConfig, ranks: int = 1) -> None:

@@ -1,7 +1,7 @@
 """Run the whole recipe, stage by stage, in a folder that a killed run continues from (paper Figure 3, sections 2 to 4).
 
     data -> general -> code_reasoning -> repository -> reasoning -> long_agent          (one schedule; 2.2 to 2.4)
-         -> for each expert: X.sft -> X.rl                                              (3.1 stage one, 3.2, 3.3)
+         -> for each expert: X.sft -> X.rl, and X.control to compare with               (3.1 stage one, 3.2, 3.3)
          -> unified -> general_rl -> pathology_rl                                       (3.1 stage two, 3.4)
 
 A stage reads the final checkpoint of the stage it builds on and writes its own; a complete stage is skipped. The same
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from minglm.common import trackers
+from minglm.common.allocator import keep_freed_memory
 from minglm.common.device import pick_device, seed_everything
 from minglm.common.files import remove, write_json
 from minglm.common.log import Log, forget_stage
@@ -63,8 +64,13 @@ class RecipeRunner:
         out: str | Path,
         world: World | None = None,
         quiet: bool = False,
+        rollout_only: bool = False,
+        from_rollouts: Path | None = None,
     ) -> None:
-        """Prepare the data, or find it. world: the ranks, all of which must call this; None: one process."""
+        """Prepare the data, or find it. world: the ranks, all of which must call this; None: one process.
+
+        rollout_only, from_rollouts: for a stage of RL, as in `RunContext`.
+        """
         self.run = run
         self.out = Path(out)
         self.world = world or World(pick_device(run.device))
@@ -75,6 +81,8 @@ class RecipeRunner:
         # Threads share a batch in one process. Ranks share it already, so their threads share each operation.
         inside = device.type != "cpu" or run.compile or self.world.has_group
         threads = use_threads(run.threads, inside=inside)
+        if device.type == "cpu":
+            keep_freed_memory()
         meshes = None
         if self.world.has_group:
             layout = run.parallel.layout(self.world.size, run.model)
@@ -109,6 +117,8 @@ class RecipeRunner:
             world=self.world,
             meshes=meshes,
             quiet=quiet or not self.world.is_writer,
+            rollout_only=rollout_only,
+            from_rollouts=from_rollouts,
         )
 
     def _clean(self) -> int:
@@ -173,6 +183,12 @@ class RecipeRunner:
         if complete and self.world.is_writer:
             self.log.write(EndRecord(seconds=round(self.seconds_spent(), 1)))
         return complete
+
+    def roll_out(self, name: str) -> Path:
+        """Write the rollouts of a stage of RL, by the weights that it would start from. Return the file."""
+        stage = next(stage for stage in self.stages if stage.name == name)
+        train_stage(self.context, stage, self.context.load_model(stage.base))
+        return self.out / "rollouts" / f"{name}.jsonl"
 
     def execute_stage(self, stage: Stage) -> None:
         """Train one stage from the weights of its base, evaluate it, and mark it complete."""

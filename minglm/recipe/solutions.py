@@ -3,7 +3,7 @@
 from minglm.config import RunConfig
 from minglm.data.build import TaskData
 from minglm.data.dialogues import Conversation
-from minglm.envs import ENVIRONMENTS
+from minglm.envs import ENVIRONMENTS, Environments
 from minglm.eval.tasks import TEST_SEED
 
 TASK_STREAM = 1  # the stages after mid-training have others (`minglm.recipe.stages`)
@@ -11,23 +11,42 @@ TASK_STREAM = 1  # the stages after mid-training have others (`minglm.recipe.sta
 
 def check_environments(run: RunConfig) -> None:
     """Raise ValueError for a stage of post-training without tasks, or with tasks that do not exist."""
+    try:
+        environments_of(run)
+    except ValueError as error:
+        raise ValueError(f"posttraining.asked or posttraining.shown: {error}") from None
+    for name, environments in _named_environments(run).items():
+        field = f"posttraining.{name}.environments"
+        if not environments:
+            raise ValueError(f"{field} = nothing: must be some of {', '.join(ENVIRONMENTS)}")
+        for environment in environments:
+            try:
+                ENVIRONMENTS[environment]
+            except ValueError as error:
+                raise ValueError(f"{field}: {error}") from None
+
+
+def environments_of(run: RunConfig) -> Environments:
+    """Return every environment as post-training has it: it asks and shows the difficulties that the run names."""
+    post = run.posttraining
+    return ENVIRONMENTS.asking(post.asked_difficulties(), post.shown_difficulties())
+
+
+def _named_environments(run: RunConfig) -> dict[str, tuple[str, ...]]:
+    """Return the environments of each phase of post-training, {dotted name of the phase: environments}."""
     post = run.posttraining
     named = {name: expert.environments for name, expert in post.experts()}
-    named |= {name: config.environments for name, config in post.reinforcements().items()}
-    for name, environments in named.items():
-        if not environments or not set(environments) <= set(ENVIRONMENTS):
-            given = " ".join(environments) or "nothing"
-            raise ValueError(
-                f"posttraining.{name}.environments = {given}: must be some of {', '.join(ENVIRONMENTS)}"
-            )
+    return named | {name: config.environments for name, config in post.reinforcements().items()}
 
 
 def evaluation_texts(run: RunConfig) -> dict[str, list[str]]:
-    """Return the prompts of the test tasks of every environment, {"tasks:ENVIRONMENT": texts}."""
+    """Return the prompts of the test tasks, {"tasks:ENVIRONMENT": texts}, of ours and of all that the run names."""
+    named = [name for names in _named_environments(run).values() for name in names]
     sets = {}
-    for name, environment in ENVIRONMENTS.items():
+    environments = environments_of(run)
+    for name in dict.fromkeys([*environments, *named]):
         texts = []
-        for task in environment.test_tasks(run.evaluation.problems, TEST_SEED):
+        for task in environments[name].distinct_tasks(run.evaluation.problems, TEST_SEED):
             prompts = [m["content"] for m in task.messages if m["role"] == "user"]
             texts.append("\n".join(prompts))
         sets[f"tasks:{name}"] = texts
@@ -58,7 +77,7 @@ def solutions(run: RunConfig) -> dict[str, list[Conversation]]:
     for name in solved_environments(run):
         environment = ENVIRONMENTS[name]
         conversations = []
-        tasks = environment.tasks(run.data.trajectories, run.seed * 100 + TASK_STREAM)
+        tasks = environment.shown_tasks(run.data.trajectories, run.seed * 100 + TASK_STREAM)
         for number, task in enumerate(tasks):
             thinking = number % 4 != 3
             tools = task.tools if number % 8 < 2 else ()

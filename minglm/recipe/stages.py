@@ -22,9 +22,10 @@ from minglm.config import (
     SFTConfig,
     StageConfig,
 )
-from minglm.envs import ENVIRONMENTS
+from minglm.envs import ENVIRONMENTS, Environments
+from minglm.envs.twelve import TWELVE
 from minglm.plan.counts import flops_per_token
-from minglm.recipe.solutions import check_environments
+from minglm.recipe.solutions import check_environments, environments_of
 from minglm.report.records import Moment
 from minglm.train.checkpoint import CheckpointStore
 from minglm.train.loop import Phase
@@ -40,6 +41,7 @@ PACKED_LENGTH = (
 COLD_START_STREAM = 2
 DISTILLATION_STREAM = 3
 RL_STREAM = 4
+CONTROL_STREAM = 5
 
 
 class StageKind(StrEnum):
@@ -51,6 +53,8 @@ class StageKind(StrEnum):
     """Fine-tuning of an expert on solutions of the oracle."""
     RL = "rl"
     """Reinforcement learning."""
+    CONTROL = "control"
+    """Fine-tuning of a cold start on more solutions of the oracle, for comparison with RL; nothing starts from it."""
     UNIFIED = "unified"
     """Fine-tuning on the experts' right answers."""
 
@@ -65,6 +69,8 @@ class EvalPlan:
     """Environments whose test tasks are scored."""
     thinking: tuple[bool, ...] = (True,)
     """Settings of the thinking switch under which they are scored."""
+    brief: bool = False
+    """Whether `EvaluationConfig.brief_problems` are enough with thinking too; without thinking they always are."""
     pathology: Moment | None = None
     """Measure pathologies too: as the state before, or after, they are trained away."""
 
@@ -111,8 +117,6 @@ class ColdStartStage(Stage):
     config: SFTConfig
     environments: tuple[str, ...]
     """Environments whose solutions are shown."""
-    truncated_reasoning_share: float
-    """Share of the solutions whose reasoning is cut after its first step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +128,23 @@ class RLStage(Stage):
     config: RLConfig
     thinking_share: float
     """Share of the prompts with thinking switched on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlStage(Stage):
+    """What RL is compared with: its start, fine-tuned on as many tokens of more solutions as RL was trained on.
+
+    A gain of RL that this stage has too is a gain of training longer.
+    """
+
+    kind = StageKind.CONTROL
+
+    config: SFTConfig
+    """That of the cold start, of which a control takes rate, batch and rows."""
+    environments: tuple[str, ...]
+    """Environments whose solutions are shown: those that RL was trained on."""
+    compared: str
+    """Name of the stage of RL."""
 
 
 class Teacher(NamedTuple):
@@ -152,7 +173,8 @@ def plan_stages(run: RunConfig) -> list[Stage]:
     stages: list[Stage] = [*_pretraining(run)]
     base = stages[-1].name if stages else None
     teachers = []
-    prompts = prompts_for(run.posttraining)
+    asking = environments_of(run)
+    prompts = prompts_for(run.posttraining, asking)
     for number, (name, expert) in enumerate(run.posttraining.experts()):
         scores = EvalPlan(environments=expert.environments)
         tokens = expert.sft.samples * len(expert.environments)
@@ -168,18 +190,31 @@ def plan_stages(run: RunConfig) -> list[Stage]:
             evaluation=scores,
             config=expert.sft,
             environments=expert.environments,
-            truncated_reasoning_share=expert.truncated_reasoning_share,
         )
+        algorithm = "GRPO" if expert.rl.loss.beta else "GRPO without KL"
         reinforced = _reinforcement(
             run,
             number,
             name=f"{name}.rl",
-            teaches=f"GRPO without KL: {', '.join(expert.rl.environments)}",
+            teaches=f"{algorithm}: {', '.join(expert.rl.environments)}",
             base=cold_start.name,
             config=expert.rl,
             evaluation=scores,
         )
-        stages += [cold_start, reinforced]
+        control = ControlStage(
+            name=f"{name}.control",
+            teaches=f"for comparison: fine-tuning as long as RL, {', '.join(expert.rl.environments)}",
+            base=cold_start.name,
+            tokens=reinforced.tokens,
+            sequence_length=expert.sft.sequence_length,
+            learning_rate=expert.sft.peak_lr,
+            seed=run.seed * 100 + CONTROL_STREAM,
+            evaluation=EvalPlan(environments=tuple(dict.fromkeys(expert.rl.environments))),
+            config=expert.sft,
+            environments=expert.rl.environments,
+            compared=reinforced.name,
+        )
+        stages += [cold_start, reinforced, control]
         answered = {environment: prompts[environment] for environment in expert.environments}
         teachers.append(Teacher(name, reinforced.name, answered))
     return [*stages, *_unification(run, base, tuple(teachers))]
@@ -222,10 +257,13 @@ def _unification(
     """Plan the unified model and the two stages of RL that follow it (paper 3.1 stage two, 3.4)."""
     post = run.posttraining
     learned = _learned(run)
-    prompts = prompts_for(post)
+    last = TWELVE if run.evaluation.twelve else ()
+    asking = environments_of(run)
+    prompts = prompts_for(post, asking)
     answers = sum(prompts.values()) * post.responses_per_prompt
-    tokens = sum(count * conversation_tokens([name]) for name, count in prompts.items())
-    tokens *= post.responses_per_prompt
+    answers *= 1 - post.drop_shortest
+    tokens = sum(count * conversation_tokens([name], asking) for name, count in prompts.items())
+    tokens *= post.responses_per_prompt * (1 - post.drop_shortest)
     tokens *= min(1, post.unified.samples / answers)
     unified = UnifiedStage(
         name="unified",
@@ -246,7 +284,9 @@ def _unification(
         teaches="all tasks together",
         base=unified.name,
         config=post.general_rl,
-        evaluation=EvalPlan(environments=learned, thinking=(True, False), pathology=Moment.BEFORE),
+        evaluation=EvalPlan(
+            environments=learned, thinking=(True, False), brief=True, pathology=Moment.BEFORE
+        ),
         thinking_share=post.thinking_share,
     )
     pathology = _reinforcement(
@@ -256,7 +296,12 @@ def _unification(
         teaches="no mixing, no loops, no broken format",
         base=general.name,
         config=post.pathology_rl,
-        evaluation=EvalPlan(environments=learned, thinking=(True, False), pathology=Moment.AFTER),
+        evaluation=EvalPlan(
+            environments=tuple(dict.fromkeys(learned + last)),
+            thinking=(True, False),
+            brief=True,
+            pathology=Moment.AFTER,
+        ),
         thinking_share=post.thinking_share,
     )
     return [unified, general, pathology]
@@ -279,7 +324,7 @@ def _reinforcement(
         name=name,
         teaches=teaches,
         base=base,
-        tokens=episodes * conversation_tokens(config.environments),
+        tokens=episodes * conversation_tokens(config.environments, environments_of(run)),
         sequence_length=config.max_new_tokens,
         learning_rate=config.peak_lr,
         seed=(run.seed * 100 + RL_STREAM) * 10 + number,
@@ -301,26 +346,29 @@ def is_done(stage: Stage, stages: Sequence[Stage], checkpoints: CheckpointStore)
     return any(checkpoints.is_complete(name) for name in later)
 
 
-def prompts_for(post: PostTrainingConfig) -> dict[str, int]:
+def prompts_for(post: PostTrainingConfig, asking: Environments = ENVIRONMENTS) -> dict[str, int]:
     """Return the prompts of each environment that its expert answers for the unified model.
 
     They are chosen by tokens, in proportion to `distilled` of each expert. The environment with the shortest
     conversations gets all of `prompts_per_environment`. Without this rule the long conversations would fill the budget,
-    and the short ones would be repeated until they are memorised.
+    and the short ones would be repeated until they are memorised. asking: the environments with the difficulties asked.
     """
     weights = {
         name: expert.distilled for _, expert in post.experts() for name in expert.environments
     }
-    tokens = {name: conversation_tokens([name]) for name in weights}
+    tokens = {name: conversation_tokens([name], asking) for name in weights}
     budget = post.prompts_per_environment * min(tokens.values())  # tokens for a weight of 1
     return {name: max(1, int(weights[name] * budget / tokens[name])) for name in weights}
 
 
-def conversation_tokens(names: Iterable[str]) -> int:
-    """Estimate the tokens of a conversation, as the mean over a few of the oracle's in these environments."""
+def conversation_tokens(names: Iterable[str], asking: Environments = ENVIRONMENTS) -> int:
+    """Estimate the tokens of a conversation, as the mean over a few of the oracle's in these environments.
+
+    asking: the environments with the difficulties that are asked.
+    """
     texts = []
     for name in names:
-        environment = ENVIRONMENTS[name]
+        environment = asking[name]
         for task in environment.tasks(6, seed=0):
             texts.append(render_text(environment.demonstrate(task), task.tools))
     size = sum(len(text.encode()) for text in texts)
@@ -368,7 +416,11 @@ def long_row(stage: Stage) -> str | None:
             tokens = max(
                 phase.batch_tokens(seen) for seen in (phase.start, phase.start + phase.tokens)
             )
-        case ColdStartStage(config=config) | UnifiedStage(config=config):
+        case (
+            ColdStartStage(config=config)
+            | ControlStage(config=config)
+            | UnifiedStage(config=config)
+        ):
             tokens = config.batch_tokens
         case _:
             return None

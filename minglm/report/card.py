@@ -1,42 +1,63 @@
 """Write the report card of a run: RUN/report.md and RUN/figures/, from RUN/log.jsonl alone (paper section 4).
 
-What a run must show is written down as five claims with their bounds (`minglm.report.claims`); the report begins with
+What a run must show is written down as six claims with their bounds (`minglm.report.claims`); the report begins with
 their verdicts. Scores are avg@k with 95% intervals, as the evaluation logged them (the paper reports avg@k too).
 
 Simplified: a run is one seed. Intervals are over problems and samples, and say nothing of another seed.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from minglm.common.files import atomic_path
 from minglm.common.log import Record
-from minglm.report.claims import CLAIMS, find_score, percent, score_text
+from minglm.common.trace import TRAINER, idle_share
+from minglm.envs.twelve import GROUPS, averages
+from minglm.report.claims import (
+    CLAIMS,
+    FINISHED,
+    find_score,
+    gains,
+    paired,
+    percent,
+    points,
+    score_text,
+)
 from minglm.report.curves import FIGURES
 from minglm.report.drawing import label, thousands
 from minglm.report.records import (
+    ORACLE,
     BitsPerByteRecord,
     ConversationsRecord,
+    CurriculumRecord,
     DataRecord,
     EndRecord,
     EvaluationRecord,
     MTPAcceptanceRecord,
+    OnPolicyRecord,
     RejectionRecord,
+    RewardModelRecord,
     RLRecord,
     SampleRecord,
+    ScreeningRecord,
     StageBeginRecord,
     StageEndRecord,
     StartRecord,
+    TemperatureRecord,
     read_records,
     select,
     stages_of,
 )
+from minglm.report.time_line import stage_spans
 
 CAPTIONS = {
     "loss": "Loss over all stages. Stages that are small beside the largest are drawn wider than their share.",
     "load": "Load of the busiest expert over the mean, per MoE layer.",
     "scores": "Scores on held-out tasks after each stage.",
     "rl": "Reinforcement learning. One seed: the height of a curve may differ with another.",
+    "time_line": "Trainer and rollouts over time, in the last steps of each stage. What is blank is idle.",
     "pathology": "Answers with a pathology on adversarial prompts, before and after pathology RL.",
     "time": "Where the time went.",
 }
@@ -75,6 +96,82 @@ def claim_rows(records: Sequence[Record]) -> list[Row]:
     """Return one row a claim: name, measurement, verdict."""
     claims = [claim(records) for claim in CLAIMS]
     return [(claim.name, claim.measured, claim.verdict) for claim in claims]
+
+
+GAIN_HEADER = (
+    "task",
+    "base",
+    "cold start",
+    "as much fine-tuning",
+    "RL",
+    "RL over the better start (95%)",
+    "RL over the fine-tuning (95%)",
+)
+
+
+def gain_rows(records: Sequence[Record]) -> list[Row]:
+    """Return one row a task that an expert was reinforced on: its scores and the paired differences."""
+    rows: list[Row] = []
+    for gain in gains(records):
+        scores = (gain.base, gain.cold_start, gain.control, gain.expert)
+        rows.append(
+            (
+                gain.env,
+                *(percent(score.avg) if score else "" for score in scores),
+                points(gain.over_start),
+                points(gain.over_control) if gain.over_control else "",
+            )
+        )
+    return rows
+
+
+LEVEL_HEADER = (
+    "task",
+    "difficulty",
+    "share of the demonstrations",
+    "problems",
+    "base",
+    "cold start",
+    "as much fine-tuning",
+    "RL",
+)
+
+
+def level_rows(records: Sequence[Record]) -> list[Row]:
+    """Return one row a difficulty of each task that an expert was reinforced on: was it shown, and the scores."""
+    rows: list[Row] = []
+    for gain in gains(records):
+        for level in sorted(set(gain.expert.levels or ())):
+            share = (gain.expert.shown_shares or {}).get(str(level))
+            scores = (gain.base, gain.cold_start, gain.control, gain.expert)
+            rows.append(
+                (
+                    gain.env,
+                    level,
+                    percent(share) if share else "never shown",
+                    (gain.expert.levels or ()).count(level),
+                    *(percent(level_score(score, level)) if score else "" for score in scores),
+                )
+            )
+    return rows
+
+
+def level_score(score: EvaluationRecord, level: int) -> float | None:
+    """Return the mean score of the problems of a difficulty; None where none was scored."""
+    pairs = zip(score.levels or (), score.by_problem or ())
+    return mean(value for found, value in pairs if found == level)
+
+
+def change_rows(records: Sequence[Record]) -> list[Row]:
+    """Return one row a task and setting of the switch: what each stage of RL of the whole model changed."""
+    rows: list[Row] = []
+    for before, after in pairwise(FINISHED):
+        for score in select(records, EvaluationRecord, stage=after):
+            change = paired(find_score(records, before, score.env, score.thinking), score)
+            if change is not None:
+                mode = "thinking" if score.thinking else "direct"
+                rows.append((label(after), score.env, mode, percent(score.avg), points(change)))
+    return rows
 
 
 def score_header(records: Sequence[Record]) -> Row:
@@ -121,10 +218,88 @@ def score_rows(records: Sequence[Record]) -> list[Row]:
     return rows
 
 
+GROUP_HEADER = ("after", "answers", *(f"{group}, mean of 4" for group in GROUPS), "mean of 12")
+
+
+def group_rows(records: Sequence[Record]) -> list[Row]:
+    """Return one row a stage and setting of the switch with a whole group of tasks: the averages of Figure 1."""
+    rows: list[Row] = []
+    for stage in stages_of(records, EvaluationRecord):
+        for thinking in (True, False):
+            found = select(records, EvaluationRecord, stage=stage, thinking=thinking)
+            means = averages({score.env: score.avg for score in found})
+            if means:
+                mode = "thinking" if thinking else "direct"
+                cells = [
+                    percent(means[name]) if name in means else "" for name in (*GROUPS, "twelve")
+                ]
+                rows.append((label(stage), mode, *cells))
+    return rows
+
+
 def mean(values: Iterable[float | None]) -> float | None:
     """Return the mean of the values that are there, or None without any."""
     present = [value for value in values if value is not None]
     return sum(present) / len(present) if present else None
+
+
+ON_POLICY_HEADER = ("stage", "steps", "tokens", "nats above the experts, first", "last")
+
+
+def on_policy_rows(records: Sequence[Record]) -> list[Row]:
+    """Return one row a stage of on-policy distillation: how far the student was from its experts (means of five steps)."""
+    rows: list[Row] = []
+    for stage in stages_of(records, OnPolicyRecord):
+        steps = select(records, OnPolicyRecord, stage=stage)
+        ends = (mean(step.reverse_kl for step in part) for part in (steps[:5], steps[-5:]))
+        rows.append(
+            (
+                label(stage),
+                len(steps),
+                thousands(steps[-1].tokens),
+                *(f"{end:.3f}" for end in ends),
+            )
+        )
+    return rows
+
+
+REWARD_MODEL_HEADER = (
+    "phase",
+    "preference pairs",
+    "held-out pairs",
+    "right",
+    "wrong where the worse answer is longer",
+    "wrong where it is shorter",
+    "wrong where it is lively",
+    "calibration error",
+)
+SCREENING_HEADER = (
+    "phase",
+    "moderate",
+    "extreme",
+    "solved",
+    "unsolved",
+    "between",
+    "answers",
+    "pass rate (95%)",
+    "in the second draw",
+    "held out",
+)
+CURRICULUM_HEADER = ("phase", "after step", "score of the held-out", "before", "verdict")
+TEMPERATURE_HEADER = (
+    "phase",
+    "plateau after step",
+    "development problems",
+    "score at each temperature",
+    "shown to be within the drop",
+    "temperature",
+)
+
+
+def total(values: Iterable[int | None]) -> int | str:
+    """Return the sum of the values that are there, or 'n/a' without any."""
+    present = [value for value in values if value is not None]
+    return sum(present) if present else "n/a"
 
 
 RL_HEADER = (
@@ -133,6 +308,8 @@ RL_HEADER = (
     "first reward",
     "last reward",
     "live groups",
+    "groups drawn",
+    "without signal",
     "truncated",
     "clipped",
     "skipped steps",
@@ -151,9 +328,126 @@ def rl_rows(records: Sequence[Record]) -> list[Row]:
                 reward_text(steps[:5]),
                 reward_text(steps[-5:]),
                 percent(mean(step.live_groups for step in steps)),
+                total(step.groups for step in steps),
+                total(step.discarded for step in steps),
                 percent(mean(step.truncated for step in steps)),
                 percent(mean(step.clip_share for step in steps), 2),  # a skipped step clips nothing
                 sum(step.skipped for step in steps),
+            )
+        )
+    return rows
+
+
+GAP_HEADER = (
+    "phase",
+    "gap mean, nats",
+    "99% below",
+    "worst",
+    "KL, first step",
+    "KL, last step",
+    "other experts",
+)
+
+
+def gap_rows(records: Sequence[Record]) -> list[Row]:
+    """Return one row an RL stage: how far trainer and engine are apart, over all steps that learned something."""
+    rows: list[Row] = []
+    for stage in stages_of(records, RLRecord):
+        steps = [s for s in select(records, RLRecord, stage=stage) if s.gap_mean is not None]
+        if not steps:
+            continue
+        worst = max(step.gap_worst or 0.0 for step in steps)
+        numbers = [mean(s.gap_mean for s in steps), mean(s.gap_p99 for s in steps), worst]
+        numbers += [steps[0].gap_kl, steps[-1].gap_kl]
+        replaced = mean(step.gap_routing for step in steps)
+        share = "not kept" if replaced is None else percent(replaced, 2)
+        rows.append((label(stage), *(f"{number:.1e}" for number in numbers), share))
+    return rows
+
+
+TIME_LINE_HEADER = ("phase", "lane", "of the time", "idle", "tokens by age in versions")
+
+
+def time_line_rows(records: Sequence[Record]) -> list[Row]:
+    """Return one row a lane of each RL stage: the share of each of its phases, what is left, and the age of its tokens."""
+    rows: list[Row] = []
+    for stage in stages_of(records, RLRecord):
+        spans = stage_spans(records, stage)
+        if not spans:
+            continue
+        ages: Counter[int] = Counter()
+        for step in select(records, RLRecord, stage=stage):
+            ages.update(dict(enumerate(step.staleness or [])))
+        old = ", ".join(f"{age}: {percent(n / ages.total())}" for age, n in sorted(ages.items()))
+        for lane in dict.fromkeys(span.lane for span in spans):
+            phases = list(dict.fromkeys(s.phase for s in spans if s.lane == lane))
+            shares = [f"{p} {percent(1 - idle_share(spans, lane, [p]))}" for p in phases]
+            idle = percent(idle_share(spans, lane, phases))
+            rows.append(
+                (label(stage), lane, ", ".join(shares), idle, old if lane != TRAINER else "")
+            )
+    return rows
+
+
+def reward_model_rows(records: Sequence[Record]) -> list[Row]:
+    """Return one row a stage with a reward model: its pairs, and which others it gets wrong."""
+    rows: list[Row] = []
+    for found in select(records, RewardModelRecord):
+        numbers = (
+            found.accuracy,
+            found.longer_wrong,
+            found.shorter_wrong,
+            found.lively_wrong,
+            found.calibration_error,
+        )
+        shown = ("none" if number is None else percent(number) for number in numbers)
+        rows.append((label(found.stage), f"{found.pairs:,}", f"{found.measured:,}", *shown))
+    return rows
+
+
+def screening_rows(records: Sequence[Record]) -> list[Row]:
+    """Return one row a stage with a curriculum: the problems of each tier, and how they were measured."""
+
+    def rate_text(rate: list[float] | None) -> str:
+        if not rate:
+            return "none"
+        mean, low, high = rate
+        return f"{percent(mean)} ({percent(low)} to {percent(high)})"
+
+    rows: list[Row] = []
+    for screening in select(records, ScreeningRecord):
+        counts = [screening.tiers[tier] for tier in SCREENING_HEADER[1:6]]
+        rates = (rate_text(screening.pass_rate), rate_text(screening.extreme_rate))
+        answers = f"{screening.answers:,}"
+        rows.append((label(screening.stage), *counts, answers, *rates, screening.held_out))
+    return rows
+
+
+def curriculum_rows(records: Sequence[Record]) -> list[Row]:
+    """Return one row a check of the held-out moderate problems."""
+    rows: list[Row] = []
+    for check in select(records, CurriculumRecord):
+        scores = (percent(check.score), percent(check.before))
+        rows.append((label(check.stage), check.step, *scores, check.verdict))
+    return rows
+
+
+def temperature_rows(records: Sequence[Record]) -> list[Row]:
+    """Return one row a probe: stage, step, the score of each temperature, and what followed."""
+    rows: list[Row] = []
+    for probe in select(records, TemperatureRecord):
+        scores = [f"{temperature:g}: {percent(score)}" for temperature, score, _ in probe.probed]
+        safe = [f"{temperature:g}" for temperature, _, cost in probe.probed if cost < 0]
+        rows.append(
+            (
+                label(probe.stage),
+                probe.step,
+                probe.problems,
+                ", ".join(scores),
+                ", ".join(safe) or "none",
+                f"{probe.verdict}: {probe.before:g} to {probe.after:g}"
+                if probe.after != probe.before
+                else f"{probe.verdict}: {probe.before:g}",
             )
         )
     return rows
@@ -208,6 +502,17 @@ def time_rows(records: Sequence[Record]) -> list[Row]:
     ]
 
 
+def oracle_text(records: Sequence[Record]) -> str:
+    """Say so where the unified model learned answers that no expert gave; nothing where it did not."""
+    lines = []
+    for rejection in select(records, RejectionRecord):
+        for what, count in rejection.counts.items():
+            expert, _, reason = what.partition(": ")
+            if reason == ORACLE and count:
+                lines.append(f"**{count:,} {ORACLE}: expert `{expert}`.**\n")
+    return "\n".join(lines)
+
+
 def section(title: str, *parts: str) -> str:
     """Format a section with its heading, or nothing when all its parts are empty."""
     body = "\n".join(part for part in parts if part)
@@ -252,7 +557,9 @@ def markdown(records: Sequence[Record], figures: Sequence[str] = ()) -> str:
     bits = [
         (label(r.stage), r.source, f"{r.value:.3f}") for r in select(records, BitsPerByteRecord)
     ]
-    acceptance = [(label(r.stage), percent(r.value)) for r in select(records, MTPAcceptanceRecord)]
+    acceptance = [
+        (label(r.stage), r.on, percent(r.value)) for r in select(records, MTPAcceptanceRecord)
+    ]
 
     sections = [
         header_lines(records),
@@ -268,16 +575,34 @@ def markdown(records: Sequence[Record], figures: Sequence[str] = ()) -> str:
             picture("load"),
             table(("stage", "environment", "longer than a row, left out", "of"), left_out),
             table(("after", "source", "bits per byte"), bits),
-            table(("after", "MTP drafts accepted"), acceptance),
+            table(("after", "on", "MTP drafts accepted"), acceptance),
         ),
-        section("Scores", picture("scores"), table(score_header(records), score_rows(records))),
+        section(
+            "Scores",
+            picture("scores"),
+            table(GROUP_HEADER, group_rows(records)),
+            table(score_header(records), score_rows(records)),
+        ),
         section(
             "Reinforcement learning",
+            table(GAIN_HEADER, gain_rows(records)),
+            table(LEVEL_HEADER, level_rows(records)),
+            table(("stage", "task", "answers", "score", "change (95%)"), change_rows(records)),
             picture("rl"),
             table(RL_HEADER, rl_rows(records)),
+            table(REWARD_MODEL_HEADER, reward_model_rows(records)),
+            table(SCREENING_HEADER, screening_rows(records)),
+            table(CURRICULUM_HEADER, curriculum_rows(records)),
+            table(TEMPERATURE_HEADER, temperature_rows(records)),
+            table(GAP_HEADER, gap_rows(records)),
+            picture("time_line"),
+            table(TIME_LINE_HEADER, time_line_rows(records)),
             picture("pathology"),
         ),
-        section("Rejection sampling", table(("answers", "count"), rejections)),
+        section(
+            "Rejection sampling", table(("answers", "count"), rejections), oracle_text(records)
+        ),
+        section("On-policy distillation", table(ON_POLICY_HEADER, on_policy_rows(records))),
         section("Samples", sample_text(records)),
         section(
             "Time",

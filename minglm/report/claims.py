@@ -1,21 +1,28 @@
-"""Check what a run must show: five claims with their bounds, each met, not met, or not measured (paper section 4).
+"""Check what a run must show: six claims with their bounds, each met, not met, or not measured (paper section 4).
 
-    reasoning RL    score after - score before >= 15 points, and the intervals do not overlap, on each trained task
-    unified model   score of the unified model >= 90% of the expert's, on each task the expert was reinforced on
+    reinforcement   RL - the better of base and cold start >= 10 points, on instructions and another task
+    against SFT     RL - as much more fine-tuning > 0, on each task of the first claim that has this gain
+    unified model   unified - base >= 90% of expert - base, on each task whose expert gained
     tool calls      valid calls >= 95%, on each task with tools
     pathologies     incidence before / incidence after >= 5
     switch          the finished model thinks when asked to, and answers at once when not, every time
 
-Scores are avg@k, the mean over k answers to each of n held-out problems, with 95% intervals as the evaluation logged
-them.
+Scores are avg@k, the mean over k answers to each of n held-out problems. Differences are paired: two stages answer the
+same problems, and the 95% interval is a bootstrap over problems. A difference counts where its interval lies above 0.
+
+Choices: RL is compared with the better of two starts, because a cold start that breaks something is easily mended; and
+with a control, which has the same start and learns from as many tokens of more solutions, because training longer helps
+too. The pathologies are planted: a share of the unified data is corrupted (`minglm.recipe.conversations`).
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from minglm.common.log import Record
+from minglm.common.statistics import Difference, paired_difference
 from minglm.report.records import (
     EvaluationRecord,
     Moment,
@@ -25,8 +32,10 @@ from minglm.report.records import (
     stages_of,
 )
 
-MIN_GAIN = 0.15  # avg@k that RL adds to its cold start
-MIN_KEPT = 0.90  # unified model's score over the expert's
+MIN_GAIN = 0.10  # avg@k that RL adds to the better start
+HEADLINE = "instructions"  # the task that has to gain
+MIN_GAINING = 2  # tasks that have to gain, the headline among them
+MIN_KEPT = 0.90  # share of an expert's gain over the base that the unified model keeps
 MIN_VALID = 0.95  # share of valid tool calls
 MIN_FALL = 5.0  # incidence of pathologies before over after
 EXPERTS = ("reasoning", "agent", "chat")
@@ -87,19 +96,21 @@ def find_score(
     return scores[-1] if scores else None
 
 
-def compare(
-    records: Sequence[Record], before: str, after: str, env: str
-) -> tuple[EvaluationRecord, EvaluationRecord] | None:
-    """Return the scores of an environment after two stages: with thinking where both have it, else without.
+def points(difference: Difference) -> str:
+    """Format a difference with its interval: '+12.5 points (8.1 to 16.9)'."""
+    mean, low, high = (100 * value for value in difference)
+    return f"{mean:+.1f} points ({low:.1f} to {high:.1f})"
 
-    None when there is no such pair.
+
+def paired(before: EvaluationRecord | None, after: EvaluationRecord | None) -> Difference | None:
+    """Return the difference of two scores of the same problems; None where one, or its scores by problem, is missing.
+
+    A brief evaluation has the first problems of a longer one.
     """
-    for thinking in (True, False):
-        first = find_score(records, before, env, thinking)
-        second = find_score(records, after, env, thinking)
-        if first is not None and second is not None:
-            return first, second
-    return None
+    if before is None or after is None or before.by_problem is None or after.by_problem is None:
+        return None
+    common = min(len(before.by_problem), len(after.by_problem))
+    return paired_difference(before.by_problem[:common], after.by_problem[:common])
 
 
 def trained_envs(records: Sequence[Record], stage: str) -> list[str]:
@@ -110,46 +121,133 @@ def trained_envs(records: Sequence[Record], stage: str) -> list[str]:
     return list(envs)
 
 
+def base_stage(records: Sequence[Record]) -> str | None:
+    """Return the last stage that was scored before the experts, or None: where all of them start."""
+    stages = []
+    for stage in stages_of(records, EvaluationRecord):
+        if "." not in stage and stage not in FINISHED:
+            stages.append(stage)
+    return stages[-1] if stages else None
+
+
+class Gain(NamedTuple):
+    """What an expert's RL did to one of its tasks, with thinking on."""
+
+    env: str
+    base: EvaluationRecord
+    cold_start: EvaluationRecord
+    control: EvaluationRecord | None
+    expert: EvaluationRecord
+    over_start: Difference
+    """Over the better of base and cold start."""
+    over_control: Difference | None
+    """Over as much more fine-tuning of the cold start; None where the control has no score."""
+    over_base: Difference
+
+    @property
+    def start(self) -> EvaluationRecord:
+        """Return the score of the better start."""
+        return max(self.base, self.cold_start, key=lambda score: score.avg)
+
+    @property
+    def is_gain(self) -> bool:
+        """Return whether the gain over the better start is as large as the claim asks, and beyond doubt."""
+        return self.over_start.mean >= MIN_GAIN and self.over_start.low > 0
+
+
+def gains(records: Sequence[Record]) -> list[Gain]:
+    """Return the gain of each task that an expert was reinforced on; those whose scores cannot be paired are missing."""
+    base = base_stage(records)
+    if base is None:
+        return []
+    found = []
+    for expert in EXPERTS:
+        for env in trained_envs(records, f"{expert}.rl"):
+            scores = [
+                find_score(records, stage, env)
+                for stage in (base, f"{expert}.sft", f"{expert}.control", f"{expert}.rl")
+            ]
+            at_base, cold_start, control, after = scores
+            if at_base is None or cold_start is None or after is None:
+                continue
+            over_base = paired(at_base, after)
+            over_cold_start = paired(cold_start, after)
+            if over_base is None or over_cold_start is None:
+                continue
+            is_broken = at_base.avg > cold_start.avg
+            found.append(
+                Gain(
+                    env=env,
+                    base=at_base,
+                    cold_start=cold_start,
+                    control=control,
+                    expert=after,
+                    over_start=over_base if is_broken else over_cold_start,
+                    over_control=paired(control, after),
+                    over_base=over_base,
+                )
+            )
+    return found
+
+
 def claim_gain(records: Sequence[Record]) -> Claim:
-    """Check that reasoning RL lifts its expert over cold-start SFT, with intervals apart."""
-    name = "reasoning RL gains 15 points or more, intervals apart"
+    """Check that RL lifts instructions and another task over the better of base and cold start."""
+    name = "RL gains 10 points on instructions and another task, over the better of base and cold start"
+    found = gains(records)
+    texts = []
+    for gain in found:
+        scores = f"{percent(gain.start.avg)} ({gain.start.stage}) to {percent(gain.expert.avg)}"
+        texts.append(f"{gain.env}: {scores}, {points(gain.over_start)}")
+    gaining = [gain.env for gain in found if gain.is_gain]
+    holds = HEADLINE in gaining and len(gaining) >= MIN_GAINING
+    return Claim(name, "; ".join(texts), verdict(holds if found else None))
+
+
+def claim_control(records: Sequence[Record]) -> Claim:
+    """Check that what RL gains is more than as much further fine-tuning gains."""
+    name = "RL gains more than as much fine-tuning does, on each of these tasks"
     results = []
     texts = []
-    for env in trained_envs(records, "reasoning.rl"):
-        pair = compare(records, "reasoning.sft", "reasoning.rl", env)
-        if pair is None:
-            continue
-        before, after = pair
-        gain = after.avg - before.avg
-        results.append(gain >= MIN_GAIN and after.low > before.high)
-        texts.append(
-            f"{env}: {score_text(before)} to {score_text(after)}, {100 * gain:+.1f} points"
-        )
+    for gain in gains(records):
+        if gain.is_gain and gain.control is not None and gain.over_control is not None:
+            results.append(gain.over_control.low > 0)
+            scores = f"{percent(gain.control.avg)} to {percent(gain.expert.avg)}"
+            texts.append(f"{gain.env}: {scores}, {points(gain.over_control)}")
     return Claim(name, "; ".join(texts), verdict(all(results) if results else None))
 
 
 def claim_kept(records: Sequence[Record]) -> Claim:
-    """Check that the unified model keeps each expert's score on the tasks the expert was reinforced on."""
-    name = "the unified model keeps 90% of each expert's score"
+    """Check that the unified model keeps what each expert gained over the base."""
+    name = "the unified model keeps 90% of each expert's gain over the base"
     results = []
     texts = []
-    for expert in EXPERTS:
-        for env in trained_envs(records, f"{expert}.rl"):
-            pair = compare(records, f"{expert}.rl", "unified", env)
-            if pair is None:
-                continue
-            best = pair[0].avg
-            unified = pair[1].avg
-            results.append(best > 0 and unified >= MIN_KEPT * best)
-            share = percent(unified / best, 0) if best else "nothing to keep"
-            texts.append(f"{env} {share} ({percent(best)} to {percent(unified)})")
-    return Claim(name, ", ".join(texts), verdict(all(results) if results else None))
+    for gain in gains(records):
+        unified = find_score(records, "unified", gain.env)
+        kept = paired(gain.base, unified)
+        if unified is None or kept is None:
+            continue
+        scores = [percent(score.avg) for score in (gain.base, gain.expert, unified)]
+        text = f"{gain.env}: {scores[0]} (base), {scores[1]} (expert), {scores[2]}"
+        if gain.over_base.low <= 0:
+            texts.append(f"{text}, no gain to keep")
+            continue
+        share = kept.mean / gain.over_base.mean
+        results.append(share >= MIN_KEPT)
+        texts.append(f"{text}, keeps {percent(share, 0)}")
+    return Claim(name, "; ".join(texts), verdict(all(results) if results else None))
 
 
 def last_scores(records: Sequence[Record]) -> list[EvaluationRecord]:
-    """Return the evaluations of the finished model: of its last stage that has any, once the experts are unified."""
+    """Return the evaluations of the finished model, on the tasks that it learned: those scored from `unified` on.
+
+    Its last stage that has any; the twelve tasks of Figure 1, of which it never saw most, are scored only there.
+    """
     stages = [stage for stage in stages_of(records, EvaluationRecord) if stage in FINISHED]
-    return select(records, EvaluationRecord, stage=stages[-1]) if stages else []
+    if not stages:
+        return []
+    learned = {score.env for score in select(records, EvaluationRecord, stage=stages[0])}
+    last = select(records, EvaluationRecord, stage=stages[-1])
+    return [score for score in last if score.env in learned]
 
 
 def claim_calls(records: Sequence[Record]) -> Claim:
@@ -166,7 +264,7 @@ def claim_calls(records: Sequence[Record]) -> Claim:
 
 def claim_pathology(records: Sequence[Record]) -> Claim:
     """Check that the incidence of pathologies on adversarial prompts falls."""
-    name = "pathologies fall five times or more"
+    name = "pathologies, planted in the unified data, fall five times or more"
     befores = select(records, PathologyRecord, when=Moment.BEFORE)
     afters = select(records, PathologyRecord, when=Moment.AFTER)
     if not befores or not afters:
@@ -180,7 +278,13 @@ def claim_pathology(records: Sequence[Record]) -> Claim:
     first_text = with_interval(first, before.low, before.high)
     last_text = with_interval(last, after.low, after.high)
     holds = first > 0 and last <= first / MIN_FALL
-    return Claim(name, f"{first_text} to {last_text}: {fall}", verdict(holds))
+    measured = f"{first_text} to {last_text}: {fall}"
+    if before.audit is not None and after.audit is not None:
+        flagged = [percent(audit["any"]) for audit in (before.audit, after.audit)]
+        right = [percent(audit["right"]) for audit in (before.audit, after.audit)]
+        measured += f"; by detectors that training did not use {flagged[0]} to {flagged[1]}"
+        measured += f"; with the right content {right[0]} to {right[1]}"
+    return Claim(name, measured, verdict(holds))
 
 
 def claim_switch(records: Sequence[Record]) -> Claim:
@@ -205,6 +309,7 @@ def claim_switch(records: Sequence[Record]) -> Claim:
 
 CLAIMS: tuple[Callable[[Sequence[Record]], Claim], ...] = (
     claim_gain,
+    claim_control,
     claim_kept,
     claim_calls,
     claim_pathology,

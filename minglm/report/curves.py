@@ -41,6 +41,7 @@ from minglm.report.records import (
     select,
     stages_of,
 )
+from minglm.report.time_line import draw_time_line
 
 Records = Sequence[Record]
 Axis = Any  # matplotlib's Axes, which has no usable types
@@ -57,8 +58,8 @@ class Band(NamedTuple):
 
 
 def is_fine_tuning(stage: str) -> bool:
-    """Return whether a stage trains on conversations: an expert's cold start, or the unified model."""
-    return stage == "unified" or stage.endswith(".sft")
+    """Return whether a stage trains on conversations: an expert's cold start or control, or the unified model."""
+    return stage == "unified" or stage.endswith((".sft", ".control"))
 
 
 def bands(records: Records, stages: Sequence[str], least: float = 0.17) -> dict[str, Band]:
@@ -232,10 +233,16 @@ def draw_load(records: Records, path: str | Path) -> Path | None:
 
 
 def draw_scores(records: Records, path: str | Path) -> Path | None:
-    """Draw avg@k of each task after each stage, with 95% intervals: filled with thinking, hollow without."""
+    """Draw avg@k of each task after each stage, with 95% intervals: filled with thinking, hollow without.
+
+    Tasks that only the last of many stages was scored on have no curve, and stay in the report's table.
+    """
     scores = select(records, EvaluationRecord)
     if not scores:
         return None
+    learned = {score.env for score in scores if score.stage != scores[-1].stage}
+    if learned:
+        scores = [score for score in scores if score.env in learned]
     groups = {score.env: score.group for score in sorted(scores, key=lambda score: score.group)}
     stages = stages_of(records, EvaluationRecord)
     rows = math.ceil(len(groups) / 4)
@@ -425,6 +432,7 @@ FIGURES: dict[str, Callable[[Records, str | Path], Path | None]] = {
     "load": draw_load,
     "scores": draw_scores,
     "rl": draw_rl,
+    "time_line": draw_time_line,
     "pathology": draw_pathology,
     "time": draw_time,
 }

@@ -23,10 +23,13 @@ COLOURS = {
     "long_agent": "#9ad0b4",
     "reasoning.sft": "#f0a830",
     "reasoning.rl": "#d98200",
+    "reasoning.control": "#b8a07a",
     "agent.sft": "#e58a76",
     "agent.rl": "#cc5a43",
+    "agent.control": "#b59089",
     "chat.sft": "#c08fc4",
     "chat.rl": "#9a5ba3",
+    "chat.control": "#a897ab",
     "unified": "#4a4a68",
     "general_rl": "#7a7a99",
     "pathology_rl": "#a8a8c0",
@@ -64,7 +67,8 @@ def label(stage: str, separator: str = " ") -> str:
     expert, _, phase = stage.partition(".")
     name = NAMES.get(stage)
     if name is None:
-        name = f"{expert}\n{phase.upper()}" if phase else stage
+        written = phase if phase == "control" else phase.upper()
+        name = f"{expert}\n{written}" if phase else stage
     return name.replace("\n", separator)
 
 

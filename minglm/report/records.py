@@ -261,6 +261,12 @@ class RLRecord(StageRecord):
     """
     reward_by_env: dict[str, float]
     """Mean score of each environment; one that always failed is missing."""
+    reward_parts: dict[str, float] | None = None
+    """Mean of each part of a composed reward: rules, critic, rubric, reward_model; absent where rules alone decide.
+
+    Healthy: rise together
+    Broken: one rises while the rules fall: the policy has found what that part pays for (reward hacking)
+    """
     length: float | None = None
     """Mean tokens that the model produced per episode; absent when every environment failed.
 
@@ -303,6 +309,28 @@ class RLRecord(StageRecord):
     Healthy: rare
     Broken: most steps: see `live_groups`
     """
+    temperature: float | None = None
+    """Temperature of the rollout and of the loss; absent in older logs."""
+    tier: str | None = None
+    """Tier of the problems: moderate or extreme; absent without a curriculum."""
+    groups: int | None = None
+    """Groups drawn: one for each prompt of the step, and the refilled ones; absent in older logs."""
+    discarded: int | None = None
+    """Groups among them without signal, which nothing is learned from; absent in older logs."""
+    refilled: int | None = None
+    """Groups drawn in place of groups without signal; absent where `refill` is 0.
+
+    Healthy: below the number of prompts
+    Broken: `refill` times the prompts: the tasks are too easy or impossible, most of the time goes into nothing
+    """
+    staleness: list[int] | None = None
+    """Sampled tokens by the age of the weights that drew them, in versions from 0; absent where all are of the newest.
+
+    Healthy: nothing beyond `asynchronous.max_staleness`
+    Broken: most tokens at the bound: the rollouts wait for the trainer
+    """
+    spans: list[list[Any]] | None = None
+    """[lane, phase, began, ended] of what ended in the step (`minglm.common.trace`), in seconds of the system's clock."""
     infrastructure: int | None = None
     """Samples left out because their environment failed; absent when none did."""
     segment_tokens: int | None = None
@@ -327,6 +355,55 @@ class RLRecord(StageRecord):
     Healthy: about 0 on policy
     Broken: grows within a rollout: too many updates, or rate too high
     """
+    mtp_loss: float | None = None
+    """Cross-entropy of the MTP layer on the sampled tokens, nats; absent with `mtp_loss_weight` = 0, or when skipped.
+
+    Healthy: follows `entropy`, somewhat above it
+    Broken: rises while `entropy` falls: the layer does not keep up with the policy
+    """
+    gap_mean: float | None = None
+    """Mean over the sampled tokens of |log p(trainer) - log p(engine)| before the first update, nats; absent when skipped.
+
+    Healthy: about 1e-6 in float32, flat over the steps
+    Broken: grows over the steps: the engine has other weights, or reads other text, than the trainer
+    """
+    gap_p99: float | None = None
+    """That difference which 99% of the tokens do not exceed, nats; absent when skipped.
+
+    Healthy: a few times `gap_mean`
+    Broken: many times `gap_mean`: the routers choose other experts for some tokens
+    """
+    gap_worst: float | None = None
+    """The largest of these differences, nats; absent when skipped.
+
+    Healthy: below 1e-3 in float32
+    Broken: above: a token that the clip removes, or whose gradient is wrong
+    """
+    gap_kl: float | None = None
+    """Mean of r - 1 - log r with r = p(trainer) / p(engine) before the first update, nats; absent when skipped.
+
+    Healthy: below 1e-6 in float32, below 0.015 with float8 rollouts
+    Broken: above: the ratio of the loss is an artefact, not the change of the policy
+    """
+    capped_share: float | None = None
+    """Share of tokens whose importance weight reached `loss.importance_cap`; absent without a cap, or when skipped.
+
+    Healthy: below 0.01
+    Broken: above 0.1: the sampling policy is not the trainer's; most of what is learned is cut off
+    """
+    reference_kl: float | None = None
+    """Mean KL divergence from the weights at the beginning of the stage, nats; absent with `loss.beta` = 0.
+
+    Healthy: grows slowly
+    Broken: jumps: the policy has left what it learned before
+    """
+    gap_routing: float | None = None
+    """Share of the engine's choices of experts that the trainer's routers would not have made, before the first update;
+    absent without `routing_replay`.
+
+    Healthy: below 1e-3 in float32; some percent with float8 rollouts
+    Broken: above 0.1: the routers see other states than in the rollout
+    """
     entropy: float | None = None
     """Mean entropy of the policy at its own tokens, nats; absent when skipped.
 
@@ -348,12 +425,143 @@ class RLRecord(StageRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScreeningRecord(StageRecord):
+    """How hard the problems of a stage are for its first weights (`minglm.rl.screening`)."""
+
+    kind: ClassVar[str] = "screening"
+    tiers: dict[str, int]
+    """Problems of each tier: moderate, extreme, solved, unsolved, between.
+
+    Healthy: enough moderate and extreme ones for several steps each
+    Broken: all solved or all unsolved: the pool does not fit the model
+    """
+    answers: int
+    """Answers drawn for them."""
+    pass_rate: list[float]
+    """Mean pass rate of the problems, and both ends of its 95% interval over problems."""
+    extreme_rate: list[float] | None = None
+    """The same of the problems drawn a second time, in that draw; absent without any."""
+    held_out: int
+    """Moderate development problems that guard the stage."""
+    seconds: float
+    """Wall-clock seconds of the screening."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelRecord(StageRecord):
+    """What a stage's reward model is worth, on pairs that it was neither trained nor calibrated on."""
+
+    kind: ClassVar[str] = "reward_model"
+    pairs: int
+    """Pairs that it was trained on."""
+    measured: int
+    """Pairs that it was measured on."""
+    accuracy: float | None
+    """Share of these whose better answer has the higher score; null without pairs.
+
+    Healthy: above 0.8
+    Broken: near 0.5: it prefers nothing, and its part of the reward is noise
+    """
+    longer_wrong: float | None
+    """Share that it gets wrong where the worse answer is the longer one; null without such pairs.
+
+    Healthy: as `shorter_wrong`
+    Broken: above it: length is paid for
+    """
+    shorter_wrong: float | None
+    """The same where the worse answer is the shorter one."""
+    lively_wrong: float | None = None
+    """Share of all pairs that it gets wrong once a lively phrase stands before the worse answer.
+
+    Healthy: as 1 - `accuracy`
+    Broken: above it: style is paid for
+    """
+    calibration_error: float | None
+    """Mean distance of predicted probability and frequency."""
+    seconds: float
+    """Wall-clock seconds of its training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurriculumRecord(StageRecord):
+    """A score of the held-out moderate problems, while hard ones are trained on."""
+
+    kind: ClassVar[str] = "curriculum"
+    step: int
+    """Steps done."""
+    score: float
+    """Mean score of the problems, 0 to 1.
+
+    Healthy: about `before`
+    Broken: falls: the hard problems destroy what was learned; the weights are rolled back
+    """
+    before: float
+    """Their mean score before the first hard step."""
+    verdict: str
+    """remembered, held, or fallen: then the weights are rolled back, and the rest of the steps is moderate."""
+    problems: int
+    """Problems scored."""
+    seconds: float
+    """Wall-clock seconds of the check."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemperatureRecord(StageRecord):
+    """A plateau of the reward, and what scoring a range of temperatures led to (`minglm.rl.temperature`)."""
+
+    kind: ClassVar[str] = "temperature"
+    step: int
+    """The step after which the reward stood still."""
+    before: float
+    """The temperature up to this step."""
+    after: float
+    """The temperature from the next step on."""
+    verdict: str
+    """Whether it was raised, kept or lowered: a `Verdict`."""
+    probed: list[list[float]]
+    """[temperature, mean score, upper bound of its cost beyond the drop] of every temperature; safe below 0.
+
+    Healthy: scores fall slowly along the temperatures
+    Broken: no cost below 0 in any probe: too few problems for so small a `drop`
+    """
+    problems: int
+    """Development problems that were scored at every temperature."""
+    seconds: float
+    """Wall-clock seconds of the probe."""
+
+
+ORACLE = "prompts that the oracle answered, because no answer of the expert was right"
+"""What `RejectionRecord` counts for an expert whose environment would be missing from the unified model."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RejectionRecord(Record):
     """What rejection sampling did with the experts' answers."""
 
     kind: ClassVar[str] = "rejection"
     counts: dict[str, int]
-    """Answers of each expert that were drawn, kept, or rejected for which reason."""
+    """By "EXPERT: WHAT": prompts, those left out, answers drawn, rejected by each filter, kept, prompts of the oracle."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnPolicyRecord(StageRecord):
+    """One step of on-policy distillation (`minglm.rl.unify`): the student answered, the experts judged its tokens."""
+
+    kind: ClassVar[str] = "on_policy"
+    step: int
+    """Number of the step, from 1."""
+    tokens: int
+    """Tokens of this stage so far, prompts included."""
+    reverse_kl: float
+    """Mean of log student - log expert over the drawn tokens, nats.
+
+    Healthy: falls towards 0
+    Broken: stands still: the rate is too low, or the student never says what an expert likes
+    """
+    grad_norm: float
+    """Global 2-norm of the gradient before clipping."""
+    seconds: float
+    """Wall-clock seconds of the step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -418,6 +626,12 @@ class EvaluationRecord(StageRecord):
     """Mean tokens that the model produced per answer."""
     infrastructure: int | None = None
     """Samples left out because their environment failed; absent when none did."""
+    by_problem: list[float | None] | None = None
+    """Mean score of the answers to each problem, null where its environment failed; the same problems in every stage."""
+    levels: list[int] | None = None
+    """Difficulty of each problem, in the order of `by_problem`; absent in older logs."""
+    shown_shares: dict[str, float] | None = None
+    """Share of each difficulty in the demonstrations of the cold start; absent in older logs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -450,6 +664,12 @@ class PathologyRecord(StageRecord):
     """Lower end of the 95% interval of the share with any pathology, over prompts."""
     high: float
     """Upper end of the 95% interval of the share with any pathology, over prompts."""
+    audit: dict[str, float] | None = None
+    """Share of answers with each flag of detectors that training did not use, with "any", and with the "right" content.
+
+    Healthy: any falls as `incidence` does, right stays
+    Broken: any stays: what training's own detectors overlook was learned; right falls: saying nothing was learned
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -469,14 +689,16 @@ class BitsPerByteRecord(StageRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class MTPAcceptanceRecord(StageRecord):
-    """How well the MTP layer agrees with the trunk."""
+    """How well the MTP layer agrees with the trunk: whether its drafts are worth their time."""
 
     kind: ClassVar[str] = "mtp_acceptance"
+    on: str = "text"
+    """What was predicted: "text", held-out code, or "tasks", the model's own answers to the test tasks of the stage."""
     value: float
     """Mean of the overlap, sum over tokens of min(p, q), of MTP layer and trunk: the share of drafts accepted.
 
-    Healthy: 0.4 to 0.8
-    Broken: near 0: the layer was lost on saving, or its input is shifted
+    Healthy: 0.4 to 0.9, and no lower after a stage than before it
+    Broken: near 0: the layer was lost on saving, or its input is shifted; falls stage by stage: it is not trained with them
     """
 
 
@@ -525,7 +747,12 @@ RECORDS: dict[str, type[Record]] = {
         StepRecord,
         RollbackRecord,
         RLRecord,
+        ScreeningRecord,
+        RewardModelRecord,
+        CurriculumRecord,
+        TemperatureRecord,
         RejectionRecord,
+        OnPolicyRecord,
         ConversationsRecord,
         EvaluationRecord,
         SampleRecord,

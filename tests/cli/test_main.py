@@ -237,12 +237,15 @@ def test_interrupts_and_broken_files_are_no_tracebacks(capsys, monkeypatch):
 
 @on_a_run
 def test_eval_repeats_the_evaluation_of_the_run(finished, capsys):
-    """The records of the last stage's evaluation, number by number, from its checkpoint alone."""
+    """The records of the last stage's evaluation, number by number, from its checkpoint alone; and other tasks beside."""
     printed = output(capsys, "eval", finished, "--json")
     found = [json.loads(line) for line in printed.splitlines()]
     logged = [r for r in records(finished, "evaluation") if r["stage"] == "pathology_rl"]
-    assert len(found) == 10
-    assert all(record | {"kind": "evaluation"} in logged for record in found)
+    tasks = {record["env"] for record in logged}
+    repeated = [record for record in found if record.get("env") in tasks]  # averages have none
+    assert len(repeated) == len(logged) == 28  # fourteen tasks, twelve of them of Figure 1
+    assert all(record | {"kind": "evaluation"} in logged for record in repeated)
+    assert {"airline", "functions", "search", "swe"} <= {record.get("env") for record in found}
 
 
 @on_a_run
@@ -268,13 +271,32 @@ def test_eval_of_a_stage_and_a_task(finished, capsys):
 
 
 @on_a_run
+def test_eval_by_thinking_budget(finished, capsys, tmp_path):
+    """One line a budget in the order given, once each, and a figure of them."""
+    figure = tmp_path / "budgets.png"
+    words = ["--task", "arithmetic", "--problems", "2", "--samples", "1", "--figure", str(figure)]
+    lines = output(
+        capsys, "eval", finished, *words, "--thinking-budget", "4", "0", "4"
+    ).splitlines()
+    assert [line.split()[:5] for line in lines[:-1]] == [
+        ["arithmetic", "thinking", "up", "to", budget] for budget in ("4", "0")
+    ]
+    assert lines[-1] == str(figure) and figure.read_bytes().startswith(b"\x89PNG")
+
+
+@on_a_run
 @pytest.mark.parametrize(
     ("words", "part"),
     [
         (["eval", "--stage", "sleeping"], "no complete stage sleeping; complete: general, "),
-        (["eval", "--task", "chess"], "--task chess: no such task"),
+        (["eval", "--task", "chess"], "--task: chess: must be some of arithmetic"),
+        (["eval", "--task", "gym:chess"], "--task: gym:chess: reasoning-gym has no such generator"),
+        (["eval", "--task", "arithmetic", "--user", "x"], "--user: no user takes part in"),
+        (["eval", "--task", "world:nothing.json"], "--task: world nothing.json: cannot be read"),
         (["eval", "--problems", "0"], "--problems: '0'"),
         (["eval", "--samples", "-2"], "--samples: '-2'"),
+        (["eval", "--thinking-budget", "-1"], "--thinking-budget: '-1'"),
+        (["eval", "--figure", "x.png"], "nothing to draw without --thinking-budget"),
         (["chat", "--stage", "sleeping"], "no complete stage sleeping"),
     ],
 )

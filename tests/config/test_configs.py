@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from minglm.config import ModelConfig, RunConfig, StageConfig, StagesConfig, load_config
 from minglm.config.overrides import override
-from minglm.config.run import runtime_fields, to_dict
+from minglm.config.posttraining import PostTrainingConfig
+from minglm.config.run import from_dict, runtime_fields, to_dict
 
 ROOT = Path(__file__).parent.parent.parent
 LADDER = sorted((ROOT / "configs").glob("*.py"))
@@ -59,6 +60,7 @@ def test_config_loads_and_takes_overrides(path):
     assert dataclasses.replace(run, seed=7) == other
 
 
+DEEPEP = "--parallel.dispatcher deepep"
 WRONG = {
     "--model.hiden_size 3": "unknown option --model.hiden_size; did you mean --model.hidden_size?",
     "--hidden_size 3": "unknown option --hidden_size; did you mean --model.hidden_size?",
@@ -88,10 +90,20 @@ WRONG = {
     "--posttraining.chat.rl.steps -1": "posttraining.chat.rl.steps = -1: must be a finite number, not negative",
     "--optimizer.batch_tokens_start 0": "optimizer.batch_tokens_start = 0",
     "--optimizer.peak_lr nan": "optimizer.peak_lr = nan",
+    "--posttraining.chat.rl.asynchronous.workers 1": "posttraining.chat.rl.asynchronous.max_staleness = 1: older weights draw tokens, which loss.importance_cap must correct",
+    "--posttraining.chat.rl.asynchronous.transport pigeon": "posttraining.chat.rl.asynchronous.transport = 'pigeon': must be shared_memory, file or broadcast",
     "--posttraining.reasoning.rl.samples 1": "posttraining.reasoning.rl.samples = 1: a group of one has no advantage",
     "--posttraining.general_rl.max_new_tokens 131073": "posttraining.general_rl.max_new_tokens = 131073: must be at most model.max_position_embeddings = 131072",
     "--evaluation.max_new_tokens 200000": "evaluation.max_new_tokens = 200000: must be at most model.max_position_embeddings",
-    "--posttraining.general_rl.aggregation sum": "posttraining.general_rl.aggregation = 'sum': must be token, sequence or constant",
+    "--posttraining.general_rl.loss.aggregation sum": "posttraining.general_rl.loss.aggregation = 'sum': must be token, sequence, prompt or constant",
+    "--posttraining.general_rl.loss.delta 1.2": "posttraining.general_rl.loss.delta = 1.2: must be above 1 + clip_high = 1.28, or 0",
+    "--posttraining.general_rl.loss.delta 2 --posttraining.general_rl.loss.loss_type cispo": "posttraining.general_rl.loss.delta = 2.0: bounds the clipped surrogate",
+    "--posttraining.general_rl.dynamic_temperature.window 1": "posttraining.general_rl.dynamic_temperature.window = 1: must be 2 or more, or 0",
+    "--posttraining.general_rl.dynamic_temperature.window 5 --posttraining.general_rl.temperature 1.4": "the temperature begins at 1.4, which must lie from lowest = 0.8 to below highest = 1.4",
+    "--posttraining.general_rl.dynamic_temperature.window 5 --posttraining.general_rl.dynamic_temperature.spacing 0.001": "dynamic_temperature.spacing = 0.001: a probe would try more than 100 temperatures",
+    "--posttraining.chat.rl.curriculum.extreme_lowest 0.3": "posttraining.chat.rl.curriculum.extreme_lowest = 0.3: must not exceed extreme_highest = 0.2",
+    "--posttraining.chat.rl.curriculum.search 4": "posttraining.chat.rl.curriculum.search = 4: must be at least screen = 8",
+    "--posttraining.chat.rl.curriculum.extreme_tier hard": "posttraining.chat.rl.curriculum.extreme_tier = 'hard': must be rate or unsolved",
     "--posttraining.thinking_share 2": "posttraining.thinking_share = 2.0",
     "--dtype float16": "dtype = 'float16': must be float32 or bfloat16",
     "--watch mlflow": "watch = 'mlflow': must be empty, tensorboard or wandb",
@@ -101,6 +113,10 @@ WRONG = {
     "--parallel.fsdp 6 --parallel.cp 4": "parallel.cp = 4: must divide parallel.fsdp = 6; use 3",
     "--parallel.pp 0": "parallel.pp = 0: must be positive",
     "--parallel.dispatcher nvshmem": "parallel.dispatcher = 'nvshmem': must be all_to_all or deepep",
+    f"{DEEPEP} --parallel.ep 20": "it exchanges among 2, 4, 8, 16, 24, 32, 64, 128, 144, 160 ranks, and parallel.ep = 20; use 16 ranks, or all_to_all",
+    f"{DEEPEP} --parallel.ep 1": "and parallel.ep = 1; use 2 ranks, or all_to_all",
+    f"{DEEPEP} --parallel.ep 8 --model.hidden_size 5000": "it moves multiples of 256 numbers, and model.hidden_size = 5000; use all_to_all",
+    f"{DEEPEP} --parallel.ep 8 --model.hidden_size 256 --dtype float32": "it sums bfloat16 only, and dtype = 'float32'; use bfloat16, or all_to_all",
 }
 
 
@@ -187,3 +203,39 @@ def test_a_config_is_plain_data():
     values = to_dict(small())
     assert set(values) == {f.name for f in dataclasses.fields(RunConfig)}
     assert set(values["stages"]["general"]) == {f.name for f in dataclasses.fields(StageConfig)}
+
+
+def test_a_field_that_moved_into_a_section_is_found_there():
+    """The config.json of an older run names it in the section around; every other value stays."""
+    run = override(small(), ["--posttraining.general_rl.loss.clip_low", "0.1"])
+    values = to_dict(run)
+    section = values["posttraining"]["general_rl"]
+    inside = section.pop("loss")
+    older = {name: inside[name] for name in ("clip_low", "clip_high", "aggregation")}
+    assert from_dict(values) != run  # without the section its defaults
+    section.update(older)
+    assert from_dict(values) == run
+
+
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=5),
+    st.integers(1, 9),
+    st.integers(0, 5),
+    st.integers(1, 9),
+)
+def test_asked_difficulties_are_read(levels, first, more, times):
+    """Numbers with commas are themselves, two with a dash are the range, x says how often; a name may hold colons."""
+    listed = f"gym:chain_sum:{','.join(map(str, levels))}x{times}"
+    post = dataclasses.replace(PostTrainingConfig(), asked=(listed, f"code:{first}-{first + more}"))
+    assert post.asked_difficulties() == {
+        "gym:chain_sum": (*levels[:-1], *levels[-1:] * times),
+        "code": tuple(range(first, first + more + 1)),
+    }
+
+
+@pytest.mark.parametrize(
+    "wrong", ["arithmetic", "arithmetic:", ":3", "code:2-", "code:a", "code:1,,2", "code:1x"]
+)
+def test_asked_difficulties_of_another_form_are_refused(wrong):
+    """What cannot be read is one line with the form that can."""
+    assert "must be ENVIRONMENT:DIFFICULTIES" in refused(["--posttraining.asked", wrong])

@@ -21,12 +21,15 @@ sizes = st.sampled_from([1, 2, 3, 4, 8, 16])
     fsdp=st.sampled_from([0, 1, 2, 4, 6, 32]),
     ep=sizes,
     cp=sizes,
+    interleave=st.sampled_from([1, 2, 8]),
 )
 def test_sizes_multiply_to_the_ranks_or_the_line_names_a_size_that_works(
-    world, pp, replicas, fsdp, ep, cp
+    world, pp, replicas, fsdp, ep, cp, interleave
 ):
     """A layout that is accepted uses every rank once; a refusal names one field, and its remedy mends that field."""
-    config = ParallelConfig(pp=pp, dp_replicate=replicas, fsdp=fsdp, ep=ep, cp=cp)
+    config = ParallelConfig(
+        pp=pp, dp_replicate=replicas, fsdp=fsdp, ep=ep, cp=cp, interleave=interleave
+    )
     try:
         layout = config.layout(world, MODEL)
     except ValueError as error:
@@ -58,7 +61,7 @@ def test_divisors_and_the_nearest_of_them(number, size):
 
 def test_one_process_has_the_layout_of_one_rank():
     """Without torchrun every size is 1, and a config that asks for more says how many ranks to start."""
-    assert ParallelConfig().layout(1, MODEL) == (1, 1, 1, 1, 1)
+    assert ParallelConfig().layout(1, MODEL) == (1, 1, 1, 1, 1, 1)
     with pytest.raises(ValueError, match=r"fsdp = 8: .* there is 1 rank; use 1, or start 8 ranks"):
         ParallelConfig(fsdp=8).layout(1, MODEL)
 

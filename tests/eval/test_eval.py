@@ -16,6 +16,7 @@ from minglm.envs import ENVIRONMENTS
 from minglm.envs.arithmetic import Arithmetic
 from minglm.envs.base import Score, assistant
 from minglm.eval import tasks as eval_tasks
+from minglm.eval import text
 from minglm.eval.text import bits_per_byte, mtp_acceptance
 from minglm.inference import Engine
 from minglm.inference.client import EngineGenerator
@@ -93,17 +94,21 @@ def test_bits_do_not_depend_on_the_passes(monkeypatch, uniform):
     """Rows are scored a few at a time, and the result is that of all at once."""
     tokenizer = word_tokenizer()
     sizes = []
-    forward = GLM.forward
+    hidden = GLM.hidden
     monkeypatch.setattr(
         GLM,
-        "forward",
-        lambda self, tokens, *a: sizes.append(len(tokens)) or forward(self, tokens, *a),
+        "hidden",
+        lambda self, tokens, *a: sizes.append(len(tokens)) or hidden(self, tokens, *a),
     )
     many = documents_of(tokenizer, TEXTS * 5)
     found = bits_per_byte(uniform, tokenizer, many, 1024, 10**6)
     assert sizes == [8, 7], "8192 tokens in a pass"
     once = bits_per_byte(uniform, tokenizer, documents_of(tokenizer), 64, 10**6)
     assert found == pytest.approx(once, rel=1e-5)
+    sizes.clear()
+    monkeypatch.setattr(text, "TOKENS_PER_PASS", 63)
+    assert bits_per_byte(uniform, tokenizer, many, 64, 10**6) == pytest.approx(once, rel=1e-5)
+    assert set(sizes) == {1}, "a row that is longer than a pass is alone in it"
 
 
 @settings(max_examples=10)

@@ -152,6 +152,13 @@ def test_written_needles_end_in_their_answer(count, seed):
     assert needles == written(tokenizer, count, seed)
 
 
+def test_every_key_has_four_digits():
+    """As many needles as there are keys of four digits have all of them."""
+    tokenizer = byte_tokenizer()
+    keys = [tokenizer.decode(needle.answer) for needle in written(tokenizer, 9000)]
+    assert sorted(keys) == [f" {key}" for key in range(1000, 10_000)]
+
+
 @given(length=st.integers(1, 5000))
 def test_bins_cover_a_row_once(length):
     """Bins begin at 0, end at the length, and each is as long as all before it, but for the first and the last."""

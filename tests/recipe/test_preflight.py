@@ -7,9 +7,11 @@ import pytest
 
 from minglm.__main__ import main
 from minglm.config import load_config
+from minglm.model.glm import GLM
 from minglm.recipe import preflight
 from minglm.recipe.stages import plan_stages
 from minglm.train.checkpoint import CheckpointStore
+from minglm.train.checkpoint_files import weights_of
 
 ROOT = Path(__file__).parent.parent.parent
 NANO = str(ROOT / "configs" / "nano.py")
@@ -60,7 +62,7 @@ MISTAKES = {
     "a stage": (["--only", "sleeping"], "--only sleeping: no such stage; the stages are general, "),
     "an environment": (
         ["--posttraining.chat.environments", "chess"],
-        "posttraining.chat.environments = chess: must be some of arithmetic",
+        "posttraining.chat.environments: chess: must be some of arithmetic",
     ),
 }
 
@@ -141,3 +143,17 @@ def test_the_disk_must_hold_the_checkpoints_that_are_missing(tmp_path):
     for stage in stages:
         store.save(stage.name, {}, {})
     assert preflight.disk_need(run, stages, tmp_path / "run").needed == 0
+
+
+def test_a_layout_must_suit_the_stages_that_are_left(tmp_path, monkeypatch, capsys):
+    """One that reinforcement learning cannot have may follow it: stages that are complete are not looked at."""
+    model = GLM(load_config(NANO).model)
+    for stage in ("long_agent", "reasoning.sft", "reasoning.rl"):
+        CheckpointStore(tmp_path).save(stage, weights_of(model), {"tokens": 0})
+    checked = []
+    monkeypatch.setattr(
+        preflight, "check_layout", lambda run, stages, ranks: checked.extend(s.name for s in stages)
+    )
+    words = ["run", NANO, "--out", str(tmp_path), "--until", "agent.rl", "--dry-run"]
+    assert main(words) == 0
+    assert checked == ["reasoning.control", "agent.sft", "agent.rl"]

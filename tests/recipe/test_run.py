@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import time
@@ -21,7 +20,6 @@ from helpers.nano_run import (
     records,
     small,
     start,
-    stop,
     weights,
 )
 
@@ -29,25 +27,35 @@ from minglm.__main__ import main
 from minglm.common.files import read_jsonl
 from minglm.common.log import Log
 from minglm.config import load_config
+from minglm.envs import ENVIRONMENTS
 from minglm.envs.pathology import CATALOGUE
 from minglm.recipe.conversations import (
-    cold_start_conversations,
     experts_answers,
-    truncate_reasoning,
+    shown_conversations,
     unified_conversations,
 )
 from minglm.recipe.run import RecipeRunner
 from minglm.recipe.stages import plan_stages
-from minglm.recipe.training import fine_tune
-from minglm.report.records import ConversationsRecord, read_records, select
+from minglm.recipe.training import fine_tune, train_control
+from minglm.report.records import (
+    ConversationsRecord,
+    RLRecord,
+    read_records,
+    select,
+)
 from minglm.train.checkpoint import CheckpointStore
 
 pytestmark = pytest.mark.slow
 __all__ = ["copied", "finished"]  # fixtures
 
 PRETRAINING = ["general", "code_reasoning", "repository", "reasoning", "long_agent"]
-EXPERTS = ["reasoning.sft", "reasoning.rl", "agent.sft", "agent.rl", "chat.sft", "chat.rl"]
+EXPERTS = [
+    f"{expert}.{phase}"
+    for expert in ("reasoning", "agent", "chat")
+    for phase in ("sft", "rl", "control")
+]
 STAGES = [*PRETRAINING, *EXPERTS, "unified", "general_rl", "pathology_rl"]
+CONTROLS = {name for name in STAGES if name.endswith("control")}
 RL = [name for name in STAGES if name.endswith("rl")]
 
 
@@ -56,12 +64,12 @@ def test_every_stage_is_in_the_log(finished):
     log = records(finished)
     for kind in ("stage_begin", "stage_end"):
         assert [r["stage"] for r in log if r["kind"] == kind] == STAGES
-    assert {r["stage"] for r in log if r["kind"] == "step"} == set(STAGES) - set(RL)
+    # RL of this small run has no group with a signal, so its controls learn nothing either.
+    assert {r["stage"] for r in log if r["kind"] == "step"} == set(STAGES) - set(RL) - CONTROLS
     assert {r["stage"] for r in log if r["kind"] == "rl"} == set(RL)
-    for kind in ("bits_per_byte", "mtp_acceptance"):
-        assert [
-            r["stage"] for r in log if r["kind"] == kind and r.get("source") != "prose"
-        ] == PRETRAINING
+    bits = [r["stage"] for r in log if r["kind"] == "bits_per_byte" and r["source"] == "code"]
+    assert bits == PRETRAINING
+    assert {r["stage"] for r in log if r["kind"] == "mtp_acceptance"} == set(STAGES)
     for kind in ("needle", "bits_by_position"):  # after the stages whose rows are longer
         assert {r["stage"] for r in log if r["kind"] == kind} == {"repository", "long_agent"}
     scored = {(r["stage"], r["env"], r["thinking"]) for r in log if r["kind"] == "evaluation"}
@@ -79,6 +87,7 @@ def test_every_stage_is_in_the_log(finished):
                 (f"{expert}.sft", env, True),
                 (f"{expert}.rl", env, True),
             } <= scored
+        assert (f"{expert}.control", environments[0], True) in scored
     assert [(r["stage"], r["when"]) for r in log if r["kind"] == "pathology"] == [
         ("general_rl", "before"),
         ("pathology_rl", "after"),
@@ -164,11 +173,11 @@ def killed(tmp_path_factory):
                 moment.append(time.monotonic() + delay)
             return moment and time.monotonic() >= moment[0]
 
-        status, _ = stop(process, later, signal.SIGKILL)
+        status, _ = process.stop(later, signal.SIGKILL)
         assert status == -signal.SIGKILL, f"the run was over before it could be killed at {what}"
     process = start(out, *often)
-    # The last kill came before this stage, so the process is past its imports; another stage is still to come.
-    status, errors = stop(process, lambda: held(out, "general_rl") >= 1, signal.SIGINT)
+    # The last kill came before this stage; another one is still to come.
+    status, errors = process.stop(lambda: held(out, "general_rl") >= 1, signal.SIGINT)
     assert status == 130, errors
     status, printed, last = complete(out, *often)
     assert status == 0, f"{printed}\n{last}"
@@ -192,6 +201,16 @@ def test_killed_and_continued_is_the_same_run(killed, finished):
     assert (out / "report.md").exists()
     assert len(list((out / "figures").glob("*.png"))) >= 6
     assert not list(out.rglob("*.tmp")), "half-written files of killed processes are removed"
+
+
+def test_a_killed_stage_of_rl_goes_on_where_it_was(killed, finished):
+    """After kill -9 in a stage of RL: the same rewards, samples and updates, and a first ratio of one at every step."""
+    out, _ = killed
+    mine, straight = (records(folder, "rl") for folder in (out, finished))
+    assert mine == straight
+    learned = [r for r in mine if "gap_worst" in r]
+    # An engine with other weights than the trainer's would be off by whole nats.
+    assert learned and all(r["gap_worst"] < 1e-3 for r in learned)
 
 
 def test_ctrl_c_says_how_to_continue(killed):
@@ -286,12 +305,7 @@ def test_a_full_disk_loses_nothing(tmp_path, finished):
     """No room for the first checkpoint: one line, exit status 2; with room again it goes on to the same weights."""
     out = tmp_path / "run"
     largest = 700_000  # bytes of a file: the data fits, a checkpoint with its optimizer does not
-    status, _, errors = complete(
-        out,
-        "--until",
-        "general",
-        before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest)),
-    )
+    status, _, errors = complete(out, "--until", "general", file_bytes=largest)
     last = errors.replace("\r", "\n").strip().splitlines()[-1]
     assert status == 2 and "Traceback" not in errors, errors
     assert last.startswith("minglm: cannot write") and "free space" in last, last
@@ -414,7 +428,9 @@ def test_the_unified_model_learns_both_modes(context):
 
 def test_the_cold_start_thinks():
     """Solutions of the oracle to training tasks, as many for each environment as the config says, all with thinking."""
-    conversations = cold_start_conversations(planned("reasoning.sft"))
+    stage = planned("reasoning.sft")
+    environments = [ENVIRONMENTS[name] for name in stage.environments]
+    conversations = shown_conversations(environments, stage.config.samples, stage.seed)
     assert {name: len(group) for name, group in conversations.items()} == {
         "arithmetic": 8,
         "code": 8,
@@ -426,19 +442,40 @@ def test_the_cold_start_thinks():
     )
 
 
-def test_a_truncated_share_of_the_cold_start_stops_after_the_first_step():
-    """A quarter of each environment's solutions have the first step of their thought only; the answers stay."""
-    stage = planned("reasoning.sft")
-    whole = cold_start_conversations(stage)["arithmetic"]
-    truncated = dataclasses.replace(stage, truncated_reasoning_share=0.25)
-    found = cold_start_conversations(truncated)["arithmetic"]
-    changed = [pair for pair in zip(found, whole) if pair[0] != pair[1]]
-    assert len(changed) == len(whole) // 4
-    for (short, _, _), (full, _, _) in changed:
-        assert short == [truncate_reasoning(message) for message in full]
-        assert thoughts(short) != thoughts(full)
-        assert thoughts(full)[0].startswith(thoughts(short)[0] + ";")
-        assert short[-1]["content"] == full[-1]["content"]
+def test_demonstrations_come_in_the_proportions_of_the_names():
+    """A name that is repeated brings so many times the conversations."""
+    named = [ENVIRONMENTS[name] for name in ("arithmetic", "code", "arithmetic", "arithmetic")]
+    conversations = shown_conversations(named, 2, seed=0)
+    assert {name: len(group) for name, group in conversations.items()} == {
+        "arithmetic": 6,
+        "code": 2,
+    }
+
+
+def test_a_control_learns_as_much_as_rl(context, monkeypatch):
+    """A control starts where RL starts, is trained on as many tokens, on solutions of the tasks of RL; without any, on
+    none; and nothing starts from it.
+    """
+    phases = []
+    monkeypatch.setattr(
+        "minglm.recipe.training._run_trainer", lambda *args, **options: phases.append(args[4])
+    )
+    monkeypatch.setattr("minglm.recipe.training.Muon", lambda *args: None)
+    plan = {stage.name: stage for stage in plan_stages(small())}
+    control = plan["chat.control"]
+    assert control.base == plan["chat.rl"].base
+    assert not any(stage.base == control.name for stage in plan.values())
+
+    rewards = select(read_records(context.log.path), RLRecord)[0]
+    assert train_control(context, control, None).tokens == 0
+    for tokens in (900, None, 2100):
+        record = dataclasses.replace(rewards, stage="chat.rl", segment_tokens=tokens)
+        context.log.write(record)
+    assert train_control(context, control, None).tokens == 3000
+    assert [phase.tokens for phase in phases] == [3000]
+    record = select(read_records(context.log.path), ConversationsRecord)[-1]
+    assert record.stage == control.name
+    assert record.examples.keys() == {"instructions", "constraints"}
 
 
 def test_conversations_that_do_not_fit_are_left_out(context):

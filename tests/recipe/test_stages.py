@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 
 from minglm.config import load_config
+from minglm.envs.twelve import TWELVE
 from minglm.recipe import stages as planning
+from minglm.recipe.solutions import evaluation_texts
 from minglm.recipe.stages import EvalPlan, StageKind
 from minglm.report.records import Moment
 from minglm.train.stages import phases
@@ -33,7 +35,7 @@ def test_a_stage_carries_its_config(run):
     post = run.posttraining
     configs = [
         *(config for _, config in run.stages.items()),
-        *(config for _, expert in post.experts() for config in (expert.sft, expert.rl)),
+        *(config for _, expert in post.experts() for config in (expert.sft, expert.rl, expert.sft)),
         post.unified,
         post.general_rl,
         post.pathology_rl,
@@ -47,21 +49,34 @@ def test_a_stage_carries_its_evaluation_plan(run):
     learned = ("arithmetic", "code", "retail", "instructions")
     assert plans["general"] == EvalPlan(text=True)
     assert plans["long_agent"] == EvalPlan(text=True, environments=learned)
-    assert plans["agent.sft"] == plans["agent.rl"] == EvalPlan(environments=("retail",))
+    for stage in ("agent.sft", "agent.rl", "agent.control"):
+        assert plans[stage] == EvalPlan(environments=("retail",))
     both = EvalPlan(environments=learned, thinking=(True, False))
     assert plans["unified"] == both
-    assert plans["general_rl"] == replace(both, pathology=Moment.BEFORE)
-    assert plans["pathology_rl"] == replace(both, pathology=Moment.AFTER)
+    assert plans["general_rl"] == replace(both, brief=True, pathology=Moment.BEFORE)
+    last = tuple(dict.fromkeys((*learned, *TWELVE)))  # Figure 1's, learned or not
+    assert plans["pathology_rl"] == replace(
+        both, environments=last, brief=True, pathology=Moment.AFTER
+    )
+
+
+def test_a_control_is_scored_once_on_each_task(run):
+    """Names that are repeated, because RL trains on them more often, are no more evaluations."""
+    expert = run.posttraining.reasoning
+    expert = replace(expert, rl=replace(expert.rl, environments=("arithmetic",) * 3 + ("code",)))
+    often = replace(run, posttraining=replace(run.posttraining, reasoning=expert))
+    plans = {stage.name: stage.evaluation for stage in planning.plan_stages(often)}
+    assert plans["reasoning.control"].environments == ("arithmetic", "code")
 
 
 def test_every_stage_that_draws_tasks_draws_others(run):
     """Cold start, distillation and each stage of RL have seeds of their own, which change with the run's."""
-    kinds = (StageKind.COLD_START, StageKind.UNIFIED, StageKind.RL)
+    kinds = (StageKind.COLD_START, StageKind.CONTROL, StageKind.UNIFIED, StageKind.RL)
     stages = [stage for stage in planning.plan_stages(run) if stage.kind in kinds]
     groups = {
         stage.name if stage.kind == StageKind.RL else stage.kind: stage.seed for stage in stages
     }
-    assert len(set(groups.values())) == len(groups) == 7
+    assert len(set(groups.values())) == len(groups) == 8
     others = planning.plan_stages(replace(run, seed=1))
     assert not {stage.seed for stage in stages} & {stage.seed for stage in others}
 
@@ -120,3 +135,20 @@ def test_experts_answer_in_proportion_to_tokens(weight):
     whole = tokens["arithmetic"]
     assert tokens["retail"] == pytest.approx(weight * whole, rel=0.02)  # prompts are whole numbers
     assert all(tokens[name] == pytest.approx(whole, rel=0.02) for name in ("code", "instructions"))
+
+
+def test_the_asked_difficulties_reach_tests_costs_and_refusals(run):
+    """Test prompts that data must not contain are those of the asked difficulties; one that is unknown is refused."""
+    asking = replace(run, posttraining=replace(run.posttraining, asked=("arithmetic:9",)))
+    assert all(
+        text.count("+") + text.count("-") == 9
+        for text in evaluation_texts(asking)["tasks:arithmetic"]
+    )
+    plans = [
+        {stage.name: stage.tokens for stage in planning.plan_stages(each)} for each in (run, asking)
+    ]
+    assert plans[1]["reasoning.rl"] > plans[0]["reasoning.rl"]
+    assert plans[1]["reasoning.sft"] == plans[0]["reasoning.sft"]
+    wrong = replace(run, posttraining=replace(run.posttraining, asked=("arithmetic:99",)))
+    with pytest.raises(ValueError, match=r"arithmetic:99: arithmetic has the difficulties"):
+        planning.plan_stages(wrong)
