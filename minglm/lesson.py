@@ -8,34 +8,51 @@
 The log holds everything that is plotted: the results of the experiment, its sizes, the model's config and the hash of
 both, the seeds, the versions and the CPU-seconds. `draw` sees nothing else. Lessons use one thread: their models are so
 small that a second thread would only wait, and CPU-seconds mean the same on every machine. No counterpart in the paper.
+
+The lessons on reinforcement learning share a task (`Sums`), a cold start (`cold_start`) and a policy (`Policy`).
 """
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import inspect
 import json
+import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from minglm.chat.messages import Message
 from minglm.common.files import write_json
 from minglm.common.threads import use_threads
 from minglm.common.version import versions
-from minglm.config import BalanceConfig, ModelConfig, OptimizerConfig
+from minglm.config import BalanceConfig, ModelConfig, OptimizerConfig, RLConfig
+from minglm.config.posttraining import EvaluationConfig, Split
+from minglm.config.training import Packing
 from minglm.data import mixture, tokenization
+from minglm.data.dialogues import examples
 from minglm.data.sources import corpus
 from minglm.data.tokenizer import Tokenizer
+from minglm.envs.base import Environment, Score, SingleTurn, Task, assistant, user, verdict
+from minglm.eval import tasks as evaluation
+from minglm.inference import Engine
+from minglm.inference.client import EngineGenerator
 from minglm.model.glm import GLM
 from minglm.optim.muon import Muon
 from minglm.optim.schedule import learning_rate
 from minglm.report import drawing
+from minglm.report.records import RLRecord
+from minglm.rl.episode import Player, SamplingSettings, Trajectory
+from minglm.rl.loop import Synchronous, draw_groups, reinforce_step
+from minglm.rl.schedule import TaskSchedule
+from minglm.rl.trainer import PolicyTrainer
 from minglm.train.loop import Phase, StepMetrics, Stream, step
 
 if TYPE_CHECKING:
@@ -137,6 +154,176 @@ def pretrain(
     return history
 
 
+BYTES = Tokenizer.train([], 292)
+"""The tokenizer of the lessons on reinforcement learning: 256 bytes and the special tokens, so a digit is a token."""
+REASONER = dataclasses.replace(NANO, vocab_size=BYTES.vocab_size, max_position_embeddings=128)
+"""Their model, 0.16 M parameters."""
+MODULUS = 5
+SOURCE = "sums"
+"""Name of the conversations in the mixture, which decides their order."""
+
+
+class Sums(SingleTurn):
+    """Deals sums of digits from 0 to 4 modulo 5. The thought repeats each term beside the sum so far.
+
+        3+4+1+2=      thought: 421320      answer, the last three sums so far: 230
+
+    levels: additions of a sum; a level that is named twice comes twice as often. told: how many of the last sums so far
+    are the answer. One is guessed in one of five tries, three in one of 125.
+    """
+
+    name = "sums"
+    group = "reasoning"
+    difficulties = tuple(range(1, 17))
+
+    def __init__(self, levels: Sequence[int], told: int) -> None:
+        self.default_difficulties = tuple(levels)
+        self.told = told
+        self.chance = MODULUS**-told
+
+    def draw(self, rng: random.Random, difficulty: int) -> tuple[list[Message], str]:
+        """Return one random sum as (messages, the last sums so far as text)."""
+        terms = [rng.randrange(MODULUS) for _ in range(difficulty + 1)]
+        sums = np.cumsum(terms) % MODULUS
+        question = "+".join(map(str, terms)) + "="
+        return [user(question)], "".join(map(str, sums[-self.told :]))
+
+    def oracle(self, task: Task, conversation: Sequence[Message], rng: random.Random) -> Message:
+        """Return the answer, with every term and the sum after it as reasoning."""
+        first, *others = map(int, task.messages[-1]["content"].rstrip("=").split("+"))
+        total = first
+        thought = ""
+        for term in others:
+            total = (total + term) % MODULUS
+            thought += f"{term}{total}"
+        return assistant(task.label, thought)
+
+    def judge(self, task: Task, message: Message) -> Score:
+        """Return 1 if the stripped answer is the label."""
+        return verdict(message["content"].strip() == task.label)
+
+
+def cold_start(
+    model: GLM,
+    environment: Environment,
+    tokens: int,
+    peak_lr: float,
+    seed: int,
+    direct: float = 0.0,
+    tokenizer: Tokenizer = BYTES,
+) -> None:
+    """Fine-tune on the oracle's conversations, about `tokens` tokens of them, each shown once.
+
+    direct: share of the conversations whose thought holds nothing but the answer, which is right all the same.
+    """
+    rng = random.Random(seed)
+    conversations = []
+    count = 0
+    index = 0
+    while count < tokens:
+        task = environment.task(index, seed)
+        index += 1
+        conversation = environment.demonstrate(task)
+        if rng.random() < direct:
+            conversation[-1] = assistant(task.label, task.label)
+        conversations.append(conversation)
+        count += sum(len(example.tokens_S) for example in examples(tokenizer, conversation))
+    imitate(model, conversations, tokens, peak_lr, seed, tokenizer)
+
+
+def imitate(
+    model: GLM,
+    conversations: Iterable[Sequence[Message]],
+    tokens: int,
+    peak_lr: float,
+    seed: int,
+    tokenizer: Tokenizer = BYTES,
+) -> None:
+    """Fine-tune on conversations, `tokens` tokens of them; they come again where they have fewer."""
+    found = [example for messages in conversations for example in examples(tokenizer, messages)]
+    length = model.config.max_position_embeddings
+    rows = mixture.Mixture(
+        {SOURCE: [example.tokens_S for example in found]},
+        {SOURCE: 1.0},
+        length,
+        Packing.BEST_FIT,
+        seed,
+        {SOURCE: [example.mask_S for example in found]},
+        tokenizer.pad,
+    )
+    batch = max(1, 2048 // length) * length
+    pretrain(model, rows, length, tokens, batch, peak_lr, bias_rate=0.01)
+    model.eval()
+
+
+class Policy:
+    """A model in reinforcement learning: an engine that answers for it, and a trainer that learns from the answers.
+
+    start: the model, which is copied. config: settings of the stage. seed: decides tasks and draws. tokenizer: that of the
+    model. engine_options: of the `Engine`.
+    """
+
+    def __init__(
+        self,
+        start: GLM,
+        config: RLConfig,
+        seed: int,
+        tokenizer: Tokenizer = BYTES,
+        **engine_options: Any,
+    ) -> None:
+        model = copy.deepcopy(start)
+        reference = copy.deepcopy(start) if config.loss.beta else None
+        options = OptimizerConfig()
+        self.config = config
+        self.seed = seed
+        self.tokenizer = tokenizer
+        self.trainer = PolicyTrainer(
+            model, Muon(model, options), config, options, tokenizer.pad, reference=reference
+        )
+        self.generator = EngineGenerator(Engine(model, tokenizer, **engine_options))
+
+    def player(self, cap: int | None = None) -> Player:
+        """Return the model's side of the episodes. cap: tokens of an answer; None: those of the config."""
+        settings = SamplingSettings(cap or self.config.max_new_tokens, self.config.temperature)
+        return Player(self.generator, self.tokenizer, settings)
+
+    def schedule(self, environment: Environment) -> TaskSchedule:
+        """Return the schedule that deals the tasks of one environment."""
+        name = environment.name
+        return TaskSchedule({name: environment}, (name,), self.config.prompts, self.seed)
+
+    def rollout(self, environment: Environment) -> list[list[Trajectory]]:
+        """Answer the next step's tasks, and learn nothing."""
+        step = self.trainer.state.step
+        return draw_groups(self.trainer, self.player(), self.schedule(environment), step).groups
+
+    def step(self, environment: Environment, cap: int | None = None) -> RLRecord:
+        """Answer the next step's tasks, and learn."""
+        schedule = self.schedule(environment)
+        rollouts = Synchronous(self.trainer, self.player(cap), schedule)
+        return reinforce_step(self.trainer, rollouts, schedule, environment.name)
+
+    def score(
+        self, environment: Environment, problems: int, samples: int = 1, split: Split = Split.TEST
+    ) -> dict[str, Any]:
+        """Answer held-out problems at temperature 1. Return the fields of an `EvaluationRecord`."""
+        return self.evaluate(environment, problems, samples, split).record
+
+    def evaluate(
+        self, environment: Environment, problems: int, samples: int = 1, split: Split = Split.TEST
+    ) -> evaluation.Evaluation:
+        """Answer held-out problems at temperature 1. Return the record, and the answers themselves."""
+        config = EvaluationConfig(
+            max_new_tokens=self.config.max_new_tokens,
+            problems=problems,
+            samples=samples,
+            split=split,
+            temperature=1.0,
+            top_p=1.0,
+        )
+        return evaluation.tasks(self.generator, self.tokenizer, environment, config)
+
+
 def peak_bytes(function: Callable[..., object], *values: object) -> int:
     """Return the most bytes that PyTorch had allocated at one time on the CPU during a call, beyond those before it."""
     from torch.profiler import profile
@@ -180,6 +367,25 @@ def curve(
         va="center",
         **text_options,
     )
+
+
+def arms(
+    axis: Any, x: Sequence[float], values: Mapping[str, Any], shades: Mapping[str, str]
+) -> None:
+    """Draw the arms of an experiment: each seed as a thin line, the mean as a thick one, and the names apart.
+
+    values: {arm: (seeds, points)}, on an axis whose y-limits are set. shades: {arm: colour}.
+    """
+    low, high = axis.get_ylim()
+    ends = [float(np.mean(values[arm], 0)[-1]) for arm in values]
+    places = drawing.spread(ends, 0.06 * (high - low))
+    height = 72 * axis.get_figure().get_size_inches()[1] * axis.get_position().height
+    for (arm, rows), end, place in zip(values.items(), ends, places, strict=True):
+        for row in rows:
+            axis.plot(x, row, color=shades[arm], linewidth=0.6, alpha=0.5)
+        offset = (place - end) / (high - low) * height
+        curve(axis, x, rows, arm, shades[arm], at=(6, offset), fontsize=7)
+    axis.set_xlim(0, 1.5 * x[-1])
 
 
 def bars(axis: Any, names: Sequence[str], values: Sequence[Any], shades: Sequence[str]) -> None:

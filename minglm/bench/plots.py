@@ -71,6 +71,44 @@ def draw_train(record: Mapping[str, Any], axis: Axes) -> None:
     drawing.title(axis, "A training step, optimizer included")
 
 
+def draw_rl(record: Mapping[str, Any], axis: Axes) -> None:
+    """Draw the seconds of each side's step, the rollout (pale) before the update."""
+    results = list(reversed(record["results"]))
+    names: list[str] = []
+    for height, row in enumerate(results):
+        color = OURS if row["side"] == "minglm" else THEIRS
+        rollout = row["rollout_seconds"]
+        axis.barh(height, rollout, color=color, alpha=0.45, height=0.6)
+        axis.barh(height, row["update_seconds"], left=rollout, color=color, alpha=0.9, height=0.6)
+        threads = f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
+        names.append(f"{row['side']}, {threads}")
+    axis.set_yticks(range(len(results)), names, fontsize=7)
+    label = "seconds of a step: rollout (pale), update\nof the CPU for one thread, of the clock for more"
+    axis.set(xlabel=label)
+    axis.grid(axis="y", visible=False)
+    sizes = f"{record['prompts']} prompts x {record['samples']} samples x {record['tokens']} tokens"
+    drawing.title(axis, f"A step of reinforcement learning: {sizes}")
+
+
+def draw_rl_async(record: Mapping[str, Any], axis: Axes) -> None:
+    """Draw the reward per second of each side, without waits and with heavy-tailed ones, and how idle its engine was."""
+    results = list(reversed(record["results"]))
+    names: list[str] = []
+    for height, row in enumerate(results):
+        color = OURS if row["side"] == "asynchronous" else THEIRS
+        axis.barh(height, row["reward_per_second"], color=color, alpha=0.85, height=0.6)
+        idle = f"engine idle {row['engine_idle']:.0%}, trainer {row['trainer_idle']:.0%}"
+        place = (row["reward_per_second"], height)
+        axis.annotate(idle, place, (4, -3), textcoords="offset points", fontsize=7)
+        waits = f"median wait {row['median_wait']:g} s" if row["median_wait"] else "no waits"
+        names.append(f"{row['side']},\n{waits}")
+    axis.set_yticks(range(len(results)), names, fontsize=7)
+    axis.set(xlabel="reward per second of the clock")
+    axis.set_xlim(0, 1.4 * max(row["reward_per_second"] for row in results))
+    axis.grid(axis="y", visible=False)
+    drawing.title(axis, f"Rollouts up to {record['max_staleness']} versions ahead")
+
+
 def draw_compile(record: Mapping[str, Any], axis: Axes) -> None:
     """Draw registers and shared memory of each kernel, as shares of the limits of a thread and of a block."""
     kernels = [kernel for kernel in record["kernels"] if "error" not in kernel]
@@ -137,6 +175,8 @@ def _draw_case(axis: Axes, height: float, shares: Mapping[str, float]) -> None:
 DRAWINGS: dict[str, Callable[[Mapping[str, Any], Axes], None]] = {
     "generate": draw_generate,
     "train": draw_train,
+    "rl": draw_rl,
+    "rl_async": draw_rl_async,
     "compile": draw_compile,
     "kernels": draw_kernels,
 }

@@ -14,7 +14,7 @@ from minglm.config.run import RunConfig
 
 
 def measure(name: str, config: RunConfig, options: BenchOptions) -> dict[str, Any]:
-    """Run the benchmark `name` (generate, train or compile) and return what it measured."""
+    """Run the benchmark `name` (generate, train, rl, rl_async or compile) and return what it measured."""
     # The benchmarks are imported here, so that the names and options cost no import of torch.
     if name == "generate":
         from minglm.bench.generate import generate
@@ -24,12 +24,20 @@ def measure(name: str, config: RunConfig, options: BenchOptions) -> dict[str, An
         from minglm.bench.train import train
 
         return train(config, options)
+    if name == "rl":
+        from minglm.bench.rl import rl
+
+        return rl(config, options)
+    if name == "rl_async":
+        from minglm.bench.rl_async import rl_async
+
+        return rl_async(config, options)
     if name == "compile":
         from minglm.bench.compile import compile_kernels
 
         return compile_kernels()
     raise ValueError(
-        f"bench {name}: no such benchmark; there are generate, train, compile, kernels"
+        f"bench {name}: no such benchmark; there are generate, train, rl, rl_async, compile, kernels"
     )
 
 

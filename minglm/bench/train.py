@@ -29,6 +29,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minglm.bench.options import BenchOptions
+from minglm.common.allocator import keep_freed_memory
 from minglm.common.device import pick_dtype
 from minglm.common.threads import use_threads
 from minglm.config.run import RunConfig
@@ -306,6 +307,7 @@ def train(config: RunConfig, options: BenchOptions) -> dict[str, Any]:
     the losses of the two sides differ.
     """
     use_threads(1)
+    keep_freed_memory()  # as a run does
     results: list[Row] = []
     for layout, (length, document) in LAYOUTS.items():
 

@@ -263,6 +263,16 @@ class Tokenizer:
         ours = (self._specification, self.special)
         return ours == (other._specification, other.special)
 
+    @property
+    def fingerprint(self) -> str:
+        """The CRC-32 of everything that `same_ids` compares, 8 hexadecimal digits."""
+        text = json.dumps([self._specification, self.special], sort_keys=True)
+        return f"{zlib.crc32(text.encode()):08x}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to another process as the table of a tokenizer.json."""
+        return Tokenizer, ({**self._specification, "added_tokens": self._added_tokens},)
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, never a special one.
 

@@ -35,8 +35,9 @@ from minglm.testing.rl import (
     check_aggregation,
     check_detectors,
     check_pass_at_k,
+    check_plateau,
     check_policy_loss,
-    check_temperature,
+    check_temperature_choice,
 )
 
 __all__ = [
@@ -69,7 +70,8 @@ __all__ = [
     "check_sharded_optimizer",
     "check_token_exchange",
     "check_stream",
-    "check_temperature",
+    "check_plateau",
+    "check_temperature_choice",
     "check_template",
     "check_tokenizer",
     "check_verifier",

@@ -8,6 +8,7 @@ Tasks and messages are drawn by hypothesis; the first property that fails raises
 """
 
 import asyncio
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -16,17 +17,33 @@ from typing import Any, NamedTuple
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minglm.envs.base import Environment, Message, Score, ScoreStatus, Task, assistant
+from minglm.config import Split
+from minglm.envs.base import (
+    Environment,
+    Message,
+    Score,
+    ScoreStatus,
+    Task,
+    assistant,
+    prompt_of,
+)
 from minglm.envs.sandbox.pool import Case, Verdict
 from minglm.testing import strategies
 
 contract = settings(strategies.contract, max_examples=25)  # an example in a sandbox takes seconds
 
 
+def contract_of(env: Environment) -> settings:
+    """Return how many examples to draw of an environment: fewer where each message runs programs."""
+    if env.waits:
+        return settings(contract, max_examples=2)
+    return settings(contract, max_examples=4) if env.group == "coding" else contract
+
+
 def check_environment(env: Environment) -> None:
     """Check that an environment keeps the interface of `envs.base.Environment`.
 
-    Tasks are a function of (index, seed, split), plain JSON, and never in both splits. The oracle earns 1, with its
+    Tasks are a function of (index, seed, split), plain JSON, and never in two splits. The oracle earns 1, with its
     reasoning and without. Lazy and malformed messages earn 0, and the latter end the episode. No message raises, or
     counts as a failure of the machine. A constant answer earns no more than `chance`.
     """
@@ -43,7 +60,7 @@ def strategy(env: Environment) -> st.SearchStrategy[Task]:
         lambda index, seed, split, difficulty: env.task(index, seed, split, (difficulty,)),
         st.integers(0, 10**6),
         st.integers(0, 2**31),
-        st.sampled_from(["train", "test"]),
+        st.sampled_from(list(Split)),
         st.sampled_from(env.difficulties),
     )
 
@@ -62,7 +79,7 @@ def check_tasks(env: Environment) -> None:
     """Check determinism, plain values, declared difficulties, and splits that share nothing, whatever the seeds."""
 
     @contract
-    @given(st.integers(0, 10**6), st.integers(0, 2**31), st.sampled_from(["train", "test"]))
+    @given(st.integers(0, 10**6), st.integers(0, 2**31), st.sampled_from(list(Split)))
     def deterministic(index: int, seed: int, split: str) -> None:
         task = env.task(index, seed, split)
         assert env.task(index, seed, split) == task, (
@@ -71,26 +88,28 @@ def check_tasks(env: Environment) -> None:
         last = env.tasks(index % 5 + 1, seed, split)[-1]
         assert last == env.task(index % 5, seed, split), "tasks differ from task"
         assert task.environment == env.name and task.difficulty in env.difficulties
-        assert task.messages[-1]["role"] == "user", "the model speaks next, so the user speaks last"
+        assert task.messages[-1]["role"] in ("user", "tool"), (
+            "the model speaks next, so the user speaks last, or a tool"
+        )
         plain = json.loads(json.dumps([task.messages, task.tools, task.label]))
         assert plain == [list(task.messages), list(task.tools), task.label], (
             "a task must be plain JSON values"
         )
 
     deterministic()
-    drawn = {"train": [], "test": []}
+    drawn: dict[Split, list[Task]] = {split: [] for split in Split}
     for split, tasks in drawn.items():
         for seed in (0, 1):
             tasks += env.tasks(150, seed, split, env.difficulties)
     contents = {split: {content(task) for task in tasks} for split, tasks in drawn.items()}
-    assert not contents["train"] & contents["test"], "a test task occurs in training"
     problems = {split: {problem(env, task) for task in tasks} for split, tasks in drawn.items()}
-    assert not problems["train"] & problems["test"], "the problem of a test task occurs in training"
+    for one, other in itertools.combinations(Split, 2):
+        assert not contents[one] & contents[other], f"a {other} task occurs in {one}"
+        assert not problems[one] & problems[other], f"the problem of a {other} task occurs in {one}"
     ids = {task.id for tasks in drawn.values() for task in tasks}
-    assert len(ids) == len(contents["train"] | contents["test"]), (
-        "ids must name contents, one to one"
-    )
-    assert len(contents["train"]) > len(drawn["train"]) / 10, "hardly any variety"
+    assert len(ids) == len(set().union(*contents.values())), "ids must name contents, one to one"
+    trained = Split.TRAIN
+    assert len(contents[trained]) > len(drawn[trained]) / 10, "hardly any variety"
 
 
 class Played(NamedTuple):
@@ -140,7 +159,7 @@ def play(env: Environment, task: Task, messages: Sequence[Any]) -> Played:
 def check_oracle(env: Environment) -> None:
     """Check that the demonstration starts with the task, replays to equal replies, and earns the full reward."""
 
-    @contract
+    @contract_of(env)
     @given(strategy(env), st.booleans(), st.integers(0, 3))
     def earns_everything(task: Task, thinking: bool, seed: int) -> None:
         conversation = env.demonstrate(task, thinking, seed)
@@ -149,7 +168,7 @@ def check_oracle(env: Environment) -> None:
         )
         prompt = conversation[: len(task.messages)]
         rest = conversation[len(task.messages) :]
-        assert prompt == list(task.messages), "a demonstration starts with the prompt"
+        assert prompt == prompt_of(task, thinking), "a demonstration starts with the prompt"
         turns = [message for message in rest if message["role"] == "assistant"]
         assert all(bool(turn.get("reasoning_content")) == thinking for turn in turns), (
             "thoughts where asked for"
@@ -170,7 +189,7 @@ def check_oracle(env: Environment) -> None:
 def check_lazy_answers(env: Environment) -> None:
     """Check that messages that ignore the task, sent once or until the episode ends, earn nothing."""
 
-    @contract
+    @contract_of(env)
     @given(strategy(env))
     def earns_nothing(task: Task) -> None:
         probes = env.hack_probes(task)
@@ -191,15 +210,13 @@ def malformed(env: Environment) -> st.SearchStrategy[Any]:
     values = st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(max_size=5), st.lists, max_leaves=5
     )
-    offered = [tool.get("function", tool)["name"] for tool in env.tools()]
-    wrong_calls = [
-        ("no_such_tool", {}),
-        *(
-            (name, arguments)
-            for name in offered
-            for arguments in ({}, {"order_id": "x", "also": 1}, [], None, "x")
-        ),
-    ]
+    wrong_calls: list[tuple[str, Any]] = [("no_such_tool", {})]
+    for tool in env.tools():
+        function = tool.get("function", tool)
+        wrong = [{"order_id": "x", "also": 1}, [], None, "x"]
+        if function["parameters"].get("required"):
+            wrong.append({})
+        wrong_calls += [(function["name"], arguments) for arguments in wrong]
     shaped = st.fixed_dictionaries({"role": st.just("assistant"), "content": st.text(max_size=5)})
     return st.one_of(
         values.filter(lambda value: not isinstance(value, dict)),
@@ -232,7 +249,7 @@ def malformed(env: Environment) -> st.SearchStrategy[Any]:
 def check_malformed_messages(env: Environment) -> None:
     """Check halt and zero; text of any kind is a wrong answer at worst, never an exception or the machine's fault."""
 
-    @contract
+    @contract_of(env)
     @given(strategy(env), malformed(env))
     def halts(task: Task, message: Any) -> None:
         score, _, done = play(env, task, [message])
@@ -241,7 +258,7 @@ def check_malformed_messages(env: Environment) -> None:
 
     odd_texts = ["9" * 5000, "\0", "\ud800", "(" * 9999, "- \n- ", "。！"]
 
-    @contract
+    @contract_of(env)
     @given(strategy(env), st.text() | st.sampled_from(odd_texts))
     def survives(task: Task, text: str) -> None:
         games = [(task, [assistant(text)] * env.max_turns), (task, [])]

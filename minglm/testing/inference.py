@@ -9,18 +9,24 @@ to the spacing. The distribution is enumerated, not estimated, so a failure is a
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
+from minglm.inference import Engine, Request
+from minglm.inference.scoring import Text
+from minglm.model.glm import GLM
+from minglm.testing.model import tiny_model
 from minglm.testing.strategies import holds, numbers, seeds
 
 GRID = 1000  # uniform numbers for each distribution
 
 Sampler = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Score = Callable[[GLM, Sequence[Text], float], list[Tensor]]
+"""(model, texts, temperature) -> the log-probability of each scored token of each text."""
 Verifier = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -205,3 +211,54 @@ def check_verifier(verify: Verifier) -> None:
             )
             assert accepted_B[b] == alone_accepted_B[0], "a row depends on the others"
             assert tokens_B[b] == alone_tokens_B[0], "a row depends on the others"
+
+
+def check_scorer(score: Score) -> None:
+    """Check `score(model, texts, temperature)`, like that of `minglm.inference.scoring.Scorer`.
+
+    What the engine recorded while it drew a token is what the score of the whole text says, to the last bit: for any
+    lengths of prompts and answers, however a prompt was cut, with drafts and without, whatever shares the batch, and for
+    answers that continue an earlier text.
+    """
+
+    @holds(
+        shrink=False,
+        seed=seeds,
+        lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
+        temperature=st.sampled_from([1.0, 0.7, 1.3]),
+        top_p=st.sampled_from([1.0, 0.8]),
+        drafts=st.sampled_from([0, 2]),
+        cut=st.sampled_from([5, 2048]),
+    )
+    def same_bits(
+        seed: int,
+        lengths: list[int],
+        temperature: float,
+        top_p: float,
+        drafts: int,
+        cut: int,
+    ) -> None:
+        """Draw answers, continue the first one after tokens from elsewhere, and score all texts."""
+        model = tiny_model(seed)
+        engine = Engine(model, draft_tokens=drafts, prefill_tokens=cut)
+        requests = []
+        for i, length in enumerate(lengths):
+            prompt = torch.randint(0, 24, (length,), generator=numbers(seed + i)).tolist()
+            # The seed of the model, and not 0, so that the first draws of two examples differ.
+            requests.append(Request(prompt, 9, temperature, top_p, seed + i, stop_ids=()))
+        answers = engine.generate(requests)
+        texts = []
+        for request, answer in zip(requests, answers, strict=True):
+            scored = [False] * len(request.prompt) + [True] * len(answer.tokens)
+            texts.append(Text(request.prompt + answer.tokens, scored))
+        recorded = [answer.logprobs for answer in answers]
+
+        longer = Request([*texts[0].tokens, 1, 2, 3], 9, temperature, top_p, seed, stop_ids=())
+        (answer,) = engine.generate([longer])
+        scored = [*texts[0].scored, False, False, False] + [True] * len(answer.tokens)
+        texts[0] = Text(longer.prompt + answer.tokens, scored)
+        recorded[0] = recorded[0] + answer.logprobs
+
+        found = score(model, texts, temperature)
+        for number, (expected, logprobs_T) in enumerate(zip(recorded, found, strict=True)):
+            assert logprobs_T.tolist() == expected, f"text {number} of {len(texts)}"

@@ -4,6 +4,7 @@ Each `check_*` takes a callable with the signature of ours, draws its own exampl
 smallest counterexample that hypothesis finds. Hand it your own loss, controller or detector.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -14,17 +15,31 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minglm.config.posttraining import Aggregation
-from minglm.rl.grpo import PolicyLoss
-from minglm.rl.temperature import TemperatureController
+from minglm.config.posttraining import (
+    Aggregation,
+    DynamicTemperatureConfig,
+    LossType,
+    PolicyLossConfig,
+    RatioLevel,
+)
+from minglm.model.glm import GLM, Output
+from minglm.rl.gap import Gap
+from minglm.rl.losses import PolicyLoss
+from minglm.rl.temperature import Decision, TemperatureController
+from minglm.testing.model import tiny_model
 from minglm.testing.strategies import holds, numbers, seeds, shapes
 
 Aggregate = Callable[[Tensor, Tensor, str, int], Tensor]
 """(loss_BS, mask_BS, mode, denominator) -> scalar."""
 Advantages = Callable[[Tensor, bool, Tensor], Tensor]
 """(rewards_PG, normalize_std, valid_PG) -> advantages of axes P, G."""
-Loss = Callable[[Tensor, Tensor, Tensor, float, float, Tensor | None], PolicyLoss]
-"""(logprobs_BS, sampling_logprobs_BS, advantages_B, clip_low, clip_high, mask_BS) -> PolicyLoss."""
+Loss = Callable[..., PolicyLoss]
+"""(logprobs_BS, sampling_logprobs_BS, advantages_B, config, mask_BS, proximal_logprobs_BS, reference_logprobs_BS) ->
+PolicyLoss; the last two are left out where they are None."""
+MeasureGap = Callable[[Tensor], Gap]
+"""(log_ratios_T) -> Gap."""
+Replay = Callable[[GLM, Tensor, Tensor | None], Output]
+"""(model, tokens_BS, imposed_BSLK or None) -> Output."""
 Detect = Callable[[str, str], Mapping[str, bool]]
 """(text, language) -> {fault: whether it is there}."""
 
@@ -57,13 +72,17 @@ def _aggregated(loss_BS: Tensor, mask_BS: Tensor, mode: str) -> _Expected:
             rows.append(row)
     if mode == Aggregation.TOKEN:
         denominator = sum(map(len, rows))
-    elif mode == Aggregation.SEQUENCE:
+    elif mode in (
+        Aggregation.SEQUENCE,
+        Aggregation.PROMPT,
+    ):  # each row is a trajectory, and a prompt
         denominator = len(rows)
     else:
         denominator = LENGTH * len(rows)
     total = 0.0
     for row in rows:
-        total += sum(row) / len(row) if mode == Aggregation.SEQUENCE else sum(row)
+        is_mean = mode in (Aggregation.SEQUENCE, Aggregation.PROMPT)
+        total += sum(row) / len(row) if is_mean else sum(row)
     return _Expected(total / max(1, denominator), denominator)
 
 
@@ -163,14 +182,149 @@ def _check_equal_rewards(advantages: Advantages) -> None:
 
 
 def check_policy_loss(policy_loss: Loss) -> None:
-    """Check a function like `minglm.rl.grpo.policy_loss`.
+    """Check a function like `minglm.rl.losses.policy_loss`.
 
+    Under any settings its values and gradients are those of the definition, in float64 and plain Python.
     On policy its gradient is REINFORCE's, the ratio is exactly 1 and the divergence 0. The clip removes the gradient
     exactly where the policy has already gone too far in the direction of the advantage. Masked tokens never matter.
     """
+    _check_definition(policy_loss)
     _check_reinforce(policy_loss)
     _check_clip(policy_loss)
+    _check_dual_clip(policy_loss)
     _check_masked_tokens(policy_loss)
+
+
+losses = st.builds(
+    PolicyLossConfig,
+    loss_type=st.sampled_from(LossType),
+    importance_sampling_level=st.sampled_from(RatioLevel),
+    clip_low=st.floats(0.01, 0.5),
+    clip_high=st.floats(0.01, 0.5),
+    importance_cap=st.sampled_from([0.0, 0.8, 2.0]),
+    beta=st.sampled_from([0.0, 0.04, 1.0]),
+)
+"""Settings of a policy loss; `delta` is drawn by the checks that use it, because it excludes some of them."""
+
+
+class _TokenLosses(NamedTuple):
+    """Losses of the tokens of a segment and the gradient of their sum, by the definition."""
+
+    values: list[float]
+    gradient: list[float]
+    at_an_edge: bool
+    """Whether a ratio lies so close to a bound that rounding decides."""
+
+
+def _defined(
+    logprobs: list[float],
+    sampled: list[float],
+    proximal: list[float] | None,
+    reference: list[float],
+    advantage: float,
+    config: PolicyLossConfig,
+) -> _TokenLosses:
+    """Compute the losses of one segment, all of whose tokens count, in plain Python."""
+    old = sampled
+    if config.importance_cap:
+        old = logprobs if proximal is None else proximal
+    logs = [new - before for new, before in zip(logprobs, old, strict=True)]
+    by_segment = config.importance_sampling_level == RatioLevel.SEQUENCE
+    if by_segment:
+        logs = [sum(logs) / len(logs)] * len(logs)
+    low, high = 1 - config.clip_low, 1 + config.clip_high
+    values = []
+    through_ratio = []  # d loss / d log rho, for each token
+    gradient = [0.0] * len(logs)
+    bounds = {low, high, config.delta}
+    at_an_edge = False
+    for t, log in enumerate(logs):
+        ratio = math.exp(log)
+        weight = 1.0
+        if config.importance_cap:
+            correction = math.exp(old[t] - sampled[t])
+            weight = min(correction, config.importance_cap)
+        at_an_edge |= any(abs(ratio - bound) < 1e-4 for bound in bounds)
+        if config.loss_type == LossType.CISPO:
+            factor = min(max(ratio, low), high) * advantage * weight
+            values.append(-factor * logprobs[t])
+            through_ratio.append(0.0)
+            gradient[t] -= factor
+        else:
+            stopped = ratio > high if advantage > 0 else ratio < low
+            stopped |= bool(config.delta) and advantage < 0 and ratio > config.delta
+            loss = -min(ratio * advantage, min(max(ratio, low), high) * advantage)
+            if config.delta and advantage < 0:
+                loss = min(loss, -config.delta * advantage)
+            values.append(loss * weight)
+            through_ratio.append(0.0 if stopped else -ratio * advantage * weight)
+        if config.beta:
+            gap = reference[t] - logprobs[t]
+            values[t] += config.beta * (math.exp(gap) - 1 - gap)
+            gradient[t] += config.beta * (1 - math.exp(gap))
+    if by_segment:  # the ratio depends on every token, by 1 / their number
+        through_ratio = [sum(through_ratio) / len(logs)] * len(logs)
+    gradient = [direct + by_ratio for direct, by_ratio in zip(gradient, through_ratio, strict=True)]
+    return _TokenLosses(values, gradient, at_an_edge)
+
+
+def _check_definition(policy_loss: Loss) -> None:
+    @holds(
+        shrink=False,
+        seed=seeds,
+        shape=shapes,
+        config=losses,
+        delta=st.sampled_from([0.0, 1.6, 2.0]),
+        later=st.booleans(),
+    )
+    def definition(
+        seed: int, shape: tuple[int, int], config: PolicyLossConfig, delta: float, later: bool
+    ) -> None:
+        """Compare every token's loss, and the gradient of their sum, with the definition."""
+        if config.loss_type == LossType.CLIP:
+            config = dataclasses.replace(config, delta=delta)
+        generator = numbers(seed)
+        logprobs_BS = -2 * torch.rand(shape, generator=generator)
+        near = [logprobs_BS + 0.5 * torch.randn(shape, generator=generator) for _ in range(3)]
+        sampling_BS, proximal_BS, reference_BS = near
+        advantages_B = torch.randn(shape[0], generator=generator)
+        mask_BS = torch.rand(shape, generator=generator) < 0.7
+        logprobs_BS.requires_grad_()
+        loss_BS, metrics = policy_loss(
+            logprobs_BS,
+            sampling_BS,
+            advantages_B,
+            config,
+            mask_BS,
+            proximal_logprobs_BS=proximal_BS if later else None,
+            reference_logprobs_BS=reference_BS if config.beta else None,
+        )
+        (gradient_BS,) = torch.autograd.grad(loss_BS.sum(), logprobs_BS)
+        assert int(metrics.tokens) == int(mask_BS.sum())
+        for b in range(shape[0]):
+            mask_S = mask_BS[b]
+            parts = [part[b][mask_S].tolist() for part in (logprobs_BS.detach(), *near)]
+            if not parts[0]:
+                continue
+            new, sampled, proximal, reference = parts
+            expected = _defined(
+                new,
+                sampled,
+                proximal if later else None,
+                reference,
+                float(advantages_B[b]),
+                config,
+            )
+            if expected.at_an_edge:
+                continue
+            # float32 exponentials of numbers up to 3, times advantages up to 4
+            for found_BS, wanted in (
+                (loss_BS, expected.values),
+                (gradient_BS, expected.gradient),
+            ):
+                torch.testing.assert_close(
+                    found_BS[b][mask_S].detach(), torch.tensor(wanted), atol=1e-4, rtol=1e-4
+                )
 
 
 def _check_reinforce(policy_loss: Loss) -> None:
@@ -183,7 +337,7 @@ def _check_reinforce(policy_loss: Loss) -> None:
         # Each arm is a sequence of one token.
         logprobs_B1 = logprobs_V[:, None]
         loss_B1, metrics = policy_loss(
-            logprobs_B1, logprobs_B1.detach(), rewards_V - baseline, 0.2, 0.28, None
+            logprobs_B1, logprobs_B1.detach(), rewards_V - baseline, PolicyLossConfig(), None
         )
         expected_loss = (loss_B1[:, 0] * logprobs_V.detach().exp()).sum()
         (gradient_V,) = torch.autograd.grad(expected_loss, scores_V, retain_graph=True)
@@ -207,9 +361,10 @@ def _check_clip(policy_loss: Loss) -> None:
         ratio = math.exp(shift)
         if min(abs(ratio - 1 - high), abs(ratio - 1 + low), abs(advantage)) < 1e-3:
             return  # at the edge, rounding decides
+        config = PolicyLossConfig(clip_low=low, clip_high=high)
         logprobs_BS = torch.tensor([[shift - 2.0]], requires_grad=True)
         loss_BS, metrics = policy_loss(
-            logprobs_BS, torch.tensor([[-2.0]]), torch.tensor([advantage]), low, high, None
+            logprobs_BS, torch.tensor([[-2.0]]), torch.tensor([advantage]), config, None
         )
         (gradient_BS,) = torch.autograd.grad(loss_BS.sum(), logprobs_BS)
         stopped = ratio > 1 + high if advantage > 0 else ratio < 1 - low
@@ -218,6 +373,27 @@ def _check_clip(policy_loss: Loss) -> None:
             f"ratio {ratio}, advantage {advantage}"
         )
         assert float(metrics.clip_share) == stopped
+
+
+def _check_dual_clip(policy_loss: Loss) -> None:
+    @holds(shift=st.floats(-1, 2), advantage=st.floats(-2, 2), delta=st.floats(1.5, 3))
+    def dual_clip(shift: float, advantage: float, delta: float) -> None:
+        """Expect a loss of at most -delta * advantage where that is positive, and no gradient beyond."""
+        ratio = math.exp(shift)
+        if abs(ratio - delta) < 1e-3 or abs(advantage) < 1e-3:
+            return  # at the edge, rounding decides
+        config = PolicyLossConfig(delta=delta)
+        logprobs_BS = torch.tensor([[shift - 2.0]], requires_grad=True)
+        arguments = (torch.tensor([[-2.0]]), torch.tensor([advantage]))
+        loss_BS, metrics = policy_loss(logprobs_BS, *arguments, config, None)
+        plain_BS, _ = policy_loss(logprobs_BS, *arguments, PolicyLossConfig(), None)
+        bound = -delta * advantage if advantage < 0 else math.inf
+        expected = min(float(plain_BS.detach()), bound)
+        assert math.isclose(float(loss_BS.detach()), expected, abs_tol=1e-5), f"ratio {ratio}"
+        if advantage < 0 and ratio > delta:
+            (gradient_BS,) = torch.autograd.grad(loss_BS.sum(), logprobs_BS)
+            assert not gradient_BS.any(), "a token beyond delta has a gradient"
+            assert float(metrics.clip_share) == 1
 
 
 def _check_masked_tokens(policy_loss: Loss) -> None:
@@ -235,13 +411,100 @@ def _check_masked_tokens(policy_loss: Loss) -> None:
         for fill in (-0.5, value):
             filled_BS = logprobs_BS.masked_fill(~mask_BS, fill).requires_grad_()
             sampling_BS = sampling_logprobs_BS.masked_fill(~mask_BS, fill)
-            loss_BS, metrics = policy_loss(filled_BS, sampling_BS, advantages_B, 0.2, 0.28, mask_BS)
+            loss_BS, metrics = policy_loss(
+                filled_BS, sampling_BS, advantages_B, PolicyLossConfig(), mask_BS
+            )
             loss = loss_BS[mask_BS].sum() + 0 * loss_BS[~mask_BS].sum()
             (gradient_BS,) = torch.autograd.grad(loss, filled_BS)
             assert not gradient_BS[~mask_BS].any(), "a masked token has a gradient"
             scalars = torch.stack([metrics.ratio_max, metrics.clip_share, metrics.kl])
             results.append((loss_BS[mask_BS], gradient_BS, scalars))
         torch.testing.assert_close(results[1], results[0], atol=0, rtol=0)
+
+
+def check_gap(measure_gap: MeasureGap) -> None:
+    """Check a function like `minglm.rl.gap.measure_gap`: its definition in plain Python, and no number that is negative."""
+
+    @holds(
+        log_ratios=st.lists(st.floats(-2, 2, width=32), max_size=300),
+        scale=st.sampled_from([1.0, 1e-3, 1e-6]),
+    )
+    def definition(log_ratios: list[float], scale: float) -> None:
+        """Compute each number from a sorted list."""
+        d_T = torch.tensor(log_ratios) * scale
+        found = measure_gap(d_T)
+        values = d_T.double().tolist()
+        sizes = sorted(abs(value) for value in values) or [0.0]
+        kl = math.fsum(math.expm1(value) - value for value in values) / max(1, len(values))
+        expected = Gap(
+            mean=math.fsum(sizes) / len(sizes),
+            p99=next(x for n, x in enumerate(sizes, 1) if 100 * n >= 99 * len(sizes)),
+            worst=sizes[-1],
+            kl=kl,
+        )
+        # Sums of float64 numbers in another order; the KL of tiny differences is a difference of nearly equal numbers.
+        for name, one, other in zip(Gap._fields, found, expected, strict=True):
+            assert math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-15), f"{name}: {one}, {other}"
+
+
+def check_routing_replay(hidden: Replay) -> None:
+    """Check a forward pass with imposed experts, like `GLM.hidden` of tokens (B, S) with int experts (B, S, L, K).
+
+    A model's own choices, imposed, change no bit of its states. Experts that another choice would take are computed with
+    the weights that the model's own scores give them, and the router learns from them. Rows of -1 leave the choice free.
+    """
+
+    @holds(seed=seeds, B=st.integers(1, 3), S=st.integers(2, 7), known=st.integers(0, 7))
+    def own_choices(seed: int, B: int, S: int, known: int) -> None:
+        """Impose what the model chose, at the first `known` positions."""
+        model = tiny_model(seed)
+        tokens_BS = torch.randint(0, 24, (B, S), generator=numbers(seed))
+        free = hidden(model, tokens_BS, None)
+        chosen_BSLK = _choices(free, B)
+        imposed_BSLK = chosen_BSLK.clone()
+        imposed_BSLK[:, known:] = -1
+        replayed = hidden(model, tokens_BS, imposed_BSLK)
+        assert torch.equal(replayed.hidden_BSD, free.hidden_BSD), "the model's own choices"
+        assert torch.equal(_choices(replayed, B), chosen_BSLK)
+        assert _replaced(replayed) == 0
+
+    @holds(seed=seeds, B=st.integers(1, 3), S=st.integers(1, 6))
+    def other_choices(seed: int, B: int, S: int) -> None:
+        """Impose on every token what a selection bias would force it to choose."""
+        model = tiny_model(seed)
+        config = model.config
+        layers = config.num_hidden_layers - config.first_k_dense_replace
+        tokens_BS = torch.randint(0, 24, (B, S), generator=numbers(seed))
+        orders = torch.rand(layers, config.n_routed_experts, generator=numbers(seed + 1)).argsort(1)
+        imposed_LK = orders[:, : config.num_experts_per_tok]
+        imposed_BSLK = imposed_LK.expand(B, S, -1, -1).to(torch.int16)
+        out = hidden(model, tokens_BS, imposed_BSLK)
+        out.hidden_BSD.sum().backward()
+        found = [router.weight.grad for router in model.routers()[:layers]]
+
+        model.zero_grad()
+        for router, order_E in zip(model.routers(), orders, strict=False):
+            with torch.no_grad():  # scores lie between 0 and 1
+                router.e_score_correction_bias[order_E] = -10.0 * torch.arange(len(order_E))
+        forced = hidden(model, tokens_BS, None)
+        forced.hidden_BSD.sum().backward()
+        assert torch.equal(out.hidden_BSD, forced.hidden_BSD), "the imposed experts and weights"
+        for gradient, router in zip(found, model.routers(), strict=False):
+            assert gradient is not None and router.weight.grad is not None
+            assert torch.equal(gradient, router.weight.grad), "the router's gradient"
+        assert 0 <= _replaced(out) <= imposed_BSLK.numel()
+
+
+def _choices(out: Output, batch: int) -> Tensor:
+    """Return what the routers of a pass chose: int16 of axes B, S, L, K."""
+    chosen_TLK = torch.stack([routing.experts_TK for routing in out.routing], 1)
+    return chosen_TLK.unflatten(0, (batch, -1)).to(torch.int16)
+
+
+def _replaced(out: Output) -> int:
+    """Count the choices that imposed ones replaced."""
+    counts = [routing.replaced for routing in out.routing]
+    return sum(int(count) for count in counts if count is not None)
 
 
 def check_pass_at_k(pass_at_k: Callable[[int, int, int], float]) -> None:
@@ -259,56 +522,123 @@ def check_pass_at_k(pass_at_k: Callable[[int, int, int], float]) -> None:
         )
 
 
-def check_temperature(controller: Callable[..., TemperatureController]) -> None:
-    """Check a constructor like `TemperatureController`, with the arguments temperature, grid, window, gain, drop, relative.
+Choose = Callable[[Mapping[float, Sequence[float]], float, DynamicTemperatureConfig], Decision]
+"""(scores of each problem at each temperature, present temperature, config) -> Decision."""
 
-    While the reward climbs nothing changes and nothing is probed. On a plateau the next temperature is the highest one
-    whose score is within the drop of the best. A controller that is restored from its JSON state decides alike.
+PROBES = 120
+"""Simulated probes of each curve. A chance of 5% shows in more than 14 of them in one of 1,000 tests."""
+
+
+def _probe(
+    levels: Mapping[float, float], problems: int, answers: int, generator: torch.Generator
+) -> dict[float, list[float]]:
+    """Draw what a probe would see: problems of all difficulties, each answered a few times at each temperature.
+
+    levels: the logit of a problem of middle difficulty, at each temperature.
+    """
+    difficulty_P = 2 * torch.randn(problems, generator=generator)
+    scores = {}
+    for temperature, level in levels.items():
+        chance_P = torch.sigmoid(level - difficulty_P)
+        right_P = torch.zeros(problems)
+        for _ in range(answers):
+            right_P += (torch.rand(problems, generator=generator) < chance_P).float()
+        scores[temperature] = (right_P / answers).tolist()
+    return scores
+
+
+def _true_score(level: float) -> float:
+    """Return the mean score over all problems that `_probe` draws from."""
+    return float(torch.sigmoid(level - 2 * torch.linspace(-5, 5, 2001)).mul(_NORMAL).sum())
+
+
+_NORMAL = torch.exp(-torch.linspace(-5, 5, 2001).square() / 2)
+_NORMAL = _NORMAL / _NORMAL.sum()
+
+
+def check_temperature_choice(choose: Choose) -> None:
+    """Check a function like `minglm.rl.temperature.choose` on simulated probes, seeded, with noise as real ones have.
+
+    Whatever the curve, a rise that truly costs more than the drop has a chance of at most `risk`, and so has a fall
+    where the present temperature costs nothing. With answers enough a flat curve is climbed, a temperature that costs
+    far too much is left, and no hole is jumped over. Where nothing is ever solved, nothing changes.
+    """
+    risky = DynamicTemperatureConfig(window=2, drop=0.05, risk=0.05)
+    most = 14  # of PROBES, see there
+    for costs in (0.055, 0.07, 0.15):
+        # one step up costs slightly more than is allowed: where a wrong rise is likeliest
+        levels = {1.0: 1.0, 1.1: 1.0 - 5.2 * costs, 1.2: 0.0}
+        assert 1 - _true_score(levels[1.1]) / _true_score(1.0) > risky.drop
+        found = _simulate(choose, levels, risky, problems=300, answers=2)
+        wrong = sum(temperature > 1.0 for temperature in found)
+        assert wrong <= most, f"{wrong} of {PROBES} probes choose what costs more than the drop"
+
+    flat = dict.fromkeys((0.8, 0.9, 1.0, 1.1, 1.2), 1.0)
+    for answers in (1, 4):
+        found = _simulate(choose, flat, risky, problems=100, answers=answers)
+        lowered = sum(temperature < 1.0 for temperature in found)
+        assert lowered <= most, (
+            f"{lowered} of {PROBES} probes lower a temperature that costs nothing"
+        )
+    found = _simulate(choose, flat, risky, problems=600, answers=8)
+    assert sum(temperature == 1.2 for temperature in found) > 0.8 * PROBES, (
+        "a flat curve is climbed"
+    )
+
+    hole = flat | {1.1: -1.0}
+    found = _simulate(choose, hole, risky, problems=600, answers=8)
+    assert max(found) <= 1.0, "a hole in the curve is jumped over"
+    cliff = flat | {1.0: -1.0, 1.1: -1.0, 1.2: -1.0}
+    found = _simulate(choose, cliff, risky, problems=600, answers=8)
+    assert sum(temperature == 0.9 for temperature in found) > 0.8 * PROBES, "a bad one is left"
+    zero = dict.fromkeys(flat, -50.0)
+    found = _simulate(choose, zero, risky, problems=300, answers=2)
+    assert set(found) == {1.0}, "nothing is solved, and the temperature changes"
+
+
+def _simulate(
+    choose: Choose,
+    levels: Mapping[float, float],
+    config: DynamicTemperatureConfig,
+    problems: int,
+    answers: int,
+) -> list[float]:
+    """Return what many probes of one curve lead to, from temperature 1."""
+    generator = numbers(0)
+    return [
+        choose(_probe(levels, problems, answers, generator), 1.0, config).temperature
+        for _ in range(PROBES)
+    ]
+
+
+def check_plateau(controller: Callable[..., TemperatureController]) -> None:
+    """Check a constructor like `TemperatureController`, with the arguments temperature and config.
+
+    No probe is due while the reward climbs or falls, however slowly it falls. One is due as soon as two windows stand
+    still, and after a decision both are filled anew. A controller restored from its JSON state behaves alike.
     """
 
     @holds(
-        seed=seeds,
-        window=st.integers(1, 5),
-        relative=st.booleans(),
-        drop=st.floats(0, 0.3),
-        size=st.integers(1, 6),
+        window=st.integers(2, 8),
+        slope=st.sampled_from([-0.05, -0.01, -0.003, 0.0, 0.003, 0.05]),
+        gain=st.sampled_from([0.005, 0.02]),
     )
-    def rule(seed: int, window: int, relative: bool, drop: float, size: int) -> None:
-        """Climb, then stay on a plateau, with a drawn table of scores."""
-        grid = [0.5 + 0.25 * i for i in range(size)]
-        scores = torch.rand(size + 1, generator=numbers(seed)).tolist()
-        table = dict(zip([*grid, 1.1], scores, strict=True))
-        probes = []
-
-        def probe(temperature: float) -> float:
-            probes.append(temperature)
-            return table[temperature]
-
-        def make() -> TemperatureController:
-            return controller(
-                temperature=1.1, grid=grid, window=window, gain=0.01, drop=drop, relative=relative
-            )
-
-        subject = make()
-        for step in range(3 * window):
-            assert subject.observe(0.1 * step, probe) == 1.1, "changed while climbing"
-        assert not probes, "probed while the reward still climbed"
-
-        chosen = 1.1
-        for _ in range(2 * window + 1):
-            if chosen == 1.1:
-                restored = make()
+    def plateau(window: int, slope: float, gain: float) -> None:
+        """Go up or down by `slope` a step, twice, with a decision that changes nothing between the two."""
+        config = DynamicTemperatureConfig(window=window, gain=gain)
+        subject = controller(1.0, config)
+        restored = controller(1.0, config)
+        rises = slope * window > gain
+        falls = slope < 0
+        for _ in range(2):
+            for step in range(4 * window):
                 restored.load_state_dict(json.loads(json.dumps(subject.state_dict())))
-                again = restored.observe(1.0, table.__getitem__)
-                chosen = subject.observe(1.0, probe)
-                assert again == chosen, "a restored controller decides otherwise"
-        assert set(probes) == set(table), (
-            "a plateau must probe the grid and the present temperature"
-        )
-        best = max(table.values())
-        bound = best * (1 - drop) if relative else best - drop
-        allowed = [temperature for temperature, score in table.items() if score >= bound]
-        assert chosen == max(allowed), f"chose {chosen} from {table}"
+                due = subject.observe(0.5 + slope * step)
+                assert restored.observe(0.5 + slope * step) == due, "a restored one differs"
+                full = step >= 2 * window - 1
+                assert due == (full and not rises and not falls), f"step {step} of {window}"
+            scores = {temperature: [0.0] for temperature in subject.grid}
+            assert subject.decide(scores).temperature == subject.value == 1.0
 
 
 _SENTENCES = {

@@ -16,6 +16,7 @@ from minglm.kernels.toolchain.interpreter import switch_on
 DEVICE = switch_on()
 
 
+@pytest.mark.ci
 def test_smoke_run_writes_every_form(tmp_path, capsys):
     """`bench kernels --smoke` measures every operation on a CPU: ours agrees with each baseline, times are positive."""
     path = tmp_path / "bench_kernels.json"
@@ -34,6 +35,7 @@ def test_smoke_run_writes_every_form(tmp_path, capsys):
             assert form["difference"] < 0.05, f"{case['case']}: {name}"
 
 
+@pytest.mark.ci
 def test_triton_forms_are_called_as_they_are_written(monkeypatch):
     """What a GPU would run as ours runs in the interpreter, and gives the baselines' results."""
     monkeypatch.setattr(dispatch, "_chosen", "triton")

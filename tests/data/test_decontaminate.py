@@ -117,6 +117,22 @@ def test_what_counts_as_the_same_words(text, same, other):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+@pytest.mark.parametrize(
+    ("letter", "words"),
+    [
+        *[
+            (letter, 2)
+            for letter in "\u3041\u30fa\u3400\u4dbf\u4e00\u9fff\ufa0e\U00020000\U00030000"
+        ],
+        *[(letter, 1) for letter in "\u3005\u3105\u31f0\ua000\uac00aé"],
+    ],
+)
+def test_which_scripts_have_no_spaces(letter, words):
+    """A Chinese character or a kana is a word, to the edges of their blocks; of other scripts two letters are one."""
+    (found,) = shingles.hash_words_by_text([letter * 2])
+    assert len(found) == words
+
+
 def test_hashes_of_words_are_those_of_a_loop():
     """The vectorised hash is the sum over characters that the module's docstring gives, on text of three scripts."""
     word = int(shingles.WORD_BASE)
@@ -175,6 +191,16 @@ def test_counts_say_what_was_and_was_not_searched():
     assert (index.searched, index.not_searched) == ({"x": 1, "y": 0}, {"x": 1, "y": 0})
     assert index.search(["", "a b c d e f g h i", "too short"]) == {1: "x"}
     assert Index({}).search(["anything"]) == {} == Index({"x": ["short"]}).search([])
+
+
+@pytest.mark.parametrize(
+    "item, quoted, is_copy", [(14, 13, True), (14, 12, False), (15, 13, False)]
+)
+def test_half_of_the_runs_of_13_words_make_a_copy(item, quoted, is_copy):
+    """13 of an item's 14 words are one of its two runs, 13 of 15 one of three, and 12 are no run."""
+    words = [f"word{i}" for i in range(15)]
+    index = Index({"x": [" ".join(words[:item])]})
+    assert bool(index.search([" ".join(words[:quoted])])) == is_copy
 
 
 def test_short_runs_are_refused():

@@ -186,7 +186,7 @@ def test_two_processes_write_the_same_shards(built, tmp_path, tiny_chunks, monke
     assert contents(tmp_path) == contents(built)
 
 
-@pytest.mark.slow
+@pytest.mark.ci
 def test_ray_writes_the_same_shards(built, tmp_path, tiny_chunks):
     """The same functions as stages of Ray Data, embedded in this process, give the same files. (Ray is not in the extra
     `test`: its wheel has 80 MB and comes months after a new Python. `pip install 'minglm[ray]'` switches this on.)"""

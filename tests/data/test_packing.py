@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.data.packing import TruncatedRows, best_fit, cut_to_fit, fill
+from minglm.data.packing import Batch, TruncatedRows, best_fit, cut_to_fit, fill
 from minglm.testing.data import check_batch, check_packer
 
 lengths = st.lists(st.integers(0, 50), min_size=1, max_size=20)
@@ -188,3 +188,13 @@ def test_split_parts_join_to_the_batch(rows, size, separate):
     assert torch.equal(torch.cat([part.mask_BS for part in parts]), batch.mask_BS)
     assert all(len(part.tokens_BS) <= size for part in parts)
     assert all((part.documents_BS is None) == (not separate) for part in parts)
+
+
+@given(length=st.integers(1, 9), ahead=st.integers(0, 3))
+def test_what_lies_ahead_is_no_input(length, ahead):
+    """The model computes all positions but those that are only there to be predicted."""
+    tokens_BS = torch.arange(2 * (length + ahead)).reshape(2, -1)
+    inputs = Batch(tokens_BS, tokens_BS > 3, ahead=ahead).inputs()
+    assert torch.equal(inputs.tokens_BS, tokens_BS[:, :length])
+    assert torch.equal(inputs.mask_BS, tokens_BS[:, :length] > 3)
+    assert inputs.ahead == 0 and inputs.documents_BS is None

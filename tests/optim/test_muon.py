@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from minglm.config import OptimizerConfig
 from minglm.kernels.newton_schulz import COEFFICIENTS, orthogonalize, polar_express
+from minglm.kernels.newton_schulz.eager import symmetric_product, symmetric_product_eager
 from minglm.kernels.newton_schulz.polynomials import BAND, SMALLEST
 from minglm.optim.muon import Muon, assign
 from minglm.testing.optim import check_optimizer
@@ -50,6 +51,36 @@ def test_singular_vectors_stay_and_values_follow_the_scalar_map(rows, columns, s
     # bfloat16 keeps 8 bits, and 15 products in a row each round once
     error = orthogonalize(matrix, dtype=torch.bfloat16) - expected
     assert error.norm() < 0.12 * expected.norm()
+
+
+@given(
+    seed=seeds,
+    rows=st.integers(1, 5),
+    depth=st.integers(1, 5),
+    given_terms=st.fixed_dictionaries(
+        {},
+        optional={
+            "factor": st.floats(-2, 2),
+            "z_factor": st.floats(-2, 2),
+            "diagonal": st.floats(-2, 2),
+            "z": st.just("a third matrix"),
+        },
+    ),
+)
+def test_symmetric_product_by_definition(seed, rows, depth, given_terms):
+    """factor x y' + z_factor z + diagonal I; a term that is not given is one product, no matrix, no diagonal."""
+    x, y = draw(seed, 2, 3, rows, depth).double()
+    z = draw(seed + 1, 3, rows, rows).double()
+    terms = dict(given_terms)
+    if "z" in terms:
+        terms["z"] = z
+    expected = terms.get("factor", 1.0) * (x @ y.mT)
+    expected = expected + terms.get("diagonal", 0.0) * torch.eye(rows, dtype=torch.float64)
+    if "z" in terms:
+        expected = expected + terms.get("z_factor", 0.0) * z
+    # float64 sums of five products
+    for compute in (symmetric_product, symmetric_product_eager):
+        torch.testing.assert_close(compute(x, y, **terms), expected, atol=1e-12, rtol=0)
 
 
 def test_polar_express_settles_at_one():
