@@ -5,6 +5,7 @@
 
 import gc
 import os
+import signal
 from pathlib import Path
 
 # Before torch and matplotlib are imported. The workers of pytest-xdist share the cores, so each gets one thread.
@@ -13,6 +14,10 @@ os.environ["MPLBACKEND"] = "Agg"
 # Before triton is imported, which may be by any test: without a GPU its kernels run in the interpreter.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A shell switches Ctrl-C off in what it starts in the background; the tests send it to themselves.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -46,14 +51,18 @@ def pytest_xdist_auto_num_workers(config):
     return min(cores, 4 if Path("/dev/nvidiactl").exists() else 8)
 
 
-# Tests of these files share one finished run of the nano config (`helpers.nano_run`).
-ONE_RUN = ("tests/cli/test_main.py", "tests/recipe/test_run.py")
-# Tests of this file share nothing and take long.
-ANY_WORKER = "tests/kernels/test_compile_gate.py"
+# Tests of these files share nothing and take long.
+ANY_WORKER = ("tests/kernels/test_compile_gate.py", "tests/launch/test_dry_runs.py")
 
 
 # What takes minutes comes first, so that no worker begins it when the others are done.
-FIRST = ("tests/parallel/", *ONE_RUN, "tests/test_readme.py", "tests/launch/", ANY_WORKER)
+FIRST = (
+    "tests/recipe/test_run.py",
+    "tests/parallel/",
+    "tests/cli/test_main.py",
+    "tests/test_readme.py",
+    "tests/launch/",
+)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -68,9 +77,7 @@ def pytest_xdist_make_scheduler(config, log):
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.partition("::")[0]
-            if file == ANY_WORKER:
-                return nodeid
-            return ONE_RUN[0] if file in ONE_RUN else file
+            return nodeid if file in ANY_WORKER else file
 
     return ByFile(config, log)
 

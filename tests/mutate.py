@@ -64,7 +64,10 @@ HEARTS = {
     "minglm/eval/text.py": ["tests/eval/test_eval.py"],
     "minglm/inference/kv_cache.py": ["tests/inference/test_kv_cache.py"],
     "minglm/inference/logit_rules.py": ["tests/inference/test_rules.py"],
-    "minglm/inference/sampling.py": ["tests/inference/test_sampling.py"],
+    "minglm/inference/sampling.py": [
+        "tests/inference/test_sampling.py",
+        "tests/inference/test_rules.py::test_allowed_ids_biases_and_least_lengths",
+    ],
     "minglm/inference/speculative.py": [
         "tests/inference/test_speculative.py",
         "tests/inference/test_rules.py",
@@ -74,8 +77,23 @@ HEARTS = {
         "tests/kernels/test_kernels.py",
     ],
     "minglm/kernels/attention/eager.py": ["tests/model/test_attention.py"],
-    "minglm/kernels/cross_entropy/chunked.py": ["tests/kernels/test_kernels.py"],
-    "minglm/kernels/cross_entropy/eager.py": ["tests/kernels/test_kernels.py"],
+    "minglm/kernels/cross_entropy/chunked.py": [
+        "tests/kernels/test_kernels.py::test_linear_cross_entropy_equals_the_plain_form",
+        "tests/kernels/test_kernels.py::test_all_masked_is_exactly_zero",
+        "tests/kernels/test_kernels.py::test_masked_tokens_are_never_read",
+        "tests/kernels/test_kernels.py::test_extreme_logits_stay_finite",
+        "tests/kernels/test_kernels.py::test_bfloat16_is_summed_in_float32",
+        "tests/kernels/test_kernels.py::test_chunks_of_a_gpu_are_even",
+        "tests/kernels/test_kernels.py::test_a_chunk_of_a_gpu_is_2048_tokens",
+        "tests/kernels/test_kernels.py::test_logits_are_in_memory_a_chunk_at_a_time",
+        "tests/kernels/test_triton_cross_entropy.py::test_the_switch_and_the_mask",
+        "tests/kernels/test_triton_cross_entropy.py::test_loss_and_its_gradients",
+        "tests/kernels/test_triton_cross_entropy.py::test_a_second_backward_pass_is_refused",
+    ],
+    "minglm/kernels/cross_entropy/eager.py": [
+        "tests/kernels/test_kernels.py::test_plain_form_is_its_equation",
+        "tests/kernels/test_kernels.py::test_token_log_probabilities",
+    ],
     "minglm/kernels/experts/eager.py": ["tests/model/test_moe.py"],
     "minglm/kernels/experts/grouped.py": [
         "tests/kernels/test_kernels.py",
@@ -87,10 +105,19 @@ HEARTS = {
     ],
     "minglm/kernels/newton_schulz/eager.py": ["tests/optim/test_muon.py"],
     "minglm/kernels/newton_schulz/polynomials.py": ["tests/optim/test_muon.py"],
-    "minglm/kernels/norm/eager.py": ["tests/kernels/test_kernels.py"],
-    "minglm/kernels/norm/fused.py": ["tests/kernels/test_kernels.py"],
-    "minglm/kernels/qk_norm_rope/eager.py": ["tests/kernels/test_kernels.py"],
-    "minglm/kernels/qk_norm_rope/fused.py": ["tests/kernels/test_kernels.py"],
+    "minglm/kernels/norm/eager.py": [
+        "tests/kernels/test_kernels.py::test_norm_by_hand_is_that_of_autograd",
+        "tests/kernels/test_kernels.py::test_the_plain_norm_of_bfloat16_is_rounded_before_the_weight",
+    ],
+    "minglm/kernels/norm/fused.py": [
+        "tests/kernels/test_kernels.py::test_norm_by_hand_is_that_of_autograd",
+    ],
+    "minglm/kernels/qk_norm_rope/eager.py": [
+        "tests/kernels/test_kernels.py::test_norm_and_rotation_by_hand_are_those_of_autograd",
+    ],
+    "minglm/kernels/qk_norm_rope/fused.py": [
+        "tests/kernels/test_kernels.py::test_norm_and_rotation_by_hand_are_those_of_autograd",
+    ],
     "minglm/kernels/router/eager.py": ["tests/model/test_router.py", "tests/model/test_moe.py"],
     "minglm/model/balance.py": ["tests/model/test_balance.py"],
     "minglm/model/mla.py": ["tests/model/test_mla.py"],
@@ -110,11 +137,26 @@ HEARTS = {
     "minglm/rl/curriculum.py": ["tests/rl/test_curriculum.py"],
     "minglm/rl/distill.py": ["tests/rl/test_distill.py"],
     "minglm/rl/grpo.py": ["tests/rl/test_grpo.py"],
+    "minglm/rl/losses.py": ["tests/rl/test_losses.py"],
     "minglm/rl/temperature.py": ["tests/rl/test_temperature.py"],
-    "minglm/rl/trainer.py": ["tests/rl/test_trainer.py"],
+    "minglm/rl/trainer.py": [
+        "tests/rl/test_auxiliary.py::test_the_mtp_loss_is_its_definition",
+        "tests/rl/test_trainer.py",
+    ],
     "minglm/train/guard.py": ["tests/train/test_guard.py"],
-    "minglm/train/loss.py": ["tests/train/test_loop.py"],
-    "minglm/train/sft.py": ["tests/train/test_sft.py"],
+    "minglm/train/loss.py": [
+        "tests/train/test_loop.py::test_loss_is_the_mean_over_targets",
+        "tests/train/test_loop.py::test_targets_lie_ahead",
+        "tests/train/test_loop.py::test_losses_of_parts_add_up",
+        "tests/train/test_loop.py::test_bias_steps_once_from_the_loads_of_the_whole_batch",
+        "tests/train/test_loop.py::test_a_step_of_dense_layers",
+        "tests/train/test_loop.py::test_padding_is_not_in_the_load",
+        "tests/train/test_loop.py::test_a_batch_without_targets_changes_no_weight_by_gradient",
+    ],
+    "minglm/train/sft.py": [
+        "tests/train/test_sft.py::test_the_phase_warms_up_and_falls_to_a_tenth",
+        "tests/train/test_sft.py::test_what_balances_the_experts_is_asked_for",
+    ],
 }
 """The modules with a numeric heart, and the tests that guard each: files, or single tests of a file."""
 

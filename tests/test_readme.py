@@ -1,7 +1,7 @@
 """README is true: its commands run, its paths exist, and its first screen is what continuous integration does.
 
-Every command in a `sh` block is run as a new user would type it, made small: a config becomes `configs/nano.py` with a
-few steps per stage, a lesson gets `--smoke`, `pip` and the whole suite are only compared with `.ci/run`, and `pytest` of a file only collects.
+Every command in a `sh` block is run with a small config, `configs/nano.py` with a few steps per stage. `.ci/run` runs
+what is only compared here: `pip`, `pytest`, lessons, and rehearsals of large worlds.
 """
 
 import os
@@ -10,50 +10,16 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from helpers.package_map import LINK, PAGE, updated, with_metrics
+from helpers.command import ROOT, Started, minglm
+from helpers.nano_run import complete, copied, finished
+from helpers.package_map import LINK, PAGE, dead_links, updated, with_metrics
 
-ROOT = Path(__file__).parent.parent
+__all__ = ["copied", "finished"]  # fixtures
+
+REHEARSALS = "tests/launch/test_dry_runs.py"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-PHASE = {"samples": 12, "epochs": 1}
-ROLLOUT = {"steps": 1, "prompts": 2, "samples": 2, "max_new_tokens": 16}
-SMALL = {
-    **{
-        f"stages.{name}.tokens": 4096
-        for name in ("general", "code_reasoning", "repository", "reasoning", "long_agent")
-    },
-    **{
-        f"posttraining.{name}.sft.{k}": v
-        for name in ("reasoning", "agent", "chat")
-        for k, v in PHASE.items()
-    },
-    **{
-        f"posttraining.{name}.rl.{k}": v
-        for name in ("reasoning", "agent", "chat")
-        for k, v in ROLLOUT.items()
-    },
-    **{
-        f"posttraining.{name}.{k}": v
-        for name in ("general_rl", "pathology_rl")
-        for k, v in ROLLOUT.items()
-    },
-    **{f"posttraining.unified.{k}": v for k, v in PHASE.items()},
-    "optimizer.warmup_tokens": 2048,
-    "optimizer.batch_tokens_start": 1024,
-    "optimizer.batch_tokens_end": 2048,
-    "posttraining.prompts_per_environment": 4,
-    "posttraining.responses_per_prompt": 1,
-    "data.corpus_megabytes": 0.3,
-    "data.synthetic_documents": 60,
-    "data.trajectories": 60,
-    "evaluation.problems": 2,
-    "evaluation.samples": 1,
-    "evaluation.max_new_tokens": 16,
-    "evaluation.heldout_tokens": 2000,
-}
 
 
 def commands(text):
@@ -64,54 +30,18 @@ def commands(text):
 
 
 COMMANDS = list(dict.fromkeys(commands(README)))
-# The commands that are run: not `pip`, and not the whole suite, which is running already. A profile draws more examples,
-# but collects the same tests.
-RUNNABLE = list(
-    dict.fromkeys(
-        command.removeprefix("HYPOTHESIS_PROFILE=nightly ")
-        for command in COMMANDS
-        if not command.startswith("pip ") and command != "pytest"
-    )
-)
+RUNNABLE = [
+    command
+    for command in COMMANDS
+    if command.startswith("python -m minglm ") and not re.search(r"launch .* --dry-run", command)
+]
 
 
-def run(command, **options):
-    """Run a command of README in the root of the project with this Python. Returns what it printed."""
-    words = [sys.executable if word == "python" else word for word in command]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HYPOTHESIS_PROFILE": "ci"}
-    done = subprocess.run(
-        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, **options
-    )
-    assert done.returncode == 0, (
-        f"{shlex.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    )
-    return done.stdout
-
-
-def small_run(folder, extra=()):
-    """Run `minglm run` of the nano config with a few steps per stage."""
-    overrides = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
-    return run(
-        [
-            "python",
-            "-m",
-            "minglm",
-            "run",
-            "configs/nano.py",
-            "--out",
-            str(folder),
-            *overrides,
-            *extra,
-        ]
-    )
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """Return a run folder that every command which needs one shares. (All stages in full: tests/recipe/test_run.py.)"""
-    folder = tmp_path_factory.mktemp("readme") / "run"
-    small_run(folder, ["--until", "reasoning.rl"])
-    return folder
+def run(*words):
+    """Run `python -m minglm` with these words to its end. Return what it printed."""
+    status, printed, errors = Started(minglm, *map(str, words)).end()
+    assert status == 0, f"{shlex.join(map(str, words))}\n{printed[-3000:]}\n{errors[-3000:]}"
+    return printed
 
 
 def test_the_blocks_are_found():
@@ -132,6 +62,22 @@ def test_first_screen_is_what_ci_does():
     assert re.search(r"^pip install (--quiet )?-e '\.\[test\]'$", steps, re.MULTILINE)
     assert re.search(r"^pytest$", steps, re.MULTILINE)
     assert re.search(r"^python -m minglm run configs/nano\.py ", steps, re.MULTILINE)
+
+
+def test_what_is_not_run_here_is_run_by_ci():
+    """Every lesson with `--smoke`, the tests of each file, and the rehearsal of each layout that README rehearses."""
+    steps = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for command in COMMANDS:
+        words = shlex.split(command.removeprefix("HYPOTHESIS_PROFILE=nightly "))
+        if words[0] == "pytest":
+            assert all(path.startswith("tests/") and (ROOT / path).exists() for path in words[1:])
+        elif words[1].startswith("lessons/"):
+            assert re.fullmatch(r"lessons/\d\d\w+\.py", words[1]) and (ROOT / words[1]).exists()
+            assert "in lessons/[0-9]*.py" in steps and '"$lesson" --smoke' in steps
+        elif command not in RUNNABLE and words[0] != "pip":
+            layout = re.search(r" launch configs/(\S+) --dry-run --stage general", command)[1]
+            assert f'("{layout}", "general")' in (ROOT / REHEARSALS).read_text(encoding="utf-8")
+    assert re.search(r"^pytest -m ci$", steps, re.MULTILINE)
 
 
 def test_paths_exist():
@@ -159,34 +105,30 @@ def test_the_map_names_every_folder_and_lesson():
 
 
 def test_the_map_of_the_package_is_up_to_date():
-    """minglm/README.md lists every file by the first sentence of its header, and its links point to the right lines."""
+    """minglm/README.md lists every file by the first sentence of its header, and its links name what is there."""
     page = PAGE.read_text(encoding="utf-8")
     assert updated(page) == page, "run: python tests/helpers/package_map.py"
+    assert len(LINK.findall(page)) > 40
+    assert dead_links(page) == []
 
 
 def test_a_changed_header_and_a_moved_definition_are_noticed():
     """The broken twins of the test above."""
     page = PAGE.read_text(encoding="utf-8")
     assert updated(page.replace("├── model/", "├── models/")) == page
-    link = LINK.search(page)
-    assert link is not None
-    moved = page.replace(link[0], link[0].replace("#L", "#L9"))
-    assert moved != page and updated(moved) == page
-    with pytest.raises(ValueError, match="nothing is called"):
-        updated(page + "[`no_such_name`](train/loop.py)")
+    assert dead_links("[`no_such_name`](train/loop.py)") == ["no_such_name in train/loop.py"]
+    assert dead_links("[`Phase`](train/loop.py), [`Phase`](train/loss.py)") == [
+        "Phase in train/loss.py"
+    ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(len(re.findall("^```python", README, re.MULTILINE))))
-def test_python_block_runs(number):
+@pytest.mark.parametrize(
+    "block", re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+)
+def test_python_block_runs(block):
     """Every block of Python in README runs as it stands."""
-    run(
-        [
-            "python",
-            "-c",
-            re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[number],
-        ]
-    )
+    status, _, errors = Started(exec, block, {}).end()
+    assert status == 0, errors
 
 
 def test_every_contract_is_named():
@@ -223,39 +165,42 @@ def test_the_tables_of_metrics_are_those_of_the_records():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", RUNNABLE)
-def test_command_runs(command, finished, tmp_path):
+def test_command_runs(command, finished, copied, tmp_path):
     """Every command of README runs to its end without an error."""
-    words = shlex.split(command)
-    if words[0] == "pytest":
-        assert "test" in run(
-            ["python", "-m", "pytest", "-n", "0", "--collect-only", "-q", *words[1:]]
-        )
-    elif words[1].startswith("lessons/"):
-        run([*words, *(["--smoke"] if "--smoke" not in words else [])])
-    elif words[1:4] == ["-m", "minglm", "run"]:
-        if "--help" in words:
-            assert "--model.hidden_size" in run(words)
-        else:
-            check_run(words[4:], finished, tmp_path)
-    elif words[1:4] == ["-m", "minglm", "chat"]:
-        run(
-            ["python", "-m", "minglm", "chat", str(finished)],
-            input="/nothink\nhello\n/tools\n/think\nhello\n",
-        )
-    elif words[1:4] == ["-m", "minglm", "serve"]:
+    verb, *words = shlex.split(command)[3:]
+    if verb == "run" and "--help" in words:
+        assert "--model.hidden_size" in run(verb, *words)
+    elif verb == "run":
+        check_run(words[1:], finished, copied, tmp_path)
+    elif verb == "chat":
+        check_chat(finished)
+    elif verb == "serve":
         check_server(finished)
     else:
         # A copy: the picture of the stages is drawn beside its folder.
         config = tmp_path / "configs" / "nano.py"
         config.parent.mkdir()
         shutil.copy(ROOT / "configs" / "nano.py", config)
-        small = {"runs/toy": finished, "configs/toy.py": config}
+        small = {"runs/toy": copied, "configs/toy.py": config}
         small |= {
             name: tmp_path / name for name in words if name.startswith(("exported/", "runs/again"))
         }
-        if words[3] == "import":
-            run(["python", "-m", "minglm", "export", str(finished), str(small["exported/toy"])])
-        assert run([str(small.get(word, word)) for word in words])
+        if verb == "import":
+            run("export", finished, small["exported/toy"])
+        assert run(verb, *[small.get(word, word) for word in words])
+
+
+def check_chat(finished):
+    """Check README's chat, from nothing: it answers until its input ends."""
+    done = subprocess.run(
+        [sys.executable, "-m", "minglm", "chat", str(finished)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        input="/nothink\nhello\n/tools\n/think\nhello\n",
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def check_server(finished):
@@ -300,17 +245,18 @@ def check_server(finished):
             server.kill()
 
 
-def check_run(words, finished, tmp_path):
+def check_run(options, finished, copied, tmp_path):
     """Check README's variations of `minglm run`: the same options with a small config, in a folder of their own."""
-    options = words[1:]
-    if "--out" in options:
-        at = options.index("--out")
-        options = options[:at] + options[at + 2 :]
     if not options:
         assert (finished / "report.md").exists()
         assert list((finished / "figures").glob("*.png"))
         return
-    if "--until" not in options:
-        options += ["--until", "general"]
-    small_run(tmp_path / "run", options)
-    assert (tmp_path / "run" / "log.jsonl").exists()
+    at = options.index("--out")
+    options[at : at + 2] = []
+    if "--until" in options:  # goes on with the run that is there
+        status, printed, errors = complete(copied, *options)
+    else:
+        few = ["--until", "general", "--stages.general.tokens", "4096"]
+        status, printed, errors = complete(tmp_path / "run", *options, *few)
+        assert (tmp_path / "run" / "log.jsonl").exists()
+    assert status == 0, f"{printed}\n{errors}"

@@ -43,6 +43,11 @@ def interval(share, n):
     return max(0.0, share - half), min(1.0, share + half)
 
 
+def by_problem(score, n):
+    """Return scores of n problems whose mean is `score`: the same problems are the hard ones at every score."""
+    return [min(1.0, max(0.0, n * score - number)) for number in range(n)]
+
+
 def evaluation(stage, env, group, thinking, score, n=200, valid_calls=None):
     """Return the record of a score, with avg@4 and pass@4."""
     low, high = interval(score, n)
@@ -60,6 +65,7 @@ def evaluation(stage, env, group, thinking, score, n=200, valid_calls=None):
         valid_calls=valid_calls,
         switch_ok=1.0,
         length=30.0 + 25 * thinking,
+        by_problem=by_problem(score, n),
     )
 
 
@@ -116,9 +122,23 @@ def reinforcement(rng, stage, rewards, steps=60):
             live_groups=max(0.1, 0.8 - 0.4 * t + rng.gauss(0, 0.05)),
             skipped=i % 9 == 8,
         )
+        if (
+            stage == "agent.rl"
+        ):  # whose rollouts ran in a process of their own, half of a step ahead
+            rollout = ["rollout 0", "generate", i - 0.5, i + 0.25]
+            spans = [["trainer", "train", i, i + 0.25], rollout]
+            record = dataclasses.replace(record, spans=spans, staleness=[10, 30])
         if not record.skipped:  # a step without two live groups has no update to tell of
             record = dataclasses.replace(
-                record, ratio_max=1.3, clip_share=0.02, entropy=0.6 - 0.3 * t, grad_norm=0.4
+                record,
+                ratio_max=1.3,
+                clip_share=0.02,
+                entropy=0.6 - 0.3 * t,
+                grad_norm=0.4,
+                gap_mean=2e-6,
+                gap_p99=8e-6,
+                gap_worst=3e-5,
+                gap_kl=4e-12,
             )
         yield record
 
@@ -148,7 +168,11 @@ def pretraining_records(rng):
 
 
 def posttraining_records(rng):
-    """Yield experts, unified model, general and pathology RL, with scores after each."""
+    """Yield scores of the base, then experts, unified model, general and pathology RL, with scores after each."""
+    for group, envs in EXPERTS.values():
+        calls = 0.97 if group == "agentic" else None
+        for env, (before, _) in envs.items():
+            yield evaluation("long_agent", env, group, True, 0.9 * before, valid_calls=calls)
     for expert, (group, envs) in EXPERTS.items():
         calls = 0.97 if group == "agentic" else None
         yield StageBeginRecord(
@@ -166,6 +190,11 @@ def posttraining_records(rng):
         yield stage_end(f"{expert}.rl", 70.0, 0, 9.0)
         for env, (_, after) in envs.items():
             yield evaluation(f"{expert}.rl", env, group, True, after, valid_calls=calls)
+        for env, (before, _) in list(envs.items())[:1]:
+            yield evaluation(
+                f"{expert}.control", env, group, True, before + 0.02, valid_calls=calls
+            )
+        yield stage_end(f"{expert}.control", 60.0, 300_000)
     yield RejectionRecord(
         counts={"drawn": 4000, "wrong": 1300, "format": 60, "repetition": 12, "kept": 2628}
     )
@@ -174,7 +203,7 @@ def posttraining_records(rng):
     )
     yield from training(rng, "unified", 400_000, 60, 0, 2.2, 0.8, late=True)
     yield stage_end("unified", 60.0, 400_000)
-    yield from everywhere("unified", 0.95)
+    yield from everywhere("unified", 0.99)
     yield from reinforcement(
         rng, "general_rl", {env: v for _, envs in EXPERTS.values() for env, v in envs.items()}
     )

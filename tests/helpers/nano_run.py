@@ -1,14 +1,12 @@
 """`python -m minglm run configs/nano.py`, made small, in processes of its own; and one finished run to share."""
 
+import fcntl
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from helpers.command import ROOT, Started, minglm
 
 from minglm.common.files import read_jsonl
 from minglm.config import load_config
@@ -17,7 +15,6 @@ from minglm.recipe.folder import stored_run
 from minglm.train.checkpoint import CheckpointStore
 from minglm.train.checkpoint_files import weights_of
 
-ROOT = Path(__file__).parent.parent.parent
 SMALL = {
     "stages.general.tokens": 12_000,
     "stages.code_reasoning.tokens": 6_000,
@@ -31,11 +28,14 @@ SMALL = {
     "evaluation.max_new_tokens": 16,
     "evaluation.needles": 1,
     "posttraining.prompts_per_environment": 3,
+    "posttraining.drop_shortest": 0.4,
+    "posttraining.chat.rl.refill": 1,
+    "posttraining.pathology_rl.prompts": 8,  # so that two groups have a signal, and something is learned
+    "posttraining.pathology_rl.samples": 4,
 }
 OVERRIDES = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
 CONFIG = str(ROOT / "configs" / "nano.py")
-CLOCK = ("seconds", "evaluation_seconds", "tokens_per_second", "mfu")
-finished_folder = []
+CLOCK = ("spans", "seconds", "evaluation_seconds", "tokens_per_second", "mfu")
 
 
 def small():
@@ -43,48 +43,14 @@ def small():
     return load_config(CONFIG, OVERRIDES)
 
 
-def environment():
-    """Return the environment of a process that runs this checkout."""
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
+def start(out, *words, **options):
+    """Start the command in a process of its own."""
+    return Started(minglm, "run", CONFIG, "--out", str(out), *OVERRIDES, *words, **options)
 
 
-def start(out, *words, before=None):
-    """Start the command in its own process; `before` is called in it first."""
-
-    def prepare():
-        # A test suite in the background has Ctrl-C switched off.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if before is not None:
-            before()
-
-    command = [sys.executable, "-m", "minglm", "run", CONFIG, "--out", str(out), *OVERRIDES, *words]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=prepare,
-    )
-
-
-def complete(out, *words, before=None):
+def complete(out, *words, **options):
     """Run the command to its end. Return (exit status, standard output, standard error)."""
-    process = start(out, *words, before=before)
-    printed, errors = process.communicate(timeout=900)
-    return process.returncode, printed, errors
-
-
-def stop(process, reached, how):
-    """Send a signal once `reached()` is true. Return (exit status, standard error)."""
-    deadline = time.monotonic() + 900
-    while process.poll() is None and not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(how)
-    _, errors = process.communicate(timeout=900)
-    return process.returncode, errors
+    return start(out, *words, **options).end()
 
 
 def records(folder, kind=None):
@@ -103,13 +69,24 @@ def weights(folder, stage):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """Return the folder of a run that was never stopped. Only read it: `copied` is for changing."""
-    if not finished_folder:  # a fixture that two modules import is set up for each of them
-        finished_folder.append(tmp_path_factory.mktemp("nano") / "run")
-        status, printed, errors = complete(finished_folder[0])
-        assert status == 0, f"{printed}\n{errors}"
-        (finished_folder[0] / "printed.txt").write_text(printed, encoding="utf-8")
-    return finished_folder[0]
+    """Return the folder of a run that was never stopped. Only read it: `copied` is for changing.
+
+    The first worker of pytest-xdist that needs it makes it for all of them.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "finished" / "run"
+    folder.parent.mkdir(exist_ok=True)
+    with open(folder.parent / "lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        printed = folder / "printed.txt"
+        if not printed.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+            status, said, errors = complete(folder)
+            assert status == 0, f"{said}\n{errors}"
+            printed.write_text(said, encoding="utf-8")
+    return folder
 
 
 @pytest.fixture

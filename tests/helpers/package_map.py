@@ -2,9 +2,9 @@
 
     python tests/helpers/package_map.py          # rewrites both
 
-The tree has a line for each file: the first sentence of its module docstring. A link such as [`training_loss`](train/loss.py#L1)
-points to the definition of that name; the line after `#L` is looked up again. A table of metrics has a row for each field
-of a log record whose docstring says "Healthy:" and "Broken:". Everything else in the pages is written by hand.
+The tree has a line for each file: the first sentence of its module docstring. A table of metrics has a row for each field
+of a log record whose docstring says "Healthy:" and "Broken:". Everything else in the pages is written by hand. A link such
+as [`training_loss`](train/loss.py) names a definition and the file that must have it: no line, which every edit would move.
 """
 
 import ast
@@ -22,7 +22,7 @@ PACKAGE = ROOT / "minglm"
 PAGE = PACKAGE / "README.md"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- tree -->\n", "<!-- end of tree -->"
-LINK = re.compile(r"\[`([\w.]+)`\]\(([\w/]+\.(?:py|c))(?:#L\d+)?\)")
+LINK = re.compile(r"\[`([\w.]+)`\]\(([\w/]+\.(?:py|c))\)")
 
 
 def summary(path: Path) -> str:
@@ -52,23 +52,18 @@ def tree(folder: Path = PACKAGE, prefix: str = "") -> list[str]:
     return lines
 
 
-def definition(path: Path, name: str) -> int:
-    """Return the line where `name`, or `Class.method`, is defined in a file. Raises ValueError where it is not."""
+def defines(path: Path, name: str) -> bool:
+    """Tell whether `name`, or `Class.method`, is defined in a file."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".c":
-        for number, line in enumerate(text.splitlines(), 1):
-            if re.match(rf"\w.*\b{name}\(", line):
-                return number
-        raise ValueError(f"{path}: no function {name}")
+        return re.search(rf"^\w.*\b{name}\(", text, re.MULTILINE) is not None
     body: list[ast.stmt] = ast.parse(text).body
-    node = None
     for part in name.split("."):
         node = next((n for n in body if getattr(n, "name", None) == part or assigns(n, part)), None)
         if node is None:
-            raise ValueError(f"{path.relative_to(ROOT)}: nothing is called {name}")
+            return False
         body = getattr(node, "body", [])
-    assert node is not None
-    return node.lineno
+    return True
 
 
 def assigns(node: ast.stmt, name: str) -> bool:
@@ -78,14 +73,19 @@ def assigns(node: ast.stmt, name: str) -> bool:
 
 
 def updated(page: str) -> str:
-    """Return the page with its tree and its links made again."""
+    """Return the page with its tree made again."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
-    page = before + BEGIN + "```text\n" + "\n".join(["minglm/", *tree()]) + "\n```\n" + END + after
-    return LINK.sub(
-        lambda match: f"[`{match[1]}`]({match[2]}#L{definition(PACKAGE / match[2], match[1])})",
-        page,
-    )
+    return before + BEGIN + "```text\n" + "\n".join(["minglm/", *tree()]) + "\n```\n" + END + after
+
+
+def dead_links(page: str) -> list[str]:
+    """Return the links of the page whose file has no definition of that name."""
+    return [
+        f"{name} in {file}"
+        for name, file in LINK.findall(page)
+        if not defines(PACKAGE / file, name)
+    ]
 
 
 def field_docs(record: type) -> dict[str, str]:

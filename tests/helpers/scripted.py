@@ -93,7 +93,7 @@ class ScriptedGenerator:
         await asyncio.sleep(0)
         return self.engine.generate([request])[0]
 
-    def update_weights(self, weights):
+    def update_weights(self, weights, version=0):
         """Count the updates."""
         self.updates += 1
 

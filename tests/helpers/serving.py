@@ -92,7 +92,7 @@ def running(engine, tokenizer=TOKENIZER, limit=4096, access=None, **options):
 
     limits = {
         name: options.pop(name)
-        for name in ("max_open_requests", "max_body_bytes")
+        for name in ("max_open_requests", "max_body_bytes", "load_weights", "take_weights")
         if name in options
     }
     app = create_app(engine, ServedModel(tokenizer, "tiny", limit, **options), access, **limits)
@@ -129,6 +129,7 @@ def running(engine, tokenizer=TOKENIZER, limit=4096, access=None, **options):
 def settled(condition, seconds=20):
     """Tell whether a condition comes true within some seconds."""
     deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
+    # Asked once a turn: what was true a moment ago may be false when it is asked again.
+    while not (is_met := condition()) and time.monotonic() < deadline:
         time.sleep(0.01)
-    return condition()
+    return is_met

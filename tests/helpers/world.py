@@ -12,7 +12,13 @@ import traceback
 import torch
 import torch.distributed as dist
 
-PRELOADED = ["torch.distributed.fsdp", "minglm.testing.parallel", "minglm.recipe.run"]
+PRELOADED = [
+    "torch.distributed.fsdp",
+    "minglm.testing.parallel",
+    "minglm.recipe.run",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+]
 SECONDS = 240
 """Most time of a world. Other programs may hold the cores."""
 
