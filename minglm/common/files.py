@@ -104,6 +104,17 @@ def write_json(path: str | Path, value: Any) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
+def json_line(value: Any) -> bytes:
+    """Return `value` as one line of JSON in UTF-8, with its line break.
+
+    Half a surrogate pair, which strings may hold and UTF-8 may not, is written as an escape, and so is the line's other text.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(value).encode() + b"\n"
+
+
 def read_json(path: str | Path) -> Any:
     """Return the value in a JSON file. Raises ValueError, in one line, that names the file."""
     try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-from minglm.common.files import atomic_path
+from minglm.common.files import atomic_path, json_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,7 @@ class Log:
         if not self.writes:
             return
         values = record.values()
-        line = json.dumps({"kind": record.kind, **values}, ensure_ascii=False)
-        self.file.write(line.encode() + b"\n")
+        self.file.write(json_line({"kind": record.kind, **values}))
         self.file.flush()
         if self.watch is not None:
             self.watch(record.kind, values)

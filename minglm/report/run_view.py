@@ -14,6 +14,7 @@ each stage.
 
 import base64
 import codecs
+import contextlib
 import json
 from collections.abc import Iterator
 from importlib import resources
@@ -73,9 +74,22 @@ class GrowingFile:
                 offset = self.position
                 self.position += len(line)
                 try:
-                    yield offset, line, json.loads(line)
+                    values = loaded(line)
                 except ValueError:
                     continue  # a line that a killed run left; the log is cut there when it is resumed
+                yield offset, line, values
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Raise ValueError that names the file where a record in it is not what a run writes."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        kind = type(error).__name__
+        raise ValueError(
+            f"{path} holds what no run writes ({kind}: {error}); restore it"
+        ) from error
 
 
 class RunView:
@@ -100,15 +114,19 @@ class RunView:
 
     def overview(self) -> JSONObject:
         """Return everything but the samples."""
-        for _, _, record in self.log.read():
-            self._take(record)
+        with named(self.log.path):
+            for _, _, record in self.log.read():
+                self._take(record)
+            of_stages = {
+                "curves": {stage: curves(steps) for stage, steps in self.steps.items()},
+                "loads": {stage: loads(steps) for stage, steps in self.steps.items()},
+                "time_lines": {stage: time_line(steps) for stage, steps in self.steps.items()},
+            }
         return {
             "name": self.name,
             "ended": self.ended,
             "stages": list(self.stages.values()),
-            "curves": {stage: curves(steps) for stage, steps in self.steps.items()},
-            "loads": {stage: loads(steps) for stage, steps in self.steps.items()},
-            "time_lines": {stage: time_line(steps) for stage, steps in self.steps.items()},
+            **of_stages,
             "scores": self.scores,
             "samples": {stage: len(self.samples(stage)) for stage in self.sampled_stages()},
         }
@@ -158,11 +176,12 @@ class RunView:
                 raise ValueError(f"the stage {stage!r:.80} has no samples")
             self.files[stage] = GrowingFile(path)
         rows = self.rows.setdefault(stage, [])
-        for offset, line, sample in self.files[stage].read():
-            if sample.get("kind") == "again":
-                rows.clear()
-            elif "segments" in sample:
-                rows.append(Row(offset, len(line), summary(sample)))
+        with named(path):
+            for offset, line, sample in self.files[stage].read():
+                if sample.get("kind") == "again":
+                    rows.clear()
+                elif "segments" in sample:
+                    rows.append(Row(offset, len(line), summary(sample)))
         return [row.summary for row in rows]
 
     def sample(self, stage: str, number: int) -> JSONObject:
@@ -173,7 +192,7 @@ class RunView:
         row = self.rows[stage][number]
         with open(self.files[stage].path, "rb") as file:
             file.seek(row.offset)
-            sample = json.loads(file.read(row.length))
+            sample = loaded(file.read(row.length))
         if self.tokenizer is None:
             self.tokenizer = Tokenizer.load(self.run / "data" / "tokenizer.json")
         shown = {
@@ -181,8 +200,20 @@ class RunView:
             for name, value in sample.items()
             if name not in ("segments", "pieces", "texts")
         }
-        shown["segments"] = [segment(values, self.tokenizer) for values in sample["segments"]]
+        with named(self.files[stage].path):
+            shown["segments"] = [segment(values, self.tokenizer) for values in sample["segments"]]
         return shown
+
+
+def loaded(line: bytes) -> JSONObject:
+    """Return the object of a line; NaN and infinities, which JSON has not, are None. Raises ValueError if it holds none."""
+    try:
+        values = json.loads(line, parse_constant=lambda _: None)
+    except RecursionError as error:
+        raise ValueError("a line nests too deeply") from error
+    if not isinstance(values, dict):
+        raise ValueError("a line holds no object")
+    return values
 
 
 def curves(steps: list[JSONObject]) -> JSONObject:
@@ -297,6 +328,7 @@ def static_page(view: RunView) -> str:
         data["sample"][stage] = [view.sample(stage, number) for number in range(first, len(rows))]
     # What the model wrote must not end the script.
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+    text = text.encode("utf-8", "replace").decode()  # half a surrogate pair becomes a question mark
     html, css, script = map(page_file, PAGE_FILES)
     html = html.replace('<link rel="stylesheet" href="view.css">', f"<style>\n{css}</style>")
     inside = (

@@ -28,10 +28,14 @@ import torch
 from torch import Tensor
 
 from minglm.chat.parser import Piece, Tag
+from minglm.common.files import json_line
 from minglm.envs.base import Score, ScoreStatus, Task
 from minglm.rl.episode import Segment, Trajectory
 
 Line = dict[str, Any]
+
+FIELDS = frozenset({"step", "refill", "place", "task", "thinking", "messages", "segments"})
+"""A line without these is no sample."""
 
 
 class GroupKey(NamedTuple):
@@ -168,11 +172,11 @@ class SampleFile:
         lines: list[Line] = []
         for key, group in zip(keys, groups, strict=True):
             lines += [write_sample(key, g, trajectory) for g, trajectory in enumerate(group)]
-        with open(self.path, "a", encoding="utf-8") as file:
+        with open(self.path, "ab") as file:
             if not file.tell():
-                file.write(json.dumps({"head": self.head}, ensure_ascii=False) + "\n")
+                file.write(json_line({"head": self.head}))
             for line in lines:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(json_line(line))
 
 
 def first_number(line: bytes, name: str, otherwise: int) -> int:
@@ -189,18 +193,34 @@ def read_steps(path: Path, head: Mapping[str, Any]) -> Iterator[list[Line]]:
 
     Raises ValueError, in one line, for a file that is none, or whose head differs from what this config asks for.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        found = json.loads(lines[0])["head"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(
-            f"{path} holds no rollouts; give a file that `run --rollout-only` or a run wrote, samples/STAGE.jsonl"
-        ) from error
+    lines = read_lines(path)
+    found = next(lines)["head"]
     for name, value in head.items():
         if found.get(name) != value:
             raise ValueError(
                 f"{path} is of another config: {name} is {found.get(name)!r}, and {value!r} is asked for"
             )
-    samples = (json.loads(line) for line in lines[1:])
-    for _, step in groupby(samples, key=lambda line: line["step"]):
+    for _, step in groupby(lines, key=lambda line: line["step"]):
         yield list(step)
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """Yield the line with the head, then the samples. Raises ValueError that names the file and the line that is neither."""
+    number = 0
+    is_whole = False
+    try:
+        with open(path, "rb") as file:
+            for number, text in enumerate(file, 1):
+                line = json.loads(text)
+                names = FIELDS if number > 1 else {"head"}
+                is_whole = line.keys() >= names and isinstance(line.get("head", {}), dict)
+                if not is_whole:
+                    break
+                yield line
+    except (OSError, ValueError, RecursionError, AttributeError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(
+            f"{path}, line {number or 1} holds no rollouts; "
+            "give a file that `run --rollout-only` or a run wrote, samples/STAGE.jsonl"
+        )

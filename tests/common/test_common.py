@@ -35,7 +35,9 @@ class Event(Record):
 
 
 values = st.dictionaries(
-    st.text(max_size=8), st.text(max_size=12) | st.integers() | st.none(), max_size=3
+    st.text(max_size=8),
+    st.text(st.characters(), max_size=12) | st.integers() | st.none(),
+    max_size=3,
 )
 records = st.lists(values.filter(lambda v: "kind" not in v and "self" not in v), max_size=6)
 

@@ -221,3 +221,31 @@ def test_the_file_of_samples_is_cut_and_checked(tmp_path):
         list(read_steps(path, {"prompts": 2}))
     with pytest.raises(ValueError, match="holds no rollouts; give a file"):
         list(read_steps(tmp_path / "none.jsonl", {}))
+
+
+@pytest.mark.parametrize("text", ["a\u2028b", "a\x85b", "\ud800", "a\x1cb", "\x00", "猫"])
+def test_any_text_of_a_sample_survives_the_file(tmp_path, text):
+    """What splits lines elsewhere, and half a surrogate pair, which an agent may send: one line, read as it was."""
+    path = tmp_path / "rl.jsonl"
+    messages = [{"role": "user", "content": text}]
+    task = Letters().task(0, 1)
+    trajectory = Trajectory(task, True, messages, [Segment([1], [True], [-0.1], [0])])
+    SampleFile(path, {}).write([GroupKey(0, 0, 0)], [[trajectory, trajectory]])
+    assert path.read_bytes().count(b"\n") == 3
+    ((line, again),) = read_steps(path, {})
+    assert line["messages"] == again["messages"] == messages
+
+
+@pytest.mark.parametrize(
+    "damaged", ["", "42", "[]", '{"head": 42}', '{"step": 0}', '{"step": 0, "torn', "[" * 10**5]
+)
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_damaged_file_of_samples_is_named_with_its_line(tmp_path, number, damaged):
+    """Wherever it is damaged: one line with the path and the number."""
+    path = tmp_path / "rl.jsonl"
+    path.write_text('{"head": {}}\n' * (number - 1) + damaged, encoding="utf-8")
+    if number == 2 and not damaged:
+        assert list(read_steps(path, {})) == []
+        return
+    with pytest.raises(ValueError, match=rf"^.*rl\.jsonl, line {number} holds no rollouts; .*$"):
+        list(read_steps(path, {}))

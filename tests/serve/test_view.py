@@ -15,6 +15,7 @@ from minglm.envs.base import Score, ScoreStatus, assistant
 from minglm.report.run_view import MOST_POINTS, RunView, static_page, thinned
 from minglm.rl.episode import Segment, Trajectory
 from minglm.rl.samples import GroupKey, SampleFile
+from minglm.serve.formats import as_json
 from minglm.serve.listener import serve
 from minglm.serve.view import create_view_app
 
@@ -152,6 +153,42 @@ def test_mistakes(run, tmp_path, capsys):
             RunView(run).sample(stage, number)
 
 
+DAMAGED = {
+    "log.jsonl": [
+        *("42", "null", "[]", "[" * 10**5, '{"kind": "rl", "stage": ["a"]}', '{"kind": []}'),
+        '{"kind": "rl", "stage": "agent.rl", "step": 4, "reward": NaN, "loss": -Infinity}',
+        '{"kind": "rl", "stage": "agent.rl", "step": 4, "spans": [[1]]}',
+    ],
+    "samples/agent.rl.jsonl": [
+        *(
+            "42",
+            "null",
+            '{"segments": 5}',
+            '{"segments": [{}]}',
+            '{"segments": [{"logprobs": [0]}]}',
+        ),
+        '{"segments": [{"tokens": [1], "logprobs": [-Infinity]}], "messages": [{"content": "\\ud800"}]}',
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "line"), [(name, line) for name, lines in DAMAGED.items() for line in lines]
+)
+def test_a_damaged_line_is_passed_over_or_named(run, name, line):
+    """Both pages show the rest, or say in one line which file holds what no run writes; what they show is JSON."""
+    with open(run / name, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    view = RunView(run)
+    try:
+        as_json(view.overview())
+        for number in range(len(view.samples("agent.rl"))):
+            as_json(view.sample("agent.rl", number))
+        assert "NaN" not in static_page(RunView(run)).encode().decode()
+    except ValueError as error:
+        assert f"{run / name} holds what no run writes" in str(error) and "\n" not in str(error)
+
+
 @pytest.mark.parametrize("count", [0, 1, MOST_POINTS, MOST_POINTS + 1, 10 * MOST_POINTS + 7])
 def test_curves_keep_the_last_step(count):
     """However many steps: at most so many points, in order, and the last one."""
@@ -181,7 +218,7 @@ def shown(run):
         yield found[0]
     finally:
         app.state.server.should_exit = True
-        thread.join(20)
+        thread.join(60)
 
 
 def walk(page):
