@@ -198,7 +198,7 @@ def check_chat(finished):
         input="/nothink\nhello\n/tools\n/think\nhello\n",
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
 
@@ -237,10 +237,10 @@ def check_server(finished):
             }
             url = printed[2].split()[1] + "/chat/completions"
             headers = {"Content-Type": "application/json"}
-            with urlopen(Request(url, json.dumps(body).encode(), headers), timeout=100) as answer:
+            with urlopen(Request(url, json.dumps(body).encode(), headers), timeout=300) as answer:
                 assert json.load(answer)["usage"]["completion_tokens"] <= 4
             server.send_signal(signal.SIGINT)
-            assert server.wait(timeout=60) in (0, 130, -signal.SIGINT)
+            assert server.wait(timeout=300) in (0, 130, -signal.SIGINT)
         finally:
             server.kill()
 

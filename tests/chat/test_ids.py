@@ -1,7 +1,7 @@
 """Turns are read by ids: a special token is a tag, text that spells one is text; what is sent back renders the same."""
 
 import json
-import time
+import sys
 
 import pytest
 from helpers.scripted import byte_tokenizer, word_tokenizer
@@ -256,19 +256,63 @@ PIECES = (
 )
 
 
-@pytest.mark.parametrize("piece", PIECES)
-@pytest.mark.parametrize("opening", ["", "<think>", "<tool_call>f<arg_key>x</arg_key><arg_value>"])
-def test_the_cost_is_linear(opening, piece):
-    """Eight times the pieces cost about eight times as much, never sixty-four; 24 leaves room for a busy machine."""
+LONGEST_TAG = max(map(len, (*TAGS, *CONTROL_TAGS)))
 
-    def seconds(count):
-        parser = Parser(strict=False)
-        start = time.process_time()
+
+def lines_of(parser, opening, piece, count):
+    """Return how many lines of Python a parser runs for many pieces; check that it keeps few letters to read again."""
+    lines = 0
+
+    def trace(frame, event, argument):
+        nonlocal lines
+        lines += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
         parser.feed(opening)
         for _ in range(count):
             parser.feed(piece)
+            assert len(parser._held) < LONGEST_TAG
         parser.finish()
-        return time.process_time() - start
+    finally:
+        sys.settrace(before)
+    return lines
 
-    few = min(seconds(500) for _ in range(3))
-    assert seconds(4000) < 24 * few + 0.02
+
+@pytest.mark.parametrize("piece", PIECES)
+@pytest.mark.parametrize("opening", ["", "<think>", "<tool_call>f<arg_key>x</arg_key><arg_value>"])
+def test_the_cost_is_linear(opening, piece):
+    """Eight times the pieces run eight times the lines, within a tenth, never sixty-four."""
+    few, many = (lines_of(Parser(strict=False), opening, piece, count) for count in (100, 800))
+    assert many < 1.1 * 8 * few
+
+
+class Forgetful(Parser):
+    """A twin that reads the whole turn again for every piece."""
+
+    def __init__(self, strict):
+        super().__init__(strict=strict)
+        self.text = ""
+
+    def feed(self, text):
+        self.text += text
+        super().__init__(strict=self.strict)
+        for letter in self.text:
+            super().feed(letter)
+
+
+class Waiting(Parser):
+    """A twin that keeps all letters until the end."""
+
+    def feed(self, text):
+        self._held += text
+
+
+@pytest.mark.parametrize("twin", [Forgetful, Waiting])
+def test_twins_whose_cost_is_not_linear_are_found(twin):
+    """By the lines that they run, or by the letters that they keep."""
+    with pytest.raises(AssertionError):
+        few, many = (lines_of(twin(strict=False), "", "ab <", count) for count in (10, 80))
+        assert many < 1.1 * 8 * few

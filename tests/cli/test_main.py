@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -84,21 +83,18 @@ def test_missing_words(words, capsys):
     assert "--help" in line
 
 
-def cpu_seconds_and_modules(*words):
-    """Run a command in a process of its own; return its CPU seconds, the modules it imported, and its output."""
+def modules_and_output(*words):
+    """Run a command in a process of its own; return the modules it imported, and its output."""
     program = (
         "import sys, minglm.__main__\n"
         "try: minglm.__main__.main(sys.argv[1:])\n"
         "finally: print('MODULES', *sys.modules)"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-c", program, *words], cwd=ROOT, capture_output=True, text=True
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     printed, modules = done.stdout.split("MODULES ")
-    return seconds, set(modules.split()), printed
+    return set(modules.split()), printed
 
 
 HEAVY = {"torch", "numpy", "tyro", "triton", "matplotlib", "tokenizers", "safetensors", "tqdm"}
@@ -106,11 +102,10 @@ HEAVY = {"torch", "numpy", "tyro", "triton", "matplotlib", "tokenizers", "safete
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
 def test_help_is_quick_because_it_imports_nothing_heavy(verb):
-    """No package that takes a tenth of a second to import; the CPU time with room for a slow machine."""
-    seconds, modules, printed = cpu_seconds_and_modules(*([verb] if verb else []), "--help")
+    """No package that takes a tenth of a second to import, and few modules, of which each takes about a millisecond."""
+    modules, printed = modules_and_output(*([verb] if verb else []), "--help")
     assert not modules & HEAVY
     assert len(modules) < 250
-    assert seconds < (1.0 if not verb else 2.0)
     assert printed
 
 

@@ -424,7 +424,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
     done = subprocess.run(
-        words, env=environment, capture_output=True, text=True, preexec_fn=little_room, timeout=120
+        words, env=environment, capture_output=True, text=True, preexec_fn=little_room, timeout=600
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("minglm: ")]

@@ -10,7 +10,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -210,13 +209,12 @@ def test_podman_without_root_keeps_the_users_number(
 def test_how_a_command_ends(listen, tmp_path):
     """Its status and the end of both streams; at the deadline it is killed, with what it had printed until then."""
     loud = f"import sys; print('x' * {2 * OUTPUT}); print('end', file=sys.stderr); sys.exit(3)"
-    slow = ["sh", "-c", "echo begun; exec sleep 60"]
+    slow = ["sh", "-c", "echo begun; exec sleep 600"]
     with listen(Daemon()) as daemon:
         status, code, output = Container(IMAGE).run(["python", "-c", loud], tmp_path, 30)
         assert (status, code, len(output), output[-5:]) == ("ended", 3, OUTPUT, "\nend\n")
-        began = time.monotonic()
-        found = Container(IMAGE).run(slow, tmp_path, 2.0)
-        assert found == ("timeout", -1, "begun\n") and time.monotonic() - began < 30
+        found = Container(IMAGE).run(slow, tmp_path, 4.0)
+        assert found == ("timeout", -1, "begun\n")
         assert ("POST", "/containers/c1/kill") in daemon.requests and daemon.created == {}
 
 

@@ -65,7 +65,7 @@ def only(layers, tmp_path, monkeypatch, change=""):
 
 def test_contract_holds(sandbox):
     """Every cheat gets its status, and a right program passes between them."""
-    check_sandbox(lambda *job: sandbox.judge(*job, seconds=0.6))
+    check_sandbox(lambda *job: sandbox.judge(*job, seconds=1.5))
 
 
 def test_contract_holds_with_resource_limits_alone(tmp_path, monkeypatch):
@@ -73,7 +73,7 @@ def test_contract_holds_with_resource_limits_alone(tmp_path, monkeypatch):
     only([], tmp_path, monkeypatch)
     with Sandbox(workers=1, floor="rlimits-only") as thin:
         assert (thin.level, thin.layers) == ("rlimits-only", ("rlimits",))
-        check_sandbox(lambda *job: thin.judge(*job, seconds=0.6))
+        check_sandbox(lambda *job: thin.judge(*job, seconds=1.5))
 
 
 def exit_code_judge(source, function, cases):
@@ -93,11 +93,11 @@ def test_contract_refuses_broken_judges(sandbox):
     """Trust in the exit code, one status for two faults, and credit for tests that did not run."""
 
     def confuses(source, function, cases):
-        verdict = sandbox.judge(source, function, cases, 0.6)
+        verdict = sandbox.judge(source, function, cases, 1.5)
         return dataclasses.replace(verdict, status=verdict.status.replace("timeout", "wrong"))
 
     def generous(source, function, cases):
-        return sandbox.judge(source, function, cases[:1], 0.6)
+        return sandbox.judge(source, function, cases[:1], 1.5)
 
     for judge in (exit_code_judge, confuses, generous):
         with pytest.raises(AssertionError):
@@ -169,7 +169,7 @@ def attack(tmp_path):
 
         def run(sandbox, name):
             body = ATTACKS[name].format(canary=str(canary), folder=str(folder), port=port)
-            return sandbox.judge(f"def f():\n    {body}", "f", [([], True)], seconds=1.0)
+            return sandbox.judge(f"def f():\n    {body}", "f", [([], True)], seconds=3.0)
 
         yield run
     assert canary.read_text(encoding="utf-8") == "alive"
@@ -261,8 +261,9 @@ def test_expected_values_stay_outside(sandbox):
 def test_many_candidates_at_once(sandbox):
     """Verdicts come in the order of the candidates, and a slow one does not take the others down."""
     candidates = [(f"def f(x):\n    return x + {i}", "f", [([1], 1 + i % 3)]) for i in range(12)]
-    candidates.insert(5, ("while True:\n    pass", "f", [([1], 1)]))
-    futures = [sandbox.submit(*candidate, seconds=0.5) for candidate in candidates]
+    candidates = [(*candidate, 10.0) for candidate in candidates]
+    candidates.insert(5, ("while True:\n    pass", "f", [([1], 1)], 0.5))
+    futures = [sandbox.submit(*candidate) for candidate in candidates]
     statuses = [future.result().status for future in futures]
     assert statuses.pop(5) == "timeout"
     assert statuses == ["passed"] * 3 + ["wrong"] * 9
@@ -814,7 +815,7 @@ def test_a_killed_process_leaves_nothing(tmp_path):
     process.wait()
     process.stdout.close()
     assert os.listdir(tmp_path) == []
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(Path(f"/proc/{pid}/stat").exists() for pid in workers + below):
         assert time.monotonic() < deadline, "a worker lives on"
         time.sleep(0.02)

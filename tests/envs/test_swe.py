@@ -225,7 +225,7 @@ def simple_task():
 def test_hanging_code_is_a_timeout():
     """The tool says so, the score has it among its parts, and the sample counts as wrong."""
     env = RepairFunctions()
-    env.seconds = 0.2
+    env.seconds = 1.0
     hang = edit("x = x - 2", "while True: pass")
     score, replies, _ = play(env, simple_task(), [hang, RUN, assistant("Done.")])
     assert replies[1][0]["content"] == "f.py: timeout"

@@ -123,10 +123,10 @@ def running(engine, tokenizer=TOKENIZER, limit=4096, access=None, **options):
         finally:
             openai.close()
             app.state.server.should_exit = True
-            thread.join(timeout=20)
+            thread.join(timeout=60)
 
 
-def settled(condition, seconds=20):
+def settled(condition, seconds=120):
     """Tell whether a condition comes true within some seconds."""
     deadline = time.monotonic() + seconds
     # Asked once a turn: what was true a moment ago may be false when it is asked again.

@@ -49,7 +49,7 @@ class Slurm:
 
     def wait_until_job(self, number, word):
         """Wait until Slurm says a word of a job."""
-        wait_until(lambda: word in self.ask("scontrol", "show", "job", number), 60, word)
+        wait_until(lambda: word in self.ask("scontrol", "show", "job", number), 240, word)
 
 
 @contextlib.contextmanager
@@ -112,11 +112,11 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
                 str(folder / "munge" / "seed"),
             ),
         )
-        wait_until(sock.exists, 20, "munge")
+        wait_until(sock.exists, 120, "munge")
         start("slurmctld", "slurmctld", "-D")
         start("slurmd", "slurmd", "-D", "-N", host)
         wait_until(
-            lambda: "idle" in ask("sinfo", "-h", "-o", "%T").stdout, 60, "a node that is idle"
+            lambda: "idle" in ask("sinfo", "-h", "-o", "%T").stdout, 240, "a node that is idle"
         )
 
         yield Slurm(folder, environment)
@@ -129,7 +129,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
             process.terminate()
         for process in daemons:
             try:
-                process.wait(10)
+                process.wait(30)
             except subprocess.TimeoutExpired:  # it waits for the job, which may wait for its turn
                 process.kill()
                 process.wait()

@@ -19,7 +19,7 @@ PRELOADED = [
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",
 ]
-SECONDS = 240
+SECONDS = 600
 """Most time of a world. Other programs may hold the cores."""
 
 

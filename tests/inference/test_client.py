@@ -67,8 +67,11 @@ def test_a_caller_that_waits_elsewhere_delays_nobody():
     generator = EngineGenerator(Engine(MODEL))
     order = []
 
+    has_finished = asyncio.Event()
+
     async def slow():
-        await asyncio.sleep(0.3)
+        async with asyncio.timeout(60):
+            await has_finished.wait()
         await generator.generate(request(1))
         order.append("slow")
 
@@ -76,6 +79,7 @@ def test_a_caller_that_waits_elsewhere_delays_nobody():
         for number in range(3):
             await generator.generate(request(number))
         order.append("quick")
+        has_finished.set()
 
     async def together():
         await asyncio.gather(slow(), quick())

@@ -150,7 +150,7 @@ def test_unpatched_interpreter_has_the_faults():
         "import test_interpreter; print(json.dumps(test_interpreter.problems()))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -224,7 +224,7 @@ def test_whoever_asks_for_triton_gets_the_patched_one():
         "dispatch.use('triton'); assert builder.patched"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
 
@@ -237,6 +237,6 @@ def test_too_late_is_an_error():
         "from minglm.kernels.toolchain.interpreter import switch_on; switch_on()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 1 and "set it before the first import" in done.stderr

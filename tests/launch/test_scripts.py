@@ -212,16 +212,16 @@ def test_a_container_passes_the_signal_on(tmp_path):
     text = json.loads(kubernetes_objects(job("mini.py"), "i", "c"))["items"][1]
     script = text["spec"]["template"]["spec"]["containers"][0]["command"][2]
     # In place of torchrun: a program that notes the signal.
-    program = f"trap 'echo saved > {tmp_path}/saved; exit 143' TERM; echo > {tmp_path}/started; sleep 30 & wait"
+    program = f"trap 'echo saved > {tmp_path}/saved; exit 143' TERM; echo > {tmp_path}/started; sleep 60 & wait"
     (tmp_path / "python").write_text(f"#!/usr/bin/env bash\n{program}\n")
     (tmp_path / "python").chmod(0o755)
     process = subprocess.Popen(["bash", "-c", f"export PATH={tmp_path}:$PATH\n{script}"])
     wait_for(tmp_path / "started")
     process.terminate()
-    assert process.wait(10) == 143 and (tmp_path / "saved").exists()
+    assert process.wait(120) == 143 and (tmp_path / "saved").exists()
 
 
-def wait_for(path, seconds=20.0):
+def wait_for(path, seconds=120.0):
     """Wait until a file is there."""
     import time
 
@@ -276,7 +276,7 @@ def test_slurm_runs_the_script(tmp_path):
     with single_node(tmp_path) as slurm:
         environment = {"PATH": f"{program.parent}:/usr/bin:/bin", "SECONDS": "301"}
         number = slurm.sbatch(text, environment)
-        wait_for(tmp_path / "words", 60)
+        wait_for(tmp_path / "words")
         slurm.wait_until_job(number, "Restarts=1")
         words = (tmp_path / "words").read_text().split("\n")
     assert words[:2] == ["-m", "torch.distributed.run"] and config in words and "general" in words

@@ -1,7 +1,6 @@
 """The whole model: what a position may see, the same numbers in every layout, and the published parameter counts."""
 
 import dataclasses
-import time
 
 import pytest
 import torch
@@ -223,15 +222,14 @@ COUNTS = {  # total of the body, with the MTP layer, and what one token uses of 
 
 @pytest.mark.parametrize("path", COUNTS)
 def test_full_size_has_the_published_parameter_counts(path, pytestconfig):
-    """Built on the meta device, in seconds and without memory, the model has exactly the published number of weights.
+    """Built on the meta device, without memory, the model has exactly the published number of weights.
 
     "355B" is the body with the MTP layer, "106B" the body of Air without it; embedding and output head are not counted.
     """
-    began = time.process_time()
     config = load_config(f"{pytestconfig.rootpath}/{path}").model
     with torch.device("meta"):
         model = GLM(config)
-    assert time.process_time() - began < 5  # measured 0.3 s
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
     sizes = {
         name: tensor.numel()
         for name, tensor in model.state_dict().items()

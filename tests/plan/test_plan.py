@@ -593,15 +593,28 @@ def test_shipped_layouts_fit_and_keep_the_run(name):
     assert stage["cp"] == run.parallel.cp
 
 
+PLAN = """
+import sys
+calls = 0
+
+def count(frame, event, argument):
+    global calls
+    calls += event in ("call", "c_call")
+
+sys.setprofile(count)
+from minglm.__main__ import main
+main(["plan", "configs/glm45_355b.py", "--gpus", "512", "--json"])
+assert "torch" not in sys.modules and "numpy" not in sys.modules
+assert calls < 1_000_000, calls
+"""
+
+
 def test_plan_is_quick_and_imports_no_torch():
-    """The arithmetic of 355B parameters on 512 GPUs takes less than a second, its search too, in a process of its own."""
-    program = (
-        "import sys, time; began = time.process_time(); from minglm.__main__ import main; "
-        "main(['plan', 'configs/glm45_355b.py', '--gpus', '512', '--json']); "
-        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules; "
-        "assert time.process_time() - began < 1"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=CONFIGS.parent, capture_output=True)
+    """The arithmetic of 355B parameters on 512 GPUs, with the search of its layout, is 0.2 million calls of functions.
+
+    They take a tenth of a second; they are counted, because a busy machine makes a clock no judge.
+    """
+    done = subprocess.run([sys.executable, "-c", PLAN], cwd=CONFIGS.parent, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["fits"]
 

@@ -14,9 +14,11 @@ from helpers.nano_run import CONFIG, OVERRIDES, records, weights
 from minglm.bench.rl import Noise
 from minglm.cli.main import main
 from minglm.common.files import read_jsonl
+from minglm.common.log import Log
 from minglm.config import load_config
 from minglm.envs import ENVIRONMENTS
 from minglm.model.glm import GLM
+from minglm.report.records import RLRecord
 from minglm.train.checkpoint import CheckpointStore
 from minglm.train.checkpoint_files import weights_of
 
@@ -80,6 +82,19 @@ def with_noise(*words):
     minglm(*words)
 
 
+def with_noise_until(step, *words):
+    """Be such a command line, which stands still after this step of RL."""
+    write = Log.write
+
+    def write_and_stand_still(log, record):
+        write(log, record)
+        if isinstance(record, RLRecord) and record.step == step:
+            time.sleep(600)
+
+    Log.write = write_and_stand_still
+    with_noise(*words)
+
+
 def descendants(pid):
     """Return the processes that a process has started, and those that these have."""
     found = []
@@ -111,7 +126,7 @@ def killed(request, synchronous, tmp_path):
         words += ["--posttraining.reasoning.rl.loss.importance_cap", "2"]
     words += ["--checkpoint_seconds", "0.001"]
     command = prepared(tmp_path, *words, first=synchronous)
-    process = Started(with_noise, *command)
+    process = Started(with_noise_until, STEPS - 1, *command)
     workers = []
 
     def reached():
@@ -121,7 +136,7 @@ def killed(request, synchronous, tmp_path):
 
     status, errors = process.stop(reached, signal.SIGKILL)
     assert status == -signal.SIGKILL and len(records(tmp_path, "rl")) < STEPS, errors
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while living(workers):
         assert time.monotonic() < deadline, "a worker has outlived its trainer"
         time.sleep(0.02)
@@ -182,7 +197,7 @@ def engine_url(synchronous, tmp_path):
     words += ["--weights-from", str(tmp_path / "rollout_weights"), "--accept-weights"]
     server = Started(with_noise, "serve", str(synchronous), *words)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         found = None
         while found is None:
             assert time.monotonic() < deadline and not server.has_ended(), server.end()

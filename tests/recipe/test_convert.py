@@ -337,7 +337,7 @@ def test_no_conversion_holds_the_model(tmp_path):
         [sys.executable, "-c", CONVERSION, CONFIG, *folders, *overrides],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     whole = 4 * sum(tensor.numel() for tensor in state.values())  # a run holds float32

@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import time
 
 import pytest
 import torch
@@ -287,16 +286,19 @@ def test_samples_of_a_prompt_share_it_and_differ_in_their_draws():
 
 
 class Scheduled(Retail):
-    """A shop whose episodes wait in `step`, fail where they are told to, and record that they were left."""
+    """A shop whose episodes fail where they are told to, and record that they were left.
 
-    def __init__(self, name, wait=0.0, fails_in=None):
+    waits_for: an environment whose six episodes must be scored before `step` answers.
+    """
+
+    def __init__(self, name, fails_in=None, waits_for=None):
         self.name = name
-        self.wait = wait
         self.fails_in = fails_in
+        self.waits_for = waits_for
         self.tried = 0
         self.opened = 0
         self.left = 0
-        self.finished_at = []
+        self.scored = 0
 
     def episode(self, task):
         """Return an episode of this environment."""
@@ -324,7 +326,12 @@ class Scheduled(Retail):
             async def step(self, message):
                 if environment.fails_in == "step":
                     raise OSError("the server is gone")
-                await asyncio.sleep(environment.wait)
+                if environment.fails_in == "hang in step":
+                    await asyncio.sleep(60)
+                if environment.waits_for:
+                    async with asyncio.timeout(60):
+                        while environment.waits_for.scored < 6:
+                            await asyncio.sleep(0.001)
                 return await super().step(message)
 
             async def score(self):
@@ -332,7 +339,7 @@ class Scheduled(Retail):
                     await asyncio.sleep(60)
                 if environment.fails_in == "score":
                     raise OSError("no verdict")
-                environment.finished_at.append(time.monotonic())
+                environment.scored += 1
                 return await super().score()
 
         return Recorded(self, task)
@@ -352,11 +359,10 @@ def scheduled(environments, generator=None, samples=2):
 
 
 def test_a_slow_episode_does_not_hold_up_the_others():
-    """Every episode of the quick environment is scored before the slow one has answered its second turn."""
+    """Every episode of the quick environment is scored before the slow one has answered its first turn."""
     quick = Scheduled("quick")
-    slow = Scheduled("slow", wait=0.4)
+    slow = Scheduled("slow", waits_for=quick)
     groups = scheduled([slow, quick])
-    assert max(quick.finished_at) + 0.2 < min(slow.finished_at)
     assert all(t.score.value == 1 for group in groups for t in group)
 
 
@@ -381,16 +387,16 @@ def test_a_failure_of_the_environment_is_its_own_sample_s_alone(where):
 def test_an_environment_that_says_nothing_fails_its_own_samples():
     """After its patience: status infrastructure, with the reason; the others are scored, and every episode is left."""
     silent = Scheduled("silent", fails_in="hang")
-    waiting = Scheduled("waiting", wait=60)
+    waiting = Scheduled("waiting", fails_in="hang in step")
     stuck = Scheduled("stuck", fails_in="hang at the end")
     sound = Scheduled("sound")
-    silent.patience = waiting.patience = stuck.patience = 0.2
-    with pytest.warns(UserWarning, match="stuck did not close: TimeoutError: nothing within 0.2 s"):
+    silent.patience = waiting.patience = stuck.patience = 1.0
+    with pytest.warns(UserWarning, match="stuck did not close: TimeoutError: nothing within 1 s"):
         groups = scheduled([silent, waiting, stuck, sound], samples=1)
     for (t,) in groups:
         failed = t.task.environment in ("silent", "waiting")
         assert t.valid != failed and t.score.value == (0 if failed else 1)
-        assert ("TimeoutError: nothing within 0.2 s" in t.score.detail) == failed
+        assert ("TimeoutError: nothing within 1 s" in t.score.detail) == failed
     for environment in (silent, waiting, stuck, sound):
         assert environment.left == environment.opened == 3
 

@@ -387,7 +387,7 @@ def test_clients_that_go_away_are_cancelled():
         assert service.engine_thread.open_requests == 0
         assert len(engine.cancelled) == 2
         with pytest.raises(openai.APITimeoutError):
-            client.with_options(timeout=0.3).chat.completions.create(model="tiny", messages=endless)
+            client.with_options(timeout=2.0).chat.completions.create(model="tiny", messages=endless)
         assert settled(lambda: not engine.open) and len(engine.cancelled) == 3
         assert post(http)[0] == 200
         assert settled(lambda: 'status="499"} 2' in http.get("/metrics").text)
@@ -454,7 +454,7 @@ def test_the_example_in_readme_runs():
             '"toy"', '"tiny"'
         )
         done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0 and "get_order" in done.stdout, done.stderr
 

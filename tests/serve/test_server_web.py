@@ -370,31 +370,47 @@ def test_other_threads_run_while_a_long_text_is_encoded():
     assert during > 20
 
 
-def test_a_small_request_beside_large_ones():
-    """It never waits half a second for them, whether they are refused for their bytes or read to the last token."""
-    tokenizer = word_tokenizer()
+class Gated(Counting):
+    """A tokenizer that stops in a long text until its gate is open."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer)
+        self.gate = threading.Event()
+        self.has_begun = threading.Event()
+
+    def encode(self, text):
+        """Wait if the text is long, count, and encode."""
+        if len(text) > 1000:
+            self.has_begun.set()
+            assert self.gate.wait(120)
+        return super().encode(text)
+
+
+def test_a_small_request_beside_large_ones(monkeypatch):
+    """It is answered while a large one is being read; those that are refused for their bytes are not read at all."""
+    for module in (app_module, bodies):
+        monkeypatch.setattr(module, "LARGE_BODY", 1000)
+    tokenizer = Gated(word_tokenizer())
     engine = Script(lambda prompt: " so.<|endoftext|>")
-    limit = 400_000
-    large = {"prompt": "order is cancelled " * 60_000, "max_tokens": 1}
-    too_large = {"prompt": "order is cancelled " * 380_000, "max_tokens": 1}
+    large = {"prompt": "a" * 5000, "max_tokens": 1}
+    too_large = {"prompt": "a" * 10_000 * tokenizer.longest_token, "max_tokens": 1}
     with (
-        running(engine, tokenizer, limit=limit) as (http, _, service),
+        running(engine, tokenizer, limit=10_000) as (http, _, _),
         ThreadPoolExecutor(6) as pool,
     ):
-        bodies = [large, too_large, large, too_large, large, too_large]
-        answers = [pool.submit(http.post, "/v1/completions", json=body) for body in bodies]
-        waits = []
-        began = time.perf_counter()
-        while not all(answer.done() for answer in answers):
-            started = time.perf_counter()
-            assert http.get("/health").status_code == 200
-            small = http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})
-            waits.append(time.perf_counter() - started)
-            assert small.status_code == 200
-        took = time.perf_counter() - began
-        assert {answer.result().status_code for answer in answers} <= {200, 400}
-    # Where other programs share the cores, the large requests take longer too.
-    assert len(waits) > 3 and max(waits) < max(0.5, took / 4), (took, waits)
+        bodies_sent = [large, too_large, large, too_large, large, too_large]
+        answers = [pool.submit(http.post, "/v1/completions", json=body) for body in bodies_sent]
+        try:
+            assert tokenizer.has_begun.wait(60)
+            for _ in range(5):
+                assert http.get("/health").status_code == 200
+                small = http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})
+                assert small.status_code == 200
+            assert not all(answer.done() for answer in answers)
+        finally:
+            tokenizer.gate.set()
+        assert [answer.result().status_code for answer in answers] == [200, 400] * 3
+    assert tokenizer.characters == 3 * 5000 + 5
 
 
 VALUES = st.recursive(
@@ -509,7 +525,7 @@ def test_large_bodies_wait_outside_memory(monkeypatch):
 def raw(http, data=b""):
     """A connection of its own, on which some bytes have been sent."""
     connection = socket.create_connection((http.base_url.host, http.base_url.port))
-    connection.settimeout(20)
+    connection.settimeout(50)  # shorter than KEEP_ALIVE_SECONDS
     connection.sendall(data)
     return connection
 
@@ -525,33 +541,30 @@ HEALTH = b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n"
 )
 def test_half_a_head_is_hung_up_on(sent, monkeypatch):
     """A client that does not finish the head of its request is cut off, and one that was refused with its body due."""
-    monkeypatch.setattr(
-        listener, "HEAD_SECONDS", 1.0
-    )  # longer than a busy machine takes to send the bytes below
+    # Longer than a busy machine takes to send the bytes below, and much shorter than what uvicorn allows.
+    monkeypatch.setattr(listener, "HEAD_SECONDS", 2.0)
     with running(Script(script)) as (http, _, _):
         connection = raw(http)
         for byte in sent:  # as slowly as it likes
             connection.sendall(bytes([byte]))
-        started = time.monotonic()
         received = b""
         while data := connection.recv(65536):
             received += data
-        assert time.monotonic() - started < 5
         assert received.count(b"200 OK") == sent.count(HEALTH)
 
 
 def test_who_waits_for_an_answer_is_not_hung_up_on(monkeypatch):
     """The limit is on heads: a slow body, a long answer and a quiet connection between two requests outlast it."""
-    monkeypatch.setattr(listener, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(listener, "HEAD_SECONDS", 0.5)
     body = b'{"prompt": "x", "max_tokens": 50}'
-    with running(Script(lambda _: "on and on " * 9, pause=0.01)) as (http, _, _):
+    with running(Script(lambda _: "on and on " * 9, pause=0.02)) as (http, _, _):
         connection = raw(http, HEAD + b"content-length: %d\r\n\r\n" % len(body))
-        time.sleep(0.5)
+        time.sleep(1.0)
         connection.sendall(body)
         received = b""
         while b'"total_tokens": 51}}' not in received:  # head and body may come in two pieces
             received += connection.recv(65536)
-        time.sleep(0.5)
+        time.sleep(1.0)
         connection.sendall(HEALTH)
         assert b"200 OK" in connection.recv(65536)
 
@@ -565,7 +578,7 @@ def process(*words):
     server = subprocess.Popen(command, env=environment, **pipes)
     try:
         url = server.stdout.readline().strip()
-        with httpx.Client(base_url=url, timeout=30) as http:
+        with httpx.Client(base_url=url, timeout=120) as http:
             yield server, http
     finally:
         server.kill()
@@ -590,13 +603,13 @@ def test_a_signal_ends_every_answer_with_an_error():
             with http.stream("POST", path, json=STREAMS[path] | {"stream": True}) as answer:
                 pieces = answer.iter_text()
                 text += next(pieces)
-                begun.wait(20)
+                begun.wait(120)
                 return text + "".join(pieces)
 
         streams = {path: pool.submit(streamed, path) for path in STREAMS}
         whole = pool.submit(http.post, CHAT, json={"messages": ENDLESS})
         half = raw(http, HEAD + b"content-length: 9\r\n\r\n{")
-        begun.wait(20)
+        begun.wait(120)
         assert settled(lambda: http.get("/health").json()["open_answers"] == 5)
         server.send_signal(signal.SIGTERM)
         ends = {path: stream.result(60) for path, stream in streams.items()}
@@ -618,18 +631,15 @@ def test_a_signal_ends_every_answer_with_an_error():
 
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once():
-    """A forward pass that takes its time holds the end up for a few seconds; the second signal does not wait for it."""
+    """A forward pass that takes half a minute holds the end up; the second signal does not wait for it."""
     with process(30) as (server, http), ThreadPoolExecutor(1) as pool:
         answer = pool.submit(http.post, CHAT, json={"messages": HI})
         assert settled(lambda: http.get("/health").json()["open_answers"] == 1)
         server.send_signal(signal.SIGTERM)
-        assert answer.result(20).status_code == 503
-        time.sleep(0.5)
+        assert answer.result(60).status_code == 503
         assert server.poll() is None
-        started = time.monotonic()
         server.send_signal(signal.SIGINT)
-        assert server.wait(20) == 128 + signal.SIGINT
-        assert time.monotonic() - started < 1
+        assert server.wait(60) == 128 + signal.SIGINT  # the first signal ends with 0
 
 
 def test_the_first_signal_asks_and_the_second_ends(monkeypatch):
@@ -645,8 +655,15 @@ def test_the_first_signal_asks_and_the_second_ends(monkeypatch):
 
 def test_accepting_pauses(monkeypatch, capsys):
     """Where the process has no descriptor left, it tries a few times a second, says so once, and then goes on."""
-    monkeypatch.setattr(listener, "PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(listener, "PAUSE_SECONDS", 0.0125)
     tries = 0
+    pauses = []
+    sleep = asyncio.sleep
+
+    async def counted(seconds, *result):
+        pauses.append(seconds)
+        return await sleep(seconds, *result)
+
     accept = socket.socket.accept
 
     def without_descriptors(self):
@@ -658,9 +675,9 @@ def test_accepting_pauses(monkeypatch, capsys):
 
     with running(Script(script)) as (http, _, _):
         monkeypatch.setattr(socket.socket, "accept", without_descriptors)
-        started = time.monotonic()
+        monkeypatch.setattr(asyncio, "sleep", counted)
         assert b"200 OK" in raw(http, HEALTH).recv(65536)
-        assert time.monotonic() - started > 0.4
+        assert pauses.count(listener.PAUSE_SECONDS) == 10
     assert capsys.readouterr().err.count("new clients wait") == 1
 
 
@@ -674,10 +691,10 @@ def test_no_descriptors_left():
         http.close()
         for connection in crowd:
             connection.close()
-        with httpx.Client(base_url=http.base_url, timeout=10) as again:
+        with httpx.Client(base_url=http.base_url, timeout=60) as again:
             assert again.get("/health").json()["status"] == "ok"
         server.send_signal(signal.SIGTERM)
-        assert server.wait(20) == 0
+        assert server.wait(60) == 0
         lines = server.stderr.read().splitlines()
     assert len(lines) == 2 and "new clients wait" in lines[0], lines[:5]
 
