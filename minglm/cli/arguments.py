@@ -8,7 +8,8 @@ does anything.
 
 import argparse
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 from minglm.common.mistakes import shown
@@ -69,6 +70,22 @@ def path(word: str) -> str:
             f"{shown(word, quoted=True)}: must be the path of a file or folder"
         )
     return word
+
+
+def word(text: str) -> str:
+    """Return a name that stands in a script as it is. Raises ArgumentTypeError for one that would need quotes there."""
+    if not re.fullmatch(r"[\w.,:@/+=-]+", text):
+        raise argparse.ArgumentTypeError(
+            f"{shown(text, quoted=True)}: must be one word of letters, digits and . , : @ / + = -"
+        )
+    return text
+
+
+def refuse_idle(given: Mapping[str, object], where: str) -> None:
+    """Raise ValueError for an option that changes nothing. given: {option: its value; None, False: it was not given}."""
+    for option, value in given.items():
+        if value is not None and value is not False:
+            raise ValueError(f"{option} changes nothing {where}; leave it out")
 
 
 def add_config(parser: argparse.ArgumentParser, example: str = "configs/toy.py") -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minglm.cli.arguments import add_config, path, whole
+from minglm.cli.arguments import add_config, path, refuse_idle, whole
 
 if TYPE_CHECKING:
     from minglm.data.store.shards import Shard
@@ -24,6 +24,9 @@ SAMPLE_CHARACTERS = 240
 """Characters of a sample."""
 
 SAMPLE_LINES = 6
+
+SKIPPED = 3
+"""Records that could not be used and are shown."""
 
 
 def table(rows: Sequence[Sequence[Any]]) -> list[str]:
@@ -153,14 +156,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--verify", action="store_true", help="read every shard and compare its checksum"
     )
     parser.add_argument(
-        "--samples", type=whole(0), default=0, metavar="N", help="show N documents of each source"
+        "--samples", type=whole(0), metavar="N", help="show N documents of each source (default: 0)"
     )
     parser.add_argument(
         "--skipped",
         type=whole(0),
-        default=3,
         metavar="N",
-        help="show N records that could not be used",
+        help=f"show N records that could not be used (default: {SKIPPED})",
     )
     parser.add_argument("--json", action="store_true", help="print as JSON")
     parser.add_argument(
@@ -179,6 +181,11 @@ def main(args: argparse.Namespace) -> None:
     from minglm.recipe import preflight
     from minglm.recipe.solutions import task_data
 
+    shows = {"--samples": args.samples, "--skipped": args.skipped}
+    if args.dry_run:
+        refuse_idle(shows | {"--verify": args.verify, "--json": args.json}, "with --dry-run")
+    if args.json:
+        refuse_idle(shows, "with --json")
     run = load_config(args.config, args.overrides)
     out = Path(args.out or f"runs/{run.name}")
     check_out(out)
@@ -202,9 +209,11 @@ def main(args: argparse.Namespace) -> None:
         print(json.dumps(found, indent=1, ensure_ascii=False))
         return
     print(*render(found), sep="\n")
-    for record in read_jsonl(folder / "documents" / "skipped.log")[: args.skipped]:
+    for record in read_jsonl(folder / "documents" / "skipped.log")[
+        : SKIPPED if args.skipped is None else args.skipped
+    ]:
         print(f"    {record['file']}, {record['where']}: {record['why']}")
     if args.verify:
         chunks = sum(len(shards.chunk_numbers(split) or []) for split in splits)
         print(f"{chunks} chunks have the checksums they were written with")
-    print(*samples(data.train, data.tokenizer, args.samples), sep="\n")
+    print(*samples(data.train, data.tokenizer, args.samples or 0), sep="\n")

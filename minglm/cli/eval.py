@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from minglm.cli.arguments import add_drafts, add_run, path, whole
+from minglm.cli.arguments import add_drafts, add_run, path, refuse_idle, whole
 from minglm.config.posttraining import MOST_PROBLEMS, MOST_SAMPLES
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """Score a run on the held-out tasks: avg@k and pass@k with 95% intervals, thinking on and off, or by budget."""
+    from minglm.common.files import check_out
     from minglm.envs import ENVIRONMENTS, twelve
     from minglm.eval import harness, tasks
     from minglm.inference import Engine
@@ -73,7 +74,23 @@ def main(args: argparse.Namespace) -> None:
     from minglm.recipe.solutions import environments_of
     from minglm.report.thinking_budget import draw_thinking_budgets
 
+    if args.thinking_budget is None:
+        refuse_idle({"--figure": args.figure}, "without --thinking-budget")
+    if args.figure is not None:
+        check_out(Path(args.figure).absolute().parent, "--figure")
     if args.harness:
+        options = (
+            "stage",
+            "problems",
+            "samples",
+            "task",
+            "thinking_budget",
+            "user",
+            "draft_tokens",
+            "json",
+        )
+        given = {f"--{name.replace('_', '-')}": getattr(args, name) for name in options}
+        refuse_idle(given, "with --harness")
         print(harness.commands(args.run))
         return
     for name in args.task or ():
@@ -84,8 +101,6 @@ def main(args: argparse.Namespace) -> None:
     modes = [Mode(True), Mode(False)]
     if args.thinking_budget is not None:
         modes = [Mode(True, budget) for budget in dict.fromkeys(args.thinking_budget)]
-    elif args.figure is not None:
-        raise ValueError("--figure: there is nothing to draw without --thinking-budget")
     loaded = load_run(args.run, args.stage)
     asking = environments_of(loaded.config)  # the difficulties that the run asks
     environments = {name: asking[name] for name in args.task or asking}

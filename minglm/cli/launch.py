@@ -5,12 +5,14 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from minglm.cli.arguments import add_config, number, path, whole
+from minglm.cli.arguments import add_config, number, path, refuse_idle, whole, word
 
 if TYPE_CHECKING:
     from minglm.config import RunConfig
     from minglm.launch.job import Job
     from minglm.plan.gpus import GPU
+
+HOURS = 24.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,12 +49,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--script", type=path, metavar="FILE", help="write the script here (default: print it)"
     )
     parser.add_argument(
-        "--hours", type=number(0, 10**4, above=True), default=24.0, help="Slurm: limit of one job"
+        "--hours",
+        type=number(0, 10**4, above=True),
+        help=f"Slurm: limit of one job (default: {HOURS})",
     )
-    parser.add_argument("--partition", default="", help="Slurm: partition")
-    parser.add_argument("--account", default="", help="Slurm: account")
-    parser.add_argument("--image", help="Kubernetes: container image with minglm")
-    parser.add_argument("--claim", help="Kubernetes: PersistentVolumeClaim with configs and runs")
+    parser.add_argument("--partition", type=word, help="Slurm: partition")
+    parser.add_argument("--account", type=word, help="Slurm: account")
+    parser.add_argument("--image", type=word, help="Kubernetes: container image with minglm")
+    parser.add_argument(
+        "--claim", type=word, help="Kubernetes: PersistentVolumeClaim with configs and runs"
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -68,6 +74,15 @@ def main(args: argparse.Namespace) -> None:
     from minglm.launch.job import make_job
     from minglm.plan.gpus import GPUS
 
+    if not args.dry_run:
+        refuse_idle({"--stage": args.stage}, "without --dry-run")
+    else:
+        refuse_idle({"--script": args.script}, "with --dry-run")
+    if not args.slurm:
+        slurm = {"--hours": args.hours, "--partition": args.partition, "--account": args.account}
+        refuse_idle(slurm, "without --slurm")
+    if not args.kubernetes:
+        refuse_idle({"--image": args.image, "--claim": args.claim}, "without --kubernetes")
     run = load_config(args.config, args.overrides)
     gpu = GPUS[args.gpu]
     if args.gpus_per_node:
@@ -85,7 +100,7 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError("--kubernetes needs --image and --claim; see --help")
         text = scripts.kubernetes_objects(job, args.image, args.claim)
     elif args.slurm:
-        text = scripts.slurm_script(job, args.hours, args.partition, args.account)
+        text = scripts.slurm_script(job, args.hours or HOURS, args.partition, args.account)
     else:
         text = scripts.torchrun_script(job)
     if args.script:

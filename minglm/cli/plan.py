@@ -4,7 +4,7 @@ import argparse
 import json
 from dataclasses import replace
 
-from minglm.cli.arguments import add_config, number, path, whole
+from minglm.cli.arguments import add_config, number, path, refuse_idle, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +49,8 @@ def main(args: argparse.Namespace) -> None:
     from minglm.plan.summary import plan, search
     from minglm.plan.text import render, render_search
 
+    if not args.figure:
+        refuse_idle({"--beside": args.beside or None}, "without --figure")
     run = load_config(args.config, args.overrides)
     gpu = GPUS[args.gpu]
     if args.gpu_memory_gib:

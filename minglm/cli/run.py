@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from minglm.cli.arguments import add_config, path
+from minglm.cli.arguments import add_config, path, refuse_idle
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +58,7 @@ def main(args: argparse.Namespace) -> int:
     from minglm.report import card
     from minglm.train.checkpoint import CheckpointStore
 
+    refuse_idle({"--until": args.until if args.only else None}, "with --only")
     config = load_config(args.config, args.overrides)
     out = Path(args.out or f"runs/{config.name}")
     check_out(out)

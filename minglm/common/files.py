@@ -1,6 +1,7 @@
 """Read and write files so that a crash loses nothing: atomic files and folders, JSON (lines) (no section in the paper)."""
 
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -19,6 +20,8 @@ LONGEST_NAME = 255
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it replaces `path`, on any error it is removed."""
     path = Path(path)
+    if not path.name:
+        raise ValueError(f"cannot write {path}: it names no file; choose another path")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,10 +118,18 @@ def json_line(value: Any) -> bytes:
         return json.dumps(value).encode() + b"\n"
 
 
+def read_text(path: str | Path) -> str:
+    """Return the text of a file in UTF-8. Raises OSError where there is none, as for a pipe or a device, which may never end."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file but a folder, a pipe or a device", str(path))
+    return path.read_text(encoding="utf-8")
+
+
 def read_json(path: str | Path) -> Any:
     """Return the value in a JSON file. Raises ValueError, in one line, that names the file."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}; restore it, or write it again") from error
 
@@ -161,6 +172,8 @@ def read_jsonl(path: str | Path) -> list[Any]:
     path = Path(path)
     if not path.exists():
         return []
+    if not path.is_file():
+        raise ValueError(f"{path} is no file but a folder, a pipe or a device; restore the file")
     records = []
     lines = path.read_bytes().split(b"\n")  # splitlines would also split at U+2028 inside a text
     for number, line in enumerate(lines, 1):

@@ -79,7 +79,7 @@ class Log:
 
 def complete_bytes(path: Path) -> int:
     """Return the bytes of the complete lines of a log; 0 without one."""
-    return path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+    return path.read_bytes().rfind(b"\n") + 1 if path.is_file() else 0
 
 
 def check_length(path: Path, position: int) -> None:

@@ -1,6 +1,7 @@
 """Options of post-training: fine-tuning, reinforcement learning, experts, evaluation (paper 3.1 to 3.4, 4)."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -64,7 +65,7 @@ def check_answer(name: str, max_new_tokens: int, longest: int) -> None:
         )
 
 
-DIFFICULTIES = re.compile(r"(\d+)(?:-(\d+))?(?:x(\d+))?")
+DIFFICULTIES = re.compile(r"(\d{1,3})(?:-(\d{1,3}))?(?:x(\d{1,3}))?")
 """One or several difficulties, and how often they are named."""
 
 
@@ -77,13 +78,29 @@ def difficulties_of(name: str, text: str) -> tuple[str, tuple[int, ...]]:
     found: list[int] = []
     for piece in levels.split(","):
         match = DIFFICULTIES.fullmatch(piece)
-        if not environment or match is None:
+        named: list[int] = []
+        if environment and match is not None:
+            first, last, times = match.groups()
+            named = [*range(int(first), int(last or first) + 1)] * int(times or 1)
+        if not named:
             raise ValueError(
                 f"{name} = {shown(text)}: must be ENVIRONMENT:DIFFICULTIES, for example arithmetic:3-6"
             )
-        first, last, times = (int(number) if number else 0 for number in match.groups())
-        found += [*range(first, max(first, last) + 1)] * max(1, times)
+        found += named
     return environment, tuple(found)
+
+
+def difficulties_by_environment(name: str, texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Return the difficulties of several texts by environment. Raises ValueError as `difficulties_of` does, and for two of one."""
+    found: dict[str, tuple[int, ...]] = {}
+    for text in texts:
+        environment, difficulties = difficulties_of(name, text)
+        if environment in found:
+            raise ValueError(
+                f"{name} names {shown(environment)} twice; join them, as in arithmetic:3,5-6"
+            )
+        found[environment] = difficulties
+    return found
 
 
 @dataclass(frozen=True)
@@ -517,11 +534,11 @@ class PostTrainingConfig:
 
     def asked_difficulties(self) -> dict[str, tuple[int, ...]]:
         """Return the difficulties of `asked` by environment. Raises ValueError, in one line, for another form."""
-        return dict(difficulties_of("posttraining.asked", text) for text in self.asked)
+        return difficulties_by_environment("posttraining.asked", self.asked)
 
     def shown_difficulties(self) -> dict[str, tuple[int, ...]]:
         """Return the difficulties of `shown` by environment. Raises ValueError, in one line, for another form."""
-        return dict(difficulties_of("posttraining.shown", text) for text in self.shown)
+        return difficulties_by_environment("posttraining.shown", self.shown)
 
     def experts(self) -> list[tuple[str, ExpertConfig]]:
         """Return (name, ExpertConfig) pairs in training order."""

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from minglm.common.files import atomic_path
+from minglm.common.files import atomic_path, read_text
 
 
 class Ids(Protocol):
@@ -244,7 +244,7 @@ class Tokenizer:
     def load(cls, path: Path | str) -> "Tokenizer":
         """Read a tokenizer.json, ours or a released one. Raises ValueError naming the file and the fault."""
         try:
-            return cls(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls(json.loads(read_text(path)))
         except OSError as error:
             raise ValueError(
                 f"cannot read tokenizer {path}: {error.strerror}; give a tokenizer.json"

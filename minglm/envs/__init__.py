@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence
 
+from minglm.common import mistakes
 from minglm.envs import gym, pages
 from minglm.envs.arithmetic import Arithmetic
 from minglm.envs.base import Environment
@@ -87,7 +88,7 @@ def _made(name: str, ours: list[str]) -> Environment:
     if name.startswith(users.PREFIX):
         return users.UserRepository(name)
     others = f"{RepairLibrary.name}, {users.FORM}, {pages.FORM}, {WORLD}FILE, or {gym.FORM}"
-    raise ValueError(f"{name}: must be some of {', '.join(ours)}, {others}")
+    raise ValueError(f"{mistakes.shown(name)}: must be some of {', '.join(ours)}, {others}")
 
 
 ENVIRONMENTS = Environments(

@@ -65,7 +65,9 @@ def torchrun_script(job: Job) -> str:
     return "\n".join(lines) + "\n"
 
 
-def slurm_script(job: Job, hours: float, partition: str = "", account: str = "") -> str:
+def slurm_script(
+    job: Job, hours: float, partition: str | None = None, account: str | None = None
+) -> str:
     """Return a batch script for sbatch. hours: limit of one job; a run longer than that is queued again."""
     minutes = max(1, round(hours * 60))
     directives = [

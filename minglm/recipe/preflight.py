@@ -16,14 +16,17 @@ The values themselves were checked when the config was loaded, the environments 
 
 import importlib.util
 import os
+import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import torch
 
 from minglm.common.device import pick_device
+from minglm.common.mistakes import shown
 from minglm.config import (
     Kernels,
     RatioLevel,
@@ -38,6 +41,7 @@ from minglm.plan.counts import count_parameters
 from minglm.plan.memory import optimizer_split
 from minglm.recipe.solutions import check_environments, solved_environments
 from minglm.recipe.stages import RLStage, Stage, StageKind, is_done
+from minglm.rl.samples import read_lines
 from minglm.train.checkpoint import CheckpointStore
 
 BUILT_IN_SOURCES = ("prose", "code", "math", "science", "qa", "long", "repository")
@@ -108,7 +112,7 @@ def check_files(run: RunConfig) -> None:
             continue
         if given.startswith("git:"):
             path = given.removeprefix("git:").partition(":")[0]
-        if not Path(path).exists():
+        if not (Path(path).is_file() or Path(path).is_dir()):
             raise ValueError(f"data.files: there is no file or folder {path}")
     for option in ("tokenizer", "web_labels"):
         path = getattr(run.data, option)
@@ -150,6 +154,8 @@ def check_halves(
         raise ValueError(f"--rollout-only: {ranks} ranks; start one process")
     if from_rollouts is not None and not from_rollouts.is_file():
         raise ValueError(f"--from-rollouts {from_rollouts}: there is no such file")
+    if from_rollouts is not None:
+        next(read_lines(from_rollouts))  # the head
 
 
 def check_kernels(run: RunConfig) -> None:
@@ -231,8 +237,10 @@ def check_tracker(run: RunConfig) -> None:
 
 
 def check_outside(run: RunConfig) -> None:
-    """Refuse outside agents where the packages that serve them are missing."""
+    """Refuse outside agents whose command is none, or where the packages that serve them are missing."""
     for name, phase in run.posttraining.reinforcements().items():
+        if phase.outside.command:
+            check_command(f"posttraining.{name}.outside.command", phase.outside.command)
         for package in ("starlette", "uvicorn") if phase.outside.on else ():
             if importlib.util.find_spec(package) is None:
                 raise ValueError(
@@ -240,10 +248,34 @@ def check_outside(run: RunConfig) -> None:
                 )
 
 
+def check_command(name: str, command: str) -> None:
+    """Refuse a command that no shell could take apart, or whose program is not there. name: of the field."""
+    try:
+        program = next(iter(shlex.split(command)), "")
+    except ValueError as error:
+        raise ValueError(f"{name} = {shown(command)}: {error}") from None
+    if shutil.which(program) is None:
+        raise ValueError(
+            f"{name} = {shown(command)}: there is no program {shown(program, quoted=True)}"
+        )
+
+
+def check_address(name: str, url: str) -> None:
+    """Refuse what is no address of an HTTP server. name: of the field."""
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise ValueError(f"{name} = {shown(url)}: must be an address, http://HOST:PORT")
+
+
 def check_rollout_engine(run: RunConfig) -> None:
-    """Refuse what an engine over HTTP cannot do."""
+    """Refuse what is no engine over HTTP, and what such an engine cannot do."""
     if not run.rollout_engine:
         return
+    check_address("rollout_engine", run.rollout_engine)
     if importlib.util.find_spec("httpx") is None:
         raise ValueError("rollout_engine needs the package httpx: pip install 'minglm[serve]'")
     for name, phase in run.posttraining.reinforcements().items():

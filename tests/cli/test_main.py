@@ -170,6 +170,12 @@ MISTAKES = {
     "temperature": (["chat", "{tmp}", "--temperature", "-1"], "--temperature"),
     "nucleus": (["chat", "{tmp}", "--top-p", "0"], "--top-p"),
     "no tokens": (["chat", "{tmp}", "--max-new-tokens", "0"], "--max-new-tokens"),
+    "no name of a figure": (["plan", CONFIG, "--figure", "/"], "cannot write /: it names no file"),
+    "a partition of two lines": (
+        ["launch", CONFIG, "--slurm", "--partition", "a\n#SBATCH"],
+        "one word",
+    ),
+    "an account for a shell": (["launch", CONFIG, "--slurm", "--account", "$(id)"], "one word"),
     "an --out that is a file": (["run", CONFIG, "--out", "{tmp}/file"], "{tmp}/file"),
 }
 
@@ -183,6 +189,70 @@ def test_a_mistake_is_one_line_and_starts_nothing(name, capsys, tmp_path, monkey
     line = output(capsys, *[word.replace("{tmp}", str(tmp_path)) for word in words], status=2)
     assert part.replace("{tmp}", str(tmp_path)) in line
     assert os.listdir(tmp_path) == ["file"]
+
+
+IDLE = [
+    (
+        ["run", CONFIG, "--only", "general", "--until", "general"],
+        "--until changes nothing with --only",
+    ),
+    (["plan", CONFIG, "--beside", CONFIG], "--beside changes nothing without --figure"),
+    (
+        ["launch", CONFIG, "--torchrun", "--stage", "general"],
+        "--stage changes nothing without --dry-run",
+    ),
+    (["launch", CONFIG, "--dry-run", "--script", "x"], "--script changes nothing with --dry-run"),
+    (["launch", CONFIG, "--torchrun", "--hours", "2"], "--hours changes nothing without --slurm"),
+    (["launch", CONFIG, "--slurm", "--image", "x"], "--image changes nothing without --kubernetes"),
+    (["data", CONFIG, "--dry-run", "--verify"], "--verify changes nothing with --dry-run"),
+    (["data", CONFIG, "--json", "--samples", "0"], "--samples changes nothing with --json"),
+    (["eval", ".", "--harness", "--task", "code"], "--task changes nothing with --harness"),
+]
+
+
+@pytest.mark.parametrize(("words", "part"), IDLE)
+def test_an_option_that_changes_nothing_is_refused(words, part, capsys, tmp_path, monkeypatch):
+    """By name, and before anything is read or written."""
+    monkeypatch.chdir(tmp_path)
+    assert part in output(capsys, *words, status=2)
+    assert os.listdir(tmp_path) == []
+
+
+def endless(folder, place):
+    """Return a command that is given a pipe that nobody writes to, in some place."""
+    run = folder / "run"
+    run.mkdir()
+    os.mkfifo(folder / "pipe")
+    os.mkfifo(run / "config.json")
+    os.mkfifo(run / "log.jsonl")
+    environments = ["run", CONFIG, "--dry-run", "--posttraining.reasoning.rl.environments"]
+    return {
+        "config": ["run", folder / "pipe", "--dry-run"],
+        "data": ["run", CONFIG, "--dry-run", "--data.files", folder / "pipe"],
+        "tokenizer": ["run", CONFIG, "--dry-run", "--data.tokenizer", folder / "pipe"],
+        "world": [*environments, f"world:{folder / 'pipe'}"],
+        "endless world": [*environments, "world:/dev/zero"],
+        "issue": [*environments, f"swe:{ROOT}?issue={folder / 'pipe'}"],
+        "released checkpoint": ["import", CONFIG, run, "--out", folder / "new"],
+        "run": ["eval", run],
+        "log": ["figures", run],
+        "page": ["view", run, "--html", folder / "page.html"],
+        "figure": ["figures", folder / "pipe"],
+    }[place]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("config", "data", "tokenizer", "world", "endless world", "issue"),
+        *("released checkpoint", "run", "log", "page", "figure"),
+    ],
+)
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(place, capsys, tmp_path):
+    """Wherever a file is read: one line, where the twin, which opens it, would wait for ever."""
+    line = output(capsys, *endless(tmp_path, place), status=2)
+    assert str(tmp_path) in line or "/dev/zero" in line
+    assert sorted(os.listdir(tmp_path)) == ["pipe", "run"]
 
 
 def test_a_dry_run_starts_nothing(capsys, tmp_path, monkeypatch):
@@ -291,7 +361,8 @@ def test_eval_by_thinking_budget(finished, capsys, tmp_path):
         (["eval", "--problems", "0"], "--problems: '0'"),
         (["eval", "--samples", "-2"], "--samples: '-2'"),
         (["eval", "--thinking-budget", "-1"], "--thinking-budget: '-1'"),
-        (["eval", "--figure", "x.png"], "nothing to draw without --thinking-budget"),
+        (["eval", "--figure", "x.png"], "--figure changes nothing without --thinking-budget"),
+        (["eval", "--figure", "/dev/null/x.png", "--thinking-budget", "1"], "--figure /dev/null"),
         (["chat", "--stage", "sleeping"], "no complete stage sleeping"),
     ],
 )

@@ -60,6 +60,38 @@ MISTAKES = {
     ),
     "kernels": (["--kernels", "triton", "--device", "cpu"], "kernels = 'triton' needs a GPU"),
     "a stage": (["--only", "sleeping"], "--only sleeping: no such stage; the stages are general, "),
+    "a difficulty of 10^9": (
+        ["--posttraining.asked", "arithmetic:1-999999999"],
+        "posttraining.asked = arithmetic:1-999999999: must be ENVIRONMENT:DIFFICULTIES",
+    ),
+    "difficulties downwards": (["--posttraining.asked", "arithmetic:6-3"], "posttraining.asked = "),
+    "difficulties of nothing": (
+        ["--posttraining.shown", "arithmetic:6x0"],
+        "posttraining.shown = ",
+    ),
+    "difficulties twice": (
+        ["--posttraining.asked", "arithmetic:6", "arithmetic:3"],
+        "posttraining.asked names arithmetic twice",
+    ),
+    "an engine": (
+        ["--rollout_engine", "localhost:8000"],
+        "rollout_engine = localhost:8000: must be",
+    ),
+    "an engine's port": (["--rollout_engine", "http://localhost:99999"], "must be an address"),
+    "an engine's host": (["--rollout_engine", "http://"], "must be an address"),
+    "an engine in brackets": (["--rollout_engine", "http://[::1"], "must be an address"),
+    "a command's quotes": (
+        ["--posttraining.agent.rl.outside.command", "'agent"],
+        "posttraining.agent.rl.outside.command = 'agent: No closing quotation",
+    ),
+    "a command's program": (
+        ["--posttraining.agent.rl.outside.command", "no-such-program"],
+        "there is no program 'no-such-program'",
+    ),
+    "a command of blanks": (
+        ["--posttraining.agent.rl.outside.command", " "],
+        "there is no program ''",
+    ),
     "an environment": (
         ["--posttraining.chat.environments", "chess"],
         "posttraining.chat.environments: chess: must be some of arithmetic",

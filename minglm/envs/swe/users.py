@@ -30,6 +30,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from minglm.chat.messages import Message
+from minglm.common.files import read_text
 from minglm.config import Split
 from minglm.envs.base import Environment, Misconfigured, Score, Task, fingerprint, user, verdict
 from minglm.envs.sandbox.command import CommandResult, CommandStatus, run_command
@@ -199,7 +200,7 @@ class UserEpisode(RepositoryEpisode):
 def read_issue(name: str, path: Path) -> str:
     """Return the text of an issue. Raises ValueError if there is none."""
     try:
-        text = path.read_text(encoding="utf-8").strip()
+        text = read_text(path).strip()
     except (OSError, ValueError) as error:
         raise ValueError(f"{name}: the issue {path} cannot be read: {error}") from None
     if not text:

@@ -25,11 +25,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from minglm.chat.messages import Tool
 from minglm.chat.schema import schema_mistake
+from minglm.common.files import read_text
 from minglm.common.mistakes import shown
 
 
@@ -116,9 +116,9 @@ class Specification:
 def read_world(path: str) -> Specification:
     """Return the specification in a file. Raises ValueError, in one line, for what is none."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"world {shown(path)}: cannot be read: {error}") from None
+        values = json.loads(read_text(path))
+    except OSError as error:
+        raise ValueError(f"world {shown(path)}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"world {shown(path)}: is not JSON: {error}") from None
     try:

@@ -29,6 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from minglm.common.files import read_text
 from minglm.config import ModelConfig
 from minglm.kernels.fp8 import WEIGHT_BLOCK, Block
 from minglm.model.hf.config import from_hf
@@ -107,7 +108,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """Parse the config.json of a folder. Raises ValueError, one line, where there is none."""
     path = Path(folder) / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text(path))
     except OSError as error:
         raise ValueError(
             f"cannot read {path}: {error.strerror}; give the folder of a released checkpoint"
@@ -124,7 +125,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     if not index.exists():
         return {}
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(read_text(index))["weight_map"]
     except OSError as error:
         raise ValueError(f"cannot read {index}: {error.strerror}; fetch the file again") from None
     except (ValueError, LookupError, TypeError, RecursionError) as error:
