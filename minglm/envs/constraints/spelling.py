@@ -15,8 +15,8 @@ def _relatives(number):
 
 
 def _starts(answer):
-    """Return the first letter of every word."""
-    return [word[0].lower() for word in answer.words]
+    """Return the first letter of every word, nothing for a piece that is all decoration."""
+    return [word[:1].lower() for word in answer.words]
 
 
 KINDS = (
