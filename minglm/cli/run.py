@@ -76,7 +76,6 @@ def main(args: argparse.Namespace) -> int:
         planned = [stage for stage in left if stage.name in wanted]
         preflight.check_layout(config, planned, world.size)
         preflight.check_exact(config, world.size)
-        preflight.check_unification(config, world.size)
         preflight.check_halves(stages, args.only, args.rollout_only, args.from_rollouts, world.size)
         if world.is_writer:
             dtype = pick_dtype(config.dtype, world.device)

@@ -33,7 +33,6 @@ from minglm.config import (
     RunConfig,
     TokenExchange,
     Tracker,
-    Unification,
 )
 from minglm.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from minglm.kernels.dispatch import has_c_library
@@ -180,14 +179,6 @@ def check_exact(run: RunConfig, ranks: int) -> None:
             raise ValueError(
                 f"posttraining.{name}.exact runs in one process, and there are {ranks}"
             )
-
-
-def check_unification(run: RunConfig, ranks: int) -> None:
-    """Refuse on-policy distillation on several ranks: one process holds the student and all experts."""
-    if run.posttraining.unification == Unification.ON_POLICY and ranks > 1:
-        raise ValueError(
-            f"posttraining.unification = on_policy runs in one process, and there are {ranks}; use rejection"
-        )
 
 
 def check_stage_names(stages: Sequence[Stage], only: str | None, until: str | None) -> None:

@@ -242,6 +242,7 @@ def distill_on_policy(context: RunContext, stage: UnifiedStage, model: GLM) -> T
         config.peak_lr,
         run.optimizer.clip_norm,
         context.tokenizer.pad,
+        context.workers(model),
     )
     state = TrainingState(model, optimizer, distiller.guard)
     checkpoints = context.checkpoints.stage(stage.name)
@@ -250,21 +251,22 @@ def distill_on_policy(context: RunContext, stage: UnifiedStage, model: GLM) -> T
     settings = SamplingSettings(config.max_new_tokens, max_turns=config.max_turns)
     bar = tqdm(initial=state.tokens, total=stage.tokens, desc=stage.name, disable=context.quiet)
     with (
-        stop_between_steps() as stop,
+        stop_between_steps(distiller.workers.agree) as stop,
         closing(context.rollout_generator(model)) as generator,
         bar,
     ):
-        player = Player(generator, context.tokenizer, settings)
+        player = Player(generator, context.tokenizer, settings, context.world.ranks)
         while state.tokens < stage.tokens:
             began = time.perf_counter()
             drawn = schedule.draw(state.step)
             seed = schedule.rollout_seed(state.step)
             groups = rollout(player, context.environments, drawn.tasks, config.samples, seed=seed)
             answers = [trajectory for group in groups for trajectory in group]
-            found = distiller.learn(answers, state.step)
+            with distiller.workers.watched(f"stage {stage.name}, step {state.step + 1}"):
+                found = distiller.learn(answers, state.step)
             state.step += 1
             state.tokens += found.segment_tokens
-            generator.update_weights(model.state_dict(), state.step)
+            generator.update_weights(distiller.workers.weights(), state.step)
             record = OnPolicyRecord(
                 stage=stage.name,
                 step=state.step,
@@ -280,7 +282,7 @@ def distill_on_policy(context: RunContext, stage: UnifiedStage, model: GLM) -> T
             except Stopped:
                 state.save(checkpoints)
                 raise
-            if checkpoints.due():
+            if distiller.workers.agree(checkpoints.due()):  # the clocks of ranks differ
                 state.save(checkpoints, background=True)
     return Trained(state.tokens)
 

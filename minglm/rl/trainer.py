@@ -133,6 +133,20 @@ def reward(trajectory: Trajectory, fault_penalty: float) -> float:
     return shaped_reward(trajectory.score.value, flags, trajectory.switch_obeyed, fault_penalty)
 
 
+def divide(
+    rows: Sequence[Row], workers: Workers, device: torch.device
+) -> tuple[list[list[list[Row]]], int]:
+    """Return the micro-batches of each worker, and how many the busiest has. device: where they are computed."""
+    # Every k-th row for each worker, so that each gets short and long ones.
+    count = min(len(workers), len(rows))
+    most_tokens = MICROBATCH_TOKENS
+    if device.type == "cpu":
+        most_tokens = min(most_tokens, CPU_MICROBATCH_TOKENS)
+    most_tokens *= workers.row_part.ranks
+    shares = [list(microbatches(rows[i::count], most_tokens)) for i in range(count)]
+    return shares, max(len(share) for share in shares)
+
+
 class PolicyTrainer:
     """The policy, its optimizer and its guard: makes updates of rewarded groups.
 
@@ -248,7 +262,7 @@ class PolicyTrainer:
 
     def record_proximal(self, samples: Sequence[Sample]) -> None:
         """Give the segments of an update the log-probabilities under the present policy."""
-        shares, passes = self.shares(self.rows_of(samples))
+        shares, passes = divide(self.rows_of(samples), self.workers, self.model.device)
 
         @torch.no_grad()
         def work(model: GLM, share: Sequence[Sequence[Row]] | None) -> None:
@@ -277,17 +291,6 @@ class PolicyTrainer:
         exact = self.scorer.log_probabilities(texts, self.temperature.value)
         return [row._replace(exact_T=exact_T) for row, exact_T in zip(rows, exact, strict=True)]
 
-    def shares(self, rows: Sequence[Row]) -> tuple[list[list[list[Row]]], int]:
-        """Return the micro-batches of each worker, and how many the busiest has."""
-        # Every k-th row for each worker, so that each gets short and long ones.
-        count = min(len(self.workers), len(rows))
-        most_tokens = MICROBATCH_TOKENS
-        if self.model.device.type == "cpu":
-            most_tokens = min(most_tokens, CPU_MICROBATCH_TOKENS)
-        most_tokens *= self.workers.row_part.ranks
-        shares = [list(microbatches(rows[i::count], most_tokens)) for i in range(count)]
-        return shares, max(len(share) for share in shares)
-
     def update(self, samples: Sequence[Sample], learning_rate: float) -> dict[str, Any]:
         """Take one optimizer step. Return metrics for the log, and under "gap" the `Gap` before the step."""
         loss_config = self.config.loss
@@ -303,7 +306,7 @@ class PolicyTrainer:
             len(rows),
         )
         tokens = int(mask_BS.sum())
-        shares, passes = self.shares(rows)
+        shares, passes = divide(rows, self.workers, self.model.device)
 
         def work(model: GLM, share: Sequence[Sequence[Row]] | None) -> WorkerMetrics:
             share = share or []

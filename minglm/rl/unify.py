@@ -14,7 +14,9 @@ Choices: each rollout serves one update, so the student of the loss is the one t
 The log-probabilities of both are the trainer's, at temperature 1, so that equal weights give no reward but for rounding.
 The loss is the mean over the tokens that the student drew; prompts and results of tools count nothing.
 
-Simplified: the drawn token alone is scored, not the whole vocabulary; one process.
+Workers divide the answers to the prompts of one expert after another, so that ranks meet in the passes of the same one.
+
+Simplified: the drawn token alone is scored, not the whole vocabulary.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,9 +27,10 @@ from torch import Tensor
 
 from minglm.config import Aggregation
 from minglm.model.glm import GLM
-from minglm.rl.batch import Row, Sample, collate, microbatches, rows_of, sampled_log_probabilities
+from minglm.parallel import Replicas, Workers
+from minglm.rl.batch import Row, Sample, collate, rows_of, sampled_log_probabilities
 from minglm.rl.episode import Trajectory
-from minglm.rl.trainer import CPU_MICROBATCH_TOKENS, WARMUP_STEPS
+from minglm.rl.trainer import WARMUP_STEPS, divide
 from minglm.train.guard import Guard, guarded_step
 
 
@@ -63,7 +66,8 @@ class Distiller:
     """The student, its optimizer, and the experts that judge its answers.
 
     experts: by the environment of the prompts that each judges; one expert may judge several. peak_lr: learning rate after
-    five steps of warm-up. clip_norm: bound on the gradient norm. pad: id of the padding token.
+    five steps of warm-up. clip_norm: bound on the gradient norm. pad: id of the padding token. workers: threads or ranks that
+    share the answers of an update; None: the student alone.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Distiller:
         peak_lr: float,
         clip_norm: float,
         pad: int,
+        workers: Workers | None = None,
     ) -> None:
         self.student = student
         self.optimizer = optimizer
@@ -81,6 +86,7 @@ class Distiller:
         self.peak_lr = peak_lr
         self.clip_norm = clip_norm
         self.pad = pad
+        self.workers = workers or Replicas(student)
         self.guard = Guard()
 
     def learn(self, trajectories: Iterable[Trajectory], step: int) -> Distilled:
@@ -99,22 +105,42 @@ class Distiller:
 
         divergence = 0.0
         for name, group in rows.items():
-            for microbatch in microbatches(group, CPU_MICROBATCH_TOKENS):
-                divergence += self._accumulate(self.experts[name], microbatch, tokens)
+            divergence += self._accumulate(self.experts[name], group, tokens)
         rate = self.peak_lr * min(1.0, (step + 1) / WARMUP_STEPS)
         found = guarded_step(self.student, self.optimizer, rate, self.clip_norm, self.guard)
         segment_tokens = sum(len(segment.tokens) for segment in segments)
         return Distilled(divergence / tokens, tokens, segment_tokens, found.grad_norm)
 
     def _accumulate(self, expert: GLM, rows: Sequence[Row], tokens: int) -> float:
-        """Add the gradients of some rows that one expert judges. Return the sum of log student - log expert."""
-        batch = collate([row.segment for row in rows], self.pad).to(self.student.device)
+        """Add the gradients of the rows that one expert judges. Return the sum of log student - log expert over them."""
+        shares, passes = divide(rows, self.workers, self.student.device)
+
+        def work(student: GLM, share: Sequence[Sequence[Row]] | None) -> float:
+            share = share or []
+            found = sum(self._backward(student, expert, microbatch, tokens) for microbatch in share)
+            if self.workers.in_step:
+                # A worker with fewer rows makes the passes that the others wait for, and learns nothing from them.
+                for _ in range(passes - len(share)):
+                    self._backward(student, expert, shares[0][0], tokens, weight=0.0)
+            return found
+
+        found = sum(self.workers.run(work, shares))
+        return float(self.workers.sum(torch.tensor(found, dtype=torch.float64)))
+
+    def _backward(
+        self, student: GLM, expert: GLM, rows: Sequence[Row], tokens: int, weight: float = 1.0
+    ) -> float:
+        """Add the gradients of a micro-batch, times `weight`. Return its sum of log student - log expert."""
+        part = self.workers.row_part
+        batch = collate([row.segment for row in rows], self.pad, part.ranks)
+        batch = batch.cut(part).to(self.student.device)
         with torch.no_grad():
             expert_logprobs_BS = sampled_log_probabilities(expert, batch, 1.0).logprobs_BS
-        logprobs_BS = sampled_log_probabilities(self.student, batch, 1.0).logprobs_BS
+        logprobs_BS = sampled_log_probabilities(student, batch, 1.0).logprobs_BS
         mask_BS = batch.predicted_BS
-        distillation_loss(logprobs_BS, expert_logprobs_BS, mask_BS, tokens).backward()
-        return float((logprobs_BS.detach() - expert_logprobs_BS)[mask_BS].sum())
+        loss = distillation_loss(logprobs_BS, expert_logprobs_BS, mask_BS, tokens)
+        (weight * loss).backward()
+        return weight * float((logprobs_BS.detach() - expert_logprobs_BS)[mask_BS].sum())
 
 
 @torch.no_grad()

@@ -17,18 +17,21 @@ from minglm.config import (
     RLConfig,
 )
 from minglm.envs import ENVIRONMENTS
+from minglm.envs.base import Task
 from minglm.inference import Engine
 from minglm.inference.client import EngineGenerator
 from minglm.optim.muon import Muon
-from minglm.parallel import parallelize
+from minglm.parallel import Replicas, parallelize
 from minglm.parallel.mesh import build_meshes
 from minglm.parallel.sequence import RowPart
 from minglm.parallel.shard import shard
+from minglm.parallel.workers import gathered
 from minglm.parallel.world import World
 from minglm.rl.batch import Sample
-from minglm.rl.episode import Player, SamplingSettings, Segment
+from minglm.rl.episode import Player, SamplingSettings, Segment, Trajectory
 from minglm.rl.rollout import rollout
 from minglm.rl.trainer import PolicyTrainer
+from minglm.rl.unify import Distiller, average_into
 from minglm.testing.model import tiny_model
 from minglm.testing.strategies import numbers
 
@@ -125,6 +128,66 @@ def test_a_cut_in_the_wrong_place_is_found():
     case = (Layout(1, 1, 2, 1, 2), RLConfig(max_new_tokens=12), 3)
     for metrics, weights in run_ranks(updates, 2, [case], RowPart(0, 2))[0]:
         assert metrics > 1e-3 and weights > 1e-4
+
+
+def distilled(cases):
+    """Return, for each layout and number of answers, how far on-policy distillation is from that of two threads."""
+    world = World(CPU)
+    found = []
+    for number, (layout, count) in enumerate(cases):
+        meshes = build_meshes(layout, "cpu")
+        sides = []
+        for sharded in (True, False):
+            student, *experts = (tiny_model(number + k) for k in range(3))
+            workers = Replicas(student, 2)
+            if sharded:
+                for model in (student, *experts):
+                    shard(model, meshes, ParallelConfig())
+                workers = parallelize(student, world=world, meshes=meshes)
+            options = OptimizerConfig()
+            judges = {"even": experts[0], "odd": experts[1]}
+            optimizer = Muon(student, options)
+            distiller = Distiller(student, optimizer, judges, 0.01, options.clip_norm, 0, workers)
+            answers = []
+            for n, sample in enumerate(drawn_samples(count)):
+                task = Task(str(n), ["even", "odd"][n % 2], (), (), None, 1)
+                answers.append(Trajectory(task, True, segments=list(sample.segments)))
+            metrics = distiller.learn(answers, 4)
+            sides.append((metrics, workers.weights()))
+        (ours, weights), (theirs, wanted) = sides
+        metrics = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(ours, theirs, strict=True))
+        moved = max(float((weights[k] - value).abs().max()) for k, value in wanted.items())
+        found.append((metrics, moved))
+    return found
+
+
+def test_distillation_on_ranks_is_that_of_two_threads():
+    """One answer to the prompts of one expert for four ranks, and more than ranks; ranks that share rows."""
+    cases = [(WHOLE_ROWS, 2), (WHOLE_ROWS, 11), (SHARED_ROWS[0], 3)]
+    for found in run_ranks(distilled, 4, cases):
+        for case, (metrics, weights) in zip(cases, found, strict=True):
+            # As above: float32, and Newton-Schulz magnifies the rounding.
+            assert metrics < 1e-4 and weights < 2e-5, (case, metrics, weights)
+
+
+def averaged():
+    """Return how far the mean of three sharded models is from that of whole ones."""
+    meshes = build_meshes(WHOLE_ROWS, "cpu")
+    means = []
+    for sharded in (True, False):
+        models = [tiny_model(number) for number in range(4)]
+        if sharded:
+            for model in models:
+                shard(model, meshes, ParallelConfig())
+        average_into(models[0], models[1:])
+        means.append(models[0].state_dict())
+    ours, wanted = means
+    return max(float((gathered(ours[k]) - value).abs().max()) for k, value in wanted.items())
+
+
+def test_the_mean_of_sharded_experts():
+    """It is that of whole ones, whichever rank holds a weight, to float32's rounding."""
+    assert all(far < 1e-6 for far in run_ranks(averaged, 4))
 
 
 def answers(ranks):

@@ -3,7 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import pytest
 import torch
 
 from minglm.common.log import Log
@@ -12,7 +11,6 @@ from minglm.data.tokenizer import Tokenizer
 from minglm.model.glm import GLM
 from minglm.parallel.world import World
 from minglm.recipe.context import RunContext
-from minglm.recipe.preflight import check_unification
 from minglm.recipe.stages import plan_stages
 from minglm.recipe.training import unify
 from minglm.report.records import OnPolicyRecord, read_records, select
@@ -65,13 +63,3 @@ def test_on_policy_distillation_ends_with_its_tokens(tmp_path):
     assert seen == sorted(seen) and seen[-1] == tokens and seen[-2] < TOKENS <= seen[-1]
     base = context.load_model(stage.base).state_dict()
     assert any(not torch.equal(x, base[name]) for name, x in model.state_dict().items())
-
-
-def test_several_ranks_are_refused():
-    """On-policy distillation has one process, and says so in one line; the other ways do not care."""
-    config = str(ROOT / "configs" / "nano.py")
-    run = load_config(config, ["--posttraining.unification", "on_policy"])
-    check_unification(run, 1)
-    check_unification(load_config(config, []), 2)
-    with pytest.raises(ValueError, match=r"unification = on_policy .* there are 2; use rejection"):
-        check_unification(run, 2)
