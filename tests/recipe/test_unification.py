@@ -11,7 +11,7 @@ from minglm.data.tokenizer import Tokenizer
 from minglm.model.glm import GLM
 from minglm.parallel.world import World
 from minglm.recipe.context import RunContext
-from minglm.recipe.stages import plan_stages
+from minglm.recipe.stages import UnifiedStage, plan_stages
 from minglm.recipe.training import unify
 from minglm.report.records import OnPolicyRecord, read_records, select
 from minglm.train.checkpoint import CheckpointStore
@@ -31,7 +31,7 @@ class WithDrawnModels(RunContext):
 def unified(folder, way):
     """Unify the experts of configs/nano.py in one way. Return the model, the tokens of the stage, and the context."""
     run = load_config(str(ROOT / "configs" / "nano.py"), ["--posttraining.unification", way])
-    stage = next(stage for stage in plan_stages(run) if stage.name == "unified")
+    stage = next(stage for stage in plan_stages(run) if isinstance(stage, UnifiedStage))
     tokenizer = Tokenizer.train([Path(__file__).read_text()], run.model.vocab_size)
     device = torch.device("cpu")
     log = Log(folder / "log.jsonl")
