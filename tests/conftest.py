@@ -113,3 +113,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="module", params=["auto", "torch"])
+def both_forms(request):
+    """Run a module's tests twice: with the forms of this machine, and with those of PyTorch."""
+    from minglm.kernels import dispatch
+
+    dispatch.use(request.param)
+    yield
+    dispatch.use("auto")

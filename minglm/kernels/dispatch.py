@@ -47,6 +47,10 @@ class Operation(StrEnum):
     """The kernel of the forward pass inside the Triton form of attention."""
     PAGED_ATTENTION = "paged attention"
     """Attention over the engine's cache."""
+    LINEAR = "linear"
+    """A linear map: every projection of the model."""
+    SWIGLU = "swiglu"
+    """The unit of an MLP, silu(gate) * up."""
     NORM = "norm"
     """RMSNorm after the addition to the residual stream."""
     QK_NORM_ROPE = "qk norm and rope"
@@ -338,6 +342,7 @@ FORMS: dict[Operation, tuple[Form, ...]] = {
             "minglm.kernels.attention.triton_layer:flash_attention_triton",
             (head_dim_in_tiles, triton),
         ),
+        Form("c", "minglm.kernels.cpu.attention:attention_c", (gradients, c_library)),
         Form("chunked", "minglm.kernels.attention.chunked:chunked_attention"),
     ),
     Operation.ATTENTION_FORWARD: (
@@ -353,13 +358,27 @@ FORMS: dict[Operation, tuple[Form, ...]] = {
         Form("triton", "minglm.kernels.attention.paged:in_place", (head_dim_in_tiles, triton)),
         Form("gathered", "minglm.kernels.attention.paged:gathered"),
     ),
+    Operation.LINEAR: (
+        Form("c", "minglm.kernels.cpu.linear:linear_c", (gradients, matrix_in_cache, c_library)),
+        Form("eager", "minglm.kernels.linear.eager:linear"),
+    ),
+    Operation.SWIGLU: (
+        Form("c", "minglm.kernels.cpu.linear:swiglu_c", (gradients, c_library)),
+        Form("eager", "minglm.kernels.swiglu.eager:swiglu"),
+    ),
     Operation.NORM: (
         Form("triton", "minglm.kernels.norm.triton_kernel:add_norm_triton", (triton,)),
+        Form("c", "minglm.kernels.cpu.norm:add_norm_c", (gradients, c_library)),
         Form("fused", "minglm.kernels.norm.fused:add_norm_fused", (cpu, gradients)),
         Form("eager", "minglm.kernels.norm.eager:norm"),
     ),
     Operation.QK_NORM_ROPE: (
         Form("triton", "minglm.kernels.qk_norm_rope.triton_kernel:qk_norm_rope_triton", (triton,)),
+        Form(
+            "c",
+            "minglm.kernels.cpu.norm:qk_norm_rope_c",
+            (gradients, model_has_qk_norm, c_library),
+        ),
         Form(
             "fused",
             "minglm.kernels.qk_norm_rope.fused:qk_norm_rope_fused",
@@ -371,6 +390,7 @@ FORMS: dict[Operation, tuple[Form, ...]] = {
         Form(
             "triton", "minglm.kernels.router.triton_kernel:route_triton", (one_expert_group, triton)
         ),
+        Form("c", "minglm.kernels.cpu.router:route_c", (gradients, one_expert_group, c_library)),
         Form("eager", "minglm.kernels.router.eager:route"),
     ),
     Operation.SORT_BY_EXPERT: (
@@ -384,6 +404,7 @@ FORMS: dict[Operation, tuple[Form, ...]] = {
             "minglm.kernels.experts.no_gradient:experts_without_gradient",
             (cpu, no_gradients),
         ),
+        Form("c", "minglm.kernels.cpu.experts:experts_c", (gradients, matrix_in_cache, c_library)),
         Form("grouped", "minglm.kernels.experts.grouped:experts_grouped"),
     ),
     Operation.GROUPED_PRODUCT: (
@@ -396,6 +417,7 @@ FORMS: dict[Operation, tuple[Form, ...]] = {
     ),
     Operation.CROSS_ENTROPY: (
         Form("triton", "minglm.kernels.cross_entropy.chunked:cross_entropy_gpu", (triton,)),
+        Form("c", "minglm.kernels.cpu.head:cross_entropy_c", (gradients, c_library)),
         Form("chunked", "minglm.kernels.cross_entropy.chunked:cross_entropy_chunked"),
     ),
     Operation.LOG_PROBABILITIES: (
@@ -404,6 +426,7 @@ FORMS: dict[Operation, tuple[Form, ...]] = {
             "minglm.kernels.cross_entropy.triton_kernel:log_probabilities_triton",
             (some_rows, triton),
         ),
+        Form("c", "minglm.kernels.cpu.head:log_probabilities_c", (gradients, c_library)),
         Form("eager", "minglm.kernels.cross_entropy.eager:log_probabilities"),
     ),
     Operation.NEWTON_SCHULZ: (
@@ -461,6 +484,8 @@ FORMS: dict[Operation, tuple[Form, ...]] = {
 REFERENCES: dict[Operation, str] = {
     Operation.ATTENTION: "minglm.kernels.attention.eager:attention",
     Operation.PAGED_ATTENTION: "minglm.kernels.attention.eager:attend_slots",
+    Operation.LINEAR: "minglm.kernels.linear.eager:linear",
+    Operation.SWIGLU: "minglm.kernels.swiglu.eager:swiglu",
     Operation.NORM: "minglm.kernels.norm.eager:norm",
     Operation.QK_NORM_ROPE: "minglm.kernels.qk_norm_rope.eager:qk_norm_rope",
     Operation.ROUTER: "minglm.kernels.router.eager:route",

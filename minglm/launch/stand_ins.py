@@ -15,6 +15,9 @@ from torch import Tensor
 
 from minglm.kernels.cross_entropy.chunked import GPU_CHUNK_BYTES
 from minglm.kernels.dispatch import Operation
+from minglm.kernels.linear.eager import linear
+from minglm.kernels.router.eager import route
+from minglm.kernels.swiglu.eager import swiglu
 
 
 class _Saved(torch.autograd.Function):
@@ -128,10 +131,13 @@ def newton_schulz(updates: Tensor, *arguments: Any, **options: Any) -> Tensor:
 
 STAND_INS: dict[Operation, Callable[..., Any]] = {
     Operation.ATTENTION: attention,
+    Operation.LINEAR: linear,
+    Operation.SWIGLU: swiglu,
+    Operation.ROUTER: route,
     Operation.EXPERTS: experts,
     Operation.CROSS_ENTROPY: cross_entropy,
     Operation.NORM: norm,
     Operation.QK_NORM_ROPE: qk_norm_rope,
     Operation.NEWTON_SCHULZ: newton_schulz,
 }
-"""The function that stands in for each operation of a training step; the router computes on a CPU as on a GPU."""
+"""The function that stands in for each operation of a training step; router, projections and MLPs are PyTorch's."""

@@ -9,10 +9,11 @@ float32 or with bfloat16 matrix products by casting one tensor: the output of th
 from typing import overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minglm.kernels.linear import linear
 from minglm.kernels.norm import add_norm
+from minglm.kernels.swiglu import swiglu
 
 
 class Linear(nn.Module):
@@ -26,7 +27,7 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out), in x's dtype."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return linear(x, self.weight.to(x.dtype), bias)
 
 
 class RMSNorm(nn.Module):
@@ -58,4 +59,4 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))

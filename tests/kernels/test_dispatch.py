@@ -84,10 +84,12 @@ def test_every_call_has_a_form(operation, dtype, generates):
     assert form_for(operation, call) in FORMS[operation]
 
 
-def test_the_first_form_whose_conditions_hold_is_chosen():
-    """On a CPU: fused forms while training, the reference without gradients."""
+def test_the_first_form_whose_conditions_hold_is_chosen(monkeypatch):
+    """On a CPU: C while training, fused forms without a compiler, the reference without gradients."""
     generating = CPU._replace(records_gradients=False)
-    assert form_for(Operation.NORM, CPU).name == "fused"
+    for c, name in ((True, "c"), (False, "fused")):
+        monkeypatch.setattr(dispatch, "has_c_library", lambda c=c: c)
+        assert form_for(Operation.NORM, CPU).name == name
     assert form_for(Operation.NORM, generating).name == "eager"
     assert form_for(Operation.QK_NORM_ROPE, CPU._replace(qk_norm=False)).name == "eager"
     assert form_for(Operation.EXPERTS, generating).name == "no gradient"
@@ -131,7 +133,7 @@ def test_the_verb_prints_every_operation(monkeypatch, capsys):
     assert (
         "gluon              needs a GPU of compute capability 9.0; this machine has none" in printed
     )
-    assert "fused              runs (training, float32; training, bfloat16)" in printed
+    assert "runs (training, bfloat16)" in printed
 
 
 @pytest.mark.ci

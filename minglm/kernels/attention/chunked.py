@@ -36,6 +36,14 @@ class Chunk(NamedTuple):
     first_key: int
 
 
+def document_starts(documents_BS: torch.Tensor) -> torch.Tensor:
+    """Return the first position of each position's document, int64 (B, S); the ids are as in `chunked_attention`."""
+    S = documents_BS.shape[1]
+    changed = documents_BS[:, 1:] != documents_BS[:, :-1]
+    index = torch.arange(1, S, device=documents_BS.device) * changed
+    return F.pad(index, (1, 0)).cummax(1).values
+
+
 def _chunks(
     B: int, M: int, S: int, documents_BS: torch.Tensor | None, itemsize: int
 ) -> list[Chunk]:
@@ -48,10 +56,7 @@ def _chunks(
     starts = range(0, S, length)
     first_keys = [0] * len(starts)
     if documents_BS is not None:
-        changed = documents_BS[:, 1:] != documents_BS[:, :-1]
-        index = torch.arange(1, S, device=documents_BS.device) * changed
-        document_start_BS = F.pad(index, (1, 0)).cummax(1).values
-        oldest = document_start_BS.min(0).values[list(starts)]
+        oldest = document_starts(documents_BS).min(0).values[list(starts)]
         first_keys = (oldest // KEY_TILE * KEY_TILE).tolist()
     return [
         Chunk(slice(start, min(start + length, S)), first_key)

@@ -32,8 +32,24 @@ SIGNATURES = {
     "sample": "pppppqppp" + "ll",
     "log_probabilities": "ppppp" + "ll",
     "newton_schulz": "pppp" + "llll",
+    "product": "pll" + "pll" + "pp" + "lll",
+    "swiglu_forward": "ppp" + "l",
+    "swiglu_backward": "ppppp" + "l",
+    "sort_pairs": "ppp" + "ll",
+    "experts_forward": "ppppppppp" + "llll",
+    "experts_backward": "pppppppp" + "pppppp" + "llll",
+    "norm_forward": "pppppp" + "ll" + "f",
+    "norm_backward": "ppppppp" + "ll",
+    "rotate_forward": "pppppp" + "lllll" + "f",
+    "rotate_backward": "pppppp" + "pp" + "lllll",
+    "attention_forward": "pppppp" + "lllll",
+    "attention_backward": "ppppp" + "pppp" + "lllll",
+    "head_forward": "pppppp" + "lll" + "f",
+    "head_backward": "pppp" + "ppp" + "lll" + "f",
+    "route_forward": "ppppp" + "llll" + "f",
+    "route_backward": "ppppp" + "llll" + "f",
 }
-"""Arguments of each function in order: p a pointer, l a long, q an int64."""
+"""Arguments of each function in order: p a pointer, l a long, q an int64, f a float."""
 
 
 def cache_folder() -> Path:
@@ -136,7 +152,7 @@ def library() -> ctypes.CDLL | None:
             file=sys.stderr,
         )
         return None
-    types = {"p": ctypes.c_void_p, "l": ctypes.c_long, "q": ctypes.c_int64}
+    types = {"p": ctypes.c_void_p, "l": ctypes.c_long, "q": ctypes.c_int64, "f": ctypes.c_float}
     for name, signature in SIGNATURES.items():
         function = getattr(loaded, name)
         function.argtypes = [types[letter] for letter in signature]

@@ -8,7 +8,7 @@
    The order in which a number of a token is computed depends only on that token and the text before it: not on the other
    tokens of the pass, nor on the number of threads. So an answer has the same bits in any batch. */
 
-#include "lanes.h"
+#include "router.h"
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -218,19 +218,6 @@ static void attend(const Pass *p, const float *store, const float *q, const int6
         }
 }
 
-/* Select the K largest of sigmoid(logits) + bias, ties to the lower index, with their weights; logits: E in whole vectors */
-static void select_experts(const Pass *p, const float *bias, float *logits, int64_t *experts, float *weights) {
-    float biased[p->E], total = 1e-20f;
-    for (long e = 0; e < p->E; e += LANES) *(lanes *)(logits + e) = 1 / (1 + exponential(-*(lanes *)(logits + e)));
-    for (long e = 0; e < p->E; e++) biased[e] = logits[e] + bias[e];
-    for (long k = 0; k < p->K; k++) {
-        long best = 0;
-        for (long e = 1; e < p->E; e++) best = biased[e] > biased[best] ? e : best;
-        experts[k] = best, weights[k] = logits[best], total += logits[best], biased[best] = -1e30f;
-    }
-    for (long k = 0; k < p->K; k++) weights[k] *= p->normalize ? p->scale / total : p->scale;
-}
-
 /* x += experts(normed), each expert on the tokens that chose it; then x += dense(normed), the shared expert. chosen: where
    to write the K experts of the first token, L * K numbers before those of the next; null: nowhere */
 static void feed_forward(const Pass *p, const Layer *l, const float *normed, float *x, int64_t *chosen, long T,
@@ -245,7 +232,8 @@ static void feed_forward(const Pass *p, const Layer *l, const float *normed, flo
         memset(logits, 0, T * E * sizeof *logits);
         scratch = (float *)(order + T * K);
         product_rows(normed, logits, l->router, T, E, D);
-        for (long t = 0; t < T; t++) select_experts(p, l->router_bias, logits + t * E, experts + t * K, weights + t * K);
+        for (long t = 0; t < T; t++)
+            select_experts(l->router_bias, logits + t * E, experts + t * K, weights + t * K, p->E, K, p->normalize, p->scale);
         for (long t = 0; t < T && chosen; t++) memcpy(chosen + t * p->L * K, experts + t * K, K * sizeof *chosen);
         for (long j = 0; j < T * K; j++) ends[experts[j] + 1]++;
         for (long e = 0; e < p->E; e++) ends[e + 1] += ends[e];

@@ -32,6 +32,18 @@ INLINE lanes either(ints condition, lanes yes, lanes no) { return (lanes)((condi
 
 INLINE lanes larger(lanes a, lanes b) { return either(a > b, a, b); }
 
+INLINE lanes some(const float *x, long n) { /* the next n numbers, where n is less than LANES, and zeros */
+    lanes y = {0};
+    if (n >= LANES) return *(const lanes *)x;
+    memcpy(&y, x, n * sizeof *x);
+    return y;
+}
+
+INLINE void put(lanes y, float *x, long n) {
+    if (n >= LANES) *(lanes *)x = y;
+    else memcpy(x, &y, n * sizeof *x);
+}
+
 INLINE float sum_of(lanes x) {
     for (int d = LANES / 2; d; d /= 2)
         for (int i = 0; i < d; i++) x[i] += x[i + d];

@@ -28,5 +28,6 @@ def grouped_experts(
     gate_EFD = gate_EFD.to(x_TD.dtype)
     up_EFD = up_EFD.to(x_TD.dtype)
     down_EDF = down_EDF.to(x_TD.dtype)
-    compute = select(Operation.EXPERTS, x_TD, empty=len(x_TD) == 0)
+    size = gate_EFD[0].numel()
+    compute = select(Operation.EXPERTS, x_TD, empty=len(x_TD) == 0, matrix_size=size)
     return compute(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF)

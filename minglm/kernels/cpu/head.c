@@ -1,0 +1,87 @@
+/* Output head with the log-probability of each target and the entropy of each distribution, and their backward pass.
+
+   logp = l_target - log sum_v e^l_v,  l = cool * h W';   dl_v = dlogp ([v = target] - e^(l_v - log sum))
+
+   The twin of minglm/kernels/cross_entropy/eager.py; minglm/kernels/cpu/head.py calls it. The vocabulary is walked in blocks of
+   WORDS, and the tokens in blocks of TOKENS within each: a block of logits stays in a core's cache, no logits are kept, and
+   the backward pass computes them again. All arrays are contiguous. */
+
+#include "product.h"
+#include <stdlib.h>
+
+enum { WORDS = 240, TOKENS = 64 };
+
+/* The logits of n tokens for `words` words, cooled, in rows of WORDS; beyond the last word -1e30 */
+static void logits_of(const float *hidden, Columns head, float cool, float *logits, long n, long words, long D) {
+    multiply(hidden, D, 1, head, logits, WORDS, n, words, D, 0);
+    for (long t = 0; t < n; t++, logits += WORDS) {
+        for (long v = 0; v < words; v++) logits[v] *= cool;
+        for (long v = words; v < WORDS; v++) logits[v] = -1e30f;
+    }
+}
+
+/* sums (T,): the logarithm of the sum of each token's softmax, which is kept */
+void head_forward(const float *hidden, const float *head, const int64_t *targets, float *logprobs, float *entropies, float *sums,
+                  long T, long D, long V, float cool) {
+    float *logits = room(TOKENS * WORDS + WORDS * D + 2 * T), *packed = logits + TOKENS * WORDS;
+    float *largest = packed + WORDS * D, *moment = largest + T; /* of each token: sums, and moments, of e^(l - largest) */
+    for (long t = 0; t < T; t++) largest[t] = -1e30f, sums[t] = moment[t] = 0;
+    for (long first = 0; first < V; first += WORDS) {
+        long words = V - first < WORDS ? V - first : WORDS;
+        Columns block = columns_of(head + first * D, 1, D, D, words, packed);
+        for (long at = 0, n; at < T; at += n) {
+            n = T - at < TOKENS ? T - at : TOKENS;
+            logits_of(hidden + at * D, block, cool, logits, n, words, D);
+            for (long t = at; t < at + n; t++) {
+                const float *l = logits + (t - at) * WORDS;
+                lanes most = all(largest[t]), sum = {0}, weighted = {0};
+                for (long v = 0; v < WORDS; v += LANES) most = larger(most, *(const lanes *)(l + v));
+                float now = largest_of(most), moved = largest[t] - now;
+                for (long v = 0; v < words; v += LANES) {
+                    lanes x = *(const lanes *)(l + v) - now, e = exponential(x);
+                    sum += e;
+                    weighted += e * x;
+                }
+                float kept = expf(moved);
+                moment[t] = kept > 0 ? kept * (moment[t] + moved * sums[t]) : 0;
+                moment[t] += sum_of(weighted);
+                sums[t] = kept * sums[t] + sum_of(sum);
+                largest[t] = now;
+                if (targets[t] >= first && targets[t] < first + words) logprobs[t] = l[targets[t] - first];
+            }
+        }
+    }
+    for (long t = 0; t < T; t++) {
+        float log_sum = logf(sums[t]);
+        logprobs[t] -= largest[t] + log_sum;
+        entropies[t] = log_sum - moment[t] / sums[t];
+        sums[t] = largest[t] + log_sum;
+    }
+    free(logits);
+}
+
+/* The gradients of hidden and head, which hold zeros, from dlogprobs (T,) */
+void head_backward(const float *hidden, const float *head, const int64_t *targets, const float *sums, const float *dlogprobs,
+                   float *dhidden, float *dhead, long T, long D, long V, float cool) {
+    float *logits = room(TOKENS * WORDS + 2 * WORDS * whole(D) + TOKENS * whole(D)), *packed = logits + TOKENS * WORDS;
+    float *rows = packed + WORDS * whole(D), *token_rows = rows + WORDS * whole(D);
+    for (long first = 0; first < V; first += WORDS) {
+        long words = V - first < WORDS ? V - first : WORDS;
+        Columns block = columns_of(head + first * D, 1, D, D, words, packed);
+        Columns block_rows = columns_of(head + first * D, D, 1, words, D, rows);
+        for (long at = 0, n; at < T; at += n) {
+            n = T - at < TOKENS ? T - at : TOKENS;
+            logits_of(hidden + at * D, block, cool, logits, n, words, D);
+            for (long t = at; t < at + n; t++) {
+                float *l = logits + (t - at) * WORDS, grad = cool * dlogprobs[t];
+                for (long v = 0; v < WORDS; v += LANES)
+                    *(lanes *)(l + v) = -grad * exponential(*(lanes *)(l + v) - sums[t]);
+                if (targets[t] >= first && targets[t] < first + words) l[targets[t] - first] += grad;
+            }
+            Columns tokens = columns_of(hidden + at * D, D, 1, n, D, token_rows);
+            multiply(logits, WORDS, 1, block_rows, dhidden + at * D, D, n, D, words, 1);
+            multiply(logits, 1, WORDS, tokens, dhead + first * D, D, words, D, n, 1);
+        }
+    }
+    free(logits);
+}

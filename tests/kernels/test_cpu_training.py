@@ -1,0 +1,252 @@
+"""The C forms of a training step equal the plain forms for every shape, gradients too, and are chosen where they can be."""
+
+import importlib
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minglm.kernels import dispatch
+from minglm.kernels.cpu import build
+from minglm.kernels.cpu.linear import product_c
+from minglm.kernels.dispatch import FORMS, REFERENCES, Operation
+from minglm.model.rope import angles
+from minglm.testing.model import normal
+from minglm.testing.strategies import numbers, seeds
+
+pytestmark = pytest.mark.skipif(build.library() is None, reason="no C compiler here")
+
+FLOAT32 = 2e-5
+"""Share of the largest number: sums of up to 300 float32 products, each off by 6e-8, and a cancellation or two."""
+
+widths = st.integers(1, 70)  # beside whole vectors of 8 and 16, and three of them
+
+
+def c_form(operation):
+    """Return the C form of an operation."""
+    (form,) = [form for form in FORMS[operation] if form.name == "c"]
+    return form.load()
+
+
+def reference(operation):
+    """Return the plain form of an operation."""
+    module, function = REFERENCES[operation].split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def results(function, inputs, others, dtype):
+    """Return what a function returns, and the gradients of its inputs for random gradients of what it returns."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    out = function(*leaves, *others)
+    out = out if isinstance(out, tuple) else (out,)
+    differentiable = [x for x in out if x.requires_grad]
+    upstreams = [normal(i, *x.shape).to(x.dtype) for i, x in enumerate(differentiable)]
+    return [*out, *torch.autograd.grad(differentiable, leaves, upstreams)]
+
+
+def error(form, plain, inputs, *others, dtype=torch.float64):
+    """Return the largest difference of results and gradients, as a share of the largest number of each."""
+    found = results(form, inputs, others, torch.float32)
+    expected = results(plain, inputs, others, dtype)
+    errors = [0.0]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == theirs.shape
+        if ours.numel():
+            difference = (ours.double() - theirs.double()).abs().max()
+            errors.append(float(difference / theirs.double().abs().max().clamp(min=1e-3)))
+    return max(errors)
+
+
+@given(seed=seeds, rows=st.integers(0, 70), inputs=widths, outputs=widths, bias=st.booleans())
+def test_linear(seed, rows, inputs, outputs, bias):
+    """Every number of rows, inputs and outputs; with and without a bias."""
+    leaves = [normal(seed, 2, rows, inputs), normal(seed + 1, outputs, inputs)]
+    leaves += [normal(seed + 2, outputs)] if bias else []
+    assert error(c_form(Operation.LINEAR), reference(Operation.LINEAR), leaves) < FLOAT32
+
+
+@given(seed=seeds, sizes=st.tuples(widths, widths, widths), turned=st.tuples(*[st.booleans()] * 2))
+def test_a_product_of_any_strides(seed, sizes, turned):
+    """Either factor may be transposed, or a part of a wider one."""
+    M, K, N = sizes
+    a_MK = normal(seed, K, M + 1).T[:M] if turned[0] else normal(seed, M, K + 1)[:, :K]
+    b_KN = normal(seed + 1, N, K + 1).T[:K] if turned[1] else normal(seed + 1, K, N + 1)[:, :N]
+    exact = (a_MK.double() @ b_KN.double()).float()
+    torch.testing.assert_close(product_c(a_MK, b_KN), exact, atol=1e-4, rtol=1e-5)
+
+
+@given(seed=seeds, shape=st.tuples(st.integers(0, 5), widths))
+def test_swiglu(seed, shape):
+    """Any number of values."""
+    leaves = [normal(seed, *shape, scale=3), normal(seed + 1, *shape)]
+    assert error(c_form(Operation.SWIGLU), reference(Operation.SWIGLU), leaves) < FLOAT32
+
+
+@given(seed=seeds, rows=st.integers(0, 9), width=widths, added=st.booleans())
+def test_norm(seed, rows, width, added):
+    """With and without a change, the stream's later gradient included."""
+    leaves = [normal(seed + i, 2, rows, width) for i in range(1 + added)]
+
+    def form(f):
+        return lambda weight, x, *change: f(x, weight, 1e-2, *change)
+
+    forms = [form(f(Operation.NORM)) for f in (c_form, reference)]
+    assert error(*forms, [normal(seed + 2, width), *leaves]) < FLOAT32
+
+
+@given(
+    seed=seeds,
+    rows=st.integers(1, 3),
+    length=st.integers(1, 9),
+    heads=st.tuples(st.integers(1, 5), st.integers(1, 3)),
+    half=st.integers(1, 12),
+    rest=st.integers(0, 20),
+    moved=st.booleans(),
+)
+def test_qk_norm_and_rotation(seed, rows, length, heads, half, rest, moved):
+    """Any part of the head rotates; positions are those of every row, or each row has its own."""
+    A = 2 * half + rest
+    positions_BS = torch.arange(length).expand(rows if moved else 1, -1)
+    positions_BS = positions_BS + 7 * torch.arange(len(positions_BS))[:, None]
+    leaves = [normal(seed + i, rows, length, n, A) for i, n in enumerate(heads)]
+    leaves += [normal(seed + 2, A), normal(seed + 3, A)]
+    forms = [f(Operation.QK_NORM_ROPE) for f in (c_form, reference)]
+    assert error(*forms, leaves, *angles(positions_BS, 2 * half, 1e4), 1e-2) < FLOAT32
+
+
+@given(
+    seed=seeds,
+    tokens=st.integers(0, 20),
+    experts=st.integers(1, 40),
+    chosen=st.integers(1, 8),
+    normalize=st.booleans(),
+    used=st.sampled_from([(0,), (1,), (0, 1)]),
+)
+def test_router(seed, tokens, experts, chosen, normalize, used):
+    """The same experts, ties to the lower index; gradients through the weights, the scores, or both."""
+    logits_TE = normal(seed, tokens, experts).mul(2).round() / 2
+    bias_E = normal(seed + 1, experts).round() / 4
+    K = min(chosen, experts)
+
+    def form(f):
+        def differentiable(x_TE, bias_E):
+            experts_TK, *floats = f(x_TE, bias_E.to(x_TE.dtype), K, normalize, 2.5)
+            return experts_TK, *[floats[i] for i in used]
+
+        return differentiable
+
+    forms = [form(f(Operation.ROUTER)) for f in (c_form, reference)]
+    assert error(*forms, [logits_TE], bias_E) < FLOAT32
+
+
+@given(
+    seed=seeds,
+    tokens=st.integers(0, 150),
+    experts=st.integers(1, 7),
+    chosen=st.integers(1, 4),
+    width=widths,
+    inner=widths,
+)
+def test_experts(seed, tokens, experts, chosen, width, inner):
+    """Experts with no tokens, and with more than a block of them."""
+    K = min(chosen, experts)
+    scores_TE = torch.rand(tokens, experts, generator=numbers(seed)) ** 2
+    experts_TK = scores_TE.topk(K).indices
+    leaves = [
+        normal(seed, tokens, width),
+        scores_TE[:, :K],
+        normal(seed + 1, experts, inner, width),
+    ]
+    leaves += [normal(seed + 2, experts, inner, width), normal(seed + 3, experts, width, inner)]
+
+    def form(f):
+        return lambda x, weights, *matrices: f(x, experts_TK, weights.float(), *matrices)
+
+    forms = [form(f(Operation.EXPERTS)) for f in (c_form, reference)]
+    assert error(*forms, leaves, dtype=torch.float32) < 5 * FLOAT32  # the reference is float32 too
+
+
+@given(
+    seed=seeds,
+    rows=st.integers(1, 3),
+    length=st.integers(1, 100),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 5),
+    width=st.integers(1, 40),
+    documents=st.integers(0, 5),
+)
+def test_attention(seed, rows, length, kv_heads, group, width, documents):
+    """Any heads and lengths; documents that begin anywhere, padding among them."""
+    shapes = [(kv_heads * group, width), (kv_heads, width), (kv_heads, width)]
+    leaves = [normal(seed + i, rows, length, *shape) for i, shape in enumerate(shapes)]
+    ids_BS = None
+    if documents:
+        begins = torch.rand(rows, length, generator=numbers(seed)) < documents / length
+        ids_BS = begins.int().cumsum(1, dtype=torch.int32) - 1
+    forms = [f(Operation.ATTENTION) for f in (c_form, reference)]
+    assert error(*forms, leaves, ids_BS) < FLOAT32
+
+
+@given(
+    seed=seeds,
+    tokens=st.integers(0, 150),
+    width=st.integers(1, 40),
+    words=st.integers(1, 600),
+    scale=st.sampled_from([0.1, 1.0, 5.0]),
+    temperature=st.floats(0.3, 3),
+)
+def test_head(seed, tokens, width, words, scale, temperature):
+    """More tokens than a block and more words than one; logits of all sizes."""
+    leaves = [normal(seed, tokens, width, scale=scale), normal(seed + 1, words, width)]
+    targets_T = torch.randint(0, words, (tokens,), generator=numbers(seed))
+    forms = [f(Operation.LOG_PROBABILITIES) for f in (c_form, reference)]
+    # An entropy near zero is the difference of two numbers as large as the logits.
+    assert error(*forms, leaves, targets_T, temperature) < 20 * FLOAT32
+
+
+def test_a_wrong_gradient_is_found():
+    """Broken: a norm that forgets the stream's later gradient, and experts whose weights get none."""
+    x_TD, weight_D = normal(0, 5, 8), normal(1, 8)
+
+    def forgets(x, weight):
+        out, r = c_form(Operation.NORM)(x, weight, 1e-5, x)
+        return out, r.detach() + 0 * r
+
+    def form(x, weight):
+        return c_form(Operation.NORM)(x, weight, 1e-5, x)
+
+    assert error(form, form, [x_TD, weight_D], dtype=torch.float32) == 0
+    assert error(forgets, form, [x_TD, weight_D], dtype=torch.float32) > 0.1
+
+
+TRAINING = (
+    Operation.ATTENTION,
+    Operation.LINEAR,
+    Operation.SWIGLU,
+    Operation.NORM,
+    Operation.QK_NORM_ROPE,
+    Operation.ROUTER,
+    Operation.EXPERTS,
+    Operation.CROSS_ENTROPY,
+    Operation.LOG_PROBABILITIES,
+)
+
+
+@pytest.mark.parametrize("operation", TRAINING)
+def test_where_training_is_in_c(operation):
+    """Float32 with gradients on a CPU; not in other dtypes, without gradients, or where PyTorch was asked for."""
+
+    def name(dtype=torch.float32):
+        x = torch.zeros(1, dtype=dtype)
+        return dispatch.selected_name(operation, x, matrix_size=16)
+
+    assert name() == "c"
+    assert "c" not in (name(torch.float64), name(torch.bfloat16))
+    with torch.no_grad():
+        assert name() != "c"
+    dispatch.use("torch")
+    try:
+        assert name() != "c"
+    finally:
+        dispatch.use("auto")
