@@ -13,24 +13,24 @@ from minglm.kernels.cpu.build import address, loaded_library
 
 
 def product_c(
-    a_MK: torch.Tensor, b_KN: torch.Tensor, bias_N: torch.Tensor | None = None
+    a_TK: torch.Tensor, b_KF: torch.Tensor, bias_F: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return a b, plus the bias for each row: float32 (M, N) of float32 (M, K) and (K, N) with any strides."""
-    M, K = a_MK.shape
-    N = b_KN.shape[1]
-    out_MN = a_MK.new_empty(M, N)
+    """Return a b, plus the bias for each row: float32 (T, F) of float32 (T, K) and (K, F) with any strides."""
+    T, K = a_TK.shape
+    F = b_KF.shape[1]
+    out_TF = a_TK.new_empty(T, F)
     loaded_library().product(
-        a_MK.data_ptr(),
-        *a_MK.stride(),
-        b_KN.data_ptr(),
-        *b_KN.stride(),
-        address(bias_N),
-        address(out_MN),
-        M,
-        N,
+        a_TK.data_ptr(),
+        *a_TK.stride(),
+        b_KF.data_ptr(),
+        *b_KF.stride(),
+        address(bias_F),
+        address(out_TF),
+        T,
+        F,
         K,
     )
-    return out_MN
+    return out_TF
 
 
 class _Linear(torch.autograd.Function):
@@ -38,21 +38,21 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None
+        ctx: Any, x_TD: torch.Tensor, weight_FD: torch.Tensor, bias_F: torch.Tensor | None
     ) -> torch.Tensor:
-        ctx.save_for_backward(x_TI, weight_OI)
-        return product_c(x_TI, weight_OI.T, bias_O)
+        ctx.save_for_backward(x_TD, weight_FD)
+        return product_c(x_TD, weight_FD.T, bias_F)
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  torch declares *grads
-        ctx: Any, grad_TO: torch.Tensor
+        ctx: Any, grad_TF: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        x_TI, weight_OI = ctx.saved_tensors
+        x_TD, weight_FD = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
         return (
-            product_c(grad_TO, weight_OI) if for_x else None,
-            product_c(grad_TO.T, x_TI) if for_weight else None,
-            grad_TO.sum(0) if for_bias else None,
+            product_c(grad_TF, weight_FD) if for_x else None,
+            product_c(grad_TF.T, x_TD) if for_weight else None,
+            grad_TF.sum(0) if for_bias else None,
         )
 
 
@@ -90,11 +90,11 @@ _swiglu: Any = torch.compiler.disable(_SwiGLU.apply)
 
 
 def linear_c(
-    x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None
+    x: torch.Tensor, weight_FD: torch.Tensor, bias_F: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Compute `linear` of `linear/eager.py`: x (..., I) to (..., O), all float32."""
-    rows_TI = x.reshape(-1, x.shape[-1])
-    return _linear(rows_TI, weight_OI, bias_O).view(*x.shape[:-1], len(weight_OI))
+    """Compute `linear` of `linear/eager.py`: x (..., D) to (..., F), all float32."""
+    rows_TD = x.reshape(-1, x.shape[-1])
+    return _linear(rows_TD, weight_FD, bias_F).view(*x.shape[:-1], len(weight_FD))
 
 
 def swiglu_c(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

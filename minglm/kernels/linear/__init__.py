@@ -10,8 +10,8 @@ from minglm.kernels.dispatch import Operation, select
 
 
 def linear(
-    x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None
+    x: torch.Tensor, weight_FD: torch.Tensor, bias_F: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return x W' + b: x (..., I), weight (O, I) and bias (O,) of one dtype to (..., O). Differentiable in all three."""
-    compute = select(Operation.LINEAR, x, matrix_size=weight_OI.numel())
-    return compute(x, weight_OI, bias_O)
+    """Return x W' + b: x (..., D), weight (F, D) and bias (F,) of one dtype to (..., F). Differentiable in all three."""
+    compute = select(Operation.LINEAR, x, matrix_size=weight_FD.numel())
+    return compute(x, weight_FD, bias_F)

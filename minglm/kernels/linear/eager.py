@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 
 def linear(
-    x: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None
+    x: torch.Tensor, weight_FD: torch.Tensor, bias_F: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Map x (..., I) to (..., O) by weight (O, I) and bias (O,)."""
-    return F.linear(x, weight_OI, bias_O)
+    """Map x (..., D) to (..., F) by weight (F, D) and bias (F,)."""
+    return F.linear(x, weight_FD, bias_F)
