@@ -146,14 +146,14 @@ def test_killed_between_checkpoints_equals_straight(straight, tmp_path, after):
 
 
 def train_on(folder):
-    """Train up to 60 steps from the last checkpoint in the folder, saving one after each step."""
+    """Train up to 100 steps from the last checkpoint in the folder, saving one after each step."""
     torch.set_num_threads(1)
-    Run(Path(folder), seconds=0, steps=60).go()
+    Run(Path(folder), seconds=0, steps=100).go()
 
 
 def test_twenty_kills_equal_straight(tmp_path):
     """Killed twenty times at random moments, also while saving: weights and log equal those of one straight run."""
-    whole = Run(tmp_path / "whole", steps=60).go()
+    whole = Run(tmp_path / "whole", steps=100).go()
     processes = multiprocessing.get_context("forkserver")
     draw = random.Random(0)
     processes.set_forkserver_preload(["torch", "minglm.train.loop", "test_checkpoint"])
@@ -168,7 +168,7 @@ def test_twenty_kills_equal_straight(tmp_path):
         if process.exitcode == 0:
             break
     assert kills >= 10, "the machine is too fast for this test: give it more steps"
-    assert_equal_states(Run(tmp_path / "killed", seconds=0, steps=60).go(), whole)
+    assert_equal_states(Run(tmp_path / "killed", seconds=0, steps=100).go(), whole)
     assert steps_logged(tmp_path / "killed") == steps_logged(tmp_path / "whole")
 
 

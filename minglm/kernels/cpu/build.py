@@ -174,9 +174,16 @@ def lanes() -> int:
     return ctypes.c_long.in_dll(loaded_library(), "vector_lanes").value
 
 
-def address(tensor: torch.Tensor | None) -> int | None:
-    """Return where a tensor's numbers begin, None for None. C would misread another layout or dtype without a word."""
+def address(tensor: torch.Tensor | None, strided: bool = False) -> int | None:
+    """Return where a tensor's numbers begin, None for None. C would misread another layout or dtype without a word.
+
+    strided: the caller passes the strides too.
+    """
     if tensor is None:
         return None
-    assert tensor.dtype in (torch.float32, torch.int64) and tensor.is_contiguous()
-    return tensor.data_ptr()
+    # The result of a collective may still be on its way.
+    wait = getattr(tensor, "trigger_wait", None)
+    here: torch.Tensor = tensor if wait is None else wait()
+    assert here.dtype in (torch.float32, torch.int64) and (strided or here.is_contiguous())
+    assert here.data_ptr() or not here.numel(), "the numbers are not in this process"
+    return here.data_ptr()

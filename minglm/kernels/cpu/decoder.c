@@ -157,9 +157,13 @@ static void score(const Pass *p, const float *store, const float *const *q, cons
         lanes sum[2][4] = {{{0}}};
         for (int j = 0; j < 2; j++)
             key[j] = store + table[here[j] / W] * p->M * A * (size + W) + size * A + here[j] % W;
-        for (long a = 0; a < A; a++)
-            for (int j = 0; j < 2; j++)
-                for (int i = 0; i < 4; i++) sum[j][i] += q[i][a] * *(const lanes *)(key[j] + a * W);
+        for (long a = 0; a < A; a++) {
+            lanes column[2] = {*(const lanes *)(key[0] + a * W), *(const lanes *)(key[1] + a * W)};
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++)
+#pragma GCC unroll 2
+                for (int j = 0; j < 2; j++) sum[j][i] += q[i][a] * column[j];
+        }
         for (int j = 0; j < 2; j++) {
             ints inside = lane() + (int)(here[j] % W), slot = inside + (int)(here[j] / W * size);
             ints seen = (inside < (int)size) & (slot <= (int)position) & (slot >= (int)p->first);
@@ -183,9 +187,13 @@ static void add_values(const Pass *p, const float *store, const int64_t *table, 
         for (long b = 0; b <= position / size; b++) {
             const float *value = store + table[b] * p->M * A * (size + W) + v, *s = scores + b * W;
             long slots = position + 1 - b * size < size ? position + 1 - b * size : size;
-            for (long c = 0; c < slots; c++, value += A)
-                for (int j = 0; j < 2; j++)
-                    for (int i = 0; i < 4; i++) sum[j][i] += s[i * C + c] * *(const lanes *)(value + j * other);
+            for (long c = 0; c < slots; c++, value += A) {
+                lanes part[2] = {*(const lanes *)value, *(const lanes *)(value + other)};
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++)
+#pragma GCC unroll 2
+                    for (int j = 0; j < 2; j++) sum[j][i] += s[i * C + c] * part[j];
+            }
         }
         for (int i = 0; i < 4 && out[i]; i++)
             for (long j = 0, n; j < 2 && (n = A - v - j * LANES) > 0; j++) {

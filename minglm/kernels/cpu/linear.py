@@ -20,9 +20,9 @@ def product_c(
     F = b_KF.shape[1]
     out_TF = a_TK.new_empty(T, F)
     loaded_library().product(
-        a_TK.data_ptr(),
+        address(a_TK, strided=True),
         *a_TK.stride(),
-        b_KF.data_ptr(),
+        address(b_KF, strided=True),
         *b_KF.stride(),
         address(bias_F),
         address(out_TF),
