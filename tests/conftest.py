@@ -48,7 +48,7 @@ def pytest_xdist_auto_num_workers(config):
     if any(".py" in Path(word).name for word in config.args):
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(cores, 4 if Path("/dev/nvidiactl").exists() else 8)
+    return min(cores or 1, 4 if Path("/dev/nvidiactl").exists() else 8)
 
 
 # Tests of these files share nothing and take long.
@@ -115,9 +115,23 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-@pytest.fixture(scope="module", params=["auto", "torch"])
-def both_forms(request):
-    """Run a module's tests twice: with the forms of this machine, and with those of PyTorch."""
+BOTH_FORMS = (
+    "tests/kernels/test_kernels.py",
+    "tests/model/test_attention.py",
+    "tests/model/test_moe.py",
+)
+
+
+def pytest_generate_tests(metafunc):
+    """Run the tests of some files twice: with the forms of this machine, and with those of PyTorch."""
+    if any(metafunc.definition.nodeid.startswith(file) for file in BOTH_FORMS):
+        metafunc.fixturenames.insert(0, "forms")
+        metafunc.parametrize("forms", ["auto", "torch"], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def forms(request):
+    """Choose the forms of operations for the tests of a file."""
     from minglm.kernels import dispatch
 
     dispatch.use(request.param)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.kernels.attention import chunked as chunked_attention
+from minglm.kernels.attention import flash_attention
 from minglm.kernels.cross_entropy import chunked as chunked_loss
 from minglm.kernels.cross_entropy import linear_cross_entropy, token_log_probabilities
 from minglm.kernels.cross_entropy.eager import cross_entropy, log_probabilities
@@ -24,8 +25,6 @@ from minglm.lesson import peak_bytes
 from minglm.model.rope import angles
 from minglm.testing.model import normal
 from minglm.testing.strategies import numbers, seeds
-
-pytestmark = pytest.mark.usefixtures("both_forms")
 
 # Tokens, width, vocabulary.
 sizes = st.tuples(st.integers(1, 20), st.integers(1, 6), st.integers(1, 9))
@@ -315,7 +314,7 @@ def test_attention_that_keeps_its_weights_is_the_same(seed, length, packed):
         def form(*inputs, keep=keep):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(chunked_attention, "SAVE_SCORES_BYTES", keep)
-                return [chunked_attention.chunked_attention(*inputs, documents_BS)]
+                return [flash_attention(*inputs, documents_BS)]
 
         forms.append(form)
     assert identical(*forms, [q, k, v], [normal(seed + 3, 2, length, 4, 6)])

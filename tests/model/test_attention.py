@@ -16,8 +16,6 @@ from minglm.model.rope import angles
 from minglm.testing.model import check_attention, normal, torch_attention
 from minglm.testing.strategies import numbers, seeds
 
-pytestmark = pytest.mark.usefixtures("both_forms")
-
 SMALL = dataclasses.replace(
     ModelConfig(),
     hidden_size=16,

@@ -21,8 +21,6 @@ from minglm.testing.model import (
 )
 from minglm.testing.strategies import numbers, seeds
 
-pytestmark = pytest.mark.usefixtures("both_forms")
-
 SMALL = dataclasses.replace(
     ModelConfig(), hidden_size=6, moe_intermediate_size=5, n_routed_experts=4, num_experts_per_tok=2
 )

@@ -46,8 +46,7 @@ SIGNATURES = {
     "attention_backward": "ppppp" + "pppp" + "lllll",
     "head_forward": "pppppp" + "lll" + "f",
     "head_backward": "pppp" + "ppp" + "lll" + "f",
-    "route_forward": "ppppp" + "llll" + "f",
-    "route_backward": "ppppp" + "llll" + "f",
+    "choose": "ppp" + "lll",
 }
 """Arguments of each function in order: p a pointer, l a long, q an int64, f a float."""
 

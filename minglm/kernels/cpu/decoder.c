@@ -226,6 +226,15 @@ static void attend(const Pass *p, const float *store, const float *q, const int6
         }
 }
 
+/* Replace the logits of a token by their sigmoids, and select its experts with their weights; logits: E in whole vectors */
+static void route(const Pass *p, const float *bias, float *logits, int64_t *experts, float *weights) {
+    float total = 1e-20f;
+    for (long e = 0; e < p->E; e += LANES) *(lanes *)(logits + e) = 1 / (1 + exponential(-*(lanes *)(logits + e)));
+    select_experts(logits, bias, experts, p->E, p->K);
+    for (long k = 0; k < p->K; k++) weights[k] = logits[experts[k]], total += weights[k];
+    for (long k = 0; k < p->K; k++) weights[k] *= p->normalize ? p->scale / total : p->scale;
+}
+
 /* x += experts(normed), each expert on the tokens that chose it; then x += dense(normed), the shared expert. chosen: where
    to write the K experts of the first token, L * K numbers before those of the next; null: nowhere */
 static void feed_forward(const Pass *p, const Layer *l, const float *normed, float *x, int64_t *chosen, long T,
@@ -240,8 +249,7 @@ static void feed_forward(const Pass *p, const Layer *l, const float *normed, flo
         memset(logits, 0, T * E * sizeof *logits);
         scratch = (float *)(order + T * K);
         product_rows(normed, logits, l->router, T, E, D);
-        for (long t = 0; t < T; t++)
-            select_experts(l->router_bias, logits + t * E, experts + t * K, weights + t * K, p->E, K, p->normalize, p->scale);
+        for (long t = 0; t < T; t++) route(p, l->router_bias, logits + t * E, experts + t * K, weights + t * K);
         for (long t = 0; t < T && chosen; t++) memcpy(chosen + t * p->L * K, experts + t * K, K * sizeof *chosen);
         for (long j = 0; j < T * K; j++) ends[experts[j] + 1]++;
         for (long e = 0; e < p->E; e++) ends[e + 1] += ends[e];
