@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> None:
         print(path)
 
 
-def compare(folders: Iterable[str], picture: str) -> Path:
+def compare(folders: Iterable[str | Path], picture: str | Path) -> Path:
     """Draw the scores of run folders over parameters and seconds. Raises ValueError, in one line, as `draw_score_map`."""
     from minglm.plan.counts import count_parameters
     from minglm.recipe.folder import check_log, stored_run
@@ -55,8 +55,9 @@ def compare(folders: Iterable[str], picture: str) -> Path:
 def default_paths() -> list[Path]:
     """Return everything under figures/ that can be redrawn, and the toy config for the picture of its stages."""
     figures = Path("figures")
-    seed_folders = sorted({log.parent for log in figures.glob("*/seed*.jsonl")})
-    return [*sorted(figures.glob("*_*.json")), *seed_folders, ROOT / "configs" / "toy.py"]
+    folders = {log.parent for log in figures.glob("*/seed*.jsonl")}
+    folders |= {log.parent.parent for log in figures.glob("*/*/log.jsonl")}
+    return [*sorted(figures.glob("*_*.json")), *sorted(folders), ROOT / "configs" / "toy.py"]
 
 
 def redraw(paths: Iterable[str | Path]) -> list[Path]:
@@ -65,7 +66,7 @@ def redraw(paths: Iterable[str | Path]) -> list[Path]:
     A run folder: its figures, from its log. A lesson's log `NN_name.json`: with `draw(log)` of this checkout's
     `lessons/NN_name.py`. A benchmark's record `bench_NAME.json`. A config `configs/NAME.py`: the picture of its stages,
     `figures/stages.png`. A folder of logs `seedN.jsonl`, runs of one config: what the seeds show side by side
-    (`minglm.report.seeds`).
+    (`minglm.report.seeds`). A folder of run folders: their scores, to `scores.png` in it.
     """
     drawn: list[Path] = []
     for path in map(Path, paths):
@@ -86,6 +87,9 @@ def _redraw(path: Path) -> list[Path]:
     lesson = ROOT / "lessons" / f"{path.stem}.py"
     if any(path.glob("seed*.jsonl")):
         return seeds.redraw(path)
+    runs = sorted(log.parent for log in path.glob("*/log.jsonl"))
+    if runs:
+        return [compare(runs, path / "scores.png")]
     if path.is_dir():
         check_log(path)  # figures of all records are not replaced by those of fewer
         return [path / "figures" / f"{name}.png" for name in draw_all(path)]

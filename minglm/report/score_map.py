@@ -4,10 +4,12 @@
     right    a line a run: the same after each stage that scored all the tasks, over the seconds of training until then
 
 The paper draws the score on SWE-bench Verified over parameters, to say that its model is small for what it scores. The
-mean here is over the tasks that every run scored with thinking, so all points are of the same tasks; which ones they are
+mean here is over the tasks that every run scored with thinking both in its first and in its last stage with scores, so
+all points are of the same tasks, and tasks that only the finished model is asked are left out; which ones they are
 stands under the figure. Seconds are those of training, on the machine of each run, without evaluations.
 
 Simplification: the seconds of all stages add up, those of the other experts too, because the unified model needs them.
+Those of the controls do not: nothing starts from them.
 """
 
 from collections.abc import Sequence
@@ -17,7 +19,7 @@ from typing import NamedTuple
 
 from minglm.common.log import Record
 from minglm.report import drawing
-from minglm.report.records import EvaluationRecord, StageEndRecord, select
+from minglm.report.records import EvaluationRecord, StageEndRecord
 
 
 class ScoredRun(NamedTuple):
@@ -29,6 +31,51 @@ class ScoredRun(NamedTuple):
     records: Sequence[Record]
 
 
+class ScoredStage(NamedTuple):
+    """What a stage scored with thinking."""
+
+    stage: str
+    seconds: float
+    """Of training, from the beginning of the run."""
+    scores: dict[str, float]
+    """avg@k of each task."""
+
+
+def scored_stages(records: Sequence[Record]) -> list[ScoredStage]:
+    """Return the stages that scored a task, in order, without the controls."""
+    found = []
+    seconds = 0.0
+    scores: dict[str, float] = {}
+    for record in records:
+        if isinstance(record, EvaluationRecord) and record.thinking:
+            scores[record.env] = record.avg
+        if isinstance(record, StageEndRecord):
+            if not record.stage.endswith(".control"):
+                seconds += record.seconds
+                if scores:
+                    found.append(ScoredStage(record.stage, seconds, scores))
+            scores = {}
+    return found
+
+
+def shared_tasks(runs: Sequence[ScoredRun]) -> list[str]:
+    """Return the tasks that every run scored in its first and in its last stage with scores.
+
+    Raises ValueError, in one line, if there is none.
+    """
+    tasks = []
+    for run in runs:
+        stages = scored_stages(run.records)
+        if not stages:
+            raise ValueError(f"{run.name} has no scores yet; they come with the stage long_agent")
+        tasks.append(set(stages[0].scores) & set(stages[-1].scores))
+    shared = set.intersection(*tasks)
+    if not shared:
+        names = ", ".join(run.name for run in runs)
+        raise ValueError(f"no task was scored by all of {names}, first and last")
+    return sorted(shared)
+
+
 class Point(NamedTuple):
     """The mean score after a stage."""
 
@@ -37,44 +84,19 @@ class Point(NamedTuple):
     score: float
 
 
-def shared_tasks(runs: Sequence[ScoredRun]) -> list[str]:
-    """Return the tasks that every run scored with thinking. Raises ValueError, in one line, if there is none."""
-    scored = [
-        {record.env for record in select(run.records, EvaluationRecord, thinking=True)}
-        for run in runs
-    ]
-    for run, tasks in zip(runs, scored, strict=True):
-        if not tasks:
-            raise ValueError(f"{run.name} has no scores yet; they come with the stage long_agent")
-    shared = set.intersection(*scored)
-    if not shared:
-        raise ValueError(f"no task was scored by all of {', '.join(run.name for run in runs)}")
-    return sorted(shared)
-
-
 def points(records: Sequence[Record], tasks: Sequence[str]) -> list[Point]:
     """Return the mean score over these tasks after each stage that scored all of them."""
-    found = []
-    seconds = 0.0
-    scores: dict[str, float] = {}
-    for record in records:
-        if isinstance(record, EvaluationRecord) and record.thinking:
-            scores[record.env] = record.avg
-        if isinstance(record, StageEndRecord):
-            seconds += record.seconds
-            if scores.keys() >= set(tasks):
-                found.append(Point(record.stage, seconds, fmean(scores[task] for task in tasks)))
-            scores = {}
-    return found
+    return [
+        Point(found.stage, found.seconds, fmean(found.scores[task] for task in tasks))
+        for found in scored_stages(records)
+        if found.scores.keys() >= set(tasks)
+    ]
 
 
 def draw_score_map(runs: Sequence[ScoredRun], path: str | Path) -> Path:
     """Write the figure and return its path. Raises ValueError for runs without scores to compare."""
     tasks = shared_tasks(runs)
     lines = [points(run.records, tasks) for run in runs]
-    for run, line in zip(runs, lines, strict=True):
-        if not line:
-            raise ValueError(f"{run.name}: no stage scored all of {', '.join(tasks)}")
     figure, axes = drawing.canvas(1, 2, size=(9, 3.6), sharey=True)
     left, right = axes[0]
     shades = ("reasoning.rl", "agent.rl", "chat.rl", "unified", "general_rl", "general")

@@ -1,10 +1,14 @@
 """Scores over parameters and seconds: the same tasks for all runs, after the stages that scored all of them."""
 
+import shutil
+
 import pytest
+from helpers.command import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minglm.report.records import EvaluationRecord, StageEndRecord
+from minglm.cli.figures import redraw
+from minglm.report.records import EvaluationRecord, StageEndRecord, read_records
 from minglm.report.score_map import ScoredRun, draw_score_map, points, shared_tasks
 
 
@@ -23,10 +27,11 @@ def scored(stage, **scores):
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
 def test_a_stage_counts_if_it_scored_all_tasks(scores):
-    """Seconds of all stages add up, evaluations apart; scores without thinking, and parts of the tasks, are left out."""
+    """Seconds of all stages add up, evaluations and controls apart; parts of the tasks are left out."""
     records = []
     for score in scores:
-        records += scored("expert", a=1.0) + scored("unified", a=score, b=0.0, c=1.0)
+        records += scored("expert", a=1.0) + scored("expert.control", a=1.0, b=1.0)
+        records += scored("unified", a=score, b=0.0, c=1.0)
     found = points(records, ["a", "b"])
     assert [point.seconds for point in found] == [20.0 * (i + 1) for i in range(len(scores))]
     assert [point.score for point in found] == [score / 2 for score in scores]
@@ -43,6 +48,23 @@ def test_runs_are_compared_on_what_all_of_them_scored(tmp_path):
         shared_tasks([one, ScoredRun("three", 1, scored("s", c=0.2))])
     with pytest.raises(ValueError, match="four has no scores yet"):
         shared_tasks([one, ScoredRun("four", 1, [])])
-    apart = ScoredRun("five", 1, scored("s", a=0.1) + scored("t", b=0.1))
-    with pytest.raises(ValueError, match="five: no stage scored all of a, b"):
-        draw_score_map([one, apart], tmp_path / "none.png")
+
+
+def test_tasks_that_only_the_finished_model_is_asked_are_left_out():
+    """Each run keeps a point at its beginning and at its end; one task in common is not enough for that."""
+    base, finished = scored("base", a=0.1, b=0.1), scored("finished", b=0.5, c=0.0)
+    grown = ScoredRun("grown", 1, base + scored("expert", a=1.0) + finished)
+    assert shared_tasks([grown]) == ["b"]
+    assert [point.stage for point in points(grown.records, ["b"])] == ["base", "finished"]
+    with pytest.raises(ValueError, match="no task was scored by all of apart"):
+        shared_tasks([ScoredRun("apart", 1, scored("base", a=0.1) + scored("finished", b=0.1))])
+
+
+def test_the_committed_scores_are_redrawn_from_their_logs(tmp_path):
+    """`python -m minglm figures FOLDER` draws every run in a folder, and `figures/scores` is such a folder."""
+    folder = shutil.copytree(ROOT / "figures" / "scores", tmp_path / "scores")
+    picture = folder / "scores.png"
+    picture.unlink()
+    assert redraw([folder]) == [picture]
+    for log in folder.glob("*/log.jsonl"):
+        assert points(read_records(log), ["arithmetic", "code", "instructions", "retail"])
