@@ -137,11 +137,15 @@ class Schedule(NamedTuple):
     """Blocks to copy before the pass."""
 
 
+MAX_BATCH = 256
+"""Sequences that run at once, unless asked for otherwise."""
+
+
 class Scheduler:
     """The sequences that wait, those whose text is being computed (`prefills`), and those that are `running`."""
 
     def __init__(
-        self, blocks: BlockManager, max_batch: int = 256, prefill_tokens: int = 2048
+        self, blocks: BlockManager, max_batch: int = MAX_BATCH, prefill_tokens: int = 2048
     ) -> None:
         self.blocks = blocks
         self.max_batch = max_batch

@@ -11,13 +11,18 @@
 
 enum { WORDS = 240, TOKENS = 64 };
 
-/* The logits of n tokens for `words` words, cooled, in rows of WORDS; beyond the last word -1e30 */
-static void logits_of(const float *hidden, Columns head, float cool, float *logits, long n, long words, long D) {
+/* Pack a block of the head's rows, times a factor, as the right factor of the logits */
+static Columns cooled(const float *head, long words, long D, float cool, float *packed) {
+    Columns block = columns_of(head, 1, D, D, words, packed);
+    for (long i = 0; i < whole(words) * D; i++) packed[i] = block.at[i] * cool; /* of width one it is as it was */
+    return (Columns){packed, LANES, D * LANES};
+}
+
+/* The logits of n tokens for `words` words, in rows of WORDS; beyond the last word -1e30 */
+static void logits_of(const float *hidden, Columns head, float *logits, long n, long words, long D) {
     multiply(hidden, D, 1, head, logits, WORDS, n, words, D, 0);
-    for (long t = 0; t < n; t++, logits += WORDS) {
-        for (long v = 0; v < words; v++) logits[v] *= cool;
-        for (long v = words; v < WORDS; v++) logits[v] = -1e30f;
-    }
+    for (long t = 0; t < n && words < WORDS; t++)
+        for (long v = words; v < WORDS; v++) logits[t * WORDS + v] = -1e30f;
 }
 
 /* sums (T,): the logarithm of the sum of each token's softmax, which is kept */
@@ -28,10 +33,10 @@ void head_forward(const float *hidden, const float *head, const int64_t *targets
     for (long t = 0; t < T; t++) largest[t] = -1e30f, sums[t] = moment[t] = 0;
     for (long first = 0; first < V; first += WORDS) {
         long words = V - first < WORDS ? V - first : WORDS;
-        Columns block = columns_of(head + first * D, 1, D, D, words, packed);
+        Columns block = cooled(head + first * D, words, D, cool, packed);
         for (long at = 0, n; at < T; at += n) {
             n = T - at < TOKENS ? T - at : TOKENS;
-            logits_of(hidden + at * D, block, cool, logits, n, words, D);
+            logits_of(hidden + at * D, block, logits, n, words, D);
             for (long t = at; t < at + n; t++) {
                 const float *l = logits + (t - at) * WORDS;
                 lanes most = all(largest[t]), sum = {0}, weighted = {0};
@@ -67,11 +72,11 @@ void head_backward(const float *hidden, const float *head, const int64_t *target
     float *rows = packed + WORDS * whole(D), *token_rows = rows + WORDS * whole(D);
     for (long first = 0; first < V; first += WORDS) {
         long words = V - first < WORDS ? V - first : WORDS;
-        Columns block = columns_of(head + first * D, 1, D, D, words, packed);
+        Columns block = cooled(head + first * D, words, D, cool, packed);
         Columns block_rows = columns_of(head + first * D, D, 1, words, D, rows);
         for (long at = 0, n; at < T; at += n) {
             n = T - at < TOKENS ? T - at : TOKENS;
-            logits_of(hidden + at * D, block, cool, logits, n, words, D);
+            logits_of(hidden + at * D, block, logits, n, words, D);
             for (long t = at; t < at + n; t++) {
                 float *l = logits + (t - at) * WORDS, grad = cool * dlogprobs[t];
                 for (long v = 0; v < WORDS; v += LANES)

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #ifdef __AVX512F__
+#include <immintrin.h>
 enum { LANES = 16, ROWS = 8 }; /* rows of a tile of a product: with three vectors for each they fill the registers */
 #else
 enum { LANES = 8, ROWS = 4 };
@@ -30,7 +31,13 @@ INLINE ints lane(void) { /* 0, 1, 2, ... */
 
 INLINE lanes either(ints condition, lanes yes, lanes no) { return (lanes)((condition & (ints)yes) | (~condition & (ints)no)); }
 
-INLINE lanes larger(lanes a, lanes b) { return either(a > b, a, b); }
+INLINE lanes larger(lanes a, lanes b) {
+#ifdef __AVX512F__
+    return (lanes)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return either(a > b, a, b);
+#endif
+}
 
 INLINE lanes some(const float *x, long n) { /* the next n numbers, where n is less than LANES, and zeros */
     lanes y = {0};
@@ -44,15 +51,25 @@ INLINE void put(lanes y, float *x, long n) {
     else memcpy(x, &y, n * sizeof *x);
 }
 
+INLINE lanes apart(lanes x, int d) { /* x[i ^ d] */
+#ifdef __clang__
+    lanes y;
+    for (int i = 0; i < LANES; i++) y[i] = x[i ^ d];
+    return y;
+#else
+    return __builtin_shuffle(x, lane() ^ d);
+#endif
+}
+
 INLINE float sum_of(lanes x) {
-    for (int d = LANES / 2; d; d /= 2)
-        for (int i = 0; i < d; i++) x[i] += x[i + d];
+#pragma GCC unroll 4
+    for (int d = LANES / 2; d; d /= 2) x += apart(x, d);
     return x[0];
 }
 
 INLINE float largest_of(lanes x) {
-    for (int d = LANES / 2; d; d /= 2)
-        for (int i = 0; i < d; i++) x[i] = x[i + d] > x[i] ? x[i + d] : x[i];
+#pragma GCC unroll 4
+    for (int d = LANES / 2; d; d /= 2) x = larger(x, apart(x, d));
     return x[0];
 }
 
