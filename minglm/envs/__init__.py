@@ -23,8 +23,7 @@ from minglm.envs.swe.functions import RepairFunctions
 from minglm.envs.swe.library import RepairLibrary
 from minglm.envs.worlds.retail import Retail
 from minglm.envs.worlds.sets import AIRLINE
-from minglm.envs.worlds.specification import read_world
-from minglm.envs.worlds.tables import TableEnvironment
+from minglm.envs.worlds.tables import TableEnvironment, world_in_file
 
 WORLD = "world:"
 
@@ -82,7 +81,7 @@ def _made(name: str, ours: list[str]) -> Environment:
     if name.startswith(pages.PREFIX):
         return pages.PageSearch(name)
     if name.startswith(WORLD):
-        return TableEnvironment(read_world(name.removeprefix(WORLD)), name)
+        return world_in_file(name.removeprefix(WORLD), name)
     if name == RepairLibrary.name:
         return RepairLibrary()
     if name.startswith(users.PREFIX):

@@ -241,6 +241,7 @@ def broken(*path, value=None):
         (broken("tools", 0, "shows"), "tools[0]: must have shows, or sets and done"),
         (broken("tools", 0, value=FILE["tools"][1]), "two of them have the same name"),
         (broken("tools", 0, "shows", value=["state"]), "requires slots, which the look-up hides"),
+        (broken("tools", 0, "shows", value=[["state"]]), "is not among the fields"),
         (broken("tools", 1, "requires", "wheels", value=[4]), "wheels is not among the fields"),
         (broken("tools", 1, "requires", "state", value="broken"), "requires.state: must be a list"),
         (broken("tools", 1, "sets", "day", value="$hour"), "refers to $hour"),
@@ -256,6 +257,25 @@ def test_a_file_that_does_not_parse_is_one_line(values, mistake):
     with pytest.raises(ValueError) as raised:
         specification(values)
     assert mistake in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("arguments", "day"), ["{}"]),  # no word begins or ends there
+        (("tools", 1, "done"), "..."),
+        (("noun",), "unbooked, booked car"),
+        (("noun",), "car 1234"),
+    ],
+)
+def test_a_world_in_which_nobody_is_paid_is_refused(tmp_path, path, value):
+    """It parses, but its words cannot be told apart in what is said: the oracle is tried before the world is used."""
+    file = tmp_path / "world.json"
+    file.write_text(json.dumps(broken(*path, value=value)), encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"^world .*world.json: who follows the policy earns nothing for .*$"
+    ):
+        ENVIRONMENTS[f"world:{file}"]
 
 
 @pytest.mark.parametrize("text", ["{", "\udcff", "[" * 10_000])

@@ -208,7 +208,7 @@ def _rule(values: Any, place: str, top: Mapping[str, Any]) -> Rule:
             raise ValueError(f"arguments.{name}: is missing, the values that a user may want")
     for part in ("shows", "requires", "sets"):
         for field in tool.get(part, ()):
-            if field not in top["fields"]:
+            if not isinstance(field, str) or field not in top["fields"]:
                 raise ValueError(f"{place}.{part}: {shown(field)} is not among the fields")
     for field, wanted in (tool.get("requires", {}) | tool.get("sets", {})).items():
         if isinstance(wanted, str) and wanted.startswith("$") and wanted[1:] not in properties:

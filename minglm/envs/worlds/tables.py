@@ -25,13 +25,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minglm.chat.messages import Message
-from minglm.envs.base import Task, assistant, user
+from minglm.common.mistakes import shown
+from minglm.envs.base import Score, Task, assistant, run_without_waiting, user
 from minglm.envs.worlds.base import WorldEnvironment
-from minglm.envs.worlds.specification import Rule, Specification
+from minglm.envs.worlds.specification import Rule, Specification, read_world
 from minglm.envs.worlds.users import Fact, ProgramUser
 
 BYSTANDERS = 2
 """Records that no request is about."""
+
+TRIED_TASKS = 50
+"""Of each difficulty of a world in a file, before it is used."""
 
 
 class TableWorld:
@@ -234,6 +238,35 @@ class TableEnvironment(WorldEnvironment):
             assistant(f"It is {truth}."),
             assistant(f"It is {truth}.", None, calls),
         ]
+
+
+def world_in_file(path: str, name: str) -> TableEnvironment:
+    """Return the environment of the world in a file. name: of the environment.
+
+    Raises ValueError, in one line, for a file that is none, and for a world in which who follows the policy earns nothing.
+    """
+    environment = TableEnvironment(read_world(path), name)
+    for difficulty in environment.difficulties:
+        for index in range(TRIED_TASKS):
+            task = environment.task(index, 0, difficulties=(difficulty,))
+            score = run_without_waiting(_score_of_oracle(environment, task))
+            if score.value < 1:
+                request = task.messages[-1]["content"]
+                raise ValueError(
+                    f"world {shown(path)}: who follows the policy earns nothing for {shown(request, quoted=True)}; "
+                    "noun, done and the values of arguments must be words of their own"
+                )
+    return environment
+
+
+async def _score_of_oracle(environment: TableEnvironment, task: Task) -> Score:
+    """Return what the oracle's conversation earns."""
+    conversation = await environment.play_oracle(task)
+    async with environment.episode(task) as episode:
+        for message in conversation:
+            if message["role"] == "assistant":
+                await episode.step(message)
+        return await episode.score()
 
 
 def _reason(rule: Rule, record: Mapping[str, Any], negation: str = "") -> str:
