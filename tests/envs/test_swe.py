@@ -63,11 +63,18 @@ def test_a_repository_is_real_and_fresh(repo):
         (".git/config", "", "cannot be edited"),
         (".gitattributes", "", "cannot be edited"),
         ("sitecustomize.py", "", "cannot be edited"),
+        ("x" * 300, "", "cannot be written"),
+        ("x" * 300, "x", "no such text file"),
+        ("x/" * 3000 + "x", "", "no file can be made|not a path"),
+        ("\ud800", "", "not a path|cannot be written"),
+        ("loop", "", "not a path"),
+        ("loop/a.py", "x", "not a path"),
     ],
 )
 def test_edits_are_refused(repo, path, old, why):
     """Each refusal says why, and changes nothing."""
     (repo.folder.path / "link").symlink_to("/etc")
+    (repo.folder.path / "loop").symlink_to("loop")
     with pytest.raises(Refused, match=why):
         repo.edit(path, old, "new")
     assert repo.diff() == ""
@@ -83,6 +90,15 @@ def test_the_diff_leaves_protected_files_out(repo):
     repo.edit("new.py", "", "n = 1\n")
     named = [line for line in repo.diff().splitlines() if line.startswith("+++")]
     assert named == ["+++ b/new.py"]
+
+
+def test_lines_are_those_of_a_compiler(repo):
+    """A form feed or another separator inside a line ends none, whatever the file's line ends are; links are passed over."""
+    (repo.folder.path / "loop").symlink_to("loop")
+    repo.edit("c.py", "", "a = 1\r\n\x0cb = '\u2028'\rc = 3")
+    assert repo.view("c.py", 2) == "\x0cb = '\u2028'\nc = 3"
+    assert repo.search("c = 3") == "c.py:3: c = 3"
+    assert repo.view("a.py") == "x = 1\ny = 1"
 
 
 # Bugs

@@ -17,6 +17,7 @@ repository that several episodes begin with is made once and copied.
 import fnmatch
 import functools
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -128,7 +129,7 @@ class Repository:
 
     def view(self, path: str, first: int = 1) -> str:
         """Return VIEW_LINES lines of a file, from line number `first`; it says how many follow."""
-        lines = self.read(path).splitlines()
+        lines = lines_of(self.read(path))
         start = max(0, first - 1)
         shown = lines[start : start + VIEW_LINES]
         more = len(lines) - start - len(shown)
@@ -141,7 +142,7 @@ class Repository:
         hits = []
         for path in self.paths():
             try:
-                lines = self.read(path).splitlines()
+                lines = lines_of(self.read(path))
             except Refused:
                 continue  # not text
             for number, line in enumerate(lines, 1):
@@ -193,14 +194,18 @@ class Repository:
         if not parts or path.startswith("/") or ".." in parts or ".git" in parts or "\0" in path:
             raise Refused(f"not a path of the repository: {path}")
         place = self.folder.path.joinpath(*parts)
-        if place.resolve() != self.folder.path.resolve().joinpath(*parts):
+        try:
+            found = place.resolve()
+        except (OSError, ValueError, RuntimeError):  # no name of a file, or links in a circle
+            found = None
+        if found != self.folder.path.resolve().joinpath(*parts):
             raise Refused(f"not a path of the repository: {path}")  # through a link
         return place
 
     def _add(self, path: str, text: str) -> None:
         """Make a new file."""
         place = self._file(path)
-        if place.exists():
+        if os.path.lexists(place):
             raise Refused(f"{path} exists; say what to replace")
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -214,6 +219,12 @@ class Repository:
             self.edited = True
         except (OSError, ValueError):
             raise Refused("this text cannot be written") from None
+
+
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a text as compilers and editors count them: `splitlines` would also end one at a form feed."""
+    lines = re.split(r"\r\n|\r|\n", text)
+    return lines if lines[-1] else lines[:-1]
 
 
 def is_protected(path: str) -> bool:
