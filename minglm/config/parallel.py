@@ -22,8 +22,21 @@ from minglm.config.options import option, positive
 MOST_RANKS = 2**20
 DEEPEP_RANKS = (2, 4, 8, 16, 24, 32, 64, 128, 144, 160)
 """Sizes of `ep` for which DeepEP 1.2.1 has settings (`Buffer.get_dispatch_config`)."""
+NVLINK_RANKS = 8
+"""Ranks among which DeepEP exchanges over NVLink; more of them are so many on each machine, with RDMA between machines."""
 DEEPEP_WIDTH = 256
 """Numbers of bfloat16 whose multiple a token must have: DeepEP's kernels move 512 bytes at a time."""
+
+
+def deepep_lacks_neighbours(ep: int, here: int) -> str:
+    """Return why DeepEP cannot exchange among `ep` ranks of which a machine has `here`; "" where it can."""
+    neighbours = min(ep, NVLINK_RANKS)
+    if here % neighbours == 0:
+        return ""
+    return (
+        f"of parallel.ep = {ep} ranks {neighbours} must share a machine, and this one has {here}; "
+        "start another number on each"
+    )
 
 
 class TokenExchange(StrEnum):

@@ -14,7 +14,13 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
-from minglm.config.parallel import Layout, can_share, divisors
+from minglm.config.parallel import (
+    Layout,
+    TokenExchange,
+    can_share,
+    deepep_lacks_neighbours,
+    divisors,
+)
 from minglm.config.run import RunConfig
 from minglm.plan.gpus import GPU, NETWORK_SHARE, NVLINK_SHARE
 
@@ -157,6 +163,14 @@ def check_layout(run: RunConfig, layout: Layout) -> None:
         raise ValueError(
             f"{refusal}; use {fewest:,} GPUs, or a larger optimizer.batch_tokens_start"
         )
+
+
+def check_exchange(run: RunConfig, layout: Layout, gpu: GPU) -> None:
+    """Refuse a layout among whose ranks DeepEP cannot exchange on machines of such GPUs. Raises ValueError, in one line."""
+    if run.parallel.dispatcher == TokenExchange.DEEPEP:
+        alone = deepep_lacks_neighbours(layout.ep, min(layout.world, gpu.per_node))
+        if alone:
+            raise ValueError(f"parallel.dispatcher = 'deepep': {alone}; or use all_to_all")
 
 
 def _full_world(layout: Layout, longer: Layout, rows: int) -> int:

@@ -18,7 +18,7 @@ from minglm.config.run import RunConfig
 from minglm.config.training import StageConfig
 from minglm.plan.counts import count_parameters, flops_per_token, kv_cache_bytes_per_token
 from minglm.plan.gpus import GPU, KERNEL_SHARE, NETWORK_SHARE, NVLINK_SHARE, USABLE
-from minglm.plan.layout import check_layout, layout_for, words
+from minglm.plan.layout import check_exchange, check_layout, layout_for, words
 from minglm.plan.memory import GIB, STATE_TERMS, fit
 from minglm.plan.posttraining import ANSWERS, plan_posttraining
 from minglm.plan.serving import serving_table
@@ -178,6 +178,7 @@ def _candidate(run: RunConfig, asked: ParallelConfig, gpu: GPU, gpus: int) -> Ca
         asked.check(run.model)
         layout = asked.layout(gpus, run.model)
         check_layout(run, layout)
+        check_exchange(run, layout, gpu)
         lengths = {stage.sequence_length for _, stage in run.stages.items() if stage.tokens}
         for length in sorted(lengths, reverse=True):  # the longest rows need most
             if not fit(run, layout_for(run, layout, length), gpu, length).fits:
@@ -260,6 +261,7 @@ def why_not(run: RunConfig, layout: Layout, gpu: GPU, stages: list[StagePlan]) -
         return what_would_fit(run, gpu, layout.world, stages)
     try:
         check_layout(run, layout)
+        check_exchange(run, layout, gpu)
     except ValueError as error:
         return str(error)
     return None

@@ -34,6 +34,7 @@ from minglm.config import (
     TokenExchange,
     Tracker,
 )
+from minglm.config.parallel import NVLINK_RANKS, deepep_lacks_neighbours
 from minglm.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from minglm.kernels.dispatch import has_c_library
 from minglm.plan.counts import count_parameters
@@ -46,8 +47,6 @@ from minglm.train.checkpoint import CheckpointStore
 BUILT_IN_SOURCES = ("prose", "code", "math", "science", "qa", "long", "repository")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # a token for each byte, and the special ones
 GIB = 2**30
-NVLINK_RANKS = 8
-"""Ranks among which DeepEP exchanges over NVLink; more of them are so many on each machine, with RDMA between machines."""
 INFINIBAND = Path("/sys/class/infiniband")
 
 
@@ -314,13 +313,9 @@ def deepep_lacks(ep: int, device: torch.device) -> str:
             "it needs the package deep_ep, which is built from github.com/deepseek-ai/DeepEP, version 1.2.1; "
             "install it on every machine"
         )
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    neighbours = min(ep, NVLINK_RANKS)
-    if here % neighbours:
-        return (
-            f"of parallel.ep = {ep} ranks {neighbours} must share a machine, and this one has {here}; "
-            "start another number on each"
-        )
+    alone = deepep_lacks_neighbours(ep, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if alone:
+        return alone
     own = torch.cuda.current_device()
     others = [gpu for gpu in range(torch.cuda.device_count()) if gpu != own]
     if not all(torch.cuda.can_device_access_peer(own, gpu) for gpu in others):

@@ -553,6 +553,19 @@ def test_search_compares_pipelines_where_it_is_asked_to():
         assert layout.world == 64 and layout.pp * layout.interleave <= AIR.model.num_hidden_layers
 
 
+def test_search_names_no_layout_that_deepep_refuses():
+    """On machines of four GPUs its eight neighbours cannot share one: as the run says, and the plan of such a layout."""
+    parallel = replace(AIR.parallel, dispatcher=TokenExchange.DEEPEP)
+    run = replace(AIR, parallel=parallel)
+    of_eight = {candidate.layout.ep for candidate in search(run, H100, 64)}
+    of_four = {candidate.layout.ep for candidate in search(run, replace(H100, per_node=4), 64)}
+    assert of_eight & {8, 16, 32} and of_four and of_four <= {2, 4}
+    wide = replace(run, parallel=replace(parallel, fsdp=64, ep=16))
+    refusal = plan(wide, replace(H100, per_node=4), 64)["refusal"]
+    assert "of parallel.ep = 16 ranks 8 must share a machine" in refusal
+    assert "share a machine" not in (plan(wide, H100, 64)["refusal"] or "")
+
+
 # (config, float8): GPUs at least, and for 128K, in the table of the model's own README
 README_TABLE = {
     ("glm45_355b", False): (16, 32),
