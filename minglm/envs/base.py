@@ -29,7 +29,7 @@ import hashlib
 import json
 import random
 import warnings
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import TracebackType
@@ -397,6 +397,18 @@ def run_without_waiting(coroutine: Coroutine[Any, Any, Result]) -> Result:
         return stop.value
     coroutine.close()
     raise RuntimeError("this episode waits; await it inside an event loop")
+
+
+def tool(
+    name: str, description: str = "", optional: Collection[str] = (), **arguments: str
+) -> dict[str, Any]:
+    """Return the schema of a tool. arguments: {name: JSON type}. Without a description it has none: every prompt carries it."""
+    parameters = {
+        "properties": {argument: {"type": kind} for argument, kind in arguments.items()},
+        "required": [argument for argument in arguments if argument not in optional],
+    }
+    described = {"description": description} if description else {}
+    return {"name": name, **described, "parameters": parameters}
 
 
 def user(text: str) -> Message:

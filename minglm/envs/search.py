@@ -32,7 +32,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from minglm.chat.messages import Message
-from minglm.envs.base import Environment, Episode, Score, Task, assistant, no_answer, user, verdict
+from minglm.envs.base import (
+    Environment,
+    Episode,
+    Score,
+    Task,
+    assistant,
+    no_answer,
+    tool,
+    user,
+    verdict,
+)
 from minglm.envs.library import Library
 
 NAMES = (
@@ -59,13 +69,7 @@ TRIES = 50
 """Attempts to walk without coming back to an article."""
 
 
-def tool(name: str, argument: str) -> dict[str, Any]:
-    """Return the schema of a function of one text."""
-    parameters = {"properties": {argument: {"type": "string"}}, "required": [argument]}
-    return {"name": name, "parameters": parameters}
-
-
-TOOLS = (tool("search", "query"), tool("open", "title"))
+TOOLS = (tool("search", query="string"), tool("open", title="string"))
 
 
 @functools.lru_cache(maxsize=1024)

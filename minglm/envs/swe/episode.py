@@ -26,7 +26,16 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from minglm.chat.messages import Message
-from minglm.envs.base import Environment, Episode, Misconfigured, Score, Task, assistant, verdict
+from minglm.envs.base import (
+    Environment,
+    Episode,
+    Misconfigured,
+    Score,
+    Task,
+    assistant,
+    tool,
+    verdict,
+)
 from minglm.envs.sandbox.pool import Case, Verdict, VerdictStatus, shared
 from minglm.envs.swe.repository import Refused, Repository
 
@@ -35,19 +44,11 @@ DISPATCH = "\n\ndef call_by_name(name, arguments):\n    return globals()[name](*
 SHOWN_FAILURES = 3
 
 
-def tool(name: str, description: str, *strings: str, **options: str) -> dict[str, Any]:
-    """Return the schema of a function with these required text arguments and optional ones of other types."""
-    properties = {key: {"type": "string"} for key in strings}
-    properties |= {key: {"type": kind} for key, kind in options.items()}
-    parameters = {"properties": properties, "required": list(strings)}
-    return {"name": name, "description": description, "parameters": parameters}
-
-
 TOOLS = (
     tool("list", "files"),
-    tool("view", "a file", "path", line="integer"),
-    tool("search", "lines", "text"),
-    tool("edit", "replace once", "path", "old", "new"),
+    tool("view", "a file", ["line"], path="string", line="integer"),
+    tool("search", "lines", text="string"),
+    tool("edit", "replace once", path="string", old="string", new="string"),
     tool("run_tests", "run"),
 )
 

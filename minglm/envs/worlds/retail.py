@@ -27,7 +27,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from minglm.chat.messages import Message
-from minglm.envs.base import Task, assistant, user
+from minglm.envs.base import Task, assistant, tool, user
 from minglm.envs.worlds.base import WorldEnvironment
 from minglm.envs.worlds.users import STOP
 
@@ -51,16 +51,10 @@ OUTCOME = {"pending": "cancelled", "delivered": "returned", "shipped": "on its w
 OUTCOME_PATTERN = re.compile("|".join(OUTCOME.values()))
 
 
-def tool(name: str, description: str) -> dict[str, Any]:
-    """Return the schema of a function of one order."""
-    parameters = {"properties": {"order_id": {"type": "integer"}}, "required": ["order_id"]}
-    return {"name": name, "description": description, "parameters": parameters}
-
-
 TOOLS = (
-    tool("get_order", "status"),
-    tool("cancel_order", "if pending"),
-    tool("return_order", "if delivered"),
+    tool("get_order", "status", order_id="integer"),
+    tool("cancel_order", "if pending", order_id="integer"),
+    tool("return_order", "if delivered", order_id="integer"),
 )
 
 
