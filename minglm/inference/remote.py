@@ -34,14 +34,16 @@ first rank speaks to the engine, and each asks for the answers that it is dealt.
 """
 
 import asyncio
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from minglm.common.mistakes import shown
 from minglm.common.ranks import Ranks
 from minglm.config.run import WeightTransfer
 from minglm.data.tokenizer import Tokenizer
@@ -122,18 +124,19 @@ class RemoteGenerator:
 
     def _served(self) -> JSONObject:
         """Return what the engine says of its model. Raises ValueError for one that cannot be used."""
-        found = self._call("GET", "/v1/models")
-        entries = found.get("data") if isinstance(found, dict) else None
-        entry = entries[0] if isinstance(entries, list) and entries else {}
+        entry = _first(self._call("GET", "/v1/models").get("data"))
         kinds = [str(kind) for kind in EngineKind]
         if entry.get("owned_by") not in kinds:
             raise ValueError(
                 f"rollout_engine = {self.url}: owned by {entry.get('owned_by')!r}; it must be one of {', '.join(kinds)}"
             )
-        if not isinstance(entry.get("max_model_len"), int):
+        limit = entry.get("max_model_len")
+        if not isinstance(limit, int) or limit < 2:
             raise ValueError(
                 f"rollout_engine = {self.url}: it does not say max_model_len; use a newer {entry['owned_by']}"
             )
+        if not isinstance(entry.get("id"), str):
+            raise ValueError(f"rollout_engine = {self.url}: it does not say the name of its model")
         return entry
 
     @property
@@ -191,7 +194,7 @@ class RemoteGenerator:
         }
 
     def _read_completions(self, answer: JSONObject, request: Request) -> Completion:
-        choice = _field(answer, "choices", list)[0]
+        choice = _first(_field(answer, "choices", list))
         tokens = _field(choice, "token_ids", list)
         if choice.get("prompt_token_ids", request.prompt) != request.prompt:
             raise ValueError(
@@ -231,11 +234,18 @@ class RemoteGenerator:
             )
         drawn = _field(about, "output_token_logprobs", list)
         reason = _field(about, "finish_reason", dict).get("type")
-        return self._completion(
-            [entry[1] for entry in drawn], [entry[0] for entry in drawn], reason
-        )
+        try:
+            logprobs, tokens = zip(*(entry[:2] for entry in drawn), strict=True)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"rollout_engine = {self.url}: output_token_logprobs must hold [log-probability, id, ...]"
+            ) from error
+        return self._completion(tokens, logprobs, reason)
 
-    def _completion(self, tokens: list[int], logprobs: list[float], reason: Any) -> Completion:
+    def _completion(
+        self, tokens: Sequence[Any], logprobs: Sequence[Any], reason: Any
+    ) -> Completion:
+        """Return an answer. Raises `AnswerFailed` for one that went wrong, ValueError for one that is none."""
         if reason not in (FinishReason.STOP, FinishReason.LENGTH):
             raise AnswerFailed(f"{self.url}: the answer ended with {reason!r}")
         whole = all(isinstance(logprob, int | float) for logprob in logprobs)
@@ -243,11 +253,15 @@ class RemoteGenerator:
             raise ValueError(
                 f"rollout_engine = {self.url}: {len(tokens)} ids came with {len(logprobs)} log-probabilities"
             )
-        if max(tokens, default=0) >= self.model.config.vocab_size:
-            raise ValueError(
-                f"rollout_engine = {self.url}: it answers with id {max(tokens)}, and the run's model has"
-                f" {self.model.config.vocab_size}: it serves another model"
-            )
+        size = self.model.config.vocab_size
+        for token in tokens:
+            if type(token) is not int or not 0 <= token < size:
+                raise ValueError(
+                    f"rollout_engine = {self.url}: it answers with id {shown(token)}, and the run's model has"
+                    f" {size}: it serves another model"
+                )
+        if not all(map(math.isfinite, logprobs)):
+            raise AnswerFailed(f"{self.url}: a log-probability of the answer is not finite")
         return Completion(
             list(tokens),
             [float(p) for p in logprobs],
@@ -368,9 +382,12 @@ class RemoteGenerator:
                 f"rollout_engine = {self.url}: {path} has status {response.status_code}: {response.text:.200}"
             )
         try:
-            return response.json()
+            found = response.json()
         except ValueError:  # some commands answer with nothing
             return {}
+        if not isinstance(found, dict):
+            raise ValueError(f"rollout_engine = {self.url}: {path} answers with no object of JSON")
+        return found
 
     def close(self) -> None:
         """Remove the checkpoints. Requests under way ended with their rollout's loop."""
@@ -398,6 +415,12 @@ def refuse_unsupported(request: Request) -> None:
     for name, wanted in asked.items():
         if wanted:
             raise ValueError(f"{name} is not supported with rollout_engine")
+
+
+def _first(entries: Any) -> JSONObject:
+    """Return the first object of a list; an empty one where there is none."""
+    first = entries[0] if isinstance(entries, list) and entries else None
+    return first if isinstance(first, dict) else {}
 
 
 def _field(values: Any, name: str, kind: type) -> Any:

@@ -41,7 +41,7 @@ from minglm.rl.episode import Player, SeedOfTurn, Trajectory
 from minglm.rl.session import Session
 from minglm.serve.access import Access, Gate
 from minglm.serve.app import EventStreamResponse, disconnected, format_of, unless
-from minglm.serve.bodies import ClientGone, check_type, parse_body, read_body
+from minglm.serve.bodies import ClientGone, check_type, parse_object, read_body
 from minglm.serve.engine_thread import Stopping
 from minglm.serve.errors import APIError, as_api_error
 from minglm.serve.fields import refuse_unknown
@@ -260,8 +260,6 @@ class Endpoint:
         """End a session with the reward that the agent has computed, or with the agent's own failure."""
         ticket = self._ticket(request)
         body = await self._body(request)
-        if not isinstance(body, dict):
-            raise APIError("the body must be a JSON object")
         refuse_unknown(body, {"reward", "parts", "error"})
         error, value, parts = body.get("error"), body.get("reward"), body.get("parts") or {}
         if error is not None:
@@ -326,10 +324,8 @@ class Endpoint:
             return EventStreamResponse(answer_format, stream, self.metrics)
         return await answer_format.whole(stream)
 
-    def _read(self, body: Any, path: str, session: Session) -> APIFormat:
+    def _read(self, body: JSONObject, path: str, session: Session) -> APIFormat:
         """Return a call in the words of its API. Raises `APIError` for what the trainer decides."""
-        if not isinstance(body, dict):
-            raise APIError("the body must be a JSON object")
         settings = session.player.settings
         for name in ("temperature", "top_p"):
             if body.get(name) == getattr(settings, name):
@@ -354,9 +350,9 @@ class Endpoint:
         ticket.last_heard = time.monotonic()
         return ticket
 
-    async def _body(self, request: "HTTPRequest") -> Any:
+    async def _body(self, request: "HTTPRequest") -> JSONObject:
         check_type(request.headers.get("content-type", ""))
-        return parse_body(await read_body(request, MAX_BODY_BYTES, _at_once))
+        return parse_object(await read_body(request, MAX_BODY_BYTES, _at_once))
 
     def _end(self, ticket: Ticket, trajectory: Trajectory) -> None:
         """Hand a trajectory to the rollout, unless nobody waits for it any more."""

@@ -37,7 +37,14 @@ from torch import Tensor
 from minglm.common.mistakes import one_line
 from minglm.serve.access import Access, Gate
 from minglm.serve.anthropic_messages import MessagesFormat
-from minglm.serve.bodies import LARGE_BODY, ClientGone, check_type, parse_body, read_body
+from minglm.serve.bodies import (
+    LARGE_BODY,
+    ClientGone,
+    check_type,
+    parse_body,
+    parse_object,
+    read_body,
+)
 from minglm.serve.engine_thread import EngineThread, SteppedEngine, Stopping, TokenStream
 from minglm.serve.errors import APIError, as_api_error
 from minglm.serve.examples import examples
@@ -270,7 +277,7 @@ class Service:
                 "this server keeps its weights; start it with --weights-from FOLDER", status=403
             )
         check_type(request.headers.get("content-type", ""))
-        body = parse_body(await read_body(request, LARGE_BODY, _nothing))
+        body = parse_object(await read_body(request, LARGE_BODY, _nothing))
         refuse_unknown(body, {"model_path", "weight_version"})
         path = body.get("model_path")
         if not isinstance(path, str):
@@ -288,7 +295,7 @@ class Service:
                 "this server keeps its weights; start it with --accept-weights", status=403
             )
         check_type(request.headers.get("content-type", ""))
-        body = parse_body(await read_body(request, MAX_WEIGHT_BYTES, _nothing))
+        body = parse_object(await read_body(request, MAX_WEIGHT_BYTES, _nothing))
         fields = {"serialized_named_tensors", "load_format", "flush_cache", "weight_version"}
         refuse_unknown(body, fields)
         if body.get("load_format") != "safetensors":

@@ -95,6 +95,14 @@ def parse_body(body: bytes) -> Any:
         raise APIError(f"the body is not JSON: {error}") from None
 
 
+def parse_object(body: bytes) -> dict[str, Any]:
+    """Parse a JSON body that must be an object. Raises `APIError`."""
+    value = parse_body(body)
+    if not isinstance(value, dict):
+        raise APIError("the body must be a JSON object")
+    return value
+
+
 def check_parts(text: str) -> None:
     """Raise `APIError` for a JSON text with more than `MAX_PARTS` strings, lists and objects."""
     marks = text.count('"') + text.count("[") + text.count("{")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.scripted import byte_tokenizer
-from helpers.serving import running
+from helpers.serving import Script, running
 
 from minglm.inference import Completion, Engine, FinishReason, Request
 from minglm.inference.client import EngineGenerator
@@ -216,6 +217,20 @@ WRONG = [
     ("vllm", spoiled("/v1/completions", token_ids=None), "no token_ids; the engine is too old"),
     ("vllm", spoiled("/v1/completions", token_ids=[67]), "1 ids came with 2 log-probabilities"),
     ("vllm", spoiled("/v1/completions", token_ids=[67, 10**6]), "it serves another model"),
+    ("vllm", spoiled("/v1/completions", token_ids=[67, -1]), "it serves another model"),
+    ("vllm", spoiled("/v1/completions", token_ids=[67, "a"]), "it serves another model"),
+    ("vllm", spoiled("/v1/completions", token_ids=[67, 2.0]), "it serves another model"),
+    ("vllm", spoiled("/v1/models", max_model_len=-1), "use a newer vllm"),
+    ("vllm", spoiled("/v1/models", id=None), "does not say the name"),
+    ("vllm", lambda path, answer: [], "answers with no object"),
+    ("vllm", lambda path, answer: {"data": [None]}, "must be one of vllm, sglang, minglm"),
+    (
+        "vllm",
+        lambda path, answer: {"choices": [[]]} if path == "/v1/completions" else answer,
+        "no token_ids",
+    ),
+    ("sglang", spoiled("/generate", output_token_logprobs=[[-0.5]]), "must hold"),
+    ("sglang", spoiled("/generate", output_token_logprobs=[5]), "must hold"),
     ("vllm", spoiled("/v1/completions", status=400), "status 400"),
     ("sglang", spoiled("/generate", weight_version="7"), "does another run update it"),
     ("sglang", spoiled("/generate", output_token_logprobs=None), "no output_token_logprobs"),
@@ -233,7 +248,12 @@ def test_an_engine_that_does_not_fit_is_refused_in_one_line(tmp_path, model, kin
 
 @pytest.mark.parametrize(
     "change",
-    [spoiled("/generate", status=503), spoiled("/generate", finish_reason={"type": "abort"})],
+    [
+        spoiled("/generate", status=503),
+        spoiled("/generate", finish_reason={"type": "abort"}),
+        spoiled("/generate", output_token_logprobs=[[math.nan, 67, None]]),
+        spoiled("/generate", output_token_logprobs=[[-math.inf, 67, None]]),
+    ],
 )
 def test_an_answer_that_fails_is_a_sample_s_own(tmp_path, model, change):
     """An abort and a server error end one answer, which leaves the statistics."""
@@ -274,3 +294,13 @@ def test_our_own_server_answers_as_the_engine_of_the_run(tmp_path, model):
     with running(engine, limit=64) as (http, _, _):
         kept = http.post("/update_weights_from_disk", json={"model_path": str(tmp_path)})
         assert kept.status_code == 403 and "--weights-from" in kept.text
+
+
+@pytest.mark.parametrize("path", ["disk", "tensor"])
+@pytest.mark.parametrize("body", [[], 5, "x", {}, {"model_path": 5, "load_format": 5}])
+def test_weights_in_a_body_of_another_form_are_refused(path, body):
+    """Status 400 with the field, or with what the body must be."""
+    engine = Script(lambda prompt: "x")
+    with running(engine, load_weights=lambda path: None, take_weights=lambda t: None) as (http, *_):
+        refused = http.post(f"/update_weights_from_{path}", json=body)
+    assert refused.status_code == 400 and refused.json()["error"]["message"]
