@@ -12,6 +12,7 @@ needs_browser = pytest.mark.skipif(
     not (CHROMIUM and DRIVER) and os.environ.get("CI") != "true",
     reason="no Chromium on this machine",
 )
+STARTS = 4
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1100,900"
@@ -28,12 +29,23 @@ def browser(folder, *flags):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     for flag in (*FLAGS.split(), *flags, f"--user-data-dir={folder}"):
         options.add_argument(flag)
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver = started(options)
     try:
-        driver.set_script_timeout(60)
+        driver.set_script_timeout(300)
         yield driver
     finally:
         driver.quit()
+
+
+def started(options):
+    """Start the browser; on a machine that is too busy for its patience, try again."""
+    from selenium import webdriver
+    from selenium.common.exceptions import SessionNotCreatedException
+
+    for _ in range(STARTS - 1):
+        with contextlib.suppress(SessionNotCreatedException):
+            return webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    return webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
 
 
 class Page:
