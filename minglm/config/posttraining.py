@@ -12,6 +12,7 @@ MOST_PROBLEMS = 100_000
 MOST_SAMPLES = 10_000
 MOST_TEMPERATURES = 100
 MOST_DRAFTS = 16
+LEAST_TEMPERATURE = 1e-3
 
 
 class Aggregation(StrEnum):
@@ -54,6 +55,14 @@ class Split(StrEnum):
     """To choose settings on."""
     TEST = "test"
     """To score the committed settings, once."""
+
+
+def check_temperature(name: str, temperature: float) -> None:
+    """Refuse a temperature, other than 0, that logits cannot be divided by. name: dotted, of the field."""
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise ValueError(
+            f"{name} = {temperature:g}: logits divided by less than {LEAST_TEMPERATURE:g} may overflow; use that or more"
+        )
 
 
 def check_answer(name: str, max_new_tokens: int, longest: int) -> None:
@@ -423,10 +432,11 @@ class RLConfig:
                 f"{name}.samples = {self.samples}: a group of one has no advantage; use 2 or more"
             )
         check_answer(name, self.max_new_tokens, longest)
+        check_temperature(f"{name}.temperature", self.temperature)
         if self.outside.on and self.asynchronous.workers:
             raise ValueError(
                 f"{name}.outside: agents play beside the trainer; with asynchronous.workers = "
-                f"{self.asynchronous.workers} the workers play, set one of them to nothing"
+                f"{self.asynchronous.workers} the workers play; choose one of the two"
             )
         self.loss.check(f"{name}.loss")
         self.reward.check(f"{name}.reward")
@@ -594,3 +604,4 @@ class EvaluationConfig:
     def check(self, longest: int) -> None:
         """Raise ValueError, in one line, for answers longer than the model's text. longest: positions of the model."""
         check_answer("evaluation", self.max_new_tokens, longest)
+        check_temperature("evaluation.temperature", self.temperature)

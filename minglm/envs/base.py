@@ -37,6 +37,7 @@ from typing import Any, Self, TypeVar
 
 from minglm.chat.messages import Message
 from minglm.chat.schema import parameters_of
+from minglm.common.mistakes import shown
 from minglm.config import Split
 
 Result = TypeVar("Result")
@@ -95,7 +96,7 @@ def check_reward(value: float) -> None:
     """Raise ValueError for a reward that is not finite, or too large for the statistics of a group."""
     if not abs(value) <= LARGEST_REWARD:
         raise ValueError(
-            f"reward = {value}: must be a finite number, 0 to 1 in the environments of this package"
+            f"reward = {shown(value)}: must be a finite number, 0 to 1 in the environments of this package"
         )
 
 

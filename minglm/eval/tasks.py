@@ -122,7 +122,7 @@ def tasks(
 def faults(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     """Return the incidence of each pathology in the last turns of episodes, and the interval of any of them.
 
-    Samples whose environment failed are left out.
+    Samples whose environment failed are left out; `tasks` has refused episodes that all failed.
     """
     valid = [t for t in trajectories if t.valid]
     flags = [t.faults() for t in valid]

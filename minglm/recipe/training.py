@@ -262,6 +262,10 @@ def distill_on_policy(context: RunContext, stage: UnifiedStage, model: GLM) -> T
             seed = schedule.rollout_seed(state.step)
             groups = rollout(player, context.environments, drawn.tasks, config.samples, seed=seed)
             answers = [trajectory for group in groups for trajectory in group]
+            if not any(trajectory.length for trajectory in answers):
+                raise ValueError(
+                    f"stage {stage.name}, step {state.step + 1}: every environment failed: {answers[0].score.detail}"
+                )
             with distiller.workers.watched(f"stage {stage.name}, step {state.step + 1}"):
                 found = distiller.learn(answers, state.step)
             state.step += 1

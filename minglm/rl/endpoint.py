@@ -64,6 +64,8 @@ CLAIM_SECONDS = 20.0
 """An agent that asks for work waits so long, and asks again."""
 MOST_CLAIMS = 3
 """Agents that may take a task and never ask the model."""
+LARGEST_PART = 1e15
+"""Size of a part of a reward: means of them are logged."""
 MAX_BODY_BYTES = 8 << 20
 JOIN_SECONDS = 5
 
@@ -267,8 +269,8 @@ class Endpoint:
             return {"status": ticket.session.trajectory.score.status}
         if not _is_number(value):
             raise APIError("reward must be a number, or error must say what failed", "reward")
-        if not isinstance(parts, dict) or not all(map(_is_number, parts.values())):
-            raise APIError("parts must be an object of numbers", "parts")
+        if not isinstance(parts, dict) or not all(map(_is_part, parts.values())):
+            raise APIError(f"parts must be an object of numbers up to {LARGEST_PART:g}", "parts")
         try:
             check_reward(value)
         except ValueError as mistake:
@@ -444,3 +446,7 @@ async def _at_once() -> None:
 
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_part(value: Any) -> bool:
+    return _is_number(value) and abs(value) <= LARGEST_PART

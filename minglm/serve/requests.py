@@ -30,6 +30,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from minglm.chat.schema import schema_mistake
 from minglm.chat.template import dialect_of, render, segments
+from minglm.config.posttraining import LEAST_TEMPERATURE
 from minglm.data.tokenizer import Tokenizer
 from minglm.inference.grammar import json_rule, quoted
 from minglm.inference.request import Request
@@ -61,7 +62,6 @@ EFFORTS = {
     "max": True,
 }
 """Whether the model thinks, for each `reasoning_effort`."""
-MIN_TEMPERATURE = 1e-3  # logits divided by less overflow
 SEED_STEP = (
     0x9E3779B97F4A7C15  # 2^64 over the golden ratio: seeds of the choices that differ in every bit
 )
@@ -394,7 +394,7 @@ def _sampler_settings(body: JSONObject, tokenizer: Tokenizer) -> JSONObject:
         "frequency_penalty": _number(body, "frequency_penalty", 0.0, -2, 2),
         "repetition_penalty": _number(body, "repetition_penalty", 1.0, 0.01, 100),
         "prompt_logprobs": prompt_logprobs,
-        "temperature": temperature if temperature >= MIN_TEMPERATURE else 0.0,
+        "temperature": temperature if temperature >= LEAST_TEMPERATURE else 0.0,
         "top_p": _number(body, "top_p", 1.0, 0, 1),
         "min_p": _number(body, "min_p", 0.0, 0, 1),
         "top_k": max(0, _integer(body, "top_k", 0, -1, 2**31)),  # other servers: -1 is everything

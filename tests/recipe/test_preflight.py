@@ -73,6 +73,14 @@ MISTAKES = {
         ["--posttraining.asked", "arithmetic:6", "arithmetic:3"],
         "posttraining.asked names arithmetic twice",
     ),
+    "a temperature of nearly nothing": (
+        ["--posttraining.reasoning.rl.temperature", "1e-300"],
+        "posttraining.reasoning.rl.temperature = 1e-300: logits divided by less than 0.001",
+    ),
+    "a temperature of evaluation": (
+        ["--evaluation.temperature", "1e-9"],
+        "evaluation.temperature = 1e-09: logits divided by less than 0.001",
+    ),
     "an engine": (
         ["--rollout_engine", "localhost:8000"],
         "rollout_engine = localhost:8000: must be",

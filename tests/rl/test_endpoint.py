@@ -174,6 +174,8 @@ def test_what_the_trainer_decides_is_refused_and_nothing_is_lost(tmp_path):
         ):
             assert rewarded(http, session, **wrong).status_code == status
         assert rewarded(http, session, reward=1, parts={"x": "y"}).status_code == 400
+        assert rewarded(http, session, reward=1, parts={"x": 10**400}).status_code == 400
+        assert rewarded(http, session, reward=10**400).status_code == 400
         assert http.post("/nowhere", json={}).status_code == 404
         assert rewarded(http, {"id": "other"}, reward=1).status_code == 404
         assert http.post("/sessions", headers={"origin": "http://elsewhere"}).status_code == 403
