@@ -17,7 +17,7 @@ from minglm.envs.pathology import PathologyPrompts
 from minglm.envs.programs import Completion, Repair
 from minglm.envs.safety import Safety
 from minglm.envs.science import Science
-from minglm.envs.search import Search
+from minglm.envs.search import SHORT, Search
 from minglm.envs.swe import users
 from minglm.envs.swe.functions import RepairFunctions
 from minglm.envs.swe.library import RepairLibrary
@@ -26,6 +26,7 @@ from minglm.envs.worlds.sets import AIRLINE
 from minglm.envs.worlds.tables import TableEnvironment, world_in_file
 
 WORLD = "world:"
+SHORT_SEARCH = "search:short"
 
 
 class Environments(dict[str, Environment]):
@@ -78,6 +79,8 @@ def _made(name: str, ours: list[str]) -> Environment:
     """Return the environment that a name describes. ours: the names that need no description."""
     if name.startswith(gym.PREFIX):
         return gym.ReasoningGym(name)
+    if name == SHORT_SEARCH:
+        return Search(wording=SHORT, name=name)
     if name.startswith(pages.PREFIX):
         return pages.PageSearch(name)
     if name.startswith(WORLD):
@@ -86,7 +89,8 @@ def _made(name: str, ours: list[str]) -> Environment:
         return RepairLibrary()
     if name.startswith(users.PREFIX):
         return users.UserRepository(name)
-    others = f"{RepairLibrary.name}, {users.FORM}, {pages.FORM}, {WORLD}FILE, or {gym.FORM}"
+    others = ", ".join([RepairLibrary.name, SHORT_SEARCH, users.FORM, pages.FORM, f"{WORLD}FILE"])
+    others += f", or {gym.FORM}"
     raise ValueError(f"{mistakes.shown(name)}: must be some of {', '.join(ours)}, {others}")
 
 

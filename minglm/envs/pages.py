@@ -48,8 +48,7 @@ class PageSearch(Search):
     """
 
     def __init__(self, name: str) -> None:
-        super().__init__()
-        self.name = name
+        super().__init__(name=name)
         source = name.removeprefix(PREFIX)
         texts, links = python_pages() if source == PYTHON else document_pages(source)
         self.pages = described(texts, links)
@@ -81,7 +80,7 @@ class PageSearch(Search):
         found = walk(rng, self.pages, difficulty, None)
         while found is None:  # a way of this length was found when the pages were read
             found = walk(rng, self.pages, difficulty, None)
-        return question(rng, self.pages, 0, *found)
+        return question(rng, self.wording, self.pages, 0, *found)
 
 
 def described(texts: Mapping[str, str], links: Mapping[str, Mapping[str, str]]) -> Library:

@@ -22,6 +22,10 @@ Choices
 - A name follows a line break, an arrow or a tag, never a space, so that a small vocabulary has one word for it, not two.
   Articles are a line of plain text, and schemas are as short as JSON allows, because every prompt carries them.
 - A title that does not exist is answered with a message, as on the web; the conversation goes on.
+- `search:short` asks the same in single characters, with eight relations in place of three. A model of 0.2 million parameters
+  copies a character long before it copies a word of a vocabulary (lesson 14).
+
+    e v.20  ->  search("e v.")  ->  U, I, G     open("U")  ->  e v.0nr8F2P3D4S5L7T6M1I     U2P0  ->  open("P")     P0rn
 
 Simplification: articles are a line of facts in one form, and each question has one way to its answer.
 """
@@ -29,6 +33,7 @@ Simplification: articles are a line of facts in one form, and each question has 
 import functools
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from minglm.chat.messages import Message
@@ -53,11 +58,69 @@ JOBS = "baker cook driver farmer judge miner nurse painter pilot smith teacher v
 TOWNS = (
     "Berlin Bern Cairo Hanoi Kyiv Lima London Lund Moscow Oslo Paris Prague Rome Seoul Tokyo Vienna"
 )
-"""Few of each, so that a small vocabulary holds them as whole words."""
-RELATIONS = ("boss", "friend", "rival")
-ANSWER = "phone"
-"""The relation that ends every way; its values are numbers of three digits."""
-REQUESTS = ("What is {}?", "Tell me {}.", "Find {}.", "I need {}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Wording:
+    """The words of questions and articles, and how they are joined."""
+
+    names: tuple[str, ...]
+    jobs: tuple[str, ...]
+    towns: tuple[str, ...]
+    relations: tuple[str, ...]
+    answer: str
+    """The relation that ends every way."""
+    values: tuple[str, ...]
+    """What it leads to."""
+    requests: tuple[str, ...]
+    """Questions, with a place for what is asked."""
+    pair: str
+    """A description, with places for a job and a town."""
+    the: str
+    """Before a description, in questions and in thoughts."""
+    of: str
+    """Between a person and a relation, or two relations."""
+    leads: str
+    """Between a relation and where it leads."""
+    between: str
+    """Between the facts of an article."""
+    find: str
+    """Before a description, in the first thought."""
+
+
+ENGLISH = Wording(
+    names=tuple(NAMES.split()),
+    jobs=tuple(JOBS.split()),
+    towns=tuple(TOWNS.split()),
+    relations=("boss", "friend", "rival"),
+    answer="phone",
+    values=tuple(map(str, range(100, 1000))),
+    requests=("What is {}?", "Tell me {}.", "Find {}.", "I need {}."),
+    pair="{} in {}",
+    the="the ",
+    of="'s ",
+    leads="->",
+    between=", ",
+    find="find ",
+)
+"""Few words of each kind, so that a small vocabulary holds them whole."""
+SHORT = Wording(
+    names=tuple("FGHIJKLMNOPQRSTU"),
+    jobs=tuple("abcde"),
+    towns=tuple("vwxyz"),
+    relations=tuple("12345678"),
+    answer="0",
+    values=tuple(one + other for one in "fghijklmnopqrstu" for other in "fghijklmnopqrstu"),
+    requests=("{}",),
+    pair="{} {}.",
+    the="",
+    of="",
+    leads="",
+    between="",
+    find="",
+)
+"""The same in characters: letters and digits alternate, so that no tokenizer makes one token of two. A name is no word of a
+description, also in lower case."""
 
 PEOPLE = 12
 """Articles of a graph. Each of four jobs and each of four towns is that of about three people."""
@@ -73,24 +136,25 @@ TOOLS = (tool("search", query="string"), tool("open", title="string"))
 
 
 @functools.lru_cache(maxsize=1024)
-def people(seed: int) -> Library:
-    """Make a graph of people: who does what where, how they are related, and their phone numbers."""
+def people(wording: Wording, seed: int) -> Library:
+    """Make a graph of people: who does what where, how they are related, and their numbers."""
     rng = random.Random(f"people/{seed}")
-    names = rng.sample(NAMES.split(), PEOPLE)
-    jobs = rng.sample(JOBS.split(), 4)
-    towns = rng.sample(TOWNS.split(), 4)
-    pairs = [f"{job} in {town}" for job in jobs for town in towns]
-    numbers = rng.sample(range(100, 1000), PEOPLE)
-    order = rng.sample([*RELATIONS, ANSWER], len(RELATIONS) + 1)
+    names = rng.sample(wording.names, PEOPLE)
+    jobs = rng.sample(wording.jobs, 4)
+    towns = rng.sample(wording.towns, 4)
+    pairs = [wording.pair.format(job, town) for job in jobs for town in towns]
+    values = rng.sample(wording.values, PEOPLE)
+    order = rng.sample([*wording.relations, wording.answer], len(wording.relations) + 1)
     articles = {}
     links = {}
     descriptions = {}
-    for name, pair, number in zip(names, rng.sample(pairs, PEOPLE), numbers, strict=True):
+    for name, pair, value in zip(names, rng.sample(pairs, PEOPLE), values, strict=True):
         others = [other for other in names if other != name]
-        known = dict(zip(RELATIONS, rng.sample(others, len(RELATIONS)), strict=True))
-        links[name] = known | {ANSWER: str(number)}
-        facts = [f"{relation}->{links[name][relation]}" for relation in order]
-        articles[name] = ", ".join([pair, *facts])
+        related = rng.sample(others, len(wording.relations))
+        known = dict(zip(wording.relations, related, strict=True))
+        links[name] = known | {wording.answer: value}
+        facts = [f"{relation}{wording.leads}{links[name][relation]}" for relation in order]
+        articles[name] = wording.between.join([pair, *facts])
         descriptions[name] = pair
     return Library(articles, links, descriptions)
 
@@ -124,7 +188,12 @@ def walk(
 
 
 def question(
-    rng: random.Random, library: Library, world: int, path: list[str], relations: list[str]
+    rng: random.Random,
+    wording: Wording,
+    library: Library,
+    world: int,
+    path: list[str],
+    relations: list[str],
 ) -> tuple[list[Message], dict[str, Any]]:
     """Ask for the end of a walk. Return (messages, label).
 
@@ -132,18 +201,18 @@ def question(
     answer, "relations": one for each step of the path}.
     """
     start = library.descriptions[path[0]]
-    asked = "'s ".join([f"the {start}", *relations])
+    asked = wording.of.join([f"{wording.the}{start}", *relations])
     label = {"world": world, "start": start, "path": path, "relations": relations}
-    return [user(rng.choice(REQUESTS).format(asked))], label
+    return [user(rng.choice(wording.requests).format(asked))], label
 
 
 class Search(Environment):
     """Questions over articles; the difficulty is the number of articles to open, 1 to 8.
 
-    worlds: graphs that all tasks are drawn from; None: a fresh one for each task.
+    worlds: graphs that all tasks are drawn from; None: a fresh one for each task. wording: of questions and articles. name:
+    of the environment.
     """
 
-    name = "search"
     group = "agentic"
     chance = 0.0
     max_turns = 12
@@ -151,8 +220,12 @@ class Search(Environment):
     default_difficulties = (1, 2, 3, 4)
     shown_difficulties = (1, 2)
 
-    def __init__(self, worlds: int | None = None) -> None:
+    def __init__(
+        self, worlds: int | None = None, wording: Wording = ENGLISH, name: str = "search"
+    ) -> None:
+        self.name = name
         self.worlds = worlds
+        self.wording = wording
 
     def tools(self) -> tuple[dict[str, Any], ...]:
         """Return the schemas of search and open."""
@@ -160,15 +233,15 @@ class Search(Environment):
 
     def library(self, label: Any) -> Library:
         """Return the articles of a task."""
-        return people(label["world"])
+        return people(self.wording, label["world"])
 
     def draw(self, rng: random.Random, difficulty: int) -> tuple[list[Message], dict[str, Any]]:
         """Return one random question as (messages, label); see `question`."""
         world = rng.randrange(self.worlds or 2**40)
-        library = people(world)
-        found = walk(rng, library, difficulty, ANSWER)
+        library = people(self.wording, world)
+        found = walk(rng, library, difficulty, self.wording.answer)
         assert found, "a walk of this length exists in almost every graph"
-        return question(rng, library, world, *found)
+        return question(rng, self.wording, library, world, *found)
 
     def problem(self, messages: list[Message], label: Any) -> list[Any]:
         """Return the graph and the way through it: in other words a question is the same."""
@@ -180,15 +253,16 @@ class Search(Environment):
 
     def oracle(self, task: Task, conversation: Sequence[Message], rng: random.Random) -> Message:
         """Search for the description, open what remains to be opened, and say the answer."""
-        start = f"the {task.label['start']}"
+        wording = self.wording
+        start = f"{wording.the}{task.label['start']}"
         path = task.label["path"]
         relations = task.label["relations"]
         turn = sum(message["role"] == "assistant" for message in conversation)
         if turn == 0:
-            return assistant("", f"find {start}", [("search", {"query": start})])
+            return assistant("", f"{wording.find}{start}", [("search", {"query": start})])
         place = turn - 1  # on the path
-        known = f"{path[place - 1]}'s {relations[place - 1]}" if place else start
-        thought = "'s ".join([f"{known}->{path[place]}", *relations[place:]])
+        known = wording.of.join([path[place - 1], relations[place - 1]]) if place else start
+        thought = wording.of.join([f"{known}{wording.leads}{path[place]}", *relations[place:]])
         if place < len(relations):
             return assistant("", thought, [("open", {"title": path[place]})])
         return assistant(path[place], thought)

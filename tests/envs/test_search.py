@@ -2,6 +2,7 @@
 
 import collections
 import math
+import re
 
 import pytest
 from hypothesis import given
@@ -11,11 +12,12 @@ from minglm.envs import ENVIRONMENTS
 from minglm.envs.base import assistant, user
 from minglm.envs.library import FREQUENCY_LIMIT, LENGTH_SHARE, Library, words
 from minglm.envs.pages import PageSearch
-from minglm.envs.search import ANSWER, PEOPLE, RELATIONS, RESULTS, Search, people
+from minglm.envs.search import ENGLISH, PEOPLE, RESULTS, SHORT, Search, people
 from minglm.testing.envs import check_chance, check_lazy_answers, play
 from minglm.testing.strategies import seeds
 
 SEARCH = Search()
+WORDINGS = {"English": ENGLISH, "short": SHORT}
 TEXTS = st.lists(st.sampled_from(["ab", "cd", "ef", "gh", "ij"]), max_size=8).map(" ".join)
 
 
@@ -52,16 +54,18 @@ def test_search_ranks_by_bm25(articles, query, most):
         assert scores[this] > scores[after] + 1e-9 or one < other or scores[this] != scores[after]
 
 
-@given(seeds)
-def test_each_half_of_a_description_fits_several_people(seed):
+@pytest.mark.parametrize("wording", WORDINGS.values(), ids=WORDINGS)
+@given(seed=seeds)
+def test_each_half_of_a_description_fits_several_people(wording, seed):
     """Together the halves fit one: the first result of a search for it. So neither word alone is enough to guess."""
-    library = people(seed)
-    descriptions = {title: text.split(",")[0] for title, text in library.articles.items()}
-    assert len(set(descriptions.values())) == PEOPLE == len(descriptions)
-    for place in (0, 1):
-        halves = collections.Counter(text.split(" in ")[place] for text in descriptions.values())
+    library = people(wording, seed)
+    for title, text in library.articles.items():
+        assert text.startswith(library.descriptions[title])
+    assert len(set(library.descriptions.values())) == PEOPLE == len(library.articles)
+    for place in (0, -1):
+        halves = collections.Counter(words(text)[place] for text in library.descriptions.values())
         assert len(halves) <= 4 and sum(count > 1 for count in halves.values()) >= 3
-    for title, description in descriptions.items():
+    for title, description in library.descriptions.items():
         assert library.search(description, RESULTS)[0] == title
 
 
@@ -144,7 +148,7 @@ class Named(Search):
     """The same graph and the same question for every task, so that one answer is right everywhere."""
 
     def draw(self, rng, difficulty):
-        label = {"world": 0, "start": "?", "path": ["?", "417"], "relations": [ANSWER]}
+        label = {"world": 0, "start": "?", "path": ["?", "417"], "relations": [ENGLISH.answer]}
         return [user(f"What is it? {rng.random()}")], label
 
     def problem(self, messages, label):
@@ -162,11 +166,28 @@ def test_broken_twins_are_refused():
         check_chance(Named())
 
 
-def test_relations_of_a_person_differ():
+@pytest.mark.parametrize("wording", WORDINGS.values(), ids=WORDINGS)
+def test_relations_of_a_person_differ(wording):
     """Boss, friend and rival are three people, none of them oneself; a wrong relation leads elsewhere."""
     for seed in range(50):
-        for title, links in people(seed).links.items():
-            assert len({title, *(links[name] for name in RELATIONS)}) == len(RELATIONS) + 1
+        for title, links in people(wording, seed).links.items():
+            related = {links[name] for name in wording.relations}
+            assert len(related | {title}) == len(wording.relations) + 1
+
+
+@given(st.integers(0, 10**6), seeds)
+def test_a_short_conversation_says_the_same_as_an_english_one(index, seed):
+    """Each relation in the question, read in the article that was opened, leads to the next call, or is the answer."""
+    short = ENVIRONMENTS["search:short"]
+    task = short.task(index, seed)
+    conversation = short.demonstrate(task)
+    start, relations = task.messages[0]["content"].split(".")
+    opened = [m["content"] for m in conversation if m["role"] == "tool"][1:]
+    assert opened[0].startswith(f"{start}.") and re.fullmatch("[1-8]*0", relations)
+    said = [m["tool_calls"][0]["arguments"] for m in conversation[5::2] if m.get("tool_calls")]
+    reached = [call["title"] for call in said] + [conversation[-1]["content"]]
+    for relation, article, value in zip(relations, opened, reached, strict=True):
+        assert re.search(rf"[.A-Za-z]{relation}{value}", article)
 
 
 def write(folder, **texts):
