@@ -1,16 +1,18 @@
 # %% [markdown]
-# # 14 Agents: how does a reward at the end reach a call made ten turns before, and are more turns worth it?
+# # 14 Agents: how does a reward at the end reach a call made ten turns before, are more turns worth it, and what is carried over?
 #
 # An agent calls tools until it knows the answer, and is rewarded once, at the end (paper 3.3). GLM-4.5 trains agents by
 # group-wise policy gradients: the reward of a trajectory less the mean of its siblings, not divided by the deviation.
 # Three rules make it work over many turns. Only what the model produced is trained, never what a tool said. A malformed call
 # ends the episode at once, with reward 0. And tokens stay as they were sampled: the conversation is never tokenised again.
-# The paper finds that accuracy rises smoothly with the turns that are allowed (Figure 8).
+# The paper finds that accuracy rises smoothly with the turns that are allowed (Figure 8), and that RL on search and
+# repositories alone helps with tools that it never used.
 #
-# **Your prediction.** Write down first: (1) A model was shown short questions often and long ones rarely. What does RL on long
-# ones add? (2) It is trained on the tool's words too, as if it had said them. What breaks first: the calls, or the answers?
-# (3) A malformed call is answered by an error message, and the episode goes on. More reward, or less? (4) Draw the accuracy
-# over 1, 2, 4, 8 and 16 allowed turns, before RL and after it.
+# **Your prediction.** Write down first: (1) A model was shown questions of one or two hops often and longer ones rarely. What
+# does RL on one to four add, and at eight? (2) It is trained on the tool's words too, as if it had said them. What breaks
+# first: the calls, or the answers? (3) A malformed call is answered by an error message, and the episode goes on. More reward, or
+# less? (4) Draw the accuracy over 1 to 16 allowed turns, before RL and after it. (5) RL on search: does a paper chase with
+# another tool, which was shown before and is not rewarded now, get better or worse?
 #
 # **Equation** (paper 3.3.2; `minglm/rl/episode.py`, `minglm/rl/grpo.py`)
 #
@@ -19,23 +21,27 @@
 
 # %%
 import dataclasses
+import random
 import string
 
 import numpy as np
 from tqdm import tqdm
 
 from minglm import lesson
-from minglm.config import RLConfig
+from minglm.chat.messages import Message
+from minglm.common.statistics import paired_difference
+from minglm.config import RLConfig, Split
 from minglm.envs.base import (
     Environment,
     Episode,
     assistant,
     message_fault,
     no_answer,
+    tool,
     user,
     verdict,
 )
-from minglm.envs.search import Search, tool
+from minglm.envs.search import ENGLISH, SHORT, Search, SearchEpisode, people
 from minglm.model.glm import GLM
 from minglm.report import drawing
 from minglm.rl.batch import collate, sampled_log_probabilities
@@ -45,29 +51,46 @@ from minglm.rl.loop import draw_groups
 from minglm.rl.rollout import rollout
 
 MODEL = dataclasses.replace(lesson.REASONER, max_position_embeddings=768)
-TOOL = (tool("go", "to"),)
-PLACES = 18  # of a graph
+OFTEN = 2  # hops of most questions in the cold start, at most
+SELDOM = (1, 2) * 6 + (3, 4)  # hops of its questions in the first rounds
+SOMETIMES = (1, 2) * 2 + (3, 4)  # in the last ones
+ASKED = (1, 2) + (3, 4) * 3  # of RL
+TESTED = (1, 2, 3, 4, 5, 6, 7, 8)
+TURNS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)  # allowed in Figure 8
+STROLLING = ("stroll",) * 6 + ("question",) * 3 + ("chase",)
+ASKING = ("stroll",) * 2 + ("question",) * 7 + ("chase",)
+ROUNDS = [(STROLLING, SELDOM)] * 4 + [(ASKING, SELDOM)] + [(ASKING, SOMETIMES)] * 5
+"""Conversations of each round of the cold start, and the hops of its questions."""
+TOOL = (tool("go", to="string"),)  # of a chase
+PLACES = 18  # of it
 ROADS = "12345678"  # from every place
-SHOWN = (1, 2, 3) * 12 + (4, 5, 6) * 2 + (8, 11, 15)  # places to read, of the cold start
-OFTEN = 3  # places of most demonstrations, at most
-ASKED = (3, 4, 5, 6, 7, 8)  # of RL
-TESTED = (1, 2, 3, 4, 6, 8, 11, 15)
-TURNS = (1, 2, 3, 4, 6, 8, 12, 16)  # allowed in Figure 8
+CHASED = (1, 2, 3, 4)  # places to read
 ARMS = {  # how RL treats what the model did not say, and malformed calls: colour
     "as the paper": "#1f5fa8",
     "every token": "#c2571a",
     "no halt": "#55958c",
 }
+LEARNED = 0.6  # of the development questions of one to four hops, which ends the cold start
 SIZES = {
-    "tokens": 1_000_000,
+    "tokens": 350_000,
     "rate": 0.02,
-    "steps": 12,
+    "steps": 48,
     "prompts": 8,
     "samples": 8,
     "rl_rate": 8e-4,
-    "problems": 128,
+    "development": 60,
+    "problems": 160,
+    "chases": 100,
 }
-SMOKE = SIZES | {"tokens": 12_000, "steps": 1, "prompts": 2, "samples": 2, "problems": 4}
+SMOKE = SIZES | {
+    "tokens": 2_000,
+    "steps": 1,
+    "prompts": 2,
+    "samples": 2,
+    "development": 2,
+    "problems": 4,
+    "chases": 2,
+}
 
 # %% [markdown]
 # ## The lines that matter
@@ -75,12 +98,53 @@ SMOKE = SIZES | {"tokens": 12_000, "steps": 1, "prompts": 2, "samples": 2, "prob
 # advantage.
 #
 # ## The task
-# `minglm.envs.search` asks about articles, hop by hop, with two tools; `main` prints a demonstration by its oracle. A model
-# of 0.2 M parameters does not learn it from scratch (lessons/LOG.md): its names are whole words, and it opens any of them.
-# So the experiment is a paper chase, in letters. Every place has eight roads and a sign that says which one to take next. A
-# question names the first place; where the sign has an exclamation mark its road leads to the answer. The graph is drawn anew
-# for every question, so that it can only be read, one place a call, and nobody says how many there will be. A thought names the
-# road and where it leads.
+# `minglm.envs.search` asks about articles, hop by hop, with two tools, `search` and `open`. Every question has a graph of its
+# own, so that it can only be read. Nobody is named in it, only described, so that the first step is a search. `main` prints a
+# question in English and the same in characters (`search:short`), which this model is given: it learns to copy a letter long
+# before it copies a name of a vocabulary of words (lessons/LOG.md).
+
+
+# %%
+class Reader(Search):
+    """Deals questions in characters.
+
+    levels: hops of those dealt. halts: whether a malformed call ends the episode with 0; otherwise the tool says that it did
+    not understand, and the episode goes on. astray: whether the articles are those of another graph, a control.
+    """
+
+    def __init__(self, levels, halts=True, astray=False):
+        super().__init__(wording=SHORT)
+        self.max_turns = TURNS[-1]
+        self.default_difficulties = tuple(levels)
+        self.halts = halts
+        self.astray = astray
+
+    def library(self, label):
+        """Return the articles of a task."""
+        return people(SHORT, label["world"] + self.astray)
+
+    def episode(self, task):
+        """Return a fresh episode of `task`."""
+        kind = SearchEpisode if self.halts else LenientEpisode
+        return kind(task, self.max_turns, self.library(task.label))
+
+
+class LenientEpisode(SearchEpisode):
+    """A reader who is told of a malformed call, in place of a halt."""
+
+    async def step(self, message) -> list[Message]:
+        """Take one message; answer a malformed one and forget that it was."""
+        if not message_fault(message, self.task.tools):
+            return await super().step(message)
+        self.turns += 1
+        self.calls += 1
+        self.done = self.turns >= self.max_turns
+        return [] if self.done else [{"role": "tool", "content": "?"}]
+
+
+# %% [markdown]
+# A second world has another tool and other rules, and RL never deals it. Every place of a paper chase has eight roads and a sign
+# that says which one to take next; where the sign has an exclamation mark its road leads to the answer.
 #
 #     k           think k         go(k) -> 1a2f3b4k5d6c7e8j|5
 #                 think 5d        go(d) -> 1c2b3k4a5f6j7d8e!2
@@ -91,8 +155,7 @@ SMOKE = SIZES | {"tokens": 12_000, "steps": 1, "prompts": 2, "samples": 2, "prob
 class Chase(Environment):
     """Deals paper chases; the difficulty is the number of places to read.
 
-    levels: those dealt. halts: whether a malformed call ends the episode with 0; otherwise the tool says that it did not
-    understand, and the episode goes on.
+    levels: those dealt.
     """
 
     name = "chase"
@@ -101,9 +164,8 @@ class Chase(Environment):
     max_turns = 16
     difficulties = tuple(range(1, 16))
 
-    def __init__(self, levels, halts=True):
+    def __init__(self, levels):
         self.default_difficulties = tuple(levels)
-        self.halts = halts
 
     def tools(self):
         """Return the schema of the tool."""
@@ -125,7 +187,7 @@ class Chase(Environment):
 
     def episode(self, task):
         """Return a fresh episode of `task`."""
-        return ChaseEpisode(task, self.max_turns, self.halts)
+        return ChaseEpisode(task, self.max_turns)
 
     def oracle(self, task, conversation, rng):
         """Go to the next place, or say the last one."""
@@ -141,21 +203,11 @@ class Chase(Environment):
 class ChaseEpisode(Episode):
     """A reader of signs."""
 
-    def __init__(self, task, max_turns, halts):
+    def __init__(self, task, max_turns):
         super().__init__(task, max_turns)
-        self.halts = halts
         self.reply = None
 
-    async def step(self, message):
-        """Take one message; where episodes do not halt, answer a malformed one and forget that it was."""
-        if self.halts or not message_fault(message, TOOL):
-            return await super().step(message)
-        self.turns += 1
-        self.calls += 1
-        self.done = self.turns >= self.max_turns
-        return [] if self.done else [{"role": "tool", "content": "?"}]
-
-    async def respond(self, message):
+    async def respond(self, message) -> list[Message]:
         """Return the roads from the places that were asked for; a message without a call is the answer."""
         calls = message.get("tool_calls") or ()
         if not calls:
@@ -175,12 +227,100 @@ class ChaseEpisode(Episode):
 
 # %% [markdown]
 # ## Experiment 1: three ways to learn from turns
-# A cold start shows chases of one to three places, and a few longer ones. RL asks for three to eight. The arm that trains every
-# token gives what the tool said the advantage of the trajectory too, with the log-probabilities of the model itself, as if it
-# had been drawn. In the arm without the halt the episodes of training go on after a malformed call; tests always halt.
+# The cold start shows three kinds of conversations: strolls from article to article without a question, which teach to read a
+# fact; questions of one and two hops, with a few of three and four; and a few chases. Four rounds are strolls for the most part, the
+# others questions. From the sixth on a round is the last one when six of ten development questions of one to four hops are right. RL asks for one to four hops, three times as
+# often for three or four. The arm that trains every token gives what the tool said
+# the advantage of the trajectory too, with the log-probabilities of the model itself, as if it had been drawn. In the arm without
+# the halt the episodes of training go on after a malformed call; tests always halt.
+#
+# Two controls: a model that learns to answer at once, from the question alone; and the finished model on the articles of another
+# graph.
 
 
 # %%
+def stroll(rng):
+    """Return a conversation that follows relations at random, from an article to the next, and ends with a number."""
+    library = people(SHORT, rng.randrange(2**40))
+    here = last = rng.choice(list(library.articles))
+    conversation = [user(here)]
+    said = here
+    for _ in range(rng.randint(2, 8)):
+        conversation.append(assistant("", said, [("open", {"title": here})]))
+        conversation.append({"role": "tool", "content": library.articles[here]})
+        last = here
+        relation = rng.choice(SHORT.relations)
+        here = library.links[last][relation]
+        said = f"{last}{relation}{here}"
+    number = library.links[last][SHORT.answer]
+    return [*conversation, assistant(number, f"{last}{SHORT.answer}{number}")]
+
+
+def shown(tokens, seed, kinds, hops):
+    """Return conversations of these kinds, with questions of these hops: more than `tokens` tokens of them."""
+    rng = random.Random(seed)
+    asked = {"question": Reader(hops), "chase": Chase(CHASED[:2])}
+    conversations = []
+    for index in range(tokens // 150):
+        kind = kinds[index % len(kinds)]
+        if kind == "stroll":
+            conversations.append(stroll(rng))
+        else:
+            conversations.append(asked[kind].demonstrate(asked[kind].task(index, seed)))
+    return conversations
+
+
+def policy_of(model, sizes, seed):
+    """Return a model as a policy, and its side of the episodes. It knows its tools by heart: prompts do not list them."""
+    config = RLConfig(
+        environments=("search",),
+        steps=sizes["steps"],
+        prompts=sizes["prompts"],
+        samples=sizes["samples"],
+        max_new_tokens=40,
+        max_turns=TURNS[-1],
+        peak_lr=sizes["rl_rate"],
+        normalize_std=False,
+    )
+    policy = lesson.Policy(model, config, seed)
+    return policy, dataclasses.replace(policy.player(), list_tools=False)
+
+
+def tested(model, sizes, environment, problems, split=Split.TEST):
+    """Answer problems, each on a graph of its own. Return [hops, right, turns, malformed] of each."""
+    tasks = environment.distinct_tasks(problems, 0, split)
+    _, player = policy_of(model, sizes, 0)
+    groups = rollout(player, {environment.name: environment}, tasks, 1)
+    return [
+        [t.task.difficulty, t.score.value, t.score.parts["turns"], t.score.parts["format"]]
+        for (t,) in groups
+    ]
+
+
+def both(model, sizes):
+    """Answer test questions of all lengths, and test chases."""
+    return {
+        "test": tested(model, sizes, Reader(TESTED), sizes["problems"]),
+        "chase": tested(model, sizes, Chase(CHASED), sizes["chases"]),
+    }
+
+
+def cold_start(model, sizes, seed):
+    """Show conversations, round by round. Return the share of right development questions after each of the last rounds."""
+    learned = []
+    for number, (kinds, hops) in enumerate(ROUNDS):
+        conversations = shown(sizes["tokens"], seed * 100 + number, kinds, hops)
+        lesson.imitate(model, conversations, sizes["tokens"], sizes["rate"], seed)
+        if hops == SOMETIMES:
+            test = tested(
+                model, sizes, Reader(range(1, 5)), sizes["development"], Split.DEVELOPMENT
+            )
+            learned.append(float(np.mean([right for _, right, _, _ in test])))
+            if learned[-1] >= LEARNED:
+                break
+    return learned
+
+
 def claim_context(policy, groups):
     """Make every token after the first prompt one that the model is trained on, in place."""
     segments = [segment for group in groups for t in group for segment in t.segments]
@@ -193,45 +333,14 @@ def claim_context(policy, groups):
         segment.logprobs = logprobs_S[: len(segment.tokens)]
 
 
-def settings(sizes):
-    """Return the settings of the RL stage: no division by the deviation."""
-    return RLConfig(
-        environments=("chase",),
-        steps=sizes["steps"],
-        prompts=sizes["prompts"],
-        samples=sizes["samples"],
-        max_new_tokens=32,
-        max_turns=16,
-        peak_lr=sizes["rl_rate"],
-        normalize_std=False,
-    )
-
-
-def player_of(policy):
-    """Return the model's side of the episodes. It knows its one tool by heart: a list would be longer than the rest."""
-    return dataclasses.replace(policy.player(), list_tools=False)
-
-
-def tested(model, sizes):
-    """Answer test chases of all lengths, each on a graph of its own. Return [places, right, turns, malformed] of each."""
-    environment = Chase(TESTED)
-    problems = environment.distinct_tasks(sizes["problems"], 0)
-    player = player_of(lesson.Policy(model, settings(sizes), 0))
-    groups = rollout(player, {environment.name: environment}, problems, 1)
-    return [
-        [t.task.difficulty, t.score.value, t.score.parts["turns"], t.score.parts["format"]]
-        for (t,) in groups
-    ]
-
-
 def train(start, arm, sizes, seed):
-    """Reinforce in one arm. Return the means of every step, and the test."""
-    policy = lesson.Policy(start, settings(sizes), seed)
-    environment = Chase(ASKED, halts=arm != "no halt")
+    """Reinforce in one arm. Return (the means of every step and the tests, the model)."""
+    policy, player = policy_of(start, sizes, seed)
+    environment = Reader(ASKED, halts=arm != "no halt")
+    schedule = policy.schedule(environment)
     steps = []
     for step in range(sizes["steps"]):
-        schedule = policy.schedule(environment)
-        groups = draw_groups(policy.trainer, player_of(policy), schedule, step).groups
+        groups = draw_groups(policy.trainer, player, schedule, step).groups
         trajectories = [t for group in groups for t in group]
         steps.append(
             {
@@ -245,15 +354,35 @@ def train(start, arm, sizes, seed):
         policy.trainer.learn(groups, step)
         policy.trainer.state.step += 1
         policy.generator.update_weights(policy.trainer.model.state_dict(), step + 1)
-    return {"arm": arm, "steps": steps, "test": tested(policy.trainer.model, sizes)}
+    model = policy.trainer.model
+    return {"arm": arm, "steps": steps, **both(model, sizes)}, model
+
+
+def guess(sizes, seed):
+    """Test a model that learned to answer at once, from the question alone."""
+    model = GLM(MODEL, seed)
+    conversations = []
+    for task in Reader(SELDOM).tasks(sizes["tokens"] // 150, seed):
+        answer = task.label["path"][-1]
+        conversations.append([*task.messages, assistant(answer, answer)])
+    lesson.imitate(model, conversations, sizes["tokens"] // 5, sizes["rate"], seed)
+    return tested(model, sizes, Reader(TESTED), sizes["problems"])
 
 
 def run(seed, sizes):
     """Make all runs of one seed."""
     start = GLM(MODEL, seed)
-    lesson.cold_start(start, Chase(SHOWN), sizes["tokens"], sizes["rate"], seed)
-    before = {"arm": "cold start", "steps": [], "test": tested(start, sizes)}
-    return {"seed": seed, "arms": [before, *(train(start, arm, sizes, seed) for arm in ARMS)]}
+    controls = {"nothing learned": both(start, sizes)}
+    learned = cold_start(start, sizes, seed)
+    arms = [{"arm": "cold start", "steps": [], **both(start, sizes)}]
+    for arm in ARMS:
+        result, model = train(start, arm, sizes, seed)
+        arms.append(result)
+        if arm == "as the paper":
+            astray = Reader(TESTED, astray=True)
+            controls["another graph"] = {"test": tested(model, sizes, astray, sizes["problems"])}
+    controls["question alone"] = {"test": guess(sizes, seed)}
+    return {"seed": seed, "learned": learned, "arms": arms, "controls": controls}
 
 
 def experiment(sizes, seeds):
@@ -265,26 +394,41 @@ def experiment(sizes, seeds):
 # ## Experiment 2: how many turns (Figure 8)
 # Nothing more is trained. The model is never told how many turns it has, so an episode of n turns is right under every bound
 # of n or more, and wrong under a smaller one: one test gives the whole curve.
+#
+# ## Experiment 3: what is carried over
+# The same models answer test chases of one to four places, of which demonstrations showed one and two, and RL none.
 
 
 # %%
-def results(log, arm):
+def results(log, arm, name="test"):
     """Return the tests of one arm, one array (problems, 4) a seed."""
-    return [np.array(r["test"]) for run in log["runs"] for r in run["arms"] if r["arm"] == arm]
+    return [np.array(r[name]) for run in log["runs"] for r in run["arms"] if r["arm"] == arm]
 
 
 def right_within(log, arm, turns):
-    """Return how many problems an arm answers rightly in so many turns, in percent, one number a seed."""
+    """Return how many questions an arm answers rightly in so many turns, in percent, one number a seed."""
     return np.array([100 * (t[:, 1] * (t[:, 2] <= turns)).mean() for t in results(log, arm)])
 
 
-def right_at(log, arm, places):
-    """Return how many problems with so many places an arm answers rightly, in percent, one number a seed."""
+def right_at(log, arm, hops, name="test"):
+    """Return how many problems with so many hops an arm answers rightly, in percent, one number a seed."""
     found = []
-    for test in results(log, arm):
-        rows = test[test[:, 0] == places]
+    for test in results(log, arm, name):
+        rows = test[test[:, 0] == hops]
         found.append(100 * rows[:, 1].mean() if len(rows) else np.nan)
     return np.array(found)
+
+
+def gains(log, arm, name, levels):
+    """Return what an arm adds to the cold start on problems of these levels, in points, one `Difference` a seed."""
+    found = []
+    for before, after in zip(
+        results(log, "cold start", name), results(log, arm, name), strict=True
+    ):
+        chosen = np.isin(before[:, 0], levels)
+        pair = [100 * test[chosen, 1] for test in (before, after)]
+        found.append(paired_difference(*(values.tolist() for values in pair)))
+    return found
 
 
 def steps_of(log, arm, name):
@@ -294,7 +438,7 @@ def steps_of(log, arm, name):
 
 
 def draw_seeds(axis, x, values, shades):
-    """Draw a line for every seed of every arm: a mean of seeds that learned the chase and seeds that did not is neither."""
+    """Draw a line for every seed of every arm: a mean of seeds that learned to read and seeds that did not is neither."""
     for arm, rows in values.items():
         for number, row in enumerate(rows):
             label = None if number else arm
@@ -304,26 +448,35 @@ def draw_seeds(axis, x, values, shades):
 
 def draw(log):
     """Draw the figure from the log alone."""
-    figure, ((turns, roads), (reward, faults)) = drawing.canvas(2, 2, (10.5, 7))
+    figure, ((turns, hops, chase), (reward, faults, learned)) = drawing.canvas(2, 3, (13.5, 7))
     shades = {"cold start": drawing.INK, **ARMS}
     x = np.arange(len(TURNS))
     values = {arm: np.array([right_within(log, arm, bound) for bound in TURNS]).T for arm in shades}
     draw_seeds(turns, x, values, shades)
     turns.set_xticks(x, TURNS)
-    values = {arm: np.array([right_at(log, arm, level) for level in TESTED]).T for arm in shades}
-    draw_seeds(roads, TESTED, values, shades)
-    roads.axvspan(TESTED[0], OFTEN, color=drawing.PALE, alpha=0.25, linewidth=0)
+    for axis, name, levels in ((hops, "test", TESTED), (chase, "chase", CHASED)):
+        values = {
+            arm: np.array([right_at(log, arm, level, name) for level in levels]).T for arm in shades
+        }
+        draw_seeds(axis, levels, values, shades)
+        axis.axvspan(levels[0], OFTEN, color=drawing.PALE, alpha=0.25, linewidth=0)
     for axis, name in ((reward, "reward"), (faults, "malformed")):
         values = {arm: 100 * steps_of(log, arm, name) for arm in ARMS}
         draw_seeds(axis, np.arange(len(next(iter(values.values()))[0])) + 1, values, ARMS)
-    heading = f"Figure 8: fresh graphs, 1 to 15 places ({len(log['runs'])} seeds)"
+    for run in log["runs"]:
+        rounds = np.arange(len(run["learned"])) + 1
+        learned.plot(rounds, 100 * np.array(run["learned"]), "o-", color=drawing.INK, markersize=3)
+    heading = f"Figure 8: fresh graphs, 1 to 8 hops ({len(log['runs'])} seeds)"
     lesson.panel(turns, heading, "turns allowed", "right (%)", ylim=(0, 100))
-    lesson.panel(
-        roads, "By length (shaded: shown often)", "places to read", "right (%)", ylim=(0, 104)
-    )
+    heading = "By length (shaded: shown often)"
+    lesson.panel(hops, heading, "hops", "right (%)", ylim=(0, 104))
+    heading = "A chase, which RL never deals (shaded: shown)"
+    lesson.panel(chase, heading, "places to read", "right (%)", ylim=(0, 104))
     lesson.panel(reward, "Reward in training", "step", "right (%)", ylim=(0, 100))
     heading = "Malformed turns that ended an episode"
     lesson.panel(faults, heading, "step", "episodes (%)", ylim=(0, 100))
+    heading = "Cold start: development questions, 1 to 4 hops"
+    lesson.panel(learned, heading, "round, of the last", "right (%)", ylim=(0, 104))
     return figure
 
 
@@ -331,24 +484,32 @@ def draw(log):
 # ## What would prove us wrong
 # `verdicts` reads the log, and each claim can come out False.
 #
-# Measured (163 CPU-seconds, three seeds, 128 test chases each, so 4 points are noise). The figure has a line for every seed.
+# Measured (689 CPU-seconds, three seeds, 160 test questions and 100 test chases each; the figure has a line for every seed).
 #
-# **Accuracy rises with every turn that is allowed**, with all seeds: 0, 13, 26, 36, 45, 60, 83 and 90% (means) of chases of 1 to
-# 15 places within 1, 2, 3, 4, 6, 8, 12 and 16 turns, after RL. That is the paper's Figure 8, and half of its reason is plain: a
-# chase of n places cannot be solved in n turns. The other half is that the policy does not stumble on the way: 11 places, which
-# two demonstrations in 45 have or exceed, are right in 100, 92 and 100%; 15, the whole of 16 turns, in 29, 38 and 62%.
+# **Two seeds of three learned to search.** After 2.5 million tokens of demonstrations they follow one and two hops in 96 to 100% of
+# fresh graphs; three and four hops, seldom shown, in 52 and 25% (seed 0) and 91 and 95% (seed 1). The third had ten rounds, 3.5
+# million tokens, calls without fault and opens what it likes: 4% right. Strolls had taught seed 0 to read any fact (99.8% at
+# the last of them); what came late is to copy the first title that a search returns, and the rest of the question.
 #
-# **RL adds nothing that the test could tell** (+1, 0 and 0 points): after a million tokens of demonstrations 92, 98 and 100% of
-# the first rewards are 1, so most groups have no signal. **For the same reason neither rule shows**: training on the tool's
-# words and not halting at a malformed call end within a point of the paper's way, and malformed calls had gone before RL began.
+# **Accuracy rises with every turn that the questions need**: after RL 0, 16, 30, 42, 43% within 2 to 6 turns (seed 0) and 0, 16, 29, 43,
+# 56% (seed 1). That is the paper's Figure 8 as far as it goes. It ends there, because five hops and more, which
+# nothing has shown, are not answered (0 to 14%): more turns do not help a policy that cannot carry so long a question.
 #
-# **Fewer demonstrations are no test either.** After 300,000 tokens 69, 6 and 5% were right before RL, 91, 3 and 94% after
-# 600,000: a seed looks up a road or it does not, and there is little between. RL from those starts moved by +5, -2, 0 and by -1, +2, 0
-# points in its 12 steps. It improves what is done sometimes, and finds nothing that is not done at all.
+# **RL adds nothing that the test could tell**: +3.4 (-4.5 to 11.2), +2.2 (0 to 5.6) and -1.1 (-3.4 to 0) points of the questions that
+# it asks. It strengthened what seed 0 did half of the time (three hops: 52 to 83%) and not what it did by luck (four hops: 25 to 10%,
+# one in eight is a guess of the last relation), and five to eight hops fell by 7 (1 to 14).
 #
-# Tried before, one seed each, cold start only: walks whose roads stand in the question were read with 100% of one road and
-# 9 to 37% of two, because the next road has to be looked up by the last; and demonstrations of three places at most, after
-# which no longer chase was right.
+# **The mask matters where there is something to lose**: trained on the tool's words too, seed 0 ends 19 points (9 to 29) below the
+# paper's way, seed 1 3 points (0 to 8); both say more malformed calls in tests (16% of all episodes for 8 and 9%). **The halt does
+# not show**: 1% of the episodes of training have a malformed call at all.
+#
+# **Nothing is carried over, and little could be**: the chase, one conversation in ten of the cold start, was not learned by it
+# (0 to 2%), nor by RL on search (0 to 1%).
+#
+# Controls: nothing learned 0%; from the question alone 0 to 1%; on the articles of another graph 1 to 3%.
+#
+# The rounds, their mixture and the steps of RL were chosen on development questions of seed 0, after four other cold starts: see
+# lessons/LOG.md.
 #
 # ## At full scale
 # The same loop trains `search`, `swe:` and the worlds of `minglm.envs.worlds` in a config; `max_turns` is that of the stage, and
@@ -362,31 +523,44 @@ def draw(log):
 def verdicts(log):
     """Return {claim: whether the log supports it}."""
 
-    def shown(values):
+    def listed(values):
         return np.round(values, 1).tolist()
+
+    def beyond_chance(differences):
+        return all(difference.low > 0 for difference in differences)
 
     paper, every, lenient = ARMS
     claims = {}
-    gain = right_within(log, paper, 16) - right_within(log, "cold start", 16)
-    claims[f"RL raises the accuracy of the cold start: {shown(gain)} points"] = gain.min() > 0
-    beyond = [level for level in TESTED if level > OFTEN]
-    before = np.nanmean([right_at(log, "cold start", level) for level in beyond], axis=0)
-    after = np.nanmean([right_at(log, paper, level) for level in beyond], axis=0)
-    claim = f"on chases that are seldom shown, by 10 points: {shown(before)} to {shown(after)}%"
-    claims[claim] = (after - before).min() > 10
+    learned = [run["learned"][-1] for run in log["runs"]]
+    rounds = [len(run["learned"]) for run in log["runs"]]
+    claim = f"every cold start learned one to four hops: {listed(learned)} after {rounds} rounds"
+    claims[claim] = min(learned) >= LEARNED
+    for name, levels, text in (
+        ("test", ASKED, "questions of 1 to 4 hops"),
+        ("test", [level for level in TESTED if level > max(ASKED)], "those of 5 to 8 hops"),
+        ("chase", CHASED, "chases, which RL never deals"),
+    ):
+        found = gains(log, paper, name, levels)
+        claim = f"RL adds to {text}: {listed(found)} (mean, low, high)"
+        claims[claim] = beyond_chance(found)
     curve = np.array([right_within(log, paper, bound) for bound in TURNS])
-    claim = f"each larger number of turns adds, up to 8: {shown(curve.T)}% at {TURNS}"
-    claims[claim] = bool((np.diff(curve[: TURNS.index(8) + 1], axis=0) > 0).all())
+    claim = f"each larger number of turns adds, from 3 to 6: {listed(curve.T)}% at {TURNS}"
+    first, last = TURNS.index(3), TURNS.index(6)
+    claims[claim] = bool((np.diff(curve[first - 1 : last + 1], axis=0) > 0).all())
     gap = right_within(log, paper, 16) - right_within(log, every, 16)
-    claims[f"training on the tool's words costs: {shown(gap)} points"] = gap.min() > 0
+    claims[f"training on the tool's words costs: {listed(gap)} points"] = gap.min() > 0
     gap = right_within(log, paper, 16) - right_within(log, lenient, 16)
-    claims[f"not halting costs: {shown(gap)} points"] = gap.min() > 0
+    claims[f"not halting costs: {listed(gap)} points"] = gap.min() > 0
+    for name in ("nothing learned", "question alone", "another graph"):
+        tests = [np.array(run["controls"][name]["test"]) for run in log["runs"]]
+        right = np.array([100 * test[:, 1].mean() for test in tests])
+        claims[f"{name}: below 5%, {listed(right)}"] = right.max() < 5
     return {claim: bool(holds) for claim, holds in claims.items()}
 
 
-def demonstration():
-    """Return a question of the real `search`, and how its oracle answers it, as text."""
-    environment = Search()
+def demonstration(wording):
+    """Return a question of `search` in one wording, and how its oracle answers it, as text."""
+    environment = Search(wording=wording)
     lines = []
     for message in environment.demonstrate(environment.task(0, 0, difficulties=(2,))):
         calls = [f"{c['name']}({c['arguments']})" for c in message.get("tool_calls", ())]
@@ -397,9 +571,10 @@ def demonstration():
 
 def main(argv=None):
     """Run the experiment, or only redraw its figure, and print what it shows."""
-    print(demonstration())
-    shown = [Segment, advantages]
-    lesson.Lesson("14_agent", experiment, draw, verdicts, shown, SIZES, SMOKE, MODEL).main(argv)
+    for wording in (ENGLISH, SHORT):
+        print(demonstration(wording))
+    lines = [Segment, advantages]
+    lesson.Lesson("14_agent", experiment, draw, verdicts, lines, SIZES, SMOKE, MODEL).main(argv)
 
 
 if __name__ == "__main__":

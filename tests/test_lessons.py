@@ -23,7 +23,11 @@ def test_sums_are_an_environment(level, told):
 
 @pytest.mark.parametrize(
     ("name", "kind", "given"),
-    [("14_agent", "Chase", ((2, 4),)), ("16_distill", "Running", ("+-#", (6,), 3))],
+    [
+        ("14_agent", "Chase", ((2, 4),)),
+        ("14_agent", "Reader", ((1, 4),)),
+        ("16_distill", "Running", ("+-#", (6,), 3)),
+    ],
 )
 def test_tasks_of_lessons_are_environments(name, kind, given):
     """So do the tasks that a lesson defines for itself."""

@@ -22,10 +22,10 @@ Choices
 - A name follows a line break, an arrow or a tag, never a space, so that a small vocabulary has one word for it, not two.
   Articles are a line of plain text, and schemas are as short as JSON allows, because every prompt carries them.
 - A title that does not exist is answered with a message, as on the web; the conversation goes on.
-- `search:short` asks the same in single characters, with eight relations in place of three. A model of 0.2 million parameters
-  copies a character long before it copies a word of a vocabulary (lesson 14).
+- `search:short` asks the same in single characters, with eight relations in place of three. Models of 0.2 million parameters
+  did not learn to copy words of a vocabulary, and two of three learned this (lesson 14).
 
-    e v.20  ->  search("e v.")  ->  U, I, G     open("U")  ->  e v.0nr8F2P3D4S5L7T6M1I     U2P0  ->  open("P")     P0rn
+    e v.20  ->  search("e v.")  ->  U, I, G     open("U")  ->  e v.0nr1I2P3D4S5L6M7T8F     U2P0  ->  open("P")     P0rn
 
 Simplification: articles are a line of facts in one form, and each question has one way to its answer.
 """
@@ -86,6 +86,8 @@ class Wording:
     """Between the facts of an article."""
     find: str
     """Before a description, in the first thought."""
+    varied: bool
+    """Whether each graph has an order of facts of its own, and a way may follow one relation twice."""
 
 
 ENGLISH = Wording(
@@ -102,6 +104,7 @@ ENGLISH = Wording(
     leads="->",
     between=", ",
     find="find ",
+    varied=True,
 )
 """Few words of each kind, so that a small vocabulary holds them whole."""
 SHORT = Wording(
@@ -118,9 +121,10 @@ SHORT = Wording(
     leads="",
     between="",
     find="",
+    varied=False,
 )
 """The same in characters: letters and digits alternate, so that no tokenizer makes one token of two. A name is no word of a
-description, also in lower case."""
+description, also in lower case. A fact has one place in all articles, so that reading it is a matter of one step back."""
 
 PEOPLE = 12
 """Articles of a graph. Each of four jobs and each of four towns is that of about three people."""
@@ -144,7 +148,9 @@ def people(wording: Wording, seed: int) -> Library:
     towns = rng.sample(wording.towns, 4)
     pairs = [wording.pair.format(job, town) for job in jobs for town in towns]
     values = rng.sample(wording.values, PEOPLE)
-    order = rng.sample([*wording.relations, wording.answer], len(wording.relations) + 1)
+    order = [wording.answer, *wording.relations]
+    if wording.varied:
+        order = rng.sample([*wording.relations, wording.answer], len(order))
     articles = {}
     links = {}
     descriptions = {}
@@ -160,11 +166,12 @@ def people(wording: Wording, seed: int) -> Library:
 
 
 def walk(
-    rng: random.Random, library: Library, hops: int, last: str | None
+    rng: random.Random, library: Library, hops: int, last: str | None, again: bool = True
 ) -> tuple[list[str], list[str]] | None:
     """Walk along `hops` relations. Return (titles and answer, relations), or None if no way of this length was found.
 
-    last: the relation of the last step; None: any. No article is visited twice, so that no shorter way is right by luck.
+    last: the relation of the last step; None: any. again: whether a relation may be followed twice. No article is visited
+    twice, so that no shorter way is right by luck.
     """
     starts = list(library.descriptions)
     for _ in range(TRIES if starts else 0):
@@ -176,7 +183,11 @@ def walk(
                 choices = [r for r in links if r == last or (last is None and links[r] not in path)]
             else:
                 choices = [
-                    r for r in links if links[r] in library.articles and links[r] not in path
+                    r
+                    for r in links
+                    if links[r] in library.articles
+                    and links[r] not in path
+                    and (again or r not in relations)
                 ]
             if not choices:
                 break
@@ -239,9 +250,10 @@ class Search(Environment):
         """Return one random question as (messages, label); see `question`."""
         world = rng.randrange(self.worlds or 2**40)
         library = people(self.wording, world)
-        found = walk(rng, library, difficulty, self.wording.answer)
+        wording = self.wording
+        found = walk(rng, library, difficulty, wording.answer, again=wording.varied)
         assert found, "a walk of this length exists in almost every graph"
-        return question(rng, self.wording, library, world, *found)
+        return question(rng, wording, library, world, *found)
 
     def problem(self, messages: list[Message], label: Any) -> list[Any]:
         """Return the graph and the way through it: in other words a question is the same."""

@@ -175,6 +175,14 @@ def test_relations_of_a_person_differ(wording):
             assert len(related | {title}) == len(wording.relations) + 1
 
 
+@given(seeds)
+def test_a_short_way_follows_no_relation_twice(seed):
+    """So what remains of a question follows from the relation that was read last. English ways may repeat one."""
+    for hops in SEARCH.difficulties:
+        path = ENVIRONMENTS["search:short"].task(seed, seed, difficulties=(hops,)).label
+        assert len(set(path["relations"])) == hops == len(path["path"]) - 1
+
+
 @given(st.integers(0, 10**6), seeds)
 def test_a_short_conversation_says_the_same_as_an_english_one(index, seed):
     """Each relation in the question, read in the article that was opened, leads to the next call, or is the answer."""
