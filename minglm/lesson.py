@@ -211,10 +211,12 @@ def cold_start(
     seed: int,
     direct: float = 0.0,
     tokenizer: Tokenizer = BYTES,
+    mtp_weight: float = 0.0,
 ) -> None:
     """Fine-tune on the oracle's conversations, about `tokens` tokens of them, each shown once.
 
     direct: share of the conversations whose thought holds nothing but the answer, which is right all the same.
+    mtp_weight: weight of the loss of the model's MTP layer; 0: there is none, or it learns nothing.
     """
     rng = random.Random(seed)
     conversations = []
@@ -228,7 +230,7 @@ def cold_start(
             conversation[-1] = assistant(task.label, task.label)
         conversations.append(conversation)
         count += sum(len(example.tokens_S) for example in examples(tokenizer, conversation))
-    imitate(model, conversations, tokens, peak_lr, seed, tokenizer)
+    imitate(model, conversations, tokens, peak_lr, seed, tokenizer, mtp_weight)
 
 
 def imitate(
@@ -238,8 +240,12 @@ def imitate(
     peak_lr: float,
     seed: int,
     tokenizer: Tokenizer = BYTES,
+    mtp_weight: float = 0.0,
 ) -> None:
-    """Fine-tune on conversations, `tokens` tokens of them; they come again where they have fewer."""
+    """Fine-tune on conversations, `tokens` tokens of them; they come again where they have fewer.
+
+    mtp_weight: as in `cold_start`.
+    """
     found = [example for messages in conversations for example in examples(tokenizer, messages)]
     length = model.config.max_position_embeddings
     rows = mixture.Mixture(
@@ -252,7 +258,7 @@ def imitate(
         tokenizer.pad,
     )
     batch = max(1, 2048 // length) * length
-    pretrain(model, rows, length, tokens, batch, peak_lr, bias_rate=0.01)
+    pretrain(model, rows, length, tokens, batch, peak_lr, bias_rate=0.01, mtp_weight=mtp_weight)
     model.eval()
 
 
