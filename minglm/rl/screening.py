@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from minglm.common.files import read_json, write_json
+from minglm.common.files import read_object, write_json
 from minglm.config import Split
 from minglm.config.posttraining import CurriculumConfig
 from minglm.envs.base import Environment
@@ -62,8 +62,13 @@ class Screener:
 
     def draw(self, name: str, problems: Sequence[Problem], samples: int, seed: int) -> list[Right]:
         """Return the right answers to each problem, of `samples`; what the file has of this draw is not drawn again."""
-        kept = read_json(self.path) if self.path.exists() else {}
-        found = [Right(*counts) for counts in kept.get(name, [])]
+        kept = read_object(self.path) if self.path.exists() else {}
+        try:
+            found = [Right(right, answers) for right, answers in kept.get(name, [])]
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{self.path}: {name!r} holds no counts of right answers; remove the file"
+            ) from None
         self.bar.update(len(found) * samples)
         at_once = max(1, ANSWERS_AT_ONCE // max(1, samples))
         for begin in range(len(found), len(problems), at_once):

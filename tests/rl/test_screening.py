@@ -148,3 +148,16 @@ def test_without_a_second_draw_or_a_guard_nothing_more_is_played(tmp_path):
     found = run(screener(tmp_path, environment), config)
     assert set(environment.played.values()) == {8} and len(environment.played) == 10
     assert not any(rate.second for rate in found.rates)
+
+
+@pytest.mark.parametrize(
+    "kept", ["[]", "5", '{"first": 5}', '{"first": [[1]]}', '{"first": [5]}', "{"]
+)
+def test_a_damaged_file_is_named(tmp_path, kept):
+    """Whatever it holds in the place of counts: one line, and nothing is drawn."""
+    environment = Chances()
+    subject = screener(tmp_path, environment)
+    subject.path.write_text(kept)
+    with pytest.raises(ValueError, match=r"^.*screening\.json.*$"):
+        run(subject)
+    assert not environment.played
