@@ -8,8 +8,9 @@
 #
 # **Your prediction.** Write down first: (1) A rubric likes answers that are long, orderly and free of faults, and never looks
 # at the request. How many steps until the policy has found that out, and what becomes of the constraints? (2) And beside rules,
-# critic and reward model? (3) RL on 79 kinds of constraints: does it help with the 20 others? (4) Sixteen prompts a step, of
-# which one or twelve provoke faults: how many more samples does the first need, for as few faults?
+# critic and reward model? (3) RL on 79 kinds of constraints: does it help with the 20 others? (4) Nothing is planted: how many
+# answers of the finished model have a fault, on prompts as it was shown and on others? With three prompts in four mined from
+# these, how many fewer samples does RL need than with one in sixteen that was not mined? And do other detectors agree?
 #
 # **Equation** (paper 3.4; `minglm/rewards/hybrid.py`, `minglm/rewards/shaping.py`, `minglm/rewards/audit.py`)
 #
@@ -21,16 +22,19 @@ import copy
 import dataclasses
 import random
 import re
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from minglm import lesson
-from minglm.config import RewardConfig, RLConfig, Split
+from minglm.common.statistics import interval
+from minglm.config import EvaluationConfig, RewardConfig, RLConfig, Split
 from minglm.data.tokenizer import Tokenizer
-from minglm.envs.base import user
+from minglm.envs.base import Task, user
 from minglm.envs.constraints.environment import Constraints, UnseenConstraints
-from minglm.envs.pathology import CATALOGUE, PathologyPrompts, corrupt
+from minglm.envs.pathology import CATALOGUE, PathologyPrompts, says_right
+from minglm.eval.tasks import tasks
 from minglm.model.glm import GLM
 from minglm.recipe.preferences import LIVELY
 from minglm.report import drawing
@@ -59,11 +63,18 @@ SHADES = {
     "all four alike": "#dfa27c",
     "rules and critic first": "#1f5fa8",
 }
-MIXES = {  # arm: prompts of a step, by place: P provokes faults, C is a request with constraints
-    "targeted": "PPPC",
+MIXES = {  # arm: prompts of a step, by place: M provoked a fault, P is of the same kinds, C is a short request
+    "mined": "MMMC",
     "mixed in": "P" + 15 * "C",
 }
-MIX_SHADES = {"targeted": "#1f5fa8", "mixed in": "#c2571a"}
+MIX_SHADES = {"mined": "#1f5fa8", "mixed in": "#c2571a"}
+TEMPERATURES = (0.6, 1.0, 1.3)
+KIND_SHADES = {
+    "ordinary prompts": "#1f5fa8",
+    "unusual prompts": "#c2571a",
+    "short requests": "#8a8a92",
+    "long requests": "#2f8f83",
+}
 SIZES = {
     "tokens": 300_000,
     "rate": 0.02,
@@ -77,11 +88,13 @@ SIZES = {
     "problems": 100,
     "fault_tokens": 150_000,
     "fault_rate": 0.02,
-    "fault_steps": 15,
+    "fault_steps": 30,
     "fault_prompts": 16,
     "fault_samples": 4,
-    "fault_every": 3,
-    "answers": 3,
+    "fault_every": 10,
+    "prompts_asked": 60,
+    "answers": 6,
+    "mining_answers": 4,
 }
 SMOKE = SIZES | {
     "tokens": 6000,
@@ -96,6 +109,9 @@ SMOKE = SIZES | {
     "fault_prompts": 2,
     "fault_samples": 2,
     "fault_every": 1,
+    "prompts_asked": 3,
+    "answers": 1,
+    "mining_answers": 1,
 }
 
 # %% [markdown]
@@ -212,30 +228,39 @@ def instruct(start, arm, preferred, words, sizes, seed):
 
 
 # %% [markdown]
-# ## Experiment 2: pathologies
-# First the incidence in a model that was shown clean answers only. It has hardly any, so the habit is planted, and openly: the
-# model learns replies to provoking prompts half of which are spoilt (`envs.pathology.corrupt`). Then two stages of RL with a
-# penalty of 1 for a fault, on as many samples: one with three provoking prompts in four, one with one in sixteen.
+# ## Experiment 2: pathologies in the wild
+# Nothing is planted. The finished model has learned the requests above and replies to prompts about eight things, ordinary ones
+# ("Tell me about iron."), and one time in ten unusual ones: to say a word for ever, brackets that never close, a request in
+# one language for an answer in the other. All were answered well. Requests had one or two constraints. Then it is asked what it
+# seldom or never saw, unusual prompts and requests of four or five constraints, and what goes wrong is counted.
 #
-# RL is trained on prompts of difficulty 1 and 2, by the detectors of `rewards.pathology`. It is judged on prompts of difficulty
-# 3, which mix two languages and which fine-tuning has shown, RL never, by the audit (compression, a model of characters, a
-# grammar of sentences). And an answer must still be right: the oracle's fact in the language that was asked for.
+# **Mining**: its own answers to some of these prompts (about four of the things, and training requests) say which provoke it.
+# Two mixes of RL with a penalty of 1 for a fault, on as many samples: three in four of the prompts mined, or one in sixteen of
+# the same kinds, not mined, in general RL. They learn by the detectors of `rewards.pathology`. They are judged on prompts about
+# the other four things and on test requests, by the audit (compression, a model of characters, a grammar of sentences, or of
+# lists of numbers), and on content: the fact, in the language that was asked for, or the share of the constraints that hold.
 
 
 # %%
-THINGS = re.compile(r"\b(iron|gold|oxygen|neon|france|japan|cat|dog)\b", re.IGNORECASE)
-"""What the prompts are about: few things, so that a small model can know them."""
+HALVES = {
+    "mined": re.compile(r"\b(iron|oxygen|france|cat)\b", re.IGNORECASE),
+    "judged": re.compile(r"\b(gold|neon|japan|dog)\b", re.IGNORECASE),
+}
+"""What the prompts are about: few things, so that a small model can know them; mined by one half, judged by the other."""
+ORDINARY, UNUSUAL = (1,), (2, 3)
 
 
-class Few(PathologyPrompts):
+class About(PathologyPrompts):
     """The prompts of `PathologyPrompts` about a few things, of some difficulties."""
 
-    def __init__(self, difficulties):
-        self.default_difficulties = tuple(difficulties)
+    def __init__(self, halves, difficulties):
+        self.default_difficulties = difficulties
         self.prompts = {}
         for difficulty, entries in CATALOGUE.items():
             self.prompts[difficulty] = [
-                prompt for prompt, entry in entries.items() if THINGS.search(entry.replies["en"])
+                prompt
+                for prompt, entry in entries.items()
+                if any(HALVES[half].search(entry.replies["en"]) for half in halves)
             ]
 
     def draw(self, rng, difficulty):
@@ -244,23 +269,41 @@ class Few(PathologyPrompts):
         return [user(prompt)], CATALOGUE[difficulty][prompt].language
 
 
-PROVOKING = Few((1, 2))
-OTHERS = Few((3,))
-SHOWN = Few((1, 2, 3))
+class LongRequests(Constraints):
+    """Requests with more constraints than fine-tuning shows."""
+
+    name = "long_requests"
+    default_difficulties = (4, 5)
 
 
-def habit(start, words, spoilt, sizes, seed):
-    """Return the model after fine-tuning on replies to provoking prompts, and on some requests.
+class Chosen:
+    """Deals the tasks of a list, again and again."""
 
-    spoilt: share of the replies that have a fault.
-    """
-    rng = random.Random(seed)
+    def __init__(self, tasks):
+        self.tasks = tasks
+
+    def task(self, index, seed, split):
+        """Return task number `index` of a seed."""
+        return random.Random(f"{seed}/{index}").choice(self.tasks)
+
+
+SHOWN = About(("mined", "judged"), 18 * ORDINARY + UNUSUAL)
+LONG = LongRequests()
+KINDS = {  # what the finished model is asked
+    "ordinary prompts": (About(("judged",), ORDINARY), Split.TRAIN),
+    "unusual prompts": (About(("judged",), UNUSUAL), Split.TRAIN),
+    "short requests": (TRAINED, Split.TEST),
+    "long requests": (LONG, Split.TEST),
+}
+PROVOKING = ("unusual prompts", "long requests")
+"""Those of which some are mined."""
+
+
+def finish(start, words, sizes, seed):
+    """Return the general model: fine-tuned on good replies to prompts, most of them ordinary, and on some requests."""
     conversations = []
     for index, task in enumerate(SHOWN.tasks(1200, seed)):
-        conversation = SHOWN.demonstrate(task)
-        if rng.random() < spoilt:
-            conversation = corrupt(task, conversation, rng)
-        conversations.append(conversation)
+        conversations.append(SHOWN.demonstrate(task))
         if index % 3 == 0:
             conversations.append(TRAINED.demonstrate(TRAINED.task(index, seed + 1)))
     model = copy.deepcopy(start)
@@ -270,47 +313,110 @@ def habit(start, words, spoilt, sizes, seed):
 
 
 def characters(seed):
-    """Return a model of the characters of clean replies, calibrated on others."""
-    texts = [SHOWN.demonstrate(task)[-1]["content"] for task in SHOWN.tasks(1500, seed + 7)]
-    return audit.CharacterModel(texts[:1000], texts[1000:])
+    """Return a model of the characters of good answers to everything that is asked, calibrated on others."""
+    texts = []
+    for environment in (SHOWN, TRAINED, LONG):
+        for task in environment.tasks(700, seed + 7):
+            texts.append(environment.demonstrate(task)[-1]["content"])
+    random.Random(seed).shuffle(texts)
+    return audit.CharacterModel(texts[:1400], texts[1400:])
 
 
-def examine(policy, model, sizes):
-    """Return shares of test answers: with each flag of the audit, any, the training's detectors, and the right content."""
-    trajectories = policy.evaluate(
-        OTHERS, sizes["problems"], sizes["answers"], Split.TRAIN
-    ).trajectories
-    flags = []
-    for t in trajectories:
-        content = t.messages[-1]["content"]
-        found = audit.audit(content, model)
-        replies = CATALOGUE[3][t.task.messages[-1]["content"]].replies
-        found["any"] = any(found.values())
-        found["training"] = any(t.faults().values())
-        found["right"] = replies[t.task.label] in content
-        found["right, no flag"] = found["right"] and not found["any"]
-        flags.append(found)
-    found = {name: float(np.mean([row[name] for row in flags])) for name in flags[0]}
-    requests = policy.score(TRAINED, sizes["problems"])
-    return {**found, "requests": requests["avg"]}
+def answer(policy, environment, split, problems, samples, temperature=1.0):
+    """Return the answers to different problems, one problem after the other."""
+    config = EvaluationConfig(
+        max_new_tokens=policy.config.max_new_tokens,
+        problems=problems,
+        samples=samples,
+        split=split,
+        temperature=temperature,
+        top_p=1.0,
+    )
+    return tasks(policy.generator, policy.tokenizer, environment, config).trajectories
 
 
-def cure(start, arm, model, words, sizes, seed):
-    """Reinforce on one mix of prompts, with the penalty. Return what was measured on the way, over samples used."""
+def content(trajectory):
+    """Return how much of an answer is right: the fact of a prompt, 0 or 1, or the share of constraints that hold."""
+    task = trajectory.task
+    if task.environment == SHOWN.name:
+        return float(says_right(task, trajectory.messages[-1]["content"]))
+    held = [trajectory.score.parts.get(name, 0.0) for name in task.criteria]
+    return float(np.mean(held))
+
+
+def audited(trajectory, model):
+    """Return the flags of the audit for one answer."""
+    text = trajectory.messages[-1]["content"]
+    flags = audit.audit(text, model)
+    if trajectory.task.environment != SHOWN.name:
+        # A list is no sentence. Its grammar: every word is a number, in the language that was asked for.
+        flags["unfinished"] = not trajectory.score.parts.get("language")
+    return flags
+
+
+def examine(policy, model, kind, sizes, temperature=1.0):
+    """Return what the answers to prompts of one kind are like: shares, and the interval of those with a fault."""
+    environment, split = KINDS[kind]
+    problems = sizes["prompts_asked"], sizes["answers"]
+    rows = []
+    for trajectory in answer(policy, environment, split, *problems, temperature):
+        seen, flags = trajectory.faults(), audited(trajectory, model)
+        either = {"any fault": any(seen.values()), "any flag": any(flags.values())}
+        row = {**seen, **flags, **either, "content": content(trajectory)}
+        rows.append({name: float(value) for name, value in row.items()})
+    shares = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    found = [row["any fault"] for row in rows]
+    count = sizes["answers"]
+    low, high = interval([found[at : at + count] for at in range(0, len(found), count)])
+    return {**shares, "n": len(rows), "low": low, "high": high}
+
+
+class Mined(NamedTuple):
+    """Tasks of the mined half."""
+
+    provoking: list[Task]
+    """Those that were answered with a fault, once or more."""
+    everything: list[Task]
+
+
+def mine(policy, sizes):
+    """Return the tasks that the model answers with a fault, by its own samples."""
+    everything = {}
+    provoking = {}
+    for environment in (About(("mined",), UNUSUAL), LONG):
+        problems = sizes["prompts_asked"], sizes["mining_answers"]
+        for trajectory in answer(policy, environment, Split.TRAIN, *problems):
+            everything[trajectory.task.id] = trajectory.task
+            if any(trajectory.faults().values()):
+                provoking[trajectory.task.id] = trajectory.task
+    return Mined([*provoking.values()], [*everything.values()])
+
+
+def cure(start, arm, mined, wild, model, words, sizes, seed):
+    """Reinforce on one mix of prompts, with the penalty. Return what was measured on the way, over samples used.
+
+    wild: what was measured before.
+    """
     sizes = sizes | {"prompts": sizes["fault_prompts"], "samples": sizes["fault_samples"]}
     policy = lesson.Policy(start, settings(sizes, fault_penalty=1.0), seed, words)
-    environments = {"provocation": PROVOKING, "constraints": TRAINED}
-    names = tuple({"P": "provocation", "C": "constraints"}[place] for place in MIXES[arm])
+    sources = {"M": "mined", "P": "any", "C": TRAINED.name}
+    environments = {
+        "mined": Chosen(mined.provoking),
+        "any": Chosen(mined.everything),
+        **{each.name: each for each in (SHOWN, LONG, TRAINED)},
+    }
+    names = tuple(sources[place] for place in MIXES[arm])
     schedule = TaskSchedule(environments, names, sizes["prompts"], seed)
-    points = [examine(policy, model, sizes)]
+    points = [{kind: wild[kind]["1.0"] for kind in PROVOKING}]
     for step in range(sizes["fault_steps"]):
         groups = draw_groups(policy.trainer, policy.player(), schedule, step).groups
         policy.trainer.learn(groups, step)
         policy.trainer.state.step += 1
         policy.generator.update_weights(policy.trainer.model.state_dict(), step + 1)
         if (step + 1) % sizes["fault_every"] == 0:
-            points.append(examine(policy, model, sizes))
-    return {"arm": arm, "points": points}
+            points.append({kind: examine(policy, model, kind, sizes) for kind in PROVOKING})
+    kept = {kind: examine(policy, model, kind, sizes) for kind in KINDS if kind not in PROVOKING}
+    return {"arm": arm, "points": points, "kept": kept}
 
 
 def instructed(seed, start, words, sizes):
@@ -327,11 +433,20 @@ def instructed(seed, start, words, sizes):
 def cured(seed, start, words, sizes):
     """Make the runs of the second experiment."""
     model = characters(seed)
-    clean = lesson.Policy(habit(start, words, 0.0, sizes, seed), settings(sizes), seed, words)
-    faulty = habit(start, words, 0.5, sizes, seed)
+    finished = finish(start, words, sizes, seed)
+    policy = lesson.Policy(finished, settings(sizes), seed, words)
+    wild = {
+        kind: {
+            str(temperature): examine(policy, model, kind, sizes, temperature)
+            for temperature in TEMPERATURES
+        }
+        for kind in KINDS
+    }
+    mined = mine(policy, sizes)
     return {
-        "unplanted": examine(clean, model, sizes),
-        "mixes": [cure(faulty, arm, model, words, sizes, seed) for arm in MIXES],
+        "wild": wild,
+        "mined": [len(mined.provoking), len(mined.everything)],
+        "mixes": [cure(finished, arm, mined, wild, model, words, sizes, seed) for arm in MIXES],
     }
 
 
@@ -364,16 +479,24 @@ def curve(log, arm, kinds, name):
     return 100 * np.array([[point[kinds][name] for point in points] for points in found])
 
 
-def faults(log, arm, name):
-    """Return a measure of one mix along the steps, in percent: (seeds, points)."""
+def mixed(log, arm, name):
+    """Return a measure of one mix along the steps, the mean of what provokes, in percent: (seeds, points)."""
     found = [r["points"] for run in log["runs"] for r in run["mixes"] if r["arm"] == arm]
-    return 100 * np.array([[point[name] for point in points] for points in found])
+    means = [[np.mean([row[name] for row in point.values()]) for point in run] for run in found]
+    return 100 * np.array(means)
+
+
+def wild(log, kind, name):
+    """Return a measure of the finished model over the temperatures, in percent: (seeds, temperatures)."""
+    return 100 * np.array(
+        [[row[name] for row in run["wild"][kind].values()] for run in log["runs"]]
+    )
 
 
 def draw(log):
     """Draw the figure from the log alone."""
     sizes = log["sizes"]
-    figure, (first, second, third) = drawing.canvas(3, 2, (10.5, 10))
+    figure, (first, second, third, fourth) = drawing.canvas(4, 2, (10.5, 13))
     x = np.arange(0, sizes["steps"] + 1, sizes["every"])
     panels = (
         (first[0], TRAINED, "strict", "Figure 9: trained kinds, all constraints hold"),
@@ -386,19 +509,23 @@ def draw(log):
         values = {arm: curve(log, arm, environment.name, name) for arm in REWARDS}
         lesson.arms(axis, x, values, SHADES)
         lesson.panel(axis, heading, "step", "%")
+    axis = third[0]
+    axis.set_ylim(0, 100)
+    lesson.arms(
+        axis, TEMPERATURES, {kind: wild(log, kind, "any fault") for kind in KINDS}, KIND_SHADES
+    )
+    lesson.panel(axis, "Faults in the wild, nothing planted", "temperature", "answers (%)")
     samples = sizes["fault_prompts"] * sizes["fault_samples"] * sizes["fault_every"]
-    axis, content = third
-    for panel, name, heading in (
-        (axis, "any", "Flagged by the audit (other prompts)"),
-        (content, "right, no flag", "Right, and without a flag"),
+    for axis, name, heading in (
+        (third[1], "any fault", "RL: faults by the detectors of training"),
+        (fourth[0], "any flag", "Flagged by the audit"),
+        (fourth[1], "content", "Facts that are right, constraints that hold"),
     ):
-        panel.set_ylim(0, 100)
-        values = {arm: faults(log, arm, name) for arm in MIXES}
+        axis.set_ylim(0, 70)
+        values = {arm: mixed(log, arm, name) for arm in MIXES}
         x = samples * np.arange(len(next(iter(values.values()))[0]))
-        lesson.arms(panel, x, values, MIX_SHADES)
-        lesson.panel(panel, heading, "samples", "answers (%)")
-    clean = 100 * np.mean([run["unplanted"]["any"] for run in log["runs"]])
-    axis.axhline(clean, color=drawing.INK, linewidth=0.8, linestyle=":")
+        lesson.arms(axis, x, values, MIX_SHADES)
+        lesson.panel(axis, heading, "samples", "unusual prompts, long requests (%)")
     return figure
 
 
@@ -419,19 +546,25 @@ def draw(log):
 # 14% of all 300 requests, with a standard error of 2.6 points). So we can show what stops the hacking, and not the
 # rise of the paper's Figure 9.
 #
-# **Shown clean answers, the model makes hardly a fault** (1, 1 and 2% flagged, 99, 98 and 95% right), so the habit had to be
-# planted. **Aimed at, faults fall faster**, in every seed: with 960 samples the flags of the audit, on prompts that RL never
-# saw, fall from 48, 43 and 59% to 21, 14 and 18 where three prompts in four provoke, and to 34, 30 and 42 where one in sixteen
-# does. Answers that are right and without a flag rise from 47, 52 and 35% to 68, 72 and 72 and to 58, 63 and 50; what is said
-# is right about as often or less (88, 83 and 87% before, 83, 80 and 85 and 82, 84 and 81 after). Requests change by -1, -2 and +1
-# points of 14, 10 and 11. The detectors of training would have said 13, 12 and 12% at the end, where the audit says 21, 14
-# and 18: the judge must not be the teacher.
+# **In the wild, nothing planted** (temperature 1; 120, 288, 360 and 360 answers a seed): 0% of the answers to ordinary
+# prompts have a fault, 4, 1 and 4% to unusual ones, 2, 2 and 6% to short requests, and 30, 19 and 29% to long ones. Heat
+# adds: at 1.3 it is 2, 2 and 6, 9, 7 and 11, 9, 15 and 17, and 34, 32 and 40%. They are broken formats and mixed languages;
+# of 10,152 answers one repeats itself. Of 103 prompts 35, 30 and 37 are mined, nearly all of them long requests. **RL on what
+# was mined cures what is frequent**: on test requests the faults fall from 30, 19 and 29% to 11, 9 and 7 in 1,920 samples,
+# the flags of the audit from 67, 54 and 59% to 54, 38 and 38, and more constraints hold (22, 28 and 24% to 30, 31 and 32).
+# **What is rare stays**: unusual prompts keep their 4, 1 and 4% (5, 1 and 4 after), and their facts are right in 70, 68 and
+# 65% before and in 64, 67 and 64 after. **Mixed into general RL, the penalty does nearly as much**: 24, 13 and 8% of long
+# requests have a fault after as many samples, the audit flags 56, 43 and 43, and 25, 30 and 33% of the constraints hold.
+# Short requests are cured of the same faults, and that carries over. What mixing in ends with, mined prompts have after 67,
+# 67 and 100% of the samples: the gain in the paper's sense is there on two seeds of three, and small. 236.9 CPU-seconds, of
+# which 152 are of a run whose first experiment is kept here.
 #
-# Tried before: 24 things in the place of eight, and half the rate, left a model that knew none of the answers (6% right).
+# Tried before: prompts about 24 things, whose answers so small a model had not learned (6% right); fine-tuning that never shows
+# an unusual prompt (27 to 54% faults, 6 to 12% right).
 #
 # ## At full scale
 # `posttraining.chat.rl.reward` and `general_rl.reward` name the parts and their weights; `judge = model` asks a model in place of
-# a program. Prompts that provoke faults are collected from a model's own failures; here they are templates.
+# a program. `pathology_rl` takes prompts from templates that provoke; with a large model mine its own failures, as above.
 #
 # ## Exercise
 # Give the hackable rubric a tenth of the weight of the rules, and no critic. Is that enough? Check: the rubric's share and the
@@ -467,21 +600,37 @@ def verdicts(log):
     claims[f"and unseen kinds: strict {shown(change)} points"] = (change > 0).all()
     change = gain(composed, unseen, "critic")
     claims[f"and their constraints one by one: {shown(change)} points"] = (change > 0).all()
-    clean = np.array([100 * run["unplanted"]["any"] for run in log["runs"]])
-    claims[f"without planted faults less than 5% are flagged: {shown(clean)}%"] = (clean < 5).all()
-    targeted, mixed = (faults(log, arm, "any") for arm in MIXES)
-    claim = f"targeted RL halves the flags: {shown(targeted[:, 0])} to {shown(targeted[:, -1])}%"
-    claims[claim] = (targeted[:, -1] < targeted[:, 0] / 2).all()
-    gap = mixed[:, -1] - targeted[:, -1]
-    claims[f"mixed in, as many samples leave more: {shown(gap)} points"] = (gap > 0).all()
-    right = [faults(log, arm, "right, no flag") for arm in MIXES]
-    change = right[0][:, -1] - right[0][:, 0]
-    claims[f"and the content stays: right without a flag {shown(change)} points"] = (
-        change > 0
-    ).all()
-    lost = faults(log, "targeted", "requests")
-    change = lost[:, -1] - lost[:, 0]
-    claims[f"targeted RL costs requests at most 3 points: {shown(change)}"] = (change > -3).all()
+    at = list(TEMPERATURES).index(1.0)
+    usual, unusual, short, long = (wild(log, kind, "any fault")[:, at] for kind in KINDS)
+    claims[
+        f"in the wild fewer than 1% of answers to ordinary prompts have a fault: {shown(usual)}%"
+    ] = (usual < 1).all()
+    claim = f"unusual prompts provoke more, {shown(unusual)}%, and long requests, {shown(long)} for {shown(short)}%"
+    claims[claim] = (unusual > usual).all() and (long > short).all()
+    flags, faults, right = (
+        {arm: mixed(log, arm, name) for arm in MIXES}
+        for name in ("any flag", "any fault", "content")
+    )
+    found = flags["mined"]
+    claim = f"RL on mined prompts halves the flags of the audit: {shown(found[:, 0])} to {shown(found[:, -1])}%"
+    claims[claim] = (found[:, -1] < found[:, 0] / 2).all()
+    found = faults["mined"]
+    claim = f"and the faults that it was trained on: {shown(found[:, 0])} to {shown(found[:, -1])}%"
+    claims[claim] = (found[:, -1] < found[:, 0] / 2).all()
+    below = faults["mined"] <= faults["mixed in"][:, -1:]
+    steps = len(below[0]) - 1
+    used = np.where(below.any(1), below.argmax(1), np.inf) / steps
+    claim = f"mined prompts need half of the samples for the faults that mixing in ends with: {shown(used)}"
+    claims[claim] = (used <= 0.5).all()
+    gap = flags["mixed in"][:, -1] - flags["mined"][:, -1]
+    claims[f"mixed in, as many samples leave more flags: {shown(gap)} points"] = (gap > 0).all()
+    change = right["mined"][:, -1] - right["mined"][:, 0]
+    claims[f"content gains: {shown(change)} points"] = (change > 0).all()
+    for kind in KINDS:
+        if kind not in PROVOKING:
+            kept = [100 * run["mixes"][0]["kept"][kind]["content"] for run in log["runs"]]
+            lost = wild(log, kind, "content")[:, at] - kept
+            claims[f"{kind} lose at most 3 points: {shown(lost)}"] = (lost <= 3).all()
     return {claim: bool(holds) for claim, holds in claims.items()}
 
 
