@@ -389,7 +389,7 @@ def draw(log):
 # second half at 85, 89 and 95%. **Hard problems break the plateau**, and cost 5, 17 and 6 points on moderate ones. **Hard
 # ones alone do better still on themselves** (88, 94 and 97%) and cost the moderate ones 9, 30 and 5 points. **The paper's own
 # tier gains nothing for certain**: 11 additions, right in 1 to 4% of the answers, lead to 58, 73 and 63% on nine, which is -4,
-# +7 and -25 points. On another machine the same two seeds ended at 12% each. **The full length wins by 63, 68 and 72 points**
+# +7 and -25 points. An earlier draw of two seeds ended at 12% each. **The full length wins by 63, 68 and 72 points**
 # (88, 94 and 93%): under the short cap the answers shrink to 7 to 9 tokens, and after it they stay there, near the guess
 # (25, 26 and 21%).
 #

@@ -146,8 +146,8 @@ class Choice(lesson.Sums):
 # %% [markdown]
 # ## The start
 # A first cold start teaches to reason, on sums without options. A second one shows questions, half of them with reasoning, and
-# half with a thought that only names the last option, where that is right. Nothing in it is wrong, and **the shortcut is planted by it**: the policy
-# has two manners, one that reasons and one that looks at a place.
+# half with a thought that only names the last option, where that is right. Nothing in it is wrong, and **the shortcut is
+# planted by it**: the policy has two manners, one that reasons and one that looks at a place.
 
 
 # %%
