@@ -5,7 +5,8 @@
 Both sides train the same model on the same tasks, whatever the model says (`minglm.bench.rl.Noise`). An environment replies
 after a time with a heavy tail: log-normal, its median that of a synchronous step without any wait, at most eight times
 that. A synchronous step waits for its slowest episode; `AHEAD` steps under way at once hide that. The sides take turns,
-each from the same weights; the first steps of a turn, while the pipeline fills, do not count.
+each from the same weights; the first steps of a turn, while the pipeline fills, do not count. As in a run, the trainer has a
+thread for each core, and a worker one: an update and a rollout share the cores, and whoever waits leaves them to the other.
 
 `engine_idle` and `trainer_idle` are shares of the time in which the engine has no request, and the trainer no batch.
 """
@@ -24,7 +25,7 @@ from minglm.bench.options import BenchOptions
 from minglm.bench.rl import Noise, NoiseEpisode, prompt_texts
 from minglm.chat.messages import Message
 from minglm.common.allocator import keep_freed_memory
-from minglm.common.threads import use_threads
+from minglm.common.threads import threads_in_use, use_threads
 from minglm.common.trace import TRAINER, Phase, Span, idle_share
 from minglm.config.posttraining import AsynchronousConfig, PolicyLossConfig, RLConfig
 from minglm.config.run import RunConfig
@@ -34,6 +35,7 @@ from minglm.inference import Engine
 from minglm.inference.client import EngineGenerator
 from minglm.model.glm import GLM
 from minglm.optim.muon import Muon
+from minglm.parallel import Replicas
 from minglm.rl.async_loop import Disaggregated
 from minglm.rl.episode import Player, SamplingSettings
 from minglm.rl.loop import Rollouts, Synchronous, reinforce_step
@@ -93,7 +95,12 @@ def take_turn(config: RunConfig, rl: RLConfig, median_wait: float) -> Turn:
     model = GLM(dataclasses.replace(config.model, num_nextn_predict_layers=0), seed=0)
     tokenizer = Tokenizer.train(prompt_texts(rl), config.model.vocab_size)
     trainer = PolicyTrainer(
-        model, Muon(model, config.optimizer), rl, config.optimizer, tokenizer.pad
+        model,
+        Muon(model, config.optimizer),
+        rl,
+        config.optimizer,
+        tokenizer.pad,
+        Replicas(model, threads_in_use()),
     )
     environments = {Noise.name: SlowNoise(median_wait)}
     schedule = TaskSchedule(environments, (Noise.name,), rl.prompts, seed=0)
@@ -136,7 +143,7 @@ def take_turn(config: RunConfig, rl: RLConfig, median_wait: float) -> Turn:
 def rl_async(config: RunConfig, options: BenchOptions) -> dict[str, Any]:
     """Measure both sides without waits and with a heavy tail; return the record."""
     keep_freed_memory()
-    use_threads(1)
+    use_threads(inside=False)
     loss = PolicyLossConfig(importance_cap=2.0)
     base = dataclasses.replace(
         config.posttraining.reasoning.rl, refill=0, updates_per_rollout=1, loss=loss
