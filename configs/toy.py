@@ -119,7 +119,7 @@ def stages() -> StagesConfig:
         ),
         reasoning=StageConfig(
             teaches="worked solutions",
-            tokens=1_200_000,
+            tokens=2_000_000,
             sequence_length=1024,
             mixture={
                 "tasks:arithmetic": 4,
