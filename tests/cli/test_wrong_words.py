@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.__main__ import main
-from minglm.cli.arguments import Parser, number, path, whole
+from minglm.cli.arguments import Parser, number, path, whole, word
 from minglm.cli.registry import VERBS
 from minglm.common.files import write_json
 from minglm.config import load_config
@@ -32,6 +32,13 @@ WRONG_NUMBERS = {
     "400 digits": "9" * 400,
     "5,000 digits": "9" * 5000,
     "unprintable": "1\x1b[31m",
+}
+WRONG_WORDS = {
+    "empty": "",
+    "two words": "many gpus",
+    "a second line": "gpu\n#SBATCH --wrap=x",
+    "a quote": "gpu'",
+    "unprintable": "gpu\x1b[31m",
 }
 
 
@@ -87,10 +94,11 @@ def table():
                     cases[f"{name}: {option} empty"] = [*given, f"{option}="]
                     cases[f"{name}: {option} with a null"] = [*given, f"{option}=a\0b"]
                 elif action.type is not None:
-                    for fault, word in WRONG_NUMBERS.items():
-                        if action.nargs == "+" and word == "":
+                    wrong = WRONG_WORDS if action.type is word else WRONG_NUMBERS
+                    for fault, value in wrong.items():
+                        if action.nargs == "+" and value == "":
                             continue
-                        cases[f"{name}: {option} {fault}"] = [*given, f"{option}={word}"]
+                        cases[f"{name}: {option} {fault}"] = [*given, f"{option}={value}"]
     return {name: words for name, words in cases.items() if words}
 
 
