@@ -272,8 +272,7 @@ def draw(log):
                 accepted(log, model, on, layer="trained"),
             ]
             lesson.bars(axis, ["start", "left\nalone", "trained"], values, shades[:3])
-            low = min(map(np.min, values))
-            lesson.panel(axis, f"{model}: drafts on {on}", "", "accepted (%)", ylim=(low - 10, 100))
+            lesson.panel(axis, f"{model}: drafts on {on}", "", "accepted (%)", ylim=(0, 100))
         lesson.bars(load_axis, labels, [loads(log, model, arm) for arm in arms], shades)
         lesson.bars(scores, labels, [scored(log, model, arm) for arm in arms], shades)
         lesson.panel(load_axis, f"{model}: load", "", "busiest expert / mean")

@@ -100,7 +100,7 @@ def draw_rl_async(record: Mapping[str, Any], axis: Axes) -> None:
         idle = f"engine idle {row['engine_idle']:.0%}, trainer {row['trainer_idle']:.0%}"
         place = (row["reward_per_second"], height)
         axis.annotate(idle, place, (4, -3), textcoords="offset points", fontsize=7)
-        waits = f"median wait {row['median_wait']:g} s" if row["median_wait"] else "no waits"
+        waits = f"median wait {row['median_wait']:.2g} s" if row["median_wait"] else "no waits"
         names.append(f"{row['side']},\n{waits}")
     axis.set_yticks(range(len(results)), names, fontsize=7)
     axis.set(xlabel="reward per second of the clock")
