@@ -104,6 +104,18 @@ def test_numbers_of_one_row_end_that_request(bad, step, drafts, chunk, in_logits
     assert engine.generate([broken])[0].tokens == expected[0].tokens
 
 
+@pytest.mark.parametrize("length", [1, 2, 6])
+@pytest.mark.parametrize("projection", ["q_proj", "k_proj"])
+def test_attention_that_overflows_ends_the_request(projection, length):
+    """Finite weights whose queries or keys are not: the softmax must not turn them into an answer."""
+    model = tiny_model(0)
+    with torch.no_grad():
+        getattr(model.model.layers[0].self_attn, projection).weight.fill_(3e38)
+    (events,), raised = ended(Engine(model), [Request(PROMPT[:length], 1, stop_ids=())])
+    assert not raised
+    assert [event.finish_reason for event in events] == [FinishReason.ERROR]
+
+
 def test_a_generator_raises_it_to_its_caller():
     """The caller of the broken request gets an exception of its own, the others their completions."""
     engine = Engine(tiny_model(0))

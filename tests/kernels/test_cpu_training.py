@@ -205,6 +205,54 @@ def test_head(seed, tokens, width, words, scale, temperature):
     assert error(*forms, leaves, targets_T, temperature) < 20 * FLOAT32
 
 
+@given(
+    seed=seeds,
+    length=st.integers(1, 60),
+    group=st.integers(1, 5),
+    in_queries=st.booleans(),
+    bad=st.sampled_from([torch.nan, torch.inf, -torch.inf]),
+    data=st.data(),
+)
+def test_attention_hides_no_bad_number(seed, length, group, in_queries, bad, data):
+    """What sees a query or key that is no number, or infinite, is no number; others are as before."""
+    A = 8
+    q_BSNA = normal(seed, 1, length, group, A)
+    k_BSMA = normal(seed + 1, 1, length, 1, A)
+    v_BSMA = normal(seed + 2, 1, length, 1, A).requires_grad_()
+    good_BSNA = c_form(Operation.ATTENTION)(q_BSNA, k_BSMA, v_BSMA)
+    place = data.draw(st.integers(0, length - 1))
+    (q_BSNA if in_queries else k_BSMA)[0, place] = bad
+    out_BSNA = c_form(Operation.ATTENTION)(q_BSNA, k_BSMA, v_BSMA)
+    last = place + 1 if in_queries else length
+    assert not out_BSNA[0, place:last].isfinite().any()
+    assert torch.equal(out_BSNA[0, :place], good_BSNA[0, :place])
+    assert torch.equal(out_BSNA[0, last:], good_BSNA[0, last:])
+
+
+@given(
+    seed=seeds,
+    tokens=st.integers(1, 100),
+    words=st.integers(1, 600),
+    in_head=st.booleans(),
+    bad=st.sampled_from([torch.nan, torch.inf, -torch.inf]),
+    data=st.data(),
+)
+def test_head_hides_no_bad_number(seed, tokens, words, in_head, bad, data):
+    """A token whose logits are not all finite has no log-probability; a bad word of the head spoils every token."""
+    hidden_TD = normal(seed, tokens, 8).requires_grad_()
+    head_VD = normal(seed + 1, words, 8)
+    targets_T = torch.randint(0, words, (tokens,), generator=numbers(seed))
+    place = data.draw(st.integers(0, (words if in_head else tokens) - 1))
+    with torch.no_grad():
+        (head_VD if in_head else hidden_TD)[place, 3] = bad
+    logprobs_T, entropies_T = c_form(Operation.LOG_PROBABILITIES)(hidden_TD, head_VD, targets_T)
+    spoiled = torch.full((tokens,), in_head)
+    if not in_head:
+        spoiled[place] = True
+    assert torch.equal(logprobs_T.isnan(), spoiled)
+    assert torch.equal(entropies_T.isnan(), spoiled)
+
+
 def test_a_wrong_gradient_is_found():
     """Broken: a norm that forgets the stream's later gradient, and experts whose weights get none."""
     x_TD, weight_D = normal(0, 5, 8), normal(1, 8)

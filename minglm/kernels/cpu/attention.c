@@ -58,15 +58,17 @@ void attention_forward(const float *q, const float *k, const float *v, const int
                 for (long i = 0; i < s.n * G; i++) {
                     float *row = scores + i * width;
                     lanes most = all(-1e30f), total = {0};
+                    ints wrong = {0};
                     for (long j = 0; j < width; j += LANES) {
                         lanes score = either(seen(starts, p + i / G, s, j), *(lanes *)(row + j), all(-1e30f));
                         *(lanes *)(row + j) = score;
                         most = larger(most, score);
+                        wrong |= unsound(score);
                     }
                     float largest = largest_of(most);
                     for (long j = 0; j < width; j += LANES)
                         total += *(lanes *)(row + j) = exponential(*(lanes *)(row + j) - largest);
-                    float sum = sum_of(total);
+                    float sum = some_true(wrong) ? not_a_number() : sum_of(total);
                     for (long j = 0; j < width; j += LANES) *(lanes *)(row + j) *= 1 / sum;
                     sums[p * G + i] = largest + logf(sum);
                 }

@@ -144,12 +144,13 @@ static void store_keys_values(const Pass *p, const Layer *l, float *qkv, long fi
 }
 
 /* Compute the scores (4, C) of four query heads, one vector of slots after the other, over blocks of keys (A, W), and the
-   largest score of each head */
+   largest score of each head, which is no number where a score is none or infinite */
 static void score(const Pass *p, const float *store, const float *const *q, const int64_t *table, long position, long C,
                   float *scores, float *largest) {
     long A = p->A, size = p->size, W = whole(size), stop = (position / size + 1) * W;
     float root = 1 / sqrtf(A);
     lanes most[4];
+    ints wrong[4] = {{0}};
     for (int i = 0; i < 4; i++) most[i] = all(-1e30f);
     for (long at = 0; at < stop; at += 2 * LANES) { /* two vectors of slots together: eight sums, none waits for another */
         long here[2] = {at, at + LANES < stop ? at + LANES : at};
@@ -170,11 +171,12 @@ static void score(const Pass *p, const float *store, const float *const *q, cons
             for (int i = 0; i < 4; i++) {
                 lanes s = either(seen, sum[j][i] * root, all(-1e30f));
                 most[i] = larger(most[i], s);
+                wrong[i] |= unsound(s);
                 *(lanes *)(scores + i * C + at + j * LANES) = s;
             }
         }
     }
-    for (int i = 0; i < 4; i++) largest[i] = largest_of(most[i]);
+    for (int i = 0; i < 4; i++) largest[i] = some_true(wrong[i]) ? not_a_number() : largest_of(most[i]);
 }
 
 /* out[i] = share[i] * sum over slots of scores[i] times the values (size, A) of each block; a null out[i] is not wanted */
@@ -220,7 +222,7 @@ static void attend(const Pass *p, const float *store, const float *q, const int6
                 lanes total = {0};
                 for (lanes *s = (lanes *)(scores + i * C); (float *)s < scores + i * C + slots; s++)
                     total += *s = exponential(*s - largest[i]);
-                share[i] = 1 / sum_of(total);
+                share[i] = 1 / (unsound(all(largest[i]))[0] ? not_a_number() : sum_of(total));
             }
             add_values(p, store, table, position, C, scores, share, to);
         }

@@ -40,7 +40,11 @@ void head_forward(const float *hidden, const float *head, const int64_t *targets
             for (long t = at; t < at + n; t++) {
                 const float *l = logits + (t - at) * WORDS;
                 lanes most = all(largest[t]), sum = {0}, weighted = {0};
-                for (long v = 0; v < WORDS; v += LANES) most = larger(most, *(const lanes *)(l + v));
+                ints wrong = {0};
+                for (long v = 0; v < WORDS; v += LANES) {
+                    most = larger(most, *(const lanes *)(l + v));
+                    wrong |= unsound(*(const lanes *)(l + v));
+                }
                 float now = largest_of(most), moved = largest[t] - now;
                 for (long v = 0; v < words; v += LANES) {
                     lanes x = *(const lanes *)(l + v) - now, e = exponential(x);
@@ -51,6 +55,7 @@ void head_forward(const float *hidden, const float *head, const int64_t *targets
                 moment[t] = kept > 0 ? kept * (moment[t] + moved * sums[t]) : 0;
                 moment[t] += sum_of(weighted);
                 sums[t] = kept * sums[t] + sum_of(sum);
+                if (some_true(wrong)) sums[t] = not_a_number();
                 largest[t] = now;
                 if (targets[t] >= first && targets[t] < first + words) logprobs[t] = l[targets[t] - first];
             }

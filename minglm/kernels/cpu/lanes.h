@@ -61,6 +61,22 @@ INLINE lanes apart(lanes x, int d) { /* x[i ^ d] */
 #endif
 }
 
+/* -1 where a number is infinite or none. The compiler takes every number to be finite, so the exponents are read */
+INLINE ints unsound(lanes x) { return ((ints)x & 0x7f800000) == 0x7f800000; }
+
+INLINE int some_true(ints x) {
+    int found = 0;
+    for (int i = 0; i < LANES; i++) found |= x[i];
+    return found;
+}
+
+INLINE float not_a_number(void) {
+    const int bits = 0x7fc00000;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
 INLINE float sum_of(lanes x) {
 #pragma GCC unroll 4
     for (int d = LANES / 2; d; d /= 2) x += apart(x, d);
