@@ -77,6 +77,7 @@ def redraw(paths: Iterable[str | Path]) -> list[Path]:
 def _redraw(path: Path) -> list[Path]:
     """Redraw the figures of one path."""
     from minglm.common.files import read_object
+    from minglm.common.mistakes import read_from
     from minglm.config import load_config
     from minglm.recipe.folder import check_log
     from minglm.report import seeds
@@ -95,14 +96,15 @@ def _redraw(path: Path) -> list[Path]:
         return [path / "figures" / f"{name}.png" for name in draw_all(path)]
     if path.suffix == ".json" and path.is_file() and lesson.is_file():
         draw = runpy.run_path(str(lesson))["draw"]
-        figure = draw(read_object(path))
         picture = path.with_suffix(".png")
-        save(figure, picture)
+        with read_from(path):
+            save(draw(read_object(path)), picture)
         return [picture]
     if path.name.startswith("bench_") and path.suffix == ".json" and path.is_file():
         from minglm.bench import plots
 
-        return [plots.redraw(path)]
+        with read_from(path):
+            return [plots.redraw(path)]
     if path.suffix == ".py" and path.is_file():
         stages = path.parent.parent / "figures" / "stages.png"
         draw_stages(load_config(path), stages)

@@ -1,12 +1,15 @@
 """Tell a user of a mistake in one line: field or file, value, remedy (no section in the paper).
 
 A mistake is a ValueError whose message is that line. The command line prints it (`minglm.cli.main`), so every verb
-speaks alike; `one_line` guards the form, and `shown` keeps a value readable, however long or strange it is.
+speaks alike; `one_line` guards the form, `shown` keeps a value readable, however long or strange it is, and `read_from` says
+which file is damaged.
 """
 
+import contextlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 LONGEST_VALUE = 80
@@ -26,6 +29,23 @@ def shown(value: Any, quoted: bool = False) -> str:
 def one_line(message: str) -> str:
     """Return a message as one printable line."""
     return _shortened(_printable(" ".join(message.split())), LONGEST_LINE)
+
+
+@contextlib.contextmanager
+def read_from(path: str | Path) -> Iterator[None]:
+    """Raise ValueError, in one line, that names the file whose content was not what is expected of it.
+
+    A file that could not be written meanwhile stays a mistake of its own.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        kind = type(error).__name__
+        raise ValueError(
+            f"{path} holds what this version does not write ({kind}: {error}); restore it"
+        ) from error
 
 
 def _shortened(text: str, length: int) -> str:

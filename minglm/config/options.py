@@ -10,14 +10,14 @@ method of their dataclass.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 from minglm.common.mistakes import shown
+from minglm.common.types import has_type, types_of
 
 LARGEST = 10**18
 """Largest number of a field that declares no other maximum. What is computed from it still fits 64 bits."""
@@ -73,12 +73,6 @@ def choices(values: type[StrEnum]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
-@functools.cache
-def types_of(section: type) -> dict[str, Any]:
-    """Return the types of the fields of a dataclass, by name."""
-    return get_type_hints(section)
-
-
 def must_be(kind: Any) -> str:
     """Say what a value of a field's type must be, for a message."""
     if isinstance(kind, type) and issubclass(kind, StrEnum):
@@ -105,7 +99,7 @@ def check_fields(config: Any, prefix: str = "") -> None:
     prefix: dotted name of `config` with a final dot, for the message. Raises ValueError, in one line.
     """
     for name, value, field, kind in _leaves(config, prefix):
-        if not _has_type(value, kind):
+        if not has_type(value, kind):
             raise ValueError(mismatch(name, value, kind))
         texts: tuple[Any, ...] = value if isinstance(value, tuple) else (value,)
         for text in texts:
@@ -115,21 +109,6 @@ def check_fields(config: Any, prefix: str = "") -> None:
                 )
         if kind in (int, float) and isinstance(value, int | float):
             _check_bounds(name, value, about(field))
-
-
-def _has_type(value: Any, kind: Any) -> bool:
-    """Return whether a value is of a field's type; a whole number is a number too, True is not."""
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if kind == tuple[str, ...]:
-        return isinstance(value, tuple) and all(isinstance(text, str) for text in value)
-    if kind == dict[str, float]:
-        return isinstance(value, dict) and all(
-            isinstance(key, str) and _has_type(number, float) for key, number in value.items()
-        )
-    return isinstance(value, kind)
 
 
 def _check_bounds(name: str, value: float, limits: Option) -> None:

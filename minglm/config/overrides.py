@@ -11,7 +11,8 @@ from enum import StrEnum
 from typing import Any, TypeVar, get_args
 
 from minglm.common.mistakes import shown
-from minglm.config.options import mismatch, must_be, types_of
+from minglm.common.types import types_of
+from minglm.config.options import mismatch, must_be
 
 Config = TypeVar("Config")
 

@@ -22,9 +22,10 @@ from minglm.common.device import DEVICES
 from minglm.common.mistakes import shown
 from minglm.common.threads import MOST_THREADS
 from minglm.common.trackers import Tracker
+from minglm.common.types import types_of
 from minglm.config.data import DataConfig
 from minglm.config.model import ModelConfig
-from minglm.config.options import about, check_fields, mismatch, option, types_of
+from minglm.config.options import about, check_fields, mismatch, option
 from minglm.config.overrides import override
 from minglm.config.parallel import ParallelConfig, TokenExchange
 from minglm.config.posttraining import MOST_DRAFTS, EvaluationConfig, PostTrainingConfig

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from minglm.common.files import atomic_path
 from minglm.common.log import Record
+from minglm.common.mistakes import read_from
 from minglm.common.trace import TRAINER, idle_share
 from minglm.envs.twelve import GROUPS, averages
 from minglm.report.claims import (
@@ -628,9 +629,10 @@ def draw_all(run_dir: str | Path) -> list[str]:
     run_dir = Path(run_dir)
     records = read_run(run_dir)
     drawn = []
-    for name, draw in FIGURES.items():
-        if draw(records, run_dir / "figures" / f"{name}.png") is not None:
-            drawn.append(name)
+    with read_from(run_dir / "log.jsonl"):
+        for name, draw in FIGURES.items():
+            if draw(records, run_dir / "figures" / f"{name}.png") is not None:
+                drawn.append(name)
     return drawn
 
 
@@ -639,9 +641,11 @@ def write(run_dir: str | Path) -> str:
     run_dir = Path(run_dir)
     drawn = draw_all(run_dir)
     records = read_run(run_dir)
-    with atomic_path(run_dir / "report.md") as temporary:
-        temporary.write_text(markdown(records, drawn), encoding="utf-8")
-    return f"{summary(records)}\nreport: {run_dir / 'report.md'}"
+    with read_from(run_dir / "log.jsonl"):
+        text = markdown(records, drawn)
+        with atomic_path(run_dir / "report.md") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        return f"{summary(records)}\nreport: {run_dir / 'report.md'}"
 
 
 def summary(records: Sequence[Record]) -> str:

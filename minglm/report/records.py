@@ -16,6 +16,7 @@ from typing import Any, ClassVar, TypeVar
 from minglm.common.files import read_jsonl
 from minglm.common.log import Record
 from minglm.common.mistakes import shown
+from minglm.common.types import has_type, type_name, types_of
 
 
 class Moment(StrEnum):
@@ -208,10 +209,11 @@ class StepRecord(StepMetrics, StageRecord):
     Broken: falls slowly: another process, or a leak
     """
     mfu: float | None = None
-    """Model-FLOPs utilisation: `tokens_per_second` times the model's FLOPs per token (`minglm plan`), over the FLOP/s
-    of one large matrix product measured on this device at the start (on a CPU: on one core, times the threads).
+    """Model-FLOPs utilisation: `tokens_per_second` times the model's FLOPs per token (`minglm plan`; attention inside
+    each document), over the FLOP/s of one large matrix product measured on this device at the start (on a CPU: in the
+    time of one core, times the threads).
 
-    Healthy: constant within a stage; low where matrices are small, as in the toy
+    Healthy: about constant within a stage, below 1; low where matrices are small, as in the toy
     Broken: far below: waiting for data, or too small a `microbatch_tokens`
     """
 
@@ -740,31 +742,8 @@ class BitsByPositionRecord(StageRecord):
 
 RECORDS: dict[str, type[Record]] = {
     record.kind: record
-    for record in (
-        StartRecord,
-        DataRecord,
-        StageBeginRecord,
-        StepRecord,
-        RollbackRecord,
-        RLRecord,
-        ScreeningRecord,
-        RewardModelRecord,
-        CurriculumRecord,
-        TemperatureRecord,
-        RejectionRecord,
-        OnPolicyRecord,
-        ConversationsRecord,
-        EvaluationRecord,
-        SampleRecord,
-        PathologyRecord,
-        BitsPerByteRecord,
-        MTPAcceptanceRecord,
-        NeedleRecord,
-        BitsByPositionRecord,
-        StageEndRecord,
-        ForgottenRecord,
-        EndRecord,
-    )
+    for record in list(globals().values())
+    if isinstance(record, type) and issubclass(record, Record) and "kind" in vars(record)
 }
 """The dataclass of each kind of record."""
 
@@ -772,7 +751,10 @@ R = TypeVar("R", bound=Record)
 
 
 def parse(values: Any) -> Record:
-    """Convert a line of a log to its record. Raises ValueError for a kind or a field that is not declared here."""
+    """Convert a line of a log to its record.
+
+    Raises ValueError for a kind or a field that is not declared here, and for a value of another type.
+    """
     if not isinstance(values, dict):
         raise ValueError(f"{shown(values, quoted=True)} is no record")
     kind = values.get("kind")
@@ -782,12 +764,20 @@ def parse(values: Any) -> Record:
         )
     fields = {name: value for name, value in values.items() if name != "kind"}
     try:
-        return RECORDS[kind](**fields)
+        record = RECORDS[kind](**fields)
     except TypeError as error:
         reason = str(error).partition("__init__() ")[2]
         raise ValueError(
             f"log record {kind!r}: {reason}; it was written by another version"
         ) from None
+    types = types_of(RECORDS[kind])
+    for name, value in fields.items():
+        if not has_type(value, types[name]):
+            raise ValueError(
+                f"log record {kind!r}: {name} = {shown(value, quoted=True)} is no "
+                f"{type_name(types[name])}; restore the file"
+            )
+    return record
 
 
 def read_records(path: str | Path) -> list[Record]:

@@ -14,7 +14,6 @@ each stage.
 
 import base64
 import codecs
-import contextlib
 import json
 from collections.abc import Iterator
 from importlib import resources
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minglm.common.mistakes import read_from
 from minglm.common.trace import TRAINER, Span, idle_share
 from minglm.data.tokenizer import Tokenizer
 
@@ -80,18 +80,6 @@ class GrowingFile:
                 yield offset, line, values
 
 
-@contextlib.contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Raise ValueError that names the file where a record in it is not what a run writes."""
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        kind = type(error).__name__
-        raise ValueError(
-            f"{path} holds what no run writes ({kind}: {error}); restore it"
-        ) from error
-
-
 class RunView:
     """The folder of a run, as the page sees it. Raises ValueError for a folder without a log."""
 
@@ -114,7 +102,7 @@ class RunView:
 
     def overview(self) -> JSONObject:
         """Return everything but the samples."""
-        with named(self.log.path):
+        with read_from(self.log.path):
             for _, _, record in self.log.read():
                 self._take(record)
             of_stages = {
@@ -176,7 +164,7 @@ class RunView:
                 raise ValueError(f"the stage {stage!r:.80} has no samples")
             self.files[stage] = GrowingFile(path)
         rows = self.rows.setdefault(stage, [])
-        with named(path):
+        with read_from(path):
             for offset, line, sample in self.files[stage].read():
                 if sample.get("kind") == "again":
                     rows.clear()
@@ -200,7 +188,7 @@ class RunView:
             for name, value in sample.items()
             if name not in ("segments", "pieces", "texts")
         }
-        with named(self.files[stage].path):
+        with read_from(self.files[stage].path):
             shown["segments"] = [segment(values, self.tokenizer) for values in sample["segments"]]
         return shown
 

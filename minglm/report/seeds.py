@@ -15,6 +15,7 @@ from typing import Any
 
 from minglm.common.files import atomic_path
 from minglm.common.log import Record
+from minglm.common.mistakes import read_from
 from minglm.report.card import table
 from minglm.report.claims import CLAIMS, Gain, Verdict, gains
 from minglm.report.curves import draw_rl_seeds
@@ -30,14 +31,14 @@ STEPS = ("base", "cold start", "control", "RL")
 def redraw(folder: Path) -> list[Path]:
     """Write table and figures of a folder of logs `seedN.jsonl`. Return their paths."""
     runs = [read_records(log) for log in sorted(folder.glob("seed*.jsonl"))]
-    written = folder / "claims.md"
-    with atomic_path(written) as temporary:
-        temporary.write_text(claims_table(runs), encoding="utf-8")
-    paths = [written]
-    for draw, name in ((draw_gains, "gains.png"), (draw_rl_seeds, "rl.png")):
-        path = draw(runs, folder / name)
-        if path is not None:
-            paths.append(path)
+    paths = [folder / "claims.md"]
+    with read_from(folder):
+        with atomic_path(paths[0]) as temporary:
+            temporary.write_text(claims_table(runs), encoding="utf-8")
+        for draw, name in ((draw_gains, "gains.png"), (draw_rl_seeds, "rl.png")):
+            path = draw(runs, folder / name)
+            if path is not None:
+                paths.append(path)
     return paths
 
 

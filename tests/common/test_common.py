@@ -1,5 +1,6 @@
 """Files survive a crash, logs can be cut and read at any byte, seeds repeat, devices and threads are what was asked."""
 
+import itertools
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from minglm.common import device, signals, threads
 from minglm.common.files import atomic_path, check_out, read_jsonl, read_object, write_json
 from minglm.common.lock import locked
 from minglm.common.log import Log, Record, check_length, forget_stage
+from minglm.common.types import has_type
 from minglm.common.version import versions
 
 
@@ -301,11 +304,52 @@ def test_devices():
             device.pick_device("cuda")
 
 
+CPU = torch.device("cpu")
+
+
 def test_the_measured_ceiling_is_a_speed():
-    """The measured FLOP/s are those of a plausible machine, and are measured once per process."""
-    found = device.measured_flops(torch.device("cpu"), torch.float32, 0.01)
-    assert 1e8 < found < 1e16
-    assert device.measured_flops(torch.device("cpu"), torch.float32, 0.01) == found
+    """The measured FLOP/s are those of a plausible machine, once per process, and n cores have n times those of one."""
+    found = device.measured_flops(CPU, torch.float32, 1)
+    assert 1e8 < found < 1e15
+    assert device.measured_flops(CPU, torch.float32, 3) == 3 * found
+
+
+def test_a_busy_machine_does_not_lower_the_ceiling(monkeypatch):
+    """Of the clock other programs take most; of the thread's own time a product takes 2 ms, and 1 ms at its best."""
+    thread = itertools.accumulate(itertools.cycle([0.002, 0.002, 0.001]))
+    clock = itertools.accumulate(itertools.repeat(0.05))
+    monkeypatch.setattr(device.time, "thread_time", lambda: next(thread))
+    monkeypatch.setattr(device.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(torch, "mm", lambda a, b: None)
+    assert device._product_seconds.__wrapped__(CPU, torch.float32, 8) == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "expected"),
+    [
+        (1, float, True),
+        (1.0, int, False),
+        (True, int, False),
+        (True, float, False),
+        (True, bool, True),
+        (None, float, False),
+        (None, float | None, True),
+        ("1", float | None, False),
+        ([1, None], list[float | None], True),
+        ([1, None], list[float], False),
+        ((1,), list[int], False),
+        (("a",), tuple[str, ...], True),
+        ({"a": 1}, dict[str, int], True),
+        ({"a": "1"}, dict[str, int], False),
+        ({1: 1}, dict[str, int], False),
+        ({"a": []}, dict[str, Any], True),
+        ([["a", 1]], list[list[Any]], True),
+        (["a"], list[list[Any]], False),
+    ],
+)
+def test_a_value_has_a_type(value, kind, expected):
+    """A whole number is a float, True is no number, and what is inside counts."""
+    assert has_type(value, kind) is expected
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from itertools import pairwise
+from types import NoneType
 
 import pytest
 from helpers.fake_log import by_problem, evaluation, fake_log, interval, stage_end
@@ -14,6 +15,9 @@ from hypothesis import strategies as st
 
 from minglm.cli import figures
 from minglm.cli.figures import redraw
+from minglm.common.files import json_line
+from minglm.common.log import Record
+from minglm.common.mistakes import one_line
 from minglm.config import ModelConfig, RunConfig, StagesConfig
 from minglm.envs.twelve import TWELVE
 from minglm.report import card, claims, curves, drawing
@@ -40,6 +44,8 @@ from minglm.report.stages_diagram import draw_stages
 LOG = fake_log()
 STEP = select(LOG, StepRecord)[0]
 RL = select(LOG, RLRecord)
+RECORDS_MODULE = StepRecord.__module__
+BRIEF = [record for record in LOG if getattr(record, "step", 0) < 2]  # fewer points to draw
 
 
 def verdicts(records):
@@ -444,6 +450,77 @@ def test_a_log_reads_back_as_it_was_written(tmp_path):
     """Every record of a log is read as the dataclass it was written from."""
     assert read_records(write_log(tmp_path, LOG) / "log.jsonl") == LOG
     assert {type(record) for record in LOG} <= set(RECORDS.values())
+
+
+def kinds_of(record):
+    """Return the dataclasses of records that inherit from one."""
+    children = [child for child in record.__subclasses__() if child.__module__ == RECORDS_MODULE]
+    found = [kind for kind in children if "kind" in vars(kind)]
+    return found + [kind for child in children for kind in kinds_of(child)]
+
+
+def test_every_kind_of_record_is_read_back():
+    """No dataclass of a record is written by a run and unknown to its report."""
+    assert set(kinds_of(Record)) == set(RECORDS.values())
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(),
+    lambda inside: st.lists(inside, max_size=4) | st.dictionaries(st.text(), inside, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.data())
+def test_a_field_of_another_type_is_named(data):
+    """Any JSON in the place of a field is either of the field's type, and read, or refused in one line with its name."""
+    record = data.draw(st.sampled_from(LOG))
+    name = data.draw(st.sampled_from(sorted(record.values())))
+    value = data.draw(JSON)
+    values = {"kind": record.kind, **record.values(), name: value}
+    try:
+        read = getattr(parse(values), name)
+    except ValueError as error:
+        assert f"log record {record.kind!r}: {name} = " in one_line(str(error))
+    else:
+        assert read is value
+        assert type(value) in (type(getattr(record, name)), int, float, dict, list, NoneType)
+
+
+@settings(max_examples=8)  # what is read is drawn, which takes a second
+@given(st.data())
+def test_a_damaged_log_is_drawn_or_named(tmp_path_factory, data):
+    """Whatever JSON stands in a field, `figures` draws the log or says in one line which file to restore."""
+    folder = tmp_path_factory.mktemp("run")
+    place = data.draw(st.integers(0, len(BRIEF) - 1))
+    record = BRIEF[place]
+    name = data.draw(st.sampled_from(sorted(record.values())))
+    values = {"kind": record.kind, **record.values(), name: data.draw(JSON)}
+    lines = [{"kind": other.kind, **other.values()} for other in BRIEF]
+    lines[place] = values
+    (folder / "log.jsonl").write_bytes(b"".join(map(json_line, lines)))
+    try:
+        assert redraw([folder])
+    except ValueError as error:
+        assert str(folder / "log.jsonl") in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("rl", {"spans": [["trainer", "sleep", 0.0, 1.0], ["rollout 0", "generate", 0.0, 1.0]]}),
+        ("pathology", {"incidence": {}}),
+        ("stage_end", {"tokens": 10**400}),
+    ],
+)
+def test_what_no_type_forbids_is_named_too(tmp_path, kind, changes):
+    """A phase that is none, no counts, a number beyond all floats: one line with the file."""
+    lines = [{"kind": record.kind, **record.values()} for record in BRIEF]
+    last = max(place for place, line in enumerate(lines) if line["kind"] == kind)
+    lines[last] |= changes
+    (tmp_path / "log.jsonl").write_bytes(b"".join(map(json_line, lines)))
+    with pytest.raises(ValueError, match=r"log\.jsonl holds what this version does not write"):
+        card.write(tmp_path)
 
 
 def test_every_field_of_a_record_is_explained():

@@ -176,7 +176,7 @@ DAMAGED = {
     ("name", "line"), [(name, line) for name, lines in DAMAGED.items() for line in lines]
 )
 def test_a_damaged_line_is_passed_over_or_named(run, name, line):
-    """Both pages show the rest, or say in one line which file holds what no run writes; what they show is JSON."""
+    """Both pages show the rest, or say in one line which file is damaged; what they show is JSON."""
     with open(run / name, "a", encoding="utf-8") as file:
         file.write(line + "\n")
     view = RunView(run)
@@ -186,7 +186,9 @@ def test_a_damaged_line_is_passed_over_or_named(run, name, line):
             as_json(view.sample("agent.rl", number))
         assert "NaN" not in static_page(RunView(run)).encode().decode()
     except ValueError as error:
-        assert f"{run / name} holds what no run writes" in str(error) and "\n" not in str(error)
+        assert f"{run / name} holds what this version does not write" in str(
+            error
+        ) and "\n" not in str(error)
 
 
 @pytest.mark.parametrize("count", [0, 1, MOST_POINTS, MOST_POINTS + 1, 10 * MOST_POINTS + 7])
