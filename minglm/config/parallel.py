@@ -195,19 +195,14 @@ class ParallelConfig:
     def _refuse_rows(self, layout: Layout, model: ModelConfig) -> NoReturn:
         """Say which other layout divides the rows of each expert evenly, as FSDP2 asks for."""
         rows = f"{model.moe_intermediate_size} and {model.hidden_size} rows of an expert's matrices"
-
-        def fitting(fsdp: int) -> list[int]:
-            possible = [n for n in divisors(fsdp) if model.n_routed_experts % n == 0]
-            return [ep for ep in possible if _rows_divide(fsdp // ep, model)]
-
-        ways = fitting(layout.fsdp)
+        ways = expert_ranks(layout.fsdp, model)
         if ways:
             raise ValueError(
                 f"parallel.ep = {self.ep}: leaves efsdp = fsdp / ep = {layout.efsdp} ranks, which do not divide the {rows}; "
                 f"use {nearest(self.ep, ways)}"
             )
         inner = layout.dp_replicate * layout.fsdp
-        copies = [n for n in divisors(inner) if fitting(inner // n)]
+        copies = [n for n in divisors(inner) if expert_ranks(inner // n, model)]
         raise ValueError(
             f"parallel.dp_replicate = {self.dp_replicate}: fsdp = {layout.fsdp} ranks cannot divide the {rows}; "
             f"use {nearest(self.dp_replicate, copies)}, or start another number of ranks with torchrun"
@@ -217,6 +212,12 @@ class ParallelConfig:
 def _rows_divide(efsdp: int, model: ModelConfig) -> bool:
     """Return whether so many ranks can have equal parts of the rows of every expert."""
     return model.moe_intermediate_size % efsdp == 0 and model.hidden_size % efsdp == 0
+
+
+def expert_ranks(fsdp: int, model: ModelConfig) -> list[int]:
+    """Return the sizes of ep that this many ranks allow: whole experts on each, and equal parts of their rows."""
+    possible = [ep for ep in divisors(model.n_routed_experts) if fsdp % ep == 0]
+    return [ep for ep in possible if _rows_divide(fsdp // ep, model)]
 
 
 def can_share(model: ModelConfig, ranks: int) -> bool:

@@ -13,7 +13,7 @@ stands beside (`minglm.plan.posttraining`): it depends on how long the model cho
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from minglm.config.parallel import Layout, ParallelConfig, divisors
+from minglm.config.parallel import Layout, ParallelConfig, divisors, expert_ranks
 from minglm.config.run import RunConfig
 from minglm.config.training import StageConfig
 from minglm.plan.counts import count_parameters, flops_per_token, kv_cache_bytes_per_token
@@ -155,7 +155,7 @@ def search(run: RunConfig, gpu: GPU, gpus: int, pipelines: bool = False) -> list
     found = []
     for pp, interleave in shapes:
         for dp_replicate in divisors(gpus // pp) if gpus % pp == 0 else ():
-            for ep in divisors(gpus // pp // dp_replicate):
+            for ep in expert_ranks(gpus // pp // dp_replicate, run.model):
                 asked = replace(
                     run.parallel,
                     pp=pp,

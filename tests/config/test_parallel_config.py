@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.config import ModelConfig, ParallelConfig, PostTrainingConfig, RunConfig
-from minglm.config.parallel import divisors, nearest
+from minglm.config.parallel import divisors, expert_ranks, nearest
 
 MODEL = ModelConfig()  # 160 experts
 sizes = st.sampled_from([1, 2, 3, 4, 8, 16])
@@ -48,6 +48,23 @@ def test_sizes_multiply_to_the_ranks_or_the_line_names_a_size_that_works(
         return
     assert layout.world == world == layout.pp * layout.dp_replicate * layout.efsdp * layout.ep
     assert layout.data_groups * layout.cp * layout.pp == world
+
+
+def accepts(ranks, ep):
+    """Return whether a run of this many ranks may divide its experts over `ep` of them."""
+    try:
+        config = ParallelConfig(ep=ep)
+        config.check(MODEL)
+        config.layout(ranks, MODEL)
+    except ValueError:
+        return False
+    return True
+
+
+@given(ranks=st.integers(1, 3000))
+def test_a_search_of_the_experts_ranks_leaves_none_out(ranks):
+    """What the planner tries without asking the config is what the config accepts, no more and no less."""
+    assert expert_ranks(ranks, MODEL) == [ep for ep in divisors(ranks) if accepts(ranks, ep)]
 
 
 @given(number=st.integers(1, 5000), size=st.integers(1, 5000))
