@@ -33,6 +33,7 @@ import torch.distributed as dist
 
 from minglm.common.device import measured_flops, pick_device, pick_dtype
 from minglm.common.log import Log
+from minglm.common.threads import threads_in_use
 from minglm.common.version import versions
 from minglm.config import Layout, ModelConfig, RunConfig
 from minglm.data.packing import Batch
@@ -45,7 +46,6 @@ from minglm.parallel.dispatcher import AllToAllDispatcher
 from minglm.parallel.mesh import build_meshes
 from minglm.parallel.shard import materialize, shard
 from minglm.parallel.world import World
-from minglm.plan.counts import flops_per_token
 from minglm.plan.memory import memory
 from minglm.plan.speed import newton_schulz_shapes, newton_schulz_step
 from minglm.train.checkpoint import CheckpointStore
@@ -105,7 +105,7 @@ def scale(
     with world_of_one(device_name) as world, tempfile.TemporaryDirectory() as folder:
         dtype = pick_dtype(run.dtype, world.device)
         record["dtype"] = str(dtype).removeprefix("torch.")
-        record["products_flops"] = measured_flops(world.device, dtype)
+        record["products_flops"] = measured_flops(world.device, dtype, threads_in_use())
         trainer = trainer_of(
             run, world, Path(folder), steps, batch_tokens, record["products_flops"]
         )
@@ -189,7 +189,7 @@ def trainer_of(
     log = Log(folder / "log.jsonl")
     options = LoopOptions(
         quiet=True,
-        ceiling=flops / flops_per_token(run.model, length).total,
+        peak_flops=flops,
         workers=parallelize(model, world=world, meshes=meshes),
     )
     return Trainer(

@@ -46,6 +46,7 @@ def main(args: argparse.Namespace) -> int:
     from minglm.common.files import check_out
     from minglm.common.lock import locked
     from minglm.common.signals import Stopped
+    from minglm.common.threads import thread_count
     from minglm.config import load_config
     from minglm.config.run import to_dict
     from minglm.parallel.faults import check_same_code
@@ -79,7 +80,8 @@ def main(args: argparse.Namespace) -> int:
         preflight.check_halves(stages, args.only, args.rollout_only, args.from_rollouts, world.size)
         if world.is_writer:
             dtype = pick_dtype(config.dtype, world.device)
-            print(table(config, stages, measured_flops(world.device, dtype)), flush=True)
+            speed = measured_flops(world.device, dtype, thread_count(config.threads))
+            print(table(config, stages, speed), flush=True)
         if args.dry_run:
             if world.is_writer:
                 print(json.dumps(to_dict(config), indent=1))

@@ -46,12 +46,21 @@ def pick_dtype(name: str, device: "torch.device") -> "torch.dtype":
     return getattr(torch, name)
 
 
-@functools.cache
-def measured_flops(device: "torch.device", dtype: "torch.dtype", seconds: float = 0.1) -> float:
-    """Measure the FLOP/s of a device in one large matrix product of this dtype; repeat for about `seconds`.
+def measured_flops(device: "torch.device", dtype: "torch.dtype", threads: int) -> float:
+    """Measure the FLOP/s of a device in one large matrix product of this dtype; of a CPU, those of `threads` cores.
 
-    The best repetition counts. A model-FLOPs utilisation is measured against it: not a data sheet's number, but what
-    this machine reaches. Measured once in a process.
+    A model-FLOPs utilisation is measured against it: not a data sheet's number, but what this machine reaches.
+    """
+    size = 1024 if device.type == "cpu" else 8192
+    speed = 2 * size**3 / _product_seconds(device, dtype, size)
+    return speed * threads if device.type == "cpu" else speed
+
+
+@functools.cache
+def _product_seconds(device: "torch.device", dtype: "torch.dtype", size: int) -> float:
+    """Time products of two size x size matrices for a tenth of a second, once in a process. Return the seconds of the best.
+
+    On a CPU one thread multiplies, and its own time counts: a clock would count other programs of a busy machine.
     """
     import torch
 
@@ -59,20 +68,23 @@ def measured_flops(device: "torch.device", dtype: "torch.dtype", seconds: float 
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    size = 1024 if device.type == "cpu" else 8192
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     a = torch.ones(size, size, dtype=dtype, device=device)
     b = torch.ones(size, size, dtype=dtype, device=device)
     best = float("inf")
-    began = time.perf_counter()
-    while best == float("inf") or time.perf_counter() - began < seconds:
+    began = clock()
+    while best == float("inf") or clock() - began < 0.1:
         # Three in a row: buffers and clocks of the first rounds are cold.
         for _ in range(3):
             wait()
-            start = time.perf_counter()
+            start = clock()
             torch.mm(a, b)
             wait()
-            best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+            best = min(best, clock() - start)
+    torch.set_num_threads(threads)
+    return best
 
 
 def seed_everything(seed: int) -> None:

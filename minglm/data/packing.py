@@ -56,6 +56,12 @@ class Batch:
         length = self.tokens_BS.shape[1] - self.ahead
         return replace(self.map(lambda tensor_BS: tensor_BS[:, :length]), ahead=0)
 
+    def attended_length(self) -> float:
+        """Return how long rows of one document would be in which a position attends to as many others as here."""
+        if self.positions_BS is None:
+            return self.tokens_BS.shape[1]
+        return 2 * self.positions_BS.double().mean().item() + 1
+
     def split(self, rows: int) -> list["Batch"]:
         """Return the same rows as batches of at most `rows` rows each."""
         starts = range(0, len(self.tokens_BS), rows)

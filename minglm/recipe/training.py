@@ -26,6 +26,7 @@ from tqdm import tqdm
 from minglm.common.device import measured_flops, pick_dtype
 from minglm.common.signals import Stopped, stop_between_steps
 from minglm.common.statistics import interval
+from minglm.common.threads import threads_in_use
 from minglm.config import Packing, RolloutPrecision, SFTConfig, Unification
 from minglm.config.posttraining import RolloutScheduler, WeightTransport
 from minglm.data.dialogues import examples
@@ -34,7 +35,6 @@ from minglm.inference.client import Generator
 from minglm.inference.scoring import Scorer
 from minglm.model.glm import GLM
 from minglm.optim.muon import Muon
-from minglm.plan.counts import flops_per_token
 from minglm.recipe.context import RunContext
 from minglm.recipe.conversations import (
     Conversations,
@@ -489,12 +489,11 @@ def trained_by_rl(context: RunContext, stage: str) -> int:
 def _run_trainer(
     context: RunContext, model: GLM, optimizer: Muon, stream: Mixture, phase: Phase, **options: Any
 ) -> None:
-    """Run the training loop with this run's log and its device's ceiling. options: other fields of `LoopOptions`."""
+    """Run the training loop with this run's log and the speed of its devices. options: other fields of `LoopOptions`."""
     dtype = pick_dtype(context.run.dtype, context.device)
-    flops = measured_flops(context.device, dtype) * context.threads * context.world.size
-    ceiling = flops / flops_per_token(context.run.model, phase.sequence_length).total
+    peak = measured_flops(context.device, dtype, threads_in_use()) * context.world.size
     loop_options = LoopOptions(
-        quiet=context.quiet, ceiling=ceiling, workers=context.workers(model), **options
+        quiet=context.quiet, peak_flops=peak, workers=context.workers(model), **options
     )
     checkpoints = context.checkpoints.stage(phase.name)
     Trainer(model, optimizer, stream, phase, checkpoints, context.log, loop_options).run()

@@ -30,6 +30,7 @@ from minglm.parallel import Replicas, Workers
 from minglm.parallel.pipeline import PipelineGLM
 from minglm.parallel.sequence import cut
 from minglm.parallel.workers import ShardedWorker
+from minglm.plan.counts import flops_per_token
 from minglm.report.records import RollbackRecord, SlowRankRecord, StepMetrics, StepRecord
 from minglm.train.checkpoint import StageCheckpoints
 from minglm.train.guard import Guard, guarded_step
@@ -263,9 +264,8 @@ class LoopOptions:
     """Called during the training, each time that `evaluate_every` more tokens have been seen."""
     evaluate_every: int = 0
     """Tokens between two evaluations; 0: never."""
-    ceiling: float = 0.0
-    """Tokens per second if the device's matrix products were never idle: its measured FLOP/s over the model's FLOPs per
-    token. Each step then logs its utilisation, `mfu`. 0: unknown."""
+    peak_flops: float = 0.0
+    """Measured FLOP/s of all devices in matrix products. Each step then logs its utilisation, `mfu`. 0: unknown."""
     workers: Workers | None = None
     """Threads or ranks that share the rows of each batch; None: the model alone."""
 
@@ -343,14 +343,16 @@ class Trainer:
         self.state.step += 1
 
         speed = batch_tokens / (time.perf_counter() - began)
-        ceiling = self.options.ceiling
+        peak = self.options.peak_flops
+        flops = flops_per_token(self.model.config, round(batch.attended_length()))
+        done = flops.total if metrics.mtp_weight else flops.total - flops.mtp
         return StepRecord(
             stage=self.phase.name,
             step=self.state.step,
             tokens=self.phase.start + self.state.tokens,
             batch_tokens=batch_tokens,
             tokens_per_second=round(speed),
-            mfu=round(speed / ceiling, 4) if ceiling else None,
+            mfu=round(speed * done / peak, 4) if peak else None,
             **vars(metrics),
         )
 

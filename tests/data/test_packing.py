@@ -198,3 +198,16 @@ def test_what_lies_ahead_is_no_input(length, ahead):
     assert torch.equal(inputs.tokens_BS, tokens_BS[:, :length])
     assert torch.equal(inputs.mask_BS, tokens_BS[:, :length] > 3)
     assert inputs.ahead == 0 and inputs.documents_BS is None
+
+
+@given(st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3), min_size=1, max_size=3))
+def test_attention_inside_documents_is_that_of_shorter_rows(rows):
+    """A position attends to (length + 1) / 2 others on average, itself among them, whatever the rows are cut into."""
+    spans = [[(np.zeros(size, int), None) for size in sizes] for sizes in rows]
+    batch = fill(spans, 12, separate=True)
+    attended = [n for sizes in rows for size in sizes for n in range(1, size + 1)]
+    padding = batch.tokens_BS.numel() - len(attended)
+    mean = (sum(attended) + padding) / batch.tokens_BS.numel()  # padding attends to itself
+    assert batch.attended_length() == pytest.approx(2 * mean - 1)
+    assert fill(spans, 12, separate=False).attended_length() == 12
+    assert fill([[(np.zeros(12, int), None)]], 12, separate=True).attended_length() == 12

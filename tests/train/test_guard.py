@@ -1,10 +1,13 @@
 """The guard skips bad steps and rolls back to a good checkpoint; recomputing layers changes nothing."""
 
 import dataclasses
+import itertools
 import math
 import statistics
 import warnings
+from types import SimpleNamespace
 
+import pytest
 import torch
 from helpers.tiny import drawn_batch, gradients
 from hypothesis import given, settings
@@ -12,8 +15,10 @@ from hypothesis import strategies as st
 from test_checkpoint import ROWS, STEPS, Run, S
 
 from minglm.common.files import read_jsonl
+from minglm.plan.counts import flops_per_token
 from minglm.testing.model import tiny_model
 from minglm.testing.strategies import seeds
+from minglm.train import loop
 from minglm.train.checkpoint_files import read_values
 from minglm.train.guard import MIN_HISTORY, Guard
 from minglm.train.loop import LoopOptions, Trainer
@@ -120,14 +125,17 @@ def test_a_nan_in_a_gradient_costs_one_step(tmp_path):
     assert all(v.isfinite().all() for s in run.optimizer.state.values() for v in s.values())
 
 
-def test_utilisation_is_speed_over_the_ceiling(tmp_path):
-    """With a ceiling each step logs its share of it; without one no utilisation is logged."""
-    run = Run(tmp_path)
-    options = LoopOptions(quiet=True, ceiling=1000.0)
+@pytest.mark.parametrize("packing", ["truncate", "best_fit"])
+def test_utilisation_is_speed_over_the_ceiling(tmp_path, monkeypatch, packing):
+    """With a ceiling each step logs its share of it: less where attention stays inside documents; else no utilisation."""
+    clock = itertools.accumulate(itertools.repeat(0.5))  # each step takes half a second
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    run = Run(tmp_path, packing)
+    peak = 2 * ROWS * S * flops_per_token(run.model.config, S).total
+    options = LoopOptions(quiet=True, peak_flops=peak)
     Trainer(run.model, run.optimizer, run, run.phase, run.checkpoints, run.log, options).run()
-    steps = [r for r in read_jsonl(tmp_path / "log.jsonl") if r["kind"] == "step"]
-    assert steps
-    assert all(abs(r["mfu"] - r["tokens_per_second"] / 1000) < 1e-3 for r in steps)
+    shares = [r["mfu"] for r in read_jsonl(tmp_path / "log.jsonl") if r["kind"] == "step"]
+    assert max(shares) <= 1 and (min(shares) == 1) == (packing == "truncate")
     assert not any("mfu" in r for r in read_jsonl(Run(tmp_path / "other").go().log.path))
 
 
