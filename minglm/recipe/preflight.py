@@ -35,6 +35,7 @@ from minglm.config import (
     Tracker,
 )
 from minglm.config.parallel import NVLINK_RANKS, deepep_lacks_neighbours
+from minglm.config.posttraining import Judge
 from minglm.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from minglm.kernels.dispatch import has_c_library
 from minglm.plan.counts import count_parameters
@@ -272,6 +273,11 @@ def check_rollout_engine(run: RunConfig) -> None:
         if phase.routing_replay:
             raise ValueError(
                 f"posttraining.{name}.routing_replay: an engine over HTTP does not report its experts"
+            )
+        if phase.reward.composed and phase.reward.judge == Judge.MODEL:
+            raise ValueError(
+                f"posttraining.{name}.reward.judge = 'model': an engine over HTTP has one model, the one that is trained; "
+                "use 'program', or leave out rollout_engine"
             )
         if phase.asynchronous.workers:
             raise ValueError(

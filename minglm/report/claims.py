@@ -139,15 +139,15 @@ class Gain(NamedTuple):
     control: EvaluationRecord | None
     expert: EvaluationRecord
     over_start: Difference
-    """Over the better of base and cold start."""
+    """Over `start`."""
     over_control: Difference | None
     """Over as much more fine-tuning of the cold start; None where the control has no score."""
     over_base: Difference
 
     @property
     def start(self) -> EvaluationRecord:
-        """Return the score of the better start."""
-        return max(self.base, self.cold_start, key=lambda score: score.avg)
+        """Return the score of the better start; of two equal ones the cold start, from which RL began."""
+        return max(self.cold_start, self.base, key=lambda score: score.avg)
 
     @property
     def is_gain(self) -> bool:
@@ -290,8 +290,7 @@ def claim_pathology(records: Sequence[Record]) -> Claim:
 def claim_switch(records: Sequence[Record]) -> Claim:
     """Check that the finished model obeys the thinking switch every time, on and off."""
     name = "the thinking switch works every time"
-    scores = last_scores(records)
-    latest = {(score.env, score.thinking): score for score in scores}
+    latest = {(score.env, score.thinking): score for score in last_scores(records)}
     both_ways = {thinking for _, thinking in latest} == {True, False}
     holds = min(score.switch_ok for score in latest.values()) == 1 if both_ways else None
 
@@ -301,8 +300,8 @@ def claim_switch(records: Sequence[Record]) -> Claim:
             mode = "on" if score.thinking else "off"
             failing.append(f"{score.env}, {mode}: {percent(score.switch_ok)}")
     text = "; ".join(failing)
-    if scores and not failing:
-        answers = sum(score.n * score.k for score in scores)
+    if latest and not failing:
+        answers = sum(score.n * score.k for score in latest.values())
         text = f"obeyed in all of {answers} answers"
     return Claim(name, text, verdict(holds))
 

@@ -88,6 +88,14 @@ MISTAKES = {
     "an engine's port": (["--rollout_engine", "http://localhost:99999"], "must be an address"),
     "an engine's host": (["--rollout_engine", "http://"], "must be an address"),
     "an engine in brackets": (["--rollout_engine", "http://[::1"], "must be an address"),
+    "an engine's second model": (
+        [
+            *("--rollout_engine", "http://localhost:8000"),
+            *("--posttraining.chat.rl.reward.critic", "1"),
+            *("--posttraining.chat.rl.reward.judge", "model"),
+        ],
+        "posttraining.chat.rl.reward.judge = 'model': an engine over HTTP has one model",
+    ),
     "a command's quotes": (
         ["--posttraining.agent.rl.outside.command", "'agent"],
         "posttraining.agent.rl.outside.command = 'agent: No closing quotation",
