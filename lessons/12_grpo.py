@@ -419,7 +419,7 @@ def draw_bars(axis, log, part, value):
     shades = members(part)
     names = [arm.replace(", ", ",\n") for arm in shades]
     lesson.bars(axis, names, [value(log, arm) for arm in shades], list(shades.values()))
-    axis.tick_params(axis="x", labelsize=6)
+    axis.tick_params(axis="x", labelsize=7)
 
 
 def draw_averages(axes, log):
@@ -428,12 +428,12 @@ def draw_averages(axes, log):
     values = [100 * first(log, loss, "long_share") for loss in FIRST]
     names = [loss.replace(" ", "\n") for loss in FIRST]
     lesson.bars(shares, names, values, [ARMS[loss].shade for loss in FIRST])
-    shares.tick_params(axis="x", labelsize=6)
+    shares.tick_params(axis="x", labelsize=7)
     lesson.panel(shares, "One batch: the long answers", "", "share of the gradient (%)")
     lesson.panel(rewards, "Figure 7, left: averages", "step", "reward (%)", ylim=(30, 100))
     draw_rewards(rewards, log, "averages")
     draw_bars(norms, log, "averages", norm_spread)
-    lesson.panel(norms, "The same: gradient norm", "", "deviation / mean over the steps")
+    lesson.panel(norms, "Averages: gradient norm", "", "deviation / mean over the steps")
 
 
 def draw_losses(axes, log):
@@ -445,8 +445,10 @@ def draw_losses(axes, log):
         x, y = far(log, arm), tested(log, arm)
         scores.plot(x, y, "o", color=shade, markersize=3, alpha=0.5)
         scores.plot(x.mean(), y.mean(), "o", color=shade, markersize=7, label=arm)
-    scores.legend(fontsize=6, frameon=False)
-    lesson.panel(scores, "The same (test)", "nats a token from the start", "right (%)")
+    scores.legend(fontsize=8, frameon=False)
+    lesson.panel(
+        scores, "Four updates a rollout (test)", "nats a token from the start", "right (%)"
+    )
 
 
 def draw_engines(axes, log):
@@ -455,18 +457,18 @@ def draw_engines(axes, log):
     draw_bars(gaps, log, "engines", lambda log, arm: gap_kls(log, arm).mean(1))
     gaps.set(yscale="log")
     lesson.panel(gaps, "Rounded engines: the gap", "", "KL (nats)")
-    lesson.panel(rewards, "The same: learning", "step", "reward (%)", ylim=(0, 100))
+    lesson.panel(rewards, "Rounded engines: learning", "step", "reward (%)", ylim=(0, 100))
     draw_rewards(rewards, log, "engines")
     draw_bars(scores, log, "engines", tested)
-    lesson.panel(scores, "The same (test)", "", "right (%)", ylim=(0, 100))
+    lesson.panel(scores, "Rounded engines (test)", "", "right (%)", ylim=(0, 100))
 
 
 def draw(log):
     """Draw the figure from the log alone."""
-    figure, (first_row, second_row) = drawing.canvas(2, 4, (15, 6.8))
-    draw_averages(first_row[:3], log)
-    draw_losses((first_row[3], second_row[3]), log)
-    draw_engines(second_row[:3], log)
+    figure, axes = drawing.canvas(4, 2, (9.5, 12.5))
+    draw_averages(axes.flat[:3], log)
+    draw_losses((axes.flat[3], axes.flat[7]), log)
+    draw_engines(axes.flat[4:7], log)
     return figure
 
 

@@ -309,8 +309,8 @@ def draw_problems(axes, log):
     x = [row["level"] for row in log["runs"][0]["levels"]]
     for name, label, shade in (("pass_8", "one of 8", "#9fc3e6"), ("right", "each", "#1f5fa8")):
         values = [[100 * row[name] for row in run["levels"]] for run in log["runs"]]
-        lesson.curve(levels, x, values, label, shade, style="o-", fontsize=7)
-    levels.set_xlim(None, 14)
+        lesson.curve(levels, x, values, label, shade, (6, 4), "o-", fontsize=8)
+    levels.set_xlim(None, 14.5)
     lesson.panel(levels, "Before RL", "additions", "right (%)", ylim=(0, 102))
 
 
@@ -346,12 +346,12 @@ def draw_temperatures(axes, log):
     """Draw what a fixed temperature and one that the rule raises do to reward, entropy, groups and score."""
     sizes = log["sizes"]
     live, hard, reward, entropy, temperature, score = axes
-    lesson.panel(reward, "Temperature: reward", "step", "reward (%)", ylim=(0, 100))
+    lesson.panel(reward, "Temperature: reward", "step", "reward (%)", ylim=(60, 100))
     lesson.panel(entropy, "Entropy", "step", "nats a token", ylim=(0, 0.12))
     lesson.panel(live, "Temperature: groups that teach", "step", "with a signal (%)", ylim=(0, 80))
     lesson.panel(hard, "9 additions, at 1.0", "step", "right (%)", ylim=(0, 100))
     lesson.panel(temperature, "Temperature", "step", "of sampling and loss", ylim=(0.9, 1.5))
-    lesson.panel(score, "6 to 8 additions, at 1.0", "step", "right (%)", ylim=(0, 100))
+    lesson.panel(score, "6 to 8 additions, at 1.0", "step", "right (%)", ylim=(60, 100))
     shades = {label: ARMS[arm].shade for arm, label in TEMPERATURES.items()}
     x = np.arange(sizes["steps"]) + 1
     for axis, name, scale in (
@@ -373,10 +373,10 @@ def draw_temperatures(axes, log):
 
 def draw(log):
     """Draw the figure from the log alone."""
-    figure, (first, second, third) = drawing.canvas(3, 4, (14, 9.5))
-    draw_problems(first, log)
-    draw_lengths(second[:2], log)
-    draw_temperatures((*second[2:], *third), log)
+    figure, axes = drawing.canvas(6, 2, (9.5, 15))
+    draw_problems(axes.flat[:4], log)
+    draw_lengths(axes.flat[4:6], log)
+    draw_temperatures(axes.flat[6:], log)
     return figure
 
 

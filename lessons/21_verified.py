@@ -263,7 +263,7 @@ def tested(log, arm, name):
 def draw(log):
     """Draw the figure from the log alone."""
     sizes = log["sizes"]
-    figure, axes = drawing.canvas(1, 4, (14, 3.6))
+    figure, axes = drawing.canvas(2, 2, (9.5, 6.2))
     rewards, right, shortcut, tests = axes.flat
     shades = {arm: shade for arm, (shade, *_) in ARMS.items()}
     lesson.panel(rewards, "What the keys pay", "step", "reward (%)", ylim=(0, 100))

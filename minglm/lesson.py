@@ -384,14 +384,22 @@ def arms(
     """
     low, high = axis.get_ylim()
     ends = [float(np.mean(values[arm], 0)[-1]) for arm in values]
-    places = drawing.spread(ends, 0.06 * (high - low))
-    height = 72 * axis.get_figure().get_size_inches()[1] * axis.get_position().height
-    for (arm, rows), end, place in zip(values.items(), ends, places, strict=True):
+    places = drawing.spread(ends, 0.065 * (high - low))
+    for (arm, rows), place in zip(values.items(), places, strict=True):
         for row in rows:
             axis.plot(x, row, color=shades[arm], linewidth=0.6, alpha=0.5)
-        offset = (place - end) / (high - low) * height
-        curve(axis, x, rows, arm, shades[arm], at=(6, offset), fontsize=7)
-    axis.set_xlim(0, 1.5 * x[-1])
+        curve(axis, x, rows, "", shades[arm])
+        axis.annotate(
+            arm,
+            (1, place),
+            (5, 0),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            color=shades[arm],
+            va="center",
+            fontsize=8,
+        )
+    axis.set_xlim(0, x[-1])
 
 
 def bars(axis: Any, names: Sequence[str], values: Sequence[Any], shades: Sequence[str]) -> None:
