@@ -100,7 +100,6 @@ def main(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise ValueError(f"the server needs {error.name}: pip install 'minglm[serve]'") from None
     from minglm.chat.template import dialect_of
-    from minglm.common.device import pick_device
     from minglm.inference import Engine
     from minglm.model.glm import GLM
     from minglm.recipe.load import load_served
@@ -113,9 +112,9 @@ def main(args: argparse.Namespace) -> None:
     access = Access(args.host, args.allowed_host, args.allow_origin, key)
     if args.dialect is not None:
         dialect_of(args.dialect)
-    loaded = load_served(args.model, args.stage)
+    loaded = load_served(args.model, args.stage, args.device)
     engine = Engine(
-        loaded.model.to(pick_device(args.device)),
+        loaded.model,
         loaded.tokenizer,
         max_batch=args.max_batch,
         cache_tokens=args.cache_tokens,

@@ -248,7 +248,7 @@ class _Source(NamedTuple):
 
 def _released(folder: Path, stage: str | None) -> _Source:
     """Load a released checkpoint, to write it again."""
-    loaded = load_hf(folder, stage)
+    loaded = load_hf(folder, stage, "cpu")
     values = read_config(folder)
     return _Source(
         weights=ModelWeights(loaded.model),

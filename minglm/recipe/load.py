@@ -44,17 +44,18 @@ class ServedModel(NamedTuple):
     environments: tuple[str, ...] = ()
 
 
-def load_run(folder: str | Path, stage: str | None = None) -> LoadedModel:
+def load_run(folder: str | Path, stage: str | None = None, device: str = "auto") -> LoadedModel:
     """Load a run's folder or a released checkpoint, ready to generate.
 
-    stage: of a run; None: its last complete one. Raises ValueError where there is no model.
+    stage: of a run; None: its last complete one. device: as in `pick_device`, whatever the run was trained on. Raises
+    ValueError where there is no model, or no such device.
     """
     folder = Path(folder)
     if is_released(folder):
-        return load_hf(folder, stage)
+        return load_hf(folder, stage, device)
     chosen = choose_stage(folder, stage)
     config = chosen.run
-    model = GLM(config.model)
+    model = GLM(config.model).to(pick_device(device))
     CheckpointStore(folder).restore(chosen.name, weights_of(model))
     model.dtype = pick_dtype(config.dtype, model.device)
     model.rope_theta = chosen.rope_theta
@@ -110,9 +111,9 @@ def choose_stage(folder: Path, stage: str | None) -> ChosenStage:
     return ChosenStage(run, name, rope_theta, planned.evaluation.environments)
 
 
-def load_served(folder: str | Path, stage: str | None = None) -> ServedModel:
-    """Load a run's folder or a released checkpoint with the dialect of its chat template."""
-    loaded = load_run(folder, stage)
+def load_served(folder: str | Path, stage: str | None = None, device: str = "auto") -> ServedModel:
+    """Load a run's folder or a released checkpoint, as `load_run` does, with the dialect of its chat template."""
+    loaded = load_run(folder, stage, device)
     template = Path(folder) / "chat_template.jinja"
     dialect = "glm-4.5"
     if template.exists():
@@ -129,8 +130,8 @@ def load_served(folder: str | Path, stage: str | None = None) -> ServedModel:
     )
 
 
-def load_hf(folder: Path, stage: str | None = None) -> LoadedModel:
-    """Load a released checkpoint as `load_run` does, on the GPU where there is one."""
+def load_hf(folder: Path, stage: str | None = None, device: str = "auto") -> LoadedModel:
+    """Load a released checkpoint as `load_run` does."""
     if stage is not None:
         raise ValueError(f"--stage {stage}: {folder} is a released checkpoint, which has no stages")
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
@@ -139,6 +140,6 @@ def load_hf(folder: Path, stage: str | None = None) -> LoadedModel:
         raise ValueError(
             f"{folder}: tokenizer.json has {tokenizer.vocab_size} ids, the model {rows}; fetch the tokenizer again"
         )
-    model = GLM.from_pretrained(folder, device=pick_device())
+    model = GLM.from_pretrained(folder, device=pick_device(device))
     config = RunConfig(folder.name, model.config)
     return LoadedModel(model.eval(), tokenizer, config, "released", from_hf=True)

@@ -398,6 +398,8 @@ def test_damaged_files_of_a_run(copied, capsys, damage):
 @pytest.mark.parametrize("stage", ["general", "long_agent"])
 def test_a_stage_is_loaded_as_it_was_trained(finished, stage):
     """Bits per byte of the loaded model are those in the log, which needs the stage's own rotary base."""
+    with pytest.raises(ValueError, match="device = 'tpu': must be auto, cpu or cuda"):
+        load_run(finished, stage, "tpu")
     loaded = load_run(finished, stage)
     trained = getattr(loaded.config.stages, stage)
     assert loaded.stage == stage

@@ -121,6 +121,8 @@ def test_a_released_checkpoint_is_served(tmp_path, capsys):
     model.save_pretrained(tmp_path / "glm")
     TOKENIZER.save(tmp_path / "glm" / "tokenizer.json")
     assert load_served(tmp_path / "glm")[2:] == ("glm-4.5", "released", True, ())
+    with pytest.raises(ValueError, match="device = 'tpu': must be auto, cpu or cuda"):
+        load_served(tmp_path / "glm", device="tpu")
     (tmp_path / "glm" / "chat_template.jinja").write_text(
         "{%- if clear_thinking is defined -%}{%- endif -%}", encoding="utf-8"
     )
