@@ -81,7 +81,8 @@ def main(args: argparse.Namespace) -> int:
         if world.is_writer:
             dtype = pick_dtype(config.dtype, world.device)
             speed = measured_flops(world.device, dtype, thread_count(config.threads))
-            print(table(config, stages, speed), flush=True)
+            speed *= world.size
+            print(table(config, stages, speed, world.device.type), flush=True)
         if args.dry_run:
             if world.is_writer:
                 print(json.dumps(to_dict(config), indent=1))

@@ -1,12 +1,12 @@
 """Plan a run: its stages in order, with an estimate of the time each takes on this machine (paper Figure 3, 3.1).
 
-    minutes = tokens * FLOPs per token / (speed of a matrix product on this machine * share of it that training reaches)
+    minutes = tokens * FLOPs per token / (speed of matrix products on this machine * share of it that stages reach)
 
 A stage carries everything that its training and its evaluation need, so nothing has to be found again by its name.
 
 Tokens are exact for pre- and mid-training. For the later stages they are an estimate from a few conversations of each
 environment, as if no answer were rejected. A token of a rollout costs as much as one of training: all are sampled, and
-those of groups with a signal are trained on. `UTILISATION` was measured on a toy run with two quiet CPU cores.
+those of groups with a signal are trained on.
 """
 
 from collections.abc import Iterable, Sequence
@@ -32,7 +32,14 @@ from minglm.train.loop import Phase
 from minglm.train.stages import phases
 
 BYTES_PER_TOKEN = 3  # of conversations, with a tokenizer as small as the toy's
-UTILISATION = 0.3
+UTILISATION = {"cpu": 0.8, "cuda": 0.2}
+"""FLOPs that a stage is planned to take, over its seconds and the speed of matrix products, by the kind of the device.
+
+CPU: the stages of the three runs in figures/toy took 0.77, 0.56 and 0.80 of 94 GFLOP/s, a core's speed; they shared two
+cores, and pre-training alone reaches an `mfu` of 0.5 to 0.6. After it the plan has twice the tokens that are trained on:
+groups without a signal are left out. GPU: `configs/mini.py` with six layers reached an MFU of 0.20 on an
+H200, in pre-training.
+"""
 PACKED_LENGTH = (
     256  # tokens that a position attends to at most, for the estimate: packed documents are short
 )
@@ -375,20 +382,25 @@ def conversation_tokens(names: Iterable[str], asking: Environments = ENVIRONMENT
     return size // (BYTES_PER_TOKEN * max(1, len(texts)))
 
 
-def expected_minutes(run: RunConfig, stages: Sequence[Stage], speed: float) -> list[float]:
-    """Return the minutes of each stage at `speed` floating-point operations per second."""
+def expected_minutes(
+    run: RunConfig, stages: Sequence[Stage], speed: float, device: str
+) -> list[float]:
+    """Return the minutes of each stage where matrix products have `speed` FLOP/s. device: cpu or cuda."""
     minutes = []
     for stage in stages:
         length = min(stage.sequence_length, PACKED_LENGTH)
         flops = stage.tokens * flops_per_token(run.model, length).total
-        minutes.append(flops / (speed * UTILISATION) / 60)
+        minutes.append(flops / (speed * UTILISATION[device]) / 60)
     return minutes
 
 
-def table(run: RunConfig, stages: Sequence[Stage], speed: float) -> str:
-    """Return the stages as text: tokens, length, peak learning rate, what each teaches, expected minutes."""
+def table(run: RunConfig, stages: Sequence[Stage], speed: float, device: str) -> str:
+    """Return the stages as text: tokens, length, peak learning rate, what each teaches, expected minutes.
+
+    speed, device: as in `expected_minutes`.
+    """
     rows = [("stage", "teaches", "tokens", "length", "peak rate", "minutes")]
-    for stage, minutes in zip(stages, expected_minutes(run, stages, speed), strict=True):
+    for stage, minutes in zip(stages, expected_minutes(run, stages, speed, device), strict=True):
         is_exact = stage.kind == StageKind.PRETRAIN
         row = (
             stage.name,

@@ -9,7 +9,7 @@ from minglm.envs.twelve import TWELVE
 from minglm.recipe import stages as planning
 from minglm.recipe.solutions import evaluation_texts
 from minglm.recipe.stages import EvalPlan, StageKind
-from minglm.report.records import Moment
+from minglm.report.records import Moment, StageEndRecord, read_records, select
 from minglm.train.stages import phases
 
 
@@ -85,16 +85,26 @@ def test_tokens_of_the_first_stages_are_exact_and_minutes_scale_with_speed(run):
     """The tokens are those the phases train on; twice the speed is half the time."""
     stages = planning.plan_stages(run)
     assert [stage.tokens for stage in stages[:5]] == [phase.tokens for phase in phases(run)]
-    slow = planning.expected_minutes(run, stages, 1e9)
-    fast = planning.expected_minutes(run, stages, 2e9)
+    slow = planning.expected_minutes(run, stages, 1e9, "cpu")
+    fast = planning.expected_minutes(run, stages, 2e9, "cpu")
     assert fast == pytest.approx([minutes / 2 for minutes in slow])
     assert min(slow) > 0
+
+
+def test_the_estimate_is_what_three_runs_took():
+    """All stages of the toy together, at the 94 GFLOP/s of a core; within 1.5 times, for the runs shared two cores."""
+    toy = load_config("configs/toy.py")
+    expected = 60 * sum(planning.expected_minutes(toy, planning.plan_stages(toy), 94e9, "cpu"))
+    for seed in range(3):
+        ends = select(read_records(f"figures/toy/seed{seed}.jsonl"), StageEndRecord)
+        assert len(ends) == len(planning.plan_stages(toy))
+        assert 1 / 1.5 < sum(end.seconds for end in ends) / expected < 1.5
 
 
 def test_the_table_has_a_line_for_every_stage(run):
     """The line of a stage has its name, tokens and rate, below one heading."""
     stages = planning.plan_stages(run)
-    _, heading, *lines = planning.table(run, stages, 1e9).splitlines()
+    _, heading, *lines = planning.table(run, stages, 1e9, "cpu").splitlines()
     assert {"tokens", "minutes", "length"} <= set(heading.split())
     for stage, line in zip(stages, lines):
         assert line.startswith(stage.name)
@@ -114,7 +124,7 @@ def test_a_row_longer_than_a_step_is_said(run, tokens):
     if tokens < 64:
         assert said is not None
         assert "64" in said and "32" in said
-        assert said in planning.table(run, stages, 1e9).splitlines()
+        assert said in planning.table(run, stages, 1e9, "cpu").splitlines()
     else:
         assert said is None
 
