@@ -10,7 +10,9 @@ nobody has tried at this size: watch `grad_norm` and `left_out` for the first ho
 """
 
 from minglm.config import (
+    CurriculumConfig,
     DataConfig,
+    DynamicTemperatureConfig,
     EvaluationConfig,
     ExpertConfig,
     ModelConfig,
@@ -141,6 +143,11 @@ def posttraining() -> PostTrainingConfig:
                 environments=("arithmetic", "science", "logic", "code"),
                 steps=200,
                 peak_lr=5e-6,
+                # Screening costs the answers of about 30 steps, and each probe of the temperature those of 12.
+                curriculum=CurriculumConfig(pool=300, search=16),
+                dynamic_temperature=DynamicTemperatureConfig(
+                    window=20, spacing=0.2, problems=100, samples=4
+                ),
                 **rollouts,
             ),
         ),

@@ -494,7 +494,14 @@ class PostTrainingConfig:
 
     reasoning: ExpertConfig = ExpertConfig(
         environments=("arithmetic", "science", "logic", "code"),
-        rl=RLConfig(environments=("arithmetic", "science", "logic", "code")),
+        rl=RLConfig(
+            environments=("arithmetic", "science", "logic", "code"),
+            # The second stage begins after two thirds of the steps, as in the paper's Figure 5.
+            curriculum=CurriculumConfig(
+                pool=10_000, extreme_tier=ExtremeTier.UNSOLVED, moderate_share=0.67
+            ),
+            dynamic_temperature=DynamicTemperatureConfig(window=20),
+        ),
     )
     agent: ExpertConfig = ExpertConfig(
         environments=("search", "retail", "functions", "swe"),

@@ -51,6 +51,17 @@ def test_the_ladder_is_there():
     assert {"nano", "toy", "air_106b", "glm45_355b"} <= {path.stem for path in LADDER}
 
 
+@pytest.mark.parametrize("name", ["air_106b", "glm45_355b", "flash_30b"])
+def test_released_models_reason_as_the_paper_has_it(name):
+    """Two tiers of difficulty, the hard one unsolved by eight answers, and a temperature that follows the reward."""
+    rl = load_config(ROOT / "configs" / f"{name}.py").posttraining.reasoning.rl
+    assert rl.curriculum.pool
+    assert (rl.curriculum.screen, rl.curriculum.search) == (8, 512)
+    assert rl.curriculum.extreme_tier == "unsolved"
+    assert rl.dynamic_temperature.window
+    assert rl.loss.beta == 0
+
+
 @pytest.mark.parametrize("path", LADDER, ids=lambda path: path.stem)
 def test_config_loads_and_takes_overrides(path):
     """Every file of the ladder gives a checked run, which an override changes in one place."""
