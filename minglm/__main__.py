@@ -34,8 +34,8 @@ def _stopped(status: int) -> int:
 def open_standard_streams() -> None:
     """Open what the shell has closed, and write UTF-8 where the locale has only ASCII.
 
-    With descriptor 2 closed the next file that is opened would become standard error, and libraries would write their
-    messages into it. In the locale C Python itself writes UTF-8, unless it is told not to.
+    With descriptor 2 closed the next file that is opened would become standard error, and libraries would
+    write their messages into it. In the locale C Python itself writes UTF-8, unless it is told not to.
     """
     for number in range(3):
         try:

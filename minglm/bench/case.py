@@ -30,8 +30,8 @@ class Case:
     bytes: float
     """Bytes that must be read and written at least once."""
     forms: Callable[[], Mapping[str, Form]]
-    """Makes the inputs and returns {name: form}; ours is first. It is called when the case's turn comes, so that only
-    its own tensors are in memory."""
+    """Makes the inputs and returns {name: form}; ours is first. It is called when the case's turn comes, so
+    that only its own tensors are in memory."""
     unit: Unit = Unit.BFLOAT16
     """The dtype of the products."""
     graph: bool = False

@@ -4,9 +4,10 @@
 
     GB/s = size * (ranks - 1) / ranks / seconds
 
-`size` is what a rank gets, its own part included; that part does not travel. It is the number that NCCL's own tests call
-bus bandwidth, and what `minglm plan` takes for a link: on a new cluster, compare them before a long run. The slowest rank
-counts, and the median of the rounds. gloo between CPUs shows that the program runs; its numbers mean nothing for GPUs.
+`size` is what a rank gets, its own part included; that part does not travel. It is the number that NCCL's own
+tests call bus bandwidth, and what `minglm plan` takes for a link: on a new cluster, compare them before a
+long run. The slowest rank counts, and the median of the rounds. gloo between CPUs shows that the program
+runs; its numbers mean nothing for GPUs.
 """
 
 import statistics

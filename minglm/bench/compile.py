@@ -2,9 +2,9 @@
 
     python -m minglm bench compile
 
-Registers, shared memory, spills and tensor-core instructions of each kernel in each default configuration, beside the
-budgets that tests/kernels/test_compile_gate.py checks (`minglm.kernels.toolchain.compile_check`). These are facts of
-the machine code. They say nothing about its speed.
+Registers, shared memory, spills and tensor-core instructions of each kernel in each default configuration,
+beside the budgets that tests/kernels/test_compile_gate.py checks (`minglm.kernels.toolchain.compile_check`).
+These are facts of the machine code. They say nothing about its speed.
 """
 
 from importlib.metadata import version
@@ -36,7 +36,10 @@ def row(record: Record) -> str:
 
 
 def compile_kernels() -> dict[str, Any]:
-    """Compile every kernel, print the table as it grows, and return the record. Raises ValueError without triton."""
+    """Compile every kernel, print the table as it grows, and return the record.
+
+    Raises ValueError without triton.
+    """
     if not installed():
         raise ValueError("bench compile needs triton: pip install triton (Linux)")
     kernels: list[Record] = []

@@ -1,8 +1,8 @@
 """Measure tokens a second of the engine beside transformers' `generate`, interleaved (no counterpart in the paper).
 
-Whatever else the machine does falls on both sides alike, because they take turns; the best of the turns is reported,
-and speeds are to be read as ratios. Seconds are CPU-seconds of the process (all threads together): a machine that does
-other work at the same time distorts them least. The weights are not trained.
+Whatever else the machine does falls on both sides alike, because they take turns; the best of the turns is
+reported, and speeds are to be read as ratios. Seconds are CPU-seconds of the process (all threads together):
+a machine that does other work at the same time distorts them least. The weights are not trained.
 """
 
 import tempfile
@@ -187,8 +187,8 @@ def draft_point(model: GLM, prompt: list[int], tokens: int, drafts: int) -> Draf
 def generate(config: RunConfig, options: BenchOptions) -> dict[str, Any]:
     """Measure generation of the engine and of transformers against the number of answers at once; return the record.
 
-    Prompts are all different, or, as in a rollout, eight answers share one. Then count the passes of the engine with
-    0 to 4 drafted tokens, if the model has an MTP layer.
+    Prompts are all different, or, as in a rollout, eight answers share one. Then count the passes of the
+    engine with 0 to 4 drafted tokens, if the model has an MTP layer.
     """
     from minglm.kernels.dispatch import has_c_library
 

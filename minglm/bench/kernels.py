@@ -2,19 +2,21 @@
 
     share of the ceiling = max(FLOP / products per second, bytes / copied bytes per second) / measured time
 
-Both ceilings are measured at the start of the same run: a large bfloat16 product and a large copy. The forms of a case
-(ours first, then the named baselines) take turns, so that whatever else the machine does falls on all of them. Before
-every turn the cache is filled with other data, often enough that the host is ahead of the GPU when the turn begins, as
-in training: the time to start a kernel is not measured. The median of the turns is reported with its quartiles; before
-any timing each form's result is compared with ours. A form that fails is a line with its reason, not a missing line.
-What takes microseconds is recorded as a CUDA graph, as an engine would, because Python would take longer to start it,
-and the time to start a graph is subtracted; a form that cannot be recorded, because the host waits for the GPU in its
-middle, is timed without a graph and marked.
+Both ceilings are measured at the start of the same run: a large bfloat16 product and a large copy. The forms
+of a case (ours first, then the named baselines) take turns, so that whatever else the machine does falls on
+all of them. Before every turn the cache is filled with other data, often enough that the host is ahead of the
+GPU when the turn begins, as in training: the time to start a kernel is not measured. The median of the turns
+is reported with its quartiles; before any timing each form's result is compared with ours. A form that fails
+is a line with its reason, not a missing line. What takes microseconds is recorded as a CUDA graph, as an
+engine would, because Python would take longer to start it, and the time to start a graph is subtracted; a
+form that cannot be recorded, because the host waits for the GPU in its middle, is timed without a graph and
+marked.
 
     python -m minglm bench kernels --only attention --out figures/bench_kernels.json
 
-Each operation has a file in `minglm/bench/cases/` with `cases(device, smoke)`, which yields `Case`s; a new file there
-is a new operation. `smoke` asks for toy sizes, with which every case runs on a CPU in seconds: a test of the benchmark.
+Each operation has a file in `minglm/bench/cases/` with `cases(device, smoke)`, which yields `Case`s; a new
+file there is a new operation. `smoke` asks for toy sizes, with which every case runs on a CPU in seconds: a
+test of the benchmark.
 """
 
 import functools
@@ -71,7 +73,10 @@ class FormRecord(TypedDict, total=False):
 
 
 class CaseRecord(TypedDict, total=False):
-    """What the record holds of one case. A case whose inputs do not fit in memory has only `case` and `forms`."""
+    """What the record holds of one case.
+
+    A case whose inputs do not fit in memory has only `case` and `forms`.
+    """
 
     operation: str
     """File of the case."""
@@ -216,8 +221,9 @@ def warm_up(forms: Mapping[str, Form], device: torch.device) -> dict[str, FormRe
 def graph_timer(run: Form, clock: Clock) -> Timer:
     """Record a call as a CUDA graph and return a timer of the call alone.
 
-    Two graphs are timed, one that fills the cache with other data and one that does that and the call; the time to
-    start a graph is in both. Raises RuntimeError where the host waits for the GPU in the middle of the call.
+    Two graphs are timed, one that fills the cache with other data and one that does that and the call; the
+    time to start a graph is in both. Raises RuntimeError where the host waits for the GPU in the middle of
+    the call.
     """
 
     def graph_of(*steps: Callable[[], object]) -> Callable[[], None]:

@@ -2,16 +2,18 @@
 
     step = rollout (prompts x samples answers, and their rewards) + update (one optimizer step on all of them)
 
-Both sides are as a user would run them: ours is `minglm.rl.loop.reinforce_step`, theirs is `GRPOTrainer.train`, inside
-which ours takes its turn before each of its steps. Both start from the same weights, on the same prompts, in float32,
-without a KL term, with the same bounds of the clip, the same optimizer (our Muon) and bound on its gradient. The MTP layer
-is off, because transformers ignores it. No answer ends early, so that both sample and train on the same number of tokens,
-which the benchmark checks at every step, as it does the number of updates. The reward is a number between 0 and 1 that
-differs for almost every answer, so that no group is left out.
+Both sides are as a user would run them: ours is `minglm.rl.loop.reinforce_step`, theirs is
+`GRPOTrainer.train`, inside which ours takes its turn before each of its steps. Both start from the same
+weights, on the same prompts, in float32, without a KL term, with the same bounds of the clip, the same
+optimizer (our Muon) and bound on its gradient. The MTP layer is off, because transformers ignores it. No
+answer ends early, so that both sample and train on the same number of tokens, which the benchmark checks at
+every step, as it does the number of updates. The reward is a number between 0 and 1 that differs for almost
+every answer, so that no group is left out.
 
-trl pads its batch and cuts it into micro-batches as it is told to; each of `MICROBATCHES` is tried, and the fastest
-counts. Several threads share the operations of trl, and the batch of ours, as in a run. Seconds are CPU-seconds of the
-process for one thread, and seconds of the clock for more; the best of the turns counts. The weights begin untrained.
+trl pads its batch and cuts it into micro-batches as it is told to; each of `MICROBATCHES` is tried, and the
+fastest counts. Several threads share the operations of trl, and the batch of ours, as in a run. Seconds are
+CPU-seconds of the process for one thread, and seconds of the clock for more; the best of the turns counts.
+The weights begin untrained.
 """
 
 import dataclasses
@@ -324,8 +326,8 @@ def run_trl(
 def rl(config: RunConfig, options: BenchOptions) -> dict[str, Any]:
     """Measure a step of minglm and of trl on one thread and on two; return the record.
 
-    The sizes of the step are those of the config's reasoning expert. Raises ValueError without trl, and where the two
-    sides do not do the same work.
+    The sizes of the step are those of the config's reasoning expert. Raises ValueError without trl, and where
+    the two sides do not do the same work.
     """
     phase = dataclasses.replace(config.posttraining.reasoning.rl, refill=0, updates_per_rollout=1)
     keep_freed_memory()  # as a run does

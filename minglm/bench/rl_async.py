@@ -2,11 +2,12 @@
 
     reward per second = rewards of the steps that were learned from / seconds of the clock          (paper 3.5)
 
-Both sides train the same model on the same tasks, whatever the model says (`minglm.bench.rl.Noise`). An environment replies
-after a time with a heavy tail: log-normal, its median that of a synchronous step without any wait, at most eight times
-that. A synchronous step waits for its slowest episode; `AHEAD` steps under way at once hide that. The sides take turns,
-each from the same weights; the first steps of a turn, while the pipeline fills, do not count. As in a run, the trainer has a
-thread for each core, and a worker one: an update and a rollout share the cores, and whoever waits leaves them to the other.
+Both sides train the same model on the same tasks, whatever the model says (`minglm.bench.rl.Noise`). An
+environment replies after a time with a heavy tail: log-normal, its median that of a synchronous step without
+any wait, at most eight times that. A synchronous step waits for its slowest episode; `AHEAD` steps under way
+at once hide that. The sides take turns, each from the same weights; the first steps of a turn, while the
+pipeline fills, do not count. As in a run, the trainer has a thread for each core, and a worker one: an update
+and a rollout share the cores, and whoever waits leaves them to the other.
 
 `engine_idle` and `trainer_idle` are shares of the time in which the engine has no request, and the trainer no batch.
 """

@@ -1,7 +1,8 @@
 """Run one benchmark by name and store its record (no counterpart in the paper).
 
-A record is a dictionary that JSON can hold: `bench`, the name; `versions`, with device and commit; and what the
-benchmark measured. It goes to figures/bench_NAME.json, and `minglm.bench.plots` draws the figure from that file.
+A record is a dictionary that JSON can hold: `bench`, the name; `versions`, with device and commit; and what
+the benchmark measured. It goes to figures/bench_NAME.json, and `minglm.bench.plots` draws the figure from
+that file.
 """
 
 from pathlib import Path

@@ -2,17 +2,18 @@
 
     share of the floor = time of the matrix products of our step alone / time of the step
 
-Both sides start from the same weights, take the same batches in turns, on one thread, and use the same optimizer, our
-Muon; the benchmark checks that their first losses agree. The MTP layer is off, because transformers ignores it. In
-bfloat16 both keep float32 weights: ours casts where it multiplies, transformers trains under autocast, and beside that
-once with all of its weights in bfloat16, which is faster and learns worse. On a CPU without bfloat16 products ours
-computes in float32, as a run does there (`minglm.common.device.pick_dtype`), and the record says it. Every step sees
-another batch, as in training: products in bfloat16 are compiled for their shapes, and the experts' loads are new each
-time.
+Both sides start from the same weights, take the same batches in turns, on one thread, and use the same
+optimizer, our Muon; the benchmark checks that their first losses agree. The MTP layer is off, because
+transformers ignores it. In bfloat16 both keep float32 weights: ours casts where it multiplies, transformers
+trains under autocast, and beside that once with all of its weights in bfloat16, which is faster and learns
+worse. On a CPU without bfloat16 products ours computes in float32, as a run does there
+(`minglm.common.device.pick_dtype`), and the record says it. Every step sees another batch, as in training:
+products in bfloat16 are compiled for their shapes, and the experts' loads are new each time.
 
-Seconds are CPU-seconds of the process, which a machine that does other work at the same time distorts least; the best
-of the turns counts. The optimizer is timed apart, since transformers joins gate and up to one matrix, for which Muon has
-more to do. Memory is the growth of a fresh process over two steps: activations, gradients and temporaries.
+Seconds are CPU-seconds of the process, which a machine that does other work at the same time distorts least;
+the best of the turns counts. The optimizer is timed apart, since transformers joins gate and up to one
+matrix, for which Muon has more to do. Memory is the growth of a fresh process over two steps: activations,
+gradients and temporaries.
 """
 
 import dataclasses
@@ -303,8 +304,8 @@ def check_losses(layout: str, losses: Mapping[Side, float]) -> None:
 def train(config: RunConfig, options: BenchOptions) -> dict[str, Any]:
     """Measure a training step of minglm and of transformers, in float32 and bfloat16, for each layout.
 
-    The model must fit in memory several times. Returns the record. Raises ValueError without transformers, and where
-    the losses of the two sides differ.
+    The model must fit in memory several times. Returns the record. Raises ValueError without transformers,
+    and where the losses of the two sides differ.
     """
     use_threads(1)
     keep_freed_memory()  # as a run does

@@ -1,7 +1,7 @@
 """Types of a conversation: messages, tool calls, and what a tokenizer must offer (no section in the paper).
 
-Messages are plain dicts, as in OpenAI's API. What the parser returns is an `AssistantMessage`, whose keys are all present;
-what the template reads is any mapping with a "role", whose other keys may be absent.
+Messages are plain dicts, as in OpenAI's API. What the parser returns is an `AssistantMessage`, whose keys are
+all present; what the template reads is any mapping with a "role", whose other keys may be absent.
 """
 
 from collections.abc import Mapping, Sequence

@@ -3,12 +3,13 @@
     turn = <think>reasoning</think> content call call ... stop
     call = <tool_call>name <arg_key>key</arg_key> <arg_value>value</arg_value> ... </tool_call>
 
-A turn is a sequence of pieces: text, and tags. A tag is a special token, so text that spells one is text; who has the
-token ids (`minglm.chat.stream`) always knows which is which. `parse` is for those who have only letters.
+A turn is a sequence of pieces: text, and tags. A tag is a special token, so text that spells one is text; who
+has the token ids (`minglm.chat.stream`) always knows which is which. `parse` is for those who have only
+letters.
 
-The parser is a coroutine that asks for the next piece, and looks ahead where only what follows decides. Therefore any
-split of the stream gives the same message. Nothing the model writes raises an exception: what is malformed has a
-`FormatError` in message["error"], the first that was found.
+The parser is a coroutine that asks for the next piece, and looks ahead where only what follows decides.
+Therefore any split of the stream gives the same message. Nothing the model writes raises an exception: what
+is malformed has a `FormatError` in message["error"], the first that was found.
 
 Choices, and why:
 - A malformed call is read by the tags that are there: one missing or doubled is supplied. A reward must not pay for
@@ -89,7 +90,10 @@ class DeltaKind(StrEnum):
 
 
 class Delta(NamedTuple):
-    """A piece of the message. The texts of one kind, joined, are the message's text of that kind, unless withdrawn."""
+    """A piece of the message.
+
+    The texts of one kind, joined, are the message's text of that kind, unless withdrawn.
+    """
 
     kind: DeltaKind
     text: str = ""
@@ -138,10 +142,10 @@ def parse(
 ) -> AssistantMessage:
     """Parse sampled text (after the generation prompt) into a message, for those who have no token ids.
 
-    text: whatever spells a special token (`TAGS` and `CONTROL_TAGS`) is read as one, except inside a value, where
-    anything but the end of the value is data. Everything from the first stop token on is dropped.
-    tools: the JSON-schema function objects that were offered. An empty list means that every call is an error; None
-    means that nothing is known about the tools.
+    text: whatever spells a special token (`TAGS` and `CONTROL_TAGS`) is read as one, except inside a value,
+    where anything but the end of the value is data. Everything from the first stop token on is dropped.
+    tools: the JSON-schema function objects that were offered. An empty list means that every call is an
+    error; None means that nothing is known about the tools.
     opened: the prompt ended with `<think>`, so the text begins with reasoning (4.7 with thinking on).
     strict: take no call that had to be repaired, as a reward must.
     The message's error is None or a `FormatError`. No text raises an exception.
@@ -154,8 +158,8 @@ def parse(
 class Parser:
     """An incremental parser: give it pieces with `read`, or letters with `feed`, then `finish` it for the message.
 
-    Both return the deltas that are settled. Some may be held back until `flush`, which returns those that remain.
-    `done` becomes True at a stop token. Raises ValueError for a tool without a name.
+    Both return the deltas that are settled. Some may be held back until `flush`, which returns those that
+    remain. `done` becomes True at a stop token. Raises ValueError for a tool without a name.
     """
 
     def __init__(

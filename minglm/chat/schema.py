@@ -2,9 +2,9 @@
 
     "10001" and {"properties": {"zip": {"$ref": "#/$defs/Code"}}}  ->  "10001" if a code is a string, 10001 if a number
 
-The model writes every argument as text: strings as they are, anything else as JSON. Only the schema tells which. Which
-JSON types it allows is asked of the `jsonschema` library, with one example of each type, so that references, unions,
-constants and nested models mean here what they mean everywhere.
+The model writes every argument as text: strings as they are, anything else as JSON. Only the schema tells
+which. Which JSON types it allows is asked of the `jsonschema` library, with one example of each type, so that
+references, unions, constants and nested models mean here what they mean everywhere.
 
 Choices, and why:
 - Where text and JSON both fit (a union, or no schema) it is the JSON value.
@@ -129,7 +129,10 @@ class Argument:
     """A validator of the value."""
 
     def read(self, text: str, strict: bool = True) -> Value:
-        """Return the value that `text` stands for. One that fits no type stays text, or is JSON where text is no option."""
+        """Return the value that `text` stands for.
+
+        One that fits no type stays text, or is JSON where text is no option.
+        """
         if self.types == TEXT:
             return Value(text, self.accepts(text))
         untyped = self.types == EXAMPLES.keys()
@@ -306,7 +309,10 @@ def _parameters_of_json(schema: str) -> Parameters:
 
 
 def schema_mistake(schema: Any) -> str | None:
-    """Return in one line why arguments cannot be read by this schema, or None. What is never read is not checked."""
+    """Return in one line why arguments cannot be read by this schema, or None.
+
+    What is never read is not checked.
+    """
     if not isinstance(schema, dict):
         return "must be a JSON schema of an object"
     try:
@@ -357,7 +363,10 @@ def _json_type(value: Any) -> str:
 
 
 def _from_json(text: str) -> Any:
-    """Return the value of a JSON text. Raises ValueError also for what could not be written back as JSON and UTF-8."""
+    """Return the value of a JSON text.
+
+    Raises ValueError also for what could not be written back as JSON and UTF-8.
+    """
     try:
         value = json.loads(text, parse_float=_finite, parse_constant=_finite)
         # An escaped half of a surrogate pair could never be written as UTF-8.

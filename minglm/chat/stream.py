@@ -3,10 +3,10 @@
     token -> a tag, if it is special -> parser -> deltas
     token -> bytes -> whole UTF-8 characters -> text -> parser -> deltas
 
-There is one decoder for the server, the terminal and rollouts, so they read every turn the same way, by ids: text that
-spells a tag is text. A character may span several tokens; it is passed on when its last byte has come. Bytes that are not
-valid UTF-8, including half a character at the end, become U+FFFD, as in `Tokenizer.decode`. `TextDecoder` is the same for
-text without chat markup.
+There is one decoder for the server, the terminal and rollouts, so they read every turn the same way, by ids:
+text that spells a tag is text. A character may span several tokens; it is passed on when its last byte has
+come. Bytes that are not valid UTF-8, including half a character at the end, become U+FFFD, as in
+`Tokenizer.decode`. `TextDecoder` is the same for text without chat markup.
 """
 
 import codecs
@@ -42,8 +42,8 @@ class TextDecoder:
 class StreamDecoder(TextDecoder):
     """Tokens of an assistant turn to deltas, and to the message that they add up to.
 
-    tools, opened, strict: as in `parse`. prefix: the turn's beginning that the prompt already holds, spelled (a forced
-    call). The stop token belongs to the turn: feed it too, because it tells an end from a cut.
+    tools, opened, strict: as in `parse`. prefix: the turn's beginning that the prompt already holds, spelled
+    (a forced call). The stop token belongs to the turn: feed it too, because it tells an end from a cut.
     """
 
     def __init__(

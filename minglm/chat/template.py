@@ -4,13 +4,13 @@
     turn = <|role|> newline body           (several tool results in a row share one <|observation|>)
     assistant body = <think>reasoning</think> newline content newline <tool_call>...</tool_call> ...
 
-`segments` walks the conversation once and yields segments, each plain text or one special token, each marked as trained
-or not. Ids, mask and text are three readings of the same segments, so they cannot drift apart. The text equals that of
-the templates published with the models, character by character.
+`segments` walks the conversation once and yields segments, each plain text or one special token, each marked
+as trained or not. Ids, mask and text are three readings of the same segments, so they cannot drift apart. The
+text equals that of the templates published with the models, character by character.
 
-The dialects (`Dialect`): 4.5 and 4.6 render alike. 4.7 writes no newlines; its prompt opens the reasoning (`<think>`),
-or with thinking off closes it at once (`</think>`), so user turns need no `/nothink`; and clear_thinking=False
-preserves the reasoning of every turn.
+The dialects (`Dialect`): 4.5 and 4.6 render alike. 4.7 writes no newlines; its prompt opens the reasoning
+(`<think>`), or with thinking off closes it at once (`</think>`), so user turns need no `/nothink`; and
+clear_thinking=False preserves the reasoning of every turn.
 
 What a reader should know:
 - There is no end-of-turn token. The role token of the next turn ends an assistant turn, so it is trained with it:
@@ -24,9 +24,9 @@ What a reader should know:
   text, so nobody can forge a turn. (Tokenizing the rendered string, as most servers do, would allow it.)
 - Argument values: strings are written as they are, everything else as JSON. Code needs no escaping.
 
-Deviations, all on input that the published templates reject or garble: content None is empty instead of "None",
-arguments may be a JSON string or absent, text parts in a tool result are joined, outputs that are not text are JSON, and
-an unknown role or part raises.
+Deviations, all on input that the published templates reject or garble: content None is empty instead of
+"None", arguments may be a JSON string or absent, text parts in a tool result are joined, outputs that are not
+text are JSON, and an unknown role or part raises.
 """
 
 import json
@@ -103,8 +103,8 @@ class Dialect(NamedTuple):
     line: str
     """Separates a role from its text, and the parts of an assistant turn."""
     opens: bool
-    """True: the prompt holds the first think tag, and a turn without reasoning holds only the last. False: the turn
-    holds both."""
+    """True: the prompt holds the first think tag, and a turn without reasoning holds only the last. False:
+    the turn holds both."""
     preserves: bool
     """Whether clear_thinking=False can keep the reasoning of older turns."""
 
@@ -149,15 +149,16 @@ def render(
 ) -> Rendered:
     """Render a conversation to ids, loss mask and text.
 
-    messages: dicts {"role": system|user|assistant|tool, "content", "reasoning_content", "tool_calls"}; content is text
-    or a list of text parts; a tool call is {"name", "arguments"} or OpenAI's {"function": {...}}.
+    messages: dicts {"role": system|user|assistant|tool, "content", "reasoning_content", "tool_calls"};
+    content is text or a list of text parts; a tool call is {"name", "arguments"} or OpenAI's {"function":
+    {...}}.
     tools: JSON-schema function objects, written as given.
     thinking: False adds `/nothink` to user turns (4.7: closes the reasoning in the prompt).
     generation_prompt: ask for the next assistant turn.
     close: add the role token that ends a last assistant turn, as training needs it.
     dialect, clear_thinking: as in `segments`.
-    The targets are everything the model writes after the prompt, and the token that ends its turn. Raises ValueError for
-    messages that the template cannot express.
+    The targets are everything the model writes after the prompt, and the token that ends its turn. Raises
+    ValueError for messages that the template cannot express.
     """
     close = close and not generation_prompt
     walk = segments(messages, tools, thinking, generation_prompt, close, dialect, clear_thinking)
@@ -202,10 +203,11 @@ def continuation(
 ) -> list[int]:
     """Return the ids to append after a *sampled* turn, whose last id is the stop token, when `messages` arrive.
 
-    messages: the new tool results, or a user turn. Their first role token is left out, because the model has sampled
-    it already; a generation prompt follows. Within one user turn, and where reasoning is preserved in all of them,
-    prompt + sampled + continuation spells the rendering of the whole conversation, so sampled tokens are never
-    tokenized again. (Not if a 4.7 model opened its reasoning and wrote none: its template renders that differently.)
+    messages: the new tool results, or a user turn. Their first role token is left out, because the model has
+    sampled it already; a generation prompt follows. Within one user turn, and where reasoning is preserved in
+    all of them, prompt + sampled + continuation spells the rendering of the whole conversation, so sampled
+    tokens are never tokenized again. (Not if a 4.7 model opened its reasoning and wrote none: its template
+    renders that differently.)
     """
     if not messages or messages[0].get("role") not in (Role.USER, Role.TOOL):
         raise ValueError(
@@ -263,7 +265,10 @@ def segments(
 
 
 def dialect_of(name: str, clear_thinking: bool = True) -> Dialect:
-    """Return the `Dialect` of this name. Raises ValueError for an unknown name, or if it cannot keep all reasoning."""
+    """Return the `Dialect` of this name.
+
+    Raises ValueError for an unknown name, or if it cannot keep all reasoning.
+    """
     if name not in DIALECTS:
         raise ValueError(
             f"dialect {name!r}: there is no such template; choose one of {', '.join(DIALECTS)}"
@@ -296,7 +301,10 @@ def _tools(tools: Sequence[Tool], form: Dialect) -> Iterator[Segment]:
 
 
 def _user(content: str, thinking: bool, form: Dialect) -> Iterator[Segment]:
-    """Yield a user turn. Where the dialect has a switch in the turn it is one special token, even if the user typed it."""
+    """Yield a user turn.
+
+    Where the dialect has a switch in the turn it is one special token, even if the user typed it.
+    """
     typed = content.endswith(NO_THINK) and not form.opens
     if typed:
         content = content.removesuffix(NO_THINK)
@@ -393,8 +401,8 @@ def _tool_output(item: Any, index: int) -> str:
 def _reasoning_and_content(message: Message, index: int) -> tuple[str, str]:
     """Return reasoning and content; reasoning from a field of its own, or cut out of content that still holds the tags.
 
-    Content is stripped. Whitespace in reasoning is preserved: for whitespace-only reasoning 4.7 writes both tags, for
-    empty reasoning only the closing one.
+    Content is stripped. Whitespace in reasoning is preserved: for whitespace-only reasoning 4.7 writes both
+    tags, for empty reasoning only the closing one.
     """
     content = _content(message, index)
     fields = [message.get(name) for name in REASONING_FIELDS]

@@ -2,8 +2,8 @@
 
     --problems many    ->    minglm: --problems: 'many': must be a whole number from 1 to 100,000
 
-A mistake in any word is a ValueError in one line. Types refuse what is out of bounds, so it is refused before a verb
-does anything.
+A mistake in any word is a ValueError in one line. Types refuse what is out of bounds, so it is refused before
+a verb does anything.
 """
 
 import argparse
@@ -73,7 +73,10 @@ def path(word: str) -> str:
 
 
 def word(text: str) -> str:
-    """Return a name that stands in a script as it is. Raises ArgumentTypeError for one that would need quotes there."""
+    """Return a name that stands in a script as it is.
+
+    Raises ArgumentTypeError for one that would need quotes there.
+    """
     if not re.fullmatch(r"[\w.,:@/+=-]+", text):
         raise argparse.ArgumentTypeError(
             f"{shown(text, quoted=True)}: must be one word of letters, digits and . , : @ / + = -"

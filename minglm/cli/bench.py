@@ -148,7 +148,10 @@ def _add_collectives(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run one benchmark and print the paths of its record and its figure. Raises ValueError for options out of range."""
+    """Run one benchmark and print the paths of its record and its figure.
+
+    Raises ValueError for options out of range.
+    """
     if args.what == "kernels":
         _bench_kernels(args)
         return
@@ -202,7 +205,10 @@ def _bench_kernels(args: argparse.Namespace) -> None:
 
 
 def _bench_scale(args: argparse.Namespace) -> None:
-    """Run `bench scale`. Raises ValueError without a GPU, unless `--smoke` says that numbers do not matter."""
+    """Run `bench scale`.
+
+    Raises ValueError without a GPU, unless `--smoke` says that numbers do not matter.
+    """
     from minglm.common.device import pick_device
     from minglm.common.files import check_out, write_json
     from minglm.config import load_config

@@ -30,7 +30,10 @@ SKIPPED = 3
 
 
 def table(rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Return a table as lines of text. The first row is the head; all columns but the first are aligned right."""
+    """Return a table as lines of text.
+
+    The first row is the head; all columns but the first are aligned right.
+    """
     texts = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*texts, strict=True)]
     lines = []

@@ -35,7 +35,10 @@ def main(args: argparse.Namespace) -> None:
 
 
 def compare(folders: Iterable[str | Path], picture: str | Path) -> Path:
-    """Draw the scores of run folders over parameters and seconds. Raises ValueError, in one line, as `draw_score_map`."""
+    """Draw the scores of run folders over parameters and seconds.
+
+    Raises ValueError, in one line, as `draw_score_map`.
+    """
     from minglm.plan.counts import count_parameters
     from minglm.recipe.folder import check_log, stored_run
     from minglm.report.records import read_records
@@ -63,10 +66,11 @@ def default_paths() -> list[Path]:
 def redraw(paths: Iterable[str | Path]) -> list[Path]:
     """Redraw figures from what is stored; return the paths written. Raises ValueError for any other path.
 
-    A run folder: its figures, from its log. A lesson's log `NN_name.json`: with `draw(log)` of this checkout's
-    `lessons/NN_name.py`. A benchmark's record `bench_NAME.json`. A config `configs/NAME.py`: the picture of its stages,
-    `figures/stages.png`. A folder of logs `seedN.jsonl`, runs of one config: what the seeds show side by side
-    (`minglm.report.seeds`). A folder of run folders: their scores, to `scores.png` in it.
+    A run folder: its figures, from its log. A lesson's log `NN_name.json`: with `draw(log)` of this
+    checkout's `lessons/NN_name.py`. A benchmark's record `bench_NAME.json`. A config `configs/NAME.py`: the
+    picture of its stages, `figures/stages.png`. A folder of logs `seedN.jsonl`, runs of one config: what the
+    seeds show side by side (`minglm.report.seeds`). A folder of run folders: their scores, to `scores.png` in
+    it.
     """
     drawn: list[Path] = []
     for path in map(Path, paths):

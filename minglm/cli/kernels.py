@@ -1,7 +1,7 @@
 """Print which form of each operation runs on this machine, and why the others do not: the verb `kernels`.
 
-Two uses, training (autograd on) and generation (the engine's inference mode), in two dtypes. The table of forms and
-conditions is that of `minglm.kernels.dispatch`, so what is printed is what is chosen.
+Two uses, training (autograd on) and generation (the engine's inference mode), in two dtypes. The table of
+forms and conditions is that of `minglm.kernels.dispatch`, so what is printed is what is chosen.
 """
 
 from __future__ import annotations

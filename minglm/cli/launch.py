@@ -62,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write the script that starts CONFIG on a cluster: nodes, rendezvous, settings, resume. Starts nothing itself.
+    """Write the script that starts CONFIG on a cluster: nodes, rendezvous, settings, resume.
+
+    Starts nothing itself.
 
     --dry-run builds the whole model on all ranks instead, without memory and without numbers, and tells what each holds.
 

@@ -1,7 +1,7 @@
 """Find the verb that was asked for, run it, and turn a user's mistake into one line (no section in the paper).
 
-Exit status: 0, or 2 after a mistake, a full disk or a file that cannot be used, or 128 + N after a signal N (130 after
-Ctrl-C).
+Exit status: 0, or 2 after a mistake, a full disk or a file that cannot be used, or 128 + N after a signal N
+(130 after Ctrl-C).
 """
 
 import errno

@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run every stage of CONFIG, then write the report card.
 
-    The same command continues a run that was stopped. Ranks that torchrun starts share it. With CONFIG, --help lists every
-    field of it.
+    The same command continues a run that was stopped. Ranks that torchrun starts share it. With CONFIG,
+    --help lists every field of it.
     """
     from minglm.common.device import measured_flops, pick_dtype
     from minglm.common.files import check_out

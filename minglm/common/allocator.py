@@ -1,7 +1,8 @@
 """Let the C library keep the memory that PyTorch frees, for the next step to use (no section in the paper).
 
-By default glibc returns large blocks to the kernel as soon as they are free, and asks for them again a moment later. The
-kernel then has to clear every page: a step of the toy had 50,000 page faults, which took a tenth of its time.
+By default glibc returns large blocks to the kernel as soon as they are free, and asks for them again a moment
+later. The kernel then has to clear every page: a step of the toy had 50,000 page faults, which took a tenth
+of its time.
 """
 
 import ctypes
@@ -13,7 +14,9 @@ LARGEST_IN_HEAP = 2**25  # the most that glibc takes
 
 
 def keep_freed_memory() -> bool:
-    """Keep blocks of up to 32 MiB in this process; the memory at its peak stays the same. Return whether glibc does.
+    """Keep blocks of up to 32 MiB in this process; the memory at its peak stays the same.
+
+    Return whether glibc does.
 
     Other C libraries are left as they are.
     """

@@ -34,8 +34,8 @@ def pick_device(name: str = "auto") -> "torch.device":
 def pick_dtype(name: str, device: "torch.device") -> "torch.dtype":
     """Return the precision of matrix products: `name`, or float32 on a CPU without bfloat16 products.
 
-    Such a CPU (no AVX512-BF16, no AMX) unpacks bfloat16 number by number, which takes about six times as long as
-    float32.
+    Such a CPU (no AVX512-BF16, no AMX) unpacks bfloat16 number by number, which takes about six times as long
+    as float32.
     """
     import torch
 
@@ -58,7 +58,9 @@ def measured_flops(device: "torch.device", dtype: "torch.dtype", threads: int) -
 
 @functools.cache
 def _product_seconds(device: "torch.device", dtype: "torch.dtype", size: int) -> float:
-    """Time products of two size x size matrices for a tenth of a second, once in a process. Return the seconds of the best.
+    """Time products of two size x size matrices for a tenth of a second, once in a process.
+
+    Return the seconds of the best.
 
     On a CPU one thread multiplies, and its own time counts: a clock would count other programs of a busy machine.
     """
@@ -88,7 +90,10 @@ def _product_seconds(device: "torch.device", dtype: "torch.dtype", size: int) ->
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch. Data order and sampling have their own generators and do not depend on this."""
+    """Seed Python, numpy and torch.
+
+    Data order and sampling have their own generators and do not depend on this.
+    """
     import numpy as np
     import torch
 

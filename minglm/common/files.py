@@ -76,7 +76,10 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def remove(path: Path | None) -> None:
-    """Remove a file or a folder, if there is one. A folder has a temporary name, .NAME.tmp, while its files go."""
+    """Remove a file or a folder, if there is one.
+
+    A folder has a temporary name, .NAME.tmp, while its files go.
+    """
     if path is None or not path.exists():
         return
     if not path.is_dir():
@@ -119,7 +122,10 @@ def json_line(value: Any) -> bytes:
 
 
 def read_text(path: str | Path) -> str:
-    """Return the text of a file in UTF-8. Raises OSError where there is none, as for a pipe or a device, which may never end."""
+    """Return the text of a file in UTF-8.
+
+    Raises OSError where there is none, as for a pipe or a device, which may never end.
+    """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no file but a folder, a pipe or a device", str(path))

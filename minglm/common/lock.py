@@ -1,7 +1,8 @@
 """Keep two processes from writing into one folder (no section in the paper).
 
-The lock is on the file FOLDER/.lock and ends with the process, however it ends. It holds between machines too where
-the file system passes locks on, as NFS does. The file itself stays; it says who holds the lock, or held it last.
+The lock is on the file FOLDER/.lock and ends with the process, however it ends. It holds between machines too
+where the file system passes locks on, as NFS does. The file itself stays; it says who holds the lock, or held
+it last.
 """
 
 import contextlib
@@ -25,8 +26,8 @@ NAME = ".lock"
 def locked(folder: str | Path) -> Iterator[None]:
     """Hold the lock of a folder, which is made where it is missing.
 
-    Raises ValueError, in one line, where another process holds it. A lock of POSIX (`lockf`), because a child that
-    outlives a killed process does not inherit it.
+    Raises ValueError, in one line, where another process holds it. A lock of POSIX (`lockf`), because a child
+    that outlives a killed process does not inherit it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

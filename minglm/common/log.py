@@ -31,10 +31,10 @@ class Record:
 class Log:
     """An append-only JSON-lines log that can be cut back to a checkpoint.
 
-    A run that is resumed repeats the steps since its last checkpoint. `position` is stored in the checkpoint and
-    `cut` removes what came after it, so no step is in the log twice. watch(kind, values), if given, is called with
-    every record after it is written (`minglm.common.trackers`). writes: False for the ranks that leave the log to
-    another one: `write` and `cut` do nothing then.
+    A run that is resumed repeats the steps since its last checkpoint. `position` is stored in the checkpoint
+    and `cut` removes what came after it, so no step is in the log twice. watch(kind, values), if given, is
+    called with every record after it is written (`minglm.common.trackers`). writes: False for the ranks that
+    leave the log to another one: `write` and `cut` do nothing then.
     """
 
     def __init__(
@@ -69,7 +69,10 @@ class Log:
         return self.file.tell() if self.writes else 0
 
     def cut(self, position: int) -> None:
-        """Remove everything after `position` bytes. Raises ValueError, in one line, for a log that is shorter."""
+        """Remove everything after `position` bytes.
+
+        Raises ValueError, in one line, for a log that is shorter.
+        """
         if not self.writes:
             return
         check_length(self.path, position)
@@ -95,9 +98,9 @@ def check_length(path: Path, position: int) -> None:
 def forget_stage(path: Path, position: int, stage: str, make_note: Callable[[int], Record]) -> None:
     """Replace the records of a stage that will be trained again by a note, make_note(number of records).
 
-    The records of a stage are contiguous, from one of kind "stage_begin" to one of kind "stage_end". The note is as
-    long as what it replaces, so the positions in the checkpoints of other stages stay right. position: bytes of the
-    log that count; what comes after them is removed.
+    The records of a stage are contiguous, from one of kind "stage_begin" to one of kind "stage_end". The note
+    is as long as what it replaces, so the positions in the checkpoints of other stages stay right. position:
+    bytes of the log that count; what comes after them is removed.
     """
     content = path.read_bytes()[:position] if path.exists() else b""
     note_kind = make_note(0).kind

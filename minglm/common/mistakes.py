@@ -1,8 +1,8 @@
 """Tell a user of a mistake in one line: field or file, value, remedy (no section in the paper).
 
-A mistake is a ValueError whose message is that line. The command line prints it (`minglm.cli.main`), so every verb
-speaks alike; `one_line` guards the form, `shown` keeps a value readable, however long or strange it is, and `read_from` says
-which file is damaged.
+A mistake is a ValueError whose message is that line. The command line prints it (`minglm.cli.main`), so every
+verb speaks alike; `one_line` guards the form, `shown` keeps a value readable, however long or strange it is,
+and `read_from` says which file is damaged.
 """
 
 import contextlib

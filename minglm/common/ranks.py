@@ -4,8 +4,9 @@
     deal(work, tasks)      each rank calls `work` on its share of the tasks; all then have all results, in order
     divide(work, tasks)    the same for work on a single task
 
-Agreement goes through a process group of its own, on the CPU (gloo): it never mixes with the exchanges of a training step,
-also where a thread does it in the background, and it takes no memory of a GPU. One process alone is a world of one.
+Agreement goes through a process group of its own, on the CPU (gloo): it never mixes with the exchanges of a
+training step, also where a thread does it in the background, and it takes no memory of a GPU. One process
+alone is a world of one.
 """
 
 import contextlib
@@ -44,7 +45,9 @@ class Ranks:
         return cls(group)
 
     def together(self, work: Callable[[], Result]) -> list[Result]:
-        """Call `work` on every rank. Return the results by rank; raise the error of any rank on all, as a ValueError.
+        """Call `work` on every rank.
+
+        Return the results by rank; raise the error of any rank on all, as a ValueError.
 
         A process alone raises the error as it is.
         """
@@ -64,13 +67,18 @@ class Ranks:
         return [result for result, _ in answers]
 
     def first(self, work: Callable[[], Result]) -> Result:
-        """Call `work` on rank 0, while the others wait. Return its result, or raise its error, on all ranks."""
+        """Call `work` on rank 0, while the others wait.
+
+        Return its result, or raise its error, on all ranks.
+        """
         return self.together(work if self.rank == 0 else _nothing)[0]
 
     def deal(
         self, work: Callable[[Sequence[Task]], Sequence[Result]], tasks: Sequence[Task]
     ) -> list[Result]:
-        """Call `work` with the tasks of this rank: it returns a result for each. Return those of all ranks, in order.
+        """Call `work` with the tasks of this rank: it returns a result for each.
+
+        Return those of all ranks, in order.
 
         Errors as `together`.
         """
@@ -80,7 +88,10 @@ class Ranks:
         return [found[n % self.size][n // self.size] for n in range(len(tasks))]
 
     def divide(self, work: Callable[[Task], Result], tasks: Sequence[Task]) -> list[Result]:
-        """Call work(task) for each task on one of the ranks. Return the results of all, in order; errors as `together`."""
+        """Call work(task) for each task on one of the ranks.
+
+        Return the results of all, in order; errors as `together`.
+        """
         return self.deal(lambda own: [work(task) for task in own], tasks)
 
 

@@ -32,7 +32,9 @@ Handler = Callable[[int, FrameType | None], None]
 
 @contextlib.contextmanager
 def handled(handler: Handler) -> Iterator[None]:
-    """Handle the signals that ask to end, and afterwards as before. Only the main thread can; others handle nothing.
+    """Handle the signals that ask to end, and afterwards as before.
+
+    Only the main thread can; others handle nothing.
 
     A signal that is ignored stays so: nohup ignores SIGHUP.
     """

@@ -7,11 +7,11 @@
     half width = z sqrt( p (1 - p) / n_eff + z^2 / 4 n_eff^2 ) / (1 + z^2 / n_eff)
     n_eff      = p (1 - p) / Var(p),   Var(p) = sample variance of the problems' means / number of problems
 
-p is the mean over problems. The answers to one problem are not independent, so n_eff lies between the number of
-problems (the answers to a problem all agree) and the number of answers (they are independent).
+p is the mean over problems. The answers to one problem are not independent, so n_eff lies between the number
+of problems (the answers to a problem all agree) and the number of answers (they are independent).
 
-Two models that answer the same problems are compared problem by problem: what makes a problem hard for both is in
-neither the difference nor its interval.
+Two models that answer the same problems are compared problem by problem: what makes a problem hard for both
+is in neither the difference nor its interval.
 
     difference = mean over problems of (score after - score before)
     interval   = percentiles of that mean over problems drawn again, with replacement (bootstrap)
@@ -53,8 +53,8 @@ def interval(
 ) -> tuple[float, float]:
     """Return (low, high), the Wilson interval with effective sample size around the mean over problems.
 
-    values: one number in [0, 1] per problem, or one list of such numbers (the scores of its answers) per problem.
-    Raises ValueError for no problems or for a value outside [0, 1].
+    values: one number in [0, 1] per problem, or one list of such numbers (the scores of its answers) per
+    problem. Raises ValueError for no problems or for a value outside [0, 1].
     """
     answers = [list(value) if isinstance(value, Sequence) else [value] for value in values]
     scores = [score for problem in answers for score in problem]
@@ -85,8 +85,9 @@ def paired_difference(
 ) -> Difference:
     """Return the mean of after - before over problems, with its bootstrap interval; the same values, the same interval.
 
-    before, after: the scores of two models on the same problems, in the same order. A problem that either could not
-    be scored on (None) is left out. Raises ValueError for sequences of different length, or without a common problem.
+    before, after: the scores of two models on the same problems, in the same order. A problem that either
+    could not be scored on (None) is left out. Raises ValueError for sequences of different length, or without
+    a common problem.
     """
     if len(before) != len(after):
         raise ValueError(

@@ -36,9 +36,10 @@ def _number(variable: str) -> int | None:
 def prepare_threads() -> None:
     """Set the environment from which PyTorch starts its thread pool; it must be called before torch is imported.
 
-    OpenMP threads that wait by spinning starve each other on a busy machine (a 2-thread product was measured up to 30
-    times slower), and threads that never spin must be woken for each of thousands of small operations (a training step
-    of the toy took 1.6 times as long). With these settings they spin for some microseconds.
+    OpenMP threads that wait by spinning starve each other on a busy machine (a 2-thread product was measured
+    up to 30 times slower), and threads that never spin must be woken for each of thousands of small
+    operations (a training step of the toy took 1.6 times as long). With these settings they spin for some
+    microseconds.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -49,7 +50,9 @@ def prepare_threads() -> None:
 
 
 def use_threads(count: int = 0, inside: bool = True) -> int:
-    """Give this process `thread_count(count)` threads. Return how many of them are left for shares of a batch.
+    """Give this process `thread_count(count)` threads.
+
+    Return how many of them are left for shares of a batch.
 
     inside: True: all of them share each PyTorch operation, and the batch has one. False: each operation has one.
     """

@@ -4,9 +4,9 @@
     phase     generate, environment, reward | train, publish
     idle      what is left of a lane: no phase of it is open
 
-Choices: the spans of episodes overlap, so those of one phase and one lane are merged before they are logged: a lane
-generates as long as any episode waits for the model. Times are seconds of the system's clock, which the processes of one
-machine share.
+Choices: the spans of episodes overlap, so those of one phase and one lane are merged before they are logged:
+a lane generates as long as any episode waits for the model. Times are seconds of the system's clock, which
+the processes of one machine share.
 """
 
 import contextlib

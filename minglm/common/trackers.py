@@ -1,11 +1,11 @@
 """Send the log's numbers to TensorBoard or Weights & Biases, for those who watch a run there (no section).
 
-Reports and figures are made from the JSON-lines log alone. A tracker is called with the same records as they are
-written, and passes on their numbers under STAGE/.../NAME, at the step of the record. Its packages are optional:
-`pip install 'minglm[log]'`.
+Reports and figures are made from the JSON-lines log alone. A tracker is called with the same records as they
+are written, and passes on their numbers under STAGE/.../NAME, at the step of the record. Its packages are
+optional: `pip install 'minglm[log]'`.
 
-Simplified: what a resumed run does again is sent again, since the services cannot cut a log back. TensorBoard shows it
-as a second line of the same stage, Weights & Biases as a second run.
+Simplified: what a resumed run does again is sent again, since the services cannot cut a log back. TensorBoard
+shows it as a second line of the same stage, Weights & Biases as a second run.
 """
 
 from collections.abc import Callable, Mapping
@@ -56,8 +56,8 @@ def writer(
 ) -> Callable[[str, dict[str, Any]], None] | None:
     """Return a function (kind, record) that passes numbers on to a tracker, or None where there is none.
 
-    folder: where TensorBoard's files go. config: the resolved config as plain values. Raises ValueError where the
-    package is missing.
+    folder: where TensorBoard's files go. config: the resolved config as plain values. Raises ValueError where
+    the package is missing.
     """
     if tracker == Tracker.NONE:
         return None

@@ -44,8 +44,8 @@ class DataConfig:
     semantic_duplicates: float = share(0.0)
     """Cosine of embeddings above which the worse of two documents is dropped (SemDedup), such as 0.95; 0: off."""
     quality: str = Quality.RUBRIC
-    """Score documents by rules (rubric), by a classifier trained on these scores (learned), or by a classifier trained
-    on a .jsonl file of text and label."""
+    """Score documents by rules (rubric), by a classifier trained on these scores (learned), or by a
+    classifier trained on a .jsonl file of text and label."""
     web_labels: str = ""
     """A .jsonl file of text and label (1: a page that teaches code), to find such pages among those without code tags."""
     lowest_share: float = 0.1

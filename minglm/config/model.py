@@ -1,8 +1,8 @@
 """The shape of the network: one dataclass, from 0.2 M to 355 B parameters (paper 2.1, Table 1).
 
-Its fields have Hugging Face's names, so that a released `config.json` maps one to one (`minglm.model.hf.config`). With
-`kv_lora_rank` above 0 the attention is multi-head latent attention, as in GLM-4.7-Flash, and the fields of
-`MLA_FIELDS` give its widths. `check` refuses a shape that cannot be built.
+Its fields have Hugging Face's names, so that a released `config.json` maps one to one
+(`minglm.model.hf.config`). With `kv_lora_rank` above 0 the attention is multi-head latent attention, as in
+GLM-4.7-Flash, and the fields of `MLA_FIELDS` give its widths. `check` refuses a shape that cannot be built.
 """
 
 from dataclasses import dataclass

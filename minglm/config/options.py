@@ -5,8 +5,8 @@
     fim_rate: float = share(0.5)                 between 0 and 1
     threads: int = option(0, runtime=True)       changes where or how fast a run is computed, never its result
 
-A field whose type is a `StrEnum` takes the values of that enum. What concerns two fields is checked by the `check`
-method of their dataclass.
+A field whose type is a `StrEnum` takes the values of that enum. What concerns two fields is checked by the
+`check` method of their dataclass.
 """
 
 import dataclasses

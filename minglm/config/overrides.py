@@ -1,7 +1,7 @@
 """Apply command-line words such as `--section.field value` to a tree of dataclasses (no section in the paper).
 
-A word becomes a value by the type of its field. A word that does not fit is one line with field, value and remedy.
-tyro prints `--help`: every field with its type, its default and its docstring.
+A word becomes a value by the type of its field. A word that does not fit is one line with field, value and
+remedy. tyro prints `--help`: every field with its type, its default and its docstring.
 """
 
 import dataclasses

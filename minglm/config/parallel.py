@@ -4,9 +4,9 @@
     fsdp   =  efsdp  x  ep                          experts: the same ranks in two factors
     fsdp   =  data groups  x  cp                    batch: the ranks of one group share the rows, each a part of every row
 
-Expert and context parallelism borrow ranks from the sharding and never add any: a rank holds a part of the dense weights,
-a part of the experts, and reads a part of the batch. A layout changes where numbers are computed, not which, so it is
-no part of a config's hash: a run may resume on another one.
+Expert and context parallelism borrow ranks from the sharding and never add any: a rank holds a part of the
+dense weights, a part of the experts, and reads a part of the batch. A layout changes where numbers are
+computed, not which, so it is no part of a config's hash: a run may resume on another one.
 
 The rules are here, free of torch, so that the planner and a run refuse the same layouts.
 """
@@ -45,7 +45,8 @@ class TokenExchange(StrEnum):
     ALL_TO_ALL = "all_to_all"
     """Two all-to-alls of torch.distributed, on any device."""
     DEEPEP = "deepep"
-    """The kernels of the package deep_ep, between GPUs only; never run on GPUs yet (`minglm.parallel.deepep`)."""
+    """The kernels of the package deep_ep, between GPUs only; never run on GPUs yet
+    (`minglm.parallel.deepep`)."""
 
 
 class Layout(NamedTuple):
@@ -93,8 +94,8 @@ class ParallelConfig:
     reshard_after_forward: bool = True
     """Free the gathered weights of a layer after its forward pass and gather them again for the backward pass."""
     dispatcher: TokenExchange = TokenExchange.ALL_TO_ALL
-    """How tokens travel to their experts: all_to_all, or deepep (its package, GPUs with NVLink, bfloat16, a multiple of 256
-    hidden units, ep of 2, 4, 8, 16, 24, 32, 64, 128, 144 or 160)."""
+    """How tokens travel to their experts: all_to_all, or deepep (its package, GPUs with NVLink, bfloat16, a
+    multiple of 256 hidden units, ep of 2, 4, 8, 16, 24, 32, 64, 128, 144 or 160)."""
     timeout_seconds: float = option(600.0, positive=True, maximum=10**7)
     """Most seconds of a step on several ranks: one that takes longer ends the run, and says where each rank is."""
 

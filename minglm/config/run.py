@@ -1,8 +1,8 @@
 """The configuration of a run: one tree of dataclasses, from the model's shape to the last RL step (paper Table 1, 2, 3).
 
-A config is a Python file (see `configs/`) with a function that returns a `RunConfig`. The ladder from `nano` to the
-355B model uses the same fields with other numbers. Every option is declared once, with its default, its bounds and its
-docstring. `RunConfig.check` refuses impossible values before anything starts.
+A config is a Python file (see `configs/`) with a function that returns a `RunConfig`. The ladder from `nano`
+to the 355B model uses the same fields with other numbers. Every option is declared once, with its default,
+its bounds and its docstring. `RunConfig.check` refuses impossible values before anything starts.
 """
 
 import dataclasses
@@ -95,14 +95,15 @@ class RunConfig:
     rollouts: RolloutPrecision = RolloutPrecision.MODEL
     """Experts while answers are sampled for RL and distillation: the model's own, or float8 in blocks (paper 3.5)."""
     rollout_engine: str = ""
-    """URL of an engine that answers for RL, distillation and evaluation: vLLM, SGLang, or `serve --weights-from`
-    (`minglm/inference/remote.py` says how each is started); empty: the engine of the run."""
+    """URL of an engine that answers for RL, distillation and evaluation: vLLM, SGLang, or
+    `serve --weights-from` (`minglm/inference/remote.py` says how each is started); empty: the engine of the
+    run."""
     rollout_weights: WeightTransfer = option(WeightTransfer.DISK, runtime=True)
-    """How rollout_engine gets new weights: from a folder that both see (disk), inside requests (tensors; SGLang and minglm),
-    or by a broadcast to its GPUs (broadcast; SGLang and vLLM)."""
+    """How rollout_engine gets new weights: from a folder that both see (disk), inside requests (tensors;
+    SGLang and minglm), or by a broadcast to its GPUs (broadcast; SGLang and vLLM)."""
     draft_tokens: int = option(0, maximum=MOST_DRAFTS)
-    """Tokens that the MTP layer drafts for each pass of the model while it samples answers for RL, distillation and
-    evaluation; 0: none. Answers follow the same distribution, and are other draws."""
+    """Tokens that the MTP layer drafts for each pass of the model while it samples answers for RL,
+    distillation and evaluation; 0: none. Answers follow the same distribution, and are other draws."""
     kernels: Kernels = option(Kernels.AUTO, runtime=True)
     """Implementation of the operations: torch, triton, or auto (triton on a GPU, torch on a CPU)."""
     recompute: bool = option(False, runtime=True)
@@ -317,7 +318,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _run_file(file: str, variant: str) -> RunConfig:
-    """Execute a config file and call its function. Whatever its code raises is one line with file and line."""
+    """Execute a config file and call its function.
+
+    Whatever its code raises is one line with file and line.
+    """
     try:
         function = runpy.run_path(file).get(variant)
         if not callable(function):

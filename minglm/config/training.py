@@ -46,8 +46,8 @@ class StageConfig:
     sequence_length: int
     """Positions S of a training sequence."""
     mixture: dict[str, float]
-    """Relative weight, in tokens, of each source: prose, code, math, science, qa, long, repository, tasks:ENVIRONMENT
-    (solved tasks), user:NAME (your own files)."""
+    """Relative weight, in tokens, of each source: prose, code, math, science, qa, long, repository,
+    tasks:ENVIRONMENT (solved tasks), user:NAME (your own files)."""
     packing: Packing = Packing.TRUNCATE
     """truncate: concatenate and cut (pre-training); best_fit: keep documents whole (mid-training)."""
     rope_theta: float = 10_000.0
@@ -139,7 +139,10 @@ class StagesConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Muon, its companion AdamW, and the schedule (paper 2.4). Every schedule is a function of the tokens seen."""
+    """Muon, its companion AdamW, and the schedule (paper 2.4).
+
+    Every schedule is a function of the tokens seen.
+    """
 
     peak_lr: float = 2.5e-4
     """Learning rate after the warm-up. Muon's update is scaled to the RMS of AdamW's, so both share it."""

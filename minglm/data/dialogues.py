@@ -1,15 +1,16 @@
 """Split conversations by user turn, with a mask of what the model is trained on (paper 2.3, 3.1).
 
-The template drops the reasoning of earlier turns when the user speaks again, so a conversation with several user turns
-becomes several examples, one per user turn. What the model sees in training is then what it will see when it is used,
-and no answer is a target without the reasoning that led to it:
+The template drops the reasoning of earlier turns when the user speaks again, so a conversation with several
+user turns becomes several examples, one per user turn. What the model sees in training is then what it will
+see when it is used, and no answer is a target without the reasoning that led to it:
 
     tokens     earlier turns, without their reasoning  |  last user message  |  answers to it
     targets    fine-tuning    nothing                  |  nothing            |  what the assistant produces
                mid-training   nothing                  |  every token        |  every token
 
-Fine-tuning trains what the assistant produces, the role token that ends its turn included. Mid-training is language
-modelling, on solved tasks too: every token of a conversation is a target once, in the example of its own turn.
+Fine-tuning trains what the assistant produces, the role token that ends its turn included. Mid-training is
+language modelling, on solved tasks too: every token of a conversation is a target once, in the example of its
+own turn.
 """
 
 from collections.abc import Sequence

@@ -7,9 +7,9 @@ A text is cut at two random characters into prefix, middle and suffix, and the m
 
 The model then predicts the middle with both sides in view. Nothing is lost: the markers say which section is which.
 
-Choices: cuts are between characters, not tokens, because a cursor may be inside a word. Either order has probability
-one half. A rewritten text must fit into one row, or its sections are read apart: `rewrite` therefore works on spans of
-whole lines and leaves the text between rewritten spans as it is.
+Choices: cuts are between characters, not tokens, because a cursor may be inside a word. Either order has
+probability one half. A rewritten text must fit into one row, or its sections are read apart: `rewrite`
+therefore works on spans of whole lines and leaves the text between rewritten spans as it is.
 
 Simplified: the paper applies it to all source code but publishes neither the rate nor the orders.
 """

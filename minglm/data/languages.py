@@ -1,6 +1,7 @@
 """Name the programming languages that are read: their suffixes, and how a line of comment begins (paper 2.2).
 
-The names are those of Pygments too, which splits the text of a file into tokens for `minglm.data.cleaning.code_tokens`.
+The names are those of Pygments too, which splits the text of a file into tokens for
+`minglm.data.cleaning.code_tokens`.
 """
 
 from typing import NamedTuple

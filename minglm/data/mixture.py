@@ -4,8 +4,9 @@ Each stage of training names its sources and their weights in tokens. The source
 
     weight / (sum of weights) * (tokens drawn so far)  -  tokens drawn from it so far
 
-gives the next unit, so the shares hold at every moment and not only on average. Within a source nothing comes twice
-before everything came once; each epoch has a new order, and for truncation a new random position of the first cut.
+gives the next unit, so the shares hold at every moment and not only on average. Within a source nothing comes
+twice before everything came once; each epoch has a new order, and for truncation a new random position of the
+first cut.
 
 Choices, and why:
 - A unit is what goes into one row: a row cut from the source's concatenated documents (truncate), or a document or a
@@ -139,7 +140,10 @@ class Mixture:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from the state of a mixture of the same sources. Raises ValueError if the sources differ."""
+        """Continue from the state of a mixture of the same sources.
+
+        Raises ValueError if the sources differ.
+        """
         if set(state["epoch"]) != set(self.weights):
             raise ValueError(
                 f"the saved mixture has sources {sorted(state['epoch'])}, this one {sorted(self.weights)}"

@@ -8,12 +8,13 @@ A batch is a rectangle of B rows and S positions; documents have any length. The
                a little padding, and only documents longer than a row are cut. The paper's choice for mid-training,
                where a cut would take a repository or a chain of thought apart.
 
-Best-fit decreasing opens a row only when no open row has room. So any two rows together exceed the capacity, and there
-are at most 11/9 of the fewest possible rows, plus one.
+Best-fit decreasing opens a row only when no open row has room. So any two rows together exceed the capacity,
+and there are at most 11/9 of the fewest possible rows, plus one.
 
-Choices: in rows filled by best fit, attention and the positions stay inside a document (`documents_BS`); in truncated
-rows attention runs over the whole row, as in plain pre-training. The first token of a row, and of a fitted document, has
-no context to be predicted from and is not a target. `minglm.data.mixture` decides which documents come when.
+Choices: in rows filled by best fit, attention and the positions stay inside a document (`documents_BS`); in
+truncated rows attention runs over the whole row, as in plain pre-training. The first token of a row, and of a
+fitted document, has no context to be predicted from and is not a target. `minglm.data.mixture` decides which
+documents come when.
 """
 
 from bisect import bisect_left, insort
@@ -34,13 +35,13 @@ class Batch:
     mask_BS: torch.Tensor
     """bool: True where the token is a target, predicted from the positions before it"""
     documents_BS: torch.Tensor | None = None
-    """int32 or None. None: attention is causal over the row. Otherwise it also stays inside equal ids; padding has id -1
-    and mask False."""
+    """int32 or None. None: attention is causal over the row. Otherwise it also stays inside equal ids;
+    padding has id -1 and mask False."""
     positions_BS: torch.Tensor | None = None
     """int64 or None: restarts at 0 in each document"""
     ahead: int = 0
-    """Positions at the end of each row that are only there to be predicted, where the rest of the row is elsewhere
-    (`minglm.parallel.sequence`). The model does not compute them."""
+    """Positions at the end of each row that are only there to be predicted, where the rest of the row is
+    elsewhere (`minglm.parallel.sequence`). The model does not compute them."""
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """Return the batch with every tensor replaced by function(tensor)."""
@@ -83,8 +84,8 @@ class Span(NamedTuple):
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Pack documents of these lengths into rows of `capacity` tokens by best-fit decreasing.
 
-    Returns the rows as lists of indices into `lengths`, every index once. It takes O(n log n) comparisons: open rows are
-    grouped by the room they have left, and a bisection finds the least room that suffices.
+    Returns the rows as lists of indices into `lengths`, every index once. It takes O(n log n) comparisons:
+    open rows are grouped by the room they have left, and a bisection finds the least room that suffices.
     Raises ValueError for a length below 1 or above the capacity; `cut_to_fit` splits long documents first.
     """
     rows: list[list[int]] = []
@@ -137,9 +138,10 @@ def cut_to_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> np.ndarray
 class TruncatedRows(Sequence[list[Span]]):
     """Rows of `capacity` tokens, cut from concatenated documents: a sequence of lists of spans.
 
-    The stream of documents is a ring: what lies before the offset follows the last document. Tokens that do not fill a
-    row are left out, fewer than `capacity` of them; a stream shorter than a row is repeated until it fills one. A row is
-    computed when it is asked for, because an epoch of a large source has millions of them.
+    The stream of documents is a ring: what lies before the offset follows the last document. Tokens that do
+    not fill a row are left out, fewer than `capacity` of them; a stream shorter than a row is repeated until
+    it fills one. A row is computed when it is asked for, because an epoch of a large source has millions of
+    them.
     """
 
     def __init__(

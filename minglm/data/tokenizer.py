@@ -1,7 +1,8 @@
 """Convert text to token ids and back: byte-level BPE with GLM-4.5's special tokens (paper 2.2, Figure 4).
 
-A token is a string of bytes. Training starts from the 256 single bytes and repeatedly merges the most frequent pair of
-neighbours inside a word; the vocabulary is the 256 bytes, the merged pairs, and 36 special tokens at the end:
+A token is a string of bytes. Training starts from the 256 single bytes and repeatedly merges the most
+frequent pair of neighbours inside a word; the vocabulary is the 256 bytes, the merged pairs, and 36 special
+tokens at the end:
 
     id = byte | merged pair | special        vocab_size = 256 + merges + 36
 
@@ -94,8 +95,8 @@ SAMPLE_BYTES = 6_000_000
 """Text that merges are counted on, at most: more text hardly changes 2,000 merges."""
 
 COUNTED_WORD = 256
-"""Characters of a word that merges are counted in, at most. The cost of a merge grows with the square of the word, and a
-run of letters without a space, such as a genome, is one word."""
+"""Characters of a word that merges are counted in, at most. The cost of a merge grows with the square of the
+word, and a run of letters without a space, such as a genome, is one word."""
 
 PIECE_CHARACTERS = 250_000
 """A longer text is encoded in pieces, because the encoder takes about 150 bytes of memory for each byte."""
@@ -308,7 +309,10 @@ class Tokenizer:
         return b"".join([self._bytes_of_id[token] for token in tokens])
 
     def decode(self, ids: Sequence[int] | Ids, skip_special: bool = False) -> str:
-        """Return the text of the ids. Bytes that are not valid UTF-8, such as half a character, become U+FFFD."""
+        """Return the text of the ids.
+
+        Bytes that are not valid UTF-8, such as half a character, become U+FFFD.
+        """
         return self.bytes(ids, skip_special).decode("utf-8", errors="replace")
 
 

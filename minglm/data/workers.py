@@ -2,13 +2,14 @@
 
     map_tasks(function, tasks) = [function(task) for task in tasks]
 
-The result does not depend on the executor: the functions are pure, a task is a small value with paths in it, and
-results come back in order. So a laptop and a cluster write the same files. No counterpart in the paper.
+The result does not depend on the executor: the functions are pure, a task is a small value with paths in it,
+and results come back in order. So a laptop and a cluster write the same files. No counterpart in the paper.
 
-Choices: new processes are spawned, not forked, because torch and the tokenizer keep threads, which do not survive a
-fork. Each process gets one thread. It lives as long as its lifeline, a pipe whose other end this process holds: if this
-process is killed or interrupted, the pipe closes and the others end with it. Ray is started inside this process, or joins
-the cluster that RAY_ADDRESS names; on a cluster the run's folder must be on a file system that all nodes share.
+Choices: new processes are spawned, not forked, because torch and the tokenizer keep threads, which do not
+survive a fork. Each process gets one thread. It lives as long as its lifeline, a pipe whose other end this
+process holds: if this process is killed or interrupted, the pipe closes and the others end with it. Ray is
+started inside this process, or joins the cluster that RAY_ADDRESS names; on a cluster the run's folder must
+be on a file system that all nodes share.
 """
 
 import logging

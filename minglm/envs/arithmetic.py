@@ -2,14 +2,14 @@
 
     3+5-7+8=      think: 3+5=8;8-7=1;1+8=9      answer: 9
 
-A chain of small steps: each is easy, and all of them must be right, so p(correct) = p(step) ** difficulty. The number
-of operations is the difficulty, which gives the curriculum of paper 3.2 its dial.
+A chain of small steps: each is easy, and all of them must be right, so p(correct) = p(step) ** difficulty.
+The number of operations is the difficulty, which gives the curriculum of paper 3.2 its dial.
 
-Choices: the thought echoes the operand in each step; without the echo small models stay at chance. Every number is one
-digit, partial results included, so a step is one of 90 facts and one token. With results up to 99 a step means
-carrying, and half a million tokens of sums did not teach the toy to do that (`lessons/LOG.md`). The price is that a
-guess is right for one task in eight. The score is strict equality of the stripped answer with the label, which leaves
-no room for listing candidates.
+Choices: the thought echoes the operand in each step; without the echo small models stay at chance. Every
+number is one digit, partial results included, so a step is one of 90 facts and one token. With results up to
+99 a step means carrying, and half a million tokens of sums did not teach the toy to do that
+(`lessons/LOG.md`). The price is that a guess is right for one task in eight. The score is strict equality of
+the stripped answer with the label, which leaves no room for listing candidates.
 """
 
 import random

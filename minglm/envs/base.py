@@ -2,9 +2,9 @@
 
     reward(task, conversation) in [0, 1],  computed by a program from the task's hidden label
 
-An `Environment` deals tasks and opens episodes. An `Episode` takes the assistant's messages one by one, answers with
-the messages that the model sees next, and ends with one `Score`. The environment speaks in messages. Tokens belong to
-the trainer, which never re-tokenises what was sampled.
+An `Environment` deals tasks and opens episodes. An `Episode` takes the assistant's messages one by one,
+answers with the messages that the model sees next, and ends with one `Score`. The environment speaks in
+messages. Tokens belong to the trainer, which never re-tokenises what was sampled.
 
     async with environment.episode(task) as episode:        opens what the episode needs: a sandbox, a repository
         while not episode.done:
@@ -120,8 +120,8 @@ class Score:
 class Episode:
     """One run through a task. Subclasses define `respond` and `grade`.
 
-    An episode is an async context manager. A subclass that needs a resource acquires it in `__aenter__` and releases it
-    in `__aexit__`.
+    An episode is an async context manager. A subclass that needs a resource acquires it in `__aenter__` and
+    releases it in `__aexit__`.
     """
 
     def __init__(self, task: Task, max_turns: int = 1) -> None:
@@ -455,7 +455,9 @@ def no_answer() -> Score:
 
 
 def checked_score(score: Any) -> Score:
-    """Return what an episode was scored with. Raises ValueError or TypeError for what is no `Score` with a reward.
+    """Return what an episode was scored with.
+
+    Raises ValueError or TypeError for what is no `Score` with a reward.
 
     A `Score` checks its value when it is made; an environment may return something else, or change it afterwards.
     """
@@ -487,7 +489,10 @@ def split_of(problem: str) -> Split:
 
 
 def message_fault(message: Any, tools: Iterable[dict[str, Any]]) -> str | None:
-    """Return why an assistant message is malformed, or None. Checks its shape and every call against the schemas."""
+    """Return why an assistant message is malformed, or None.
+
+    Checks its shape and every call against the schemas.
+    """
     if not isinstance(message, dict) or not isinstance(message.get("content"), str):
         return "not a message"
     if not isinstance(message.get("reasoning_content"), str | None):

@@ -3,15 +3,17 @@
     Write f(x): add 3, then times 2.       think: x + 3          answer: def f(x):
                                                   (x + 3) * 2                return (x + 3) * 2
 
-The difficulty is the number of steps, 1 to 4. The reward is 1 when hidden tests pass in the sandbox, so every program
-that computes the function is right, however it is written. The source is never run, or even compiled, in this process.
+The difficulty is the number of steps, 1 to 4. The reward is 1 when hidden tests pass in the sandbox, so every
+program that computes the function is right, however it is written. The source is never run, or even compiled,
+in this process.
 
-Choices: tests are drawn with the task, and a task is dealt only if leaving out any step, or answering a constant, fails
-one. Train and test are divided by what is computed, and not by how it is said. Each operation has a table row with its words, its expression, and a Python function that gives the expected
-values, so the oracle's program and the tests come from different columns and check each other.
+Choices: tests are drawn with the task, and a task is dealt only if leaving out any step, or answering a
+constant, fails one. Train and test are divided by what is computed, and not by how it is said. Each operation
+has a table row with its words, its expression, and a Python function that gives the expected values, so the
+oracle's program and the tests come from different columns and check each other.
 
-Grading waits in a thread of the sandbox, so answers are judged in parallel and other episodes continue meanwhile. Equal
-answers to one task that wait at the same time are judged once.
+Grading waits in a thread of the sandbox, so answers are judged in parallel and other episodes continue
+meanwhile. Equal answers to one task that wait at the same time are judged once.
 
 Simplification: one function of one argument; the paper's tasks are competitive programming and repositories.
 """
@@ -182,7 +184,10 @@ class Code(SingleTurn):
             raise Misconfigured(str(error)) from error
 
     def score_of(self, result: Verdict) -> Score:
-        """Return the Score of a Verdict. Raises RuntimeError for an infrastructure failure; the episode catches it."""
+        """Return the Score of a Verdict.
+
+        Raises RuntimeError for an infrastructure failure; the episode catches it.
+        """
         if result.status == VerdictStatus.INFRASTRUCTURE:
             raise RuntimeError(result.detail)
         parts = {

@@ -3,21 +3,23 @@
     gym:chain_sum       gym:chain_sum?max_terms=3&max_digits=1       options are fields of the generator's config
     gym:countdown?exact=true                                         only the entry's own answer is right
 
-A task is drawn by its own seed, and its label is the generator's entry: answer and metadata, which the verifier reads.
-The verifier is the generator's, made strict: an answer earns 1 if it equals the entry's or the verifier gives full marks,
-else 0. Its partial credit (0.01 for any text, or the share of an answer that is the right one, in half of the
-generators) would pay for nonsense and for listing candidates; it is logged as the part "credit".
+A task is drawn by its own seed, and its label is the generator's entry: answer and metadata, which the
+verifier reads. The verifier is the generator's, made strict: an answer earns 1 if it equals the entry's or
+the verifier gives full marks, else 0. Its partial credit (0.01 for any text, or the share of an answer that
+is the right one, in half of the generators) would pay for nonsense and for listing candidates; it is logged
+as the part "credit".
 
 A generator is audited before it is used, on three entries, and refused in one line if
 - its verifier runs the answer as Python code (`eval`, sympy's `parse_expr`): a policy would run code in the trainer;
 - the same seed gives another entry, or the entry is not plain JSON, so that a resumed run would see other tasks;
 - its own answer does not earn 1, or a lazy answer does.
 
-Where only the verifier is at fault, `exact=true` among the options compares with the entry's answer alone. That is right
-where a question has one answer, and unjust where it has several.
+Where only the verifier is at fault, `exact=true` among the options compares with the entry's answer alone.
+That is right where a question has one answer, and unjust where it has several.
 
-Simplified: there is one difficulty, the one that the options set; a curriculum by level is left open. The package brings
-no reasoning, so a demonstration only says the answer twice; what RL starts from is better shown by another environment.
+Simplified: there is one difficulty, the one that the options set; a curriculum by level is left open. The
+package brings no reasoning, so a demonstration only says the answer twice; what RL starts from is better
+shown by another environment.
 """
 
 import copy
@@ -45,7 +47,9 @@ RUNS_ANSWERS = re.compile(r"\b(eval|exec|parse_expr|sympify)\(\s*answer\b")
 
 
 class ReasoningGym(SingleTurn):
-    """Tasks of one generator. Raises ValueError, in one line, for a name, an option or a generator that is no good.
+    """Tasks of one generator.
+
+    Raises ValueError, in one line, for a name, an option or a generator that is no good.
 
     name: as in the module's header.
     """
@@ -160,7 +164,10 @@ def _lazy_answers(entry: Mapping[str, Any]) -> list[str]:
 
 
 def _library(generator: str, name: str) -> Callable[..., Any]:
-    """Return the function that makes datasets. Raises ValueError without the package, and for an unknown generator."""
+    """Return the function that makes datasets.
+
+    Raises ValueError without the package, and for an unknown generator.
+    """
     try:
         from reasoning_gym.factory import DATASETS, create_dataset
     except ImportError:

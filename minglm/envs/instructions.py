@@ -3,17 +3,17 @@
     Write 3 numbers. Only even. With commas.        think: 1 six 2 two 3 eight     six, two, eight
     用中文写3个数。要有七。以！结尾。                      think: 1七2四3九                七 四 九！
 
-Every request fixes the number of number words and their language; the difficulty is the number of further constraints,
-1 to 3, on meaning and form. Difficulty 4 has three too, and they may be about letters, or one word is to be repeated.
-The reward is 1 when all of them hold and 0 otherwise (strict); `parts` has each constraint by itself, so partial
-progress is visible in the logs.
+Every request fixes the number of number words and their language; the difficulty is the number of further
+constraints, 1 to 3, on meaning and form. Difficulty 4 has three too, and they may be about letters, or one
+word is to be repeated. The reward is 1 when all of them hold and 0 otherwise (strict); `parts` has each
+constraint by itself, so partial progress is visible in the logs.
 
-Choices: the checks are programs, as in the paper's deterministic verification rules, and never a model. Content is the
-nine number words of a language and nothing else: a model of a million weights can learn what nine words mean, so that
-obeying is what is measured, and a closed list leaves no room for noise that looks like words. There are thousands of
-different requests, so that following them is easier than memorising them. The oracle thinks by numbering its words: a
-count that is written down need not be kept in mind. Constraints on the letters of a word are left to difficulty 4,
-because a tokenizer hides letters.
+Choices: the checks are programs, as in the paper's deterministic verification rules, and never a model.
+Content is the nine number words of a language and nothing else: a model of a million weights can learn what
+nine words mean, so that obeying is what is measured, and a closed list leaves no room for noise that looks
+like words. There are thousands of different requests, so that following them is easier than memorising them.
+The oracle thinks by numbering its words: a count that is written down need not be kept in mind. Constraints
+on the letters of a word are left to difficulty 4, because a tokenizer hides letters.
 
 Simplification: the paper has 151 kinds of constraints; here are 19, and 99 in `minglm.envs.constraints`.
 """

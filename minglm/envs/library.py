@@ -3,9 +3,10 @@
     score(article, query) = sum over words w of the query of
         ln(1 + (N - n_w + 0.5) / (n_w + 0.5)) * f_w * (k + 1) / (f_w + k * (1 - b + b * length / mean length))
 
-BM25 (Robertson et al., 1994) with the usual k = 1.2 and b = 0.75: a word counts by how few of the N articles have it
-(n_w) and, with falling returns, by how often it stands in this one (f_w). Equal scores keep the order of the articles,
-so a search is a function of its query. An inverted index makes a search cost what its words' articles cost.
+BM25 (Robertson et al., 1994) with the usual k = 1.2 and b = 0.75: a word counts by how few of the N articles
+have it (n_w) and, with falling returns, by how often it stands in this one (f_w). Equal scores keep the order
+of the articles, so a search is a function of its query. An inverted index makes a search cost what its words'
+articles cost.
 """
 
 import math

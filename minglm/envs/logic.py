@@ -2,14 +2,14 @@
 
     Cy is after Bo. Ada is before Bo. Order?        thought: Ada Bo; Ada Bo Cy      answer: Ada Bo Cy
 
-Each statement is of two neighbours, and the statements come in random order and in either direction, so the order follows
-from all of them together and from no part. The difficulty is the number of statements; with 4 and more one of them says
-what follows from the others, which must not mislead.
+Each statement is of two neighbours, and the statements come in random order and in either direction, so the
+order follows from all of them together and from no part. The difficulty is the number of statements; with 4
+and more one of them says what follows from the others, which must not mislead.
 
     reward = 1  iff  the answer is the names in their order
 
-Choices: a whole order, and not one position, because a guess then earns next to nothing. A thought that begins with the
-first person and adds one at a time is short and leaves no search to the answer.
+Choices: a whole order, and not one position, because a guess then earns next to nothing. A thought that
+begins with the first person and adds one at a time is short and leaves no search to the answer.
 """
 
 import random

@@ -2,13 +2,13 @@
 
     The key of Ada is 4071. The key of Gus is 1398. ... Key of Gus?        answer: 1398
 
-All other statements are distractors of the same form, so neither place nor wording gives the answer away. The difficulty
-is the length: 4, 16, 64 and 256 statements, of about ten tokens each.
+All other statements are distractors of the same form, so neither place nor wording gives the answer away. The
+difficulty is the length: 4, 16, 64 and 256 statements, of about ten tokens each.
 
     reward = 1  iff  the stripped answer is the key
 
-`eval/needles.py` measures the same by likelihood, in rows of any length, after a stage of pre-training; this is asked in
-a chat, so what comes of it after post-training can be compared.
+`eval/needles.py` measures the same by likelihood, in rows of any length, after a stage of pre-training; this
+is asked in a chat, so what comes of it after post-training can be compared.
 """
 
 import random

@@ -5,9 +5,10 @@
 
     What is the page on coroutine wrapped's base's module?
 
-The title of a document is the name of its file. A page is described by the two rarest words of its text that together
-find it first; pages without such words begin no question. Everything else is as in `search`, the oracle too, so these
-are for showing and testing what was learned on graphs of people, and for RL of a model that reads English.
+The title of a document is the name of its file. A page is described by the two rarest words of its text that
+together find it first; pages without such words begin no question. Everything else is as in `search`, the
+oracle too, so these are for showing and testing what was learned on graphs of people, and for RL of a model
+that reads English.
 
 Simplification: a mention is the title as whole words, in any case; relations have no meaning but their order.
 """
@@ -42,7 +43,9 @@ LEAST_LETTERS = 4
 
 
 class PageSearch(Search):
-    """Questions over the pages of one library. Raises ValueError, in one line, for a folder that gives no questions.
+    """Questions over the pages of one library.
+
+    Raises ValueError, in one line, for a folder that gives no questions.
 
     name: as in the module's header.
     """
@@ -150,7 +153,10 @@ def mentions(
 
 
 def python_pages() -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """Read docstrings and classes of the standard library. Return {title: text} and {title: {relation: title}}."""
+    """Read docstrings and classes of the standard library.
+
+    Return {title: text} and {title: {relation: title}}.
+    """
     texts: dict[str, str] = {}
     links: dict[str, dict[str, str]] = {}
     for module, tree in _modules():

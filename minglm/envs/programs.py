@@ -7,13 +7,14 @@
     answer:  x = x * 2                              x = x - 2
              return x                               return x        answer: the whole function
 
-The functions are those of `swe/functions.py`, a step a line under a comment in words; the tests and the sandbox are those
-of `code`. Completion is what a base model is asked for in the public tasks; repair is `swe` without the tools.
+The functions are those of `swe/functions.py`, a step a line under a comment in words; the tests and the
+sandbox are those of `code`. Completion is what a base model is asked for in the public tasks; repair is `swe`
+without the tools.
 
     reward = 1  iff  the hidden tests pass
 
-Choices: the answer of a completion is joined to the prompt as it is, so it must go on with the right indentation. What is
-computed decides the split, as in `code`.
+Choices: the answer of a completion is joined to the prompt as it is, so it must go on with the right
+indentation. What is computed decides the split, as in `code`.
 """
 
 import random

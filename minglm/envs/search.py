@@ -6,9 +6,9 @@
         open("Kim")                 ->  smith in Bern, phone->417, rival->Omar, boss->Ida, friend->Eva
         417
 
-Questions are made as the paper's are, by walking a graph of knowledge and obfuscating where the walk begins: nobody is
-named, only described, so that the first step is a search. The difficulty h is the number of articles that hold a part
-of the answer, one after the other; the shortest way takes h + 2 turns.
+Questions are made as the paper's are, by walking a graph of knowledge and obfuscating where the walk begins:
+nobody is named, only described, so that the first step is a search. The difficulty h is the number of
+articles that hold a part of the answer, one after the other; the shortest way takes h + 2 turns.
 
     reward = 1  iff  the last message is the answer, character by character but for spaces around it and capitals
 
@@ -123,8 +123,9 @@ SHORT = Wording(
     find="",
     varied=False,
 )
-"""The same in characters: letters and digits alternate, so that no tokenizer makes one token of two. A name is no word of a
-description, also in lower case. A fact has one place in all articles, so that reading it is a matter of one step back."""
+"""The same in characters: letters and digits alternate, so that no tokenizer makes one token of two. A name
+is no word of a description, also in lower case. A fact has one place in all articles, so that reading it is a
+matter of one step back."""
 
 PEOPLE = 12
 """Articles of a graph. Each of four jobs and each of four towns is that of about three people."""
@@ -168,10 +169,12 @@ def people(wording: Wording, seed: int) -> Library:
 def walk(
     rng: random.Random, library: Library, hops: int, last: str | None, again: bool = True
 ) -> tuple[list[str], list[str]] | None:
-    """Walk along `hops` relations. Return (titles and answer, relations), or None if no way of this length was found.
+    """Walk along `hops` relations.
 
-    last: the relation of the last step; None: any. again: whether a relation may be followed twice. No article is visited
-    twice, so that no shorter way is right by luck.
+    Return (titles and answer, relations), or None if no way of this length was found.
+
+    last: the relation of the last step; None: any. again: whether a relation may be followed twice. No
+    article is visited twice, so that no shorter way is right by luck.
     """
     starts = list(library.descriptions)
     for _ in range(TRIES if starts else 0):
@@ -208,8 +211,8 @@ def question(
 ) -> tuple[list[Message], dict[str, Any]]:
     """Ask for the end of a walk. Return (messages, label).
 
-    Label: {"world": number of the graph, "start": description of the first article, "path": titles to open and the
-    answer, "relations": one for each step of the path}.
+    Label: {"world": number of the graph, "start": description of the first article, "path": titles to open
+    and the answer, "relations": one for each step of the path}.
     """
     start = library.descriptions[path[0]]
     asked = wording.of.join([f"{wording.the}{start}", *relations])
@@ -220,8 +223,8 @@ def question(
 class Search(Environment):
     """Questions over articles; the difficulty is the number of articles to open, 1 to 8.
 
-    worlds: graphs that all tasks are drawn from; None: a fresh one for each task. wording: of questions and articles. name:
-    of the environment.
+    worlds: graphs that all tasks are drawn from; None: a fresh one for each task. wording: of questions and
+    articles. name: of the environment.
     """
 
     group = "agentic"

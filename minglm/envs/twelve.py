@@ -4,12 +4,12 @@
     reasoning    sums; questions of science; orders of people; one key among many
     coding       completion; functions from words; repair of a function; repair of a repository
 
-The paper: TAU-bench, BFCL v3, BrowseComp; MMLU-Pro, AIME 24, MATH-500, SciCode, GPQA, HLE, LiveCodeBench; SWE-bench
-Verified, Terminal-Bench. Ours are toys of the same kinds, so the number says which of two runs is better, nothing about
-a model of the paper.
+The paper: TAU-bench, BFCL v3, BrowseComp; MMLU-Pro, AIME 24, MATH-500, SciCode, GPQA, HLE, LiveCodeBench;
+SWE-bench Verified, Terminal-Bench. Ours are toys of the same kinds, so the number says which of two runs is
+better, nothing about a model of the paper.
 
-Choices: the mean of the twelve scores is not weighted by problems, as the paper's is not. A group whose tasks were not
-all scored has no average: a mean over other tasks is another number.
+Choices: the mean of the twelve scores is not weighted by problems, as the paper's is not. A group whose tasks
+were not all scored has no average: a mean over other tasks is another number.
 """
 
 from collections.abc import Mapping

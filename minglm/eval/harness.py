@@ -1,13 +1,13 @@
 """Say how the public harnesses are run against `serve` (paper section 4).
 
-The paper scores with public benchmarks, and so may anyone who serves a run or a released checkpoint: `serve` speaks
-OpenAI's API, which lm-evaluation-harness knows under two names.
+The paper scores with public benchmarks, and so may anyone who serves a run or a released checkpoint: `serve`
+speaks OpenAI's API, which lm-evaluation-harness knows under two names.
 
     local-completions         prompts are token ids; multiple choice by the log-probabilities of the prompt (`echo`)
     local-chat-completions    messages; the chat template is the server's, with thinking, and only answers are compared
 
-zai-org/glm-simple-evals and SWE-bench agents speak the same chat API. What they need beside it, questions and sandboxes,
-they download themselves.
+zai-org/glm-simple-evals and SWE-bench agents speak the same chat API. What they need beside it, questions and
+sandboxes, they download themselves.
 """
 
 import shlex

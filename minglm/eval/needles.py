@@ -5,9 +5,10 @@
     nats     -log p of the answer per token, mean over rows: falls before anything is found
     bits     sum of -log2 p over the tokens at some positions / bytes of these tokens
 
-A row has exactly `length` tokens; depth 0 puts the needle at its beginning, 1 right before the question. All depths of
-a length see the same fillers, names and keys. By position, only documents that fill a whole row count, so that all
-positions are measured on the same text; the first tokens of a row cost more bits because they have no context.
+A row has exactly `length` tokens; depth 0 puts the needle at its beginning, 1 right before the question. All
+depths of a length see the same fillers, names and keys. By position, only documents that fill a whole row
+count, so that all positions are measured on the same text; the first tokens of a row cost more bits because
+they have no context.
 
 Ranks divide the passes, as in `minglm.eval.text`, and add up in the order of one process.
 

@@ -3,8 +3,8 @@
     bits per byte = sum over tokens of -log2 p / bytes of text
     acceptance    = mean over positions of sum_v min(p_v, q_v)
 
-Bits per byte does not depend on the tokenizer. The acceptance is the probability that a token drafted by the MTP layer
-(q) passes the speculative test against the trunk (p).
+Bits per byte does not depend on the tokenizer. The acceptance is the probability that a token drafted by the
+MTP layer (q) passes the speculative test against the trunk (p).
 
 Ranks divide the batches; their sums are added in the order of one process, so the result has its bits.
 """
@@ -63,8 +63,8 @@ def bits_per_byte(
 ) -> float:
     """Return the bits per byte of documents, in rows of `length` tokens, up to `limit` tokens.
 
-    ranks: divide the rows, each with the whole model, or in step where they share one (`minglm.parallel.reading`); None: one
-    process reads them all.
+    ranks: divide the rows, each with the whole model, or in step where they share one
+    (`minglm.parallel.reading`); None: one process reads them all.
     """
 
     @torch.no_grad()
@@ -105,8 +105,8 @@ def mtp_acceptance_on_answers(
 ) -> float | None:
     """Return the acceptance on the tokens that the model sampled itself, None without any.
 
-    answers: (token ids, whether each was sampled) of whole texts, prompts included; of these the first ones with together
-    at most `limit` tokens, and at least one. ranks: as in `bits_per_byte`.
+    answers: (token ids, whether each was sampled) of whole texts, prompts included; of these the first ones
+    with together at most `limit` tokens, and at least one. ranks: as in `bits_per_byte`.
     """
     rows: list[list[TokensAndMask]] = []
     tokens = 0

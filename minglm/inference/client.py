@@ -4,9 +4,9 @@
     generator.update_weights(weights, version)          after an optimizer step
     generator.close()
 
-Rollouts are coroutines, and each of them awaits its own completion. Whoever implements the three methods of `Generator`
-can answer them: the engine of this process, or later a client of a server on other machines. Nothing else of an engine
-is visible to RL, so an engine is replaced without a change to the rollouts.
+Rollouts are coroutines, and each of them awaits its own completion. Whoever implements the three methods of
+`Generator` can answer them: the engine of this process, or later a client of a server on other machines.
+Nothing else of an engine is visible to RL, so an engine is replaced without a change to the rollouts.
 
 Choices
 - `EngineGenerator` steps the engine in the thread of the event loop, one step at a time. Between two steps it yields
@@ -15,8 +15,8 @@ Choices
 - Every token carries the version of the weights that drew it: an answer under way when they change has several.
 - The generator owns the stepping of its engine: nobody else may call `step` while a request of it is open.
 
-Simplified: a forward pass blocks the event loop for its duration, which is a few milliseconds at toy size. A remote
-engine does not have this property.
+Simplified: a forward pass blocks the event loop for its duration, which is a few milliseconds at toy size. A
+remote engine does not have this property.
 """
 
 import asyncio
@@ -47,8 +47,9 @@ class Generator(Protocol):
         ...
 
     async def generate(self, request: Request) -> Completion:
-        """Answer one request. Raise ValueError for a request that cannot be answered, `AnswerFailed` if the engine fails
-        at it."""
+        """Answer one request.
+
+        Raise ValueError for a request that cannot be answered, `AnswerFailed` if the engine fails at it."""
         ...
 
     def update_weights(self, weights: Mapping[str, Tensor], version: int = 0) -> None:
@@ -83,8 +84,8 @@ class EngineGenerator:
     async def generate(self, request: Request) -> Completion:
         """Answer one request, in one batch with all others that are unfinished.
 
-        Raises ValueError for a request that cannot be answered, `AnswerFailed` for one that ended with an error of its
-        own, and whatever a step of the engine raises.
+        Raises ValueError for a request that cannot be answered, `AnswerFailed` for one that ended with an
+        error of its own, and whatever a step of the engine raises.
         """
         completion = Completion([], [])
         finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -170,9 +171,9 @@ RESUMED = 7_368_787
 class ResumingGenerator:
     """A `Generator` that aborts what is under way when new weights come, and asks for the rest of it.
 
-    The beginning of an answer becomes the end of the prompt, so it is kept as it was sampled, with the log-probabilities
-    and the version of the weights that drew it. An engine that keeps old keys and values would go on with these; after
-    an abort the new weights have read all of the text.
+    The beginning of an answer becomes the end of the prompt, so it is kept as it was sampled, with the
+    log-probabilities and the version of the weights that drew it. An engine that keeps old keys and values
+    would go on with these; after an abort the new weights have read all of the text.
     """
 
     def __init__(self, inner: EngineGenerator) -> None:
@@ -193,7 +194,10 @@ class ResumingGenerator:
         return self.inner.max_model_len
 
     async def generate(self, request: Request) -> Completion:
-        """Answer one request, in as many parts as there are updates meanwhile. Raises what the inner generator does."""
+        """Answer one request, in as many parts as there are updates meanwhile.
+
+        Raises what the inner generator does.
+        """
         assert request.thinking_budget is None, "a budget would begin anew with every part"
         answer = await self.inner.generate(request)
         while answer.finish_reason == FinishReason.CANCELLED:

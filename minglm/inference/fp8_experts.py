@@ -2,13 +2,14 @@
 
     y_t = sum over the chosen e of  w_te down_e( silu(gate_e x_t) * (up_e x_t) ),     every product in float8 blocks
 
-Decoding is as fast as the experts' matrices are read, and these are 95% of GLM-4.5's parameters: one byte each in place
-of two. When the engine finds new weights it quantizes the experts once, in blocks of 128 x 128, and rows of activations
-before each product, in blocks of 1 x 128 (`minglm.kernels.fp8`). Router, shared expert, attention and head stay as they
-are, and so do the model's own parameters.
+Decoding is as fast as the experts' matrices are read, and these are 95% of GLM-4.5's parameters: one byte
+each in place of two. When the engine finds new weights it quantizes the experts once, in blocks of 128 x 128,
+and rows of activations before each product, in blocks of 1 x 128 (`minglm.kernels.fp8`). Router, shared
+expert, attention and head stay as they are, and so do the model's own parameters.
 
-What is sampled is then not quite the policy that is trained. The recorded log-probabilities are those of what was
-sampled, so the ratio of the loss accounts for it, and `gap_kl` and its neighbours in the log say how far they are apart.
+What is sampled is then not quite the policy that is trained. The recorded log-probabilities are those of what
+was sampled, so the ratio of the loss accounts for it, and `gap_kl` and its neighbours in the log say how far
+they are apart.
 """
 
 import contextlib

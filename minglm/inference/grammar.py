@@ -2,9 +2,10 @@
 
     mask_v = whether the text so far + token v can still become a sentence of the grammar
 
-A grammar is written in llguidance's form of Lark: rules, terminals as regular expressions, `%json {schema}` for the JSON
-documents of a schema, and `<[151336]>` for one special token by its id. Ordinary tokens match text and special tokens
-only their ids, so text that spells `</think>` stays text. Where the grammar is complete the end of text is allowed too.
+A grammar is written in llguidance's form of Lark: rules, terminals as regular expressions, `%json {schema}`
+for the JSON documents of a schema, and `<[151336]>` for one special token by its id. Ordinary tokens match
+text and special tokens only their ids, so text that spells `</think>` stays text. Where the grammar is
+complete the end of text is allowed too.
 
     start: "yes" | "no"                      a choice
     start: %json {"type": "object"}          any JSON object
@@ -12,8 +13,8 @@ only their ids, so text that spells `</think>` stays text. Where the grammar is 
 
 `json_rule` writes the `%json` of a schema with bounded whitespace, so that no answer is white forever.
 
-llguidance (https://github.com/guidance-ai/llguidance) needs no compilation per grammar, knows special tokens, and is what
-vLLM and SGLang offer as well; it is an optional package, imported with the first grammar.
+llguidance (https://github.com/guidance-ai/llguidance) needs no compilation per grammar, knows special tokens,
+and is what vLLM and SGLang offer as well; it is an optional package, imported with the first grammar.
 """
 
 import json
@@ -50,7 +51,9 @@ WHITESPACE = r"[ \n]{0,32}"
 
 
 def json_rule(schema: Any, lenient: bool = False) -> str:
-    """Return the rule of the JSON documents of a schema, `true` for any document. Of `oneOf` any alternative may hold.
+    """Return the rule of the JSON documents of a schema, `true` for any document.
+
+    Of `oneOf` any alternative may hold.
 
     lenient: skip keywords that llguidance cannot enforce, in place of an error when the grammar is used.
     """

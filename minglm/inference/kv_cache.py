@@ -1,14 +1,16 @@
 """Count the blocks of a paged key/value cache and share equal prefixes, in plain Python (no section in the paper).
 
-The cache is cut into blocks of `block_size` positions, and a sequence holds a table of blocks, so memory follows what is
-written and not what might be. Blocks are reference-counted: sequences with a common prefix hold the same blocks.
+The cache is cut into blocks of `block_size` positions, and a sequence holds a table of blocks, so memory
+follows what is written and not what might be. Blocks are reference-counted: sequences with a common prefix
+hold the same blocks.
 
     hash_to_block[(id of the text before the block, tokens of the block)] = block, id of the text with it
 
-A full block is found by its tokens and by the text before it. Ids name texts and are never reused, so a block that was
-reused for other tokens cannot be found under its old key. (The key is exact; only Python's dict hashes it.) Blocks that no
-table holds keep their content until they are needed, the least recently used first: the next turn of a conversation finds
-its prefix there. A block that several tables hold is copied before one of them writes to it.
+A full block is found by its tokens and by the text before it. Ids name texts and are never reused, so a block
+that was reused for other tokens cannot be found under its old key. (The key is exact; only Python's dict
+hashes it.) Blocks that no table holds keep their content until they are needed, the least recently used
+first: the next turn of a conversation finds its prefix there. A block that several tables hold is copied
+before one of them writes to it.
 """
 
 import itertools
@@ -42,7 +44,10 @@ class CachedBlock(NamedTuple):
 
 
 class BlockTable:
-    """The blocks of one sequence, in order. `length` positions of them are written, or will be by the next pass."""
+    """The blocks of one sequence, in order.
+
+    `length` positions of them are written, or will be by the next pass.
+    """
 
     def __init__(self) -> None:
         self.blocks: list[int] = []

@@ -2,8 +2,8 @@
 
     logits -> penalties -> bias -> forbidden tokens to -inf -> temperature and cuts (`sampling.py`)
 
-Rules belong to what is sampled, as the cuts do: a reported log-probability stays the model's own, which training
-reproduces.
+Rules belong to what is sampled, as the cuts do: a reported log-probability stays the model's own, which
+training reproduces.
 """
 
 from collections import Counter
@@ -91,7 +91,9 @@ class LogitRules:
         return self.matcher is None or self.matcher.allows(token)
 
     def accept(self, token: int, forced: bool = False) -> bool:
-        """Take in the next token; return whether the rules allowed it. They do not if they left no token at all.
+        """Take in the next token; return whether the rules allowed it.
+
+        They do not if they left no token at all.
 
         forced: the token was not sampled, so that only the grammar has to allow it.
         """

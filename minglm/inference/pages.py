@@ -1,9 +1,9 @@
 """The tensors of the paged cache, and what one forward pass sees of them (no section in the paper).
 
-A pass computes T tokens of any number of sequences as one row of T: the whole of a prompt, the next token of an
-answer, a token and the drafts after it. Linear layers and experts see T tokens without padding; only attention sorts
-them by sequence. All rows write their keys and values before any row reads, so a prompt may begin with blocks that
-another one fills in the same pass.
+A pass computes T tokens of any number of sequences as one row of T: the whole of a prompt, the next token of
+an answer, a token and the drafts after it. Linear layers and experts see T tokens without padding; only
+attention sorts them by sequence. All rows write their keys and values before any row reads, so a prompt may
+begin with blocks that another one fills in the same pass.
 """
 
 from array import array
@@ -57,8 +57,8 @@ class TableSpan:
 class LayerPages:
     """Keys and values of one layer: (blocks, 2, M, size, A), keys first. `plan` is the pass in progress.
 
-    With latent attention there are no values: (blocks, 1, 1, size, L + R), see `minglm.model.mla`. Slots before `first`
-    are hidden.
+    With latent attention there are no values: (blocks, 1, 1, size, L + R), see `minglm.model.mla`. Slots
+    before `first` are hidden.
     """
 
     def __init__(self, store: torch.Tensor, size: int, first: int = 0) -> None:
@@ -100,8 +100,8 @@ class Plan:
     """One pass: which rows of the stores it writes and reads.
 
     written: for each token, part (keys, values) and head, the row of the store seen as (blocks * parts * M * size, A).
-    groups: the sequences that are read together, those of equal length next to each other; their rows are those of the
-    store seen as (blocks * parts * M, size * A). positions_T: the position of each token.
+    groups: the sequences that are read together, those of equal length next to each other; their rows are
+    those of the store seen as (blocks * parts * M, size * A). positions_T: the position of each token.
     """
 
     def __init__(
@@ -140,9 +140,10 @@ class Plan:
 class PagedCache:
     """Keys and values of all layers, and passes of the model's own forward over them.
 
-    `layers` has one `LayerPages` for each decoder layer. With drafts `mtp_layer` is that of the MTP layer, and `states`
-    has the state after each token. With `choices` that tensor has the experts of each token (blocks, size, L, K), for the
-    L MoE layers of the trunk: they are kept where the token's keys are, so blocks that are shared bring them along.
+    `layers` has one `LayerPages` for each decoder layer. With drafts `mtp_layer` is that of the MTP layer,
+    and `states` has the state after each token. With `choices` that tensor has the experts of each token
+    (blocks, size, L, K), for the L MoE layers of the trunk: they are kept where the token's keys are, so
+    blocks that are shared bring them along.
     """
 
     same_bits_in_any_batch: ClassVar[bool] = False

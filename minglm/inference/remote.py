@@ -11,13 +11,15 @@
                     or without a disk, as `minglm.inference.weight_transfer` says
     cancelled       the connection is closed                         the same
 
-Tokens in, tokens out: nothing is tokenized by the engine, and the log-probabilities are those of the distribution that was
-sampled from. The weights travel as a released checkpoint in the run's folder, which engine and trainer both see, or with
---rollout_weights tensors (SGLang, minglm) or broadcast (SGLang, vLLM) without a disk.
+Tokens in, tokens out: nothing is tokenized by the engine, and the log-probabilities are those of the
+distribution that was sampled from. The weights travel as a released checkpoint in the run's folder, which
+engine and trainer both see, or with --rollout_weights tensors (SGLang, minglm) or broadcast (SGLang, vLLM)
+without a disk.
 
-Fields were read from vLLM's `entrypoints/openai/completion/protocol.py` (commit 002032e), `entrypoints/serve/dev/rlhf/
-api_router.py` (0100a21) and worker (`reload_weights`), and SGLang's `srt/entrypoints/http_server.py` (0025436) and
-`srt/managers/io_struct.py`; no GPU was at hand, so the real engines have not been run. They are started so:
+Fields were read from vLLM's `entrypoints/openai/completion/protocol.py` (commit 002032e),
+`entrypoints/serve/dev/rlhf/ api_router.py` (0100a21) and worker (`reload_weights`), and SGLang's
+`srt/entrypoints/http_server.py` (0025436) and `srt/managers/io_struct.py`; no GPU was at hand, so the real
+engines have not been run. They are started so:
 
     VLLM_SERVER_DEV_MODE=1 vllm serve CHECKPOINT --logprobs-mode processed_logprobs
     python -m sglang.launch_server --model-path CHECKPOINT --skip-tokenizer-init
@@ -29,8 +31,8 @@ Choices
   weights, so a second trainer on one engine is noticed at its first update.
 - What the engine cannot be asked for in these words (a grammar, a budget of reasoning, penalties) is refused by name.
 
-A sharded trainer never has its weights whole: it writes them rank by rank, or gathers and sends them bucket by bucket. Its
-first rank speaks to the engine, and each asks for the answers that it is dealt.
+A sharded trainer never has its weights whole: it writes them rank by rank, or gathers and sends them bucket
+by bucket. Its first rank speaks to the engine, and each asks for the answers that it is dealt.
 """
 
 import asyncio
@@ -83,9 +85,9 @@ class EngineKind(StrEnum):
 class RemoteGenerator:
     """A `Generator` over an engine that answers HTTP.
 
-    model: has the shape of all weights. folder: where checkpoints are written for the engine. weights: the first ones;
-    None: those of the model. dtype: in which they are written; None: as they are. ranks: all of a trainer, which call every
-    method but `generate` together. transfer: the way of the weights.
+    model: has the shape of all weights. folder: where checkpoints are written for the engine. weights: the
+    first ones; None: those of the model. dtype: in which they are written; None: as they are. ranks: all of a
+    trainer, which call every method but `generate` together. transfer: the way of the weights.
     Raises ValueError, in one line, for an engine that is not there, that cannot read the weights, or of another size.
     """
 
@@ -155,7 +157,10 @@ class RemoteGenerator:
         return self._read_completions(answer, request)
 
     async def _post(self, path: str, body: JSONObject) -> JSONObject:
-        """Return the answer to a request. Raises `AnswerFailed` where the engine fails at it, ValueError otherwise."""
+        """Return the answer to a request.
+
+        Raises `AnswerFailed` where the engine fails at it, ValueError otherwise.
+        """
         import httpx
 
         loop = asyncio.get_running_loop()
@@ -245,7 +250,10 @@ class RemoteGenerator:
     def _completion(
         self, tokens: Sequence[Any], logprobs: Sequence[Any], reason: Any
     ) -> Completion:
-        """Return an answer. Raises `AnswerFailed` for one that went wrong, ValueError for one that is none."""
+        """Return an answer.
+
+        Raises `AnswerFailed` for one that went wrong, ValueError for one that is none.
+        """
         if reason not in (FinishReason.STOP, FinishReason.LENGTH):
             raise AnswerFailed(f"{self.url}: the answer ended with {reason!r}")
         whole = all(isinstance(logprob, int | float) for logprob in logprobs)
@@ -276,7 +284,9 @@ class RemoteGenerator:
         return self.tokenizer.stop_ids if request.stop_ids is None else request.stop_ids
 
     def update_weights(self, weights: Mapping[str, Tensor], version: int = 0) -> None:
-        """Write the weights as a released checkpoint, and have the engine read it. Raises ValueError if it does not.
+        """Write the weights as a released checkpoint, and have the engine read it.
+
+        Raises ValueError if it does not.
 
         version: by which the tokens they draw are marked.
         """
@@ -292,7 +302,10 @@ class RemoteGenerator:
         self.ranks.first(lambda: self._announce(folder))
 
     def _prepare_sender(self) -> None:
-        """Make what sends weights without a disk. Raises ValueError, in one line, where the engine takes none."""
+        """Make what sends weights without a disk.
+
+        Raises ValueError, in one line, where the engine takes none.
+        """
         if self.transfer == WeightTransfer.DISK:
             return
         match self.kind, self.transfer:

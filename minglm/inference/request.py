@@ -59,8 +59,8 @@ class Request:
     top_logprobs: int = 0
     """How many of the most likely tokens to report with each sampled token."""
     prompt_logprobs: int | None = None
-    """How many of the most likely tokens to report with each token of the prompt; None: report nothing. With this,
-    `max_new_tokens` = 0 scores a text."""
+    """How many of the most likely tokens to report with each token of the prompt; None: report nothing. With
+    this, `max_new_tokens` = 0 scores a text."""
     grammar: str | None = None
     """What the completion must match, in the notation of `minglm.inference.grammar`."""
     thinking_budget: int | None = None
@@ -134,8 +134,8 @@ class Completion:
     forced: list[int] = field(default_factory=list)
     """Places of the tokens that were put in, not sampled: the close of a thought beyond its budget."""
     experts_SLK: Tensor | None = field(default=None, compare=False)
-    """The experts of each token but the last of prompt and completion, on each MoE layer: uint8, int16 for more than 256
-    experts. None where the engine was not asked to keep them."""
+    """The experts of each token but the last of prompt and completion, on each MoE layer: uint8, int16 for
+    more than 256 experts. None where the engine was not asked to keep them."""
 
 
 class Event(NamedTuple):

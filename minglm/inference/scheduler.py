@@ -1,10 +1,10 @@
 """Choose what the next forward pass computes: continuous batching in plain Python (no section in the paper).
 
-Each pass takes the next token of every running sequence, and up to `prefill_tokens` tokens of prompts: half of them for the
-oldest, if it needs so many, the others for the shortest first. So a short prompt does not wait for all of a long one, and a
-long one does not wait for ever. Requests with the same prompt are computed once. When blocks run out, the last prompt in this
-order or else the youngest sequence returns its blocks and waits; its text so far is then its prompt, so it continues as if
-it had not been interrupted.
+Each pass takes the next token of every running sequence, and up to `prefill_tokens` tokens of prompts: half
+of them for the oldest, if it needs so many, the others for the shortest first. So a short prompt does not
+wait for all of a long one, and a long one does not wait for ever. Requests with the same prompt are computed
+once. When blocks run out, the last prompt in this order or else the youngest sequence returns its blocks and
+waits; its text so far is then its prompt, so it continues as if it had not been interrupted.
 """
 
 from collections import deque
@@ -21,8 +21,9 @@ from minglm.inference.thinking import ThoughtBudget
 class Sequence:
     """A request that is being answered: its text so far, and the table of its keys and values once they are computed.
 
-    number: as `Engine.submit` returned it. stop_ids: the tokens that end it. limit: the model's positions. rules: what
-    changes its logits before sampling, None for most requests. thought: counts its reasoning, None without a budget.
+    number: as `Engine.submit` returned it. stop_ids: the tokens that end it. limit: the model's positions.
+    rules: what changes its logits before sampling, None for most requests. thought: counts its reasoning,
+    None without a budget.
     """
 
     def __init__(
@@ -104,8 +105,8 @@ class Row:
 class Prefill:
     """A text that is not computed yet, and the sequences that begin with it.
 
-    A sequence that was preempted leaves its last token out: the pass after this one takes it, as it takes the last token
-    of any running sequence, with drafts.
+    A sequence that was preempted leaves its last token out: the pass after this one takes it, as it takes the
+    last token of any running sequence, with drafts.
     """
 
     def __init__(self, sequence: Sequence) -> None:
@@ -183,8 +184,8 @@ class Scheduler:
     def plan(self, drafts: int = 0) -> Schedule:
         """Return the next pass.
 
-        drafts: how many positions to reserve after the last token of each running sequence, if it may still become that
-        long.
+        drafts: how many positions to reserve after the last token of each running sequence, if it may still
+        become that long.
         """
         self._copies = []
         self._reserve(drafts)
@@ -345,8 +346,8 @@ class Scheduler:
 def _max_drafts(sequence: Sequence, drafts: int) -> int:
     """Return how many drafts a sequence has room for: the token after them must still fit.
 
-    Rules depend on the tokens before, drafts included: a sequence with rules gets none, nor does one whose next token is
-    known.
+    Rules depend on the tokens before, drafts included: a sequence with rules gets none, nor does one whose
+    next token is known.
     """
     if sequence.rules is not None or sequence.forced_token is not None:
         return 0

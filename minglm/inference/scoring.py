@@ -2,17 +2,19 @@
 
     log mu(y_t), recorded when y_t was drawn    =    log pi(y_t), computed here from the same weights, bit for bit
 
-A trainer's forward pass and an engine's add up the same numbers in other orders, so their log-probabilities differ by
-rounding, and now and then by an expert. Two ways make them equal. Either the training pass and the engine both use forms
-of every operation whose result for a row does not depend on the other rows; or the values come from one computation. This
-is the second. In the C decoder every number of a token depends on its own text alone (`cpu_decoder.py`), so a text that is
-read in one pass, beside any others, has the bits that it had when it was drawn token by token. What the trainer adds is the
-gradient: it is computed by the training pass, at activations that differ by rounding, and belongs to the same function
-(`minglm.rl.exact`).
+A trainer's forward pass and an engine's add up the same numbers in other orders, so their log-probabilities
+differ by rounding, and now and then by an expert. Two ways make them equal. Either the training pass and the
+engine both use forms of every operation whose result for a row does not depend on the other rows; or the
+values come from one computation. This is the second. In the C decoder every number of a token depends on its
+own text alone (`cpu_decoder.py`), so a text that is read in one pass, beside any others, has the bits that it
+had when it was drawn token by token. What the trainer adds is the
+gradient: it is computed by the training pass, at activations that differ by rounding, and belongs to the same
+function (`minglm.rl.exact`).
 
-Choices. C and not slower products in PyTorch: the products of PyTorch on a CPU promise nothing about the rows beside a row,
-and tiles of one fixed size make every pass slower, where this adds one pass without gradients to an update. The blocks of
-the cache have to be as large as the engine's, because attention adds up block by block.
+Choices. C and not slower products in PyTorch: the products of PyTorch on a CPU promise nothing about the rows
+beside a row, and tiles of one fixed size make every pass slower, where this adds one pass without gradients
+to an update. The blocks of the cache have to be as large as the engine's, because attention adds up block by
+block.
 """
 
 from collections.abc import Sequence
@@ -42,8 +44,8 @@ class Text(NamedTuple):
 class Scorer:
     """Scores texts with the C decoder. Reads the weights of the model anew in each call.
 
-    model: float32, on a CPU. block: of the engine whose bits are wanted. Raises ValueError, one line, where the C decoder
-    cannot run.
+    model: float32, on a CPU. block: of the engine whose bits are wanted. Raises ValueError, one line, where
+    the C decoder cannot run.
     """
 
     def __init__(self, model: GLM, block: int = BLOCK_SIZE) -> None:

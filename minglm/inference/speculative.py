@@ -3,14 +3,15 @@
     draft x_i ~ q_i;   accept while u_i < min(1, p_i(x_i) / q_i(x_i));   at the first rejection sample from
     max(0, p_i - q_i), normalised;   after n accepted drafts sample one more, the bonus token, from p_{n+1}
 
-p is what the trunk would have sampled from, after temperature and cuts; q is the same for the MTP layer. A draft x is
-kept with probability min(p, q), and the rejections supply what is missing up to p, so the tokens follow p exactly, whatever
-q is: a bad draft costs time and nothing else.
+p is what the trunk would have sampled from, after temperature and cuts; q is the same for the MTP layer. A
+draft x is kept with probability min(p, q), and the rejections supply what is missing up to p, so the tokens
+follow p exactly, whatever q is: a bad draft costs time and nothing else.
 
-GLM-4.5 has one MTP layer and applies it repeatedly: its own state takes the place of the trunk's for the next draft.
-Released engines differ in whether that is the state before or after `shared_head.norm`; here it is after, like the
-trunk's. The layer's key for token s (and the state before it) is kept in slot s, so a slot depends only on the text up to
-its token, and blocks can be shared; slot 0 has no state before it and is never read.
+GLM-4.5 has one MTP layer and applies it repeatedly: its own state takes the place of the trunk's for the next
+draft. Released engines differ in whether that is the state before or after `shared_head.norm`; here it is
+after, like the trunk's. The layer's key for token s (and the state before it) is kept in slot s, so a slot
+depends only on the text up to its token, and blocks can be shared; slot 0 has no state before it and is never
+read.
 """
 
 from itertools import accumulate
@@ -44,9 +45,9 @@ def verify(
 ) -> tuple[Tensor, Tensor]:
     """Return how many drafts of each row are accepted, int64 (B,), and the token after them, int64 (B,).
 
-    p (B, S + 1, V): the target at each draft and after the last; q (B, S, V): what the drafts int64 (B, S) were sampled
-    from; neither has to be normalised. lengths int64 (B,): how many drafts a row has. accept (B, S), last (B,): uniform
-    numbers.
+    p (B, S + 1, V): the target at each draft and after the last; q (B, S, V): what the drafts int64 (B, S)
+    were sampled from; neither has to be normalised. lengths int64 (B,): how many drafts a row has. accept (B,
+    S), last (B,): uniform numbers.
     """
     B, S, V = q_BSV.shape
     p_BSV = p_BSV.double() / p_BSV.double().sum(-1, keepdim=True)
@@ -153,8 +154,9 @@ def verify_pass(
 class Drafter:
     """Drafts with a model's MTP layer for the engine, over the last layer of its pages.
 
-    The state after each token is kept in `pages.states`, so the layer can continue anywhere: after a block of another
-    request, after a part of a prompt, after the accepted drafts. `drafted` and `accepted` count tokens.
+    The state after each token is kept in `pages.states`, so the layer can continue anywhere: after a block of
+    another request, after a part of a prompt, after the accepted drafts. `drafted` and `accepted` count
+    tokens.
     """
 
     def __init__(self, model: GLM, max_drafts: int) -> None:

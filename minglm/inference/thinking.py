@@ -23,7 +23,9 @@ CLOSE_TAG = "</think>"
 
 
 class ThoughtBudget:
-    """Where an answer stands with its thinking budget. Raises ValueError for a tokenizer without the two tags.
+    """Where an answer stands with its thinking budget.
+
+    Raises ValueError for a tokenizer without the two tags.
 
     special: {name: id} of the tokenizer's special tokens.
     """

@@ -13,10 +13,11 @@
     POST /update_weights                    {update_info: {names, dtype_names, shapes}}
     POST /finish_weight_update              and /reset_prefix_cache, /resume
 
-The disk is in `minglm.inference.remote`; here are the other two. Fields: SGLang's `srt/managers/io_struct.py` and
-`srt/entrypoints/http_server.py`, what it unpickles, `srt/utils/common.py`; vLLM's `distributed/weight_transfer/nccl_engine.py`
-and `entrypoints/serve/dev/rlhf/api_router.py`. They are started as `minglm.inference.remote` says, and vLLM with
---weight-transfer-config '{"backend": "nccl"}' for the broadcast.
+The disk is in `minglm.inference.remote`; here are the other two. Fields: SGLang's `srt/managers/io_struct.py`
+and `srt/entrypoints/http_server.py`, what it unpickles, `srt/utils/common.py`; vLLM's
+`distributed/weight_transfer/nccl_engine.py` and `entrypoints/serve/dev/rlhf/api_router.py`. They are started
+as `minglm.inference.remote` says, and vLLM with --weight-transfer-config '{"backend": "nccl"}' for the
+broadcast.
 
 Choices
 - SGLang gets a pickle of names and CPU tensors for each of its tensor-parallel ranks, by their released names, as its own
@@ -26,8 +27,8 @@ Choices
 - vLLM's broadcast is NCCL without torch.distributed, which the trainer joins by vLLM's own classes: it needs vLLM beside it.
   Its tensors in requests are handles of a GPU's memory, for a trainer on the same GPU; they are not used here.
 
-Simplified: no request may be under way, or its tokens come from weights of two versions. The trainer's rollouts have ended
-when it sends weights. Real engines on GPUs have not been run.
+Simplified: no request may be under way, or its tokens come from weights of two versions. The trainer's
+rollouts have ended when it sends weights. Real engines on GPUs have not been run.
 """
 
 import base64
@@ -260,7 +261,10 @@ class Started(Generic[Result]):
             self.outcome.set_exception(error)
 
     def result(self) -> Result:
-        """Wait for the function, and return its result. Raises ValueError, in one line, where torch gives up."""
+        """Wait for the function, and return its result.
+
+        Raises ValueError, in one line, where torch gives up.
+        """
         try:
             return self.outcome.result()
         except RuntimeError as error:

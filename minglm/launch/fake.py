@@ -1,7 +1,8 @@
 """Watch a step on tensors without numbers: its collectives, its memory, and answers where a number is asked for.
 
-A fake world (`torch.testing._internal.distributed.fake_pg`) has any number of ranks in one process; their collectives
-return at once. Tensors are fake too: they have shapes and no numbers. Where the program asks for a number, `Watch`
+A fake world (`torch.testing._internal.distributed.fake_pg`) has any number of ranks in one process; their
+collectives return at once. Tensors are fake too: they have shapes and no numbers. Where the program asks for
+a number, `Watch`
 answers: experts have equal loads, every target counts, a scalar is one.
 """
 
@@ -47,8 +48,8 @@ NAMES = {
 class Watch(TorchDispatchMode):
     """Counts collectives and memory, and answers questions for numbers.
 
-    counts, bytes: of collectives by kind; bytes are those of the larger of what a rank gives and what it gets. held, peak:
-    bytes of all storages that are alive, and the most there were since `begin`.
+    counts, bytes: of collectives by kind; bytes are those of the larger of what a rank gives and what it
+    gets. held, peak: bytes of all storages that are alive, and the most there were since `begin`.
     """
 
     def __init__(self) -> None:

@@ -6,8 +6,8 @@
     minglm run CONFIG --until reasoning.sft --parallel.cp 8        fine-tuning of an expert
     minglm run CONFIG --until reasoning.rl --parallel.cp 4         its reinforcement learning, and so on
 
-One run in one folder: each command continues where the one before ended, in the layout that its rows need. A job that is
-started again begins with the first command, which finds its stages complete and ends at once.
+One run in one folder: each command continues where the one before ended, in the layout that its rows need. A
+job that is started again begins with the first command, which finds its stages complete and ends at once.
 
 A plan that does not fit is refused before a script is written.
 """
@@ -67,8 +67,9 @@ def make_job(
 ) -> Job:
     """Return the job of a config. config: its path, as `run` takes it. gpus: 0 for as many as the config's layout has.
 
-    until: the last stage of pre- or mid-training to run; None: all stages, post-training included.
-    Raises ValueError, in one line, for a layout that is impossible or does not fit in any stage, and for an unknown stage.
+    until: the last stage of pre- or mid-training to run; None: all stages, post-training included. Raises
+    ValueError, in one line, for a layout that is impossible or does not fit in any stage, and for an unknown
+    stage.
     """
     gpus = gpus or gpus_of(run)
     if until is not None:

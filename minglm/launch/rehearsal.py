@@ -2,18 +2,18 @@
 
     fake world of N ranks  ->  model on the meta device  ->  shard  ->  one step on tensors without numbers
 
-What is real: the meshes, the sharding, the dispatcher, the loop, the pipeline's schedule, clipping and the optimizer, all
-that a rank executes, seen from the first rank, and from the first one of the last stage. What is not: numbers, and the
-kernels of a GPU, for which `minglm.launch.stand_ins` keep as much memory. So the bytes of parameters and optimizer are exact,
-collectives are those of a real step, and the peak is that of PyTorch's tensors: without NCCL's buffers, fragmentation, and
-gathers that run ahead.
+What is real: the meshes, the sharding, the dispatcher, the loop, the pipeline's schedule, clipping and the
+optimizer, all that a rank executes, seen from the first rank, and from the first one of the last stage. What
+is not: numbers, and the kernels of a GPU, for which `minglm.launch.stand_ins` keep as much memory. So the
+bytes of parameters and optimizer are exact, collectives are those of a real step, and the peak is that of
+PyTorch's tensors: without NCCL's buffers, fragmentation, and gathers that run ahead.
 
-The passes of a deep model are extrapolated from two shallow ones: every layer after the dense ones is the same, so memory
-and collectives are linear in their number. In a pipeline the stages become shallow, and equally so. Sharding and optimizer
-are those of the whole model.
+The passes of a deep model are extrapolated from two shallow ones: every layer after the dense ones is the
+same, so memory and collectives are linear in their number. In a pipeline the stages become shallow, and
+equally so. Sharding and optimizer are those of the whole model.
 
-Experts have equal loads (the dispatcher's `force_balanced`). Tokens are exchanged by all-to-alls also where a run would use
-DeepEP, whose kernels are no collectives of torch.distributed.
+Experts have equal loads (the dispatcher's `force_balanced`). Tokens are exchanged by all-to-alls also where a
+run would use DeepEP, whose kernels are no collectives of torch.distributed.
 """
 
 import contextlib

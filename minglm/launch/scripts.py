@@ -8,8 +8,8 @@ What all three do:
     restart      after a rank that died torchrun starts all of them again, `RESTARTS` times: they resume on the same nodes
     again        a job that failed or was preempted is put back into the queue, `AGAIN` times at most
 
-A script holds no secret and no path but those that were given. It is plain: read it before you start it, and change what
-your cluster needs, such as NCCL_SOCKET_IFNAME.
+A script holds no secret and no path but those that were given. It is plain: read it before you start it, and
+change what your cluster needs, such as NCCL_SOCKET_IFNAME.
 """
 
 import json
@@ -117,8 +117,8 @@ def slurm_script(
 def kubernetes_objects(job: Job, image: str, claim: str) -> str:
     """Return a headless Service and an indexed Job as one List, in JSON, which kubectl reads as it reads YAML.
 
-    image: a container image with minglm installed. claim: a PersistentVolumeClaim that all nodes can write, mounted at the
-    working folder, with the configs and the runs in it.
+    image: a container image with minglm installed. claim: a PersistentVolumeClaim that all nodes can write,
+    mounted at the working folder, with the configs and the runs in it.
     """
     labels = {"app": job.name}
     script = "\n".join(

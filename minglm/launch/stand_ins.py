@@ -1,9 +1,9 @@
 """Operations that compute nothing and keep what the GPU's kernels keep: the step of a rehearsal (no section in the paper).
 
-A rehearsal runs the real step on tensors without numbers, on a machine without a GPU. Its memory must be that of the
-kernels for a GPU and not that of the forms for a CPU, so each operation of a layer is replaced by one with the same
-arguments, results and gradients, that saves for its backward pass what the Triton form saves. What a kernel needs only
-while it runs is allocated and dropped.
+A rehearsal runs the real step on tensors without numbers, on a machine without a GPU. Its memory must be that
+of the kernels for a GPU and not that of the forms for a CPU, so each operation of a layer is replaced by one
+with the same arguments, results and gradients, that saves for its backward pass what the Triton form saves.
+What a kernel needs only while it runs is allocated and dropped.
 """
 
 import math

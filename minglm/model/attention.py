@@ -2,10 +2,10 @@
 
     q, k, v = Wq x + bq, Wk x + bk, Wv x + bv;   q, k = rope(norm(q)), rope(norm(k));   out = Wo attend(q, k, v)
 
-Choices. N * A exceeds the width (96 heads of 128 on a width of 5120): the paper found that more heads do not lower the
-loss but help reasoning. QK-norm is an RMSNorm over each head, one weight vector for all heads, before the rotation; it
-bounds the attention logits (GLM-4.5 has it, Air does not). `attend` is a plain attribute that can be replaced from
-outside, for example for context parallelism.
+Choices. N * A exceeds the width (96 heads of 128 on a width of 5120): the paper found that more heads do not
+lower the loss but help reasoning. QK-norm is an RMSNorm over each head, one weight vector for all heads,
+before the rotation; it bounds the attention logits (GLM-4.5 has it, Air does not). `attend` is a plain
+attribute that can be replaced from outside, for example for context parallelism.
 """
 
 from collections.abc import Callable
@@ -76,8 +76,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Map x (B, S, D) to (B, S, D).
 
-        rotation: that of the positions, see `minglm.model.rope.angles`. documents int (B, S): ids that attention must not
-        cross. cache: the layer's cache when generating.
+        rotation: that of the positions, see `minglm.model.rope.angles`. documents int (B, S): ids that
+        attention must not cross. cache: the layer's cache when generating.
         """
         q_BSNA, k_BSMA = self.queries_keys(x_BSD, rotation)
         v_BSMA = rearrange(self.v_proj(x_BSD), "b s (m a) -> b s m a", m=self.kv_heads)

@@ -4,12 +4,13 @@
     sequence:  loss = alpha * E * sum_e f_e P_e,   f_e = share of the sequence's choices that fell on e,
                P_e = mean over the sequence of s_e / sum_e' s_e'
 
-The loads are those of the whole batch: summed over micro-batches and ranks, before one step of the bias. The forward
-pass returns them and does not count them itself, so recomputing activations cannot count a token twice.
-alpha is 1e-4 in the paper: the loss only prevents extremes within one sequence. At perfect balance it equals alpha.
-Where ranks share a row, each adds its positions to the counts of the row (`sum_over_row`). As f_e is a constant and P_e a
-sum over positions, the losses of the ranks then add up to that of the row, and so do their gradients.
-The paper gives a rate and no centring of the step; some systems subtract the step's mean, which changes no choice.
+The loads are those of the whole batch: summed over micro-batches and ranks, before one step of the bias. The
+forward pass returns them and does not count them itself, so recomputing activations cannot count a token
+twice. alpha is 1e-4 in the paper: the loss only prevents extremes within one sequence. At perfect balance it
+equals alpha. Where ranks share a row, each adds its positions to the counts of the row (`sum_over_row`). As
+f_e is a constant and P_e a sum over positions, the losses of the ranks then add up to that of the row, and so
+do their gradients. The paper gives a rate and no centring of the step; some systems subtract the step's mean,
+which changes no choice.
 """
 
 from collections.abc import Callable

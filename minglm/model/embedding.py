@@ -2,9 +2,9 @@
 
     x_t = E[token_t];     logits_t = W h_t;     W = E where the config ties them
 
-Everything that uses one of these two matrices is a method of its module, so that whatever wraps the module (FSDP2, tensor
-parallelism, quantisation) sees each use. The losses never hold the logits of a whole batch: see
-`minglm.kernels.cross_entropy`.
+Everything that uses one of these two matrices is a method of its module, so that whatever wraps the module
+(FSDP2, tensor parallelism, quantisation) sees each use. The losses never hold the logits of a whole batch:
+see `minglm.kernels.cross_entropy`.
 """
 
 import torch
@@ -42,8 +42,9 @@ class LMHead(nn.Module):
     ) -> Tensor:
         """Compute sum_t weight_t * CE(logits_t, target_t): a float32 scalar, without holding all logits.
 
-        hidden (T, D); targets int64 (T,); weights float32 (T,), for example a mask over a count of targets. If all
-        weights are zero, the loss is exactly 0 and so are its gradients. frozen: the head itself gets no gradient.
+        hidden (T, D); targets int64 (T,); weights float32 (T,), for example a mask over a count of targets.
+        If all weights are zero, the loss is exactly 0 and so are its gradients. frozen: the head itself gets
+        no gradient.
         """
         weight_VD = self.weight.detach() if frozen else self.weight
         return linear_cross_entropy(hidden_TD, weight_VD, targets_T, weights_T)
@@ -53,8 +54,8 @@ class LMHead(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Compute the log-probability of each target, and the entropy of each distribution.
 
-        hidden (T, D); targets int64 (T,); the logits are divided by `temperature`. Returns two float32 tensors (T,);
-        the entropy carries no gradient.
+        hidden (T, D); targets int64 (T,); the logits are divided by `temperature`. Returns two float32
+        tensors (T,); the entropy carries no gradient.
         """
         weight_VD = self.weight.to(hidden_TD.dtype)
         return token_log_probabilities(hidden_TD, weight_VD, targets_T, temperature)

@@ -2,8 +2,9 @@
 
     x <- x + attention(norm(x));   x <- x + ffn(norm(x));   logits = lm_head(norm(x))
 
-Parameters carry the names of the released checkpoints (the MTP layer is layer `num_hidden_layers`), except that each
-layer's experts are three stacks. The rotary base is an attribute that a training stage may change; it has no weights.
+Parameters carry the names of the released checkpoints (the MTP layer is layer `num_hidden_layers`), except
+that each layer's experts are three stacks. The rotary base is an attribute that a training stage may change;
+it has no weights.
 """
 
 import hashlib
@@ -90,8 +91,8 @@ class GLM(nn.Module):
     ) -> "GLM":
         """Load a released checkpoint: a folder with config.json and safetensors, see `minglm.model.hf.files`.
 
-        dtype: of all parameters, torch.float32 to train; None: as stored, and computed in. Raises ValueError, one line,
-        for a folder that is not a whole checkpoint of a GLM-4.5 model.
+        dtype: of all parameters, torch.float32 to train; None: as stored, and computed in. Raises ValueError,
+        one line, for a folder that is not a whole checkpoint of a GLM-4.5 model.
         """
         opened = open_folder(folder)
         with torch.device("meta"):
@@ -141,9 +142,10 @@ class GLM(nn.Module):
     ) -> Output:
         """Run the trunk, and with `mtp` the MTP layer after it.
 
-        tokens int64 (B, S); positions int64 (B, S); documents int (B, S), -1 for padding. cache: one layer cache for
-        each decoder layer. next int64 (B, S): the token after each position, for the MTP layer; None: that of the row.
-        imposed int (B, S, L, K): experts for each MoE layer of the trunk to take, see `Router.impose`.
+        tokens int64 (B, S); positions int64 (B, S); documents int (B, S), -1 for padding. cache: one layer
+        cache for each decoder layer. next int64 (B, S): the token after each position, for the MTP layer;
+        None: that of the row. imposed int (B, S, L, K): experts for each MoE layer of the trunk to take, see
+        `Router.impose`.
         """
         rotation = self.rotation(tokens_BS, positions_BS)
         x_BSD = self.embed(tokens_BS)
@@ -173,8 +175,8 @@ class GLM(nn.Module):
     def apply_layer(self, layer: nn.Module | None, *arguments: Any) -> Any:
         """Call a layer; with `recompute`, keep only its input and compute the rest again in the backward pass.
 
-        The routing that is returned is that of the first time, so no token is counted twice. Raises ValueError where
-        there is no layer: a pass with `mtp` through a model without an MTP layer.
+        The routing that is returned is that of the first time, so no token is counted twice. Raises
+        ValueError where there is no layer: a pass with `mtp` through a model without an MTP layer.
         """
         if layer is None:
             raise ValueError("this model has no MTP layer (num_nextn_predict_layers = 0)")
@@ -225,10 +227,10 @@ def whole(tensor: Tensor) -> Part:
 def initialize(model: GLM, seed: int = 0, own_part: Callable[[Tensor], Part] = whole) -> None:
     """Set every parameter and buffer to its initial value, by the table of `minglm.model.parameters`.
 
-    Each matrix, also each of a stack, draws from its own generator, on the CPU: a process that holds a part of the weights
-    has the values that one with all of them has there. own_part: the part of a tensor that is in this process. Safe for a
-    model built on the meta device and then materialised with `to_empty`. Raises ValueError for a tensor without a row in
-    the table.
+    Each matrix, also each of a stack, draws from its own generator, on the CPU: a process that holds a part
+    of the weights has the values that one with all of them has there. own_part: the part of a tensor that is
+    in this process. Safe for a model built on the meta device and then materialised with `to_empty`. Raises
+    ValueError for a tensor without a row in the table.
     """
     named = list(model.named_parameters()) + list(model.named_buffers())
     for name, tensor in named:

@@ -2,8 +2,8 @@
 
     RMSNorm(x) = weight * x / sqrt(mean(x^2) + eps);   MLP(x) = down( silu(gate x) * up x )
 
-Weights are kept in float32 and cast to the dtype of the activations where they are used, so the same model trains in
-float32 or with bfloat16 matrix products by casting one tensor: the output of the embedding.
+Weights are kept in float32 and cast to the dtype of the activations where they are used, so the same model
+trains in float32 or with bfloat16 matrix products by casting one tensor: the output of the embedding.
 """
 
 from typing import overload

@@ -4,16 +4,17 @@
     q_n = Wq_n norm(Wqa x),  its last R dimensions rotated;   k_n = [Uk_n c ; r],   v_n = Uv_n c
     out = Wo [ attend(q_n, k_n, v_n) ];     scale (dimensions of q_n)^-1/2
 
-All keys and values of a position are linear in c, so the cache holds c and r: 576 values a layer in GLM-4.7-Flash,
-where keys and values of its 20 heads would be 10,240.
+All keys and values of a position are linear in c, so the cache holds c and r: 576 values a layer in
+GLM-4.7-Flash, where keys and values of its 20 heads would be 10,240.
 
-Choices. Training and scoring compute keys and values of all positions and call `attend`, as `minglm.model.attention`
-does. With a cache Uk moves to the query and Uv behind the sum over positions, so that both products are with c itself:
+Choices. Training and scoring compute keys and values of all positions and call `attend`, as
+`minglm.model.attention` does. With a cache Uk moves to the query and Uv behind the sum over positions, so
+that both products are with c itself:
 
     q_n . k_n = (Uk_n' q_n) . c + q_rope . r;     sum_j P_j v_nj = Uv_n sum_j P_j c_j
 
-A cache therefore sees one key head [c ; r] that is the value too: `cache.attend(q, k, None)`. Neighbouring dimensions
-rotate (`rotate_pairs`). The two inner norms have their own epsilon, 1e-6.
+A cache therefore sees one key head [c ; r] that is the value too: `cache.attend(q, k, None)`. Neighbouring
+dimensions rotate (`rotate_pairs`). The two inner norms have their own epsilon, 1e-6.
 Simplified: Muon takes each projection as one matrix, though Wkv and U hold several.
 """
 

@@ -2,8 +2,8 @@
 
     y = sum over chosen e of w_e * expert_e(x)  +  shared(x);     expert_e(x) = down_e( silu(gate_e x) * (up_e x) )
 
-The shared expert is neither gated nor scaled. The experts are three stacks of matrices, so that one grouped product
-serves them all and an optimizer sees each expert's matrix as a slice.
+The shared expert is neither gated nor scaled. The experts are three stacks of matrices, so that one grouped
+product serves them all and an optimizer sees each expert's matrix as a slice.
 
 Three objects have one concern each, and each can be replaced without a change to this file:
 
@@ -14,9 +14,10 @@ Three objects have one concern each, and each can be replaced without a change t
     Experts             computes; its attribute `operation` is the kernel, in place of which generation in float8 puts
                         its own
 
-`Experts.forward` takes rows, each for one expert, as they arrive from other ranks. Where all experts are local, sorting,
-products and weighted sum are one kernel operation, which need not keep the experts' output for the backward pass:
-`LocalDispatcher` calls that (`Experts.weighted_sum`). Both compute the same: `minglm.testing.model.check_dispatcher`.
+`Experts.forward` takes rows, each for one expert, as they arrive from other ranks. Where all experts are
+local, sorting, products and weighted sum are one kernel operation, which need not keep the experts' output
+for the backward pass: `LocalDispatcher` calls that (`Experts.weighted_sum`). Both compute the same:
+`minglm.testing.model.check_dispatcher`.
 """
 
 from dataclasses import dataclass
@@ -36,7 +37,10 @@ from minglm.model.router import Router, replaced_choices
 
 @dataclass
 class Routing:
-    """The report of one MoE layer about a forward pass. Loads and loss are computed when someone asks for them."""
+    """The report of one MoE layer about a forward pass.
+
+    Loads and loss are computed when someone asks for them.
+    """
 
     experts_TK: Tensor
     """int64: the experts of each token, best first."""
@@ -168,8 +172,8 @@ class MoE(nn.Module):
     ) -> tuple[Tensor, Routing]:
         """Map x (B, S, D) to (y (B, S, D), Routing).
 
-        Positions where valid is False are computed but not counted in the routing. imposed int (B, S, K): experts to
-        take in place of the router's own choice, see `Router.impose`.
+        Positions where valid is False are computed but not counted in the routing. imposed int (B, S, K):
+        experts to take in place of the router's own choice, see `Router.impose`.
         """
         B, S, _ = x_BSD.shape
         x_TD = rearrange(x_BSD, "b s d -> (b s) d")

@@ -3,9 +3,9 @@
     z_t = eh_proj [ enorm(emb(token_{t+1})) ; hnorm(h_t) ];   z -> one MoE decoder layer -> shared_head.norm -> lm_head
     predicts token_{t+2}
 
-h_t is the trunk's output after its final norm; embedding and output head are the trunk's own. The embedding half comes
-first. In training this is a denser signal, weighted 0.3 and later 0.1; in generation the layer drafts tokens that the
-trunk then accepts or rejects. A target counts only inside its own document.
+h_t is the trunk's output after its final norm; embedding and output head are the trunk's own. The embedding
+half comes first. In training this is a denser signal, weighted 0.3 and later 0.1; in generation the layer
+drafts tokens that the trunk then accepts or rejects. A target counts only inside its own document.
 """
 
 import torch

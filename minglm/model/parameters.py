@@ -1,15 +1,16 @@
 """One table of every kind of parameter: name, shape, optimizer, weight decay, initial value (paper 2.1, 2.4, Table 1).
 
-`PARAMETERS` has a row for each name of a layer or of the model, `TREATMENT` says how each kind is trained. Whoever asks
-"what kind of tensor is this?" reads them: initialisation (`minglm.model.glm`), the optimizer (`minglm.optim.muon`),
-reading and writing released checkpoints (`minglm.model.hf.names`), and tests of the planner's counts.
+`PARAMETERS` has a row for each name of a layer or of the model, `TREATMENT` says how each kind is trained.
+Whoever asks "what kind of tensor is this?" reads them: initialisation (`minglm.model.glm`), the optimizer
+(`minglm.optim.muon`), reading and writing released checkpoints (`minglm.model.hf.names`), and tests of the
+planner's counts.
 
-minglm's parameters carry the names of the released checkpoints. Only the experts differ: a file holds one matrix for each
-expert and projection, the model one stack of them for each projection.
+minglm's parameters carry the names of the released checkpoints. Only the experts differ: a file holds one
+matrix for each expert and projection, the model one stack of them for each projection.
 
-Choices, see `minglm.optim.muon`: Muon trains every matrix but the embedding and the output head, router and MTP
-projection included; AdamW trains those two, norms and biases; weight decay is for matrices only. The selection bias is a
-buffer, which no optimizer moves (`minglm.model.balance`).
+Choices, see `minglm.optim.muon`: Muon trains every matrix but the embedding and the output head, router and
+MTP projection included; AdamW trains those two, norms and biases; weight decay is for matrices only. The
+selection bias is a buffer, which no optimizer moves (`minglm.model.balance`).
 """
 
 import re

@@ -4,10 +4,11 @@
 
     error of a module = largest difference of its outputs / largest output of the reference
 
-A wrong logit says that something is wrong; this says what. Both models compute the same tokens, and every module that has
-the same name in both is compared. The first one whose error is above the tolerance is at fault, or it uses something that
-is not a module (a wrong rotation shows in `o_proj`, wrong experts in `mlp`). A router's output is compared as a table of
-weights, tokens by experts, so that the order of the chosen experts does not matter.
+A wrong logit says that something is wrong; this says what. Both models compute the same tokens, and every
+module that has the same name in both is compared. The first one whose error is above the tolerance is at
+fault, or it uses something that is not a module (a wrong rotation shows in `o_proj`, wrong experts in `mlp`).
+A router's output is compared as a table of weights, tokens by experts, so that the order of the chosen
+experts does not matter.
 """
 
 import argparse
@@ -99,7 +100,10 @@ def first_difference(errors: Sequence[ModuleError], tolerance: float = FLOAT32) 
 
 
 def load_pair(folder: str | Path) -> tuple[GLM, nn.Module]:
-    """Load a released checkpoint in minglm and in transformers, both in float32. Needs `pip install minglm[hf]`."""
+    """Load a released checkpoint in minglm and in transformers, both in float32.
+
+    Needs `pip install minglm[hf]`.
+    """
     try:
         import transformers
     except ImportError:

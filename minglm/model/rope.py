@@ -2,12 +2,13 @@
 
     angle_i(s) = s * theta^(-2i / R)  for i < R / 2;   the pair (x_i, x_{i+R/2}) is rotated by angle_i(s)
 
-The first R = head_dim * partial_rotary_factor dimensions rotate and the rest pass through, so half of every head compares
-content without regard to distance. Dimension i pairs with dimension i + R/2 (half-split), not with its neighbour.
-GLM-4.7-Flash rotates neighbours (x_{2i}, x_{2i+1}) instead: the same rotation on dimensions in another order
-(`rotate_pairs`). The wrong layout gives a model whose text is almost, but not quite, that of the released one.
-Angles are float64 until their cosine is taken: at position 200,000 a float32 angle is off by 0.01 radians, and a bfloat16
-angle by hundreds. What depends on distances only would then depend on where in the context it stands.
+The first R = head_dim * partial_rotary_factor dimensions rotate and the rest pass through, so half of every
+head compares content without regard to distance. Dimension i pairs with dimension i + R/2 (half-split), not
+with its neighbour. GLM-4.7-Flash rotates neighbours (x_{2i}, x_{2i+1}) instead: the same rotation on
+dimensions in another order (`rotate_pairs`). The wrong layout gives a model whose text is almost, but not
+quite, that of the released one. Angles are float64 until their cosine is taken: at position 200,000 a float32
+angle is off by 0.01 radians, and a bfloat16 angle by hundreds. What depends on distances only would then
+depend on where in the context it stands.
 """
 
 from typing import NamedTuple

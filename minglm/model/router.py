@@ -2,15 +2,16 @@
 
     s = sigmoid(W x);   chosen = top-k of (s + b);   w_e = scale * s_e / sum over chosen of s
 
-Everything is float32, also in a model of another dtype: the steps of the bias are smaller than what bfloat16 can tell
-apart, so that rounding it would give many experts the same bias. The bias b only decides which experts are selected. The
-weights come from the scores without it, or balancing would change the output. Equal scores go to the lower expert index, so that decoding with a cache, in any
-batch, takes the same experts as one full pass. With expert groups only the best `topk_group` groups compete; a group is as
-good as the sum of its two best biased scores.
+Everything is float32, also in a model of another dtype: the steps of the bias are smaller than what bfloat16
+can tell apart, so that rounding it would give many experts the same bias. The bias b only decides which
+experts are selected. The weights come from the scores without it, or balancing would change the output. Equal
+scores go to the lower expert index, so that decoding with a cache, in any batch, takes the same experts as
+one full pass. With expert groups only the best `topk_group` groups compete; a group is as good as the sum of
+its two best biased scores.
 
-Reinforcement learning may impose the experts that the rollout engine chose (routing replay, arXiv 2510.11370). Then the
-choice is the engine's and the rest is as ever: the weights come from this router's own scores at the imposed experts, so
-they and the scores keep their gradient.
+Reinforcement learning may impose the experts that the rollout engine chose (routing replay, arXiv
+2510.11370). Then the choice is the engine's and the rest is as ever: the weights come from this router's own
+scores at the imposed experts, so they and the scores keep their gradient.
 """
 
 from collections.abc import Callable

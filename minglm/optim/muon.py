@@ -6,9 +6,9 @@ For a matrix W with gradient g:
     U  = orthogonalize(mu M + (1 - mu) g)          Nesterov; Newton-Schulz, 5 steps (minglm.kernels.newton_schulz)
     W <- W - lr wd W - lr 0.2 sqrt(max(rows, columns)) U
 
-All singular values of U are near one, so its Frobenius norm is near sqrt(min(rows, columns)) and the RMS of its entries
-near 1 / sqrt(max(rows, columns)). The last factor makes that 0.2, about the RMS of AdamW's updates: one learning rate
-and one weight decay then serve both optimizers and every shape.
+All singular values of U are near one, so its Frobenius norm is near sqrt(min(rows, columns)) and the RMS of
+its entries near 1 / sqrt(max(rows, columns)). The last factor makes that 0.2, about the RMS of AdamW's
+updates: one learning rate and one weight decay then serve both optimizers and every shape.
 
 Choices:
 - Muon trains every matrix, including the router's and the MTP layer's projection. An expert stack, (experts, rows,
@@ -29,9 +29,9 @@ Choices:
   momentum underflows, because the orthogonal factor of a matrix does not shrink with it.
 - State exists from the start, so an expert or a layer that has had no gradient yet has the same keys in a checkpoint.
 
-The learning rate is set from outside, in every group's "lr", before each step (`minglm.optim.schedule`). Simplified: a
-sharded parameter has a gradient on all its ranks or on none, as `fully_shard` leaves it; an expert without tokens has
-zeros.
+The learning rate is set from outside, in every group's "lr", before each step (`minglm.optim.schedule`).
+Simplified: a sharded parameter has a gradient on all its ranks or on none, as `fully_shard` leaves it; an
+expert without tokens has zeros.
 """
 
 import functools
@@ -89,9 +89,9 @@ def assign(
 ) -> list[dict[str, Any]]:
     """Divide parameters between Muon and AdamW by the table of `minglm.model.parameters`.
 
-    named_parameters: (name, parameter) pairs, names as in `GLM.named_parameters()`; parameters that need no gradient are
-    left out. Returns optimizer groups: dictionaries with "kind" ("muon" or "adamw"), (name, parameter) pairs in "params",
-    and settings. Raises ValueError for a parameter with more than three axes.
+    named_parameters: (name, parameter) pairs, names as in `GLM.named_parameters()`; parameters that need no
+    gradient are left out. Returns optimizer groups: dictionaries with "kind" ("muon" or "adamw"), (name,
+    parameter) pairs in "params", and settings. Raises ValueError for a parameter with more than three axes.
     """
     muon: list[tuple[str, Tensor]] = []
     heads: list[tuple[str, Tensor]] = []
@@ -140,8 +140,8 @@ def update_scale(shape: torch.Size | tuple[int, ...], update_rms: float) -> floa
 def alike(parameters: Sequence[Tensor], head_dim: int = 0) -> Iterator[list[Tensor]]:
     """Yield parameters whose matrices can be one stack: of one shape, dtype and device, with rows on the same ranks.
 
-    head_dim: rows of a matrix, where each head is one; 0: all rows of the parameter. At most `STACK_BYTES` of them at a
-    time, on the average of the ranks, so that all ranks divide them equally.
+    head_dim: rows of a matrix, where each head is one; 0: all rows of the parameter. At most `STACK_BYTES` of
+    them at a time, on the average of the ranks, so that all ranks divide them equally.
     """
     stacks: dict[Any, list[Tensor]] = defaultdict(list)
     for parameter in parameters:
@@ -167,8 +167,8 @@ class Muon(torch.optim.Optimizer):
     """Muon and AdamW over one model (equations in the module docstring).
 
     parameters: a module, or an iterable of (name, parameter), already on their device.
-    config: OptimizerConfig. orthogonalize: (stack, steps) -> stack, where another precision or algorithm is wanted;
-    None is Newton-Schulz with the config's polynomial.
+    config: OptimizerConfig. orthogonalize: (stack, steps) -> stack, where another precision or algorithm is
+    wanted; None is Newton-Schulz with the config's polynomial.
     Raises ValueError as `assign` and `ranks_of_rows` do, and when no parameter needs a gradient.
     """
 

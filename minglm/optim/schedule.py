@@ -39,8 +39,8 @@ def learning_rate_wsd(
 ) -> float:
     """Return the rate of warmup-stable-decay, the alternative that the paper rejects.
 
-    The rate stays at its peak until the last `decay_share` of the tokens, then falls linearly. Its end points are those
-    of `learning_rate`, and so are the errors.
+    The rate stays at its peak until the last `decay_share` of the tokens, then falls linearly. Its end points
+    are those of `learning_rate`, and so are the errors.
     """
     _check(config, total_tokens)
     if tokens < config.warmup_tokens:

@@ -5,8 +5,9 @@
 
 Both are filled tensor by tensor: beside the copy, a rank never has more than one whole tensor.
 
-A copy to generate with keeps its matrices in the dtype in which they are multiplied, half of the bytes for bfloat16: they would
-be rounded at each use, to the same numbers. Router, norms and biases stay float32, as a model in training has them.
+A copy to generate with keeps its matrices in the dtype in which they are multiplied, half of the bytes for
+bfloat16: they would be rounded at each use, to the same numbers. Router, norms and biases stay float32, as a
+model in training has them.
 """
 
 import torch

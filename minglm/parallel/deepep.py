@@ -6,14 +6,16 @@
 
     backward:  that of dispatch is combine, that of combine is dispatch along the same way
 
-`minglm.parallel.dispatcher` sends a token K times, once for each choice; this sends it once to each rank, so with 8 choices
-among 8 ranks about 5.3 times (`minglm.plan.speed.rows_of_a_token`), and the kernels write straight into the receiver's
+`minglm.parallel.dispatcher` sends a token K times, once for each choice; this sends it once to each rank, so
+with 8 choices among 8 ranks about 5.3 times (`minglm.plan.speed.rows_of_a_token`), and the kernels write
+straight into the receiver's
 memory: over NVLink inside a node, over RDMA between nodes. It replaces that dispatcher and nothing else
 (`--parallel.dispatcher deepep`).
 
-The calls were read from DeepEP 1.2.1 (github.com/deepseek-ai/DeepEP: `deep_ep/buffer.py`, `csrc/deep_ep.cpp`, the example
-of training in `docs/legacy.md`); version 2 keeps the same `Buffer` for older programs. They were **never run on GPUs**:
-tests hold them to a stand-in for the package, which checks every argument and exchanges through torch.distributed.
+The calls were read from DeepEP 1.2.1 (github.com/deepseek-ai/DeepEP: `deep_ep/buffer.py`, `csrc/deep_ep.cpp`,
+the example of training in `docs/legacy.md`); version 2 keeps the same `Buffer` for older programs. They were
+**never run on GPUs**: tests hold them to a stand-in for the package, which checks every argument and
+exchanges through torch.distributed.
 
 What it needs, and who refuses what is missing, in one line:
 - bfloat16, rows of a multiple of 256 numbers, as many ranks as there are settings for: the config (`minglm.config.run`);
@@ -59,8 +61,8 @@ class Arrival(NamedTuple):
 class DeepEPDispatcher:
     """The dispatcher for experts that the ranks of a group divide, in the order of the ranks, by DeepEP's kernels.
 
-    experts: how many there are in all, a multiple of the ranks. hidden_size: of the tokens, at most. Every rank of the group
-    must make one. Raises ImportError without the package.
+    experts: how many there are in all, a multiple of the ranks. hidden_size: of the tokens, at most. Every
+    rank of the group must make one. Raises ImportError without the package.
     """
 
     def __init__(self, group: dist.ProcessGroup, experts: int, hidden_size: int) -> None:

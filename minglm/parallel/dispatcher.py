@@ -3,8 +3,9 @@
     rows sorted by expert  ->  all-to-all  ->  each rank's experts  ->  all-to-all back  ->  weighted sum of a token's rows
                                     shared expert, meanwhile
 
-Each rank holds E / ranks consecutive experts. A token with K experts travels as up to K rows, to any ranks; how many rows
-come from where is exchanged first, since the receiver must know it. The weights of the sum stay at home.
+Each rank holds E / ranks consecutive experts. A token with K experts travels as up to K rows, to any ranks;
+how many rows come from where is exchanged first, since the receiver must know it. The weights of the sum stay
+at home.
 
 Choices:
 - Rows are sent in the order of their experts and computed in the order of arrival: the experts' operation sorts indices
@@ -14,8 +15,9 @@ Choices:
 - `force_balanced` sends the same number of rows everywhere, whatever the router says. Sizes then follow from shapes, which a
   planner needs that runs a step without numbers; benchmarks that use it say so.
 
-Simplified: the sizes are read back by the host, so a GPU waits for it once in each layer, and a token travels once for each
-choice, also to one rank. `minglm.parallel.deepep` sends it to a rank once, by kernels that write into the receiver's memory.
+Simplified: the sizes are read back by the host, so a GPU waits for it once in each layer, and a token travels
+once for each choice, also to one rank. `minglm.parallel.deepep` sends it to a rank once, by kernels that
+write into the receiver's memory.
 """
 
 from typing import NamedTuple

@@ -4,15 +4,17 @@
     slowest_rank        now and then: every rank times the same small product, and the slowest is named
     Watchdog            a step that does not end: one line with rank and place, the stack, and the process ends
 
-In a sharded step all ranks wait for one another many times, so all steps are as slow as the slowest rank and their times
-tell nothing of it. Therefore a product is timed that no rank needs another one for. A rank that waits for a collective
-which another one never joins would wait forever; when it ends instead, torchrun ends the others.
+In a sharded step all ranks wait for one another many times, so all steps are as slow as the slowest rank and
+their times tell nothing of it. Therefore a product is timed that no rank needs another one for. A rank that
+waits for a collective which another one never joins would wait forever; when it ends instead, torchrun ends
+the others.
 
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --max-restarts 3 ...
 
-starts all of them again, and they go on from the last checkpoint. Without the variable torchrun's own store serves every
-try, so ranks of the second look for those of the first, whose addresses are still in it. With it rank 0 opens a store for
-each try, on a port of its own. `check_restarts` refuses the one without the other; the scripts of `minglm launch` have both.
+starts all of them again, and they go on from the last checkpoint. Without the variable torchrun's own store
+serves every try, so ranks of the second look for those of the first, whose addresses are still in it. With it
+rank 0 opens a store for each try, on a port of its own. `check_restarts` refuses the one without the other;
+the scripts of `minglm launch` have both.
 """
 
 import contextlib
@@ -107,7 +109,10 @@ def seconds_of_a_product(device: torch.device) -> float:
 
 
 def slowest_rank(device: torch.device, ranks: Ranks) -> SlowRank | None:
-    """Time the same product on all ranks. Return the slowest one if it is slow, else None; the same on all ranks."""
+    """Time the same product on all ranks.
+
+    Return the slowest one if it is slow, else None; the same on all ranks.
+    """
     answers = ranks.together(lambda: (seconds_of_a_product(device), socket.gethostname()))
     median = statistics.median_low(seconds for seconds, _ in answers)
     rank = max(range(len(answers)), key=lambda rank: answers[rank][0])

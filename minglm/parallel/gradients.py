@@ -2,12 +2,13 @@
 
     |g|^2 = sum over ranks, and over the parameters of each, of |g_local|^2 / copies;      g <- g min(1, bound / |g|)
 
-Dense parameters and experts are sharded over different meshes, and pipeline stages have different parameters, so no mesh
-holds all. One number each rank can always add: the squares of its own rows. Rows that `dp_replicate` ranks hold in copies
-count as a part each. One all-reduce of one number then gives the norm, for any layout.
+Dense parameters and experts are sharded over different meshes, and pipeline stages have different parameters,
+so no mesh holds all. One number each rank can always add: the squares of its own rows. Rows that
+`dp_replicate` ranks hold in copies count as a part each. One all-reduce of one number then gives the norm,
+for any layout.
 
-- A NaN or an infinity on one rank makes the sum NaN or infinite on all, and all ranks get the same bits from the
-  all-reduce. So whatever is decided by the norm, such as to skip a step, is decided equally everywhere.
+- A NaN or an infinity on one rank makes the sum NaN or infinite on all, and all ranks get the same bits from
+  the all-reduce. So whatever is decided by the norm, such as to skip a step, is decided equally everywhere.
 - The squares are summed in float64, whose range the square of no float32 number leaves.
 - A model that is not sharded is measured by `torch.nn.utils.get_total_norm`, without any communication.
 """
@@ -27,8 +28,8 @@ CLIP_EPS = 1e-6
 def global_norm(model: nn.Module, without: nn.Module | None = None) -> Tensor:
     """Return the 2-norm of all gradients of a model, but those of its part `without`: a scalar, the same on every rank.
 
-    Of a model with DTensors every rank must call it, whether it has gradients or not. Raises ValueError for a model of
-    which only some parameters are DTensors: it cannot be known which ranks hold the others.
+    Of a model with DTensors every rank must call it, whether it has gradients or not. Raises ValueError for a
+    model of which only some parameters are DTensors: it cannot be known which ranks hold the others.
     """
     gradients = _gradients(model, without)
     sharded = {isinstance(parameter, DTensor) for parameter in model.parameters()}

@@ -1,7 +1,8 @@
 """Reach the part of a sharded tensor that is in this process (no section in the paper).
 
-A parameter of a sharded model is a DTensor: it has the global shape, and in this process the rows of one rank. What is
-done value by value, such as AdamW or the scaling of a gradient, is done on these rows, as if they were the tensor.
+A parameter of a sharded model is a DTensor: it has the global shape, and in this process the rows of one
+rank. What is done value by value, such as AdamW or the scaling of a gradient, is done on these rows, as if
+they were the tensor.
 """
 
 import math

@@ -4,9 +4,9 @@
     sparse   (pp, dp_replicate, efsdp, ep)      the same ranks; fsdp = efsdp x ep
     rows     (pp, data, cp)                     the same ranks; dp_replicate x fsdp = data x cp
 
-Neighbours along `ep` are neighbours in rank, so with ep up to the GPUs of a machine the tokens of the experts stay inside
-it, on NVLink, while the weights are gathered from the same GPU of each machine. Tokens are exchanged more often than weights
-where each rank brings many of them.
+Neighbours along `ep` are neighbours in rank, so with ep up to the GPUs of a machine the tokens of the experts
+stay inside it, on NVLink, while the weights are gathered from the same GPU of each machine. Tokens are
+exchanged more often than weights where each rank brings many of them.
 """
 
 from typing import NamedTuple
@@ -36,7 +36,10 @@ class Meshes(NamedTuple):
 
 
 def build_meshes(layout: Layout, device_type: str) -> Meshes:
-    """Return the meshes over all ranks of the world. Every rank must call it; `layout.world` is their number."""
+    """Return the meshes over all ranks of the world.
+
+    Every rank must call it; `layout.world` is their number.
+    """
     assert layout.world == dist.get_world_size(), (
         f"{layout} is not for {dist.get_world_size()} ranks"
     )

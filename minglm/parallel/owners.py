@@ -3,11 +3,11 @@
     ranks hold rows  ->  all-to-all  ->  each matrix whole on one rank, its owner  ->  all-to-all  ->  ranks hold rows
 
 Muon needs whole matrices, and a sharded model has rows. If every rank collected every matrix, all would do the same
-work: 34 s a step for GLM-4.5 on 512 GPUs, where the busiest owner takes 80 ms, and each rank sends 2.8 GB each way
-(arithmetic, for H100s at 400 TFLOP/s). Matrices of one shape travel together, in two collectives.
+work: 34 s a step for GLM-4.5 on 512 GPUs, where the busiest owner takes 80 ms, and each rank sends 2.8 GB
+each way (arithmetic, for H100s at 400 TFLOP/s). Matrices of one shape travel together, in two collectives.
 
-`to_owners` and `from_owners` have two forms. `AllHere` is for matrices that are whole in this process, and moves nothing.
-`Owners` exchanges rows within a group of ranks.
+`to_owners` and `from_owners` have two forms. `AllHere` is for matrices that are whole in this process, and
+moves nothing. `Owners` exchanges rows within a group of ranks.
 
 Choices:
 - Each rank sends exactly the rows that it has, without padding. It may have few rows of a matrix or none: rows are
@@ -35,8 +35,8 @@ from torch.distributed.tensor import DTensor
 def ranks_of_rows(parameter: Tensor) -> dist.ProcessGroup | None:
     """Return the ranks among which the rows of a parameter's matrices are divided; None where matrices are whole.
 
-    parameter: (rows, columns) or (stack, rows, columns). Raises ValueError for sharded columns, which no exchange joins,
-    and for rows that are sharded over two axes of the mesh.
+    parameter: (rows, columns) or (stack, rows, columns). Raises ValueError for sharded columns, which no
+    exchange joins, and for rows that are sharded over two axes of the mesh.
     """
     if not isinstance(parameter, DTensor):
         return None
@@ -134,8 +134,8 @@ class Together(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Return whole matrices (owned, rows, columns), and which of them have a gradient: bool (owned, 1, 1).
 
-        updates, gradients: the local part of each parameter, (rows, columns) or (stack, rows, columns). A matrix has a
-        gradient if any value of it, on any rank, is not zero.
+        updates, gradients: the local part of each parameter, (rows, columns) or (stack, rows, columns). A
+        matrix has a gradient if any value of it, on any rank, is not zero.
         """
         ...
 
@@ -226,8 +226,8 @@ def bring_together(
 ) -> Together:
     """Return what brings the matrices of these parameters together: all of one shape, with rows on the same ranks.
 
-    matrix_rows: rows of a matrix; fewer than those of a parameter where each of its heads is one. turns: the matrices
-    that each group has been given in this step; the new ones are added.
+    matrix_rows: rows of a matrix; fewer than those of a parameter where each of its heads is one. turns: the
+    matrices that each group has been given in this step; the new ones are added.
     """
     group = ranks_of_rows(parameters[0])
     if group is None:

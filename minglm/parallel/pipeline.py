@@ -6,17 +6,18 @@
     stage n - 1        the last layers, fewer of them; final norm, MTP layer, output head
     rank r             stages r, r + pp, r + 2 pp, ...: one, or with `interleave` several that are far apart
 
-What a rank has is the model without the parts that others have, so its parameters keep their names: initial values,
-checkpoints and the optimizer know nothing of stages.
+What a rank has is the model without the parts that others have, so its parameters keep their names: initial
+values, checkpoints and the optimizer know nothing of stages.
 
-- The MTP layer is in the last stage and needs the embedding of the next token, whose matrix is in the first. So that vector
-  travels with the state from stage to stage. Simplified: with a second copy of the embedding less would be sent, and its
-  gradients would have to be added up.
-- The balance loss of a router belongs to the stage that has the router. Its gradient enters there (`AddLoss`), as if the
-  loss at the end of the pipeline contained it.
-- FSDP2 sees no pipeline: `Stage`, which the schedule calls, is no module of its own. Weights are gathered and gradients
-  reduced for each micro-batch, as without a pipeline. PyTorch's pipelining, if it knew, would gather once a step and keep
-  all weights and float32 gradients of a rank's stages whole: by arithmetic 60 GB for a quarter of GLM-4.5 with EP 8.
+- The MTP layer is in the last stage and needs the embedding of the next token, whose matrix is in the first.
+  So that vector travels with the state from stage to stage. Simplified: with a second copy of the embedding
+  less would be sent, and its gradients would have to be added up.
+- The balance loss of a router belongs to the stage that has the router. Its gradient enters there
+  (`AddLoss`), as if the loss at the end of the pipeline contained it.
+- FSDP2 sees no pipeline: `Stage`, which the schedule calls, is no module of its own. Weights are gathered and
+  gradients reduced for each micro-batch, as without a pipeline. PyTorch's pipelining, if it knew, would
+  gather once a step and keep all weights and float32 gradients of a rank's stages whole: by arithmetic 60 GB
+  for a quarter of GLM-4.5 with EP 8.
 """
 
 from collections.abc import Sequence
@@ -54,8 +55,8 @@ class AddLoss(torch.autograd.Function):
 class PipelineGLM(GLM):
     """The layers of the stages of one rank; made on the meta device.
 
-    rank: of the pipeline, from 0; ranks: how many there are; interleave: stages of each. division: the layers of every stage;
-    None: by what they compute.
+    rank: of the pipeline, from 0; ranks: how many there are; interleave: stages of each. division: the layers
+    of every stage; None: by what they compute.
     """
 
     def __init__(
@@ -124,9 +125,10 @@ class PipelineGLM(GLM):
     ) -> tuple[Tensor, ...]:
         """Map what the stage before sends to what the stage after gets.
 
-        stage: one of `own_stages`. x: the states (B, S, D), for stage 0 the tokens. next (B, S, D): the embedding of the
-        next token, with the MTP layer. Returns (states,), with the MTP layer (states, next embedding); of the last stage
-        the states after the final norm, with the MTP layer (states, states of the MTP layer).
+        stage: one of `own_stages`. x: the states (B, S, D), for stage 0 the tokens. next (B, S, D): the
+        embedding of the next token, with the MTP layer. Returns (states,), with the MTP layer (states, next
+        embedding); of the last stage the states after the final norm, with the MTP layer (states, states of
+        the MTP layer).
         """
         rotation = self.rotation(tokens_BS, positions_BS)
         if stage == 0:

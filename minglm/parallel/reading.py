@@ -5,8 +5,9 @@
 Ranks that share a model meet in every pass, where weights are gathered and tokens exchanged. So all of them make as many
 passes: a rank that has read its last batch reads the first one again, and nobody uses the result.
 
-Where ranks share rows, the rows are whole meanwhile: text that is only read keeps no activations, so there is nothing to
-cut them for. A pipeline's model is read as a copy that is sharded over all ranks (`minglm.parallel.copies`).
+Where ranks share rows, the rows are whole meanwhile: text that is only read keeps no activations, so there is
+nothing to cut them for. A pipeline's model is read as a copy that is sharded over all ranks
+(`minglm.parallel.copies`).
 """
 
 import contextlib
@@ -45,7 +46,10 @@ class RanksInStep(Ranks):
 
 @contextlib.contextmanager
 def reading(model: GLM, ranks: Ranks) -> Iterator[Reader]:
-    """Yield how the ranks read with a sharded model that has all layers; free what they gathered. All must call it."""
+    """Yield how the ranks read with a sharded model that has all layers; free what they gathered.
+
+    All must call it.
+    """
     with whole_rows(model):
         yield Reader(model, RanksInStep(ranks.group))
     for module in model.modules():

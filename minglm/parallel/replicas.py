@@ -3,10 +3,11 @@
     replica i:  loss(weights, share i of the batch).backward()        all at the same time
     then:       gradient = gradient of replica 0 + gradient of replica 1 + ...      always in this order
 
-A small model's operations are too short to be shared among the cores of a CPU: two threads inside every operation make
-a step of the toy 1.3 times as fast, and 25 times as slow while another program occupies one of the cores, because each
-of thousands of operations waits for its last thread. Threads that each compute half of the batch wait for one another
-once a step: 1.6 times as fast, and never much slower than one. PyTorch releases Python's lock while it computes.
+A small model's operations are too short to be shared among the cores of a CPU: two threads inside every
+operation make a step of the toy 1.3 times as fast, and 25 times as slow while another program occupies one of
+the cores, because each of thousands of operations waits for its last thread. Threads that each compute half
+of the batch wait for one another once a step: 1.6 times as fast, and never much slower than one. PyTorch
+releases Python's lock while it computes.
 
 Between processes `minglm.parallel.workers` does the same with collectives.
 """
@@ -55,7 +56,9 @@ class Replicas:
     def run(
         self, work: Callable[[Any, Share | None], Result], shares: Sequence[Share]
     ) -> list[Result]:
-        """Call work(replica, share) for each share, at most one per replica, all at once. Return results in order.
+        """Call work(replica, share) for each share, at most one per replica, all at once.
+
+        Return results in order.
 
         The gradients that `work` leaves in the replicas are added to those of the model itself.
         """

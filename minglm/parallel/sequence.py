@@ -3,10 +3,11 @@
     each rank: S / ranks positions, all heads  ->  all-to-all  ->  all positions, N / ranks heads  ->  attention
                S / ranks positions, all heads  <-  all-to-all  <-  all positions, N / ranks heads
 
-Everything in the model but attention looks at one position at a time, so ranks may hold different positions of a row.
-Attention looks at one head at a time, so for it alone the ranks exchange positions for heads (Ulysses, arXiv 2309.14509).
-Each rank then has whole rows, and attention, masks and packed documents are what they are without any sharing. So
-is the work: a causal mask gives the last positions of a row the most to do, but every rank has all positions.
+Everything in the model but attention looks at one position at a time, so ranks may hold different positions
+of a row. Attention looks at one head at a time, so for it alone the ranks exchange positions for heads
+(Ulysses, arXiv 2309.14509). Each rank then has whole rows, and attention, masks and packed documents are what
+they are without any sharing. So is the work: a causal mask gives the last positions of a row the most to do,
+but every rank has all positions.
 
 What else crosses a cut:
 
@@ -129,7 +130,10 @@ class HeadExchange:
         return all_to_all_single_autograd(x.contiguous(), None, None, self.group)
 
     def _whole_rows(self, documents_BS: Tensor | None) -> Tensor | None:
-        """Return the documents of whole rows. All layers of a pass ask with the same tensor; the first one gathers it."""
+        """Return the documents of whole rows.
+
+        All layers of a pass ask with the same tensor; the first one gathers it.
+        """
         if documents_BS is None:
             return None
         if documents_BS is not self.part_BS:
@@ -160,7 +164,10 @@ def share_sequences(model: nn.Module, group: dist.ProcessGroup) -> None:
 
 @contextlib.contextmanager
 def whole_rows(model: nn.Module) -> Iterator[None]:
-    """Undo `share_sequences` for a while: the model takes whole rows. A model whose rows are whole is left as it is."""
+    """Undo `share_sequences` for a while: the model takes whole rows.
+
+    A model whose rows are whole is left as it is.
+    """
     shared = [
         (module, module.attend)
         for module in model.modules()

@@ -17,8 +17,9 @@ Rules, each of which cost others days:
 - With ep > 1 the host waits in each layer for the sizes of the exchange, and the next layer's gather would begin too late.
   So each layer asks for the next one's.
 
-Weights are float32; with `dtype` bfloat16 they are gathered in it and their gradients summed in float32. Norms then compute
-with weights rounded to bfloat16, where one process has float32; the router has float32 in both.
+Weights are float32; with `dtype` bfloat16 they are gathered in it and their gradients summed in float32.
+Norms then compute with weights rounded to bfloat16, where one process has float32; the router has float32 in
+both.
 """
 
 from collections.abc import Sequence

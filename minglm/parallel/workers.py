@@ -3,8 +3,8 @@
     shares  ->  run(work, shares)  ->  each worker: loss(share).backward()  ->  gradients of the whole batch in the model
                 sum(terms)         ->  the terms of the whole batch
 
-A loop is written once, against this interface. `Replicas` are threads over one set of weights; `ShardedWorker` is one of
-the ranks over which the weights are sharded.
+A loop is written once, against this interface. `Replicas` are threads over one set of weights;
+`ShardedWorker` is one of the ranks over which the weights are sharded.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

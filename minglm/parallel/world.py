@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 8 -m minglm run CONFIG     ->  a world of 8 ranks
     python -m minglm run CONFIG                          ->  a world of one, without any process group
 
-Tensors travel by NCCL between GPUs and by gloo between CPUs. What the ranks agree on, such as to stop, goes through a group
-of its own on the CPU (`minglm.common.ranks`), with a long time limit: the others wait there while one prepares the data.
-A rank that dies closes its connections, which ends the wait at once.
+Tensors travel by NCCL between GPUs and by gloo between CPUs. What the ranks agree on, such as to stop, goes
+through a group of its own on the CPU (`minglm.common.ranks`), with a long time limit: the others wait there
+while one prepares the data. A rank that dies closes its connections, which ends the wait at once.
 
 All ranks must see one disk. Rank 0, the writer, alone writes the log, the records and the report.
 """
@@ -65,9 +65,10 @@ class World:
 def start_world(device_name: str, timeout_seconds: float) -> World:
     """Join the ranks that torchrun's environment names; without it, return a world of one.
 
-    device_name: as in a config; "auto" and "cuda" are the GPU of the rank's number on this machine. timeout_seconds: a
-    step that takes longer ends this process, which then says where it was; so does a collective that takes twice as long,
-    anywhere. Raises ValueError, in one line, where there are fewer GPUs than ranks, no NCCL, or restarts that cannot work.
+    device_name: as in a config; "auto" and "cuda" are the GPU of the rank's number on this machine.
+    timeout_seconds: a step that takes longer ends this process, which then says where it was; so does a
+    collective that takes twice as long, anywhere. Raises ValueError, in one line, where there are fewer GPUs
+    than ranks, no NCCL, or restarts that cannot work.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World(pick_device(device_name))
@@ -92,7 +93,10 @@ def start_world(device_name: str, timeout_seconds: float) -> World:
 
 @contextlib.contextmanager
 def started_world(device_name: str, timeout_seconds: float) -> Iterator[World]:
-    """Yield the world of `start_world`, and end it. A rank that fails speaks for all, unless another one did before."""
+    """Yield the world of `start_world`, and end it.
+
+    A rank that fails speaks for all, unless another one did before.
+    """
     world = start_world(device_name, timeout_seconds)
     try:
         yield world

@@ -96,10 +96,10 @@ def unit_counts(c: ModelConfig) -> dict[str, int]:
 def count_parameters(c: ModelConfig) -> dict[str, int]:
     """Count the parameters of a model exactly, by name. The router's selection bias counts, as in the paper.
 
-    By kind, over the body: attention, dense, experts, shared, router, norms. Then embedding, head, mtp; the sums body,
-    body_with_mtp, total (body, embedding, head), total_with_mtp, and total_with_mtp_copies (the released GLM-4.5 stores
-    embedding and head a second time in the MTP layer); and what one token uses: active_body, active_with_mtp,
-    active_with_head, active_with_embedding.
+    By kind, over the body: attention, dense, experts, shared, router, norms. Then embedding, head, mtp; the
+    sums body, body_with_mtp, total (body, embedding, head), total_with_mtp, and total_with_mtp_copies (the
+    released GLM-4.5 stores embedding and head a second time in the MTP layer); and what one token uses:
+    active_body, active_with_mtp, active_with_head, active_with_embedding.
     """
     unit = unit_counts(c)
     D = c.hidden_size

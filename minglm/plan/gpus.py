@@ -2,11 +2,11 @@
 
     bytes per second that a collective reaches = the link's, in one direction, * the share of it that is usually reached
 
-Nothing here was measured by this project, but `KERNEL_SHARE`: on an H100 our expert layer reached 530 TFLOP/s forward and
-backward (`figures/bench_kernels.json`), 54% of the data sheet's 989.
+Nothing here was measured by this project, but `KERNEL_SHARE`: on an H100 our expert layer reached 530 TFLOP/s
+forward and backward (`figures/bench_kernels.json`), 54% of the data sheet's 989.
 
-Simplified: nodes are the usual ones, with one network card for each GPU. Another cluster is described by --gpu-memory-gib
-and --gpus-per-node, and its collectives are measured by `minglm bench collectives`.
+Simplified: nodes are the usual ones, with one network card for each GPU. Another cluster is described by
+--gpu-memory-gib and --gpus-per-node, and its collectives are measured by `minglm bench collectives`.
 """
 
 from dataclasses import dataclass

@@ -3,11 +3,11 @@
     world = pp * dp_replicate * fsdp;   fsdp = efsdp * ep;   ranks that share a sequence, cp, lie inside fsdp
     stride of an axis: ep 1, cp 1, efsdp ep, fsdp 1, dp_replicate fsdp, pp world / pp
 
-Ranks are numbered node by node, so the stride of an axis and the GPUs of a node decide which of its ranks share a node,
-and with it which link a collective uses: NVLink inside a node, the network cards between nodes.
+Ranks are numbered node by node, so the stride of an axis and the GPUs of a node decide which of its ranks
+share a node, and with it which link a collective uses: NVLink inside a node, the network cards between nodes.
 
-Two axes gather weights, all others exchange activations. Expert parallelism borrows ranks from data parallelism, as
-sequence parallelism does: neither adds any.
+Two axes gather weights, all others exchange activations. Expert parallelism borrows ranks from data
+parallelism, as sequence parallelism does: neither adds any.
 """
 
 import math
@@ -115,8 +115,8 @@ def shared_by(run: RunConfig, layout: Layout, sequence_length: int) -> int:
 def layout_for(run: RunConfig, layout: Layout, sequence_length: int) -> Layout:
     """Return a layout as a stage with rows of this length uses it: with as many GPUs for a row as it needs.
 
-    A pipeline's rows are not cut, so where rows are, there is none, as in reinforcement learning. Raises ValueError, in one
-    line, where the layout is impossible without it.
+    A pipeline's rows are not cut, so where rows are, there is none, as in reinforcement learning. Raises
+    ValueError, in one line, where the layout is impossible without it.
     """
     cp = shared_by(run, layout, sequence_length)
     if layout.pp > 1 and cp > 1:
@@ -126,7 +126,10 @@ def layout_for(run: RunConfig, layout: Layout, sequence_length: int) -> Layout:
 
 
 def without_pipeline(run: RunConfig, layout: Layout) -> Layout:
-    """Return the layout whose weights are sharded over the ranks of the pipeline too. Raises ValueError as `layout_for`."""
+    """Return the layout whose weights are sharded over the ranks of the pipeline too.
+
+    Raises ValueError as `layout_for`.
+    """
     if layout.pp == 1:
         return layout
     fsdp = layout.pp * layout.fsdp
@@ -147,7 +150,10 @@ def share(run: RunConfig, layout: Layout, sequence_length: int) -> Share:
 
 
 def check_layout(run: RunConfig, layout: Layout) -> None:
-    """Refuse a layout that a stage's batches cannot fill. Raises ValueError, in one line, with what all stages would fill."""
+    """Refuse a layout that a stage's batches cannot fill.
+
+    Raises ValueError, in one line, with what all stages would fill.
+    """
     refusals = []
     for name, stage in run.stages.items():
         rows = max(1, run.optimizer.batch_tokens_start // stage.sequence_length)
@@ -166,7 +172,10 @@ def check_layout(run: RunConfig, layout: Layout) -> None:
 
 
 def check_exchange(run: RunConfig, layout: Layout, gpu: GPU) -> None:
-    """Refuse a layout among whose ranks DeepEP cannot exchange on machines of such GPUs. Raises ValueError, in one line."""
+    """Refuse a layout among whose ranks DeepEP cannot exchange on machines of such GPUs.
+
+    Raises ValueError, in one line.
+    """
     if run.parallel.dispatcher == TokenExchange.DEEPEP:
         alone = deepep_lacks_neighbours(layout.ep, min(layout.world, gpu.per_node))
         if alone:

@@ -1,14 +1,16 @@
 """Estimate the memory of one GPU, term by term (paper Table 1, Figure 3).
 
-Pure arithmetic on the numbers of the config (counts of parameters: `minglm.plan.counts`); no model is built, so the plan
-of 355B parameters takes milliseconds.
+Pure arithmetic on the numbers of the config (counts of parameters: `minglm.plan.counts`); no model is built,
+so the plan of 355B parameters takes milliseconds.
 
-Weights, gradients and optimizer state are exact where they divide evenly. The rest is *estimated* and marked as such:
-activations (counted from what the layers keep for their backward pass), buffers of the exchange of tokens, and the copies
-that sharding gathers. `minglm launch --dry-run` builds the real model and tracks the real step instead.
+Weights, gradients and optimizer state are exact where they divide evenly. The rest is *estimated* and marked
+as such: activations (counted from what the layers keep for their backward pass), buffers of the exchange of
+tokens, and the copies that sharding gathers. `minglm launch --dry-run` builds the real model and tracks the
+real step instead.
 
-Terms are added up as if all were held at one time, which they are not: the head's are gone when the largest layer is
-computed. So the total is somewhat high: 44.0 GiB for GLM-4.5 on 512 GPUs with rows of 131,072, where the rehearsal tracks 39.2.
+Terms are added up as if all were held at one time, which they are not: the head's are gone when the largest
+layer is computed. So the total is somewhat high: 44.0 GiB for GLM-4.5 on 512 GPUs with rows of 131,072, where
+the rehearsal tracks 39.2.
 
 Choices
 - Weights, gradients and moments are float32, evenly sharded over `fsdp` ranks. Muon keeps one moment of its matrices and
@@ -16,8 +18,8 @@ Choices
 - Activations are kept if they fit, else each layer's are recomputed in the backward pass, and the plan says so.
 - One tenth of the memory is left to the CUDA context, communication buffers and fragmentation.
 
-Which total is "355B"? The body with the MTP layer, without embedding and head, as the note of Table 1 says; Air's
-"106B" is the body without MTP.
+Which total is "355B"? The body with the MTP layer, without embedding and head, as the note of Table 1 says;
+Air's "106B" is the body without MTP.
 """
 
 import math
@@ -187,9 +189,10 @@ def memory(
 ) -> dict[str, int]:
     """Compute the bytes of one GPU by term; the last is total. recompute: keep only the layers' inputs.
 
-    Exact up to rounding: weights (with the routers' selection biases), gradients, muon, adamw. Estimates: working
-    copies (in the compute dtype, plus the gradient that is not yet sharded), activations, exchange (tokens on their way
-    to experts and back), head (logits of a chunk, and the head's gradient while it is computed).
+    Exact up to rounding: weights (with the routers' selection biases), gradients, muon, adamw. Estimates:
+    working copies (in the compute dtype, plus the gradient that is not yet sharded), activations, exchange
+    (tokens on their way to experts and back), head (logits of a chunk, and the head's gradient while it is
+    computed).
     """
     c = run.model
     count = count_parameters(c)

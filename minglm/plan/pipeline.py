@@ -5,17 +5,18 @@
     rank 0  F0 F1 .  B0 F2 B1 .  B2           forwards go through stages 0, 2 of rank 0 and 1, 3 of rank 1
     rank 1  .  F0 B0 F1 B1 F2 B2 .
 
-A rank first computes forward passes until the backward pass of its first micro-batch can begin, then one forward and one
-backward pass in turn, then the backward passes that are left.
+A rank first computes forward passes until the backward pass of its first micro-batch can begin, then one
+forward and one backward pass in turn, then the backward passes that are left.
 
                      1F1B          interleaved, v stages a rank
     first forwards   pp - 1 - r    (v - 1) pp + 2 (pp - 1 - r)
     waits            (pp - 1) T    (pp - 1) T / v                      T: a micro-batch on one rank, forward and backward
     kept by rank 0   1             (v + 1) / v - 1 / (pp v)            activations of one micro-batch, of all layers
 
-So interleaving waits less and keeps more. All ranks wait for the one with most to do, so layers are divided by what they
-compute (`divide_layers`), output head and MTP layer included, which belong to the last stage: of GLM-4.5 they are 5.6 layers'
-worth. The order is that of `torch.distributed.pipelining`, of which a test records a
+So interleaving waits less and keeps more. All ranks wait for the one with most to do, so layers are divided
+by what they compute (`divide_layers`), output head and MTP layer included, which belong to the last stage: of
+GLM-4.5 they are 5.6 layers' worth. The order is that of `torch.distributed.pipelining`, of which a test
+records a
 real run; the two lower lines are simulated here from the order, and not computed by these formulas.
 """
 

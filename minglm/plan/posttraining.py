@@ -2,13 +2,15 @@
 
     tokens = conversations * tokens of one;    days = tokens / (tokens a second of a training step)
 
-How long a model thinks is its own choice, so a conversation is assumed to have between a tenth and a half of the longest
-answer that the stage allows (`ANSWERS`); further turns are not counted. A token that is sampled is assumed to cost as much
-as one that is trained on, and each token of reinforcement learning is counted once, as `minglm.recipe.stages` does.
-Everything else is the arithmetic of pre-training, with the stage's own batches: GPUs that get no row of a small one idle.
+How long a model thinks is its own choice, so a conversation is assumed to have between a tenth and a half of
+the longest answer that the stage allows (`ANSWERS`); further turns are not counted. A token that is sampled
+is assumed to cost as much as one that is trained on, and each token of reinforcement learning is counted
+once, as `minglm.recipe.stages` does. Everything else is the arithmetic of pre-training, with the stage's own
+batches: GPUs that get no row of a small one idle.
 
-An engine in the process of a rank answers with a whole copy of the weights, so that what trains may fit and what generates
-not. Its cache is not counted. An engine of its own, on other GPUs (`rollout_engine`), takes nothing.
+An engine in the process of a rank answers with a whole copy of the weights, so that what trains may fit and
+what generates not. Its cache is not counted. An engine of its own, on other GPUs (`rollout_engine`), takes
+nothing.
 """
 
 from dataclasses import dataclass, replace

@@ -2,12 +2,12 @@
 
     bytes = weights + requests * context * cache of a token * copies;   GPUs: the least power of two that holds them
 
-With tensor parallelism over more GPUs than there are key/value heads, a head is on several of them: `copies`. The latent of
-MLA is not copied: engines give each GPU other requests. The table holds for engines that cut a model over several GPUs,
-vLLM and SGLang, which read what `minglm export` writes; `minglm serve` uses one.
+With tensor parallelism over more GPUs than there are key/value heads, a head is on several of them: `copies`.
+The latent of MLA is not copied: engines give each GPU other requests. The table holds for engines that cut a
+model over several GPUs, vLLM and SGLang, which read what `minglm export` writes; `minglm serve` uses one.
 
-For 8 requests, a cache in bfloat16, and nine tenths of 80 GiB this gives all ten numbers of the README of GLM-4.5 and
-those of GLM-4.7-Flash: 16 and 32 H100s for GLM-4.5 in bfloat16, 8 and 16 in float8, and so on.
+For 8 requests, a cache in bfloat16, and nine tenths of 80 GiB this gives all ten numbers of the README of
+GLM-4.5 and those of GLM-4.7-Flash: 16 and 32 H100s for GLM-4.5 in bfloat16, 8 and 16 in float8, and so on.
 """
 
 from typing import NamedTuple

@@ -4,18 +4,20 @@
     seconds of a step        = (micro-batches + waiting) * that + optimizer     waiting: `minglm.plan.pipeline`
     bound on the MFU         = FLOPs of the model for the tokens of a step / (peak * seconds of the step)
 
-Traffic of weights does not grow with the tokens, and its prefetch hides behind products. Exchanges of tokens grow with
-them, and plain collectives do not hide. So the exchange belongs on NVLink (ep within a node), and each GPU needs enough
-tokens per forward pass to pay for gathering its weights over the network: for GLM-4.5 on H100s about 8,000.
+Traffic of weights does not grow with the tokens, and its prefetch hides behind products. Exchanges of tokens
+grow with them, and plain collectives do not hide. So the exchange belongs on NVLink (ep within a node), and
+each GPU needs enough tokens per forward pass to pay for gathering its weights over the network: for GLM-4.5
+on H100s about 8,000.
 
-Everything here is arithmetic on data sheets with the shares of `minglm.plan.gpus`, and *expected*, not measured. The
-bound takes experts with equal loads. A run is expected at 0.6 to 0.8 of it (`EXPECTED`), which is what is left to launch
-overhead, slower kernels and unequal loads by experience of others: FSDP2 with expert parallelism, as plain as ours,
-reports 28 to 34% on H100s with routing that is forced to be balanced (NeMo Automodel's performance summary). Where routing is real, and
-the bias has not balanced it yet, the busiest expert decides: the exchange of one published run took four times as long.
+Everything here is arithmetic on data sheets with the shares of `minglm.plan.gpus`, and *expected*, not
+measured. The bound takes experts with equal loads. A run is expected at 0.6 to 0.8 of it (`EXPECTED`), which
+is what is left to launch overhead, slower kernels and unequal loads by experience of others: FSDP2 with
+expert parallelism, as plain as ours, reports 28 to 34% on H100s with routing that is forced to be balanced
+(NeMo Automodel's performance summary). Where routing is real, and the bias has not balanced it yet, the
+busiest expert decides: the exchange of one published run took four times as long.
 
-Simplified: pipeline stages take the time of the busiest one, and wait for the states they send; rows are full; a step has
-its final size.
+Simplified: pipeline stages take the time of the busiest one, and wait for the states they send; rows are
+full; a step has its final size.
 """
 
 import math
@@ -85,8 +87,8 @@ def products_seconds(
 ) -> float:
     """Estimate the seconds of the matrix products of one micro-batch, on one GPU; of a pipeline, the one with most to do.
 
-    A product whose matrices are narrow moves more bytes than the memory can while it computes: experts of width F take
-    2 D F operations a row for D + F values that are read or written.
+    A product whose matrices are narrow moves more bytes than the memory can while it computes: experts of
+    width F take 2 D F operations a row for D + F values that are read or written.
     """
     c = run.model
     tokens = share(run, layout, sequence_length).tokens / layout.pp * imbalance(c, layout)
@@ -106,9 +108,10 @@ def collectives(
 ) -> list[Collective]:
     """List the collectives of one micro-batch on one GPU, those along axes of one rank left out.
 
-    gather: each layer's weights before the forward and the backward pass. reduce: its gradients in float32. exchange:
-    tokens to their experts and back, forward and backward, and forward once more when recomputed. context: queries, keys
-    and values by heads instead of by positions, and back. replicas: the sum of the sharded gradients over all replicas.
+    gather: each layer's weights before the forward and the backward pass. reduce: its gradients in float32.
+    exchange: tokens to their experts and back, forward and backward, and forward once more when recomputed.
+    context: queries, keys and values by heads instead of by positions, and back. replicas: the sum of the
+    sharded gradients over all replicas.
     stages: the state of each token, with an MTP layer its next embedding too, to the next stage, and the gradients back.
     """
     c = run.model
@@ -152,7 +155,10 @@ def collectives(
 
 
 def _attention_width(c: ModelConfig, cp: int) -> int:
-    """Count the values of a token's queries, keys, values and result, of all heads. More ranks than key heads copy these."""
+    """Count the values of a token's queries, keys, values and result, of all heads.
+
+    More ranks than key heads copy these.
+    """
     width = c.head_dim + (c.v_head_dim if c.kv_lora_rank else c.head_dim)
     copies = max(1, cp // c.num_key_value_heads)
     return width * (c.num_attention_heads + copies * c.num_key_value_heads)
@@ -163,9 +169,9 @@ def tensor_parallel_seconds(
 ) -> float:
     """Estimate what tensor parallelism over the GPUs of a node would add to a micro-batch: why there is none here.
 
-    Each product of a layer would be cut over them, and the states of all their tokens be summed after attention and after
-    the MLP, in each pass: a sum is a reduction and a gathering. No other work of the layer can hide it, where the gathering of
-    sharded weights hides behind products.
+    Each product of a layer would be cut over them, and the states of all their tokens be summed after
+    attention and after the MLP, in each pass: a sum is a reduction and a gathering. No other work of the
+    layer can hide it, where the gathering of sharded weights hides behind products.
     """
     c = run.model
     node = min(gpu.per_node, layout.fsdp)
@@ -179,8 +185,8 @@ def tensor_parallel_seconds(
 def rows_of_a_token(run: RunConfig, ep: int) -> float:
     """Return how often a token travels to its K experts among E, which `ep` ranks divide.
 
-    K times by all-to-alls. DeepEP sends it once to each rank that has any: ep * (1 - C(E - E / ep, K) / C(E, K)) for experts
-    that are chosen equally often.
+    K times by all-to-alls. DeepEP sends it once to each rank that has any: ep * (1 - C(E - E / ep, K) / C(E,
+    K)) for experts that are chosen equally often.
     """
     c = run.model
     E = c.n_routed_experts

@@ -2,12 +2,12 @@
 
     python -m minglm plan configs/glm45_355b.py --gpus 512
 
-The layout is the config's, or where it names none the best of `minglm.plan.search`. A stage whose rows are too long for
-one GPU shares them among as many as it takes (cp): the same run continues in another layout from stage to stage. A run
-that does not fit still has its parameters counted, and the plan says what would fit.
+The layout is the config's, or where it names none the best of `minglm.plan.search`. A stage whose rows are
+too long for one GPU shares them among as many as it takes (cp): the same run continues in another layout from
+stage to stage. A run that does not fit still has its parameters counted, and the plan says what would fit.
 
-Time is a range, from `minglm.plan.speed`: expected, by arithmetic, and not measured. That of post-training is wider and
-stands beside (`minglm.plan.posttraining`): it depends on how long the model chooses to think.
+Time is a range, from `minglm.plan.speed`: expected, by arithmetic, and not measured. That of post-training is
+wider and stands beside (`minglm.plan.posttraining`): it depends on how long the model chooses to think.
 """
 
 from dataclasses import dataclass, replace
@@ -270,8 +270,8 @@ def why_not(run: RunConfig, layout: Layout, gpu: GPU, stages: list[StagePlan]) -
 def plan(run: RunConfig, gpu: GPU, gpus: int = 0, dollars: float = 2.0) -> dict[str, Any]:
     """Plan a run on `gpus` GPUs of a kind: everything of this package, as a dict that JSON can hold.
 
-    gpus: 0 for as many as the config's layout has. dollars: of one GPU-hour. `fits` is False, and `refusal` says in one line
-    why and what would fit, for a layout that is impossible or too large for the memory.
+    gpus: 0 for as many as the config's layout has. dollars: of one GPU-hour. `fits` is False, and `refusal`
+    says in one line why and what would fit, for a layout that is impossible or too large for the memory.
     """
     gpus = gpus or gpus_of(run)
     result: dict[str, Any] = {

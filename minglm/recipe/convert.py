@@ -3,13 +3,13 @@
     released folder --import--> run of a config, complete up to the last stage of mid-training --run--> its experts, ...
     run --export--> released folder: config.json, safetensors, tokenizer.json, which vLLM, SGLang and transformers read
 
-A run that began with an import keeps everything but the weights of the original folder in `RUN/imported_from/`. Its
-exports restore the original form: the keys of config.json, names of tensors, files, dtype, and every other file.
-Weights are float32 in a run, since they are trained.
+A run that began with an import keeps everything but the weights of the original folder in
+`RUN/imported_from/`. Its exports restore the original form: the keys of config.json, names of tensors, files,
+dtype, and every other file. Weights are float32 in a run, since they are trained.
 
-No model is built: tensors go from the files of one form to those of the other, a file at a time, so one machine converts a
-checkpoint of any size. Started with `torchrun`, ranks divide the files. Only a released checkpoint that is exported again
-is loaded as a whole.
+No model is built: tensors go from the files of one form to those of the other, a file at a time, so one
+machine converts a checkpoint of any size. Started with `torchrun`, ranks divide the files. Only a released
+checkpoint that is exported again is loaded as a whole.
 """
 
 import dataclasses
@@ -92,8 +92,8 @@ def _stays_inside(path: Path, folder: Path) -> bool:
 def import_checkpoint(run: RunConfig, folder: str | Path, out: str | Path) -> str:
     """Make a released checkpoint the result of the last stage of mid-training of a run; return that stage's name.
 
-    Raises ValueError, before any weight is read, where the checkpoint is not of the run's model, where it has a
-    tokenizer that the run does not use, or where `out` already holds something.
+    Raises ValueError, before any weight is read, where the checkpoint is not of the run's model, where it has
+    a tokenizer that the run does not use, or where `out` already holds something.
     """
     folder = Path(folder)
     out = Path(out)
@@ -128,7 +128,10 @@ class Importable(NamedTuple):
 
 
 def check_import(run: RunConfig, folder: Path, out: Path) -> Importable:
-    """Check everything that `import_checkpoint` needs, without reading a weight. Raises ValueError as it does."""
+    """Check everything that `import_checkpoint` needs, without reading a weight.
+
+    Raises ValueError as it does.
+    """
     refuse_used(out)
     opened = open_folder(folder)
     _check_model(run, folder, opened.config)
@@ -201,9 +204,9 @@ def export_checkpoint(
 ) -> Exported:
     """Write a run, or a released checkpoint, as a released checkpoint; return what was written.
 
-    dtype, shard_gigabytes: as in `GLM.save_pretrained`; dtype None: that of the released checkpoint, also where the run
-    began with it, otherwise unchanged. Raises ValueError as `load_run` and `GLM.save_pretrained` do; then nothing is left
-    behind.
+    dtype, shard_gigabytes: as in `GLM.save_pretrained`; dtype None: that of the released checkpoint, also
+    where the run began with it, otherwise unchanged. Raises ValueError as `load_run` and
+    `GLM.save_pretrained` do; then nothing is left behind.
     """
     source = Path(source)
     out = Path(out)
@@ -300,8 +303,8 @@ class RunWeights:
 def _original_dtype(values: dict[str, Any], in_memory: bool) -> str | None:
     """Return the dtype in which a released checkpoint is written again.
 
-    Blocks of float8 stay float8. Otherwise None, if its tensors are in memory as they were; the dtype that config.json
-    names, if a run trained them in float32; bfloat16 where it names none that can be written.
+    Blocks of float8 stay float8. Otherwise None, if its tensors are in memory as they were; the dtype that
+    config.json names, if a run trained them in float32; bfloat16 where it names none that can be written.
     """
     quantization = values.get("quantization_config") or {}
     if quantization.get("quant_method") == "fp8":

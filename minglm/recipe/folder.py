@@ -22,7 +22,10 @@ class StoredRun(NamedTuple):
 
 
 def stored_run(folder: Path) -> StoredRun:
-    """Return the config of a run folder. Raises ValueError, in one line that names the file, where it is damaged."""
+    """Return the config of a run folder.
+
+    Raises ValueError, in one line that names the file, where it is damaged.
+    """
     path = folder / "config.json"
     values = read_object(path, "hash", "config")
     try:
@@ -44,7 +47,10 @@ def check_folder(out: Path, run: RunConfig) -> None:
 
 
 def check_log(out: Path) -> int:
-    """Return the position of the log that the newest checkpoint knows. Raises ValueError where the log is shorter."""
+    """Return the position of the log that the newest checkpoint knows.
+
+    Raises ValueError where the log is shorter.
+    """
     position = CheckpointStore(out).log_position()
     check_length(out / "log.jsonl", position)
     return position

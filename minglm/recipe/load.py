@@ -47,8 +47,8 @@ class ServedModel(NamedTuple):
 def load_run(folder: str | Path, stage: str | None = None, device: str = "auto") -> LoadedModel:
     """Load a run's folder or a released checkpoint, ready to generate.
 
-    stage: of a run; None: its last complete one. device: as in `pick_device`, whatever the run was trained on. Raises
-    ValueError where there is no model, or no such device.
+    stage: of a run; None: its last complete one. device: as in `pick_device`, whatever the run was trained
+    on. Raises ValueError where there is no model, or no such device.
     """
     folder = Path(folder)
     if is_released(folder):
@@ -65,7 +65,10 @@ def load_run(folder: str | Path, stage: str | None = None, device: str = "auto")
 
 
 def is_released(folder: Path) -> bool:
-    """Return True for the folder of a released checkpoint, False for that of a run. Raises ValueError for another."""
+    """Return True for the folder of a released checkpoint, False for that of a run.
+
+    Raises ValueError for another.
+    """
     path = folder / "config.json"
     if not path.exists():
         raise ValueError(
@@ -93,7 +96,10 @@ class ChosenStage(NamedTuple):
 
 
 def choose_stage(folder: Path, stage: str | None) -> ChosenStage:
-    """Return a complete stage of a run, the last one without a name. Raises ValueError where there is none."""
+    """Return a complete stage of a run, the last one without a name.
+
+    Raises ValueError where there is none.
+    """
     run = stored_run(folder).config
     stages = {planned.name: planned for planned in plan_stages(run)}
     complete = CheckpointStore(folder).complete(stages)

@@ -2,9 +2,9 @@
 
     preference pairs = (the oracle's answer, an answer that breaks one constraint) to training tasks
 
-The paper collects human preferences; here the better answer is the oracle's, and the worse one is spoilt in one place, so
-that the reward model has to read the request. It starts from the weights that the stage starts from, and is a function of
-the stage's seed, so a resumed stage trains the same one again.
+The paper collects human preferences; here the better answer is the oracle's, and the worse one is spoilt in
+one place, so that the reward model has to read the request. It starts from the weights that the stage starts
+from, and is a function of the stage's seed, so a resumed stage trains the same one again.
 """
 
 import math

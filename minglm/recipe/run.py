@@ -4,12 +4,13 @@
          -> for each expert: X.sft -> X.rl, and X.control to compare with               (3.1 stage one, 3.2, 3.3)
          -> unified -> general_rl -> pathology_rl                                       (3.1 stage two, 3.4)
 
-A stage reads the final checkpoint of the stage it builds on and writes its own; a complete stage is skipped. The same
-command therefore continues a run that was killed, anywhere. The paper does not show the order of the last stages. It
-calls general RL the final one and distils experts into the main model, which leaves this order.
+A stage reads the final checkpoint of the stage it builds on and writes its own; a complete stage is skipped.
+The same command therefore continues a run that was killed, anywhere. The paper does not show the order of the
+last stages. It calls general RL the final one and distils experts into the main model, which leaves this
+order.
 
-Ranks of torchrun run it together: they share every batch and every rollout (`minglm.parallel`), and rank 0 prepares the
-data and writes the log.
+Ranks of torchrun run it together: they share every batch and every rollout (`minglm.parallel`), and rank 0
+prepares the data and writes the log.
 
 Simplified: the experts are trained one after the other; in the paper they are trained side by side.
 """
@@ -54,8 +55,8 @@ from minglm.train.checkpoint_files import moments_of, weights_of
 class RecipeRunner:
     """A run in a folder: prepares the data, then trains stages in order.
 
-    Raises ValueError when the folder belongs to another config, when its log has lost records, or when the data cannot
-    be prepared. Only one process may run in a folder (`minglm.common.lock`).
+    Raises ValueError when the folder belongs to another config, when its log has lost records, or when the
+    data cannot be prepared. Only one process may run in a folder (`minglm.common.lock`).
     """
 
     def __init__(
@@ -137,7 +138,10 @@ class RecipeRunner:
         return Log(path, trackers.writer(self.run.watch, self.out / "watch", to_dict(self.run)))
 
     def _prepare(self) -> PreparedData:
-        """Return the data. The writer makes them, while the other ranks wait; then they find what it has made."""
+        """Return the data.
+
+        The writer makes them, while the other ranks wait; then they find what it has made.
+        """
         run = self.run
         made = []
 
@@ -166,10 +170,12 @@ class RecipeRunner:
         return is_done(stage, self.stages, self.checkpoints)
 
     def execute(self, only: str | None = None, until: str | None = None) -> bool:
-        """Run all stages, or one (`only`), or those up to one (`until`). Return whether the whole run is complete.
+        """Run all stages, or one (`only`), or those up to one (`until`).
 
-        An interrupted stage comes first, because its log is cut back to its checkpoint. Raises ValueError when it is
-        not among those asked for.
+        Return whether the whole run is complete.
+
+        An interrupted stage comes first, because its log is cut back to its checkpoint. Raises ValueError
+        when it is not among those asked for.
         """
         check_order(self.stages, self.checkpoints, only, until)
         wanted = wanted_stages(self.stages, only, until)

@@ -5,11 +5,11 @@
     RUN/samples/STAGE.jsonl    -> one row a sample, and on demand one sample: its tokens with log-probabilities, the
                                   trainer's beside them, versions, experts; messages, parts of the reward
 
-A run that trains appends to these files, so a `RunView` reads on from where it was. `static_page` puts everything into one
-file of HTML, which needs no server and no network.
+A run that trains appends to these files, so a `RunView` reads on from where it was. `static_page` puts
+everything into one file of HTML, which needs no server and no network.
 
-Simplified: a curve has at most `MOST_POINTS` points, evenly chosen; the static page has the last `STATIC_SAMPLES` samples of
-each stage.
+Simplified: a curve has at most `MOST_POINTS` points, evenly chosen; the static page has the last
+`STATIC_SAMPLES` samples of each stage.
 """
 
 import base64
@@ -194,7 +194,10 @@ class RunView:
 
 
 def loaded(line: bytes) -> JSONObject:
-    """Return the object of a line; NaN and infinities, which JSON has not, are None. Raises ValueError if it holds none."""
+    """Return the object of a line; NaN and infinities, which JSON has not, are None.
+
+    Raises ValueError if it holds none.
+    """
     try:
         values = json.loads(line, parse_constant=lambda _: None)
     except RecursionError as error:
@@ -225,8 +228,8 @@ def loads(steps: list[JSONObject]) -> JSONObject:
 def time_line(steps: list[JSONObject]) -> JSONObject:
     """Return who did what when in the last steps of a stage of RL; nothing for other stages.
 
-    lanes: names, the trainer first. spans: [number of the lane, phase, began, ended], seconds from the first. busy: for each
-    lane the share of the time of each of its phases, and "idle", the share of none.
+    lanes: names, the trainer first. spans: [number of the lane, phase, began, ended], seconds from the first.
+    busy: for each lane the share of the time of each of its phases, and "idle", the share of none.
     """
     last = steps[-TIME_LINE_STEPS:]
     spans = [Span(*span) for step in last for span in step.get("spans") or ()][-MOST_SPANS:]

@@ -3,13 +3,14 @@
     left     a point a run: mean avg@k of its last stage, over the parameters of its model
     right    a line a run: the same after each stage that scored all the tasks, over the seconds of training until then
 
-The paper draws the score on SWE-bench Verified over parameters, to say that its model is small for what it scores. The
-mean here is over the tasks that every run scored with thinking both in its first and in its last stage with scores, so
-all points are of the same tasks, and tasks that only the finished model is asked are left out; which ones they are
-stands under the figure. Seconds are those of training, on the machine of each run, without evaluations.
+The paper draws the score on SWE-bench Verified over parameters, to say that its model is small for what it
+scores. The mean here is over the tasks that every run scored with thinking both in its first and in its last
+stage with scores, so all points are of the same tasks, and tasks that only the finished model is asked are
+left out; which ones they are stands under the figure. Seconds are those of training, on the machine of each
+run, without evaluations.
 
-Simplification: the seconds of all stages add up, those of the other experts too, because the unified model needs them.
-Those of the controls do not: nothing starts from them.
+Simplification: the seconds of all stages add up, those of the other experts too, because the unified model
+needs them. Those of the controls do not: nothing starts from them.
 """
 
 from collections.abc import Sequence

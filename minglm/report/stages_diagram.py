@@ -1,7 +1,7 @@
 """Draw the stages of a run as one picture, beside the paper's (paper Figure 3, section 3.1).
 
-Figure 3 has pre- and mid-training (15 : 7 : 0.5 : 0.5 : 0.1 trillion tokens), section 3.1 the three experts and the
-unified model. Drawn from the config, so that it cannot disagree with what is run.
+Figure 3 has pre- and mid-training (15 : 7 : 0.5 : 0.5 : 0.1 trillion tokens), section 3.1 the three experts
+and the unified model. Drawn from the config, so that it cannot disagree with what is run.
 
 Simplified: a stage's width follows the paper's tokens, and the small ones are widened until their text fits.
 """

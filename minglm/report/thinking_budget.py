@@ -1,7 +1,7 @@
 """Draw accuracy over the thinking budget, from the records of `eval --thinking-budget` (paper 4; arXiv 2501.19393).
 
-One panel for each task: avg@k with its 95% interval over problems, by the number of tokens that a thought may have. The
-points are evenly spaced, so that a budget of 0 has a place beside powers of two.
+One panel for each task: avg@k with its 95% interval over problems, by the number of tokens that a thought may
+have. The points are evenly spaced, so that a budget of 0 has a place beside powers of two.
 """
 
 from collections.abc import Mapping, Sequence

@@ -4,15 +4,15 @@
     strange      mean of -log2 p(character | two before) by counts of clean text      above 99% of other clean texts
     unfinished   not a sentence: a bracket or tag of markup in it, or no full stop at its end
 
-RL against the detectors of `rewards.pathology` may learn what they overlook. These three see other things: a compressor knows
-no runs, a model of characters knows no scripts, and the grammar knows no tags by name. Each can be wrong alone, and says so
-on the clean texts that it is measured on.
+RL against the detectors of `rewards.pathology` may learn what they overlook. These three see other things: a
+compressor knows no runs, a model of characters knows no scripts, and the grammar knows no tags by name. Each
+can be wrong alone, and says so on the clean texts that it is measured on.
 
-Choices: additive smoothing by a tenth of a count, over the characters that were seen and one for all others. A short text has
-no meaningful ratio, so `squeezed` wants 40 bytes.
+Choices: additive smoothing by a tenth of a count, over the characters that were seen and one for all others.
+A short text has no meaningful ratio, so `squeezed` wants 40 bytes.
 
-Simplified: one model of characters for all languages, so text that changes between two of them is strange only where it
-changes.
+Simplified: one model of characters for all languages, so text that changes between two of them is strange
+only where it changes.
 """
 
 import math

@@ -3,8 +3,9 @@
     value = constraints that hold / constraints        failed = names of those that do not
 
 The questions are the sentences of the request (`Task.criteria`). A program answers them from the parts of the
-environment's score; a model reads them, so that a constraint that no program checks can be criticised as well. The value
-is partial credit: a group whose answers are all wrong, but not equally so, still teaches something.
+environment's score; a model reads them, so that a constraint that no program checks can be criticised as
+well. The value is partial credit: a group whose answers are all wrong, but not equally so, still teaches
+something.
 """
 
 from minglm.rewards.judge import Item, Judge, Judged, Judgement, judge_items

@@ -7,9 +7,10 @@
     rubric         share of the rubric's questions that hold
     reward_model   calibrated preference
 
-Each can be fooled alone. Rules see only what a program can check; a critic pays a little for every answer; a rubric may
-not look at the request; a reward model has learnt the manners of good answers as well. What fools one of them loses with
-the others, and because all parts are logged, a part that rises while the others fall is seen (reward hacking).
+Each can be fooled alone. Rules see only what a program can check; a critic pays a little for every answer; a
+rubric may not look at the request; a reward model has learnt the manners of good answers as well. What fools
+one of them loses with the others, and because all parts are logged, a part that rises while the others fall
+is seen (reward hacking).
 
 An answer whose judge fails has no reward: its status is named, and it leaves the statistics of its group.
 """
@@ -43,8 +44,8 @@ class Graded(NamedTuple):
 class Grader:
     """Grades answers by the parts that a config names.
 
-    reward_model: needed where its weight is not 0. judge: of rubric and critic. rubric: its items; None: those that fit
-    the answer.
+    reward_model: needed where its weight is not 0. judge: of rubric and critic. rubric: its items; None:
+    those that fit the answer.
     """
 
     def __init__(

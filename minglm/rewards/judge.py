@@ -3,12 +3,12 @@
     item  = name, question, and where there is one a program that answers it
     value = items that hold / items asked                         failed = names of the others
 
-The rubric and the critic differ only in their items: the rubric's are the same for every answer, the critic's are the
-sentences of the request. So they share one kind of judge, and say which item failed.
+The rubric and the critic differ only in their items: the rubric's are the same for every answer, the critic's
+are the sentences of the request. So they share one kind of judge, and say which item failed.
 
-Choices: a model is asked for one word, and only yes and no count. Anything else is nonsense, and a judge that raises or
-takes too long has not answered. In both cases the judgement has that status and no value: the sample leaves all
-statistics, instead of teaching that the answer was bad.
+Choices: a model is asked for one word, and only yes and no count. Anything else is nonsense, and a judge that
+raises or takes too long has not answered. In both cases the judgement has that status and no value: the
+sample leaves all statistics, instead of teaching that the answer was bad.
 """
 
 import asyncio
@@ -111,7 +111,10 @@ class ModelJudge:
     """Seconds to wait for a reply."""
 
     async def ask(self, item: Item, judged: Judged) -> bool:
-        """Return what the model says, yes or no. Raises `JudgeFailed` for any other reply, and where there is none."""
+        """Return what the model says, yes or no.
+
+        Raises `JudgeFailed` for any other reply, and where there is none.
+        """
         question = (
             f"Request: {judged.prompt[-1]['content']}\nAnswer: {judged.message['content']}\n"
             f"{item.question} Reply yes or no."

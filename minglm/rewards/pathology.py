@@ -1,9 +1,9 @@
 """Detect faults of form: wrong language, endless repetition, broken format (paper 3.4, pathology RL).
 
-These appear in less than 1% of outputs, so general RL hardly ever meets them. The paper's remedy is a last phase on
-prompts chosen because they provoke them, with penalties that are cheap to compute. The paper names the three faults;
-how to find them is our choice, and each detector reads only the raw text of one assistant turn, with special tokens
-spelled out, or for the format its pieces, so that text which spells a tag is text:
+These appear in less than 1% of outputs, so general RL hardly ever meets them. The paper's remedy is a last
+phase on prompts chosen because they provoke them, with penalties that are cheap to compute. The paper names
+the three faults; how to find them is our choice, and each detector reads only the raw text of one assistant
+turn, with special tokens spelled out, or for the format its pieces, so that text which spells a tag is text:
 
     language mixing   share of words outside the script of the expected language        > 1% (en), > 30% (zh)
     repetition        share of the text inside its longest run of copies of one piece   > 20%, and over 40 characters
@@ -19,8 +19,8 @@ Choices
   line is no loop. Sentences that return without being adjacent are left to the 4-grams.
 - Format is a grammar over the tags alone: at most one block of reasoning, which comes first, then text and calls.
 
-Simplified: scripts stand for languages (French passes for English), two languages are known, and where only letters are
-given a special token that is quoted in prose on purpose counts as stray.
+Simplified: scripts stand for languages (French passes for English), two languages are known, and where only
+letters are given a special token that is quoted in prose on purpose counts as stray.
 """
 
 import re
@@ -186,8 +186,9 @@ def distinctness(text: str, n: int = 4) -> Distinctness:
 def broken_format(turn: str | Sequence[Piece] | Mapping[str, Any]) -> bool:
     """Return whether an assistant turn breaks the template.
 
-    turn: the raw text after `<|assistant|>`, with or without the role token that ends it; or its pieces; or a parsed
-    message, which is broken when it carries an error, says nothing, or still holds template tags in its text.
+    turn: the raw text after `<|assistant|>`, with or without the role token that ends it; or its pieces; or a
+    parsed message, which is broken when it carries an error, says nothing, or still holds template tags in
+    its text.
     """
     if isinstance(turn, Mapping):
         return _broken_message(turn)

@@ -3,14 +3,15 @@
     P(a is preferred to b) = sigmoid(r(a) - r(b))         loss = -log sigmoid(r(chosen) - r(rejected))
     value in [0, 1]        = sigmoid(scale * (r - offset))
 
-r is a linear map of the base model's last state at the last token of the conversation. `calibrate` chooses `scale` on
-pairs that training did not see, so that a predicted probability is a frequency there, and `offset` as their mean score.
+r is a linear map of the base model's last state at the last token of the conversation. `calibrate` chooses
+`scale` on pairs that training did not see, so that a predicted probability is a frequency there, and `offset`
+as their mean score.
 
-What a reward model has learnt beside quality is probed: how often it prefers the worse answer when that is the longer
-one, and when a lively phrase stands before it. Half would be chance, and zero is right.
+What a reward model has learnt beside quality is probed: how often it prefers the worse answer when that is
+the longer one, and when a lively phrase stands before it. Half would be chance, and zero is right.
 
-Simplified: one linear head, one pass over the pairs in batches of one length, AdamW for all weights. The paper gives no
-size, loss or data of its reward model.
+Simplified: one linear head, one pass over the pairs in batches of one length, AdamW for all weights. The
+paper gives no size, loss or data of its reward model.
 """
 
 import copy
@@ -77,7 +78,10 @@ class RewardModel(nn.Module):
         self.offset = 0.0
 
     def forward(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """Return the score of each text, float32 (B,). A text longer than the model's positions loses its beginning."""
+        """Return the score of each text, float32 (B,).
+
+        A text longer than the model's positions loses its beginning.
+        """
         longest = self.base.config.max_position_embeddings
         texts = [text[-longest:] for text in texts]
         width = max(map(len, texts))
@@ -114,7 +118,10 @@ def _sigmoid(x: float) -> float:
 
 
 def train(model: RewardModel, pairs: Sequence[Pair], peak_lr: float, seed: int = 0) -> list[float]:
-    """Train on preference pairs, once on each. Return the loss of each update, nats. The rate falls linearly to zero."""
+    """Train on preference pairs, once on each.
+
+    Return the loss of each update, nats. The rate falls linearly to zero.
+    """
     order = random.Random(seed).sample(range(len(pairs)), len(pairs))
     batches = [order[first : first + BATCH] for first in range(0, len(order), BATCH)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.0)

@@ -3,11 +3,11 @@
     with an objective truth      right?  without faults of form?
     without                      anything said?  in one language?  no repetition?  well formed?  not the request itself?
 
-The paper has separate rubrics for both cases: where a right answer exists, a rubric that praises manner would pay for
-wrong answers in a good manner.
+The paper has separate rubrics for both cases: where a right answer exists, a rubric that praises manner would
+pay for wrong answers in a good manner.
 
-A rubric whose questions do not look at the request can be pleased by one answer to everything; lesson 17 has one, and shows
-what becomes of it alone and beside rules and a critic.
+A rubric whose questions do not look at the request can be pleased by one answer to everything; lesson 17 has
+one, and shows what becomes of it alone and beside rules and a critic.
 """
 
 from collections.abc import Sequence

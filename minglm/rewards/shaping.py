@@ -2,8 +2,8 @@
 
     shaped = score - fault_penalty * [the turn has a fault, or disobeys the thinking switch]
 
-Choices: the penalty is one amount, however many faults there are. It applies to the samples of every environment, and
-only to what RL learns from; evaluation reports the unshaped score.
+Choices: the penalty is one amount, however many faults there are. It applies to the samples of every
+environment, and only to what RL learns from; evaluation reports the unshaped score.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """Keep the processes of outside agents running, as many as the config says (paper 3.5).
 
-They get the endpoint's address in MINGLM_ENDPOINT, and a key that every client library is content with. An agent that
-ends is started again, at most `MOST_STARTS` times without a finished session in between.
+They get the endpoint's address in MINGLM_ENDPOINT, and a key that every client library is content with. An
+agent that ends is started again, at most `MOST_STARTS` times without a finished session in between.
 """
 
 import contextlib

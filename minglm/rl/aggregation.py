@@ -5,18 +5,20 @@
     prompt     mean over prompts of the mean over its tokens   every problem weighs the same, its long answers more
     constant   sum over all tokens / (samples * length)        no answer's length matters (Dr. GRPO, arXiv 2503.20783)
 
-They differ in the weight of a token of a long answer. With `sequence` a wrong answer dilutes its penalty by being
-long, and a right one gains by being short; the paper finds `token` faster and less biased towards trivially short
-samples.
+They differ in the weight of a token of a long answer. With `sequence` a wrong answer dilutes its penalty by
+being long, and a right one gains by being short; the paper finds `token` faster and less biased towards
+trivially short samples.
 
-What matters is *whose* tokens are counted. A batch is cut into micro-batches and over ranks, and a mean per micro-batch
-weighs micro-batches, not tokens. Here `denominator` counts once over the whole batch (sum it over ranks) and every
-micro-batch divides by it, so the micro-batches add up to the whole batch. Rows without any target (padding,
-infrastructure failures) are not counted, and a batch without targets gives exactly zero with zero gradient, never NaN.
+What matters is *whose* tokens are counted. A batch is cut into micro-batches and over ranks, and a mean per
+micro-batch weighs micro-batches, not tokens. Here `denominator` counts once over the whole batch (sum it over
+ranks) and every micro-batch divides by it, so the micro-batches add up to the whole batch. Rows without any
+target (padding, infrastructure failures) are not counted, and a batch without targets gives exactly zero with
+zero gradient, never NaN.
 
 A sample is a whole trajectory, and one with several user turns is several rows (`rl.episode`). It has one vote all the
-same: `owners_B` says which rows belong together when samples are counted, and `tokens_B` how many tokens the whole
-trajectory of a row has, so its rows may lie in different micro-batches. For `prompt` both speak of prompts.
+same: `owners_B` says which rows belong together when samples are counted, and `tokens_B` how many tokens the
+whole trajectory of a row has, so its rows may lie in different micro-batches. For `prompt` both speak of
+prompts.
 """
 
 import torch
@@ -90,8 +92,8 @@ def aggregate(
         tokens_B: int64, produced tokens of the whole trajectory of each row (`sequence`), or of its whole prompt
             (`prompt`); None: those of the row.
 
-    Returns a scalar float32 tensor. Over any split of the rows the results add up to the result without a split.
-    Raises ValueError for an unknown mode, and for `constant` without a denominator.
+    Returns a scalar float32 tensor. Over any split of the rows the results add up to the result without a
+    split. Raises ValueError for an unknown mode, and for `constant` without a denominator.
     """
     if denominator is None:
         denominator = _count(mask_BS, mode)

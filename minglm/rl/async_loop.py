@@ -3,9 +3,9 @@
     Synchronous       draw(s): play the groups of step s, and await them             staleness 0
     Disaggregated     draw(s): await the groups of step s, which began when the weights had the version s - max_staleness
 
-`minglm.rl.loop.reinforce` is the loop of both. What differs is where one result is awaited: here the groups of several
-steps are under way in other processes (`minglm.rl.worker`), and a thread hands them out and takes them in, through the
-buffer (`minglm.rl.buffer`), while the trainer learns.
+`minglm.rl.loop.reinforce` is the loop of both. What differs is where one result is awaited: here the groups
+of several steps are under way in other processes (`minglm.rl.worker`), and a thread hands them out and takes
+them in, through the buffer (`minglm.rl.buffer`), while the trainer learns.
 
     publish:   trainer -> channel -> every worker, which answers when it uses them        (minglm.rl.weights)
     death:     groups of the worker wait again, it is restarted, and gets weights when the trainer next has time

@@ -2,18 +2,20 @@
 
     loss = policy loss + mtp_loss_weight * CE(MTP layer, token s + 2) + sequence_loss_weight * balance
 
-The MTP layer drafts what the policy samples, and RL moves the policy: a layer that is left alone drafts for a model that
-is no more. Here it learns from the rollouts themselves.
+The MTP layer drafts what the policy samples, and RL moves the policy: a layer that is left alone drafts for a
+model that is no more. Here it learns from the rollouts themselves.
 
     z = MTP layer( states of the trunk, embedding of the next token ),   both without gradient;   the head without gradient
 
-So nothing of its loss reaches the trunk, the embedding or the head: the policy is trained by rewards alone, as without it.
-The gradient of the layer has its own bound on its norm (`guarded_step`), or it would shrink the policy's. A target counts
-if the policy sampled it: prompts and tool results are not what the layer will be asked to draft.
+So nothing of its loss reaches the trunk, the embedding or the head: the policy is trained by rewards alone,
+as without it. The gradient of the layer has its own bound on its norm (`guarded_step`), or it would shrink
+the policy's. A target counts if the policy sampled it: prompts and tool results are not what the layer will
+be asked to draft.
 
-The balance of the experts is left alone in RL by default. The sequence loss pulls the router towards something that has no
-reward, and others saw worse rewards with it; the selection bias changes which experts a token takes between rollout and
-training. Both can be switched on (`balance_loss`, `balance_bias`), with the weight and the rate of pre-training.
+The balance of the experts is left alone in RL by default. The sequence loss pulls the router towards
+something that has no reward, and others saw worse rewards with it; the selection bias changes which experts a
+token takes between rollout and training. Both can be switched on (`balance_loss`, `balance_bias`), with the
+weight and the rate of pre-training.
 """
 
 from typing import NamedTuple

@@ -141,7 +141,10 @@ class Buffer:
         self.waiting |= {task.key: task for task in tasks}
 
     def add(self, key: GroupKey, group: Group) -> bool:
-        """Take a group that was played. Return False for one that is not pending, which is not counted again."""
+        """Take a group that was played.
+
+        Return False for one that is not pending, which is not counted again.
+        """
         if self.pending.pop(key, None) is None:
             return False
         last = self.rounds[key.step][-1]

@@ -1,7 +1,7 @@
 """Choose problems by measured difficulty, in two tiers (paper 3.2, difficulty-based curriculum).
 
-A group whose answers are all right or all wrong teaches nothing, so the problems must follow the model. Before the stage
-each problem of a pool is answered a few times (`minglm.rl.screening`); then
+A group whose answers are all right or all wrong teaches nothing, so the problems must follow the model.
+Before the stage each problem of a pool is answered a few times (`minglm.rl.screening`); then
 
     first steps   moderate problems
     later steps   extremely hard ones: none of 8 answers is right, but of 512 at least one is, so that the answer is

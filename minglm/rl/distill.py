@@ -7,19 +7,20 @@ The experts answer each prompt several times. The unified model learns from the 
     reward    liked by the reward model, where none exists
     protocol  tools used as agreed, and the expected end state reached
 
-`reject` also closes the loop of the agentic section: train by RL until a plateau, replace the cold-start data by the
-policy's own accepted answers, fine-tune a fresh model on them, and continue with harder tasks.
+`reject` also closes the loop of the agentic section: train by RL until a plateau, replace the cold-start data
+by the policy's own accepted answers, fine-tune a fresh model on them, and continue with harder tasks.
 
-Prompts are selected by the length of their answers: short answers mark easy prompts, and dropping the shorter half
-raised the paper's mathematics and science scores by 2 to 4% with half of the data. The prompts that remain are the hard
-ones, and four answers to each raised them by 1 to 2% more.
+Prompts are selected by the length of their answers: short answers mark easy prompts, and dropping the shorter
+half raised the paper's mathematics and science scores by 2 to 4% with half of the data. The prompts that
+remain are the hard ones, and four answers to each raised them by 1 to 2% more.
 
-Choices: the length of a prompt's answers is known after one answer each, so the others are drawn for the hard prompts
-alone. Lengths are compared within an environment, or one with short conversations would be dropped whole. Where an
-environment has no right answers (`Environment.objective`) its score is the judgement that a reward model would give. A
-filter is a predicate of one sample, so filters commute, and what is kept passes all of them when asked again. The report
-counts every filter on every sample; a sample with two faults counts twice, whatever the order.
-Simplified: `data.cleaning.minhash` removes duplicates. The paper gives no thresholds.
+Choices: the length of a prompt's answers is known after one answer each, so the others are drawn for the hard
+prompts alone. Lengths are compared within an environment, or one with short conversations would be dropped
+whole. Where an environment has no right answers (`Environment.objective`) its score is the judgement that a
+reward model would give. A filter is a predicate of one sample, so filters commute, and what is kept passes
+all of them when asked again. The report counts every filter on every sample; a sample with two faults counts
+twice, whatever the order. Simplified: `data.cleaning.minhash` removes duplicates. The paper gives no
+thresholds.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -116,8 +117,8 @@ def reached_by_score(sample: Sample) -> bool:
 def obeys_protocol(reached: Filter = reached_by_score) -> Filter:
     """Return filter four: no malformed turn and, with tool calls, each call answered in place and the end reached.
 
-    reached: whether the expected end state was reached. A call in the last message needs no answer: it may be the act
-    that ends the episode.
+    reached: whether the expected end state was reached. A call in the last message needs no answer: it may be
+    the act that ends the episode.
     """
 
     def keep(sample: Sample) -> bool:
@@ -222,8 +223,8 @@ def hard_prompts(trajectories: Sequence[Trajectory], dropped: float) -> set[str]
 def drop_shortest(samples: Sequence[Sample], share: float = 0.5) -> list[Sample]:
     """Leave out the prompts with the shortest answers, with all their samples.
 
-    A prompt's length is the mean n_tokens of its samples. Exactly floor(share * prompts) prompts are dropped; of
-    equally long ones, those that came later. Raises ValueError for a share outside [0, 1].
+    A prompt's length is the mean n_tokens of its samples. Exactly floor(share * prompts) prompts are dropped;
+    of equally long ones, those that came later. Raises ValueError for a share outside [0, 1].
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share = {share}: must lie between 0 and 1")

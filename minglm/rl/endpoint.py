@@ -6,9 +6,10 @@
 
     OpenAI(base_url=session["url"], api_key="none").chat.completions.create(model=session["model"], ...)
 
-Any framework that takes a base URL can be the agent, with tools and a world of its own. It runs in processes of its own,
-started by the run (`rl.outside.command`) or by hand on any machine, and asks for work until the endpoint is gone. The
-task that it gets holds the label, because the agent plays the world too and computes the reward.
+Any framework that takes a base URL can be the agent, with tools and a world of its own. It runs in processes
+of its own, started by the run (`rl.outside.command`) or by hand on any machine, and asks for work until the
+endpoint is gone. The task that it gets holds the label, because the agent plays the world too and computes
+the reward.
 
 Choices
 - The server has a thread with an event loop of its own; answers come from the generator in the loop of the rollout.

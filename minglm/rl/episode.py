@@ -1,9 +1,9 @@
 """Play one episode: the model answers, the environment replies, until the task is done (paper 3.3, 3.5).
 
-A trajectory keeps the ids that were sampled, with their log-probabilities; training never tokenises text again. Tool
-results are appended as ids with mask False: only what the model produced is trained (paper 3.3). When a user speaks
-again the template drops earlier reasoning, which rewrites the prompt; such a turn opens a new segment of the same
-trajectory, and both segments share its reward.
+A trajectory keeps the ids that were sampled, with their log-probabilities; training never tokenises text
+again. Tool results are appended as ids with mask False: only what the model produced is trained (paper 3.3).
+When a user speaks again the template drops earlier reasoning, which rewrites the prompt; such a turn opens a
+new segment of the same trajectory, and both segments share its reward.
 
     async with environment.episode(task) as episode:
         completion = await generator.generate(prompt)       in one batch with all other episodes
@@ -144,7 +144,9 @@ class Segment:
         return cls(list(tokens), [False] * count, [0.0] * count, [-1] * count)
 
     def add_answer(self, completion: Completion) -> None:
-        """Append an answer. A token in it that was put in, not sampled, is context: nothing is learnt from it.
+        """Append an answer.
+
+        A token in it that was put in, not sampled, is context: nothing is learnt from it.
 
         Its experts are those of the whole text, also of earlier turns.
         """
@@ -221,8 +223,8 @@ async def play(
         thinking: the thinking switch of the prompt.
         seed_of_turn: number of a turn, from 0 -> seed of its request.
 
-    Returns the scored trajectory. An exception in the environment, or an answer that the generator failed at, becomes its
-    score's status "infrastructure".
+    Returns the scored trajectory. An exception in the environment, or an answer that the generator failed at,
+    becomes its score's status "infrastructure".
     """
     if player.outside is not None:
         return await player.outside.play(player, task, thinking, seed_of_turn)

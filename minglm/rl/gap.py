@@ -3,18 +3,20 @@
     d_t = log pi(y_t) - log mu(y_t)            of every sampled token, before the first update of a rollout
     mean |d|,   99th percentile of |d|,   largest |d|,   KL(mu, pi) ~ mean( exp(d) - 1 - d )
 
-pi is what the trainer computes for a token and mu what the engine recorded when it drew it. Before any update both have
-the same weights, so each d is an error: of rounding, of a kernel, of float8, or of a router that chose other experts. It
-enters the ratio of the loss as if the policy had changed. Mixture-of-experts models are told to collapse from it, because
-one expert that differs changes a token more than all rounding does (arXiv 2510.11370).
+pi is what the trainer computes for a token and mu what the engine recorded when it drew it. Before any update
+both have the same weights, so each d is an error: of rounding, of a kernel, of float8, or of a router that
+chose other experts. It enters the ratio of the loss as if the policy had changed. Mixture-of-experts models
+are told to collapse from it, because one expert that differs changes a token more than all rounding does
+(arXiv 2510.11370).
 
-What is healthy: with float32 on both sides d is rounding, about 1e-6, and its mean square half of that of the KL, far
-below 1e-6 nats; with float8 rollouts a KL below 0.015. It must stay flat while the weights do (learning rate 0). A gap
-that grows with training comes from weights that were not handed over, or from text that the two read differently.
+What is healthy: with float32 on both sides d is rounding, about 1e-6, and its mean square half of that of the
+KL, far below 1e-6 nats; with float8 rollouts a KL below 0.015. It must stay flat while the weights do
+(learning rate 0). A gap that grows with training comes from weights that were not handed over, or from text
+that the two read differently.
 
-Choices. It is measured in the forward pass that the first update makes anyway, so it costs nothing; where a rollout
-serves several updates, that is the share of its samples which the first one gets. A skipped step has no forward pass, and
-no gap. The percentile over several ranks is the largest of theirs.
+Choices. It is measured in the forward pass that the first update makes anyway, so it costs nothing; where a
+rollout serves several updates, that is the share of its samples which the first one gets. A skipped step has
+no forward pass, and no gap. The percentile over several ranks is the largest of theirs.
 """
 
 from typing import NamedTuple

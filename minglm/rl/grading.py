@@ -1,11 +1,12 @@
 """Grade trajectories by a reward of several parts, in the place of the environment's own score (paper 3.4).
 
-The score keeps its status and its parts; its value becomes that of the grader, and the grader's parts are added by name.
-Whatever reads scores later (groups, logs, recorded rollouts) therefore needs to know nothing of graders. A trajectory whose
-judge failed gets the status "infrastructure", as if the environment had failed: it leaves all statistics.
+The score keeps its status and its parts; its value becomes that of the grader, and the grader's parts are
+added by name. Whatever reads scores later (groups, logs, recorded rollouts) therefore needs to know nothing
+of graders. A trajectory whose judge failed gets the status "infrastructure", as if the environment had
+failed: it leaves all statistics.
 
-A trajectory that the environment itself could not judge stays as it is, and so does one that was halted for its format
-(paper 3.3.2: halt and zero): no part of the reward may pay for it.
+A trajectory that the environment itself could not judge stays as it is, and so does one that was halted for
+its format (paper 3.3.2: halt and zero): no part of the reward may pay for it.
 """
 
 from collections.abc import Mapping, Sequence

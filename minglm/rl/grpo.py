@@ -12,9 +12,9 @@ Choices
 - A sample whose episode failed for reasons of infrastructure says nothing about the policy: it leaves the statistics.
   So does one whose reward is no number: it is refused where the environment returns it (`rl.episode`).
 
-The agentic objective is printed in the paper as the mean over a group of r_i - mean r, which is zero for any policy: no
-probability appears in it. We read it as the advantage of the same policy gradient, without the division:
-`advantages(..., normalize_std=False)`. Dr. GRPO (arXiv 2503.20783) leaves the division out too.
+The agentic objective is printed in the paper as the mean over a group of r_i - mean r, which is zero for any
+policy: no probability appears in it. We read it as the advantage of the same policy gradient, without the
+division: `advantages(..., normalize_std=False)`. Dr. GRPO (arXiv 2503.20783) leaves the division out too.
 
 Paper: group-wise, no value network. Left open there and chosen here: deviation, epsilon.
 """
@@ -49,8 +49,8 @@ def informative_groups(rewards_PG: Tensor, valid_PG: Tensor | None = None) -> Te
         rewards_PG: float, P prompts by G samples.
         valid_PG: bool, False for infrastructure failures; None: all valid.
 
-    Rewards are compared by their spread, not by their mean: a group in which every reward is 0.5 carries as little
-    signal as one in which every reward is 0. Raises ValueError for a valid reward that is not finite.
+    Rewards are compared by their spread, not by their mean: a group in which every reward is 0.5 carries as
+    little signal as one in which every reward is 0. Raises ValueError for a valid reward that is not finite.
     """
     valid_PG = _all_valid(rewards_PG, valid_PG)
     _check_finite(rewards_PG, valid_PG)

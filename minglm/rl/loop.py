@@ -2,18 +2,20 @@
 
     for each step:  groups = rollouts.draw(step)  ->  trainer.learn(groups)  ->  rollouts.publish(weights, step + 1)
 
-Where `draw` begins to play is all that the modes differ in. `Synchronous` plays a step when the trainer asks for it, with
-the trainer's own weights, in the trainer's process. `minglm.rl.async_loop` has started it before, in other processes.
+Where `draw` begins to play is all that the modes differ in. `Synchronous` plays a step when the trainer asks
+for it, with the trainer's own weights, in the trainer's process. `minglm.rl.async_loop` has started it
+before, in other processes.
 
-Every draw follows from the seed and the number of the step, so a resumed run repeats nothing and needs no random state.
-Groups without signal are replaced by groups of new prompts, in at most `refill` rounds; what was drawn in vain is
-counted, and its rewards count as those of every other group.
+Every draw follows from the seed and the number of the step, so a resumed run repeats nothing and needs no
+random state. Groups without signal are replaced by groups of new prompts, in at most `refill` rounds; what
+was drawn in vain is counted, and its rewards count as those of every other group.
 
-With a curriculum a set of moderate problems is scored before the first hard step, and then every few steps. From there on
-only weights whose score is healthy are kept as checkpoints; those of the last one return when the score falls.
+With a curriculum a set of moderate problems is scored before the first hard step, and then every few steps.
+From there on only weights whose score is healthy are kept as checkpoints; those of the last one return when
+the score falls.
 
-The loop saves and restores what pre-training does, the guard included; after too many skipped updates in a row it rolls
-back to the last checkpoint.
+The loop saves and restores what pre-training does, the guard included; after too many skipped updates in a
+row it rolls back to the last checkpoint.
 """
 
 import time
@@ -53,8 +55,9 @@ from minglm.train.state import Stateful
 def summarize(groups: Sequence[Sequence[Trajectory]]) -> dict[str, Any]:
     """Return numbers of one rollout for the log: reward, length, truncation, calls, faults.
 
-    Samples whose environment failed are left out. The numbers are fields of `RLRecord`. When every environment failed
-    the means are None and the shares by name are empty: 0 would say that every answer was wrong.
+    Samples whose environment failed are left out. The numbers are fields of `RLRecord`. When every
+    environment failed the means are None and the shares by name are empty: 0 would say that every answer was
+    wrong.
     """
     everything = [t for group in groups for t in group]
     trajectories = [t for t in everything if t.valid]
@@ -170,7 +173,9 @@ def reinforce(
     samples: SampleFile | None = None,
     keep_samples: int = 1,
 ) -> None:
-    """Train for `trainer.config.steps` steps, resuming from `checkpoints`. A request to end saves and raises `Stopped`.
+    """Train for `trainer.config.steps` steps, resuming from `checkpoints`.
+
+    A request to end saves and raises `Stopped`.
 
     Args:
         trainer: makes the updates.
@@ -325,7 +330,10 @@ def check_curriculum(
     log: Log,
     stage: str,
 ) -> None:
-    """Score the held-out moderate problems. Keep the weights where the score is healthy, and roll them back where not."""
+    """Score the held-out moderate problems.
+
+    Keep the weights where the score is healthy, and roll them back where not.
+    """
     began = time.perf_counter()
     curriculum = schedule.curriculum
     assert curriculum is not None, "a check needs a curriculum"
@@ -371,7 +379,10 @@ def scored_everywhere(at_each: dict[float, list[float | None]]) -> Scores:
 def roll_back(
     trainer: PolicyTrainer, rollouts: Rollouts, checkpoints: StageCheckpoints, stage: str
 ) -> RollbackRecord:
-    """Restore weights and optimizer from the last checkpoint, while the tasks continue. Return the record of it."""
+    """Restore weights and optimizer from the last checkpoint, while the tasks continue.
+
+    Return the record of it.
+    """
     to_step = trainer.state.roll_back(checkpoints)
     rollouts.publish(trainer.state.step)
     return RollbackRecord(

@@ -1,7 +1,8 @@
 """Weigh sampled tokens by their advantage: the policy losses, GRPO without KL among them (paper 3.2, 3.3).
 
-For a token y_t of an answer with advantage A (`minglm.rl.grpo`), with pi the policy in training, pi_old the one that the
-ratio is taken against, mu the one that sampled, and pi_ref the weights at the beginning of the stage:
+For a token y_t of an answer with advantage A (`minglm.rl.grpo`), with pi the policy in training, pi_old the
+one that the ratio is taken against, mu the one that sampled, and pi_ref the weights at the beginning of the
+stage:
 
     rho_t = pi(y_t) / pi_old(y_t)                         importance_sampling_level = token
     rho_t = (prod over the segment of rho_t)^(1 / |y|)    sequence: one number for all tokens of a segment

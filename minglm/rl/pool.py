@@ -6,8 +6,8 @@
 
 `LocalPool` starts processes of this machine. Ray (`minglm.rl.ray_pool`) starts the same workers on a cluster.
 
-Choices: the processes are forked from a server that has imported PyTorch once, so a worker starts in a fraction of a
-second, also again; it inherits nothing of the trainer, neither threads nor a GPU.
+Choices: the processes are forked from a server that has imported PyTorch once, so a worker starts in a
+fraction of a second, also again; it inherits nothing of the trainer, neither threads nor a GPU.
 """
 
 import contextlib

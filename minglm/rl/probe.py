@@ -2,8 +2,8 @@
 
     score of a problem = mean score of its answers;  None where every sample's environment failed
 
-Two probes with one seed draw the same random numbers for the answers to the same problem, so what differs between them
-is the policy or its temperature.
+Two probes with one seed draw the same random numbers for the answers to the same problem, so what differs
+between them is the policy or its temperature.
 """
 
 from collections.abc import Mapping

@@ -1,10 +1,10 @@
 """Let Ray start the workers, on any machine of its cluster: the extra `ray` (paper 3.5: "scheduled through Ray").
 
-A worker is an actor of the same class that a local process runs (`minglm.rl.worker`), whose event loop is Ray's. Without
-a cluster (`ray start`, RAY_ADDRESS) Ray makes one of this machine.
+A worker is an actor of the same class that a local process runs (`minglm.rl.worker`), whose event loop is
+Ray's. Without a cluster (`ray start`, RAY_ADDRESS) Ray makes one of this machine.
 
-Choices: a worker takes one CPU, and one GPU where the run has some. Weights travel by `file` or `broadcast` between
-machines, because the memory of one is not that of another.
+Choices: a worker takes one CPU, and one GPU where the run has some. Weights travel by `file` or `broadcast`
+between machines, because the memory of one is not that of another.
 """
 
 import contextlib
@@ -21,7 +21,10 @@ MOST_GROUPS = 10_000
 
 
 class RayPool:
-    """Workers as actors of Ray. Raises ValueError, in one line, without the package or with a transport that cannot work."""
+    """Workers as actors of Ray.
+
+    Raises ValueError, in one line, without the package or with a transport that cannot work.
+    """
 
     def __init__(
         self, setup: WorkerSetup, workers: int, transport: WeightTransport, gpus: int = 0

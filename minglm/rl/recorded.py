@@ -37,7 +37,10 @@ class Recorded:
         self.steps: Iterator[Sequence[dict[str, Any]]] = read_steps(path, head)
 
     def draw(self, step: int) -> DrawnGroups:
-        """Return the groups of a step. Raises ValueError, in one line, where the file has none, or of other tasks."""
+        """Return the groups of a step.
+
+        Raises ValueError, in one line, where the file has none, or of other tasks.
+        """
         lines = next((found for found in self.steps if found[0]["step"] == step), None)
         if lines is None:
             raise ValueError(f"{self.path} has no samples of step {step}; ask for fewer steps")

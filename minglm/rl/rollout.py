@@ -2,17 +2,17 @@
 
     groups[p][g]  =  trajectory of sample g of task p
 
-Every episode is a coroutine, and all of them run in one event loop, so that the generator always has the turns of all
-episodes that wait for the model, and no episode waits for another one.
+Every episode is a coroutine, and all of them run in one event loop, so that the generator always has the
+turns of all episodes that wait for the model, and no episode waits for another one.
 
-Choices: every draw follows from the rollout's seed and the numbers of task, sample and turn, never from the order in
-which episodes happen to proceed. The order of the groups is that of the tasks.
+Choices: every draw follows from the rollout's seed and the numbers of task, sample and turn, never from the
+order in which episodes happen to proceed. The order of the groups is that of the tasks.
 
 Ranks divide the episodes among them. As no draw depends on who plays, they sample what one process samples.
 
-Simplified: an answer's log-probabilities depend in their last bits on what shares its batch (float32, about 1e-6). With
-environments that answer at once the batches are a function of the seed, and a rollout repeats bit for bit. With ones
-that wait in another thread between two turns the batches depend on time as well.
+Simplified: an answer's log-probabilities depend in their last bits on what shares its batch (float32, about
+1e-6). With environments that answer at once the batches are a function of the seed, and a rollout repeats bit
+for bit. With ones that wait in another thread between two turns the batches depend on time as well.
 """
 
 import asyncio
@@ -44,7 +44,9 @@ async def play_episodes(
     thinking: Sequence[bool],
     seed: int,
 ) -> list[Trajectory]:
-    """Play the episodes of these numbers, inside an event loop. Episode p * samples + g is sample g of task p.
+    """Play the episodes of these numbers, inside an event loop.
+
+    Episode p * samples + g is sample g of task p.
 
     The other arguments are those of `rollout`. Returns the trajectories in the order of the numbers.
     """

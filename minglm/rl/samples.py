@@ -3,17 +3,18 @@
     RUN/samples/STAGE.jsonl      {"head": {"stage": ..., "prompts": ..., ...}}
                                  {"step": 0, "refill": 0, "place": 3, "sample": 1, "messages": [...], "segments": [...], ...}
 
-A line holds all that training needs of a trajectory but its task, which the schedule deals again: the file of a stage is
-what `run --from-rollouts` trains on. Lines of one step stand together, and the steps in order, so that a resumed run cuts
-the file back to its checkpoint.
+A line holds all that training needs of a trajectory but its task, which the schedule deals again: the file of
+a stage is what `run --from-rollouts` trains on. Lines of one step stand together, and the steps in order, so
+that a resumed run cuts the file back to its checkpoint.
 
     segments[i]: tokens      ids, prompt and tool results included
                  logprobs    of the engine, nats; null where the model did not sample the token
                  trained     of the trainer before its first update, nats, for each sampled token; missing where not trained
                  versions    of the weights that drew each sampled token, [[version, how many tokens in a row], ...]
 
-Choices: a log-probability is float32, and is written with the fewest digits that give the same float32 again. A text that
-an agent framework may read, the messages, stands beside the ids, from which nothing is tokenised again.
+Choices: a log-probability is float32, and is written with the fewest digits that give the same float32 again.
+A text that an agent framework may read, the messages, stands beside the ids, from which nothing is tokenised
+again.
 """
 
 import base64
@@ -122,7 +123,10 @@ def write_sample(key: GroupKey, sample: int, trajectory: Trajectory) -> Line:
 
 
 def read_sample(line: Line, task: Task) -> Trajectory:
-    """Return the trajectory that `write_sample` wrote, of a task that is dealt again. Raises ValueError for another."""
+    """Return the trajectory that `write_sample` wrote, of a task that is dealt again.
+
+    Raises ValueError for another.
+    """
     if line["task"] != task.id:
         raise ValueError(
             f"step {line['step']}, place {line['place']} is task {line['task']}, where this config deals {task.id}"
@@ -146,8 +150,8 @@ def read_sample(line: Line, task: Task) -> Trajectory:
 class SampleFile:
     """The samples of one stage on disk, step after step.
 
-    path: of the file, which is made with the first sample. head: {name: plain value} of what the samples depend on; who
-    reads them compares it.
+    path: of the file, which is made with the first sample. head: {name: plain value} of what the samples
+    depend on; who reads them compares it.
     """
 
     def __init__(self, path: Path, head: Line) -> None:
@@ -205,7 +209,10 @@ def read_steps(path: Path, head: Mapping[str, Any]) -> Iterator[list[Line]]:
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """Yield the line with the head, then the samples. Raises ValueError that names the file and the line that is neither."""
+    """Yield the line with the head, then the samples.
+
+    Raises ValueError that names the file and the line that is neither.
+    """
     number = 0
     is_whole = False
     try:

@@ -4,9 +4,10 @@
     next call   its messages = those of the segment + results    prompt = segment's ids + continuation(results)
                 anything else                                    prompt = the rendering, and a new segment
 
-An agent speaks in messages: it sends the whole conversation with every call, and may leave out the reasoning, spell
-arguments anew, or begin another conversation at any time. The session knows what was sampled for each message, so the
-prompt of the next call begins with exactly these ids; what the model said is never tokenized again.
+An agent speaks in messages: it sends the whole conversation with every call, and may leave out the reasoning,
+spell arguments anew, or begin another conversation at any time. The session knows what was sampled for each
+message, so the prompt of the next call begins with exactly these ids; what the model said is never tokenized
+again.
 
 Choices
 - A call continues a segment if its messages are that segment's, told apart by role, text and calls, and only results of

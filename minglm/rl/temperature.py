@@ -1,8 +1,8 @@
 """Raise the sampling temperature during training, as far as accuracy allows (paper 3.2, dynamic sampling temperature).
 
-As a policy improves it becomes sure of itself and its answers become alike, so RL has less to compare. GLM-4.5 raises
-the sampling temperature when that happens: when the reward has stopped rising, it scores a range of temperatures on
-held-out problems and takes the highest one that costs at most 1%.
+As a policy improves it becomes sure of itself and its answers become alike, so RL has less to compare.
+GLM-4.5 raises the sampling temperature when that happens: when the reward has stopped rising, it scores a
+range of temperatures on held-out problems and takes the highest one that costs at most 1%.
 
     plateau    mean reward of the last window <= mean of the window before + gain, and it does not fall
     probe      s_p(T): mean score of problem p over its answers at temperature T, for every T of a grid
@@ -11,35 +11,38 @@ held-out problems and takes the highest one that costs at most 1%.
     T is safe  when for every T' of the grid the mean of c_p(T, T') is below 0 but for a chance of `risk`
     next T     the last of the safe temperatures above the present one that follow it without a gap
 
-A score is a mean over a few hundred answers, with an error larger than the 1% that is asked about. The highest number of
-a noisy table is not the highest temperature that is good: so chosen, the temperature truly costs more than the drop in
-12 to 30% of the probes, and falls in a quarter of them. Here nothing changes without evidence:
+A score is a mean over a few hundred answers, with an error larger than the 1% that is asked about. The
+highest number of a noisy table is not the highest temperature that is good: so chosen, the temperature truly
+costs more than the drop in 12 to 30% of the probes, and falls in a quarter of them. Here nothing changes
+without evidence:
 
-- The problems are the same at every temperature and so are the random numbers of their answers, so that only the
-  differences within a problem count. The bound is that of their mean, normal, with two made-up problems added: one that
-  costs 1 and one that gains 1. Without them a probe in which nothing differs would be certain after one problem.
-- Safe means safe against each other temperature, hence against the best one, whichever it is. No maximum of noisy
-  numbers is taken.
-- The temperatures are tested upwards, one after the other, up to the first that fails. That the choice costs more than
-  the drop needs the *first* bad temperature to pass, a chance of at most `risk` however long the grid is. It also means
-  that no hole in the curve is jumped over.
-- The temperature falls only when it is shown, with the same risk shared among the lower ones, that the present one
-  costs more than the drop against one of them. It then falls step by step, as far as that is shown of the next one too.
+- The problems are the same at every temperature and so are the random numbers of their answers, so that only
+  the differences within a problem count. The bound is that of their mean, normal, with two made-up problems
+  added: one that costs 1 and one that gains 1. Without them a probe in which nothing differs would be certain
+  after one problem.
+- Safe means safe against each other temperature, hence against the best one, whichever it is. No maximum of
+  noisy numbers is taken.
+- The temperatures are tested upwards, one after the other, up to the first that fails. That the choice costs
+  more than the drop needs the *first* bad temperature to pass, a chance of at most `risk` however long the
+  grid is. It also means that no hole in the curve is jumped over.
+- The temperature falls only when it is shown, with the same risk shared among the lower ones, that the
+  present one costs more than the drop against one of them. It then falls step by step, as far as that is
+  shown of the next one too.
 - Where nobody solves anything nothing is shown, and the temperature stays.
 
-A test of 1% needs many answers: `lessons/LOG.md` has how often the rule raises at how many. With too few it errs on
-the side of the present temperature. A larger `drop` needs fewer.
+A test of 1% needs many answers: `lessons/LOG.md` has how often the rule raises at how many. With too few it
+errs on the side of the present temperature. A larger `drop` needs fewer.
 
-A reward that falls is no plateau, because more randomness would make it worse. A slow fall looks like a plateau from
-one window to the next, so the last window is also compared with the best one since the last decision, and must not lie
-below it by more than two standard errors.
+A reward that falls is no plateau, because more randomness would make it worse. A slow fall looks like a
+plateau from one window to the next, so the last window is also compared with the best one since the last
+decision, and must not lie below it by more than two standard errors.
 
-The rollout and the loss use one temperature: the loss divides its logits by the one that the rollout sampled with. After
-a probe the windows are filled anew, because rewards at another temperature cannot be compared; so they are when a
-curriculum goes on to harder problems.
+The rollout and the loss use one temperature: the loss divides its logits by the one that the rollout sampled
+with. After a probe the windows are filled anew, because rewards at another temperature cannot be compared; so
+they are when a curriculum goes on to harder problems.
 
-Paper: plateau, range of temperatures, 1% and the maximum. Left open there and chosen here: what a plateau is, what the
-1% is a share of, and what to do about noise. Simplified: every probe risks its `risk` anew.
+Paper: plateau, range of temperatures, 1% and the maximum. Left open there and chosen here: what a plateau is,
+what the 1% is a share of, and what to do about noise. Simplified: every probe risks its `risk` anew.
 """
 
 import math

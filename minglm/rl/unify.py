@@ -3,16 +3,18 @@
     on-policy    y ~ student(x)        loss_t = -sg[log expert_x(y_t) - log student(y_t)] log student(y_t)
     average      weights = sum_k weights_k / K
 
-On-policy distillation (MOPD, arXiv 2606.30406) lets the student answer, and the expert of each prompt says of every token
-how likely it is. The loss is a policy gradient whose reward is that difference of log-probabilities; its expectation is the
-gradient of the reverse KL divergence at the drawn tokens. So the student is corrected where it goes itself, and at every
-token, while rejection sampling (`minglm.rl.distill`, paper 3.1) shows it whole answers of others. No reward is asked for.
+On-policy distillation (MOPD, arXiv 2606.30406) lets the student answer, and the expert of each prompt says of
+every token how likely it is. The loss is a policy gradient whose reward is that difference of
+log-probabilities; its expectation is the gradient of the reverse KL divergence at the drawn tokens. So the
+student is corrected where it goes itself, and at every token, while rejection sampling (`minglm.rl.distill`,
+paper 3.1) shows it whole answers of others. No reward is asked for.
 
 The mean of the weights costs no token. It presumes that the experts began with the same weights, and did not move far.
 
-Choices: each rollout serves one update, so the student of the loss is the one that drew the tokens, and no ratio is needed.
-The log-probabilities of both are the trainer's, at temperature 1, so that equal weights give no reward but for rounding.
-The loss is the mean over the tokens that the student drew; prompts and results of tools count nothing.
+Choices: each rollout serves one update, so the student of the loss is the one that drew the tokens, and no
+ratio is needed. The log-probabilities of both are the trainer's, at temperature 1, so that equal weights give
+no reward but for rounding. The loss is the mean over the tokens that the student drew; prompts and results of
+tools count nothing.
 
 Workers divide the answers to the prompts of one expert after another, so that ranks meet in the passes of the same one.
 
@@ -65,9 +67,9 @@ def distillation_loss(
 class Distiller:
     """The student, its optimizer, and the experts that judge its answers.
 
-    experts: by the environment of the prompts that each judges; one expert may judge several. peak_lr: learning rate after
-    five steps of warm-up. clip_norm: bound on the gradient norm. pad: id of the padding token. workers: threads or ranks that
-    share the answers of an update; None: the student alone.
+    experts: by the environment of the prompts that each judges; one expert may judge several. peak_lr:
+    learning rate after five steps of warm-up. clip_norm: bound on the gradient norm. pad: id of the padding
+    token. workers: threads or ranks that share the answers of an update; None: the student alone.
     """
 
     def __init__(
@@ -112,7 +114,10 @@ class Distiller:
         return Distilled(divergence / tokens, tokens, segment_tokens, found.grad_norm)
 
     def _accumulate(self, expert: GLM, rows: Sequence[Row], tokens: int) -> float:
-        """Add the gradients of the rows that one expert judges. Return the sum of log student - log expert over them."""
+        """Add the gradients of the rows that one expert judges.
+
+        Return the sum of log student - log expert over them.
+        """
         shares, passes = divide(rows, self.workers, self.student.device)
 
         def work(student: GLM, share: Sequence[Sequence[Row]] | None) -> float:

@@ -163,7 +163,10 @@ class BroadcastChannel:
     def publish(
         self, buckets: Iterable[Bucket], version: int, workers: Sequence[int], notify: Notify
     ) -> None:
-        """Send bucket by bucket, to a group of these workers that lives as long. Errors: as `Channel.publish`."""
+        """Send bucket by bucket, to a group of these workers that lives as long.
+
+        Errors: as `Channel.publish`.
+        """
         self.attempt += 1
         size = len(workers) + 1
         for rank, worker in enumerate(workers, 1):

@@ -2,9 +2,9 @@
 
     POST /v1/messages    {"system", "messages": [{"role", "content": text or blocks}], "tools", ...}
 
-A body becomes a chat request of `requests.py`; the answer becomes blocks: thinking, text, tool_use. As in the original,
-thinking is off unless it is asked for, and `budget_tokens` bounds the reasoning's tokens. A block of thinking has
-an empty signature: nothing is encrypted, and what comes back is taken as it is.
+A body becomes a chat request of `requests.py`; the answer becomes blocks: thinking, text, tool_use. As in the
+original, thinking is off unless it is asked for, and `budget_tokens` bounds the reasoning's tokens. A block
+of thinking has an empty signature: nothing is encrypted, and what comes back is taken as it is.
 """
 
 import json

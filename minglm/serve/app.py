@@ -10,17 +10,18 @@
     minglm serve runs/toy --port 8000
     OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none").chat.completions.create(model="toy", messages=...)
 
-All requests share one engine, which answers them in one batch (`engine_thread.py`). When a client disconnects, its
-requests leave the engine. Errors are OpenAI's error objects, also for bodies that are not JSON or are too large, and for
-unknown paths; a failure in one response ends that response only. `access.py` says who may use the server, and
-`listener.py` how it begins and ends.
+All requests share one engine, which answers them in one batch (`engine_thread.py`). When a client
+disconnects, its requests leave the engine. Errors are OpenAI's error objects, also for bodies that are not
+JSON or are too large, and for unknown paths; a failure in one response ends that response only. `access.py`
+says who may use the server, and `listener.py` how it begins and ends.
 
-A large body must not hold up small ones (`bodies.py`). Few are read at a time, the others stay with their clients; one at a
-time is parsed and tokenized, in a thread, and the tokenizer lets the other threads run. A body is freed when its answer is
+A large body must not hold up small ones (`bodies.py`). Few are read at a time, the others stay with their
+clients; one at a time is parsed and tokenized, in a thread, and the tokenizer lets the other threads run. A
+body is freed when its answer is
 sent: in a cycle of references it would stay until a collection, which would then free many bodies while all others wait.
 
-Simplified: there is no encryption. The server listens on this machine only unless told otherwise; put a proxy in front
-of it.
+Simplified: there is no encryption. The server listens on this machine only unless told otherwise; put a proxy
+in front of it.
 """
 
 import asyncio
@@ -112,7 +113,10 @@ def format_of(body: Any, path: str, served: ServedModel) -> APIFormat:
 
 
 class EventStreamResponse:
-    """A streamed response: server-sent events, as an ASGI application. However it ends, the engine is told."""
+    """A streamed response: server-sent events, as an ASGI application.
+
+    However it ends, the engine is told.
+    """
 
     def __init__(self, answer_format: APIFormat, stream: AnswerStream, metrics: Metrics) -> None:
         self.format = answer_format
@@ -153,9 +157,9 @@ class EventStreamResponse:
 class Service:
     """The endpoints of the server, around one engine.
 
-    max_open_requests: choices that may be open; more are refused with status 429. max_body_bytes: the largest body.
-    load_weights(path): reads other weights; raises ValueError or OSError. take_weights(tensors): uses some other tensors;
-    raises RuntimeError. None: the weights stay.
+    max_open_requests: choices that may be open; more are refused with status 429. max_body_bytes: the largest
+    body. load_weights(path): reads other weights; raises ValueError or OSError. take_weights(tensors): uses
+    some other tensors; raises RuntimeError. None: the weights stay.
     """
 
     def __init__(

@@ -2,9 +2,10 @@
 
     {"reasoning_content"}, {"content"}, {"tool_calls"}  ->  begin, more, more, end; begin, more, end
 
-OpenAI's chat API sends deltas; Anthropic's Messages and OpenAI's Responses send blocks, each with a beginning and an end.
-What a stream has sent cannot be taken back, so a withdrawn block ends where it is, and its text follows in a block of
-text. It is not among the blocks of the answer; a response that is not streamed never holds it.
+OpenAI's chat API sends deltas; Anthropic's Messages and OpenAI's Responses send blocks, each with a beginning
+and an end. What a stream has sent cannot be taken back, so a withdrawn block ends where it is, and its text
+follows in a block of text. It is not among the blocks of the answer; a response that is not streamed never
+holds it.
 """
 
 from collections.abc import Iterator

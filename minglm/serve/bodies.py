@@ -2,10 +2,11 @@
 
     check_type (its header) -> read_body (bytes) -> parse_body (Python values)
 
-Python's parser holds the interpreter's lock from a body's first byte to its last, and every other request waits. Texts and
-numbers cost it little, about 0.1 s for 8 MB. But a list, an object or a key costs up to a microsecond, and 8 MB of `[]` took
-2.5 s. So these are counted first, in steps of some milliseconds, and a body with more than `MAX_PARTS` is refused. A body
-that a model of 128K tokens can answer has fewer: a message or a tool is tokens too.
+Python's parser holds the interpreter's lock from a body's first byte to its last, and every other request
+waits. Texts and numbers cost it little, about 0.1 s for 8 MB. But a list, an object or a key costs up to a
+microsecond, and 8 MB of `[]` took 2.5 s. So these are counted first, in steps of some milliseconds, and a
+body with more than `MAX_PARTS` is refused. A body that a model of 128K tokens can answer has fewer: a message
+or a tool is tokens too.
 """
 
 import asyncio

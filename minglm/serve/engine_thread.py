@@ -3,9 +3,10 @@
     event loop: TokenStream(thread, requests) -> engine.submit ...     engine thread: engine.step() -> events
                 async for ... <- asyncio.Queue <- call_soon_threadsafe <-'
 
-The event loop never waits for the model, and the engine never waits for a client. Open requests are counted: a request
-beyond the limit raises `QueueFull` at once, so a flood costs the waiting clients nothing. A forward pass that fails (out
-of memory, for example) fails the requests that were open, and the thread continues with the next request.
+The event loop never waits for the model, and the engine never waits for a client. Open requests are counted:
+a request beyond the limit raises `QueueFull` at once, so a flood costs the waiting clients nothing. A forward
+pass that fails (out of memory, for example) fails the requests that were open, and the thread continues with
+the next request.
 
 Nothing here knows HTTP or text: `minglm.serve.stream` and `minglm.serve.errors` translate.
 """
@@ -110,8 +111,9 @@ class EngineThread:
     ) -> list["PendingRequest"]:
         """Queue requests; on_event(index, event) is called in the engine's thread.
 
-        Only the event loop's thread may call this, so that counting and queueing are one step. Raises `QueueFull`, or
-        ValueError for a request that the engine cannot answer, or `Stopping`; then none of the requests is queued.
+        Only the event loop's thread may call this, so that counting and queueing are one step. Raises
+        `QueueFull`, or ValueError for a request that the engine cannot answer, or `Stopping`; then none of
+        the requests is queued.
         """
         if self.closing:
             raise Stopping

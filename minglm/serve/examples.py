@@ -2,8 +2,9 @@
 
     arithmetic, code, retail, instructions  ->  "4+3-2=", "Write f(x): add 3.", "Cancel order 123." with its tools, ...
 
-A small model knows its tasks and little else, so a visitor should meet those first. The tasks are of the test split: the
-model was not trained on them. Of a released checkpoint the environments are not known; the suggestions are general then.
+A small model knows its tasks and little else, so a visitor should meet those first. The tasks are of the test
+split: the model was not trained on them. Of a released checkpoint the environments are not known; the
+suggestions are general then.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """Name the fields of a request's body, and refuse what would be ignored (no section in the paper).
 
-A field is honoured, or it cannot change the answer, or it has a value that asks for what happens anyway. Everything else
-is refused by its name, an unknown field too: a field that is accepted and ignored is a wrong answer that nobody notices.
-A field that is null counts as absent.
+A field is honoured, or it cannot change the answer, or it has a value that asks for what happens anyway.
+Everything else is refused by its name, an unknown field too: a field that is accepted and ignored is a wrong
+answer that nobody notices. A field that is null counts as absent.
 """
 
 from collections.abc import Mapping, Set

@@ -2,8 +2,9 @@
 
     body -> format.job -> (engine) -> format.whole(stream), or format.events(stream)
 
-`OpenAIFormat` is the chat and text completions of `requests.py` and `responses.py`. `minglm.serve.anthropic_messages` and
-`minglm.serve.openai_responses` translate another API's words into a chat request, and its answer back.
+`OpenAIFormat` is the chat and text completions of `requests.py` and `responses.py`.
+`minglm.serve.anthropic_messages` and `minglm.serve.openai_responses` translate another API's words into a
+chat request, and its answer back.
 """
 
 import json

@@ -3,12 +3,12 @@
     turn = line <think> TEXT </think> ( line answer <|user|> | TEXT call (line call)* <|observation|> )
     call = <tool_call> name line { <arg_key> key </arg_key> line <arg_value> value </arg_value> line } </tool_call>
 
-The notation is that of `minglm.inference.grammar`. Tags are special tokens by their ids, so text that spells one is text.
-The value of an argument is written as the template writes it: a string as it is, everything else as JSON. Arguments come
-in the order of the schema's properties, each at most once, the required ones always.
+The notation is that of `minglm.inference.grammar`. Tags are special tokens by their ids, so text that spells
+one is text. The value of an argument is written as the template writes it: a string as it is, everything else
+as JSON. Arguments come in the order of the schema's properties, each at most once, the required ones always.
 
-Of a tool that is not strict only the form is enforced: names, JSON of the right type; of a strict one the whole schema, or
-the request is refused. A schema that has no plain list of properties cannot be strict.
+Of a tool that is not strict only the form is enforced: names, JSON of the right type; of a strict one the
+whole schema, or the request is refused. A schema that has no plain list of properties cannot be strict.
 """
 
 import json
@@ -77,7 +77,10 @@ class Rules:
         return name
 
     def tag(self, name: str) -> str:
-        """Return the terminal of a special token. Raises ValueError if the tokenizer has none of this name."""
+        """Return the terminal of a special token.
+
+        Raises ValueError if the tokenizer has none of this name.
+        """
         if name not in self.special:
             raise ValueError(f"this model's tokenizer has no {name}")
         return f"<[{self.special[name]}]>"
@@ -107,8 +110,8 @@ def turn_grammar(
 ) -> str:
     """Return the grammar of an assistant's turn after the generation prompt.
 
-    answer: the rule of the content, None for any text. tools: those that may be called, more than once if `several`.
-    Raises ValueError for a strict tool that cannot be enforced.
+    answer: the rule of the content, None for any text. tools: those that may be called, more than once if
+    `several`. Raises ValueError for a strict tool that cannot be enforced.
     """
     rules = Rules(special, dialect.line)
     head = ""
@@ -273,7 +276,10 @@ def _members(schema: Any) -> list[Any] | None:
 
 
 def _string(key: str, schema: JSONObject, strict: bool) -> str:
-    """Return the terminal of a string without quotes. Raises ValueError for a keyword that cannot be enforced."""
+    """Return the terminal of a string without quotes.
+
+    Raises ValueError for a keyword that cannot be enforced.
+    """
     if not strict:
         return TEXT
     more = sorted(schema.keys() - STRING_KEYWORDS - ANNOTATIONS)

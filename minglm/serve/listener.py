@@ -4,8 +4,9 @@
     headers     a client that does not send the whole head of a request within HEAD_SECONDS is hung up on
     signals     the first ends every open answer with an error, and then the server, status 0; the second ends the process
 
-asyncio's own accepting tries 2,048 times a second when descriptors run out, and reports each failure with a traceback.
-uvicorn bounds the time between two requests, but not that of a half-sent one, and it cuts streams off when it stops.
+asyncio's own accepting tries 2,048 times a second when descriptors run out, and reports each failure with a
+traceback. uvicorn bounds the time between two requests, but not that of a half-sent one, and it cuts streams
+off when it stops.
 """
 
 import asyncio
@@ -64,7 +65,10 @@ def serve(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket. Raises ValueError for a port in use, or an address that is not this machine's."""
+    """Return a listening socket.
+
+    Raises ValueError for a port in use, or an address that is not this machine's.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host, port), family=family, backlog=BACKLOG)

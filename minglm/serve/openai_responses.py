@@ -2,8 +2,8 @@
 
     POST /v1/responses    {"input": text or items, "instructions", "tools", "text": {"format"}, "reasoning": {"effort"}}
 
-A body becomes a chat request of `requests.py`; the answer becomes items: reasoning, message, function_call. Nothing is
-stored, so `previous_response_id` is refused: a client sends the items back.
+A body becomes a chat request of `requests.py`; the answer becomes items: reasoning, message, function_call.
+Nothing is stored, so `previous_response_id` is refused: a client sends the items back.
 """
 
 from collections.abc import AsyncIterator

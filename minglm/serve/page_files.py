@@ -1,8 +1,8 @@
 """Provide the files of the chat page as the server sends them (no section in the paper).
 
-`page/` has the page, its style, its scripts, and the libraries that it uses. All are read once, when the server starts:
-they are 250 KB, and a path that is not among them cannot be reached. What is under `vendor/` has its version in its
-path, so browsers may keep it for a year; for the rest they ask each time, by its hash.
+`page/` has the page, its style, its scripts, and the libraries that it uses. All are read once, when the
+server starts: they are 250 KB, and a path that is not among them cannot be reached. What is under `vendor/`
+has its version in its path, so browsers may keep it for a year; for the rest they ask each time, by its hash.
 """
 
 import hashlib

@@ -2,21 +2,23 @@
 
     body (parsed JSON) -> Job: prompts as token ids, sampler settings, and how to decode and send the choices
 
-Every value is checked here, before anything is queued; what is wrong raises an `APIError` that names the field. No field
-is ignored that could change the answer (`fields.py`).
+Every value is checked here, before anything is queued; what is wrong raises an `APIError` that names the
+field. No field is ignored that could change the answer (`fields.py`).
 
-Beyond OpenAI, in the words of vLLM: `chat_template_kwargs` {enable_thinking, clear_thinking}, `top_k`, `min_p`,
-`repetition_penalty`, `min_tokens`, `ignore_eos`, `stop_token_ids`, `allowed_token_ids`, `prompt_logprobs`,
-`structured_outputs` and `guided_*`, and `return_token_ids`, with which an agent trains on exactly the tokens that were
-sampled. A prompt of `/v1/completions` may be token ids. `stop` strings are matched against visible content only, not
-against reasoning.
+Beyond OpenAI, in the words of vLLM: `chat_template_kwargs` {enable_thinking, clear_thinking}, `top_k`,
+`min_p`, `repetition_penalty`, `min_tokens`, `ignore_eos`, `stop_token_ids`, `allowed_token_ids`,
+`prompt_logprobs`, `structured_outputs` and `guided_*`, and `return_token_ids`, with which an agent trains on
+exactly the tokens that were sampled. A prompt of `/v1/completions` may be token ids. `stop` strings are
+matched against visible content only, not against reasoning.
 
-The model has two settings of thinking, on and off. `reasoning_effort` none or minimal switches it off, any other on.
-`thinking` {type, budget_tokens} or `thinking_token_budget` bounds the tokens of reasoning; the engine closes a thought
-that has had as many (`minglm.inference.thinking`), and `forced_places` tells an agent where.
+The model has two settings of thinking, on and off. `reasoning_effort` none or minimal switches it off, any
+other on. `thinking` {type, budget_tokens} or `thinking_token_budget` bounds the tokens of reasoning; the
+engine closes a thought that has had as many (`minglm.inference.thinking`), and `forced_places` tells an agent
+where.
 
-A forced call (`tool_choice` required, or a named function) is started in the prompt, after empty reasoning, and a grammar
-on the logits completes it; so it does what `response_format` asks for, and calls of strict tools (`grammars.py`).
+A forced call (`tool_choice` required, or a named function) is started in the prompt, after empty reasoning,
+and a grammar on the logits completes it; so it does what `response_format` asks for, and calls of strict
+tools (`grammars.py`).
 """
 
 import json

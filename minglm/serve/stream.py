@@ -2,12 +2,13 @@
 
     tokens -> StreamDecoder (chat) or TextDecoder -> stop strings -> deltas
 
-A delta is what one token adds: {"reasoning_content"}, {"content"}, {"tool_calls"} or, for plain completions, {"text"}. A
-response that is not streamed is the sum of its deltas, so the two cannot differ. A tool call begins with its name, and
-fragments of its arguments follow. If it breaks after that, or if what was sent as reasoning turns out to be the answer,
-a delta {"withdrawn"} names what no longer counts, and its text follows as content. A stream has no way to take
-something back, so the mark is not sent; the choice names the fault in `format_error`, a field that OpenAI's objects do
-not have and that their clients pass on. So it does with a call that was repaired.
+A delta is what one token adds: {"reasoning_content"}, {"content"}, {"tool_calls"} or, for plain completions,
+{"text"}. A response that is not streamed is the sum of its deltas, so the two cannot differ. A tool call
+begins with its name, and fragments of its arguments follow. If it breaks after that, or if what was sent as
+reasoning turns out to be the answer, a delta {"withdrawn"} names what no longer counts, and its text follows
+as content. A stream has no way to take something back, so the mark is not sent; the choice names the fault in
+`format_error`, a field that OpenAI's objects do not have and that their clients pass on. So it does with a
+call that was repaired.
 """
 
 import codecs
@@ -47,8 +48,8 @@ class ChoiceEnd(StrEnum):
 class StopStrings:
     """Passes text on until the first stop string is complete; holds back what may become one.
 
-    `hit` becomes True once one is complete. The first to end wins, not the first to begin, so that the result does not
-    depend on how the text is split.
+    `hit` becomes True once one is complete. The first to end wins, not the first to begin, so that the result
+    does not depend on how the text is split.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -108,7 +109,8 @@ class Answer:
     """One choice of a response while it grows. `finish_reason` is None until it has ended.
 
     index: the number of the choice. ids: its tokens so far. forced: places of those that were put in, not sampled.
-    reasoning_tokens: those between `<think>` and `</think>`, the closing tag included. format_error: the name of a format fault, or None.
+    reasoning_tokens: those between `<think>` and `</think>`, the closing tag included. format_error: the name
+    of a format fault, or None.
     """
 
     def __init__(self, job: Job, tokenizer: Tokenizer, index: int = 0) -> None:
@@ -341,8 +343,8 @@ class TokenSource(Protocol):
 class AnswerStream:
     """The choices of a `Job` as they grow: an async iterator of `AnswerStep`, one for each token.
 
-    It counts in `metrics`: the time to the first token since `started` (`time.monotonic`), tokens, and how the choices
-    ended. Close it, whatever happens; it closes the tokens that it reads.
+    It counts in `metrics`: the time to the first token since `started` (`time.monotonic`), tokens, and how
+    the choices ended. Close it, whatever happens; it closes the tokens that it reads.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """Chat with a run in the terminal: streaming, the thinking switch, and tools (no section in the paper; thinking is 3.1's).
 
-The assistant is the last complete stage of the run. With `/tools` the conversation takes place in the toy shop: the shop's
-functions are offered to the model, its calls run on a small database, and the results go back to it.
+The assistant is the last complete stage of the run. With `/tools` the conversation takes place in the toy
+shop: the shop's functions are offered to the model, its calls run on a small database, and the results go
+back to it.
 """
 
 import json

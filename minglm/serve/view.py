@@ -4,8 +4,8 @@
     GET /overview.json                  stages, curves, load of the experts, scores
     GET /samples/STAGE.json             one row a sample;  /samples/STAGE/N.json  one sample with its tokens
 
-It reads the run's folder only, so it needs no model, may be started before, during or after a run, and never disturbs one.
-The page asks again every few seconds. This machine alone can ask, as with `serve`.
+It reads the run's folder only, so it needs no model, may be started before, during or after a run, and never
+disturbs one. The page asks again every few seconds. This machine alone can ask, as with `serve`.
 """
 
 import asyncio

@@ -1,8 +1,9 @@
 """Property tests for components of your own (no counterpart in the paper).
 
-One contract per kind of component: `check_router(route)`, `check_packer(best_fit)` and so on take any callable with
-the documented signature, draw inputs with hypothesis, and raise AssertionError with the first input that breaks a
-property. The project's own tests call the same contracts, and show that each fails on a deliberately broken twin.
+One contract per kind of component: `check_router(route)`, `check_packer(best_fit)` and so on take any
+callable with the documented signature, draw inputs with hypothesis, and raise AssertionError with the first
+input that breaks a property. The project's own tests call the same contracts, and show that each fails on a
+deliberately broken twin.
 """
 
 from minglm.testing.chat import check_parser, check_template

@@ -4,8 +4,8 @@
     check_template(my_render)                          # or with dialect="glm-4.7"
     check_parser(my_parse, MyParser)
 
-Hypothesis draws conversations and texts; a property that fails raises AssertionError. The strategies `conversations` and
-`assistant_messages`, the tools they use, and a tokenizer of single bytes can be reused.
+Hypothesis draws conversations and texts; a property that fails raises AssertionError. The strategies
+`conversations` and `assistant_messages`, the tools they use, and a tokenizer of single bytes can be reused.
 """
 
 import json
@@ -186,8 +186,9 @@ def check_template(
 ) -> None:
     """Check a chat template.
 
-    render: (tokenizer, messages, tools=None, thinking=True, generation_prompt=False, close=True) -> (ids, mask, text);
-    dialect=... is passed on unless it is glm-4.5, and clear_thinking=False where that dialect preserves reasoning.
+    render: (tokenizer, messages, tools=None, thinking=True, generation_prompt=False, close=True) -> (ids,
+    mask, text); dialect=... is passed on unless it is glm-4.5, and clear_thinking=False where that dialect
+    preserves reasoning.
     tokenizer: encode, decode and special; single bytes by default. Raises AssertionError for a property that fails.
     """
     if tokenizer is None:
@@ -357,8 +358,8 @@ def explain_difference(
 ) -> str | None:
     """Explain why a turn that is sent back renders to other ids than were sampled; None if it does not.
 
-    sampled: prompt and sampled turn. rendered: the conversation with the message that was read. Raises AssertionError
-    for a difference that has no reason.
+    sampled: prompt and sampled turn. rendered: the conversation with the message that was read. Raises
+    AssertionError for a difference that has no reason.
     """
     if list(sampled) == list(rendered):
         return None
@@ -404,8 +405,8 @@ def check_parser(
     """Check a parser of sampled text.
 
     parse: (text, tools) -> {"role", "content", "reasoning_content", "tool_calls", "error"}.
-    parser: tools -> an object with feed(text) -> deltas, flush() -> deltas and finish() -> message; without it these
-    checks are left out. A delta has `kind`, `text` and `call`, as in `minglm.chat.parser`.
+    parser: tools -> an object with feed(text) -> deltas, flush() -> deltas and finish() -> message; without
+    it these checks are left out. A delta has `kind`, `text` and `call`, as in `minglm.chat.parser`.
     Raises AssertionError for a property that fails.
     """
 

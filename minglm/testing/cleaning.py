@@ -130,8 +130,8 @@ def _wording_is_not_evidence(decontaminate: Decontaminate) -> None:
 def check_near_duplicates(function: Remove, threshold: float = 0.7) -> None:
     """Check near-duplicate removal: function(documents) -> the documents that stay.
 
-    Similarity is the Jaccard index of runs of five words. The contract allows an error of 0.2 for estimating it (4.6
-    standard deviations of 128 samples).
+    Similarity is the Jaccard index of runs of five words. The contract allows an error of 0.2 for estimating
+    it (4.6 standard deviations of 128 samples).
 
     - No two documents that stay are more similar than the threshold.
     - Whatever is removed is as similar to a document of better or equal quality that stays.
@@ -267,8 +267,8 @@ def check_scorer(fit: Fit) -> None:
     - Scores lie in [0, 1], for odd texts too.
     - The score of a text depends neither on the texts beside it nor on their order, and repeats with the seed.
     - On new texts, scores order the kinds of text as the probabilities do.
-    - Each kind's mean score is its probability, to 0.15 (what 600 marks allow: two standard deviations of the 40 marks of
-      a kind that calibrate it).
+    - Each kind's mean score is its probability, to 0.15 (what 600 marks allow: two standard deviations of the
+      40 marks of a kind that calibrate it).
     """
     rng = random.Random(0)
     kinds = _Kinds(rng)

@@ -272,8 +272,8 @@ def check_stream(make_stream: Callable[[], Stream]) -> None:
     """Check that a batch stream resumes exactly. make_stream() returns a new stream with `next(rows)` and a state.
 
     - two new streams give the same batches;
-    - a state taken after some batches, and put through JSON, brings any stream to the same next batches, whether it is
-      new or somewhere else;
+    - a state taken after some batches, and put through JSON, brings any stream to the same next batches,
+      whether it is new or somewhere else;
     - a state is a copy, which does not change when the stream continues.
     """
     rows_before = st.lists(st.integers(1, 5), max_size=12)

@@ -43,9 +43,9 @@ def contract_of(env: Environment) -> settings:
 def check_environment(env: Environment) -> None:
     """Check that an environment keeps the interface of `envs.base.Environment`.
 
-    Tasks are a function of (index, seed, split), plain JSON, and never in two splits. The oracle earns 1, with its
-    reasoning and without. Lazy and malformed messages earn 0, and the latter end the episode. No message raises, or
-    counts as a failure of the machine. A constant answer earns no more than `chance`.
+    Tasks are a function of (index, seed, split), plain JSON, and never in two splits. The oracle earns 1,
+    with its reasoning and without. Lazy and malformed messages earn 0, and the latter end the episode. No
+    message raises, or counts as a failure of the machine. A constant answer earns no more than `chance`.
     """
     check_tasks(env)
     check_oracle(env)
@@ -367,8 +367,8 @@ Judge = Callable[[str, str, Sequence[Case]], Verdict]
 def check_sandbox(judge: Judge) -> None:
     """Check a function like `Sandbox.judge`.
 
-    A right program passes, whatever its arguments do to themselves. Each of CHEATS gets its own status. A judgement
-    does not depend on the ones before it. Values are equal as EQUALITIES says.
+    A right program passes, whatever its arguments do to themselves. Each of CHEATS gets its own status. A
+    judgement does not depend on the ones before it. Values are equal as EQUALITIES says.
     """
     cases = [([x], 3 * x + 17) for x in range(8)]
     honest = "def f(x):\n    return 17 + x * 3"

@@ -3,8 +3,9 @@
     from minglm.testing.inference import check_sampler, check_verifier
     check_sampler(my_sample)
 
-With evenly spaced uniform numbers in place of random ones, the share of them that gives a token is its probability, up
-to the spacing. The distribution is enumerated, not estimated, so a failure is a fault and never bad luck.
+With evenly spaced uniform numbers in place of random ones, the share of them that gives a token is its
+probability, up to the spacing. The distribution is enumerated, not estimated, so a failure is a fault and
+never bad luck.
 """
 
 import itertools
@@ -54,10 +55,11 @@ def distribution(logits: list[float], temperature: float, top_p: float) -> list[
 def check_sampler(sample: Sampler) -> None:
     """Check `sample(logits_BV, temperature_B, top_p_B, uniform_B) -> (tokens_B, logprobs_B)`.
 
-    logits float32 (B, V); temperature and top_p float32 (B,); uniform float64 (B,) in [0, 1); tokens int64 (B,) and
-    log-probabilities float32 (B,). The tokens follow the softmax at the temperature, cut to the nucleus and normalised
-    again; the log-probability is that of the softmax before the cut; temperature 0 takes the largest logit, the first of
-    equals, whatever the uniform number; rows do not influence each other. Raises AssertionError for a property that fails.
+    logits float32 (B, V); temperature and top_p float32 (B,); uniform float64 (B,) in [0, 1); tokens int64
+    (B,) and log-probabilities float32 (B,). The tokens follow the softmax at the temperature, cut to the
+    nucleus and normalised again; the log-probability is that of the softmax before the cut; temperature 0
+    takes the largest logit, the first of equals, whatever the uniform number; rows do not influence each
+    other. Raises AssertionError for a property that fails.
     """
 
     @holds(
@@ -128,11 +130,11 @@ def check_sampler(sample: Sampler) -> None:
 def check_verifier(verify: Verifier) -> None:
     """Check `verify(p_BSV, q_BSV, drafts_BS, lengths_B, accept_BS, last_B) -> (accepted_B, tokens_B)`.
 
-    p float (B, S + 1, V); q float (B, S, V); drafts int64 (B, S); lengths int64 (B,); accept float64 (B, S) and last
-    float64 (B,) in [0, 1); accepted and tokens int64 (B,). Enumerated over a vocabulary of up to four: all drafts, and
-    evenly spaced numbers in place of random ones. The accepted drafts and the token after them have the probability that
-    the target gives them, and so has each token of a row with fewer drafts than its neighbours. Raises AssertionError for
-    a property that fails.
+    p float (B, S + 1, V); q float (B, S, V); drafts int64 (B, S); lengths int64 (B,); accept float64 (B, S)
+    and last float64 (B,) in [0, 1); accepted and tokens int64 (B,). Enumerated over a vocabulary of up to
+    four: all drafts, and evenly spaced numbers in place of random ones. The accepted drafts and the token
+    after them have the probability that the target gives them, and so has each token of a row with fewer
+    drafts than its neighbours. Raises AssertionError for a property that fails.
     """
 
     @holds(
@@ -216,9 +218,9 @@ def check_verifier(verify: Verifier) -> None:
 def check_scorer(score: Score) -> None:
     """Check `score(model, texts, temperature)`, like that of `minglm.inference.scoring.Scorer`.
 
-    What the engine recorded while it drew a token is what the score of the whole text says, to the last bit: for any
-    lengths of prompts and answers, however a prompt was cut, with drafts and without, whatever shares the batch, and for
-    answers that continue an earlier text.
+    What the engine recorded while it drew a token is what the score of the whole text says, to the last bit:
+    for any lengths of prompts and answers, however a prompt was cut, with drafts and without, whatever shares
+    the batch, and for answers that continue an earlier text.
     """
 
     @holds(

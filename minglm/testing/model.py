@@ -4,9 +4,10 @@
     check_attention(my_attention)
     check_router(lambda scores_TE, bias_E, config: my_router(scores_TE, bias_E, config.num_experts_per_tok))
 
-Each `check_*` takes a callable with the signature of ours, draws its own shapes and values, and raises AssertionError
-with the smallest counterexample that hypothesis finds. The expected values are written out from the equations, in
-plain Python or float64, or come from PyTorch's own operations; none of them is computed by the code under test.
+Each `check_*` takes a callable with the signature of ours, draws its own shapes and values, and raises
+AssertionError with the smallest counterexample that hypothesis finds. The expected values are written out
+from the equations, in plain Python or float64, or come from PyTorch's own operations; none of them is
+computed by the code under test.
 """
 
 import dataclasses
@@ -52,8 +53,9 @@ def drawn_documents(seed: int, B: int, S: int) -> Tensor:
 def tiny_model(seed: int, **changes: Any) -> GLM:
     """Return a GLM of one dense and two MoE layers, width 16 and 24 tokens, with changes to its config.
 
-    Every value is drawn, biases, norm weights and selection biases too, and large enough that attention is sharp and
-    the router decided: with values as small as at the start of training most mistakes have no visible effect.
+    Every value is drawn, biases, norm weights and selection biases too, and large enough that attention is
+    sharp and the router decided: with values as small as at the start of training most mistakes have no
+    visible effect.
     """
     settings: dict[str, Any] = {
         "vocab_size": 24,
@@ -95,9 +97,9 @@ def plain_choice(
 def check_router(route: Route) -> None:
     """Hold a router to its contract: `route(scores_TE, bias_E, config) -> (experts_TK, weights_TK)`.
 
-    scores: after the sigmoid. It selects by score plus bias within the best groups, equal values by lower index; its
-    weights come from the scores alone and sum to the scaling factor; renaming experts commutes; with two experts or more
-    the scores get a gradient. Ours is `select_experts` and `combine_weights`.
+    scores: after the sigmoid. It selects by score plus bias within the best groups, equal values by lower
+    index; its weights come from the scores alone and sum to the scaling factor; renaming experts commutes;
+    with two experts or more the scores get a gradient. Ours is `select_experts` and `combine_weights`.
     """
 
     @holds(
@@ -177,8 +179,8 @@ def check_rope(rotate: Rotate) -> None:
     """Hold a rotary embedding to its contract: `rotate(x_BSNA, positions_BS, rotary_dim, theta)`, to x's shape.
 
     The first `rotary_dim` of A dimensions rotate, in the half-split layout: dimension i pairs with dimension
-    i + rotary_dim / 2, by the angle position * theta^(-2 i / rotary_dim). Lengths stay, position 0 changes nothing, and
-    dot products depend only on the distance of the positions.
+    i + rotary_dim / 2, by the angle position * theta^(-2 i / rotary_dim). Lengths stay, position 0 changes
+    nothing, and dot products depend only on the distance of the positions.
     """
     shapes = st.tuples(
         st.integers(1, 3), st.integers(1, 8), st.integers(1, 3), st.sampled_from([4, 8, 16])
@@ -231,9 +233,9 @@ def check_rope(rotate: Rotate) -> None:
 def check_balance(update_expert_bias: UpdateBias) -> None:
     """Hold an update of the selection bias to its contract: `update_expert_bias(bias_E, tokens_per_expert_E, rate)`.
 
-    It works in place. Compared with each other, experts below the mean load rise and those above it fall, by exactly the
-    rate; only the proportions of the load matter. A step from which its mean is subtracted passes too: no choice depends
-    on that.
+    It works in place. Compared with each other, experts below the mean load rise and those above it fall, by
+    exactly the rate; only the proportions of the load matter. A step from which its mean is subtracted passes
+    too: no choice depends on that.
     """
 
     @holds(
@@ -294,9 +296,9 @@ def _drawn_layer(seed: int, T: int) -> tuple[Tensor, Tensor, Tensor, list[Tensor
 def check_experts(operation: ExpertsOperation) -> None:
     """Hold an expert layer to its contract.
 
-    `operation(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF) -> y_TD` computes every token's weighted sum over
-    its experts, with all five gradients, however unevenly the tokens fall: experts without tokens, all tokens with one
-    expert, one token, none. Ours is `grouped_experts`.
+    `operation(x_TD, experts_TK, weights_TK, gate_EFD, up_EFD, down_EDF) -> y_TD` computes every token's
+    weighted sum over its experts, with all five gradients, however unevenly the tokens fall: experts without
+    tokens, all tokens with one expert, one token, none. Ours is `grouped_experts`.
     """
 
     @holds(
@@ -432,8 +434,9 @@ def torch_attention(
 def check_attention(attend: Attend) -> None:
     """Hold causal grouped-query attention to its contract: `attend(q_BSNA, k_BSMA, v_BSMA, documents_BS) -> out_BSNA`.
 
-    Equals PyTorch's scaled_dot_product_attention, gradients included, for any number of query heads per key/value
-    head, any length, and rows packed with documents and padding; nothing a position must not see can change it.
+    Equals PyTorch's scaled_dot_product_attention, gradients included, for any number of query heads per
+    key/value head, any length, and rows packed with documents and padding; nothing a position must not see
+    can change it.
     """
     heads_of = st.sampled_from([(1, 1), (4, 1), (4, 2), (6, 3)])
 

@@ -44,7 +44,10 @@ def _train(
     config: OptimizerConfig,
     rate: float = 0.01,
 ) -> tuple[dict[str, Tensor], torch.optim.Optimizer]:
-    """Take one step for each element of `gradients`, from `weights`. Return the new weights and the optimizer."""
+    """Take one step for each element of `gradients`, from `weights`.
+
+    Return the new weights and the optimizer.
+    """
     parameters = {name: torch.nn.Parameter(value.clone()) for name, value in weights.items()}
     optimizer = make_optimizer(list(parameters.items()), config)
     for step in gradients:
@@ -60,8 +63,9 @@ def _train(
 def check_optimizer(make_optimizer: MakeOptimizer) -> None:
     """Hold an optimizer to Muon's contract.
 
-    make_optimizer: (list of (name, parameter), OptimizerConfig) -> torch.optim.Optimizer whose groups take "lr" from
-    outside; names are those of `GLM.named_parameters()`. Raises AssertionError for the first property that fails.
+    make_optimizer: (list of (name, parameter), OptimizerConfig) -> torch.optim.Optimizer whose groups take
+    "lr" from outside; names are those of `GLM.named_parameters()`. Raises AssertionError for the first
+    property that fails.
     """
     _check_stack_is_a_loop(make_optimizer)
     _check_transposition(make_optimizer)
@@ -257,8 +261,8 @@ def _check_resume(make_optimizer: MakeOptimizer) -> None:
 def check_schedule(schedule: LearningRate) -> None:
     """Hold a learning-rate schedule to its contract.
 
-    schedule: (tokens, OptimizerConfig, total_tokens) -> learning rate. Raises AssertionError for a rate that depends on
-    how the tokens were divided into steps, jumps, or misses zero, the peak or the final rate.
+    schedule: (tokens, OptimizerConfig, total_tokens) -> learning rate. Raises AssertionError for a rate that
+    depends on how the tokens were divided into steps, jumps, or misses zero, the peak or the final rate.
     """
 
     @for_all(

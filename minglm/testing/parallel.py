@@ -4,9 +4,10 @@
     check_sharded_optimizer(lambda named_parameters, config: MyMuon(named_parameters, config))
 
 Unlike the other contracts these are called on every rank of a process group, for example in a program under
-`torchrun --nproc-per-node 4`; 2 and 4 ranks divide in enough ways. What many ranks compute together must be what one
-process computes alone, and the contract is that process: every rank knows the whole. Each rank draws the same examples
-from the same seed. A failure on any rank is raised on all of them, so that none waits for another.
+`torchrun --nproc-per-node 4`; 2 and 4 ranks divide in enough ways. What many ranks compute together must be
+what one process computes alone, and the contract is that process: every rank knows the whole. Each rank draws
+the same examples from the same seed. A failure on any rank is raised on all of them, so that none waits for
+another.
 """
 
 import copy
@@ -107,8 +108,9 @@ def divisors(number: int) -> list[int]:
 def check_sharded_optimizer(make_optimizer: MakeOptimizer, examples: int = 5) -> None:
     """Hold an optimizer of sharded parameters to what it does with whole ones, for every layout of the ranks.
 
-    make_optimizer: as in `minglm.testing.optim.check_optimizer`. Called on every rank. Some parameters have fewer rows than
-    there are ranks, some a gradient that is zero in the rows of one rank, or everywhere, and heads are cut anywhere.
+    make_optimizer: as in `minglm.testing.optim.check_optimizer`. Called on every rank. Some parameters have
+    fewer rows than there are ranks, some a gradient that is zero in the rows of one rank, or everywhere, and
+    heads are cut anywhere.
     """
     for number, layout in enumerate(layouts()):
         for example in range(examples):
@@ -199,9 +201,9 @@ def _check_state(
 def check_sequence_exchange(make_attend: MakeAttend, examples: int = 6) -> None:
     """Hold attention over rows that are cut among ranks to PyTorch's own over whole rows, gradients included.
 
-    make_attend: from the group of ranks to attention (`minglm.model.attention.Attend`) for this rank's positions, which are
-    S / ranks consecutive ones in the order of the ranks. Called on every rank. Heads are drawn with as many
-    key/value heads as ranks, more, and fewer; rows with and without packed documents.
+    make_attend: from the group of ranks to attention (`minglm.model.attention.Attend`) for this rank's
+    positions, which are S / ranks consecutive ones in the order of the ranks. Called on every rank. Heads are
+    drawn with as many key/value heads as ranks, more, and fewer; rows with and without packed documents.
     """
     group = dist.group.WORLD
     assert group is not None
@@ -247,9 +249,10 @@ def check_sequence_exchange(make_attend: MakeAttend, examples: int = 6) -> None:
 def check_token_exchange(make_dispatcher: MakeDispatcher, examples: int = 12) -> None:
     """Hold a dispatcher of divided experts to the layer of one process that has all of them, gradients included.
 
-    make_dispatcher: from the group of ranks and the number of experts to a dispatcher (`minglm.model.moe.Dispatcher`).
-    Called on every rank, which has E / ranks consecutive experts. Ranks have different numbers of tokens, some have none,
-    and in some examples all tokens go to the experts of one rank.
+    make_dispatcher: from the group of ranks and the number of experts to a dispatcher
+    (`minglm.model.moe.Dispatcher`). Called on every rank, which has E / ranks consecutive experts. Ranks have
+    different numbers of tokens, some have none, and in some examples all tokens go to the experts of one
+    rank.
     """
     group = dist.group.WORLD
     assert group is not None
@@ -303,12 +306,13 @@ def check_layout(share_model: ShareModel, examples: int = 2, close: float = 4e-6
     """Hold a model that ranks share to what one process computes: loss, loads, norm and the gradient of each parameter.
 
     share_model: shards the model that it gets, in place, and returns the workers that share its batches
-    (`minglm.parallel.workers.Workers`). Called on every rank. Batches are drawn with fewer rows than ranks and with more,
-    cut into micro-batches, packed or not; models with tied embeddings, with recomputation, with and without the MTP loss.
-    close: bound on the norm of a difference over the norm of the gradient, or over a hundredth of that of all gradients
-    where this is larger: terms that nearly cancel leave their rounding behind. In one process another order of the same
-    float32 sums changes the worst of these gradients by 1.2e-6, and ranks have several; a wrong scale changes each of
-    them by its size.
+    (`minglm.parallel.workers.Workers`). Called on every rank. Batches are drawn with fewer rows than ranks
+    and with more, cut into micro-batches, packed or not; models with tied embeddings, with recomputation,
+    with and without the MTP loss.
+    close: bound on the norm of a difference over the norm of the gradient, or over a hundredth of that of all
+    gradients where this is larger: terms that nearly cancel leave their rounding behind. In one process
+    another order of the same float32 sums changes the worst of these gradients by 1.2e-6, and ranks have
+    several; a wrong scale changes each of them by its size.
     """
     ranks = dist.get_world_size()
     for seed in range(examples):

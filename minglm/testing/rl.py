@@ -1,7 +1,7 @@
 """Contracts of the reinforcement components: properties that any implementation must have (paper 3.2 to 3.4).
 
-Each `check_*` takes a callable with the signature of ours, draws its own examples, and raises AssertionError with the
-smallest counterexample that hypothesis finds. Hand it your own loss, controller or detector.
+Each `check_*` takes a callable with the signature of ours, draws its own examples, and raises AssertionError
+with the smallest counterexample that hypothesis finds. Hand it your own loss, controller or detector.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ Aggregate = Callable[[Tensor, Tensor, str, int], Tensor]
 Advantages = Callable[[Tensor, bool, Tensor], Tensor]
 """(rewards_PG, normalize_std, valid_PG) -> advantages of axes P, G."""
 Loss = Callable[..., PolicyLoss]
-"""(logprobs_BS, sampling_logprobs_BS, advantages_B, config, mask_BS, proximal_logprobs_BS, reference_logprobs_BS) ->
-PolicyLoss; the last two are left out where they are None."""
+"""(logprobs_BS, sampling_logprobs_BS, advantages_B, config, mask_BS, proximal_logprobs_BS,
+reference_logprobs_BS) -> PolicyLoss; the last two are left out where they are None."""
 MeasureGap = Callable[[Tensor], Gap]
 """(log_ratios_T) -> Gap."""
 Replay = Callable[[GLM, Tensor, Tensor | None], Output]
@@ -49,8 +49,8 @@ LENGTH = 7  # bound on the tokens of a sample, for the aggregation `constant`
 def check_aggregation(aggregate: Aggregate) -> None:
     """Check a function like `minglm.rl.aggregation.aggregate`.
 
-    It computes the formula of each mode, and pieces of the batch add up to the whole. Masked losses are never read. A
-    batch without any target gives zero and a zero gradient.
+    It computes the formula of each mode, and pieces of the batch add up to the whole. Masked losses are never
+    read. A batch without any target gives zero and a zero gradient.
     """
     _check_formula_and_pieces(aggregate)
     _check_batch_without_targets(aggregate)
@@ -121,8 +121,8 @@ def _check_batch_without_targets(aggregate: Aggregate) -> None:
 def check_advantages(advantages: Advantages) -> None:
     """Check a function like `minglm.rl.grpo.advantages`.
 
-    Its values sum to zero in each group, and ignore other groups and the level of the rewards. They are exactly zero in
-    a group of equal rewards. A sample that is not valid has no influence.
+    Its values sum to zero in each group, and ignore other groups and the level of the rewards. They are
+    exactly zero in a group of equal rewards. A sample that is not valid has no influence.
     """
     _check_comparison_within_groups(advantages)
     _check_equal_rewards(advantages)
@@ -184,9 +184,10 @@ def _check_equal_rewards(advantages: Advantages) -> None:
 def check_policy_loss(policy_loss: Loss) -> None:
     """Check a function like `minglm.rl.losses.policy_loss`.
 
-    Under any settings its values and gradients are those of the definition, in float64 and plain Python.
-    On policy its gradient is REINFORCE's, the ratio is exactly 1 and the divergence 0. The clip removes the gradient
-    exactly where the policy has already gone too far in the direction of the advantage. Masked tokens never matter.
+    Under any settings its values and gradients are those of the definition, in float64 and plain Python. On
+    policy its gradient is REINFORCE's, the ratio is exactly 1 and the divergence 0. The clip removes the
+    gradient exactly where the policy has already gone too far in the direction of the advantage. Masked
+    tokens never matter.
     """
     _check_definition(policy_loss)
     _check_reinforce(policy_loss)
@@ -450,8 +451,9 @@ def check_gap(measure_gap: MeasureGap) -> None:
 def check_routing_replay(hidden: Replay) -> None:
     """Check a forward pass with imposed experts, like `GLM.hidden` of tokens (B, S) with int experts (B, S, L, K).
 
-    A model's own choices, imposed, change no bit of its states. Experts that another choice would take are computed with
-    the weights that the model's own scores give them, and the router learns from them. Rows of -1 leave the choice free.
+    A model's own choices, imposed, change no bit of its states. Experts that another choice would take are
+    computed with the weights that the model's own scores give them, and the router learns from them. Rows of
+    -1 leave the choice free.
     """
 
     @holds(seed=seeds, B=st.integers(1, 3), S=st.integers(2, 7), known=st.integers(0, 7))
@@ -559,9 +561,10 @@ _NORMAL = _NORMAL / _NORMAL.sum()
 def check_temperature_choice(choose: Choose) -> None:
     """Check a function like `minglm.rl.temperature.choose` on simulated probes, seeded, with noise as real ones have.
 
-    Whatever the curve, a rise that truly costs more than the drop has a chance of at most `risk`, and so has a fall
-    where the present temperature costs nothing. With answers enough a flat curve is climbed, a temperature that costs
-    far too much is left, and no hole is jumped over. Where nothing is ever solved, nothing changes.
+    Whatever the curve, a rise that truly costs more than the drop has a chance of at most `risk`, and so has
+    a fall where the present temperature costs nothing. With answers enough a flat curve is climbed, a
+    temperature that costs far too much is left, and no hole is jumped over. Where nothing is ever solved,
+    nothing changes.
     """
     risky = DynamicTemperatureConfig(window=2, drop=0.05, risk=0.05)
     most = 14  # of PROBES, see there
@@ -614,8 +617,9 @@ def _simulate(
 def check_plateau(controller: Callable[..., TemperatureController]) -> None:
     """Check a constructor like `TemperatureController`, with the arguments temperature and config.
 
-    No probe is due while the reward climbs or falls, however slowly it falls. One is due as soon as two windows stand
-    still, and after a decision both are filled anew. A controller restored from its JSON state behaves alike.
+    No probe is due while the reward climbs or falls, however slowly it falls. One is due as soon as two
+    windows stand still, and after a decision both are filled anew. A controller restored from its JSON state
+    behaves alike.
     """
 
     @holds(

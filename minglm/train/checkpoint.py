@@ -4,19 +4,19 @@
     RUN/checkpoints/STAGE/previous/    the one before it
     RUN/checkpoints/STAGE/final/       the result of a complete stage, which is not run again
 
-Each is a folder (`minglm.train.checkpoint_files`), written under a temporary name and moved into place when all ranks have
-written their parts. A crash leaves the old one or the new one, never half of one. It holds model, optimizer, data cursor
-and counters. There is no random state to keep: data order, sampling and initial values all come from counters and the
-run's seed.
+Each is a folder (`minglm.train.checkpoint_files`), written under a temporary name and moved into place when
+all ranks have written their parts. A crash leaves the old one or the new one, never half of one. It holds
+model, optimizer, data cursor and counters. There is no random state to keep: data order, sampling and initial
+values all come from counters and the run's seed.
 
-Checksums are compared when a checkpoint is read. If `partial` is damaged (a bit flipped on the disk), the run resumes
-from `previous`, with a warning. The result is the same, because the steps since then are repeated.
+Checksums are compared when a checkpoint is read. If `partial` is damaged (a bit flipped on the disk), the run
+resumes from `previous`, with a warning. The result is the same, because the steps since then are repeated.
 
-The position of the log is in the checkpoint too. What was logged after it is cut off when the run resumes, because
-those steps will be done, and logged, again.
+The position of the log is in the checkpoint too. What was logged after it is cut off when the run resumes,
+because those steps will be done, and logged, again.
 
-A checkpoint on the way is written in the background: the tensors are copied, and a thread writes the copies while the
-training goes on. There is one such thread; the next checkpoint waits for it.
+A checkpoint on the way is written in the background: the tensors are copied, and a thread writes the copies
+while the training goes on. There is one such thread; the next checkpoint waits for it.
 
 `CheckpointStore` alone knows this layout. A run of one process or of many, in any layout, resumes a run of any other.
 """
@@ -48,8 +48,8 @@ from minglm.train.checkpoint_files import (
 class CheckpointStore:
     """The checkpoints of a run folder.
 
-    log: the run's log, whose position is stored with each state; None without one, and on all ranks but the one that
-    writes it. seconds: time between two partial checkpoints of a stage.
+    log: the run's log, whose position is stored with each state; None without one, and on all ranks but the
+    one that writes it. seconds: time between two partial checkpoints of a stage.
     """
 
     def __init__(self, run_dir: str | Path, log: Log | None = None, seconds: float = 60.0) -> None:
@@ -84,7 +84,10 @@ class CheckpointStore:
         return read_values(path)
 
     def stored(self, stage: str) -> StoredTensors:
-        """Return the weights of a complete stage, to read them one by one. Raises ValueError as `restore` does."""
+        """Return the weights of a complete stage, to read them one by one.
+
+        Raises ValueError as `restore` does.
+        """
         return StoredTensors(self._verified(stage))
 
     def _verified(self, stage: str) -> Path:
@@ -139,7 +142,9 @@ class StageCheckpoints:
         return values
 
     def read(self, tensors: Tensors) -> State | None:
-        """Fill tensors from the last checkpoint of an unfinished stage. Return the plain values, or None without one.
+        """Fill tensors from the last checkpoint of an unfinished stage.
+
+        Return the plain values, or None without one.
 
         A damaged checkpoint is replaced by the one before it. Raises ValueError where there is none before it.
         """
@@ -179,7 +184,10 @@ class StageCheckpoints:
             return read_values(previous)["log_position"]  # `read` will take that one, and say so
 
     def due(self) -> bool:
-        """Return whether it is time for another partial checkpoint. The clocks of ranks differ, so they must agree."""
+        """Return whether it is time for another partial checkpoint.
+
+        The clocks of ranks differ, so they must agree.
+        """
         return time.monotonic() - self.saved_at >= self.seconds
 
     def save(
@@ -187,8 +195,8 @@ class StageCheckpoints:
     ) -> None:
         """Write a state. A final checkpoint replaces the partial one and the one before it.
 
-        background: return when the tensors are copied. Raises ValueError, in one line, where this checkpoint, or the last
-        one in the background, cannot be written; the checkpoints before it are then as they were.
+        background: return when the tensors are copied. Raises ValueError, in one line, where this checkpoint,
+        or the last one in the background, cannot be written; the checkpoints before it are then as they were.
         """
         self.writer.wait()
         values = self._with_position(values)
@@ -291,7 +299,10 @@ def existing(path: Path) -> Path | None:
 
 
 def fill(path: Path, tensors: Tensors, ranks: Ranks) -> None:
-    """Fill tensors from a checkpoint. Raises ValueError, on all ranks, where they are those of another model."""
+    """Fill tensors from a checkpoint.
+
+    Raises ValueError, on all ranks, where they are those of another model.
+    """
     try:
         read_tensors(path, tensors, ranks)
     except (ValueError, KeyError, RuntimeError) as error:

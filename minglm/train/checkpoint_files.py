@@ -4,9 +4,9 @@
     FOLDER/shard-00002-model-00001-of-00001.safetensors    what rank 1 holds, ...
     FOLDER/state.json                                      plain values, and the checksums
 
-`torch.distributed.checkpoint` decides which rank writes what, and finds the parts of the files that a rank needs when it
-reads. What any number of ranks wrote in any layout is therefore read by any other. One process is a world of one rank:
-it writes and reads in the same way.
+`torch.distributed.checkpoint` decides which rank writes what, and finds the parts of the files that a rank
+needs when it reads. What any number of ranks wrote in any layout is therefore read by any other. One process
+is a world of one rank: it writes and reads in the same way.
 
 Choices
 - Names of tensors are those of parameters: `model.NAME`, and `optimizer.NAME.KEY` for the optimizer's state. They say
@@ -179,7 +179,10 @@ def _refused(path: Path, error: BaseException) -> ValueError:
 
 
 def read_values(path: Path) -> State:
-    """Return the plain values of a checkpoint. Raises ValueError, in one line, when it is missing or damaged."""
+    """Return the plain values of a checkpoint.
+
+    Raises ValueError, in one line, when it is missing or damaged.
+    """
     try:
         if path.suffix == ".pt":
             state = _single_file(path)
@@ -218,8 +221,8 @@ def verify(path: Path, ranks: Ranks) -> None:
 def read_tensors(path: Path, tensors: Tensors, ranks: Ranks) -> None:
     """Fill tensors, whole ones or shards, with those of the same names in a checkpoint, whose checksums are right.
 
-    Raises ValueError, on all ranks, where one is missing or has another shape, and where the checkpoint holds others
-    beside them: more layers, or more of the optimizer's state.
+    Raises ValueError, on all ranks, where one is missing or has another shape, and where the checkpoint holds
+    others beside them: more layers, or more of the optimizer's state.
     """
     if path.suffix == ".pt":
         ranks.together(lambda: _fill_from_single_file(path, tensors))

@@ -3,14 +3,15 @@
     skip:       |g| is not finite, or |g| > spike_factor * median of the last 50 norms that were accepted
     roll back:  after `rollback_after` skipped steps in a row, restore model and optimizer from the last checkpoint
 
-A bad batch shows in its gradient before it can do harm, so skipping the step costs one batch. When several in a row
-fail, the weights themselves have gone wrong. Then those of the last good checkpoint are restored, and training
-continues with the next batches, not with those that led there. Tokens and schedule continue as well; the log records
-all of it. No checkpoint is written between the first skipped step and the next accepted one, since it might be bad.
+A bad batch shows in its gradient before it can do harm, so skipping the step costs one batch. When several in
+a row fail, the weights themselves have gone wrong. Then those of the last good checkpoint are restored, and
+training continues with the next batches, not with those that led there. Tokens and schedule continue as well;
+the log records all of it. No checkpoint is written between the first skipped step and the next accepted one,
+since it might be bad.
 
-The paper reports no instability (it relies on QK-norm and clipping), so by default only steps with a NaN or infinite
-gradient are skipped. On many ranks all judge the norm of the whole gradient (`minglm.parallel.gradients`), so all skip
-the same steps.
+The paper reports no instability (it relies on QK-norm and clipping), so by default only steps with a NaN or
+infinite gradient are skipped. On many ranks all judge the norm of the whole gradient
+(`minglm.parallel.gradients`), so all skip the same steps.
 """
 
 import math
@@ -109,8 +110,9 @@ def guarded_step(
 ) -> StepResult:
     """Clip the gradients and take one optimizer step, unless the guard skips it. Clears the gradients.
 
-    clip_norm: bound on the global gradient norm; 0 turns it off. apart: a part of the model that is trained on a loss of
-    its own: its norm is bounded by itself, and the guard does not see it. It stays as it is if it is not finite.
+    clip_norm: bound on the global gradient norm; 0 turns it off. apart: a part of the model that is trained
+    on a loss of its own: its norm is bounded by itself, and the guard does not see it. It stays as it is if
+    it is not finite.
     """
     norm = global_norm(model, apart)
     left_out = guard.reason(float(norm))

@@ -2,11 +2,12 @@
 
     for each step:  batch -> micro-batches -> loss.backward() -> clip -> optimizer step -> bias step -> log
 
-Every number that changes over time is a function of the tokens seen, given by the `Phase`. A batch is cut into
-micro-batches that fit the memory; the loss of each (`minglm.train.loss`) is divided by the targets of the whole batch,
-so the cut does not change the gradient. The router's selection bias steps once per optimizer step, from the loads of
-all micro-batches, the MTP layer's router included. `minglm.train.guard` decides which steps are skipped, and when a run
-rolls back to its last checkpoint. A skipped step moves nothing: not the weights, nor the momenta, nor the bias.
+Every number that changes over time is a function of the tokens seen, given by the `Phase`. A batch is cut
+into micro-batches that fit the memory; the loss of each (`minglm.train.loss`) is divided by the targets of
+the whole batch, so the cut does not change the gradient. The router's selection bias steps once per optimizer
+step, from the loads of all micro-batches, the MTP layer's router included. `minglm.train.guard` decides which
+steps are skipped, and when a run rolls back to its last checkpoint. A skipped step moves nothing: not the
+weights, nor the momenta, nor the bias.
 """
 
 import math
@@ -357,7 +358,10 @@ class Trainer:
         )
 
     def roll_back(self) -> str:
-        """Restore the last good checkpoint, while the data continue, and log it. Return a line for the terminal."""
+        """Restore the last good checkpoint, while the data continue, and log it.
+
+        Return a line for the terminal.
+        """
         to_step = self.state.roll_back(self.checkpoints)
         self.log.write(
             RollbackRecord(

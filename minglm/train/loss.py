@@ -5,9 +5,9 @@
     CE       = sum over positions that count of -log p(target) / N,   N = such positions of the whole batch
     balance  = mean over routers of the sequence-wise balance loss, averaged over the rows of the whole batch
 
-N and the number of rows are counted once, over the whole batch (`count_targets`), before it is cut into micro-batches.
-The losses of the micro-batches then add up to the loss of the batch, whatever the cut, and so do their gradients. A
-batch without any target has loss exactly zero.
+N and the number of rows are counted once, over the whole batch (`count_targets`), before it is cut into
+micro-batches. The losses of the micro-batches then add up to the loss of the batch, whatever the cut, and so
+do their gradients. A batch without any target has loss exactly zero.
 """
 
 from typing import NamedTuple
@@ -72,8 +72,8 @@ def next_token_targets(
 ) -> Targets:
     """Return the token `offset` positions later for each position, and whether it counts as a target.
 
-    tokens_BS: int64. mask_BS: bool, True for tokens that may be targets. documents_BS: int32 document ids, or None when
-    each row is one document. offset: 1 for the trunk, 2 for the MTP layer.
+    tokens_BS: int64. mask_BS: bool, True for tokens that may be targets. documents_BS: int32 document ids, or
+    None when each row is one document. offset: 1 for the trunk, 2 for the MTP layer.
     """
     counts_BS = shift(mask_BS, offset, False)
     if documents_BS is not None:
@@ -123,8 +123,8 @@ def training_loss(
 ) -> LossTerms:
     """Compute the loss of a micro-batch of the batch that `counts` were counted over.
 
-    batch: rows on the model's device; any subset of the rows of the counted batch. The terms of all subsets add up to
-    those of the batch.
+    batch: rows on the model's device; any subset of the rows of the counted batch. The terms of all subsets
+    add up to those of the batch.
     """
     with_mtp = trains_mtp(model, weights.mtp)
     inputs = batch.inputs()

@@ -4,15 +4,16 @@
     stage 0      F0   F1        B0   F2   B1        B2        F: forward, B: backward, of a micro-batch
     stage 1           F0   B0   F1   B1   F2   B2
 
-PyTorch's schedules (`torch.distributed.pipelining`) decide who does what when, and send states and gradients: 1F1B, or
-interleaved 1F1B where a rank has several stages. `minglm.plan.pipeline` has the order, what waits, and what is kept. With
-p ranks and m micro-batches a rank waits for (p - 1) / (m + p - 1) of the time: take many, or interleave.
+PyTorch's schedules (`torch.distributed.pipelining`) decide who does what when, and send states and gradients:
+1F1B, or interleaved 1F1B where a rank has several stages. `minglm.plan.pipeline` has the order, what waits,
+and what is kept. With p ranks and m micro-batches a rank waits for (p - 1) / (m + p - 1) of the time: take
+many, or interleave.
 
-- All micro-batches have the same shape, since a stage must know what it will receive. Rows that are missing are filled up by
-  padding, which counts nowhere; so are micro-batches that are missing to fill the pipeline.
+- All micro-batches have the same shape, since a stage must know what it will receive. Rows that are missing
+  are filled up by padding, which counts nowhere; so are micro-batches that are missing to fill the pipeline.
 - The gradient is that of the batch: the loss is divided by the counts of the whole batch, and the schedule does not scale.
-- Schedules that split the backward pass in two (zero bubble) compute the gradients of weights later than FSDP reduces them,
-  and fail with divided experts. They are not offered.
+- Schedules that split the backward pass in two (zero bubble) compute the gradients of weights later than FSDP
+  reduces them, and fail with divided experts. They are not offered.
 """
 
 from collections.abc import Callable
@@ -52,10 +53,12 @@ def accumulate_stages(
     passes: int,
     workers: ShardedWorker,
 ) -> Terms:
-    """Add the gradients of this rank's rows to its stages. Return the terms that this rank knows; the sum is the batch's.
+    """Add the gradients of this rank's rows to its stages.
 
-    batch: the rows of this rank's data group, perhaps none. counts: of the whole batch. passes: micro-batches of the group
-    with the most rows; every rank makes as many.
+    Return the terms that this rank knows; the sum is the batch's.
+
+    batch: the rows of this rank's data group, perhaps none. counts: of the whole batch. passes: micro-batches
+    of the group with the most rows; every rank makes as many.
     """
     passes = whole_rounds(workers.meshes.layout, passes)
     padded = fill_up(batch, passes * microbatch_rows).to(model.device)

@@ -1,7 +1,8 @@
 """Make the five stages of pre- and mid-training phases under one schedule (paper 2.2 to 2.4, Figure 3).
 
-The stages differ in data, sequence length, packing and rotary base. Learning rate, batch size, bias rate and MTP weight
-are functions of the tokens seen since training began (`minglm.optim.schedule`), whatever the stage.
+The stages differ in data, sequence length, packing and rotary base. Learning rate, batch size, bias rate and
+MTP weight are functions of the tokens seen since training began (`minglm.optim.schedule`), whatever the
+stage.
 """
 
 from functools import partial

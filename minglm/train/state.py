@@ -1,8 +1,8 @@
 """Save and restore all that a training loop needs to resume: weights, optimizer, guard, data, counters (no section).
 
-Pre-training, mid-training, fine-tuning and reinforcement learning share it, so that a checkpoint of any of them holds
-the same parts. After repeated failures `roll_back` restores the weights and the optimizer alone: the data and the
-counters continue.
+Pre-training, mid-training, fine-tuning and reinforcement learning share it, so that a checkpoint of any of
+them holds the same parts. After repeated failures `roll_back` restores the weights and the optimizer alone:
+the data and the counters continue.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
 """The cases of `python -m minglm bench kernels`: a file for each operation, with `cases(device, smoke)`.
 
-Baselines of other packages are measured where the package is installed and there is a GPU. Forms compiled by torch are
-measured only on a GPU, at one size and mostly the forward pass alone, because the compiler takes longer than all the
-rest.
+Baselines of other packages are measured where the package is installed and there is a GPU. Forms compiled by
+torch are measured only on a GPU, at one size and mostly the forward pass alone, because the compiler takes
+longer than all the rest.
 """
 
 import importlib.util

@@ -1,9 +1,9 @@
 """Attention at GLM-4.5's shape (96 query heads, 8 key/value heads, width 128): forward, backward, packed, decoding.
 
-Baselines are PyTorch's own: its fused attention with each backend by name, because the default's choice changes between
-releases; FlexAttention, compiled, forward and at one length, because that takes half a minute; and for packed documents
-its attention for variable lengths. The baselines of decoding get keys and values in order, one text after another; ours
-reads them block by block.
+Baselines are PyTorch's own: its fused attention with each backend by name, because the default's choice
+changes between releases; FlexAttention, compiled, forward and at one length, because that takes half a
+minute; and for packed documents its attention for variable lengths. The baselines of decoding get keys and
+values in order, one text after another; ours reads them block by block.
 """
 
 import inspect

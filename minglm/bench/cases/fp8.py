@@ -1,8 +1,8 @@
 """Cases of float8 in blocks: quantization of activations and weights, and the experts' grouped product.
 
-Baselines: the eager form of the quantization; for the product the same one in bfloat16, and torch's float8 product with
-one scale a row, which needs fewer multiplications and is less exact. The difference from ours is then that of the
-quantization, about 3%, and no error.
+Baselines: the eager form of the quantization; for the product the same one in bfloat16, and torch's float8
+product with one scale a row, which needs fewer multiplications and is less exact. The difference from ours is
+then that of the quantization, about 3%, and no error.
 """
 
 from collections.abc import Iterator

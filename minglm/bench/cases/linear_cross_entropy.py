@@ -1,8 +1,8 @@
 """Cases of output head and cross-entropy over GLM-4.5's 151,552 words: the loss alone, and with its gradients.
 
-Operations are counted as 6 T D V with gradients, each product once. Baselines: PyTorch by chunks of tokens whose logits
-are computed again in the backward pass, as written and compiled; PyTorch's own fused function where this release has
-it; Liger; cut-cross-entropy (which leaves out gradients too small for bfloat16).
+Operations are counted as 6 T D V with gradients, each product once. Baselines: PyTorch by chunks of tokens
+whose logits are computed again in the backward pass, as written and compiled; PyTorch's own fused function
+where this release has it; Liger; cut-cross-entropy (which leaves out gradients too small for bfloat16).
 """
 
 from collections.abc import Callable, Iterator

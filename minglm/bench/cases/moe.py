@@ -1,8 +1,8 @@
 """Cases of the expert layer of GLM-4.5 (width 5120, expert width 1536, 8 of 160 or of a node's 20): training, prefill, decoding.
 
-Baselines: the same layer over torch's grouped product, the loop over experts, transformers' experts in both of its
-forms, and Liger's fused layer. All get the router's choice; sorting by expert is part of the layer. Loads are even but
-for chance, or fall off as 1 / rank (Zipf), or all tokens choose the same eight experts.
+Baselines: the same layer over torch's grouped product, the loop over experts, transformers' experts in both
+of its forms, and Liger's fused layer. All get the router's choice; sorting by expert is part of the layer.
+Loads are even but for chance, or fall off as 1 / rank (Zipf), or all tokens choose the same eight experts.
 """
 
 from collections.abc import Callable, Iterator

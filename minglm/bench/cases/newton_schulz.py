@@ -1,8 +1,8 @@
 """Cases of Newton-Schulz, five steps, for the matrices of GLM-4.5: a node's experts of a layer, all experts, attention's.
 
-Operations are counted for the cheapest way known here, whatever a form does: the Gram form with one restart, its
-symmetric products halved, so that shares of the ceiling of all forms can be compared. The baseline is PyTorch's batched product; for
-a single matrix also the code of torch.optim.Muon.
+Operations are counted for the cheapest way known here, whatever a form does: the Gram form with one restart,
+its symmetric products halved, so that shares of the ceiling of all forms can be compared. The baseline is
+PyTorch's batched product; for a single matrix also the code of torch.optim.Muon.
 """
 
 from collections.abc import Iterator

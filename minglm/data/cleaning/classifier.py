@@ -2,9 +2,10 @@
 
     p(text) = sigmoid(a z + b),   z = w . x / |x|,   x = counts of words and pairs of words in 2^18 hash buckets
 
-Readers, or a large model, mark some thousands of documents between 0 and 1. The classifier learns to predict the mark and
-then reads millions of documents, as in the paper, where a small model predicts what a large one said. There is one
-classifier for each kind of document, since good prose is not good mathematics: `document_kind`.
+Readers, or a large model, mark some thousands of documents between 0 and 1. The classifier learns to predict
+the mark and then reads millions of documents, as in the paper, where a small model predicts what a large one
+said. There is one classifier for each kind of document, since good prose is not good mathematics:
+`document_kind`.
 
 Choices, and why:
 - Linear on n-grams, as fastText: tens of megabytes a second on one core, and a weight can be looked up.
@@ -200,8 +201,8 @@ def calibrate(
 ) -> tuple[float, float]:
     """Return (a, b) for which sigmoid(a z + b) fits the marks best, by Newton's method on the cross-entropy; a >= 0.
 
-    Marks are moved a little towards the middle, as Platt (1999) proposes, so that a finite a is best even where z
-    separates them.
+    Marks are moved a little towards the middle, as Platt (1999) proposes, so that a finite a is best even
+    where z separates them.
     """
     z = np.asarray(z, float)
     marks = np.asarray(marks, float)
@@ -239,8 +240,8 @@ class Fit(NamedTuple):
 def fit(texts: Sequence[str], marks: Sequence[float] | np.ndarray, seed: int = 0) -> Fit:
     """Learn a classifier from texts and their marks between 0 and 1.
 
-    A hash of the text puts three fifths of the documents into the training set, one fifth into the calibration set and
-    one fifth into the test set.
+    A hash of the text puts three fifths of the documents into the training set, one fifth into the
+    calibration set and one fifth into the test set.
 
     Raises ValueError for fewer than MIN_DOCUMENTS documents or a mark outside [0, 1].
     """

@@ -1,8 +1,8 @@
 """Read what any program is made of: shares of tokens, from the lexer of its language (paper 2.2).
 
-The lexers are those of Pygments, which knows some five hundred languages. They split a text and do not parse it, so what
-is measured is what all languages share: brackets that close, names that stand between operators and not in sentences,
-comments. A language without a lexer is read by rules that suit most.
+The lexers are those of Pygments, which knows some five hundred languages. They split a text and do not parse
+it, so what is measured is what all languages share: brackets that close, names that stand between operators
+and not in sentences, comments. A language without a lexer is read by rules that suit most.
 """
 
 import functools

@@ -46,7 +46,10 @@ class Index:
     """
 
     def __init__(self, sets: Mapping[str, Sequence[str]], n: int = NGRAM_WORDS):
-        """Index the items of every set, {name: texts}, by runs of n words. Raises ValueError for n < MIN_WORDS."""
+        """Index the items of every set, {name: texts}, by runs of n words.
+
+        Raises ValueError for n < MIN_WORDS.
+        """
         if n < MIN_WORDS:
             raise ValueError(
                 f"data.decontaminate = {n}: runs of fewer than {MIN_WORDS} words occur in innocent text too"

@@ -4,8 +4,9 @@
     signature_k(a) = min over shingles of h_k(shingle),       P(signature_k(a) = signature_k(b)) = J(a, b)
     candidates: all `rows` values of one of `bands` bands are equal,       P = 1 - (1 - J^rows)^bands
 
-The share of equal values estimates J with a standard deviation of at most 0.5 / sqrt(128) = 0.044. The bands find the
-few pairs worth an estimate; `banding` takes the longest bands that still find a pair at the threshold with 95 %.
+The share of equal values estimates J with a standard deviation of at most 0.5 / sqrt(128) = 0.044. The bands
+find the few pairs worth an estimate; `banding` takes the longest bands that still find a pair at the
+threshold with 95 %.
 
 Choices, and why:
 - A document is dropped if a better one that *stays* is as similar as the threshold. So whatever is dropped has a twin in
@@ -15,8 +16,9 @@ Choices, and why:
 - Only documents that share a band with another are looked at one by one, and of each band of such documents only those
   that stay are compared, so ten thousand copies of a page cost ten thousand comparisons and not fifty million.
 
-The paper names MinHash as the method that its SemDedup goes beyond; the numbers are the field's usual ones. Simplified:
-signatures are an array of 512 bytes a document, in memory or memory-mapped; one process compares them.
+The paper names MinHash as the method that its SemDedup goes beyond; the numbers are the field's usual ones.
+Simplified: signatures are an array of 512 bytes a document, in memory or memory-mapped; one process compares
+them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -96,8 +98,8 @@ def keep_best(
 ) -> np.ndarray:
     """Return which documents stay, as a boolean array (documents,).
 
-    A document is dropped if its estimated similarity to an earlier one of its group that stays is `threshold` or more.
-    No two documents that stay and share a band are as similar.
+    A document is dropped if its estimated similarity to an earlier one of its group that stays is `threshold`
+    or more. No two documents that stay and share a band are as similar.
 
     Args:
         signature: uint32 (documents, permutations).

@@ -1,8 +1,8 @@
 """Read what a Python file declares: its definitions, docstrings and imports, from one parse of its text.
 
-The quality rubric, docstrings as prose, and the order of files in a repository (paper 2.2, 2.3) all need the syntax
-tree. Parsing is the most expensive step of building the corpus, so each text is parsed once and only this outline of it
-is kept.
+The quality rubric, docstrings as prose, and the order of files in a repository (paper 2.2, 2.3) all need the
+syntax tree. Parsing is the most expensive step of building the corpus, so each text is parsed once and only
+this outline of it is kept.
 """
 
 import ast

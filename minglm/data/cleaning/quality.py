@@ -1,8 +1,8 @@
 """Score documents by a rubric, and decide how often to repeat the good ones (paper 2.2).
 
-The paper sorts pages into quality buckets with a trained scorer, drops the lowest bucket and lets the highest be seen
-in more than 3.2 epochs; code goes into three tiers by per-language models. Here the scorer is a rubric, the mean of
-marks between 0 and 1, each of which can be argued with:
+The paper sorts pages into quality buckets with a trained scorer, drops the lowest bucket and lets the highest
+be seen in more than 3.2 epochs; code goes into three tiers by per-language models. Here the scorer is a
+rubric, the mean of marks between 0 and 1, each of which can be argued with:
 
     prose   letters     share of characters that are letters, their marks, or white space: full from 85 %, none at 50 %
             sentence    mean words per sentence: full from 8 to 30, none at 2 or 80
@@ -18,12 +18,13 @@ marks between 0 and 1, each of which can be argued with:
 
     math, science   `educational`: share of sentences that compute or explain
 
-Scripts that write no space between words (Chinese, Japanese, Thai and others) are counted by characters: two of them are
-taken for a word, and a text of them has as many letters in 200 characters as an alphabet has in 600. The script is read
-from the text itself and not from the name of its language.
+Scripts that write no space between words (Chinese, Japanese, Thai and others) are counted by characters: two
+of them are taken for a word, and a text of them has as many letters in 200 characters as an alphabet has in
+600. The script is read from the text itself and not from the name of its language.
 
-Code that does not parse, or of which `names` or `closed` is none, and text without letters, scores 0. `epochs` makes
-buckets by rank and not by the score itself, so that the learned score of `classifier` can replace this one.
+Code that does not parse, or of which `names` or `closed` is none, and text without letters, scores 0.
+`epochs` makes buckets by rank and not by the score itself, so that the learned score of `classifier` can
+replace this one.
 """
 
 import re

@@ -6,8 +6,8 @@
 The steps come in the order of the paper's pipeline: exact copies, evaluation items, near duplicates, semantic
 duplicates, quality. Memory grows with the number of documents, slowly, and not with their length.
 
-Choices: duplicates are searched within a source, because a file may be in `code` and in its repository. Held-out
-documents are compared for exact copies only.
+Choices: duplicates are searched within a source, because a file may be in `code` and in its repository.
+Held-out documents are compared for exact copies only.
 """
 
 import functools

@@ -3,9 +3,9 @@
     embed every document as a unit vector;  k-means on the sphere;  inside a cluster, drop a document if a better one
     that stays has a cosine of `threshold` or more with it
 
-A page made from a form, with new names in every sentence, shares few runs of five words with the other pages of the form
-(Jaccard about 0.3), but most of its words: the cosine of their counts is above 0.9. Clusters reduce the n^2 comparisons
-to n^2 / clusters.
+A page made from a form, with new names in every sentence, shares few runs of five words with the other pages
+of the form (Jaccard about 0.3), but most of its words: the cosine of their counts is above 0.9. Clusters
+reduce the n^2 comparisons to n^2 / clusters.
 
 Choices, and why:
 - The embedding is any unit vectors. `embed` counts hashed words, 1 + log of each count, and projects them on random
@@ -14,8 +14,8 @@ Choices, and why:
 - As in `minhash`, the better document stays and what stays does not depend on the order of the documents: k-means starts
   from documents spread over the order best first, and sees them in it.
 
-Simplified: SemDedup itself keeps the document farthest from the centroid. Pairs on either side of a cluster's border
-are missed.
+Simplified: SemDedup itself keeps the document farthest from the centroid. Pairs on either side of a cluster's
+border are missed.
 """
 
 from collections.abc import Iterable, Sequence
@@ -58,8 +58,8 @@ def embed(texts: Iterable[str], width: int = WIDTH) -> np.ndarray:
 def kmeans(vectors: torch.Tensor, clusters: int, rounds: int = ROUNDS) -> torch.Tensor:
     """Return the cluster of each unit vector, by k-means with cosine: int64 (documents,).
 
-    vectors: float32 (documents, width). It starts from every (documents / clusters)-th vector. A cluster that loses all
-    its members keeps its centre.
+    vectors: float32 (documents, width). It starts from every (documents / clusters)-th vector. A cluster that
+    loses all its members keeps its centre.
     """
     count = len(vectors)
     centres = vectors[torch.arange(clusters) * count // clusters].clone()

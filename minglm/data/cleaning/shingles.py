@@ -152,8 +152,8 @@ def hash_words_by_text(texts: Iterable[str]) -> list[np.ndarray]:
 def shingles(texts: Iterable[str], n: int) -> list[np.ndarray]:
     """Return, for each text, the sorted different hashes of its runs of n words.
 
-    A text of fewer than n words has one shingle, all of its words. A text without any word has one shingle made of its
-    characters, so that no set is empty. n: at least 1.
+    A text of fewer than n words has one shingle, all of its words. A text without any word has one shingle
+    made of its characters, so that no set is empty. n: at least 1.
     """
     texts = list(texts)
     result = []

@@ -1,8 +1,9 @@
 """List every document of a corpus: where text comes from, its name, and what is held out (paper 2.2, 2.3).
 
-The toy needs no download. Its code is the standard library of the Python that runs it; its prose is the docstrings of
-that library; its mathematics, science, questions and long ledgers are written by `synthetic`; its repositories are the
-packages of the library, joined by `repository`. Your own files, read by `files`, join these or replace them.
+The toy needs no download. Its code is the standard library of the Python that runs it; its prose is the
+docstrings of that library; its mathematics, science, questions and long ledgers are written by `synthetic`;
+its repositories are the packages of the library, joined by `repository`. Your own files, read by `files`,
+join these or replace them.
 
     source      what                                                            language
     code        Python files                                                    python
@@ -10,9 +11,9 @@ packages of the library, joined by `repository`. Your own files, read by `files`
     math, science, qa, long        procedural text                              en, zh
     repository  one document per package                                        python
 
-A hash of the document's name decides what is held out, so the held-out set does not change with the seed or the size of
-the corpus. A docstring goes with its file, and a repository leaves its held-out files out: no held-out text is in a
-training document.
+A hash of the document's name decides what is held out, so the held-out set does not change with the seed or
+the size of the corpus. A docstring goes with its file, and a repository leaves its held-out files out: no
+held-out text is in a training document.
 
 Simplified: no web, and no languages but these two.
 """
@@ -109,7 +110,9 @@ def _library_files() -> list[_LibraryFile]:
 
 
 def python_library(heldout: float = 0.0, megabytes: float = math.inf) -> Iterator[Document]:
-    """Yield documents of source "code": the files of the standard library, in order. A package is a repository.
+    """Yield documents of source "code": the files of the standard library, in order.
+
+    A package is a repository.
 
     Args:
         heldout: share of the files that is held out, one by one.
@@ -179,8 +182,8 @@ def bounded(
 ) -> list[Item]:
     """Keep at most `megabytes` of the items, in the given order.
 
-    A hash of the repository (or the name, for an item without one) chooses, so that the files of a repository are kept or
-    dropped together as far as they fit. An item that does not fit any more is passed over.
+    A hash of the repository (or the name, for an item without one) chooses, so that the files of a repository
+    are kept or dropped together as far as they fit. An item that does not fit any more is passed over.
 
     Args:
         size: returns the bytes of an item.
@@ -204,8 +207,8 @@ def documents(
 ) -> Iterator[Document]:
     """Yield every document of a config; the same config and seed give the same documents.
 
-    Your own documents come first and are read one at a time. The built-in ones are in memory, as `corpus_megabytes`
-    bounds them.
+    Your own documents come first and are read one at a time. The built-in ones are in memory, as
+    `corpus_megabytes` bounds them.
 
     Args:
         skipped: counts what cannot be used.

@@ -1,7 +1,7 @@
 """Hold small tables of facts in English and Chinese, from which `synthetic` writes text (paper 2.2).
 
-Masses are rounded to one decimal; states are those at room temperature and normal pressure; distances and radii are
-means. The tables were written by hand from general knowledge and are short enough to check by eye.
+Masses are rounded to one decimal; states are those at room temperature and normal pressure; distances and
+radii are means. The tables were written by hand from general knowledge and are short enough to check by eye.
 """
 
 from collections.abc import Callable

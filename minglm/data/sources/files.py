@@ -10,13 +10,14 @@
     hf:NAME or hf:NAME:CONFIG          the rows of a Hugging Face data set, as they arrive
     git:CHECKOUT or git:CHECKOUT:ISSUES    repository: issues, pull requests, commits; see `history`
 
-Only one piece, row group or repository is in memory, so memory does not grow with the corpus. Hidden files and folders
-are no part of a folder.
+Only one piece, row group or repository is in memory, so memory does not grow with the corpus. Hidden files
+and folders are no part of a folder.
 
-A row that cannot be used, or a file or folder in a folder that cannot be read, is skipped, counted, and named in a log
-with the reason: one bad line in a million must not end a night's work. Files of a kind that is not read are counted by
-their suffix. A file that was named and cannot be read, or a file or folder in which nothing can be used, is an error:
-then the mistake is probably in the name. Quality is measured later, by several processes.
+A row that cannot be used, or a file or folder in a folder that cannot be read, is skipped, counted, and named
+in a log with the reason: one bad line in a million must not end a night's work. Files of a kind that is not
+read are counted by their suffix. A file that was named and cannot be read, or a file or folder in which
+nothing can be used, is an error: then the mistake is probably in the name. Quality is measured later, by
+several processes.
 """
 
 import codecs
@@ -357,7 +358,9 @@ def _cut(text: str) -> int:
 def _row_documents(
     name: str, rows: Iterable[Row], options: ReadOptions, megabytes: float = 0.0
 ) -> Iterator[Document]:
-    """Convert rows to documents, up to `megabytes` of text (0: all). Skip and count the rows that cannot be used.
+    """Convert rows to documents, up to `megabytes` of text (0: all).
+
+    Skip and count the rows that cannot be used.
 
     Raises `UnusableFile` if there are rows and none of them can be used.
     """

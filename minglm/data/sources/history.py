@@ -3,9 +3,10 @@
     document = issue or pull request (title, text, comments), then its commits, oldest first, each as
                message and unified diff
 
-so that a model reads what was wrong, then what was done. The history is read with `git` from a checkout on this
-machine, `--data.files git:CHECKOUT`; the issues, which are not part of it, from JSON lines that any exporter can write:
-`git:CHECKOUT:issues.jsonl`, each with "number", "title" and optionally "body" and "comments" (strings).
+so that a model reads what was wrong, then what was done. The history is read with `git` from a checkout on
+this machine, `--data.files git:CHECKOUT`; the issues, which are not part of it, from JSON lines that any
+exporter can write: `git:CHECKOUT:issues.jsonl`, each with "number", "title" and optionally "body" and
+"comments" (strings).
 
 Choices, and why:
 - A merge and the commits it brought are one document: a pull request. Commits outside of merges that name the same
@@ -208,7 +209,10 @@ def _issue_text(number: int, issue: Mapping[str, Any]) -> str:
 
 
 def read_issues(path: Path | str) -> dict[int, dict[str, Any]]:
-    """Return {number: issue} from JSON lines. Raises ValueError naming the line without a number or a title."""
+    """Return {number: issue} from JSON lines.
+
+    Raises ValueError naming the line without a number or a title.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,13 +1,13 @@
 """Join a repository to one document: its files in the order of their imports (paper 2.3).
 
-The paper's repository stage joins the files of one code base, so that a model reads a definition and, far below, its
-use. Here the order is the order of the imports:
+The paper's repository stage joins the files of one code base, so that a model reads a definition and, far
+below, its use. Here the order is the order of the imports:
 
     a imports b, and b does not lead back to a   =>   b comes before a
 
-Choices: imports are read from the syntax tree, absolute and relative, also those inside functions. Where files import
-each other in a circle there is no such order; the circle is entered at the file whose path comes first. Each file begins
-with a comment that gives its path; nothing else marks where a file ends.
+Choices: imports are read from the syntax tree, absolute and relative, also those inside functions. Where
+files import each other in a circle there is no such order; the circle is entered at the file whose path comes
+first. Each file begins with a comment that gives its path; nothing else marks where a file ends.
 
 Issues, pull requests and commits are joined by `history`.
 """

@@ -1,8 +1,9 @@
 """Read rows of JSON lines, parquet files and Hugging Face data sets, as a stream (no counterpart in the paper).
 
-Each reader yields (where, row), such as ("line 7", {"text": ...}). A row that cannot be read is an `Unreadable` with the
-reason. A reader keeps one row group, or a megabyte and one line. A file that cannot be read, or not to its end, is an
-`UnusableFile` that names the file and how far it was read. Files may be packed with gzip, bzip2, xz or zstd.
+Each reader yields (where, row), such as ("line 7", {"text": ...}). A row that cannot be read is an
+`Unreadable` with the reason. A reader keeps one row group, or a megabyte and one line. A file that cannot be
+read, or not to its end, is an `UnusableFile` that names the file and how far it was read. Files may be packed
+with gzip, bzip2, xz or zstd.
 """
 
 import bz2
@@ -39,7 +40,10 @@ Row = tuple[str, Any]
 
 
 def read_unpacked(path: Path) -> Iterator[bytes]:
-    """Yield the bytes of a file, unpacked if its suffix says so, a megabyte at a time. Raises `UnusableFile`."""
+    """Yield the bytes of a file, unpacked if its suffix says so, a megabyte at a time.
+
+    Raises `UnusableFile`.
+    """
     suffix = path.suffix.lower()
     try:
         if suffix == ".zst":

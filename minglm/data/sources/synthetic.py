@@ -1,15 +1,16 @@
 """Write synthetic pages: mathematics, science, questions and answers, long ledgers (paper 2.2, 2.3).
 
-The paper up-samples pages of mathematics and science, and extends its context on up-sampled long documents. A toy
-corpus has few such pages, so these are written by procedure, true by construction, in English and Chinese:
+The paper up-samples pages of mathematics and science, and extends its context on up-sampled long documents. A
+toy corpus has few such pages, so these are written by procedure, true by construction, in English and
+Chinese:
 
     math      worked sums, running totals, comparisons, sequences
     science   sentences about the tables of elements, planets, units and countries (`facts.py`)
     qa        short questions and answers about the same tables and about arithmetic, in English or Chinese
     long      a long ledger with one question at the end, whose answer is far above: a needle to remember
 
-Document n of a source depends on (seed, source, n) alone, so any document can be made without those before it.
-Simplified: a few dozen templates; real pages are far more varied.
+Document n of a source depends on (seed, source, n) alone, so any document can be made without those before
+it. Simplified: a few dozen templates; real pages are far more varied.
 """
 
 import random

@@ -3,14 +3,14 @@
     page  --  has a code tag, or a classifier says so  -->  candidate  --  quality tier  -->  kept
     kept  --  parsed again  -->  text with its code blocks as they were, line for line
 
-Parsers that extract text from the web drop line breaks and indentation, without which a program is lost. Here headings,
-paragraphs and lists become plain text, `pre` becomes a fenced block with every space kept, and the frame of the page
-(scripts, menus, forms) is removed.
+Parsers that extract text from the web drop line breaks and indentation, without which a program is lost. Here
+headings, paragraphs and lists become plain text, `pre` becomes a fenced block with every space kept, and the
+frame of the page (scripts, menus, forms) is removed.
 
 Choices: stage one is cheap, a search for tags; a `minglm.data.cleaning.classifier`, trained on the pages of
-`data.web_labels`, is asked only about pages without them. The tiers are those of `quality.epochs`: pages have the
-language "web" and are ranked among themselves, the lowest share dropped and the best repeated. Rows with an "html"
-instead of a "text" come in this way.
+`data.web_labels`, is asked only about pages without them. The tiers are those of `quality.epochs`: pages have
+the language "web" and are ranked among themselves, the lowest share dropped and the best repeated. Rows with
+an "html" instead of a "text" come in this way.
 
 Simplified: no rendering and no style sheets: only stage two finds code that a style alone makes look like code.
 """

@@ -2,9 +2,9 @@
 
     FOLDER/00003.documents     chunk 3: one document a line, as a list of the fields of `Document`
 
-A corpus is written once, as a stream, and then read chunk by chunk: one process has the text of one chunk in memory, so
-memory does not grow with the length of the corpus. Chunks are also the unit of work for several processes
-(`minglm.data.workers`). The suffix is not one that is read as a source of text.
+A corpus is written once, as a stream, and then read chunk by chunk: one process has the text of one chunk in
+memory, so memory does not grow with the length of the corpus. Chunks are also the unit of work for several
+processes (`minglm.data.workers`). The suffix is not one that is read as a source of text.
 """
 
 import json

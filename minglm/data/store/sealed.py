@@ -2,8 +2,8 @@
 
     {"value": ..., "crc32": checksum of the value as compact JSON with sorted keys}
 
-A changed letter of a file of JSON often leaves valid JSON, with another number or another name in it. With the checksum
-such a file is as good as none.
+A changed letter of a file of JSON often leaves valid JSON, with another number or another name in it. With
+the checksum such a file is as good as none.
 """
 
 import json

@@ -6,9 +6,9 @@
     FOLDER/00003.json            the shards of chunk 3: source, documents, tokens, bytes of text, files, checksums
     FOLDER/index.json            written last: the numbers of all chunks; a folder with an index is complete
 
-The shards of a chunk are written by one process that needs nothing from the others. So any number of processes work at
-once, a build that was killed continues with the missing chunks, and a file that was damaged is rebuilt alone. Ids
-are uint16 if the vocabulary allows it, else uint32.
+The shards of a chunk are written by one process that needs nothing from the others. So any number of
+processes work at once, a build that was killed continues with the missing chunks, and a file that was damaged
+is rebuilt alone. Ids are uint16 if the vocabulary allows it, else uint32.
 
 Choices:
 - .npy files, because every program that knows numpy can read them; a chunk has some megabytes, so there are few files
@@ -272,7 +272,10 @@ def _array_file(folder: Path | str, entry: ShardEntry, kind: str) -> ArrayFile:
 
 
 def _open_files(folder: Path | str, entry: ShardEntry) -> ShardFiles:
-    """Open the arrays of one source in one chunk. Raises `DamagedShard` for ends that changed, or another size."""
+    """Open the arrays of one source in one chunk.
+
+    Raises `DamagedShard` for ends that changed, or another size.
+    """
     arrays = {kind: _array_file(folder, entry, kind) for kind in entry.files}
     for array in arrays.values():
         array.check_size()
@@ -289,8 +292,8 @@ def _written_numbers(folder: Path | str) -> list[int]:
 def find_damage(folder: Path | str, verify: bool = False) -> dict[int, str]:
     """Return {chunk number: fault} for files that are missing or are not as they were written.
 
-    Checksums of tokens are compared where the folder has no more than VERIFIED_BYTES, or if `verify` asks for it;
-    otherwise only sizes.
+    Checksums of tokens are compared where the folder has no more than VERIFIED_BYTES, or if `verify` asks for
+    it; otherwise only sizes.
     """
     faults = {}
     entries_of = {}

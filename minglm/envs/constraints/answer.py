@@ -2,10 +2,10 @@
 
     Answer: (two, four)!   ->   opening "Answer:", wrapper "(", inside "two, four", words two and four, closing "!"
 
-An answer is peeled from the outside: heading, opening or sign-off, closing mark, wrapper. What remains is the inside, and
-its words are what is left of its pieces without list marks, separators and decoration. Every checker of the taxonomy
-reads one of these parts, so that a constraint can be met or missed whatever else is asked for. `write` is the inverse:
-numbers in a given form.
+An answer is peeled from the outside: heading, opening or sign-off, closing mark, wrapper. What remains is the
+inside, and its words are what is left of its pieces without list marks, separators and decoration. Every
+checker of the taxonomy reads one of these parts, so that a constraint can be met or missed whatever else is
+asked for. `write` is the inverse: numbers in a given form.
 
 Choice: reading and writing share no code. The checkers judge what a model wrote, and `write` serves the oracle.
 """

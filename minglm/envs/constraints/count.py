@@ -1,4 +1,7 @@
-"""Constrain how many numbers there are (paper 3.4: one of seven major kinds). Every request has one of these."""
+"""Constrain how many numbers there are (paper 3.4: one of seven major kinds).
+
+Every request has one of these.
+"""
 
 from minglm.envs.constraints.kind import Kind
 

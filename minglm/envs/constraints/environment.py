@@ -3,16 +3,18 @@
     Write 3 or more numbers. Smallest first. With bars.       think: 1 two 2 four 3 nine      two | four | nine
     用英文写3到5个数。最大的是six。每个放在括号里。                think: 1 six 2 one 3 two       (six) (one) (two)
 
-The environment `instructions` asks for 19 kinds of constraints; here are 99, in seven major kinds (`taxonomy`). The paper
-has 151 in seven. The difficulty is the number of constraints beside that on the count, 1 to 5. The reward is 1 when all
-hold; `parts` has each of them by its name, and `Task.criteria` its sentence, so that a critic can say what was broken.
+The environment `instructions` asks for 19 kinds of constraints; here are 99, in seven major kinds
+(`taxonomy`). The paper has 151 in seven. The difficulty is the number of constraints beside that on the
+count, 1 to 5. The reward is 1 when all hold; `parts` has each of them by its name, and `Task.criteria` its
+sentence, so that a critic can say what was broken.
 
-`unseen_constraints` deals requests with at least one of 20 kinds that `constraints` never has. A policy that learnt to
-read requests obeys them better after RL on the others; one that learnt which answers are paid does not (Figure 9).
+`unseen_constraints` deals requests with at least one of 20 kinds that `constraints` never has. A policy that
+learnt to read requests obeys them better after RL on the others; one that learnt which answers are paid does
+not (Figure 9).
 
-Choices: content is nine number words, as in `instructions`, and the oracle numbers them in thought. Words that are no
-number, but the phrase that was asked for, break the part `language`. Label: language of request and answer, constraints,
-and an answer that obeys (`witness`), which the oracle says.
+Choices: content is nine number words, as in `instructions`, and the oracle numbers them in thought. Words
+that are no number, but the phrase that was asked for, break the part `language`. Label: language of request
+and answer, constraints, and an answer that obeys (`witness`), which the oracle says.
 """
 
 import random

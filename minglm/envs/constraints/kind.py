@@ -3,10 +3,11 @@
     even:  "Only even."   each number n: n % 2 == 0              right: two four      wrong: two three
     up:    "Smallest first."   numbers == sorted(numbers)        right: two four      wrong: four two
 
-A kind is about each number by itself (`each`), about all of them (`holds`), or about the form (`holds` and `form`). A
-request is drawn together with an answer that obeys it: values of `each` first, then numbers that pass them, arranged;
-then values that these numbers fit. So no two constraints of a request contradict each other. Kinds that claim the same
-place (a separator, the end) have a slot in common, and a request has at most one kind of a slot.
+A kind is about each number by itself (`each`), about all of them (`holds`), or about the form (`holds` and
+`form`). A request is drawn together with an answer that obeys it: values of `each` first, then numbers that
+pass them, arranged; then values that these numbers fit. So no two constraints of a request contradict each
+other. Kinds that claim the same place (a separator, the end) have a slot in common, and a request has at most
+one kind of a slot.
 """
 
 import random

@@ -3,9 +3,10 @@
     request = language, one kind about the count, n other kinds of free slots, each with a value
     trained: 79 of 99 kinds       unseen: 20 of 99, which no training prompt has
 
-A request is drawn together with numbers that obey it (`kind`), so it has an answer by construction: no table of
-contradictions has to be kept, beside the slots. The unseen kinds are neighbours of trained ones, of all seven majors
-(the smallest number beside the largest, semicolons beside commas), so that their sentences are made of known words.
+A request is drawn together with numbers that obey it (`kind`), so it has an answer by construction: no table
+of contradictions has to be kept, beside the slots. The unseen kinds are neighbours of trained ones, of all
+seven majors (the smallest number beside the largest, semicolons beside commas), so that their sentences are
+made of known words.
 """
 
 import functools

@@ -2,12 +2,14 @@
 
     run_command(["python", "-m", "pytest"], folder, 60)  ->  CommandResult("ended", 0, "... 12 passed")
 
-`pool.py` judges functions that stand alone, and never believes the process that it judges. A repository of a user has
-tests of its own, in files, run by a program of its own; so this jail lets a command read the machine, and write nothing
-but its own folder. There is no network and no other process in it, and at the deadline everything in it dies.
+`pool.py` judges functions that stand alone, and never believes the process that it judges. A repository of a
+user has tests of its own, in files, run by a program of its own; so this jail lets a command read the
+machine, and write nothing but its own folder. There is no network and no other process in it, and at the
+deadline everything in it dies.
 
-What it cannot give: the code under test runs in the process that says which tests passed, so a program written to forge
-this report would be believed. It is for repositories of one's own; `swe/episode.py` judges by values.
+What it cannot give: the code under test runs in the process that says which tests passed, so a program
+written to forge this report would be believed. It is for repositories of one's own; `swe/episode.py` judges
+by values.
 
 Namespaces are needed; without them nothing is run.
 """

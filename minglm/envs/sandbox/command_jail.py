@@ -1,12 +1,13 @@
 """Close a jail around one command, then become it: the inside of `command.py` (paper 3.3).
 
-`command.py` starts this file as `python -I -S command_jail.py STATUS FOLDER TEMPORARY SECONDS COMMAND...`. It enters new namespaces, in
-which nothing can be written but the two folders, there is no network and no process but its own, and /proc is empty;
-it forks, sets limits, and the child becomes the command. That child is process 1 of its namespace: when it ends, or its
-parent dies, all that it started dies with it.
+`command.py` starts this file as `python -I -S command_jail.py STATUS FOLDER TEMPORARY SECONDS COMMAND...`. It
+enters new namespaces, in which nothing can be written but the two folders, there is no network and no process
+but its own, and /proc is empty; it forks, sets limits, and the child becomes the command. That child is
+process 1 of its namespace: when it ends, or its parent dies, all that it started dies with it.
 
-The capabilities that the namespaces bring are lost when the command starts, because its user has no name in them; with
-`no_new_privs` none come back. No counterpart in the paper, which names its sandbox but does not describe it.
+The capabilities that the namespaces bring are lost when the command starts, because its user has no name in
+them; with `no_new_privs` none come back. No counterpart in the paper, which names its sandbox but does not
+describe it.
 """
 
 import ctypes
@@ -41,7 +42,10 @@ jail = load_jail()
 
 
 def enter(folders: list[str]) -> None:
-    """Enter new namespaces in which only these folders can be written. Raises OSError where the system refuses."""
+    """Enter new namespaces in which only these folders can be written.
+
+    Raises OSError where the system refuses.
+    """
     jail.enter_namespaces()
     size = ctypes.sizeof(WRITABLE)
     here = -100  # AT_FDCWD

@@ -2,8 +2,8 @@
 
     Container("python:3.11").run(["python", "-m", "pytest"], folder, 60)    ->  CommandResult("ended", 0, "... 12 passed")
 
-The same protocol as `command.run_command`, for repositories whose tests need a system of their own. Over HTTP, as Docker's
-Engine API 1.41 has it and Podman too:
+The same protocol as `command.run_command`, for repositories whose tests need a system of their own. Over
+HTTP, as Docker's Engine API 1.41 has it and Podman too:
 
     GET    /images/IMAGE/json                   is it there? nothing is pulled
     POST   /containers/create                   the folder at /work, no network, a read-only root, limits
@@ -69,8 +69,8 @@ class Container:
     def run(self, command: list[str], folder: Path, seconds: float) -> CommandResult:
         """Run a command in a folder, where alone it may write, beside /tmp.
 
-        seconds: wall clock, after which the container is killed. Raises ValueError, in one line, where there is no daemon, or
-        no such image.
+        seconds: wall clock, after which the container is killed. Raises ValueError, in one line, where there
+        is no daemon, or no such image.
         """
         problem = ""
         for _ in range(ATTEMPTS):
@@ -166,8 +166,8 @@ class Daemon:
     ) -> JSONObject:
         """Call the daemon, and return its answer.
 
-        Raises TimeoutError after so many seconds of waiting for a container, and `FAILURES`: LookupError for what is not there,
-        ValueError, in one line, for what will not change by asking again.
+        Raises TimeoutError after so many seconds of waiting for a container, and `FAILURES`: LookupError for
+        what is not there, ValueError, in one line, for what will not change by asking again.
         """
         try:
             with self.asked(verb, path, body, seconds) as response:

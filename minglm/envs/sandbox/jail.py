@@ -1,8 +1,9 @@
 """Run one function written by a model per forked child, in a jail: the inside of the sandbox (paper 3.2, 3.5).
 
-`pool.py` starts this file as `python -I -S jail.py TEMPORARY_FOLDER`, with an empty environment. It imports only the
-standard library and the two files beside it. For each job the server gets one end of a socket, which it never reads. It
-forks a warden, and the warden forks the candidate. The candidate puts itself into a jail, and only then reads the job:
+`pool.py` starts this file as `python -I -S jail.py TEMPORARY_FOLDER`, with an empty environment. It imports
+only the standard library and the two files beside it. For each job the server gets one end of a socket, which
+it never reads. It forks a warden, and the warden forks the candidate. The candidate puts itself into a jail,
+and only then reads the job:
 
     server --fork--> warden (own session, new namespaces) --fork--> candidate (rlimits, Landlock, seccomp, then the job)
       ^ seconds, socket                                                ^ source, arguments, secret   v answer
@@ -17,16 +18,17 @@ So the memory that a candidate inherits has never held another job's source, arg
 | landlock   | opening any file, and TCP                                                                   |
 | seccomp    | every system call that computing does not need: sockets, fork, exec, kill, open, ptrace     |
 
-When the server starts, each layer is tried once in a child; what works is reported and used in every job. A layer that
-worked and then fails is an infrastructure failure, and no source is read.
+When the server starts, each layer is tried once in a child; what works is reported and used in every job. A
+layer that worked and then fails is an infrastructure failure, and no source is read.
 
-Choices: the standard library is in memory (`library.py`), because nothing can be opened inside. The folder that the
-server works in is removed at once, so nothing can be made in it and nothing is left of it. The expected values of the
-tests never come here, so nothing that a candidate finds in this process, or sends, can make a wrong answer right. Values
-go back as text (`values.py`), which the parent compares and never evaluates or parses.
+Choices: the standard library is in memory (`library.py`), because nothing can be opened inside. The folder
+that the server works in is removed at once, so nothing can be made in it and nothing is left of it. The
+expected values of the tests never come here, so nothing that a candidate finds in this process, or sends, can
+make a wrong answer right. Values go back as text (`values.py`), which the parent compares and never evaluates
+or parses.
 
-This is the only place of the project where text written by a model runs as code. No counterpart in the paper, which
-names its sandbox but does not describe it.
+This is the only place of the project where text written by a model runs as code. No counterpart in the paper,
+which names its sandbox but does not describe it.
 """
 
 import bisect  # noqa: F401  (what is loaded here costs a solution nothing to import)
@@ -254,7 +256,10 @@ def filter_system_calls() -> None:
 
 
 def limit_resources(seconds: float) -> None:
-    """Set bounds on this process. They hold on every POSIX system; the bound on processes does not hold for root."""
+    """Set bounds on this process.
+
+    They hold on every POSIX system; the bound on processes does not hold for root.
+    """
     limits = {
         "RLIMIT_AS": MEMORY,
         "RLIMIT_CPU": math.ceil(seconds),

@@ -1,11 +1,12 @@
 """Keep Python's standard library in memory, because a jailed program cannot open the files of the modules it imports.
 
-A `Library` reads the compiled modules when a sandbox worker starts. A program that imports one runs its code then, so
-what nobody imports costs nothing. Modules in C are imported at once: they come from shared libraries, which the jail
-closes too.
+A `Library` reads the compiled modules when a sandbox worker starts. A program that imports one runs its code
+then, so what nobody imports costs nothing. Modules in C are imported at once: they come from shared
+libraries, which the jail closes too.
 
-Left out is what needs a terminal, a window, a database or a network library, and Python's own tests. What remains can be
-imported, not more: `socket` and `subprocess` are there, and every call of theirs to the system fails.
+Left out is what needs a terminal, a window, a database or a network library, and Python's own tests. What
+remains can be imported, not more: `socket` and `subprocess` are there, and every call of theirs to the system
+fails.
 """
 
 import contextlib

@@ -2,28 +2,29 @@
 
     Verdict.status = "passed" | "wrong" | "timeout" | "crash" | "infrastructure"
 
-This is the outside of the sandbox; `jail.py` is the inside. Warm interpreters wait for requests and fork a jailed child
-for each, so a judgement costs milliseconds. The child reads its job from a socket that only it and this process use. The
-verdict is computed here, by comparing values as text:
+This is the outside of the sandbox; `jail.py` is the inside. Warm interpreters wait for requests and fork a
+jailed child for each, so a judgement costs milliseconds. The child reads its job from a socket that only it
+and this process use. The verdict is computed here, by comparing values as text:
 
 - Exit codes and printed output count for nothing. An answer begins with a secret of its job and has one line per test.
-- Expected values never leave this process; a candidate that reads all of its memory finds only the arguments, and
-  nothing of another job.
-- Values are plain types. Equality is Python's, and the types of numbers are those of the expected value (`values.py`):
-  an int may stand for a float, True is not 1, and an object that claims to equal everything equals nothing. An expected
-  value that cannot be compared, and an argument that cannot be sent, are errors of the task: ValueError, before it runs.
+- Expected values never leave this process; a candidate that reads all of its memory finds only the arguments,
+  and nothing of another job.
+- Values are plain types. Equality is Python's, and the types of numbers are those of the expected value
+  (`values.py`): an int may stand for a float, True is not 1, and an object that claims to equal everything
+  equals nothing. An expected value that cannot be compared, and an argument that cannot be sent, are errors
+  of the task: ValueError, before it runs.
 - What a candidate sends is cut at OUTPUT bytes and never parsed, so any answer is one verdict.
 - Whole process groups die at the deadline, which grows with how slow the machine is at the moment.
 
-The level of isolation has a name: `full` (namespaces and a system call filter), `no-namespaces` (only the filter),
-`rlimits-only` (neither, for instance on macOS: enough against accidents, not against malice). A sandbox refuses to
-start below its floor. A job whose interpreter dies is run once more, by a new one. Infrastructure failures have a status of
-their own because they are not the model's fault.
+The level of isolation has a name: `full` (namespaces and a system call filter), `no-namespaces` (only the
+filter), `rlimits-only` (neither, for instance on macOS: enough against accidents, not against malice). A
+sandbox refuses to start below its floor. A job whose interpreter dies is run once more, by a new one.
+Infrastructure failures have a status of their own because they are not the model's fault.
 
 Thousands of jobs may wait: what waits is what the caller has already, and is made ready when an interpreter is free.
 
-Simplifications: pure functions only; nothing can be written or opened (`container.py` runs commands in containers). The paper
-runs code in a sandbox too (3.2, 3.5) and does not describe it.
+Simplifications: pure functions only; nothing can be written or opened (`container.py` runs commands in
+containers). The paper runs code in a sandbox too (3.2, 3.5) and does not describe it.
 """
 
 import atexit
@@ -235,7 +236,10 @@ def wait_for(watched: dict[socket.socket, int], deadline: float) -> dict[socket.
 
 
 def send_some(channel: socket.socket, unsent: memoryview) -> memoryview:
-    """Send as much as fits; return the rest. After the last byte, or when nobody reads, nothing more is sent."""
+    """Send as much as fits; return the rest.
+
+    After the last byte, or when nobody reads, nothing more is sent.
+    """
     try:
         unsent = unsent[channel.send(unsent) :]
         if not unsent:

@@ -2,14 +2,15 @@
 
     encode([2.0, {"b": 1, "a": True}])  ->  ("[2, {'a': 1, 'b': 1}]", "fbi")
 
-A pair is the text and the type of each number in it. Numbers that are equal in Python have one text (2, 2.0, 2+0j), sets
-and dicts are in the order of their texts, and everything else reads as in Python. So equality is Python's, and the types
-are compared beside it: `fits` asks for those of the expected value and takes an int where a float is expected.
+A pair is the text and the type of each number in it. Numbers that are equal in Python have one text (2, 2.0,
+2+0j), sets and dicts are in the order of their texts, and everything else reads as in Python. So equality is
+Python's, and the types are compared beside it: `fits` asks for those of the expected value and takes an int
+where a float is expected.
 
 A value of a subclass counts as the value of the plain type that it holds: a Counter is a dict, a namedtuple a tuple.
 
-Both sides of the sandbox use this module. Nothing of the jail's text is read by a parser, so no answer, however deep or
-long, can do more than differ. No counterpart in the paper.
+Both sides of the sandbox use this module. Nothing of the jail's text is read by a parser, so no answer,
+however deep or long, can do more than differ. No counterpart in the paper.
 """
 
 import math

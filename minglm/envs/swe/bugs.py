@@ -3,13 +3,13 @@
     return a + b          ->   return a - b            one token of the body is replaced
     while i < n:          ->   while i <= n:
 
-The paper collects pull requests and issues from GitHub. Here a bug is a mutation of code that was right, so its repair is
-known and its effect can be measured: a mutation counts as a bug if the function returns something else, or raises, on
-some inputs and not on all.
+The paper collects pull requests and issues from GitHub. Here a bug is a mutation of code that was right, so
+its repair is known and its effect can be measured: a mutation counts as a bug if the function returns
+something else, or raises, on some inputs and not on all.
 
-Choices: tokens are replaced, not syntax trees, so every other letter of the file stays as its authors wrote it. A function
-runs in this process, for at most STEPS lines; this is code of the Python installation, with one token changed, never text
-of a model.
+Choices: tokens are replaced, not syntax trees, so every other letter of the file stays as its authors wrote
+it. A function runs in this process, for at most STEPS lines; this is code of the Python installation, with
+one token changed, never text of a model.
 """
 
 import ast
@@ -73,7 +73,10 @@ class Raised(NamedTuple):
 
 
 class Endless(BaseException):
-    """A call ran for more than STEPS lines. Not an Exception, so that the code under test does not catch it."""
+    """A call ran for more than STEPS lines.
+
+    Not an Exception, so that the code under test does not catch it.
+    """
 
 
 class Function(NamedTuple):

@@ -7,16 +7,17 @@
 
     reward = 1  iff  every test passes in a fresh repository to which the diff was applied
 
-The tests that failed must pass (fail to pass), and those that passed must still do (pass to pass). The code runs in the
-sandbox alone, and tests are values: the arguments go in, and what comes out is compared outside. A test file in the
-repository shows some of these values to the model; the grader reads none of its files. So an exit, a print, a class that
-equals everything or a new `conftest.py` changes nothing, and the diff holds no change of a test.
+The tests that failed must pass (fail to pass), and those that passed must still do (pass to pass). The code
+runs in the sandbox alone, and tests are values: the arguments go in, and what comes out is compared outside.
+A test file in the repository shows some of these values to the model; the grader reads none of its files. So
+an exit, a print, a class that equals everything or a new `conftest.py` changes nothing, and the diff holds no
+change of a test.
 
-What may go wrong has a name: code that hangs is a "timeout", in the tool's answer and among the score's parts; a git or
-a sandbox that fails is a failure of the machine, and the sample leaves the statistics.
+What may go wrong has a name: code that hangs is a "timeout", in the tool's answer and among the score's
+parts; a git or a sandbox that fails is a failure of the machine, and the sample leaves the statistics.
 
-Simplification: the files under test are modules that stand alone, since nothing can be opened in the sandbox. A
-repository of a user runs its own test command in another jail (`users.py`).
+Simplification: the files under test are modules that stand alone, since nothing can be opened in the sandbox.
+A repository of a user runs its own test command in another jail (`users.py`).
 """
 
 import ast
@@ -91,7 +92,10 @@ def sandbox_case(check: Check) -> Case:
 
 
 class RepairEnvironment(Environment):
-    """What the environments with generated bugs share. Subclasses define `draw`, `assignment` and `oracle`."""
+    """What the environments with generated bugs share.
+
+    Subclasses define `draw`, `assignment` and `oracle`.
+    """
 
     group = "coding"
     chance = 0.0

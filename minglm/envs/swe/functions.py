@@ -7,14 +7,15 @@
                                                         x = x - 2       the bug: one line is not what the comment says
                                                         return x
 
-The steps are those of the environment `code`. Difficulty 1 has two steps, 2 has three. In difficulty 3 the user only says
-that a test fails, and one of three files has the bug: the tests must be run to find it.
+The steps are those of the environment `code`. Difficulty 1 has two steps, 2 has three. In difficulty 3 the
+user only says that a test fails, and one of three files has the bug: the tests must be run to find it.
 
-The tests that the model may read are a few; another one that fails stays hidden, so that a special case for what is shown
-earns nothing.
+The tests that the model may read are a few; another one that fails stays hidden, so that a special case for
+what is shown earns nothing.
 
-Choices: each file comes with a comment that says in words what its function does, so a repair needs no guess. The other
-files hold training functions, also in tasks of the test split, and a task belongs to the split of the function with the
+Choices: each file comes with a comment that says in words what its function does, so a repair needs no guess.
+The other files hold training functions, also in tasks of the test split, and a task belongs to the split of
+the function with the
 bug: no test problem is ever shown, right or wrong, in training.
 """
 

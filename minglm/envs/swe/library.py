@@ -2,17 +2,19 @@
 
     user: textwrap.shorten('a b', 4) gives '[...]', not 'a b'. Repair it.
 
-A task is a module as it lies in the Python installation of this machine, whole, with one token of one function changed
-(`bugs.py`), beside a file of tests. The tests are calls with drawn arguments, and the values that the untouched function
-gives: some fail with the bug and some pass, and so do those of the module's other functions. Difficulty 1 has modules of
-at most SMALL lines, 2 has longer ones.
+A task is a module as it lies in the Python installation of this machine, whole, with one token of one
+function changed (`bugs.py`), beside a file of tests. The tests are calls with drawn arguments, and the values
+that the untouched function
+gives: some fail with the bug and some pass, and so do those of the module's other functions. Difficulty 1 has
+modules of at most SMALL lines, 2 has longer ones.
 
-Choices: the modules are pure functions of plain values that stand alone, so that a sandbox without files can run them. A
-module belongs to one split: its other functions show what its right text looks like. Another Python version has another
-text, so it has other tasks.
+Choices: the modules are pure functions of plain values that stand alone, so that a sandbox without files can
+run them. A module belongs to one split: its other functions show what its right text looks like. Another
+Python version has another text, so it has other tasks.
 
-A model that was pre-trained on the standard library has read the right text, and may repair from memory; the score does
-not tell that from understanding. What it does rule out is a repair that is remembered from this environment's training.
+A model that was pre-trained on the standard library has read the right text, and may repair from memory; the
+score does not tell that from understanding. What it does rule out is a repair that is remembered from this
+environment's training.
 """
 
 import functools

@@ -2,16 +2,16 @@
 
     list_files()   view(path, first)   search(text)   edit(path, old, new)   diff()
 
-All text that a model wrote is data here: it is searched for and written to files, never run. What it changed is read off
-as a diff, and only a diff leaves the folder: the grader applies it to another, fresh repository.
+All text that a model wrote is data here: it is searched for and written to files, never run. What it changed
+is read off as a diff, and only a diff leaves the folder: the grader applies it to another, fresh repository.
 
-Choices: an edit replaces one piece of text that must occur exactly once, so that nothing is changed by accident. Paths
-lead to files of the repository and nowhere else, through no link. Files that decide what a test means (the tests,
-`conftest.py`, settings of the test runner) are protected: an edit of them is refused, and the diff leaves them out, so
-that even a way around the refusal earns nothing.
+Choices: an edit replaces one piece of text that must occur exactly once, so that nothing is changed by
+accident. Paths lead to files of the repository and nowhere else, through no link. Files that decide what a
+test means (the tests, `conftest.py`, settings of the test runner) are protected: an edit of them is refused,
+and the diff leaves them out, so that even a way around the refusal earns nothing.
 
-Git runs with the user's and the machine's configuration shut out and no hooks, so a repository is the same everywhere. A
-repository that several episodes begin with is made once and copied.
+Git runs with the user's and the machine's configuration shut out and no hooks, so a repository is the same
+everywhere. A repository that several episodes begin with is made once and copied.
 """
 
 import fnmatch

@@ -4,19 +4,19 @@
     swe:PATH?issue=FILE&tests=python -m unittest -v      another command that names each test and its outcome
     swe:PATH?issue=FILE&container=IMAGE                  the command runs in a container of Docker or Podman
 
-An environment of one task. The last commit is copied for each episode; the repository itself is only read. Before anything
-else its tests are run as they are: those that fail must pass at the end, and those that pass must still do so. They run in
-the jail of `sandbox/command.py`, or in containers (`sandbox/container.py`), for the model and, from the diff, in a fresh copy
-for the grader.
+An environment of one task. The last commit is copied for each episode; the repository itself is only read.
+Before anything else its tests are run as they are: those that fail must pass at the end, and those that pass
+must still do so. They run in the jail of `sandbox/command.py`, or in containers (`sandbox/container.py`), for
+the model and, from the diff, in a fresh copy for the grader.
 
     reward = 1  iff  every test that was named at the beginning passes
 
-A path that is no git repository, an issue that cannot be read, tests that name nothing or that already pass: each is one
-line, before anything is started. `python` in the command is the Python of this process.
+A path that is no git repository, an issue that cannot be read, tests that name nothing or that already pass:
+each is one line, before anything is started. `python` in the command is the Python of this process.
 
-Choices: the one task belongs to every split, because there is nothing to hold out. It has no oracle, so it can be scored
-and reinforced and not demonstrated. A program that forges a report is believed (`sandbox/command.py` says why); a change
-of a test, or of the settings of its runner, is not possible.
+Choices: the one task belongs to every split, because there is nothing to hold out. It has no oracle, so it
+can be scored and reinforced and not demonstrated. A program that forges a report is believed
+(`sandbox/command.py` says why); a change of a test, or of the settings of its runner, is not possible.
 """
 
 import asyncio
@@ -52,7 +52,9 @@ SHOWN = 1500
 
 
 class UserRepository(Environment):
-    """One issue of one repository. Raises ValueError, in one line, where there is nothing to repair or to judge by.
+    """One issue of one repository.
+
+    Raises ValueError, in one line, where there is nothing to repair or to judge by.
 
     name: as in the module's header.
     """

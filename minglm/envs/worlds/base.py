@@ -5,8 +5,9 @@
     reward   = 1  iff  every call was well-formed, the state is the goal, the assistant kept the policy,
                        and the user was told what came of it
 
-A call goes to the world and its result back to the assistant. Any other message goes to the user, whose answer is the
-next user turn. A malformed call ends the episode with 0, as in every environment (`minglm.envs.base`).
+A call goes to the world and its result back to the assistant. Any other message goes to the user, whose
+answer is the next user turn. A malformed call ends the episode with 0, as in every environment
+(`minglm.envs.base`).
 
 Choices
 - The user is a program, or a language model behind the protocol `Generator` (`users`, `model_user`). What a program

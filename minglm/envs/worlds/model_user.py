@@ -55,7 +55,10 @@ class Simulator:
 
 
 class ModelUser:
-    """A user that a language model plays. Its own turns are the model's, and the assistant's are its prompts."""
+    """A user that a language model plays.
+
+    Its own turns are the model's, and the assistant's are its prompts.
+    """
 
     def __init__(self, simulator: Simulator, knowledge: str, request: str) -> None:
         """Begin after the user's first message, `request`. knowledge: what the user wants and knows, in sentences."""

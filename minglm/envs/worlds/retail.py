@@ -4,20 +4,20 @@
                                             cancel_order(482) -> {"ok": true}
     assistant: Order 482 is cancelled.
 
-The policy: look an order up first; a pending one is cancelled, a delivered one returned, and a shipped one left alone
-because it is on its way. Difficulty 1 names the order. In difficulty 2 the customer gives the number only when asked.
-Difficulty 3 is about two orders. The reward is end to end, as in paper Figure 11: it looks at the final database and at
-what the customer was told, not at the path.
+The policy: look an order up first; a pending one is cancelled, a delivered one returned, and a shipped one
+left alone because it is on its way. Difficulty 1 names the order. In difficulty 2 the customer gives the
+number only when asked. Difficulty 3 is about two orders. The reward is end to end, as in paper Figure 11: it
+looks at the final database and at what the customer was told, not at the path.
 
     reward = 1  iff  database == goal, every order in question was looked up, no call broke the policy,
                      and the last message names the right outcome of each order
 
-Choices: the look-up is part of the reward, so saying "on its way" without a call earns nothing. A cancel or return
-that the policy forbids is refused by the shop and costs the reward, so trying both is no strategy. Schemas are as
-short as JSON allows, because every prompt carries them.
+Choices: the look-up is part of the reward, so saying "on its way" without a call earns nothing. A cancel or
+return that the policy forbids is refused by the shop and costs the reward, so trying both is no strategy.
+Schemas are as short as JSON allows, because every prompt carries them.
 
-Simplification: the customer has one secret, the number, asks for one thing, and is less patient than the users of other
-worlds (`minglm.envs.worlds.users`): a second question ends the talk.
+Simplification: the customer has one secret, the number, asks for one thing, and is less patient than the
+users of other worlds (`minglm.envs.worlds.users`): a second question ends the talk.
 """
 
 import json
@@ -61,8 +61,8 @@ TOOLS = (
 class Shop:
     """The database of the shop and its functions.
 
-    orders: {number: status}, changed by the calls. looked_up: the orders that were looked up. violations: calls that
-    the policy forbids.
+    orders: {number: status}, changed by the calls. looked_up: the orders that were looked up. violations:
+    calls that the policy forbids.
     """
 
     def __init__(self, orders: dict[int, str]) -> None:
@@ -214,8 +214,9 @@ def initial_orders(task: Task) -> dict[int, str]:
 def outcomes_told(reply: str, wanted: Iterable[int]) -> dict[str, str | None]:
     """Return what a reply says about each order: {number as text: outcome}, None if missing or contradictory.
 
-    The text from an order's number to the next number is about that order. Where it says nothing ("482 and 317 are
-    cancelled") the next statement counts. A reply about one order is read as a whole and need not repeat its number.
+    The text from an order's number to the next number is about that order. Where it says nothing ("482 and
+    317 are cancelled") the next statement counts. A reply about one order is read as a whole and need not
+    repeat its number.
     """
     reply = reply.lower().replace("canceled", "cancelled")
     names = [str(number) for number in wanted]

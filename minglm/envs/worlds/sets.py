@@ -1,11 +1,11 @@
 """Specify the tool sets of this package: an airline for evaluation, and three small ones for step-wise calls (paper 3.4).
 
-`airline` is end to end and never trained on: what reinforcement learning on other tools teaches must show there (paper 3.3).
-The others provide steps and distractors to `minglm.envs.functions`. Each is written as a file of one's own would be
-(`minglm.envs.worlds.specification`).
+`airline` is end to end and never trained on: what reinforcement learning on other tools teaches must show
+there (paper 3.3). The others provide steps and distractors to `minglm.envs.functions`. Each is written as a
+file of one's own would be (`minglm.envs.worlds.specification`).
 
-Choices: descriptions are as short as a policy allows, because every prompt carries them. No two sets share a word for what
-was done.
+Choices: descriptions are as short as a policy allows, because every prompt carries them. No two sets share a
+word for what was done.
 """
 
 from collections.abc import Mapping

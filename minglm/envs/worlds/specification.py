@@ -9,14 +9,15 @@
         "requires": {"state": ["in"]}, "sets": {"state": "out"}, "done": "lent"}],
      "requests": [{"steps": ["lend_book"], "texts": ["Lend me {record}."]}]}
 
-Name, description and inputSchema of a tool are those of the Model Context Protocol. Beside them stands its rule: one tool,
-the look-up, `shows` fields of a record; every other one `requires` that a field has one of some values, and then `sets`
-fields. "$room" is the argument `room`: as a requirement the field is a list that must hold it, as a value it is written.
-`done` is the word that tells the user of it; "not done" tells that it was refused.
+Name, description and inputSchema of a tool are those of the Model Context Protocol. Beside them stands its
+rule: one tool, the look-up, `shows` fields of a record; every other one `requires` that a field has one of
+some values, and then `sets` fields. "$room" is the argument `room`: as a requirement the field is a list that
+must hold it, as a value it is written. `done` is the word that tells the user of it; "not done" tells that it
+was refused.
 
-From a specification `minglm.envs.worlds.tables` makes the world, its tasks, its user and its oracle. So a world of one's
-own is a file: `world:PATH` is the name of its environment. A file that does not parse is refused in one line, which names
-the field.
+From a specification `minglm.envs.worlds.tables` makes the world, its tasks, its user and its oracle. So a
+world of one's own is a file: `world:PATH` is the name of its environment. A file that does not parse is
+refused in one line, which names the field.
 
 Simplified: a world has one kind of records, known by a number from 100 to 999, and a rule looks at one record alone.
 """

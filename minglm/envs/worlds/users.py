@@ -5,8 +5,9 @@
     assistant: 14C is taken.             user: Then 15A, please.            an alternative, if there is one
     assistant: You have seat 15A.        user: ###STOP###                   and nothing more
 
-The rules: give away only what the current step needs; what the task does not tell, the user does not remember; when
-something is refused, offer the alternative that the task names; never ask for more than the task; end with ###STOP###.
+The rules: give away only what the current step needs; what the task does not tell, the user does not
+remember; when something is refused, offer the alternative that the task names; never ask for more than the
+task; end with ###STOP###.
 
 Choices
 - The program reads a question by the words that name a fact, and a refusal by a few words ("not", "taken", ...). It

@@ -1,9 +1,9 @@
 """Convert between a released `config.json` and a `ModelConfig` (paper Table 1; types glm4_moe, glm4_moe_lite).
 
-The fields have the same names, so most of this file is about the rest: where the rotary base is (at the top, or in
-`rope_parameters`), keys for what minglm always does (which are refused if they say something else), and keys that mean
-nothing here (token ids, versions) but must survive. Writing therefore starts from the file that was read and changes only
-what the model changed. An unchanged model writes the same file.
+The fields have the same names, so most of this file is about the rest: where the rotary base is (at the top,
+or in `rope_parameters`), keys for what minglm always does (which are refused if they say something else), and
+keys that mean nothing here (token ids, versions) but must survive. Writing therefore starts from the file
+that was read and changes only what the model changed. An unchanged model writes the same file.
 """
 
 import copy
@@ -192,8 +192,8 @@ def _named(values: Mapping[str, Any], name: str, where: str) -> Any:
 def _head_dim(values: Mapping[str, Any], given: Mapping[str, Any], where: str) -> int:
     """Return the width of a query or key head.
 
-    Without one of its own, transformers divides the width of the model. With latent attention it is the sum of two
-    parts, and transformers takes `head_dim` for another name of one of them.
+    Without one of its own, transformers divides the width of the model. With latent attention it is the sum
+    of two parts, and transformers takes `head_dim` for another name of one of them.
     """
     if "qk_rope_head_dim" in given:
         named = values.get("head_dim")
@@ -210,8 +210,8 @@ def _head_dim(values: Mapping[str, Any], given: Mapping[str, Any], where: str) -
 def from_hf(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
     """Convert a parsed config.json to a ModelConfig.
 
-    Raises ValueError, in one line that begins with `where`, for another model type, a key that is missing or of the
-    wrong type, and for settings that minglm would compute differently.
+    Raises ValueError, in one line that begins with `where`, for another model type, a key that is missing or
+    of the wrong type, and for settings that minglm would compute differently.
     """
     if values.get("model_type") not in list(ModelType):
         raise ValueError(

@@ -1,7 +1,7 @@
 """Read released checkpoints: folders of safetensors shards beside a config.json (no section in the paper).
 
-Names are those of `minglm.model.hf.names`. A missing or unknown tensor, a wrong shape, and a dtype or scale that minglm
-does not read are found from the files' headers, before the first weight is read.
+Names are those of `minglm.model.hf.names`. A missing or unknown tensor, a wrong shape, and a dtype or scale
+that minglm does not read are found from the files' headers, before the first weight is read.
 
 Choices
 - Streaming: one tensor is read, and copied to where it belongs. Memory never holds more than that beside the model. A
@@ -141,7 +141,10 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 
 class Files:
-    """The safetensors files of a folder, by tensor. Raises ValueError for a missing or damaged file or a name twice."""
+    """The safetensors files of a folder, by tensor.
+
+    Raises ValueError for a missing or damaged file or a name twice.
+    """
 
     folder: Path
     files: dict[str, str]

@@ -1,11 +1,12 @@
 """The tensors of released checkpoints, for glm4_moe (4.5, Air, 4.6, 4.7) and glm4_moe_lite (4.7-Flash) (paper Table 1).
 
-`expected` unfolds the table of `minglm.model.parameters` for a config: every name once, its shape, and the tensor of the
-model that it belongs to. Whatever reads or writes checkpoints (`minglm.model.hf.files`) uses it.
+`expected` unfolds the table of `minglm.model.parameters` for a config: every name once, its shape, and the
+tensor of the model that it belongs to. Whatever reads or writes checkpoints (`minglm.model.hf.files`) uses
+it.
 
-A file holds one matrix for each expert and projection (or, written by some tools, gate and up of all experts as one
-stack), the model three stacks per layer. The MTP layer is layer `num_hidden_layers`: a MoE layer with four additional
-tensors. GLM-4.5 stores copies of embedding and output head with it, GLM-4.6 does not.
+A file holds one matrix for each expert and projection (or, written by some tools, gate and up of all experts
+as one stack), the model three stacks per layer. The MTP layer is layer `num_hidden_layers`: a MoE layer with
+four additional tensors. GLM-4.5 stores copies of embedding and output head with it, GLM-4.6 does not.
 """
 
 from dataclasses import dataclass
@@ -83,7 +84,10 @@ def attention_parts(config: ModelConfig) -> list[Part]:
 
 
 def layer_parts(config: ModelConfig, layer: int) -> list[Part]:
-    """Return the parts of a layer, the routed experts and the copies last. Layer `num_hidden_layers` is the MTP layer."""
+    """Return the parts of a layer, the routed experts and the copies last.
+
+    Layer `num_hidden_layers` is the MTP layer.
+    """
     is_mtp = layer == config.num_hidden_layers
     parts = [Part.LAYER, *attention_parts(config)]
     if layer < config.first_k_dense_replace and not is_mtp:

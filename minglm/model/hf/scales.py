@@ -2,16 +2,16 @@
 
     the matrix NAME is NAME (float8) times NAME_scale_inv or NAME_scale
 
-Both names are in use for a factor by which one multiplies. What a scale serves follows from its shape, since writers do
-not agree on a place that says it:
+Both names are in use for a factor by which one multiplies. What a scale serves follows from its shape, since
+writers do not agree on a place that says it:
 
     shape of the scale                          each scale serves
     blocks of rows, blocks of columns           a block, 128 x 128 where config.json does not say otherwise
     rows, 1   or   rows                         a row
     1, 1   or   1   or nothing                  a matrix
 
-A stack of matrices has one more axis in front. Scales of activations stand beside some matrices; here activations are
-not float8, so they are not read.
+A stack of matrices has one more axis in front. Scales of activations stand beside some matrices; here
+activations are not float8, so they are not read.
 """
 
 import math

@@ -1,11 +1,12 @@
 """Write released checkpoints: safetensors shards, their index, and config.json (no section in the paper).
 
-Streaming: one shard is collected, and written. Memory never holds more than that beside the model, which itself may be on
-the disk: `Weights` is read tensor by tensor. Ranks divide the shards. Everything is written into a new folder that takes
-its name when it is complete, so that no folder ever holds parts of two checkpoints.
+Streaming: one shard is collected, and written. Memory never holds more than that beside the model, which
+itself may be on the disk: `Weights` is read tensor by tensor. Ranks divide the shards. Everything is written
+into a new folder that takes its name when it is complete, so that no folder ever holds parts of two
+checkpoints.
 
-A sharded model has no tensor whole anywhere. `write_stream` gathers one after the other, on all ranks, and each rank keeps
-those of its own files until these are full.
+A sharded model has no tensor whole anywhere. `write_stream` gathers one after the other, on all ranks, and
+each rank keeps those of its own files until these are full.
 """
 
 import math
@@ -140,9 +141,10 @@ def save(
 ) -> None:
     """Write a model as a released checkpoint in a new folder.
 
-    dtype: None (each tensor as it is), float32, bfloat16, float16, float64, or fp8 (projections in blocks of float8, the
-    rest in bfloat16). shard_gigabytes: size of a file; None: files as they came, or of 5. Raises ValueError for another
-    dtype, for a folder that already holds something, and where space runs out; then nothing is left behind.
+    dtype: None (each tensor as it is), float32, bfloat16, float16, float64, or fp8 (projections in blocks of
+    float8, the rest in bfloat16). shard_gigabytes: size of a file; None: files as they came, or of 5. Raises
+    ValueError for another dtype, for a folder that already holds something, and where space runs out; then
+    nothing is left behind.
     """
     check_dtype(dtype)
     with new_folder(folder) as temporary:
@@ -156,7 +158,10 @@ def write(
     shard_gigabytes: float | None,
     ranks: Ranks,
 ) -> None:
-    """Write what `save` writes into a folder that exists; ranks divide the files. Memory holds one file at a time."""
+    """Write what `save` writes into a folder that exists; ranks divide the files.
+
+    Memory holds one file at a time.
+    """
     origin = weights.origin
     entries = _entries(weights.config, origin)
     form = _form(dtype, list(entries), origin)
@@ -190,8 +195,8 @@ def write_stream(
 ) -> None:
     """Write what `save` writes into a folder that exists, from tensors that come one after the other on all ranks.
 
-    weights: the state dict of a model with this config; each tensor is asked for once, by all ranks in the same order.
-    Memory holds one tensor on every rank, and one file on some.
+    weights: the state dict of a model with this config; each tensor is asked for once, by all ranks in the
+    same order. Memory holds one tensor on every rank, and one file on some.
     """
     entries = _entries(config, origin)
     form = _form(dtype, list(entries), origin)
