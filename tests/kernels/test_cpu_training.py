@@ -207,6 +207,23 @@ def test_head(seed, tokens, width, words, scale, temperature):
 
 @given(
     seed=seeds,
+    tokens=st.integers(0, 150),
+    width=st.integers(1, 40),
+    words=st.integers(1, 600),
+    scale=st.sampled_from([0.1, 1.0, 5.0]),
+)
+def test_cross_entropy(seed, tokens, width, words, scale):
+    """The same sizes; each token has a weight of its own, some of them zero."""
+    leaves = [normal(seed, tokens, width, scale=scale), normal(seed + 1, words, width)]
+    targets_T = torch.randint(0, words, (tokens,), generator=numbers(seed))
+    weights_T = torch.rand(tokens, generator=numbers(seed)).round(decimals=1)
+    forms = [f(Operation.CROSS_ENTROPY) for f in (c_form, reference)]
+    # The probability of a target near one, less one, is a difference too.
+    assert error(*forms, leaves, targets_T, weights_T) < 20 * FLOAT32
+
+
+@given(
+    seed=seeds,
     length=st.integers(1, 60),
     group=st.integers(1, 5),
     in_queries=st.booleans(),
@@ -246,6 +263,8 @@ def test_head_hides_no_bad_number(seed, tokens, words, in_head, bad, data):
     with torch.no_grad():
         (head_VD if in_head else hidden_TD)[place, 3] = bad
     logprobs_T, entropies_T = c_form(Operation.LOG_PROBABILITIES)(hidden_TD, head_VD, targets_T)
+    loss = c_form(Operation.CROSS_ENTROPY)(hidden_TD, head_VD, targets_T, torch.ones(tokens))
+    assert loss.isnan()
     spoiled = torch.full((tokens,), in_head)
     if not in_head:
         spoiled[place] = True

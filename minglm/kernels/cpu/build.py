@@ -46,6 +46,7 @@ SIGNATURES = {
     "attention_backward": "ppppp" + "pppp" + "lllll",
     "head_forward": "pppppp" + "lll" + "f",
     "head_backward": "pppp" + "ppp" + "lll" + "f",
+    "head_loss": "pppp" + "ppp" + "lll",
     "choose": "ppp" + "lll",
 }
 """Arguments of each function in order: p a pointer, l a long, q an int64, f a float."""

@@ -4,7 +4,8 @@
 
    The twin of minglm/kernels/cross_entropy/eager.py; minglm/kernels/cpu/head.py calls it. The vocabulary is walked in blocks of
    WORDS, and the tokens in blocks of TOKENS within each: a block of logits stays in a core's cache, no logits are kept, and
-   the backward pass computes them again. All arrays are contiguous. */
+   the backward pass computes them again. `head_loss` need not: the weight of each token is known beforehand, so it computes
+   the gradients in the same walk as the loss, as minglm/kernels/cross_entropy/chunked.py does. All arrays are contiguous. */
 
 #include "product.h"
 #include <stdlib.h>
@@ -93,5 +94,44 @@ void head_backward(const float *hidden, const float *head, const int64_t *target
             multiply(logits, 1, WORDS, tokens, dhead + first * D, D, words, D, n, 1);
         }
     }
+    free(logits);
+}
+
+/* Write the sum of weight times cross-entropy over the tokens, and its gradients; dhead (V, D) holds zeros */
+void head_loss(const float *hidden, const float *head, const int64_t *targets, const float *weights, float *loss,
+               float *dhidden, float *dhead, long T, long D, long V) {
+    long width = whole(V);
+    float *logits = room(TOKENS * width + D * width + V * whole(D) + TOKENS * whole(D)), *packed = logits + TOKENS * width;
+    float *rows = packed + D * width, *token_rows = rows + V * whole(D);
+    Columns words = columns_of(head, 1, D, D, V, packed), word_rows = columns_of(head, D, 1, V, D, rows);
+    double total = 0;
+    for (long at = 0, n; at < T; at += n) {
+        n = T - at < TOKENS ? T - at : TOKENS;
+        multiply(hidden + at * D, D, 1, words, logits, width, n, V, D, 0);
+        for (long t = at; t < at + n; t++) {
+            float *l = logits + (t - at) * width, weight = weights[t];
+            lanes most = all(-1e30f), sum = {0};
+            ints wrong = {0};
+            for (long v = V; v < width; v++) l[v] = -1e30f;
+            for (long v = 0; v < width; v += LANES) {
+                most = larger(most, *(lanes *)(l + v));
+                wrong |= unsound(*(lanes *)(l + v));
+            }
+            float largest = largest_of(most), chosen = l[targets[t]];
+            for (long v = 0; v < width; v += LANES) sum += *(lanes *)(l + v) = exponential(*(lanes *)(l + v) - largest);
+            float share = some_true(wrong) ? not_a_number() : sum_of(sum);
+            total += weight * (largest + logf(share) - chosen);
+            for (long v = 0; v < width; v += LANES) *(lanes *)(l + v) *= weight / share;
+            l[targets[t]] -= weight;
+        }
+        Columns tokens = columns_of(hidden + at * D, D, 1, n, D, token_rows);
+        for (long first = 0; first < V; first += WORDS) {
+            long count = V - first < WORDS ? V - first : WORDS;
+            Columns here = {word_rows.at + first * word_rows.next, word_rows.next, word_rows.apart};
+            multiply(logits + first, width, 1, here, dhidden + at * D, D, n, D, count, first > 0);
+            multiply(logits + first, 1, width, tokens, dhead + first * D, D, count, D, n, 1);
+        }
+    }
+    *loss = total;
     free(logits);
 }

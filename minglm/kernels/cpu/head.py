@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from minglm.kernels.cpu.build import address, loaded_library
+from minglm.kernels.cross_entropy.chunked import LinearCrossEntropy, LossAndGradients
 
 
 class _LogProbabilities(torch.autograd.Function):
@@ -59,9 +60,28 @@ def log_probabilities_c(
     return _log_probabilities(hidden_TD.contiguous(), head_VD, targets_T.contiguous(), temperature)
 
 
+def loss_and_gradients(
+    hidden_TD: torch.Tensor, head_VD: torch.Tensor, targets_T: torch.Tensor, weights_T: torch.Tensor
+) -> LossAndGradients:
+    """Compute the weighted loss with both gradients in one walk over the tokens."""
+    T, D = hidden_TD.shape
+    hidden_TD = hidden_TD.contiguous()
+    head_VD = head_VD.contiguous()
+    loss = hidden_TD.new_empty(())
+    dhidden_TD = torch.empty_like(hidden_TD)
+    dhead_VD = torch.zeros_like(head_VD)
+    arguments = (hidden_TD, head_VD, targets_T.contiguous(), weights_T.contiguous())
+    results = (loss, dhidden_TD, dhead_VD)
+    loaded_library().head_loss(*map(address, arguments + results), T, D, len(head_VD))
+    return LossAndGradients(loss, dhidden_TD, dhead_VD)
+
+
+_cross_entropy: Any = torch.compiler.disable(LinearCrossEntropy.apply)
+
+
 def cross_entropy_c(
     hidden_TD: torch.Tensor, head_VD: torch.Tensor, targets_T: torch.Tensor, weights_T: torch.Tensor
 ) -> torch.Tensor:
     """Compute `cross_entropy` of `cross_entropy/eager.py`: hidden (T, D), head (V, D), targets and weights (T,) to a scalar."""
-    logprobs_T, _ = log_probabilities_c(hidden_TD, head_VD, targets_T)
-    return -(logprobs_T * weights_T).sum()
+    head_VD = head_VD.to(hidden_TD.dtype)
+    return _cross_entropy(hidden_TD, head_VD, targets_T, weights_T, loss_and_gradients)

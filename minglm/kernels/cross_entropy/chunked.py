@@ -9,7 +9,9 @@ gradient takes their place. In bfloat16 the logits are rounded between the produ
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
@@ -58,8 +60,20 @@ def _gpu_chunk(T: int, head_VD: torch.Tensor) -> int:
     return math.ceil(T / chunks)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """The loss, with both gradients computed in the forward pass."""
+class LossAndGradients(NamedTuple):
+    """The summed loss, a float32 scalar, and its gradients."""
+
+    loss: torch.Tensor
+    dhidden_TD: torch.Tensor
+    dhead_VD: torch.Tensor
+
+
+Walk = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], LossAndGradients]
+"""What computes loss and gradients of hidden (T, D), head (V, D), targets (T,) and weights (T,)."""
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The loss, with both gradients computed in the forward pass by a walk over the tokens."""
 
     @staticmethod
     def forward(
@@ -68,39 +82,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head_VD: torch.Tensor,
         targets_T: torch.Tensor,
         weights_T: torch.Tensor,
-        with_triton: bool,
+        walk: Walk,
     ) -> torch.Tensor:
-        T = len(hidden_TD)
-        head = head_VD.to(hidden_TD.dtype)
-        chunk = _gpu_chunk(T, head) if with_triton and T else CHUNK
-        softmax_gradient = _gradients_in_place_triton if with_triton else gradients_in_place
-        # Products in low precision are summed over the chunks in float32, except where that would be 3 GB (GLM-4.5's
-        # head) and the chunks are few.
-        sum_dtype = head_VD.dtype if with_triton else torch.float32
-        dhidden_TD = torch.empty_like(hidden_TD)
-        dhead_VD: torch.Tensor | None = None
-        loss = hidden_TD.new_zeros((), dtype=torch.float32)
-        # Room for the logits: the same for every chunk, so that it stays in cache.
-        room = head.new_empty(min(chunk, T), len(head))
-        wide_room = room if with_triton else room.float()
-
-        for start in range(0, T, chunk):
-            rows = slice(start, start + chunk)
-            hidden = hidden_TD[rows]
-            # The logits; after the next two lines their gradient.
-            d = torch.mm(hidden, head.T, out=room[: len(hidden)])
-            wide = d if wide_room is room else wide_room[: len(hidden)]
-            loss += softmax_gradient(d, targets_T[rows], weights_T[rows], wide)
-            torch.mm(d, head, out=dhidden_TD[rows])  # dh = dlogit W
-            # dW = dlogit' h, summed over the chunks
-            if dhead_VD is None:
-                dhead_VD = (d.T @ hidden).to(sum_dtype)
-            elif dhead_VD.dtype == d.dtype:
-                dhead_VD.addmm_(d.T, hidden)
-            else:
-                dhead_VD += d.T @ hidden
-
-        dhead_VD = torch.zeros_like(head_VD) if dhead_VD is None else dhead_VD.to(head_VD.dtype)
+        loss, dhidden_TD, dhead_VD = walk(hidden_TD, head_VD, targets_T, weights_T)
         ctx.save_for_backward(dhidden_TD, dhead_VD)
         return loss
 
@@ -117,11 +101,53 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dhidden_TD, dhead_VD, None, None, None
 
 
+def walk_in_chunks(
+    hidden_TD: torch.Tensor,
+    head_VD: torch.Tensor,
+    targets_T: torch.Tensor,
+    weights_T: torch.Tensor,
+    with_triton: bool = False,
+) -> LossAndGradients:
+    """Compute loss and gradients chunk by chunk, the softmax in PyTorch or in Triton."""
+    T = len(hidden_TD)
+    head = head_VD.to(hidden_TD.dtype)
+    chunk = _gpu_chunk(T, head) if with_triton and T else CHUNK
+    softmax_gradient = _gradients_in_place_triton if with_triton else gradients_in_place
+    # Products in low precision are summed over the chunks in float32, except where that would be 3 GB (GLM-4.5's
+    # head) and the chunks are few.
+    sum_dtype = head_VD.dtype if with_triton else torch.float32
+    dhidden_TD = torch.empty_like(hidden_TD)
+    dhead_VD: torch.Tensor | None = None
+    loss = hidden_TD.new_zeros((), dtype=torch.float32)
+    # Room for the logits: the same for every chunk, so that it stays in cache.
+    room = head.new_empty(min(chunk, T), len(head))
+    wide_room = room if with_triton else room.float()
+
+    for start in range(0, T, chunk):
+        rows = slice(start, start + chunk)
+        hidden = hidden_TD[rows]
+        # The logits; after the next two lines their gradient.
+        d = torch.mm(hidden, head.T, out=room[: len(hidden)])
+        wide = d if wide_room is room else wide_room[: len(hidden)]
+        loss += softmax_gradient(d, targets_T[rows], weights_T[rows], wide)
+        torch.mm(d, head, out=dhidden_TD[rows])  # dh = dlogit W
+        # dW = dlogit' h, summed over the chunks
+        if dhead_VD is None:
+            dhead_VD = (d.T @ hidden).to(sum_dtype)
+        elif dhead_VD.dtype == d.dtype:
+            dhead_VD.addmm_(d.T, hidden)
+        else:
+            dhead_VD += d.T @ hidden
+
+    dhead_VD = torch.zeros_like(head_VD) if dhead_VD is None else dhead_VD.to(head_VD.dtype)
+    return LossAndGradients(loss, dhidden_TD, dhead_VD)
+
+
 def cross_entropy_chunked(
     hidden_TD: torch.Tensor, head_VD: torch.Tensor, targets_T: torch.Tensor, weights_T: torch.Tensor
 ) -> torch.Tensor:
     """Compute `cross_entropy` of `eager.py`: hidden (T, D), head (V, D), targets (T,), weights float32 (T,) to a scalar."""
-    return _LinearCrossEntropy.apply(hidden_TD, head_VD, targets_T, weights_T, False)
+    return LinearCrossEntropy.apply(hidden_TD, head_VD, targets_T, weights_T, walk_in_chunks)
 
 
 def cross_entropy_gpu(
@@ -134,4 +160,5 @@ def cross_entropy_gpu(
 
         logp_T, _ = log_probabilities_triton(hidden_TD, head_VD, targets_T)
         return -(logp_T * weights_T).sum()
-    return _LinearCrossEntropy.apply(hidden_TD, head_VD, targets_T, weights_T, True)
+    walk = partial(walk_in_chunks, with_triton=True)
+    return LinearCrossEntropy.apply(hidden_TD, head_VD, targets_T, weights_T, walk)
