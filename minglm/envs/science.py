@@ -8,15 +8,15 @@
 
 The facts are those of `data/sources/facts.py`, which the built-in science pages state. The paper finds that a
 small set of questions verified by experts teaches more than a large one that is not. `Science()` is the
-verified set. A set that nobody verified is `Science(wrong=0.4)`: that share of its questions has a wrong key,
-and the wrong key is the longest option, so that a model which looks at lengths is paid for what it does not
-know.
+verified set. A set that nobody verified is `Science(wrong=0.4)`: that share of its questions has a wrong key.
+That key is the longest option, or as long, in nine of ten of these, and alone the longest in half (a symbol
+has no longer rival), so that a model which looks at lengths is paid for what it does not know.
 
     reward = 1  iff  the answer is the letter of the key;      part "true": whether it is the letter of the fact
 
 Choices: options are shuffled, so no letter is better than another. Difficulty 1 draws the wrong options from
-all answers to such a question, difficulty 2 from similar ones (the same continent, the next elements). The
-splits are divided by the fact: what a test question asks was never asked in training, whatever its options.
+all answers to such a question, difficulty 2 from its neighbours, by continent or atomic number. The splits
+are divided by the fact: what a test question asks was never asked in training, whatever its options.
 
 Simplification: the paper's questions need reasoning; these need a fact and the letter beside it.
 """

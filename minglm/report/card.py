@@ -79,15 +79,14 @@ def table(header: Row, rows: Sequence[Row]) -> str:
 
 
 def header_lines(records: Sequence[Record]) -> str:
-    """Format the head of the report: name, hash, seed and versions; of a continued log those of its last start."""
+    """Format the head of the report: name, hash, seed, versions and time."""
     starts = select(records, StartRecord)
     if not starts:
         return "The log holds no start record.\n"
-    start = starts[-1]
+    start = starts[-1]  # a run that is continued keeps its first
     ends = select(records, EndRecord)
     rows: list[Row] = [("config", f"`{start.config_hash}`"), ("seed", start.seed)]
     rows += start.versions.items()
-    rows.append(("started", f"{len(starts)} times" if len(starts) > 1 else "once"))
     minutes = f"{ends[-1].seconds / 60:.1f} minutes" if ends else "not finished"
     rows.append(("finished in", minutes))
     return f"# Run {start.name}\n\n" + table(("", ""), rows)

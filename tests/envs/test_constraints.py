@@ -88,6 +88,22 @@ def test_an_answer_is_read_as_it_was_written(seed, difficulty):
     assert read(text).numbers == label["witness"]
 
 
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("brackets", "（二 六）", "（二 六"),
+        ("quotes", "“二 六”", "“二 六"),
+        ("each_brackets", "（二） （六）", "（二） (六)"),
+        ("each_quotes", "“二”，“六”", "“二”，六"),
+    ],
+)
+def test_chinese_signs_are_as_good(name, right, wrong):
+    """Brackets and quotes of Chinese text count where they are asked for, and close as they opened."""
+    assert read(right).numbers == read(wrong).numbers == [2, 6]
+    assert KINDS[name].obeyed(read(right), None)
+    assert not KINDS[name].obeyed(read(wrong), None)
+
+
 def test_words_that_were_not_asked_for_are_refused():
     """An opening pays where it is asked for and nowhere else."""
     env = ENVIRONMENTS["constraints"]
@@ -123,7 +139,7 @@ def test_every_kind_is_asked_for():
         assert {kind for task in tasks for kind in task.label["constraints"]} == expected
 
 
-@given(st.text("(){}[]<>*#`\"'.,!?-_ \n\tonetwsix一二", max_size=20))
+@given(st.text("(){}[]<>*#`\"“”（）'.,!?-_ \n\tonetwsix一二", max_size=20))
 def test_every_checker_reads_any_answer(text):
     """A word of which nothing is left without its decoration is read too; a checker that fails would leave its sample out."""
     answer = read(text)

@@ -20,7 +20,16 @@ from minglm.envs.instructions import VALUE, WORDS
 OPENINGS = {"en": ("Answer:", "List:", "Result:"), "zh": ("答：", "列表：", "结果：")}
 HEADINGS = {"en": ("# Numbers", "# List"), "zh": ("# 数字", "# 列表")}
 SIGN_OFFS = {"en": ("Done", "Bye", "End"), "zh": ("完毕", "再见", "结束")}
-WRAPPERS = {"(": ")", "（": "）", "[": "]", "{": "}", '"': '"', "**": "**", "`": "`"}
+WRAPPERS = {
+    "(": ")",
+    "（": "）",
+    "[": "]",
+    "{": "}",
+    '"': '"',
+    "“": "”",
+    "**": "**",
+    "`": "`",
+}
 
 _OPENING = re.compile("|".join(OPENINGS["en"] + OPENINGS["zh"]))
 _HEADING = re.compile(r"(# [^\n]*)\n+")
@@ -28,7 +37,7 @@ _SIGN_OFF = re.compile("[ \n](" + "|".join(SIGN_OFFS["en"] + SIGN_OFFS["zh"]) + 
 _CLOSING = re.compile(r"(\.\.\.|…|[.!?。！？])\Z")
 _MARKER = re.compile(r"^(?:- |\* |\d+\. |[a-z]\) )", re.MULTILINE)
 _SEPARATOR = re.compile(r"(?:->|[\s,，、;；/|+])+")
-DECORATION = '()（）[]{}<>"*`'
+DECORATION = '()（）[]{}<>"“”*`'
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from minglm.envs.constraints.answer import HEADINGS, OPENINGS, SIGN_OFFS, WRAPPERS
+from minglm.envs.constraints.answer import HEADINGS, OPENINGS, SIGN_OFFS, WRAPPERS, Answer
 from minglm.envs.constraints.kind import ENGLISH, Kind
 from minglm.envs.instructions import MARKS
 
@@ -22,21 +22,25 @@ def _cased(case: Callable[[list[str]], list[str]]) -> dict[str, Any]:
 
 def _around_all(*begins: str) -> dict[str, Any]:
     """Return checker and form of something around all numbers; the first of `begins` is what the oracle writes."""
-    pair = (begins[0], WRAPPERS[begins[0]])
     return {
         "holds": lambda answer, value: answer.wrapper in begins,
-        "form": lambda value, language: {"around_all": pair},
+        "form": lambda value, language: {"around_all": (begins[0], WRAPPERS[begins[0]])},
         "slots": ("wrapper", "around_each"),
     }
 
 
-def _around_each(begin: str, end: str) -> dict[str, Any]:
-    """Return checker and form of something around each number."""
+def _around_each(*begins: str) -> dict[str, Any]:
+    """Return checker and form of something around each number, the same around all; `begins` as in `_around_all`."""
+
+    def holds(answer: Answer, value: None) -> bool:
+        return any(
+            answer.pieces == [begin + word + WRAPPERS[begin] for word in answer.words]
+            for begin in begins
+        )
+
     return {
-        "holds": lambda answer, value: (
-            answer.pieces == [begin + word + end for word in answer.words]
-        ),
-        "form": lambda value, language: {"around_each": (begin, end)},
+        "holds": holds,
+        "form": lambda value, language: {"around_each": (begins[0], WRAPPERS[begins[0]])},
         "slots": ("around_each",),
     }
 
@@ -93,7 +97,7 @@ KINDS = (
         "(two six)",
         **_around_all("{"),
     ),
-    Kind("quotes", "In quotes.", "放在引号里。", '"two six"', "two six", **_around_all('"')),
+    Kind("quotes", "In quotes.", "放在引号里。", '"two six"', "two six", **_around_all('"', "“")),
     Kind("bold", "In bold.", "用粗体。", "**two six**", "*two six*", **_around_all("**")),
     Kind("code", "As code.", "用代码格式。", "`two six`", "two six", **_around_all("`")),
     Kind(
@@ -102,7 +106,7 @@ KINDS = (
         "每个放在括号里。",
         "(two) (six)",
         "(two six)",
-        **_around_each("(", ")"),
+        **_around_each("(", "（"),
     ),
     Kind(
         "each_quotes",
@@ -110,7 +114,7 @@ KINDS = (
         "每个放在引号里。",
         '"two" "six"',
         '"two six"',
-        **_around_each('"', '"'),
+        **_around_each('"', "“"),
     ),
     Kind(
         "each_bold",
@@ -118,7 +122,7 @@ KINDS = (
         "每个用粗体。",
         "**two** **six**",
         "**two six**",
-        **_around_each("**", "**"),
+        **_around_each("**"),
     ),
     Kind(
         "begin",
