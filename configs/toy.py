@@ -5,13 +5,16 @@ paper's 5% because a model this small has to learn its tasks there.
 """
 
 from minglm.config import (
+    CurriculumConfig,
     DataConfig,
+    DynamicTemperatureConfig,
     EvaluationConfig,
     ExpertConfig,
     ModelConfig,
     OptimizerConfig,
     Packing,
     PostTrainingConfig,
+    RewardConfig,
     RLConfig,
     RunConfig,
     SFTConfig,
@@ -173,6 +176,16 @@ def reasoning_expert() -> ExpertConfig:
             max_new_tokens=72,
             max_turns=1,
             peak_lr=8e-4,
+            curriculum=CurriculumConfig(
+                pool=600,  # with 200 the same sums return too often, and are learned by heart
+                search=8,
+                moderate_lowest=0.1,  # one right answer of eight
+                moderate_share=0.75,
+                guard_problems=40,
+            ),
+            dynamic_temperature=DynamicTemperatureConfig(
+                window=15, gain=0.02, spacing=0.2, problems=60
+            ),
         ),
     )
 
@@ -215,7 +228,8 @@ def chat_expert() -> ExpertConfig:
         ),
         rl=RLConfig(
             environments=("instructions",),
-            steps=300,  # the score stands still from step 50 to 150, and then rises again
+            reward=RewardConfig(critic=0.5),  # half of the constraints earn something
+            steps=200,
             prompts=24,
             samples=8,
             max_new_tokens=40,
