@@ -5,7 +5,8 @@
     kernels      Triton has a GPU to run on
     deepep       its package, GPUs, NVLink and RDMA cards are there
     exact        log-probabilities with the engine's bits have a CPU, a C compiler and one process
-    unification  on-policy distillation has one process
+    agents       the command of outside agents is there; their endpoint and trackers have their packages
+    engine       an engine over HTTP has an address, and can do what the stages ask of it
     stages       --only and --until name stages
     order        the stages that --only and --until leave out are done where others build on them
     memory       weights and gradients fit
