@@ -26,6 +26,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property
 from typing import Protocol, TypeVar
 
 from torch import Tensor
@@ -138,7 +139,7 @@ class Segment:
     """The experts that the engine chose for the first tokens, on each MoE layer; None where it does not keep them."""
 
     @classmethod
-    def prompt(cls, tokens: list[int]) -> "Segment":
+    def prompt(cls, tokens: Sequence[int]) -> "Segment":
         """Return a segment that so far holds only a prompt."""
         count = len(tokens)
         return cls(list(tokens), [False] * count, [0.0] * count, [-1] * count)
@@ -200,6 +201,11 @@ class Trajectory:
 
     def faults(self) -> dict[str, bool]:
         """Return the pathologies of the last turn, {name: bool}; language only if the task asks for one."""
+        return self._faults
+
+    @cached_property
+    def _faults(self) -> dict[str, bool]:
+        # Reward, statistics and samples all ask, once the episode is over.
         if not self.texts:  # the environment failed before the first turn
             return dict.fromkeys(FAULTS, False)
         # Letters that spell a tag are text, unless the task says that they are noise.
@@ -213,6 +219,7 @@ async def play(
     task: Task,
     thinking: bool,
     seed_of_turn: SeedOfTurn,
+    opening: Sequence[int] | None = None,
 ) -> Trajectory:
     """Play one task once.
 
@@ -222,6 +229,7 @@ async def play(
         task: the task.
         thinking: the thinking switch of the prompt.
         seed_of_turn: number of a turn, from 0 -> seed of its request.
+        opening: `opening_of` this task, for a caller that plays it several times; None: it is rendered here.
 
     Returns the scored trajectory. An exception in the environment, or an answer that the generator failed at,
     becomes its score's status "infrastructure".
@@ -229,6 +237,9 @@ async def play(
     if player.outside is not None:
         return await player.outside.play(player, task, thinking, seed_of_turn)
     trajectory = Trajectory(task, thinking, prompt_of(task, thinking))
+    if opening is None:
+        opening = opening_of(player, task, thinking)
+    trajectory.segments.append(Segment.prompt(opening))
     try:
         async with _opened(environment, task) as episode:
             await _converse(player, episode, environment.patience, trajectory, seed_of_turn)
@@ -303,7 +314,6 @@ async def _converse(
     seed_of_turn: SeedOfTurn,
 ) -> None:
     """Take turns until the episode is done, a bound is reached, or the context is full."""
-    trajectory.segments.append(Segment.prompt(_prompt(player, trajectory)))
     settings = player.settings
     for turn in range(settings.max_turns):
         request = Request(
@@ -349,7 +359,8 @@ async def _take_turn(
         )
     else:
         # A user turn makes the template drop earlier reasoning: a new prompt, hence a new segment.
-        trajectory.segments.append(Segment.prompt(_prompt(player, trajectory)))
+        prompt = _prompt(player, trajectory.messages, trajectory.task, trajectory.thinking)
+        trajectory.segments.append(Segment.prompt(prompt))
 
 
 def take_answer(
@@ -370,13 +381,18 @@ def take_answer(
     return message
 
 
-def _prompt(player: Player, trajectory: Trajectory) -> list[int]:
+def opening_of(player: Player, task: Task, thinking: bool) -> list[int]:
+    """Return the prompt of a task's first turn, which is the same for all of its samples."""
+    return _prompt(player, prompt_of(task, thinking), task, thinking)
+
+
+def _prompt(player: Player, messages: Sequence[Message], task: Task, thinking: bool) -> list[int]:
     """Return the rendered conversation so far, up to the assistant's role token."""
     return render(
         player.tokenizer,
-        trajectory.messages,
-        trajectory.task.tools if player.list_tools else (),
-        trajectory.thinking,
+        messages,
+        task.tools if player.list_tools else (),
+        thinking,
         generation_prompt=True,
     ).ids
 

@@ -28,7 +28,9 @@ def grade(
 ) -> None:
     """Give trajectories their reward, in place."""
     graded = [t for t in trajectories if t.score.status in (ScoreStatus.OK, ScoreStatus.WRONG)]
-    answers = [judged(t, environments[t.task.environment].objective, tokenizer) for t in graded]
+    # Only a reward model reads tokens.
+    reader = None if grader.reward_model is None else tokenizer
+    answers = [judged(t, environments[t.task.environment].objective, reader) for t in graded]
     for trajectory, found in zip(graded, grader.grade(answers), strict=True):
         score = trajectory.score
         parts = {**score.parts, **found.parts}
@@ -39,14 +41,17 @@ def grade(
             trajectory.score = replace(score, value=found.value, parts=parts, detail=detail)
 
 
-def judged(trajectory: Trajectory, objective: bool, tokenizer: Tokenizer) -> Judged:
-    """Return what a judge sees of a trajectory: its last answer, what was asked, and what the environment says of it."""
+def judged(trajectory: Trajectory, objective: bool, tokenizer: Tokenizer | None = None) -> Judged:
+    """Return what a judge sees of a trajectory: its last answer, what was asked, and what the environment says of it.
+
+    tokenizer: for prompt and answer as token ids; None: without them.
+    """
     task = trajectory.task
     *prompt, message = trajectory.messages
     return Judged(
         prompt,
         message,
-        judged_tokens(tokenizer, prompt, message),
+        () if tokenizer is None else judged_tokens(tokenizer, prompt, message),
         trajectory.score.value if objective else None,
         trajectory.score.parts,
         task.criteria,

@@ -22,7 +22,7 @@ from typing import Any
 from minglm.envs.base import Environment, Task
 from minglm.rewards.hybrid import Grader
 from minglm.rl.buffer import GroupTask
-from minglm.rl.episode import Player, Trajectory, play
+from minglm.rl.episode import Player, Trajectory, opening_of, play
 from minglm.rl.grading import grade
 
 PRIME = 1_000_003
@@ -51,14 +51,19 @@ async def play_episodes(
     The other arguments are those of `rollout`. Returns the trajectories in the order of the numbers.
     """
     coroutines = []
+    openings: dict[int, list[int]] = {}
     for number in numbers:
         p, g = divmod(number, samples)
+        if p not in openings:
+            openings[p] = opening_of(player, tasks[p], thinking[p])
 
         def seed_of_turn(turn: int, p: int = p, g: int = g) -> int:
             return turn_seed(seed, p, g, turn)
 
         environment = environments[tasks[p].environment]
-        coroutines.append(play(player, environment, tasks[p], thinking[p], seed_of_turn))
+        coroutines.append(
+            play(player, environment, tasks[p], thinking[p], seed_of_turn, openings[p])
+        )
     return await all_of(coroutines)
 
 
@@ -68,13 +73,16 @@ async def play_group(
     """Play one group of a round, as `play_episodes` plays all of them, inside an event loop."""
     coroutines = []
     player = player.at(task.temperature)
+    opening = opening_of(player, task.task, task.thinking)
     for sample in range(samples):
 
         def seed_of_turn(turn: int, sample: int = sample) -> int:
             return turn_seed(task.seed, task.number, sample, turn)
 
         environment = environments[task.task.environment]
-        coroutines.append(play(player, environment, task.task, task.thinking, seed_of_turn))
+        coroutines.append(
+            play(player, environment, task.task, task.thinking, seed_of_turn, opening)
+        )
     return await all_of(coroutines)
 
 
