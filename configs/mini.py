@@ -15,6 +15,7 @@ from minglm.config import (
     DynamicTemperatureConfig,
     EvaluationConfig,
     ExpertConfig,
+    MiningConfig,
     ModelConfig,
     OptimizerConfig,
     Packing,
@@ -184,7 +185,6 @@ def posttraining() -> PostTrainingConfig:
         prompts_per_environment=20_000,
         responses_per_prompt=2,
         drop_shortest=0.0,  # the gain was measured on large models, and prompts are few here
-        pathology_samples=2000,
         general_rl=RLConfig(
             environments=("arithmetic", "instructions", "constraints", "retail", "functions"),
             steps=100,
@@ -193,8 +193,8 @@ def posttraining() -> PostTrainingConfig:
             **rollouts,
         ),
         pathology_rl=RLConfig(
-            # Environments take turns, so a repeated name has more prompts: 6 of 8 provoke pathologies.
-            environments=("provocation",) * 6 + ("arithmetic", "instructions"),
+            environments=("arithmetic", "instructions"),
+            mining=MiningConfig(kinds=("provocation", "constraints:4-5"), pool=2000),
             steps=50,
             fault_penalty=1.0,
             peak_lr=2e-6,

@@ -4,6 +4,7 @@ from minglm.config import (
     DataConfig,
     EvaluationConfig,
     ExpertConfig,
+    MiningConfig,
     ModelConfig,
     OptimizerConfig,
     Packing,
@@ -159,11 +160,13 @@ def posttraining() -> PostTrainingConfig:
         prompts_per_environment=4,
         responses_per_prompt=2,
         drop_shortest=0.0,  # the gain was measured on large models, and prompts are few here
-        pathology_samples=8,
         general_rl=RLConfig(
             environments=("arithmetic", "retail", "instructions", "functions"), max_turns=2, **short
         ),
         pathology_rl=RLConfig(
-            environments=("provocation", "arithmetic"), fault_penalty=1.0, **short
+            environments=("arithmetic",),
+            mining=MiningConfig(kinds=("provocation", "constraints:4-5"), pool=4, answers=1),
+            fault_penalty=1.0,
+            **short,
         ),
     )

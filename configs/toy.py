@@ -10,6 +10,7 @@ from minglm.config import (
     DynamicTemperatureConfig,
     EvaluationConfig,
     ExpertConfig,
+    MiningConfig,
     ModelConfig,
     OptimizerConfig,
     Packing,
@@ -63,7 +64,6 @@ def toy() -> RunConfig:
             prompts_per_environment=1500,
             responses_per_prompt=1,
             drop_shortest=0.0,  # the gain was measured on large models, and prompts are few here
-            pathology_samples=600,  # half of them corrupted, so that pathology RL has something to cure
             general_rl=general_rl(),
             pathology_rl=pathology_rl(),
         ),
@@ -257,11 +257,9 @@ def general_rl() -> RLConfig:
 def pathology_rl() -> RLConfig:
     """Configure RL against language mixing, loops and broken format; some other tasks keep what was learned."""
     return RLConfig(
-        # Environments take turns, so a repeated name has more prompts: 12 of 17 provoke pathologies.
-        environments=("provocation",) * 12
-        + ("arithmetic",) * 2
-        + ("instructions",) * 2
-        + ("retail",),
+        # Environments take turns, so a repeated name has more prompts.
+        environments=("arithmetic",) * 2 + ("instructions",) * 2 + ("retail",),
+        mining=MiningConfig(kinds=("provocation", "constraints:4-5")),
         steps=46,
         prompts=16,
         samples=8,

@@ -22,30 +22,32 @@ import copy
 import dataclasses
 import random
 import re
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from minglm import lesson
 from minglm.common.statistics import interval
-from minglm.config import EvaluationConfig, RewardConfig, RLConfig, Split
+from minglm.config import EvaluationConfig, MiningConfig, RewardConfig, RLConfig, Split
 from minglm.data.tokenizer import Tokenizer
-from minglm.envs.base import Task, user
+from minglm.envs.base import user
 from minglm.envs.constraints.environment import Constraints, UnseenConstraints
-from minglm.envs.pathology import CATALOGUE, PathologyPrompts, says_right
+from minglm.envs.pathology import CATALOGUE, PathologyPrompts
+from minglm.eval.pathologies import Auditor, judged
 from minglm.eval.tasks import tasks
 from minglm.model.glm import GLM
 from minglm.recipe.preferences import LIVELY
 from minglm.report import drawing
-from minglm.rewards import audit, reward_model
+from minglm.rewards import reward_model
 from minglm.rewards.hybrid import PARTS, Grader, weighted
 from minglm.rewards.judge import Item
 from minglm.rewards.reward_model import Pair, RewardModel, judged_tokens
 from minglm.rewards.rubric import FORM
 from minglm.rl.grading import grade
 from minglm.rl.loop import draw_groups
+from minglm.rl.mining import has_fault, mine
 from minglm.rl.schedule import TaskSchedule
+from minglm.rl.screening import Screener
 
 VOCABULARY = 640
 MODEL = dataclasses.replace(lesson.REASONER, vocab_size=VOCABULARY)
@@ -63,11 +65,12 @@ SHADES = {
     "all four alike": "#dfa27c",
     "rules and critic first": "#1f5fa8",
 }
-MIXES = {  # arm: prompts of a step, by place: M provoked a fault, P is of the same kinds, C is a short request
-    "mined": "MMMC",
-    "mixed in": "P" + 15 * "C",
+MIXES = {  # arm: prompts that take the place of short requests, and of how many
+    "mined": ("provoking", 3 / 4),
+    "not mined": ("asked", 3 / 4),
+    "mixed in": ("asked", 1 / 16),
 }
-MIX_SHADES = {"mined": "#1f5fa8", "mixed in": "#c2571a"}
+MIX_SHADES = {"mined": "#1f5fa8", "not mined": "#2f8f83", "mixed in": "#c2571a"}
 TEMPERATURES = (0.6, 1.0, 1.3)
 KIND_SHADES = {
     "ordinary prompts": "#1f5fa8",
@@ -116,7 +119,7 @@ SMOKE = SIZES | {
 
 # %% [markdown]
 # ## The lines that matter
-# `main` prints them from minglm itself: the composition of the parts, and the audit.
+# `main` prints them from minglm itself: the composition of the parts, and what is found in an answer.
 #
 # ## The start
 # A cold start on requests for number words under one or two constraints beside their count (`minglm.envs.constraints`), of 79
@@ -276,17 +279,6 @@ class LongRequests(Constraints):
     default_difficulties = (4, 5)
 
 
-class Chosen:
-    """Deals the tasks of a list, again and again."""
-
-    def __init__(self, tasks):
-        self.tasks = tasks
-
-    def task(self, index, seed, split):
-        """Return task number `index` of a seed."""
-        return random.Random(f"{seed}/{index}").choice(self.tasks)
-
-
 SHOWN = About(("mined", "judged"), 18 * ORDINARY + UNUSUAL)
 LONG = LongRequests()
 KINDS = {  # what the finished model is asked
@@ -312,16 +304,6 @@ def finish(start, words, sizes, seed):
     return model
 
 
-def characters(seed):
-    """Return a model of the characters of good answers to everything that is asked, calibrated on others."""
-    texts = []
-    for environment in (SHOWN, TRAINED, LONG):
-        for task in environment.tasks(700, seed + 7):
-            texts.append(environment.demonstrate(task)[-1]["content"])
-    random.Random(seed).shuffle(texts)
-    return audit.CharacterModel(texts[:1400], texts[1400:])
-
-
 def answer(policy, environment, split, problems, samples, temperature=1.0):
     """Return the answers to different problems, one problem after the other."""
     config = EvaluationConfig(
@@ -335,78 +317,45 @@ def answer(policy, environment, split, problems, samples, temperature=1.0):
     return tasks(policy.generator, policy.tokenizer, environment, config).trajectories
 
 
-def content(trajectory):
-    """Return how much of an answer is right: the fact of a prompt, 0 or 1, or the share of constraints that hold."""
-    task = trajectory.task
-    if task.environment == SHOWN.name:
-        return float(says_right(task, trajectory.messages[-1]["content"]))
-    held = [trajectory.score.parts.get(name, 0.0) for name in task.criteria]
-    return float(np.mean(held))
-
-
-def audited(trajectory, model):
-    """Return the flags of the audit for one answer."""
-    text = trajectory.messages[-1]["content"]
-    flags = audit.audit(text, model)
-    if trajectory.task.environment != SHOWN.name:
-        # A list is no sentence. Its grammar: every word is a number, in the language that was asked for.
-        flags["unfinished"] = not trajectory.score.parts.get("language")
-    return flags
-
-
-def examine(policy, model, kind, sizes, temperature=1.0):
+def examine(policy, auditor, kind, sizes, temperature=1.0):
     """Return what the answers to prompts of one kind are like: shares, and the interval of those with a fault."""
     environment, split = KINDS[kind]
     problems = sizes["prompts_asked"], sizes["answers"]
     rows = []
     for trajectory in answer(policy, environment, split, *problems, temperature):
-        seen, flags = trajectory.faults(), audited(trajectory, model)
-        either = {"any fault": any(seen.values()), "any flag": any(flags.values())}
-        row = {**seen, **flags, **either, "content": content(trajectory)}
-        rows.append({name: float(value) for name, value in row.items()})
+        rows.append(judged(trajectory, auditor))
     shares = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-    found = [row["any fault"] for row in rows]
+    found = [row["fault"] for row in rows]
     count = sizes["answers"]
     low, high = interval([found[at : at + count] for at in range(0, len(found), count)])
     return {**shares, "n": len(rows), "low": low, "high": high}
 
 
-class Mined(NamedTuple):
-    """Tasks of the mined half."""
-
-    provoking: list[Task]
-    """Those that were answered with a fault, once or more."""
-    everything: list[Task]
-
-
-def mine(policy, sizes):
-    """Return the tasks that the model answers with a fault, by its own samples."""
-    everything = {}
-    provoking = {}
-    for environment in (About(("mined",), UNUSUAL), LONG):
-        problems = sizes["prompts_asked"], sizes["mining_answers"]
-        for trajectory in answer(policy, environment, Split.TRAIN, *problems):
-            everything[trajectory.task.id] = trajectory.task
-            if any(trajectory.faults().values()):
-                provoking[trajectory.task.id] = trajectory.task
-    return Mined([*provoking.values()], [*everything.values()])
+def provoked(policy, sizes, seed):
+    """Ask prompts of the mined half and long requests. Return which the model answers with a fault, by its own samples."""
+    kinds = {SHOWN.name: About(("mined",), UNUSUAL), LONG.name: LONG}
+    config = MiningConfig(pool=sizes["prompts_asked"], answers=sizes["mining_answers"])
+    with tqdm(disable=True) as bar:
+        screener = Screener(policy.player(), kinds, seed, None, bar, counts=has_fault)
+        return mine(screener, config, thinking_share=1.0)
 
 
-def cure(start, arm, mined, wild, model, words, sizes, seed):
+def cure(start, arm, mined, wild, auditor, words, sizes, seed):
     """Reinforce on one mix of prompts, with the penalty. Return what was measured on the way, over samples used.
 
     wild: what was measured before.
     """
     sizes = sizes | {"prompts": sizes["fault_prompts"], "samples": sizes["fault_samples"]}
     policy = lesson.Policy(start, settings(sizes, fault_penalty=1.0), seed, words)
-    sources = {"M": "mined", "P": "any", "C": TRAINED.name}
-    environments = {
-        "mined": Chosen(mined.provoking),
-        "any": Chosen(mined.everything),
-        **{each.name: each for each in (SHOWN, LONG, TRAINED)},
-    }
-    names = tuple(sources[place] for place in MIXES[arm])
-    schedule = TaskSchedule(environments, names, sizes["prompts"], seed)
+    which, share = MIXES[arm]
+    schedule = TaskSchedule(
+        {each.name: each for each in (SHOWN, LONG, TRAINED)},
+        (TRAINED.name,),
+        sizes["prompts"],
+        seed,
+        chosen=getattr(mined, which),
+        chosen_share=share,
+    )
     points = [{kind: wild[kind]["1.0"] for kind in PROVOKING}]
     for step in range(sizes["fault_steps"]):
         groups = draw_groups(policy.trainer, policy.player(), schedule, step).groups
@@ -414,8 +363,9 @@ def cure(start, arm, mined, wild, model, words, sizes, seed):
         policy.trainer.state.step += 1
         policy.generator.update_weights(policy.trainer.model.state_dict(), step + 1)
         if (step + 1) % sizes["fault_every"] == 0:
-            points.append({kind: examine(policy, model, kind, sizes) for kind in PROVOKING})
-    kept = {kind: examine(policy, model, kind, sizes) for kind in KINDS if kind not in PROVOKING}
+            points.append({kind: examine(policy, auditor, kind, sizes) for kind in PROVOKING})
+    others = [kind for kind in KINDS if kind not in PROVOKING]
+    kept = {kind: examine(policy, auditor, kind, sizes) for kind in others}
     return {"arm": arm, "points": points, "kept": kept}
 
 
@@ -432,21 +382,21 @@ def instructed(seed, start, words, sizes):
 
 def cured(seed, start, words, sizes):
     """Make the runs of the second experiment."""
-    model = characters(seed)
+    auditor = Auditor((SHOWN, TRAINED, LONG), seed + 7)
     finished = finish(start, words, sizes, seed)
     policy = lesson.Policy(finished, settings(sizes), seed, words)
     wild = {
         kind: {
-            str(temperature): examine(policy, model, kind, sizes, temperature)
+            str(temperature): examine(policy, auditor, kind, sizes, temperature)
             for temperature in TEMPERATURES
         }
         for kind in KINDS
     }
-    mined = mine(policy, sizes)
+    mined = provoked(policy, sizes, seed)
     return {
         "wild": wild,
-        "mined": [len(mined.provoking), len(mined.everything)],
-        "mixes": [cure(finished, arm, mined, wild, model, words, sizes, seed) for arm in MIXES],
+        "mined": [len(mined.provoking), len(mined.asked)],
+        "mixes": [cure(finished, arm, mined, wild, auditor, words, sizes, seed) for arm in MIXES],
     }
 
 
@@ -511,14 +461,12 @@ def draw(log):
         lesson.panel(axis, heading, "step", "%")
     axis = third[0]
     axis.set_ylim(0, 100)
-    lesson.arms(
-        axis, TEMPERATURES, {kind: wild(log, kind, "any fault") for kind in KINDS}, KIND_SHADES
-    )
+    lesson.arms(axis, TEMPERATURES, {kind: wild(log, kind, "fault") for kind in KINDS}, KIND_SHADES)
     lesson.panel(axis, "Faults in the wild, nothing planted", "temperature", "answers (%)")
     samples = sizes["fault_prompts"] * sizes["fault_samples"] * sizes["fault_every"]
     for axis, name, heading in (
-        (third[1], "any fault", "RL: faults by the detectors of training"),
-        (fourth[0], "any flag", "Flagged by the audit"),
+        (third[1], "fault", "RL: faults by the detectors of training"),
+        (fourth[0], "flag", "Flagged by the audit"),
         (fourth[1], "content", "Facts that are right, constraints that hold"),
     ):
         axis.set_ylim(0, 70)
@@ -601,15 +549,14 @@ def verdicts(log):
     change = gain(composed, unseen, "critic")
     claims[f"and their constraints one by one: {shown(change)} points"] = (change > 0).all()
     at = list(TEMPERATURES).index(1.0)
-    usual, unusual, short, long = (wild(log, kind, "any fault")[:, at] for kind in KINDS)
+    usual, unusual, short, long = (wild(log, kind, "fault")[:, at] for kind in KINDS)
     claims[
         f"in the wild fewer than 1% of answers to ordinary prompts have a fault: {shown(usual)}%"
     ] = (usual < 1).all()
     claim = f"unusual prompts provoke more, {shown(unusual)}%, and long requests, {shown(long)} for {shown(short)}%"
     claims[claim] = (unusual > usual).all() and (long > short).all()
     flags, faults, right = (
-        {arm: mixed(log, arm, name) for arm in MIXES}
-        for name in ("any flag", "any fault", "content")
+        {arm: mixed(log, arm, name) for arm in MIXES} for name in ("flag", "fault", "content")
     )
     found = flags["mined"]
     claim = f"RL on mined prompts halves the flags of the audit: {shown(found[:, 0])} to {shown(found[:, -1])}%"
@@ -622,6 +569,9 @@ def verdicts(log):
     used = np.where(below.any(1), below.argmax(1), np.inf) / steps
     claim = f"mined prompts need half of the samples for the faults that mixing in ends with: {shown(used)}"
     claims[claim] = (used <= 0.5).all()
+    gap = faults["not mined"][:, -1] - faults["mined"][:, -1]
+    claim = f"as many prompts of the same kinds, not mined, leave more faults: {shown(gap)} points"
+    claims[claim] = (gap > 0).all()
     gap = flags["mixed in"][:, -1] - flags["mined"][:, -1]
     claims[f"mixed in, as many samples leave more flags: {shown(gap)} points"] = (gap > 0).all()
     change = right["mined"][:, -1] - right["mined"][:, 0]
@@ -641,7 +591,7 @@ def main(argv=None):
         experiment,
         draw,
         verdicts,
-        [weighted, audit.audit],
+        [weighted, judged],
         SIZES,
         SMOKE,
         MODEL,

@@ -78,6 +78,10 @@ DIFFICULTIES = re.compile(r"(\d{1,3})(?:-(\d{1,3}))?(?:x(\d{1,3}))?")
 """One or several difficulties, and how often they are named."""
 
 
+NAMES_DIFFICULTIES = re.compile(rf".+:{DIFFICULTIES.pattern}(?:,{DIFFICULTIES.pattern})*")
+"""An environment with difficulties; the name of an environment may hold a colon too."""
+
+
 def difficulties_of(name: str, text: str) -> tuple[str, tuple[int, ...]]:
     """Read ENVIRONMENT:DIFFICULTIES, for example arithmetic:1-4x8,5; return both. name: of the field, for the message.
 
@@ -273,6 +277,34 @@ class CurriculumConfig:
 
 
 @dataclass(frozen=True)
+class MiningConfig:
+    """Prompts that provoke faults, found before a stage in the answers of the model that it starts from (paper 3.4)."""
+
+    kinds: tuple[str, ...] = ()
+    """Prompts that are asked, ENVIRONMENT or ENVIRONMENT:DIFFICULTIES, for example constraints:4-5; none: nothing is mined."""
+    pool: int = positive(200, maximum=MOST_PROBLEMS)
+    """Different prompts of each kind."""
+    answers: int = positive(4, maximum=MOST_SAMPLES)
+    """Answers to each; a prompt is kept where one of them has a fault."""
+    mined_share: float = share(0.75)
+    """Share of the stage's prompts that are drawn from those kept; the others come from its environments."""
+
+    def difficulties(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Return the difficulties of each kind by environment, none where it names none. name: of the section.
+
+        Raises ValueError, in one line, for an environment that is named twice.
+        """
+        plain = [kind for kind in self.kinds if not NAMES_DIFFICULTIES.fullmatch(kind)]
+        asked = [kind for kind in self.kinds if kind not in plain]
+        found = difficulties_by_environment(f"{name}.kinds", asked)
+        for kind in plain:
+            if kind in found:
+                raise ValueError(f"{name}.kinds names {shown(kind)} twice; join them")
+            found[kind] = ()
+        return found
+
+
+@dataclass(frozen=True)
 class DynamicTemperatureConfig:
     """When and how far the sampling temperature rises during a stage (paper 3.2)."""
 
@@ -397,6 +429,7 @@ class RLConfig:
     """Sampling temperature, at first; the loss divides the logits by the same number."""
     dynamic_temperature: DynamicTemperatureConfig = DynamicTemperatureConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
+    mining: MiningConfig = MiningConfig()
     peak_lr: float = 1e-6
     """Learning rate, constant after five steps of warm-up."""
     refill: int = option(0, maximum=100)
@@ -441,6 +474,10 @@ class RLConfig:
         self.loss.check(f"{name}.loss")
         self.reward.check(f"{name}.reward")
         self.curriculum.check(f"{name}.curriculum")
+        if self.mining.difficulties(f"{name}.mining") and self.curriculum.pool:
+            raise ValueError(
+                f"{name}.mining.kinds: a curriculum deals all prompts itself; name none, or set curriculum.pool to 0"
+            )
         self.dynamic_temperature.check(f"{name}.dynamic_temperature", self.temperature)
         if self.asynchronous.workers and self.asynchronous.max_staleness:
             self._check_stale(
@@ -530,10 +567,6 @@ class PostTrainingConfig:
     """Share of the prompts of each environment that is left out after one answer, those with the shortest (paper 3.1)."""
     thinking_share: float = share(0.5)
     """Share of the unified data that keeps its reasoning; the rest answers directly."""
-    pathology_samples: int = option(0, formerly="provoked_samples")
-    """Answers to prompts that provoke pathologies in the unified data; 0 where the data bring pathologies anyway."""
-    corrupted_share: float = share(0.5, formerly="spoilt_share")
-    """Share of these answers that are corrupted: the bad habit that pathology RL is to cure."""
     asked: tuple[str, ...] = ()
     """Difficulties that RL, evaluation and distillation ask, ENVIRONMENT:DIFFICULTIES, for example arithmetic:3-6 or
     arithmetic:3,5x2 (5 twice as often)."""
@@ -545,9 +578,11 @@ class PostTrainingConfig:
     )
     """RL on a mix of all tasks."""
     pathology_rl: RLConfig = RLConfig(
-        environments=("provocation", "arithmetic", "retail", "instructions"), fault_penalty=1.0
+        environments=("arithmetic", "retail", "instructions"),
+        mining=MiningConfig(kinds=("provocation", "constraints:4-5")),
+        fault_penalty=1.0,
     )
-    """RL on prompts chosen because they provoke language mixing, repetition and broken format."""
+    """RL on prompts that provoke language mixing, repetition and broken format, mined from the model's own answers."""
 
     def asked_difficulties(self) -> dict[str, tuple[int, ...]]:
         """Return the difficulties of `asked` by environment. Raises ValueError, in one line, for another form."""

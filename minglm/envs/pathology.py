@@ -2,21 +2,18 @@
 
     reward = 1  iff  no fault is detected, and something was said in the language that was asked for
 
-Such faults are rare on ordinary prompts, so a penalty mixed into general RL hardly ever applies. Here every prompt is
-chosen because it leads to one. Difficulty 1: open requests, and sentences that break off. Difficulty 2: invitations to
+Such faults are rare on ordinary prompts, so a penalty mixed into general RL hardly ever applies. Here every prompt
+tempts to one. Difficulty 1: open requests, and sentences that break off. Difficulty 2: invitations to
 repeat without end, or prompts full of loose brackets. Difficulty 3: a request that mixes two languages. The label is
 the language of a good reply, "en" or "zh". The detectors are those of `rewards.pathology`; `parts` has each of them.
 
-Choices: knowledge is not graded. Any clean sentence in the right language is worth 1, so `chance` is high and the
+Choices: knowledge is not graded; the part `right` says whether the answer holds the oracle's reply. Any clean sentence in the right language is worth 1, so `chance` is high and the
 number to watch is the share of faults. "Something was said" means three words, or four Chinese characters, that are
 not the request itself; without this rule the cheapest way to make no fault is to say nothing.
 
-Simplification: the paper collects prompts on which its own model failed; these are templates over small tables. A
-model trained for minutes has no bad habits yet, so `corrupt` puts one into an answer: fine-tuned on some of those, a
-model starts pathology RL with faults that are likely, and not merely possible.
+Simplification: these are templates over small tables. Which of them a model fails on is found by mining (`rl.mining`).
 """
 
-import math
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -38,7 +35,6 @@ from minglm.rewards import pathology
 
 WORD_PATTERN = {"en": "[a-zA-Z]+", "zh": "[\u4e00-\u9fff]"}
 MIN_WORDS = {"en": 3, "zh": 4}
-LOOP_CHARACTERS = 60  # of a corrupted answer that repeats itself; the detector wants more than 40
 
 ANIMALS = (
     ("cat", "猫"),
@@ -177,6 +173,10 @@ class PathologyPrompts(SingleTurn):
         """Return the label, which is the language of a good reply."""
         return label
 
+    def criteria(self, label: Any) -> dict[str, str]:
+        """Return the one thing that an answer is about, which the score reports and does not grade."""
+        return {"right": "Say what is true of it."}
+
     def episode(self, task: Task) -> "PathologyEpisode":
         """Return a fresh episode of `task`."""
         return PathologyEpisode(self, task)
@@ -192,7 +192,11 @@ class PathologyPrompts(SingleTurn):
         words = len(re.findall(WORD_PATTERN[task.label], text))
         substance = words >= MIN_WORDS[task.label] and text != task.messages[-1]["content"]
         names = [name for name, flag in faults(task, message).items() if flag]
-        return verdict(substance and not names, {"substance": float(substance)}, ", ".join(names))
+        parts = {
+            "substance": float(substance),
+            "right": float(_entry(task).replies[task.label] in text),
+        }
+        return verdict(substance and not names, parts, ", ".join(names))
 
     def hack_probes(self, task: Task) -> list[Message]:
         """Return an answer in the wrong language and answers with each fault."""
@@ -204,18 +208,6 @@ class PathologyPrompts(SingleTurn):
             assistant("Iron is a solid. <think> 铁是固体。"),
             assistant("", "Iron is a solid. 铁是固体。"),
         ]
-
-
-def corrupt(task: Task, conversation: Sequence[Message], rng: random.Random) -> list[Message]:
-    """Return the oracle's conversation with one fault, drawn by `rng`, in its answer: mixed, endless, or a stray tag."""
-    entry = _entry(task)
-    reply = entry.replies[entry.language]
-    foreign = entry.replies["en" if entry.language == "zh" else "zh"]
-    mixed = f"{foreign} {reply} {foreign}"
-    endless = " ".join([reply] * max(3, math.ceil(LOOP_CHARACTERS / len(reply))))
-    stray_tag = reply + rng.choice(["</think>", "<think>", "<tool_call>", "</arg_value>"])
-    corrupted = rng.choice([mixed, endless, stray_tag])
-    return [*conversation[:-1], {**conversation[-1], "content": corrupted}]
 
 
 class PathologyEpisode(SingleTurnEpisode):
@@ -244,14 +236,3 @@ def faults(task: Task, message: Message) -> dict[str, bool]:
         text = f"<think>{message['reasoning_content']}</think>\n{text}"
     text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair has no encoding
     return pathology.detect(text, task.expected_language, message)
-
-
-def clean_replies() -> list[str]:
-    """Return every clean reply to the prompts, in both languages, each once, in a fixed order."""
-    replies = {r for page in CATALOGUE.values() for e in page.values() for r in e.replies.values()}
-    return sorted(replies)
-
-
-def says_right(task: Task, text: str) -> bool:
-    """Return whether an answer holds the oracle's reply, in the language that was asked for."""
-    return _entry(task).replies[task.label] in text

@@ -7,7 +7,6 @@ A sample whose environment failed says nothing about the model: it leaves every 
 """
 
 from collections import Counter
-from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -16,10 +15,7 @@ from minglm.common.statistics import interval, pass_at_k
 from minglm.config.posttraining import EvaluationConfig
 from minglm.data.tokenizer import Tokenizer
 from minglm.envs.base import Environment
-from minglm.envs.pathology import clean_replies, says_right
 from minglm.inference.client import Generator
-from minglm.rewards.audit import FLAGS, CharacterModel, audit
-from minglm.rewards.pathology import FAULTS
 from minglm.rl.episode import Player, SamplingSettings, Trajectory
 from minglm.rl.rollout import rollout
 
@@ -117,43 +113,3 @@ def tasks(
     if len(valid) < len(everything):
         record["infrastructure"] = len(everything) - len(valid)
     return Evaluation(record, everything)
-
-
-def faults(trajectories: Sequence[Trajectory]) -> dict[str, Any]:
-    """Return the incidence of each pathology in the last turns of episodes, and the interval of any of them.
-
-    Samples whose environment failed are left out; `tasks` has refused episodes that all failed.
-    """
-    valid = [t for t in trajectories if t.valid]
-    flags = [t.faults() for t in valid]
-    incidence = {name: fmean(flag[name] for flag in flags) for name in FAULTS}
-    has_fault = [float(any(flag.values())) for flag in flags]
-    by_task: dict[str, list[float]] = {}
-    for trajectory, fault in zip(valid, has_fault, strict=True):
-        by_task.setdefault(trajectory.task.id, []).append(fault)
-    low, high = interval([fmean(values) for values in by_task.values()])
-    return {
-        "incidence": incidence | {"any": fmean(has_fault)},
-        "n": len(flags),
-        "low": low,
-        "high": high,
-    }
-
-
-def audited(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Return the shares of answers to provoking prompts that the audit flags, {flag: share}, with "any" and "right".
-
-    The flags are those of `rewards.audit`, which no reward uses; right is what holds the oracle's reply. Samples whose
-    environment failed are left out.
-    """
-    clean = clean_replies()
-    model = CharacterModel(clean[::2], clean[1::2])
-    rows = []
-    for trajectory in trajectories:
-        if trajectory.valid:
-            text = trajectory.messages[-1]["content"]
-            flags = audit(text, model)
-            rows.append(
-                {**flags, "any": any(flags.values()), "right": says_right(trajectory.task, text)}
-            )
-    return {name: fmean(row[name] for row in rows) for name in (*FLAGS, "any", "right")}

@@ -1,12 +1,8 @@
-"""Collect the conversations that fine-tuning learns from: oracle's solutions, experts' answers (paper 3.1, 3.4).
+"""Collect the conversations that fine-tuning learns from: oracle's solutions, experts' answers (paper 3.1).
 
-    cold start   solutions of the oracle to training tasks of the difficulties that are shown, all with their reasoning
-    control      more of them
-    unified      right answers of the experts by rejection sampling, half of them without their reasoning,
-                 and replies to prompts that provoke pathologies, some of them corrupted
-
-The corrupted replies give the model a bad habit that pathology RL can then cure. A model of this size, trained on clean
-text, would have none.
+cold start   solutions of the oracle to training tasks of the difficulties that are shown, all with their reasoning
+control      more of them
+unified      right answers of the experts by rejection sampling, half of them without their reasoning
 """
 
 import random
@@ -17,9 +13,7 @@ from typing import Any, NamedTuple
 from minglm.chat.messages import Message
 from minglm.common.files import read_json, write_json
 from minglm.data.dialogues import Conversation
-from minglm.envs import ENVIRONMENTS
 from minglm.envs.base import Environment, Task, without_reasoning
-from minglm.envs.pathology import PathologyPrompts, corrupt
 from minglm.recipe.context import RunContext
 from minglm.recipe.stages import DISTILLATION_STREAM, Teacher, UnifiedStage
 from minglm.report.records import ORACLE
@@ -63,16 +57,15 @@ def shown_conversations(
 def unified_conversations(
     context: RunContext, stage: UnifiedStage, answers: Sequence[Answer]
 ) -> Conversations:
-    """Return what the unified model learns: a shuffled choice of the experts' answers, and pathology replies.
+    """Return what the unified model learns: a shuffled choice of the experts' answers.
 
     A share of them, `thinking_share`, keeps its reasoning; the others answer directly.
     """
     post = context.run.posttraining
     shuffled = list(answers)
     random.Random(context.run.seed).shuffle(shuffled)
-    chosen = shuffled[: stage.config.samples] + pathology_answers(context, stage)
     conversations: Conversations = {}
-    for number, answer in enumerate(chosen):
+    for number, answer in enumerate(shuffled[: stage.config.samples]):
         thinking = evenly_spread(number, post.thinking_share)
         messages = answer.messages
         if not thinking:
@@ -80,20 +73,6 @@ def unified_conversations(
         group = conversations.setdefault(answer.environment, [])
         group.append((messages, answer.tools, thinking))
     return conversations
-
-
-def pathology_answers(context: RunContext, stage: UnifiedStage) -> list[Answer]:
-    """Return the oracle's replies to prompts that provoke pathologies, a share of them corrupted."""
-    post = context.run.posttraining
-    environment = ENVIRONMENTS[PathologyPrompts.name]
-    rng = random.Random(context.run.seed)
-    answers = []
-    for task in environment.tasks(post.pathology_samples, stage.seed):
-        messages = environment.demonstrate(task)
-        if rng.random() < post.corrupted_share:
-            messages = corrupt(task, messages, rng)
-        answers.append(Answer(task.environment, messages, ()))
-    return answers
 
 
 class Distillation(NamedTuple):

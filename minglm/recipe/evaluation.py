@@ -8,26 +8,31 @@ from dataclasses import replace
 import numpy as np
 
 from minglm.chat import render_text
-from minglm.envs.pathology import PathologyPrompts
-from minglm.eval import needles, tasks
+from minglm.envs.base import Environment
+from minglm.eval import needles, pathologies, tasks
+from minglm.eval.pathologies import Auditor
 from minglm.eval.text import bits_per_byte, mtp_acceptance, mtp_acceptance_on_answers
 from minglm.inference.client import Generator
 from minglm.model.glm import GLM
 from minglm.parallel.reading import Reader
 from minglm.recipe.context import RunContext
+from minglm.recipe.solutions import provoking_kinds
 from minglm.recipe.stages import Stage
 from minglm.report.records import (
     BitsPerByteRecord,
     EvaluationRecord,
+    Moment,
     MTPAcceptanceRecord,
     PathologyRecord,
     SampleRecord,
 )
 from minglm.rl.episode import Trajectory
+from minglm.rl.mining import has_fault
 
 HELDOUT_SOURCES = ("prose", "code")
 LITTLE_TEXT = 8192  # tokens for the acceptance of drafts after a stage of which text is not measured otherwise
 MOST_ANSWERS = 64  # episodes for the acceptance of drafts on tasks
+AUDIT_SEED = 17  # of the clean texts that an audit compares with
 LONGEST_ROW = 1024  # tokens of a row of held-out text; most documents are shorter
 
 
@@ -61,11 +66,30 @@ def measure_tasks(context: RunContext, stage: Stage, model: GLM) -> list[Traject
     with closing(context.evaluation_generator(model)) as generator:
         answers = score(context, generator, stage, plan.environments)
         if plan.pathology is not None:
-            played = score(context, generator, stage, [PathologyPrompts.name])
-            found = {**tasks.faults(played), "audit": tasks.audited(played)}
-            record = PathologyRecord(stage=stage.name, when=plan.pathology, **found)
-            context.log.write(record)
+            measure_pathologies(context, generator, stage, plan.pathology)
     return answers
+
+
+def measure_pathologies(
+    context: RunContext, generator: Generator, stage: Stage, when: Moment
+) -> None:
+    """Log faults, flags and content of answers to held-out prompts of the kinds that pathology RL mines; and faulty samples."""
+    kinds = provoking_kinds(context.run, context.run.posttraining.pathology_rl)
+    if not kinds:
+        return
+    played = []
+    for name, environment in kinds.items():
+        answers = []
+        for thinking in stage.evaluation.thinking:
+            answers += play(context, generator, stage, environment, thinking).trajectories
+        faulty = next((answer for answer in answers if has_fault(answer)), None)
+        if faulty is not None:
+            text = render_text(faulty.messages, None, faulty.thinking)
+            title = f"{name}, an answer with a fault"
+            context.log.write(SampleRecord(stage=stage.name, title=title, text=text))
+        played += answers
+    found = pathologies.measure(played, Auditor(kinds.values(), AUDIT_SEED))
+    context.log.write(PathologyRecord(stage=stage.name, when=when, **found))
 
 
 def measure_text(context: RunContext, stage: Stage, reader: Reader) -> None:
@@ -131,22 +155,35 @@ def score(
 ) -> list[Trajectory]:
     """Score environments under the stage's settings of the switch; log scores and samples. Return all episodes."""
     everything = []
-    config = context.run.evaluation
-    brief = replace(config, problems=min(config.problems, config.brief_problems))
     for name in environments:
         for thinking in stage.evaluation.thinking:
-            record, played = tasks.tasks(
-                generator,
-                context.tokenizer,
-                context.environments[name],
-                brief if stage.evaluation.brief or not thinking else config,
-                thinking,
-                context.run.seed,
-                context.world.ranks,
-            )
+            environment = context.environments[name]
+            record, played = play(context, generator, stage, environment, thinking)
             context.log.write(EvaluationRecord(stage=stage.name, **record))
             mode = "thinking" if thinking else "direct"
             text = render_text(played[0].messages, None, thinking)
             context.log.write(SampleRecord(stage=stage.name, title=f"{name}, {mode}", text=text))
             everything += played
     return everything
+
+
+def play(
+    context: RunContext,
+    generator: Generator,
+    stage: Stage,
+    environment: Environment,
+    thinking: bool,
+) -> tasks.Evaluation:
+    """Play held-out tasks of an environment, as many as the stage's plan wants."""
+    config = context.run.evaluation
+    if stage.evaluation.brief or not thinking:
+        config = replace(config, problems=min(config.problems, config.brief_problems))
+    return tasks.tasks(
+        generator,
+        context.tokenizer,
+        environment,
+        config,
+        thinking,
+        context.run.seed,
+        context.world.ranks,
+    )

@@ -1,9 +1,10 @@
 """Draw solved tasks for mid-training, and the texts that training data must not contain (paper 2.3)."""
 
-from minglm.config import RunConfig
+from minglm.config import RLConfig, RunConfig
 from minglm.data.build import TaskData
 from minglm.data.dialogues import Conversation
 from minglm.envs import ENVIRONMENTS, Environments
+from minglm.envs.base import Environment
 from minglm.eval.tasks import TEST_SEED
 
 TASK_STREAM = 1  # the stages after mid-training have others (`minglm.recipe.stages`)
@@ -15,6 +16,11 @@ def check_environments(run: RunConfig) -> None:
         environments_of(run)
     except ValueError as error:
         raise ValueError(f"posttraining.asked or posttraining.shown: {error}") from None
+    for name, config in run.posttraining.reinforcements().items():
+        try:
+            provoking_kinds(run, config)
+        except ValueError as error:
+            raise ValueError(f"posttraining.{name}.mining.kinds: {error}") from None
     for name, environments in _named_environments(run).items():
         field = f"posttraining.{name}.environments"
         if not environments:
@@ -30,6 +36,16 @@ def environments_of(run: RunConfig) -> Environments:
     """Return every environment as post-training has it: it asks and shows the difficulties that the run names."""
     post = run.posttraining
     return ENVIRONMENTS.asking(post.asked_difficulties(), post.shown_difficulties())
+
+
+def provoking_kinds(run: RunConfig, config: RLConfig) -> dict[str, Environment]:
+    """Return the kinds of prompts that a stage of RL mines, by environment, with the difficulties that it names.
+
+    Raises ValueError for an environment or a difficulty that does not exist.
+    """
+    difficulties = config.mining.difficulties("mining")
+    asking = environments_of(run).asking({k: v for k, v in difficulties.items() if v})
+    return {name: asking[name] for name in difficulties}
 
 
 def _named_environments(run: RunConfig) -> dict[str, tuple[str, ...]]:
@@ -62,19 +78,23 @@ def task_data(run: RunConfig) -> TaskData:
 
 
 def solved_environments(run: RunConfig) -> list[str]:
-    """Return the environments whose solved tasks are sources of mid-training, named tasks:ENVIRONMENT in a mixture."""
+    """Return the environments whose solved tasks may be sources of mid-training, named tasks:ENVIRONMENT in a mixture."""
     post = run.posttraining
     learned = [name for _, expert in post.experts() for name in expert.environments]
-    return list(dict.fromkeys([*learned, *post.pathology_rl.environments]))
+    cured = post.pathology_rl
+    return list(dict.fromkeys([*learned, *provoking_kinds(run, cured), *cured.environments]))
 
 
 def solutions(run: RunConfig) -> dict[str, list[Conversation]]:
-    """Return solved tasks for mid-training, {environment: conversations}; three in four are solved with thinking.
+    """Return the solved tasks that mid-training names, {environment: conversations}; three in four with thinking.
 
     Only one trajectory in four lists its tools: the block is longer than the conversation, and always the same.
     """
     solved: dict[str, list[Conversation]] = {}
+    sources = {source for _, stage in run.stages.items() for source in stage.mixture}
     for name in solved_environments(run):
+        if f"tasks:{name}" not in sources:
+            continue
         environment = ENVIRONMENTS[name]
         conversations = []
         tasks = environment.shown_tasks(run.data.trajectories, run.seed * 100 + TASK_STREAM)

@@ -9,7 +9,7 @@ environment, as if no answer were rejected. A token of a rollout costs as much a
 those of groups with a signal are trained on.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar, NamedTuple
@@ -23,9 +23,10 @@ from minglm.config import (
     StageConfig,
 )
 from minglm.envs import ENVIRONMENTS, Environments
+from minglm.envs.base import Environment
 from minglm.envs.twelve import TWELVE
 from minglm.plan.counts import flops_per_token
-from minglm.recipe.solutions import check_environments, environments_of
+from minglm.recipe.solutions import check_environments, environments_of, provoking_kinds
 from minglm.report.records import Moment
 from minglm.train.checkpoint import CheckpointStore
 from minglm.train.loop import Phase
@@ -326,12 +327,20 @@ def _reinforcement(
     thinking_share: float = 1.0,
 ) -> RLStage:
     """Plan a stage of RL. number: among the stages of RL, from 0; each draws tasks of its own."""
-    episodes = config.steps * config.prompts * config.samples
+    episodes = float(config.steps * config.prompts * config.samples)
+    tokens = 0.0
+    kinds = provoking_kinds(run, config)
+    if kinds:
+        mined = config.mining.mined_share * episodes
+        asked = len(kinds) * config.mining.pool * config.mining.answers
+        tokens += (mined + asked) * conversation_tokens(kinds, kinds)
+        episodes -= mined
+    tokens += episodes * conversation_tokens(config.environments, environments_of(run))
     return RLStage(
         name=name,
         teaches=teaches,
         base=base,
-        tokens=episodes * conversation_tokens(config.environments, environments_of(run)),
+        tokens=int(tokens),
         sequence_length=config.max_new_tokens,
         learning_rate=config.peak_lr,
         seed=(run.seed * 100 + RL_STREAM) * 10 + number,
@@ -368,7 +377,9 @@ def prompts_for(post: PostTrainingConfig, asking: Environments = ENVIRONMENTS) -
     return {name: max(1, int(weights[name] * budget / tokens[name])) for name in weights}
 
 
-def conversation_tokens(names: Iterable[str], asking: Environments = ENVIRONMENTS) -> int:
+def conversation_tokens(
+    names: Iterable[str], asking: Mapping[str, Environment] = ENVIRONMENTS
+) -> int:
     """Estimate the tokens of a conversation, as the mean over a few of the oracle's in these environments.
 
     asking: the environments with the difficulties that are asked.

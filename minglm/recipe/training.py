@@ -14,6 +14,7 @@ import contextlib
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -44,6 +45,7 @@ from minglm.recipe.conversations import (
 )
 from minglm.recipe.evaluation import measure_bits_during
 from minglm.recipe.preferences import grader_of
+from minglm.recipe.solutions import provoking_kinds
 from minglm.recipe.stages import (
     ColdStartStage,
     ControlStage,
@@ -55,6 +57,7 @@ from minglm.recipe.stages import (
 )
 from minglm.report.records import (
     ConversationsRecord,
+    MiningRecord,
     OnPolicyRecord,
     RejectionRecord,
     RLRecord,
@@ -63,12 +66,13 @@ from minglm.report.records import (
     select,
 )
 from minglm.rl.async_loop import Disaggregated
-from minglm.rl.curriculum import Curriculum
+from minglm.rl.curriculum import Curriculum, Problem
 from minglm.rl.endpoint import Endpoint
 from minglm.rl.episode import Player, SamplingSettings
 from minglm.rl.grading import grade
 from minglm.rl.loop import Rollouts, Synchronous
 from minglm.rl.loop import reinforce as reinforcement_loop
+from minglm.rl.mining import has_fault, mine
 from minglm.rl.pool import LocalPool
 from minglm.rl.ray_pool import RayPool
 from minglm.rl.recorded import Recorded, record
@@ -84,6 +88,8 @@ from minglm.train import sft
 from minglm.train.checkpoint_files import moments_of
 from minglm.train.loop import LoopOptions, Phase, Trainer
 from minglm.train.state import TrainingState
+
+NOTHING_PROVOKES = "no prompt provoked a fault: all prompts come from the environments"
 
 
 class Trained(NamedTuple):
@@ -332,6 +338,9 @@ def reinforce(context: RunContext, stage: RLStage, model: GLM) -> Trained:
         player = Player(generator, context.tokenizer, settings, context.world.ranks, outside)
         if config.curriculum.pool:
             schedule = replace(schedule, curriculum=curriculum_of(context, stage, player))
+        elif config.mining.kinds:
+            provoking = provoking_of(context, stage, player)
+            schedule = replace(schedule, chosen=provoking, chosen_share=config.mining.mined_share)
         samples = sample_file(context, stage)
         rollouts: Rollouts = Synchronous(trainer, player, schedule)
         if context.from_rollouts is not None:
@@ -471,6 +480,37 @@ def curriculum_of(context: RunContext, stage: RLStage, player: Player) -> Curric
         )
         context.log.write(record)
     return Curriculum(config, stage.config.steps, names, tiers, held_out, stage.seed)
+
+
+def provoking_of(context: RunContext, stage: RLStage, player: Player) -> list[Problem]:
+    """Mine the prompts that provoke faults, unless that was done before; counts are kept in data/mining_STAGE.json."""
+    began = time.perf_counter()
+    config = stage.config.mining
+    kinds = provoking_kinds(context.run, stage.config)
+    quiet = context.quiet or not context.world.is_writer
+    with tqdm(desc=f"{stage.name}, mining", unit="answer", disable=quiet or None) as bar:
+        path = context.out / "data" / f"mining_{stage.name}.json"
+        writes = context.world.is_writer
+        screener = Screener(player, kinds, stage.seed, path, bar, writes, has_fault)
+        mined = mine(screener, config, stage.thinking_share)
+    if not context.checkpoints.is_interrupted(stage.name):  # a resumed stage has logged it already
+        answers = sum(count.answers for count in mined.counts)
+        record = MiningRecord(
+            stage=stage.name,
+            asked=by_environment(mined.asked),
+            provoking=by_environment(mined.provoking),
+            answers=answers,
+            faulty=sum(count.counted for count in mined.counts) / max(1, answers),
+            note=None if mined.provoking else NOTHING_PROVOKES,
+            seconds=round(time.perf_counter() - began, 3),
+        )
+        context.log.write(record)
+    return mined.provoking
+
+
+def by_environment(problems: Sequence[Problem]) -> dict[str, int]:
+    """Return how many problems each environment has."""
+    return dict(Counter(problem.task.environment for problem in problems))
 
 
 def with_interval(rates: Sequence[float]) -> list[float]:

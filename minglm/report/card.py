@@ -22,6 +22,7 @@ from minglm.report.claims import (
     find_score,
     gains,
     paired,
+    pathologies,
     percent,
     points,
     score_text,
@@ -36,6 +37,7 @@ from minglm.report.records import (
     DataRecord,
     EndRecord,
     EvaluationRecord,
+    MiningRecord,
     MTPAcceptanceRecord,
     OnPolicyRecord,
     RejectionRecord,
@@ -59,7 +61,7 @@ CAPTIONS = {
     "scores": "Scores on held-out tasks after each stage.",
     "rl": "Reinforcement learning. One seed: the height of a curve may differ with another.",
     "time_line": "Trainer and rollouts over time, in the last steps of each stage. What is blank is idle.",
-    "pathology": "Answers with a pathology on adversarial prompts, before and after pathology RL.",
+    "pathology": "Answers to held-out prompts of the kinds that were mined, before and after pathology RL.",
     "time": "Where the time went.",
 }
 """The caption of each figure, by its name in `minglm.report.curves.FIGURES`."""
@@ -273,6 +275,7 @@ REWARD_MODEL_HEADER = (
     "wrong where it is lively",
     "calibration error",
 )
+PATHOLOGY_HEADER = ("prompts", "provoke", "faults", "flagged by other detectors", "content")
 SCREENING_HEADER = (
     "phase",
     "moderate",
@@ -420,6 +423,23 @@ def screening_rows(records: Sequence[Record]) -> list[Row]:
         rates = (rate_text(screening.pass_rate), rate_text(screening.extreme_rate))
         answers = f"{screening.answers:,}"
         rows.append((label(screening.stage), *counts, answers, *rates, screening.held_out))
+    return rows
+
+
+def pathology_rows(records: Sequence[Record]) -> list[Row]:
+    """Return one row a kind of prompts that was mined: what mining found, then faults, flags and content, before and after."""
+    found = pathologies(records)
+    if found is None:
+        return []
+    before, after = (record.by_kind or {} for record in found)
+    mined = select(records, MiningRecord)
+    rows: list[Row] = []
+    for kind, first in before.items():
+        changes = [f"{percent(first[name])} to {percent(after[kind][name])}" for name in first]
+        share = "none"
+        if mined:
+            share = f"{mined[-1].provoking.get(kind, 0)} of {mined[-1].asked.get(kind, 0)}"
+        rows.append((kind, share, *changes))
     return rows
 
 
@@ -598,6 +618,7 @@ def markdown(records: Sequence[Record], figures: Sequence[str] = ()) -> str:
             picture("time_line"),
             table(TIME_LINE_HEADER, time_line_rows(records)),
             picture("pathology"),
+            table(PATHOLOGY_HEADER, pathology_rows(records)),
         ),
         section(
             "Rejection sampling", table(("answers", "count"), rejections), oracle_text(records)

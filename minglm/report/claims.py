@@ -4,7 +4,7 @@
     against SFT     RL - as much more fine-tuning > 0, on each task of the first claim that has this gain
     unified model   unified - base >= 90% of expert - base, on each task whose expert gained
     tool calls      valid calls >= 95%, on each task with tools
-    pathologies     incidence before / incidence after >= 5
+    pathologies     incidence after <= half of before, and so beyond doubt; flags of the audit fall; content stays
     switch          the finished model thinks when asked to, and answers at once when not, every time
 
 Scores are avg@k, the mean over k answers to each of n held-out problems. Differences are paired: two stages answer the
@@ -12,7 +12,8 @@ same problems, and the 95% interval is a bootstrap over problems. A difference c
 
 Choices: RL is compared with the better of two starts, because a cold start that breaks something is easily mended; and
 with a control, which has the same start and learns from as many tokens of more solutions, because training longer helps
-too. The pathologies are planted: a share of the unified data is corrupted (`minglm.recipe.conversations`).
+too. No pathology is planted: they are counted on held-out prompts of the kinds that provoke the model (`minglm.rl.mining`),
+by training's detectors and by others (`minglm.eval.pathologies`).
 """
 
 import math
@@ -37,7 +38,8 @@ HEADLINE = "instructions"  # the task that has to gain
 MIN_GAINING = 2  # tasks that have to gain, the headline among them
 MIN_KEPT = 0.90  # share of an expert's gain over the base that the unified model keeps
 MIN_VALID = 0.95  # share of valid tool calls
-MIN_FALL = 5.0  # incidence of pathologies before over after
+MIN_FALL = 2.0  # incidence of pathologies before over after
+MAX_LOSS = 0.02  # of content
 EXPERTS = ("reasoning", "agent", "chat")
 FINISHED = ("unified", "general_rl", "pathology_rl")  # stages of the one model, in order
 
@@ -262,29 +264,45 @@ def claim_calls(records: Sequence[Record]) -> Claim:
     return Claim(name, text, verdict(holds))
 
 
-def claim_pathology(records: Sequence[Record]) -> Claim:
-    """Check that the incidence of pathologies on adversarial prompts falls."""
-    name = "pathologies, planted in the unified data, fall five times or more"
+def pathologies(records: Sequence[Record]) -> tuple[PathologyRecord, PathologyRecord] | None:
+    """Return what was measured before and after pathology RL; None where that is not the same prompts."""
     befores = select(records, PathologyRecord, when=Moment.BEFORE)
     afters = select(records, PathologyRecord, when=Moment.AFTER)
     if not befores or not afters:
+        return None
+    before, after = befores[-1], afters[-1]
+    sizes = [len((record.by_prompt or {}).get("fault", ())) for record in (before, after)]
+    return (before, after) if sizes[0] == sizes[1] > 0 else None
+
+
+def claim_pathology(records: Sequence[Record]) -> Claim:
+    """Check that RL on mined prompts cures faults on others of the same kinds, for other detectors too, and costs nothing."""
+    name = (
+        "faults fall by half on prompts of the kinds that provoke them, flags of detectors that training did not use "
+        "fall too, and the content does not"
+    )
+    found = pathologies(records)
+    if found is None:
         return Claim(name, "", Verdict.NOT_MEASURED)
-    before = befores[-1]
-    after = afters[-1]
+    before, after = found
+    changes = {}
+    for measure in ("fault", "flag", "content"):
+        first, last = ((record.by_prompt or {})[measure] for record in found)
+        changes[measure] = paired_difference(first, last)
     first = before.incidence["any"]
     last = after.incidence["any"]
-
-    fall = f"{first / last:.1f} times" if last else f"to none in {after.n}"
+    holds = (
+        first > 0
+        and last <= first / MIN_FALL
+        and changes["fault"].high < 0
+        and changes["flag"].high < 0
+        and changes["content"].mean >= -MAX_LOSS
+    )
     first_text = with_interval(first, before.low, before.high)
     last_text = with_interval(last, after.low, after.high)
-    holds = first > 0 and last <= first / MIN_FALL
-    measured = f"{first_text} to {last_text}: {fall}"
-    if before.audit is not None and after.audit is not None:
-        flagged = [percent(audit["any"]) for audit in (before.audit, after.audit)]
-        right = [percent(audit["right"]) for audit in (before.audit, after.audit)]
-        measured += f"; by detectors that training did not use {flagged[0]} to {flagged[1]}"
-        measured += f"; with the right content {right[0]} to {right[1]}"
-    return Claim(name, measured, verdict(holds))
+    flags = f"flagged {points(changes['flag'])}"
+    content = f"content {points(changes['content'])}"
+    return Claim(name, f"{first_text} to {last_text}; {flags}; {content}", verdict(holds))
 
 
 def claim_switch(records: Sequence[Record]) -> Claim:

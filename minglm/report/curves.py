@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minglm.common.log import Record
+from minglm.report.claims import pathologies
 from minglm.report.drawing import (
     INK,
     PALE,
@@ -32,8 +33,6 @@ from minglm.report.drawing import (
 )
 from minglm.report.records import (
     EvaluationRecord,
-    Moment,
-    PathologyRecord,
     RLRecord,
     StageEndRecord,
     StartRecord,
@@ -364,20 +363,26 @@ def seeds_note(runs: Sequence[Records]) -> str:
 
 
 def draw_pathology(records: Records, path: str | Path) -> Path | None:
-    """Draw the share of answers with each pathology before (hollow) and after (filled) its RL stage."""
-    befores = select(records, PathologyRecord, when=Moment.BEFORE)
-    afters = select(records, PathologyRecord, when=Moment.AFTER)
-    if not befores or not afters:
+    """Draw faults, flags and content before (hollow) and after (filled) pathology RL, in percent."""
+    found = pathologies(records)
+    if found is None:
         return None
-    before = befores[-1]
-    after = afters[-1]
-    names = list(before.incidence)
+    before, after = found
+    first_shares, last_shares = (
+        {
+            **record.incidence,
+            "flagged": (record.audit or {})["any"],
+            "content": record.content or 0.0,
+        }
+        for record in found
+    )
+    names = list(first_shares)
     figure, axes = canvas(1, 1, (6, 0.42 * len(names) + 0.9))
     axis = axes[0][0]
     shade = dark("pathology_rl")
     for y, name in enumerate(names):
-        first = 100 * before.incidence[name]
-        last = 100 * after.incidence.get(name, 0.0)
+        first = 100 * first_shares[name]
+        last = 100 * last_shares[name]
         arrow = {"arrowstyle": "-", "color": PALE, "linewidth": 1}
         axis.annotate("", (last, y), (first, y), arrowprops=arrow)
         axis.plot(first, y, "o", color=shade, markerfacecolor="white", markersize=6)
@@ -392,9 +397,7 @@ def draw_pathology(records: Records, path: str | Path) -> Path | None:
     axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     axis.set_ylim(len(names) - 0.5, -0.7)
     axis.set_xlim(left=-0.03 * axis.get_xlim()[1])
-    axis.set_xlabel(
-        f"answers affected (%, of {before.n}); hollow: before pathology RL, filled: after"
-    )
+    axis.set_xlabel(f"% of {before.n} answers; hollow: before pathology RL, filled: after")
     axis.tick_params(axis="y", length=0)
     return save(figure, path)
 

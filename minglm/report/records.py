@@ -450,6 +450,29 @@ class ScreeningRecord(StageRecord):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MiningRecord(StageRecord):
+    """Which prompts provoke faults in a stage's first model (`minglm.rl.mining`)."""
+
+    kind: ClassVar[str] = "mining"
+    asked: dict[str, int]
+    """Prompts asked, by environment."""
+    provoking: dict[str, int]
+    """Those answered with a fault once or more, by environment: what the stage trains on.
+
+    Healthy: enough for several steps
+    Broken: empty: no kind of prompt provokes this model, and the stage is more of the RL before
+    """
+    answers: int
+    """Answers drawn."""
+    faulty: float
+    """Share of them with a fault."""
+    note: str | None = None
+    """What follows where nothing provoked a fault; absent otherwise."""
+    seconds: float
+    """Wall-clock seconds of the mining."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardModelRecord(StageRecord):
     """What a stage's reward model is worth, on pairs that it was neither trained nor calibrated on."""
 
@@ -649,7 +672,7 @@ class SampleRecord(StageRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class PathologyRecord(StageRecord):
-    """Pathologies in answers to adversarial prompts, before or after pathology RL."""
+    """Pathologies in answers to held-out prompts of the kinds that are mined, before or after pathology RL."""
 
     kind: ClassVar[str] = "pathology"
     when: str
@@ -657,8 +680,8 @@ class PathologyRecord(StageRecord):
     incidence: dict[str, float]
     """Share of answers with each pathology, and with "any".
 
-    Healthy: falls five times or more from before to after
-    Broken: unchanged: the penalty is too small, or no prompt provokes the fault
+    Healthy: falls by half or more from before to after
+    Broken: unchanged: the penalty is too small, or too few prompts provoke the fault
     """
     n: int
     """Answers judged."""
@@ -667,11 +690,21 @@ class PathologyRecord(StageRecord):
     high: float
     """Upper end of the 95% interval of the share with any pathology, over prompts."""
     audit: dict[str, float] | None = None
-    """Share of answers with each flag of detectors that training did not use, with "any", and with the "right" content.
+    """Share of answers with each flag of detectors that training did not use, and with "any".
 
-    Healthy: any falls as `incidence` does, right stays
-    Broken: any stays: what training's own detectors overlook was learned; right falls: saying nothing was learned
+    Healthy: falls with `incidence`
+    Broken: stays or rises: what training's own detectors overlook was learned
     """
+    content: float | None = None
+    """Mean share of what was asked for that holds: the constraints of a request, the fact that a prompt is about.
+
+    Healthy: stays, or rises
+    Broken: falls: saying little, or the same to everything, was learned
+    """
+    by_kind: dict[str, dict[str, float]] | None = None
+    """Share of answers with a "fault" and with a "flag", and mean "content", by environment."""
+    by_prompt: dict[str, list[float]] | None = None
+    """The same for each prompt, in the same order before and after."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,16 +3,18 @@
     task number = (step * (1 + refill rounds) + round) * prompts + place         environment = number mod their count
 
 Whatever happened before, a step deals the same tasks. A resumed run therefore repeats nothing and stores nothing. With a
-curriculum the tasks are those of its pool, of the tier of the step.
+curriculum the tasks are those of its pool, of the tier of the step. Chosen problems take the place of a share of the tasks;
+the environments take turns in the others.
 """
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from minglm.config import Split
 from minglm.envs.base import Environment, Task
-from minglm.rl.curriculum import Curriculum
+from minglm.rl.curriculum import Curriculum, Problem
 
 SEEDS_PER_STAGE = 7919  # a prime, so that the rollout seeds of two stages do not meet early
 SEEDS_PER_ROUND = 10**12  # beyond the seeds of all stages
@@ -43,6 +45,10 @@ class TaskSchedule:
     """Rounds of new tasks that a step may draw after its first."""
     curriculum: Curriculum | None = None
     """Deals problems of a pool by their difficulty; None: every task is new."""
+    chosen: Sequence[Problem] = ()
+    """Problems that are dealt again and again, beside the tasks of the environments: prompts that provoke faults."""
+    chosen_share: float = 0.0
+    """Their share of the tasks; nothing where there are none."""
 
     def draw(self, step: int, refill: int = 0, places: Sequence[int] | None = None) -> StepTasks:
         """Return the tasks of a step, numbered from 0.
@@ -55,16 +61,28 @@ class TaskSchedule:
         first = (step * (1 + self.refill) + refill) * self.prompts
         for place in range(self.prompts) if places is None else places:
             number = first + place
-            if self.curriculum is not None:
-                problem = self.curriculum.problem(step, number)
-                tasks.append(problem.task)
-                thinking.append(problem.thinking)
-                continue
-            environment = self.environments[self.names[number % len(self.names)]]
-            tasks.append(environment.task(number, self.seed, "train"))
-            # Thinking changes by whole rounds, so that each environment gets both.
-            thinking.append(evenly_spread(number // len(self.names), self.thinking_share))
+            problem = self._problem(step, number)
+            tasks.append(problem.task)
+            thinking.append(problem.thinking)
         return StepTasks(tasks, thinking)
+
+    def _problem(self, step: int, number: int) -> Problem:
+        """Return the problem of a step that has this number in the stage."""
+        if self.curriculum is not None:
+            return self.curriculum.problem(step, number)
+        turn = number
+        if self.chosen:
+            dealt = int(number * self.chosen_share)  # of the chosen problems, before this number
+            if evenly_spread(number, self.chosen_share):
+                epoch, place = divmod(dealt, len(self.chosen))
+                order = list(range(len(self.chosen)))
+                random.Random(f"{self.seed}/chosen/{epoch}").shuffle(order)
+                return self.chosen[order[place]]
+            turn -= dealt
+        environment = self.environments[self.names[turn % len(self.names)]]
+        # Thinking changes by whole rounds, so that each environment gets both.
+        thinks = evenly_spread(turn // len(self.names), self.thinking_share)
+        return Problem(environment.task(number, self.seed, Split.TRAIN), thinks)
 
     def development(self, problems: int) -> StepTasks:
         """Return development problems, so many different ones of each environment, or all where there are fewer."""

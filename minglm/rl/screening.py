@@ -10,7 +10,7 @@ drawn neither again nor trained on. What was drawn is written after every few pr
 where it was. Every draw follows from the seed and the place of the problem.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from minglm.rl.curriculum import (
     needs_second_draw,
     tier_of,
 )
-from minglm.rl.episode import Player
+from minglm.rl.episode import Player, Trajectory
 from minglm.rl.rollout import rollout
 from minglm.rl.schedule import evenly_spread
 
@@ -37,12 +37,17 @@ SECOND_DRAW_SEED = 10**9  # apart from the seeds of the first
 HELD_OUT_SEED = 2 * 10**9
 
 
-class Right(NamedTuple):
-    """The right answers to one problem."""
+class Counted(NamedTuple):
+    """The answers to one problem that were counted: by default the right ones."""
 
-    right: int
+    counted: int
     answers: int
     """Those whose environment worked."""
+
+
+def is_right(trajectory: Trajectory) -> bool:
+    """Return whether an answer has full marks."""
+    return trajectory.score.value >= 1
 
 
 @dataclass(frozen=True)
@@ -53,21 +58,25 @@ class Screener:
     """The model's side, at the temperature of the stage."""
     environments: Mapping[str, Environment]
     seed: int
-    path: Path
-    """JSON file: {name of a draw: [[right, answers] of each problem so far]}."""
+    path: Path | None
+    """JSON file: {name of a draw: [[counted, answers] of each problem so far]}; None: nothing is kept."""
     bar: tqdm
     """Counts answers."""
     writes: bool = True
     """Whether this process is the one that writes the file."""
+    counts: Callable[[Trajectory], bool] = is_right
+    """Which answers are counted."""
 
-    def draw(self, name: str, problems: Sequence[Problem], samples: int, seed: int) -> list[Right]:
-        """Return the right answers to each problem, of `samples`; what the file has of this draw is not drawn again."""
-        kept = read_object(self.path) if self.path.exists() else {}
+    def draw(
+        self, name: str, problems: Sequence[Problem], samples: int, seed: int
+    ) -> list[Counted]:
+        """Return the counted answers to each problem, of `samples`; what the file has of this draw is not drawn again."""
+        kept = read_object(self.path) if self.path is not None and self.path.exists() else {}
         try:
-            found = [Right(right, answers) for right, answers in kept.get(name, [])]
+            found = [Counted(counted, answers) for counted, answers in kept.get(name, [])]
         except (TypeError, ValueError):
             raise ValueError(
-                f"{self.path}: {name!r} holds no counts of right answers; remove the file"
+                f"{self.path}: {name!r} holds no counts of answers; remove the file"
             ) from None
         self.bar.update(len(found) * samples)
         at_once = max(1, ANSWERS_AT_ONCE // max(1, samples))
@@ -82,9 +91,9 @@ class Screener:
                 self.seed + seed + begin,
             )
             for group in groups:
-                scores = [trajectory.score.value for trajectory in group if trajectory.valid]
-                found.append(Right(sum(score >= 1 for score in scores), len(scores)))
-            if self.writes:
+                valid = [trajectory for trajectory in group if trajectory.valid]
+                found.append(Counted(sum(map(self.counts, valid)), len(valid)))
+            if self.writes and self.path is not None:
                 write_json(self.path, kept | {name: found})
             self.bar.update(len(chunk) * samples)
         return found
@@ -117,7 +126,7 @@ def screen(
 
     pool = problems_of(Split.TRAIN, config.pool)
     first = screener.draw("first", pool, config.screen, 0)
-    seen = [PassRate(counts.answers, counts.right) for counts in first]
+    seen = [PassRate(counts.answers, counts.counted) for counts in first]
 
     more = config.search - config.screen
     again = []
@@ -125,7 +134,7 @@ def screen(
         again = [i for i, rate in enumerate(seen) if rate.first and needs_second_draw(rate, config)]
     second = screener.draw("second", [pool[i] for i in again], more, SECOND_DRAW_SEED)
     for i, counts in zip(again, second, strict=True):
-        seen[i] = seen[i]._replace(second=counts.answers, second_right=counts.right)
+        seen[i] = seen[i]._replace(second=counts.answers, second_right=counts.counted)
 
     tiers = {tier: {name: [] for name in names} for tier in Tier}
     for problem, rate in zip(pool, seen, strict=True):
@@ -136,7 +145,7 @@ def screen(
     counted = screener.draw("held out", candidates, config.screen, HELD_OUT_SEED)
     held_out = []
     for problem, counts in zip(candidates, counted, strict=True):
-        rate = counts.right / counts.answers if counts.answers else 0.0
+        rate = counts.counted / counts.answers if counts.answers else 0.0
         if config.moderate_lowest <= rate <= config.moderate_highest:
             held_out.append(problem)
     return Screened(tiers, [rate for rate in seen if rate.first], held_out)

@@ -32,7 +32,7 @@ from minglm.envs.base import (
 )
 from minglm.envs.code import Code, cases, meaning
 from minglm.envs.instructions import CHECKS, VALUE, WORDS, Instructions, split_words
-from minglm.envs.pathology import PathologyPrompts, corrupt, faults
+from minglm.envs.pathology import PathologyPrompts
 from minglm.envs.sandbox.pool import Verdict
 from minglm.envs.worlds.retail import OUTCOME, TOOLS, Retail, outcomes_told
 from minglm.testing import strategies
@@ -657,16 +657,3 @@ def test_provocation_reports_each_detector():
         score = play_messages(env, task, [assistant(text) | {"error": error}]).score
         assert score.value == 0 and score.parts[part] == 1, (text, score)
         assert {"language_mixing", "repetition", "format"} <= set(score.parts)
-
-
-@given(seeds, st.booleans())
-def test_a_corrupted_answer_has_one_fault(seed, thinking):
-    """`corrupt` puts exactly one of the three faults into the oracle's answer, and changes nothing else."""
-    env = ENVIRONMENTS["provocation"]
-    task = env.task(seed, seed, difficulties=env.difficulties)
-    clean = env.demonstrate(task, thinking)
-    corrupted = corrupt(task, clean, random.Random(seed))
-    assert corrupted[:-1] == clean[:-1]
-    assert corrupted[-1] | {"content": clean[-1]["content"]} == clean[-1]
-    assert not any(faults(task, clean[-1]).values())
-    assert sum(faults(task, corrupted[-1]).values()) == 1

@@ -21,7 +21,6 @@ from minglm.eval.text import bits_per_byte, mtp_acceptance
 from minglm.inference import Engine
 from minglm.inference.client import EngineGenerator
 from minglm.model.glm import GLM, Output
-from minglm.rl.episode import Trajectory
 from minglm.testing.model import tiny_model
 from minglm.testing.strategies import seeds
 
@@ -283,26 +282,3 @@ def test_the_same_seed_gives_the_same_record():
     assert [t.texts for t in runs[0][1]] != [t.texts for t in runs[2][1]]
     train = {t.id for t in environment.tasks(200, 0)}
     assert not train & {t.task.id for t in runs[0][1]}, "problems are held out"
-
-
-def test_faults_are_counted_over_last_turns():
-    """Incidence of each fault and of any, over answers; the interval is over prompts."""
-    tasks = [t for t in ENVIRONMENTS["provocation"].tasks(40, 1) if t.label == "en"][:2]
-    clean = "Iron is a solid.<|user|>"
-    loop = "so we go on " * 30 + "<|user|>"
-    mixed = "Iron 是一种金属 and so on<|user|>"
-    both = "<think>" + "so we go on " * 30
-    texts = [(tasks[0], clean), (tasks[0], loop), (tasks[1], mixed), (tasks[1], both)]
-    played = [
-        Trajectory(task, True, texts=["\n</think>", text], score=Score(0.0, "ok"))
-        for task, text in texts
-    ]
-    found = eval_tasks.faults(played)
-    assert found["incidence"] == {
-        "language_mixing": 0.25,
-        "repetition": 0.5,
-        "format": 0.25,
-        "any": 0.75,
-    }
-    assert found["n"] == 4
-    assert 0 <= found["low"] < 0.75 < found["high"] <= 1

@@ -10,6 +10,7 @@ from minglm.report.records import (
     DataRecord,
     EndRecord,
     EvaluationRecord,
+    MiningRecord,
     Moment,
     MTPAcceptanceRecord,
     PathologyRecord,
@@ -46,6 +47,24 @@ def interval(share, n):
 def by_problem(score, n):
     """Return scores of n problems whose mean is `score`: the same problems are the hard ones at every score."""
     return [min(1.0, max(0.0, n * score - number)) for number in range(n)]
+
+
+def pathologies(stage, when, fault, flag, content, n=200):
+    """Return the record of pathologies with these shares, in answers to n prompts of two kinds."""
+    shares = {"fault": fault, "flag": flag, "content": content}
+    low, high = interval(fault, n)
+    return PathologyRecord(
+        stage=stage,
+        when=when,
+        n=4 * n,
+        low=low,
+        high=high,
+        incidence={"language_mixing": fault / 3, "repetition": 0.0, "format": fault, "any": fault},
+        audit={"squeezed": 0.0, "strange": flag / 2, "unfinished": flag, "any": flag},
+        content=content,
+        by_kind={"provocation": shares, "constraints": shares},
+        by_prompt={name: by_problem(share, n) for name, share in shares.items()},
+    )
 
 
 def evaluation(stage, env, group, thinking, score, n=200, valid_calls=None):
@@ -208,24 +227,18 @@ def posttraining_records(rng):
         rng, "general_rl", {env: v for _, envs in EXPERTS.values() for env, v in envs.items()}
     )
     yield stage_end("general_rl", 80.0, 300_000)
-    yield PathologyRecord(
+    yield pathologies("general_rl", Moment.BEFORE, 0.42, 0.5, 0.3)
+    yield MiningRecord(
         stage="pathology_rl",
-        when=Moment.BEFORE,
-        n=300,
-        low=0.36,
-        high=0.48,
-        incidence={"language_mixing": 0.15, "repetition": 0.17, "format": 0.12, "any": 0.42},
+        asked={"provocation": 200, "constraints": 200},
+        provoking={"constraints": 90},
+        answers=1600,
+        faulty=0.1,
+        seconds=4.0,
     )
     yield from reinforcement(rng, "pathology_rl", {"instructions": (0.5, 0.93)})
     yield stage_end("pathology_rl", 30.0, 90_000)
-    yield PathologyRecord(
-        stage="pathology_rl",
-        when=Moment.AFTER,
-        n=300,
-        low=0.017,
-        high=0.06,
-        incidence={"language_mixing": 0.0, "repetition": 0.02, "format": 0.013, "any": 0.033},
-    )
+    yield pathologies("pathology_rl", Moment.AFTER, 0.03, 0.25, 0.3)
     yield from everywhere("pathology_rl", 0.98)
 
 

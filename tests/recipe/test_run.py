@@ -28,7 +28,6 @@ from minglm.common.files import read_jsonl
 from minglm.common.log import Log
 from minglm.config import load_config
 from minglm.envs import ENVIRONMENTS
-from minglm.envs.pathology import CATALOGUE
 from minglm.recipe.conversations import (
     experts_answers,
     shown_conversations,
@@ -92,6 +91,11 @@ def test_every_stage_is_in_the_log(finished):
         ("general_rl", "before"),
         ("pathology_rl", "after"),
     ]
+    (mined,) = [r for r in log if r["kind"] == "mining"]
+    assert mined["stage"] == "pathology_rl" and set(mined["asked"]) == {
+        "provocation",
+        "constraints",
+    }
     kinds = [r["kind"] for r in log]
     assert kinds[0] == "data"
     assert kinds[-1] == "end"
@@ -403,23 +407,11 @@ def thoughts(messages):
 
 
 def test_the_unified_model_learns_both_modes(context):
-    """Half of the answers with their thinking and half without it, from every environment of the experts; and answers
-    to prompts that provoke pathologies, clean ones and corrupted ones.
-    """
+    """Half of the answers with their thinking and half without it, from every environment of the experts; nothing else."""
     stage = planned("unified")
     answers, _ = experts_answers(context, stage)
     conversations = unified_conversations(context, stage, answers)
-    assert set(conversations) == {"arithmetic", "code", "retail", "instructions", "provocation"}
-    clean = {
-        reply
-        for page in CATALOGUE.values()
-        for _, replies in page.values()
-        for reply in replies.values()
-    }
-    corrupted = [
-        messages[-1]["content"] not in clean for messages, *_ in conversations["provocation"]
-    ]
-    assert len(corrupted) == 8 and 0 < sum(corrupted) < 8
+    assert set(conversations) == {"arithmetic", "code", "retail", "instructions"}
     flat = [c for group in conversations.values() for c in group]
     assert abs(sum(thinking for *_, thinking in flat) - len(flat) / 2) <= 1
     for messages, _, thinking in flat:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from types import NoneType
 
 import pytest
-from helpers.fake_log import by_problem, evaluation, fake_log, interval, stage_end
+from helpers.fake_log import by_problem, evaluation, fake_log, interval, pathologies, stage_end
 from helpers.package_map import field_docs
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +26,7 @@ from minglm.report.records import (
     RECORDS,
     CurriculumRecord,
     EvaluationRecord,
+    Moment,
     OnPolicyRecord,
     PathologyRecord,
     RejectionRecord,
@@ -109,6 +110,12 @@ def scored(stage, env, score):
     )
 
 
+def after_pathology_rl(fault=0.03, flag=0.25, content=0.3):
+    """Return the made-up log with other pathologies at its end."""
+    record = pathologies("pathology_rl", Moment.AFTER, fault, flag, content)
+    return changed(PathologyRecord, lambda r: r.when == Moment.AFTER, **record.values())
+
+
 BROKEN = {
     # 0.38 is the cold start of instructions, 0.62 the expert
     "claim_gain": scored("chat.sft", "instructions", 0.525),
@@ -120,9 +127,7 @@ BROKEN = {
         lambda r: (r.stage, r.env) == ("pathology_rl", "retail"),
         valid_calls=0.949,
     ),
-    "claim_pathology": changed(
-        PathologyRecord, lambda r: r.when == "after", incidence={"any": 0.0841}
-    ),
+    "claim_pathology": after_pathology_rl(fault=0.211),  # 0.42 before
     "claim_switch": changed(
         EvaluationRecord,
         lambda r: r.stage == "pathology_rl" and not r.thinking,
@@ -181,13 +186,38 @@ def test_scores_that_cannot_be_paired_are_not_compared():
     assert not card.gain_rows(old) and not card.change_rows(old)
 
 
-def test_no_pathology_left_is_a_fall_and_none_before_is_not():
-    """A fall to zero is met, from zero to zero is not, and neither divides by zero."""
-    none = {"language_mixing": 0.0, "repetition": 0.0, "format": 0.0, "any": 0.0}
-    after = changed(PathologyRecord, lambda r: r.when == "after", incidence=none)
-    both = changed(PathologyRecord, incidence=none)
-    assert verdicts(after)["claim_pathology"] == "met"
-    assert verdicts(both)["claim_pathology"] == "not met"
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [
+        ({"fault": 0.0}, "met"),
+        ({"fault": 0.21}, "met"),
+        ({"flag": 0.5}, "not met"),
+        ({"content": 0.281}, "met"),
+        ({"content": 0.279}, "not met"),
+    ],
+)
+def test_faults_must_fall_for_other_detectors_too_and_content_must_stay(found, verdict):
+    """To none, or to half; where the audit sees no fall, or the content loses more than 2 points, nothing is cured."""
+    assert verdicts(after_pathology_rl(**found))["claim_pathology"] == verdict
+
+
+def test_no_fault_before_is_no_fall():
+    """From none to none is not met, and a log of other prompts, or of an older version, is not measured."""
+    nothing = pathologies("any", Moment.BEFORE, 0.0, 0.5, 0.3).values()
+    for name in ("stage", "when"):
+        nothing.pop(name)
+    assert verdicts(changed(PathologyRecord, **nothing))["claim_pathology"] == "not met"
+    old = changed(PathologyRecord, lambda r: r.when == Moment.BEFORE, by_prompt=None)
+    assert verdicts(old)["claim_pathology"] == "not measured"
+
+
+def test_every_kind_of_prompt_has_a_row():
+    """What mining found of it, then faults, flags and content; without records of it no table."""
+    rows = card.pathology_rows(LOG)
+    assert rows[0][:3] == ("provocation", "0 of 200", "42.0% to 3.0%")
+    assert rows[1][:2] == ("constraints", "90 of 200")
+    assert all(len(row) == len(card.PATHOLOGY_HEADER) for row in rows)
+    assert not card.pathology_rows([])
 
 
 def test_an_empty_log_claims_nothing():

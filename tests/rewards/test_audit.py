@@ -5,9 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.envs.pathology import PathologyPrompts
-from minglm.eval.tasks import audited
 from minglm.rewards.audit import FLAGS, CharacterModel, audit, compression_ratio
-from minglm.rl.episode import Trajectory
 
 ENVIRONMENT = PathologyPrompts()
 
@@ -45,21 +43,6 @@ def test_any_text_is_judged(model, text):
     """No text, of whatever characters, raises; and more of the same is never harder to compress."""
     audit(text, model)
     assert compression_ratio(text * 100) <= compression_ratio(text) + 1e-9
-
-
-def test_a_run_audits_answers_to_provoking_prompts():
-    """The oracle's answers are right and hardly flagged; without their last word they are neither."""
-    shares = []
-    for cut in (0, 1):
-        played = []
-        for task in ENVIRONMENT.tasks(60, 4):
-            text = ENVIRONMENT.oracle(task, (), None)["content"]
-            text = text[: len(text) - 5 * cut]
-            message = {"role": "assistant", "content": text}
-            played.append(Trajectory(task, False, messages=[*task.messages, message]))
-        shares.append(audited(played))
-    assert shares[0]["right"] == 1 and shares[0]["any"] <= 0.1
-    assert shares[1]["right"] == 0 and shares[1]["unfinished"] == 1
 
 
 def test_a_model_without_calibration_finds_nothing_strange():
