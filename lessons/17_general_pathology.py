@@ -512,7 +512,7 @@ def draw(log):
 #
 # ## At full scale
 # `posttraining.chat.rl.reward` and `general_rl.reward` name the parts and their weights; `judge = model` asks a model in place of
-# a program. `pathology_rl` takes prompts from templates that provoke; with a large model mine its own failures, as above.
+# a program. `pathology_rl.mining` names the kinds of prompts that are asked before the stage, and mines them as above.
 #
 # ## Exercise
 # Give the hackable rubric a tenth of the weight of the rules, and no critic. Is that enough? Check: the rubric's share and the

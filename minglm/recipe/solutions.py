@@ -58,14 +58,19 @@ def _named_environments(run: RunConfig) -> dict[str, tuple[str, ...]]:
 def evaluation_texts(run: RunConfig) -> dict[str, list[str]]:
     """Return the prompts of the test tasks, {"tasks:ENVIRONMENT": texts}, of ours and of all that the run names."""
     named = [name for names in _named_environments(run).values() for name in names]
-    sets = {}
     environments = environments_of(run)
-    for name in dict.fromkeys([*environments, *named]):
+    asked = {name: [environments[name]] for name in dict.fromkeys([*environments, *named])}
+    for config in run.posttraining.reinforcements().values():
+        for name, kind in provoking_kinds(run, config).items():
+            asked.setdefault(name, []).append(kind)
+    sets = {}
+    for name, kinds in asked.items():
         texts = []
-        for task in environments[name].distinct_tasks(run.evaluation.problems, TEST_SEED):
-            prompts = [m["content"] for m in task.messages if m["role"] == "user"]
-            texts.append("\n".join(prompts))
-        sets[f"tasks:{name}"] = texts
+        for kind in kinds:
+            for task in kind.distinct_tasks(run.evaluation.problems, TEST_SEED):
+                prompts = [m["content"] for m in task.messages if m["role"] == "user"]
+                texts.append("\n".join(prompts))
+        sets[f"tasks:{name}"] = list(dict.fromkeys(texts))
     return sets
 
 
