@@ -35,13 +35,17 @@ from minglm.recipe.conversations import (
 )
 from minglm.recipe.run import RecipeRunner
 from minglm.recipe.stages import plan_stages
-from minglm.recipe.training import fine_tune, train_control
+from minglm.recipe.training import fine_tune, provoking_of, train_control
 from minglm.report.records import (
     ConversationsRecord,
+    MiningRecord,
     RLRecord,
     read_records,
     select,
 )
+from minglm.rl.curriculum import Problem
+from minglm.rl.mining import Mined
+from minglm.rl.screening import Counted
 from minglm.train.checkpoint import CheckpointStore
 
 pytestmark = pytest.mark.slow
@@ -468,6 +472,30 @@ def test_a_control_learns_as_much_as_rl(context, monkeypatch):
     record = select(read_records(context.log.path), ConversationsRecord)[-1]
     assert record.stage == control.name
     assert record.examples.keys() == {"instructions", "constraints"}
+
+
+@pytest.mark.parametrize("faults", [0, 1])
+def test_mining_is_logged_and_says_where_nothing_provoked(context, monkeypatch, faults):
+    """Prompts asked and kept by environment; where none is kept, a line says what follows. Kinds have their difficulties."""
+    stage = planned("pathology_rl")
+    asked = []
+
+    def mine(screener, config, thinking_share):
+        for name, kind in screener.environments.items():
+            asked.append((name, kind.default_difficulties))
+            asked_of[name] = Problem(kind.task(0, 1), True)
+        return Mined([*asked_of.values()], [Counted(0, 3), Counted(faults, 3)])
+
+    asked_of = {}
+    monkeypatch.setattr("minglm.recipe.training.mine", mine)
+    found = provoking_of(context, stage, None)
+    assert asked == [("provocation", (1, 2, 3)), ("constraints", (4, 5))]
+    assert found == [asked_of["constraints"]] * faults
+    record = select(read_records(context.log.path), MiningRecord)[-1]
+    assert record.asked == {"provocation": 1, "constraints": 1}
+    assert (record.answers, record.faulty) == (6, faults / 6)
+    assert record.provoking == dict.fromkeys(["constraints"] * faults, 1)
+    assert (record.note is None) == bool(faults)
 
 
 def test_conversations_that_do_not_fit_are_left_out(context):
