@@ -45,6 +45,7 @@ def nano() -> RunConfig:
         posttraining=posttraining(),
         evaluation=EvaluationConfig(
             problems=4,
+            provoking_problems=4,
             samples=2,
             max_new_tokens=24,
             heldout_tokens=2_000,

@@ -70,6 +70,7 @@ def toy() -> RunConfig:
         evaluation=EvaluationConfig(
             problems=200,
             brief_problems=50,
+            provoking_problems=100,
             samples=4,
             max_new_tokens=80,
             heldout_tokens=10_000,
@@ -259,7 +260,12 @@ def pathology_rl() -> RLConfig:
     return RLConfig(
         # Environments take turns, so a repeated name has more prompts.
         environments=("arithmetic",) * 2 + ("instructions",) * 2 + ("retail",),
-        mining=MiningConfig(kinds=("provocation", "constraints:4-5")),
+        mining=MiningConfig(
+            kinds=(
+                "constraints:4-5",
+            ),  # longer than any request that it has seen, and of other kinds
+            pool=300,
+        ),
         steps=46,
         prompts=16,
         samples=8,

@@ -624,6 +624,8 @@ class EvaluationConfig:
     """Held-out problems per environment."""
     brief_problems: int = positive(198, maximum=MOST_PROBLEMS)
     """The first so many of them, where no claim compares experts: without thinking, and after the last two stages."""
+    provoking_problems: int = positive(198, maximum=MOST_PROBLEMS)
+    """Held-out prompts of each kind that pathology RL mines, on which faults are counted before and after it."""
     samples: int = positive(8, maximum=MOST_SAMPLES)
     """Answers k per problem, for avg@k and pass@k."""
     split: Split = Split.TEST

@@ -78,10 +78,11 @@ def measure_pathologies(
     if not kinds:
         return
     played = []
+    problems = context.run.evaluation.provoking_problems
     for name, environment in kinds.items():
         answers = []
         for thinking in stage.evaluation.thinking:
-            answers += play(context, generator, stage, environment, thinking).trajectories
+            answers += play(context, generator, environment, thinking, problems).trajectories
         faulty = next((answer for answer in answers if has_fault(answer)), None)
         if faulty is not None:
             text = render_text(faulty.messages, None, faulty.thinking)
@@ -155,10 +156,13 @@ def score(
 ) -> list[Trajectory]:
     """Score environments under the stage's settings of the switch; log scores and samples. Return all episodes."""
     everything = []
+    config = context.run.evaluation
+    brief = min(config.problems, config.brief_problems)
     for name in environments:
+        environment = context.environments[name]
         for thinking in stage.evaluation.thinking:
-            environment = context.environments[name]
-            record, played = play(context, generator, stage, environment, thinking)
+            problems = brief if stage.evaluation.brief or not thinking else config.problems
+            record, played = play(context, generator, environment, thinking, problems)
             context.log.write(EvaluationRecord(stage=stage.name, **record))
             mode = "thinking" if thinking else "direct"
             text = render_text(played[0].messages, None, thinking)
@@ -170,19 +174,16 @@ def score(
 def play(
     context: RunContext,
     generator: Generator,
-    stage: Stage,
     environment: Environment,
     thinking: bool,
+    problems: int,
 ) -> tasks.Evaluation:
-    """Play held-out tasks of an environment, as many as the stage's plan wants."""
-    config = context.run.evaluation
-    if stage.evaluation.brief or not thinking:
-        config = replace(config, problems=min(config.problems, config.brief_problems))
+    """Play so many held-out tasks of an environment."""
     return tasks.tasks(
         generator,
         context.tokenizer,
         environment,
-        config,
+        replace(context.run.evaluation, problems=problems),
         thinking,
         context.run.seed,
         context.world.ranks,

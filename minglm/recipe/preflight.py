@@ -38,10 +38,11 @@ from minglm.config import (
 from minglm.config.parallel import NVLINK_RANKS, deepep_lacks_neighbours
 from minglm.config.posttraining import Judge
 from minglm.data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from minglm.envs import ENVIRONMENTS
 from minglm.kernels.dispatch import has_c_library
 from minglm.plan.counts import count_parameters
 from minglm.plan.memory import optimizer_split
-from minglm.recipe.solutions import check_environments, solved_environments
+from minglm.recipe.solutions import TASKS, check_environments
 from minglm.recipe.stages import RLStage, Stage, StageKind, is_done
 from minglm.rl.samples import read_lines
 from minglm.train.checkpoint import CheckpointStore
@@ -90,18 +91,29 @@ def check_data(run: RunConfig) -> None:
 
 def check_sources(run: RunConfig) -> None:
     """Refuse a mixture with a source that neither the corpus nor the environments nor data.files can provide."""
-    tasks = [f"tasks:{name}" for name in solved_environments(run)]
     for name, stage in run.stages.items():
         for source in stage.mixture if stage.tokens else ():
             if source.startswith("user:") and not run.data.files:
                 raise ValueError(
                     f"stages.{name}.mixture names the source {source!r}, but there are no data.files to read it from"
                 )
-            if not source.startswith("user:") and source not in (*BUILT_IN_SOURCES, *tasks):
+            if not (source.startswith("user:") or source in BUILT_IN_SOURCES or has_tasks(source)):
+                tasks = [TASKS + name for name in ENVIRONMENTS]
                 known = ", ".join([*BUILT_IN_SOURCES, *tasks])
                 raise ValueError(
                     f"stages.{name}.mixture names the source {source!r}; there are {known}, and user:NAME"
                 )
+
+
+def has_tasks(source: str) -> bool:
+    """Return whether a source is the solved tasks of an environment."""
+    if not source.startswith(TASKS):
+        return False
+    try:
+        ENVIRONMENTS[source.removeprefix(TASKS)]
+    except ValueError:
+        return False
+    return True
 
 
 def check_files(run: RunConfig) -> None:

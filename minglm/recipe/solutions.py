@@ -7,6 +7,7 @@ from minglm.envs import ENVIRONMENTS, Environments
 from minglm.envs.base import Environment
 from minglm.eval.tasks import TEST_SEED
 
+TASKS = "tasks:"
 TASK_STREAM = 1  # the stages after mid-training have others (`minglm.recipe.stages`)
 
 
@@ -70,7 +71,7 @@ def evaluation_texts(run: RunConfig) -> dict[str, list[str]]:
             for task in kind.distinct_tasks(run.evaluation.problems, TEST_SEED):
                 prompts = [m["content"] for m in task.messages if m["role"] == "user"]
                 texts.append("\n".join(prompts))
-        sets[f"tasks:{name}"] = list(dict.fromkeys(texts))
+        sets[TASKS + name] = list(dict.fromkeys(texts))
     return sets
 
 
@@ -83,23 +84,23 @@ def task_data(run: RunConfig) -> TaskData:
 
 
 def solved_environments(run: RunConfig) -> list[str]:
-    """Return the environments whose solved tasks may be sources of mid-training, named tasks:ENVIRONMENT in a mixture."""
-    post = run.posttraining
-    learned = [name for _, expert in post.experts() for name in expert.environments]
-    cured = post.pathology_rl
-    return list(dict.fromkeys([*learned, *provoking_kinds(run, cured), *cured.environments]))
+    """Return the environments whose solved tasks are sources of mid-training, named tasks:ENVIRONMENT in a mixture."""
+    named = []
+    for _, stage in run.stages.items():
+        for source in stage.mixture if stage.tokens else ():
+            if source.startswith(TASKS):
+                named.append(source.removeprefix(TASKS))
+    learned = [name for _, expert in run.posttraining.experts() for name in expert.environments]
+    return [name for name in dict.fromkeys([*learned, *named]) if name in named]
 
 
 def solutions(run: RunConfig) -> dict[str, list[Conversation]]:
-    """Return the solved tasks that mid-training names, {environment: conversations}; three in four with thinking.
+    """Return solved tasks for mid-training, {environment: conversations}; three in four are solved with thinking.
 
     Only one trajectory in four lists its tools: the block is longer than the conversation, and always the same.
     """
     solved: dict[str, list[Conversation]] = {}
-    sources = {source for _, stage in run.stages.items() for source in stage.mixture}
     for name in solved_environments(run):
-        if f"tasks:{name}" not in sources:
-            continue
         environment = ENVIRONMENTS[name]
         conversations = []
         tasks = environment.shown_tasks(run.data.trajectories, run.seed * 100 + TASK_STREAM)

@@ -25,6 +25,7 @@ SMALL = {
     "data.synthetic_documents": 60,
     "data.trajectories": 40,
     "evaluation.problems": 2,
+    "evaluation.provoking_problems": 2,
     "evaluation.max_new_tokens": 16,
     "evaluation.needles": 1,
     "posttraining.prompts_per_environment": 3,
