@@ -10,9 +10,9 @@
 # at the request. How many steps until the policy has found that out, and what becomes of the constraints? (2) And beside rules,
 # critic and reward model? (3) RL on 79 kinds of constraints: does it help with the 20 others? (4) Nothing is planted: how many
 # answers of the finished model have a fault, on prompts as it was shown and on others? With three prompts in four mined from
-# these, how many fewer samples does RL need than with one in sixteen that was not mined? And do other detectors agree?
+# these, how many fewer samples does RL need than with as many, or one in sixteen, not mined? And do other detectors agree?
 #
-# **Equation** (paper 3.4; `minglm/rewards/hybrid.py`, `minglm/rewards/shaping.py`, `minglm/rewards/audit.py`)
+# **Equation** (paper 3.4; `minglm/rewards/hybrid.py`, `minglm/rewards/shaping.py`, `minglm/eval/pathologies.py`)
 #
 #     reward = sum_k w_k part_k / sum_k w_k                 parts: rules, critic, rubric, reward model, each logged
 #     shaped = reward - penalty * [the answer has a fault]          judged by detectors that no reward uses, and on content
@@ -238,10 +238,11 @@ def instruct(start, arm, preferred, words, sizes, seed):
 # seldom or never saw, unusual prompts and requests of four or five constraints, and what goes wrong is counted.
 #
 # **Mining**: its own answers to some of these prompts (about four of the things, and training requests) say which provoke it.
-# Two mixes of RL with a penalty of 1 for a fault, on as many samples: three in four of the prompts mined, or one in sixteen of
-# the same kinds, not mined, in general RL. They learn by the detectors of `rewards.pathology`. They are judged on prompts about
-# the other four things and on test requests, by the audit (compression, a model of characters, a grammar of sentences, or of
-# lists of numbers), and on content: the fact, in the language that was asked for, or the share of the constraints that hold.
+# Three mixes of RL with a penalty of 1 for a fault, on as many samples: three in four of the prompts mined; as many of the same
+# kinds, not mined; or one in sixteen of these, in general RL. They learn by the detectors of `rewards.pathology`. They are
+# judged on prompts about the other four things and on test requests, by the audit (compression, a model of characters, a
+# grammar of sentences, the words of a list), and on content: the fact, in the language that was asked for, or the share of
+# the constraints that hold.
 
 
 # %%
