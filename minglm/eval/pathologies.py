@@ -7,7 +7,8 @@
 A policy that is punished for faults can learn what their detectors overlook, or to say as little as possible. The flags show
 the one and the content the other.
 
-Choices: clean texts are the oracle's answers to training tasks of the same kinds. Where these are sentences an answer has to be
+Choices: the prompts are held-out ones of the kinds that are mined, and not those that provoked a fault before: these would have
+fewer the next time in any case. Clean texts are the oracle's answers to training tasks of the same kinds. Where these are sentences an answer has to be
 one; otherwise it has to be made of their words, those of the language that was asked for.
 """
 
