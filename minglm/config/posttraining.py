@@ -294,13 +294,14 @@ class MiningConfig:
 
         Raises ValueError, in one line, for an environment that is named twice.
         """
-        plain = [kind for kind in self.kinds if not NAMES_DIFFICULTIES.fullmatch(kind)]
-        asked = [kind for kind in self.kinds if kind not in plain]
-        found = difficulties_by_environment(f"{name}.kinds", asked)
-        for kind in plain:
-            if kind in found:
-                raise ValueError(f"{name}.kinds names {shown(kind)} twice; join them")
-            found[kind] = ()
+        found: dict[str, tuple[int, ...]] = {}
+        for kind in self.kinds:
+            environment, levels = kind, ()
+            if NAMES_DIFFICULTIES.fullmatch(kind):
+                environment, levels = difficulties_of(f"{name}.kinds", kind)
+            if environment in found:
+                raise ValueError(f"{name}.kinds names {shown(environment)} twice; join them")
+            found[environment] = levels
         return found
 
 
