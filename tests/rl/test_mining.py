@@ -6,10 +6,11 @@ import pytest
 from helpers.scripted import ScriptedGenerator, byte_tokenizer, said
 from tqdm import tqdm
 
-from minglm.config import MiningConfig
+from minglm.config import MiningConfig, load_config
 from minglm.config.posttraining import Split
 from minglm.envs import ENVIRONMENTS
 from minglm.envs.base import Environment, SingleTurn, assistant, user, verdict
+from minglm.recipe.solutions import check_environments
 from minglm.rl import screening
 from minglm.rl.episode import Player, SamplingSettings
 from minglm.rl.mining import has_fault, mine
@@ -109,3 +110,41 @@ def test_without_a_provoking_prompt_the_environments_deal_all():
     """An empty list changes nothing, whatever the share."""
     for step in range(5):
         assert schedule((), 0.75).draw(step) == schedule((), 0.0).draw(step)
+
+
+def test_a_kind_is_an_environment_with_or_without_difficulties():
+    """In the order in which they are named; a colon in the name of an environment is no difficulty."""
+    kinds = ("search:short", "constraints:4,5x2", "gym:chain_sum?max_terms=3", "provocation")
+    assert list(MiningConfig(kinds=kinds).difficulties("mining").items()) == [
+        ("search:short", ()),
+        ("constraints", (4, 5, 5)),
+        ("gym:chain_sum?max_terms=3", ()),
+        ("provocation", ()),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("kinds", "provocation provocation:1"), r"mining\.kinds names provocation twice"),
+        (
+            ("kinds", "provocation:7"),
+            r"mining\.kinds: provocation:7: provocation has the difficult",
+        ),
+        (("kinds", "pathologies"), r"mining\.kinds: pathologies: must be some of"),
+        (("mined_share", "1.5"), r"mining\.mined_share = 1\.5"),
+    ],
+)
+def test_a_kind_that_cannot_be_asked_is_one_line(words, message):
+    """The field, what is wrong, and nothing is trained."""
+    name, value = words
+    option = f"--posttraining.pathology_rl.mining.{name}"
+    with pytest.raises(ValueError, match=message):
+        check_environments(load_config("configs/nano.py", [option, *value.split()]))
+
+
+def test_a_curriculum_and_mining_exclude_each_other():
+    """Both would deal the prompts."""
+    words = ("--posttraining.pathology_rl.curriculum.pool", "8")
+    with pytest.raises(ValueError, match="a curriculum deals all prompts itself"):
+        load_config("configs/nano.py", words)
