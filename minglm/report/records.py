@@ -99,7 +99,7 @@ class StageEndRecord(StageRecord):
     tokens: int
     """Tokens trained on."""
     seconds: float
-    """Wall-clock seconds of training."""
+    """Wall-clock seconds of training; of a stage that was stopped, since it was last continued."""
     evaluation_seconds: float
     """Wall-clock seconds of the evaluation after it."""
 
