@@ -350,13 +350,15 @@ def draw_range(
     axis.plot(x, means, color=shade, linewidth=1.5)
 
 
+def seed_of(run: Records) -> str:
+    """Return the seed of a run as text."""
+    starts = select(run, StartRecord)
+    return str(starts[-1].seed) if starts else "unknown"
+
+
 def seeds_note(runs: Sequence[Records]) -> str:
     """Say which seeds were drawn, and what lines and shades mean."""
-    names = []
-    for run in runs:
-        starts = select(run, StartRecord)
-        names.append(str(starts[0].seed) if starts else "unknown")
-    seeds = ", ".join(names)
+    seeds = ", ".join(map(seed_of, runs))
     if len(runs) == 1:
         return f"one seed ({seeds}); thick: running mean"
     return f"seeds {seeds}: running mean of each; line: their mean, shade: their range"

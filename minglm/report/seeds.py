@@ -18,9 +18,9 @@ from minglm.common.log import Record
 from minglm.common.mistakes import read_from
 from minglm.report.card import table
 from minglm.report.claims import CLAIMS, Gain, Verdict, gains
-from minglm.report.curves import draw_rl_seeds
+from minglm.report.curves import draw_rl_seeds, seed_of
 from minglm.report.drawing import INK, PALE, canvas, colour, save, title
-from minglm.report.records import StartRecord, read_records, select
+from minglm.report.records import read_records
 
 Records = Sequence[Record]
 
@@ -40,12 +40,6 @@ def redraw(folder: Path) -> list[Path]:
             if path is not None:
                 paths.append(path)
     return paths
-
-
-def seed_of(run: Records) -> str:
-    """Return the seed of a run as text."""
-    starts = select(run, StartRecord)
-    return str(starts[-1].seed) if starts else "unknown"
 
 
 def claims_table(runs: Sequence[Records]) -> str:
@@ -79,7 +73,7 @@ def draw_gains(runs: Sequence[Records], path: str | Path) -> Path | None:
         axis.set_xlim(-0.4, len(STEPS) - 0.6)
         axis.set_ylim(0, 100)
     axes[0][0].set_ylabel("score (%)")
-    seeds = ", ".join(seed_of(run) for run in runs)
+    seeds = ", ".join(map(seed_of, runs))
     figure.supxlabel(f"seeds {seeds}; bars: 95% interval of the expert", fontsize=9, color=INK)
     return save(figure, path)
 
