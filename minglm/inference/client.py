@@ -87,33 +87,21 @@ class EngineGenerator:
         Raises ValueError for a request that cannot be answered, `AnswerFailed` for one that ended with an
         error of its own, and whatever a step of the engine raises.
         """
-        completion = Completion([], [])
         finished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def on_event(event: Event) -> None:
-            if event.prompt_logprobs:
-                completion.prompt_logprobs = event.prompt_logprobs
             if event.token is not None:
-                if event.forced:
-                    completion.forced.append(len(completion.tokens))
-                completion.tokens.append(event.token)
-                completion.logprobs.append(event.logprob)
                 completion.versions.append(self.version)
-                if request.top_logprobs:
-                    completion.top_logprobs.append(event.top_logprobs)
-            if event.finish_reason is not None:
-                completion.finish_reason = event.finish_reason
-                completion.error = event.error
-                completion.experts_SLK = event.experts_SLK
-                if finished.done():
-                    return
-                if event.error:
-                    finished.set_exception(AnswerFailed(event.error))
-                elif event.finish_reason != FinishReason.ERROR:
-                    finished.set_result(None)
-                # After the failure of a whole step `_step` sets the exception: it knows the cause.
+            if event.finish_reason is None or finished.done():
+                return
+            if event.error:
+                finished.set_exception(AnswerFailed(event.error))
+            elif event.finish_reason != FinishReason.ERROR:
+                finished.set_result(None)
+            # After the failure of a whole step `_step` sets the exception: it knows the cause.
 
         number = self.engine.submit(request, on_event)
+        completion = self.engine.open[number].completion
         self.unfinished[number] = finished
         if self.stepping is None or self.stepping.done():
             self.stepping = asyncio.create_task(self._step())
