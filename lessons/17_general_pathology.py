@@ -383,7 +383,7 @@ def instructed(seed, start, words, sizes):
 
 def cured(seed, start, words, sizes):
     """Make the runs of the second experiment."""
-    auditor = Auditor((SHOWN, TRAINED, LONG), seed + 7)
+    auditor = Auditor((About(HALVES, ORDINARY + UNUSUAL), TRAINED, LONG), seed + 7)
     finished = finish(start, words, sizes, seed)
     policy = lesson.Policy(finished, settings(sizes), seed, words)
     wild = {

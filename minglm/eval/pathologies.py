@@ -10,6 +10,8 @@ the one and the content the other.
 Choices: the prompts are held-out ones of the kinds that are mined, and not those that provoked a fault before: these would have
 fewer the next time in any case. Clean texts are the oracle's answers to training tasks of the same kinds. Where these are sentences an answer has to be
 one; otherwise it has to be made of their words, those of the language that was asked for.
+
+Simplified: answers that are no sentences are taken to have few different words, as lists of numbers do.
 """
 
 import re
