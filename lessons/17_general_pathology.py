@@ -495,18 +495,17 @@ def draw(log):
 # 14% of all 300 requests, with a standard error of 2.6 points). So we can show what stops the hacking, and not the
 # rise of the paper's Figure 9.
 #
-# **In the wild, nothing planted** (temperature 1; 120, 288, 360 and 360 answers a seed): 0% of the answers to ordinary
-# prompts have a fault, 4, 1 and 4% to unusual ones, 2, 2 and 6% to short requests, and 30, 19 and 29% to long ones. Heat
-# adds: at 1.3 it is 2, 2 and 6, 9, 7 and 11, 9, 15 and 17, and 34, 32 and 40%. They are broken formats and mixed languages;
-# of 10,152 answers one repeats itself. Of 103 prompts 35, 30 and 37 are mined, nearly all of them long requests. **RL on what
-# was mined cures what is frequent**: on test requests the faults fall from 30, 19 and 29% to 11, 9 and 7 in 1,920 samples,
-# the flags of the audit from 67, 54 and 59% to 54, 38 and 38, and more constraints hold (22, 28 and 24% to 30, 31 and 32).
-# **What is rare stays**: unusual prompts keep their 4, 1 and 4% (5, 1 and 4 after), and their facts are right in 70, 68 and
-# 65% before and in 64, 67 and 64 after. **Mixed into general RL, the penalty does nearly as much**: 24, 13 and 8% of long
-# requests have a fault after as many samples, the audit flags 56, 43 and 43, and 25, 30 and 33% of the constraints hold.
-# Short requests are cured of the same faults, and that carries over. What mixing in ends with, mined prompts have after 67,
-# 67 and 100% of the samples: the gain in the paper's sense is there on two seeds of three, and small. 236.9 CPU-seconds, of
-# which 152 are of a run whose first experiment is kept here.
+# **In the wild, nothing planted** (temperature 1; 120, 288, 360 and 360 answers a seed): 0, 0 and 0% of the answers to
+# ordinary prompts have a fault, 4, 4 and 3% to unusual ones, 4, 5 and 5% to short requests, and 25, 29 and 20% to long
+# ones. Heat adds: at 1.3 it is 0, 2 and 2, 14, 9 and 7, 10, 14 and 13, and 34, 36 and 34%. They are broken formats and
+# mixed languages. Of 103 prompts 32, 34 and 38 are mined. **RL on what was mined cures what is frequent**: on test
+# requests the faults fall from 25, 29 and 20% to 14, 7 and 8 in 1,920 samples, the flags of the audit from 52, 48 and 33%
+# to 35, 29 and 18, and more constraints hold (22, 24 and 24% to 29, 32 and 31). **It is the kind that matters, not the
+# mining**: as many prompts of the same kinds that were not mined leave 12, 9 and 7% faults, 35, 29 and 21% flags and 28,
+# 30 and 28% of the constraints. One in sixteen of these in general RL leaves 21, 15 and 14%, 44, 33 and 28% and 25, 29
+# and 28%. **What is rare stays**: unusual prompts have 4, 4 and 3% faults before and 2, 3 and 4 after, and their facts
+# are right in 68, 66 and 68% before and in 65, 68 and 59 after. 282.3 CPU-seconds, of which 152 are of a run whose first
+# experiment is kept here.
 #
 # Tried before: prompts about 24 things, whose answers so small a model had not learned (6% right); fine-tuning that never shows
 # an unusual prompt (27 to 54% faults, 6 to 12% right).
