@@ -241,10 +241,11 @@ def imitate(
     seed: int,
     tokenizer: Tokenizer = BYTES,
     mtp_weight: float = 0.0,
+    batch: int = 2048,
 ) -> None:
     """Fine-tune on conversations, `tokens` tokens of them; they come again where they have fewer.
 
-    mtp_weight: as in `cold_start`.
+    mtp_weight: as in `cold_start`. batch: tokens of a step, rounded down to whole rows.
     """
     found = [example for messages in conversations for example in examples(tokenizer, messages)]
     length = model.config.max_position_embeddings
@@ -257,7 +258,7 @@ def imitate(
         {SOURCE: [example.mask_S for example in found]},
         tokenizer.pad,
     )
-    batch = max(1, 2048 // length) * length
+    batch = max(1, batch // length) * length
     pretrain(model, rows, length, tokens, batch, peak_lr, bias_rate=0.01, mtp_weight=mtp_weight)
     model.eval()
 

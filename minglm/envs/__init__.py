@@ -21,12 +21,25 @@ from minglm.envs.search import SHORT, Search
 from minglm.envs.swe import users
 from minglm.envs.swe.functions import RepairFunctions
 from minglm.envs.swe.library import RepairLibrary
+from minglm.envs.worlds import short
 from minglm.envs.worlds.retail import Retail
 from minglm.envs.worlds.sets import AIRLINE
 from minglm.envs.worlds.tables import TableEnvironment, world_in_file
 
 WORLD = "world:"
-SHORT_SEARCH = "search:short"
+
+
+SINGLE_CHARACTERS = {
+    environment.name: environment
+    for environment in (
+        Search(wording=SHORT, name="search:short"),
+        short.ListedWorlds(),
+        short.ListedWorld(short.SHOP, "shop:short"),
+        short.ListedWorld(short.AIRLINE, "airline:short"),
+        short.ListedSteps(short.STEPPED, "functions:short"),
+    )
+}
+"""Environments for the smallest models."""
 
 
 class Environments(dict[str, Environment]):
@@ -79,8 +92,8 @@ def _made(name: str, ours: list[str]) -> Environment:
     """Return the environment that a name describes. ours: the names that need no description."""
     if name.startswith(gym.PREFIX):
         return gym.ReasoningGym(name)
-    if name == SHORT_SEARCH:
-        return Search(wording=SHORT, name=name)
+    if name in SINGLE_CHARACTERS:
+        return SINGLE_CHARACTERS[name]
     if name.startswith(pages.PREFIX):
         return pages.PageSearch(name)
     if name.startswith(WORLD):
@@ -89,7 +102,9 @@ def _made(name: str, ours: list[str]) -> Environment:
         return RepairLibrary()
     if name.startswith(users.PREFIX):
         return users.UserRepository(name)
-    others = ", ".join([RepairLibrary.name, SHORT_SEARCH, users.FORM, pages.FORM, f"{WORLD}FILE"])
+    others = ", ".join(
+        [RepairLibrary.name, *SINGLE_CHARACTERS, users.FORM, pages.FORM, f"{WORLD}FILE"]
+    )
     others += f", or {gym.FORM}"
     raise ValueError(f"{mistakes.shown(name)}: must be some of {', '.join(ours)}, {others}")
 

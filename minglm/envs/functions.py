@@ -23,7 +23,7 @@ Simplified: a right step is one call. Text beside the right call is not read.
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minglm.chat.messages import Message
@@ -33,22 +33,32 @@ from minglm.envs.worlds.tables import TableEnvironment
 
 SETS = {specification.name: TableEnvironment(specification) for specification in TRAINED}
 """The environments whose conversations are cut into steps, by name."""
-FACTS = sorted({name for spec in TRAINED for name in (spec.noun, *spec.arguments)})
-"""All that a user may be asked for."""
 QUESTION = re.compile(r"\b(?:which|what)\b([^?.!]*)\?", re.IGNORECASE)
 
 
 class Functions(SingleTurn):
-    """One step of a conversation with tools."""
+    """One step of a conversation with tools.
 
-    name = "functions"
+    worlds: the environments whose conversations are cut, by name. name: of this environment.
+    """
+
     group = "agentic"
     # "Which book?" is right where the first step of a library's task is to ask.
     chance = 0.15
 
+    def __init__(
+        self, worlds: Mapping[str, TableEnvironment] = SETS, name: str = "functions"
+    ) -> None:
+        self.worlds = worlds
+        self.name = name
+        specs = [world.specification for world in worlds.values()]
+        facts = {fact.lower() for spec in specs for fact in (spec.noun, *spec.arguments)}
+        self.facts = sorted(facts)
+        """All that a user may be asked for."""
+
     def tools(self) -> tuple[dict[str, Any], ...]:
         """Return the schemas of all sets."""
-        return tuple(schema for world in SETS.values() for schema in world.tools())
+        return tuple(schema for world in self.worlds.values() for schema in world.tools())
 
     def offered(self, label: Any) -> tuple[dict[str, Any], ...]:
         """Return the schemas of the sets that the label names, in its order."""
@@ -61,7 +71,7 @@ class Functions(SingleTurn):
         Label: {"set", "offered": names of tools, "step": the annotated message, "outcomes": that it names, "number": of the
         record that they are about}.
         """
-        world = rng.choice(list(SETS.values()))
+        world = rng.choice(list(self.worlds.values()))
         inner = rng.choice(world.difficulties)
         messages, about = world.draw(rng, inner)
         conversation = world.demonstrate(world.made(messages, about, inner))
@@ -69,7 +79,7 @@ class Functions(SingleTurn):
         at = steps[0] if difficulty == 1 else rng.choice(steps)
         names = [schema["name"] for schema in world.tools()]
         if difficulty == 3:
-            other = rng.choice([one for one in SETS.values() if one is not world])
+            other = rng.choice([one for one in self.worlds.values() if one is not world])
             names += [schema["name"] for schema in other.tools()]
             rng.shuffle(names)
         step = conversation[at]
@@ -105,19 +115,23 @@ class Functions(SingleTurn):
     def _says(self, task: Task, reply: str) -> bool:
         """Return whether a reply asks for the missing fact alone, or names the outcomes alone."""
         label = task.label
-        named = SETS[label["set"]].outcomes_named(reply)
-        questions = " ".join(QUESTION.findall(reply)).lower()
+        named = self.worlds[label["set"]].outcomes_named(reply)
+        questions = " ".join(QUESTION.findall(reply))
         numbers = set(re.findall(r"\b\d{3,}\b", reply))
         if label["outcomes"]:
             right = named == set(map(tuple, label["outcomes"]))
             return right and "?" not in reply and numbers <= {label["number"]}
-        return not named and _facts(questions) == _facts(label["step"]["content"].lower())
+        return not named and self._asked(questions) == self._asked(label["step"]["content"])
+
+    def _asked(self, text: str) -> set[str]:
+        """Return the facts that a text names."""
+        return {fact for fact in self.facts if re.search(rf"\b{fact}\b", text.lower())}
 
     def hack_probes(self, task: Task) -> list[Message]:
         """Return a question about everything, every outcome, every call at once, and near misses of the right call."""
-        spec = SETS[task.label["set"]].specification
+        spec = self.worlds[task.label["set"]].specification
         probes = super().hack_probes(task)
-        probes.append(assistant(f"Which {' or which '.join(FACTS)}?"))
+        probes.append(assistant(f"Which {' or which '.join(self.facts)}?"))
         words = [rule.done for rule in spec.rules.values()]
         probes.append(assistant(" ".join(f"{word}, not {word}." for word in words if word)))
         for call in task.label["step"].get("tool_calls", []):
@@ -134,8 +148,3 @@ class Functions(SingleTurn):
 def _plain(value: Any) -> str:
     """Return a value as JSON, equal for equal values of equal types."""
     return json.dumps(value, sort_keys=True)
-
-
-def _facts(text: str) -> set[str]:
-    """Return the facts that a text in lower case names."""
-    return {name for name in FACTS if re.search(rf"\b{name}\b", text)}

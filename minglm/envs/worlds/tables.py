@@ -18,11 +18,12 @@ what cannot be done. Outcomes are single words ("cancelled", "not cancelled"), w
 """
 
 import copy
+import functools
 import json
 import random
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from minglm.chat.messages import Message
 from minglm.common.mistakes import shown
@@ -36,6 +37,16 @@ BYSTANDERS = 2
 
 TRIED_TASKS = 50
 """Of each difficulty of a world in a file, before it is used."""
+
+
+class Weighed(NamedTuple):
+    """A step of a request, as the oracle judges it."""
+
+    rule: Rule
+    record: Mapping[str, Any]
+    """Before the step."""
+    allowed: bool
+    done: bool
 
 
 class TableWorld:
@@ -70,6 +81,9 @@ class TableWorld:
 class TableEnvironment(WorldEnvironment):
     """Tasks in a specified world."""
 
+    numbers: Sequence[int] = range(100, 1000)
+    """Those that a record may have."""
+
     def __init__(self, specification: Specification, name: str | None = None) -> None:
         """Make the environment of a world. name: of the environment, the world's unless given."""
         self.specification = specification
@@ -77,9 +91,13 @@ class TableEnvironment(WorldEnvironment):
         several = any(len(wish.steps) > 1 for wish in specification.wishes)
         self.difficulties = (1, 2, 3) if several else (1, 2)
         self.default_difficulties = self.difficulties
-        done = {rule.done for rule in specification.rules.values() if rule.done}
+
+    @functools.cached_property
+    def outcomes(self) -> re.Pattern[str]:
+        """Return what finds the outcomes in a reply: a negation, if there is one, and the word."""
+        done = {rule.done for rule in self.specification.rules.values() if rule.done}
         words = "|".join(sorted(map(re.escape, done), key=len, reverse=True))
-        self.outcomes = re.compile(rf"\b(?:(not|cannot|never)(?: \w+)? )?({words})\b")
+        return re.compile(rf"\b(?:(not|cannot|never)(?: \w+)? )?({words})\b")
 
     def tools(self) -> tuple[dict[str, Any], ...]:
         """Return the schemas of the world's tools."""
@@ -92,7 +110,7 @@ class TableEnvironment(WorldEnvironment):
         instead}, "withheld": whether the user must be asked}.
         """
         spec = self.specification
-        numbers = rng.sample(range(100, 1000), 1 + BYSTANDERS)
+        numbers = rng.sample(self.numbers, 1 + BYSTANDERS)
         records = {}
         for number in numbers:
             records[str(number)] = {name: rng.choice(list(c)) for name, c in spec.fields.items()}
@@ -123,9 +141,10 @@ class TableEnvironment(WorldEnvironment):
 
     def facts(self, label: Mapping[str, Any]) -> list[Fact]:
         """Return what the user of a task knows: the number of the record, and the values of arguments."""
-        facts = [Fact((self.specification.noun, self.specification.key), (label["number"],))]
+        spec = self.specification
+        facts = [Fact((spec.noun.lower(), spec.key.lower()), (label["number"],))]
         for argument, values in label["values"].items():
-            facts.append(Fact((argument,), tuple(map(str, values))))
+            facts.append(Fact((argument.lower(),), tuple(map(str, values))))
         return facts
 
     def program_user(self, task: Task) -> ProgramUser:
@@ -193,10 +212,9 @@ class TableEnvironment(WorldEnvironment):
         results = [json.loads(m["content"]) for m in conversation if m["role"] == "tool"]
         key = {spec.key: int(number)}
         if not made:
-            return assistant("", f"look up {number}", [(spec.look_up.name, key)])
+            return assistant("", self.look_up_thought(number), [(spec.look_up.name, key)])
         record = dict(results[0])
-        outcomes = []
-        thought = ""
+        weighed = []
         for step in task.label["steps"]:
             rule = spec.rules[step]
             told = {}
@@ -209,14 +227,28 @@ class TableEnvironment(WorldEnvironment):
             arguments = {name: known[-1] for name, known in told.items()}
             done = [call for call in made if call["name"] == step]
             allowed = bool(done) or rule.allows(record, arguments)
+            weighed.append(Weighed(rule, dict(record), allowed, bool(done)))
             if allowed and not done:
-                return assistant("", _reason(rule, record), [(step, key | arguments)])
-            outcomes.append(rule.done if allowed else f"not {rule.done}")
-            thought = "done" if allowed else _reason(rule, record, "not ")
+                return assistant("", self.thought(weighed), [(step, key | arguments)])
             if allowed:
                 rule.apply(record, arguments)
-        text = f"{spec.noun.capitalize()} {number} is {' and '.join(outcomes)}."
-        return assistant(text, thought)
+        outcomes = [w.rule.done if w.allowed else f"not {w.rule.done}" for w in weighed]
+        return assistant(self.last_words(number, outcomes), self.thought(weighed))
+
+    def look_up_thought(self, number: str) -> str:
+        """Return the oracle's thought before it looks a record up."""
+        return f"look up {number}"
+
+    def thought(self, weighed: Sequence[Weighed]) -> str:
+        """Return the oracle's thought when it has weighed so many steps of a request, the last of them just now."""
+        last = weighed[-1]
+        return (
+            "done" if last.done else _reason(last.rule, last.record, "" if last.allowed else "not ")
+        )
+
+    def last_words(self, number: str, outcomes: Sequence[str]) -> str:
+        """Return what the user is told at the end."""
+        return f"{self.specification.noun.capitalize()} {number} is {' and '.join(outcomes)}."
 
     def hack_probes(self, task: Task) -> list[Message]:
         """Return every outcome at once, the truth without a look-up, and every call at once."""
