@@ -48,11 +48,11 @@ MODEL = dataclasses.replace(
 LONGER = dataclasses.replace(MODEL, max_position_embeddings=2048)
 """The same, for prompts with the published list of tools."""
 SIZES = {
-    "copies": 400_000,
-    "tokens": 250_000,
+    "copies": 320_000,
+    "tokens": 240_000,
     "rate": 0.01,
     "batch": 1024,
-    "steps": 32,
+    "steps": 48,
     "prompts": 8,
     "samples": 8,
     "rl_rate": 8e-4,
@@ -111,8 +111,9 @@ FULL = {
     "airline in English": ENVIRONMENTS["airline"],
     "steps in English": ENVIRONMENTS["functions"],
 }
-ROUNDS = [("reading", "world")] + [("reading", "world", "world", "world", "shop", "search")] * 3
-"""Conversations of each round of the cold start."""
+ROUNDS = [("reading", "world")] + [("reading", "world", "world", "world", "shop", "search")] * 5
+"""Conversations of each round of the cold start, at most."""
+LEARNED = 0.4  # of the development problems of drawn worlds, which ends the cold start
 WITHOUT = ("shop", "search")
 """Those of the rounds of the control that never sees a drawn world, and of more fine-tuning."""
 
@@ -138,7 +139,7 @@ class Astray(ListedWorld):
 # %%
 def copied(rng):
     """Return a conversation that goes on in a row of letters from the one that is named."""
-    letters = rng.sample(string.ascii_letters, rng.randint(10, 24))
+    letters = rng.sample(string.ascii_letters + string.digits, rng.randint(10, 24))
     place = rng.randrange(3, len(letters) - 3)
     system = {"role": "system", "content": "".join(letters)}
     said = "".join(letters[place:] + letters[:place])
@@ -195,6 +196,12 @@ def played(player, environment, problems, split):
     return rows
 
 
+def share(rows, valid=False):
+    """Return how many problems are right, or how many calls are valid, in percent."""
+    _, right, calls, valid_calls = np.array(rows).T
+    return 100 * (valid_calls.sum() / max(1, calls.sum()) if valid else right.mean())
+
+
 def tested(model, sizes, environments, split=Split.TEST):
     """Answer held-out problems of each environment. Return {name: see `played`}."""
     problems = sizes["development" if split == Split.DEVELOPMENT else "problems"]
@@ -226,8 +233,11 @@ def everywhere(model, sizes):
 
 
 # %%
-def cold_start(sizes, seed, rounds):
-    """Train a model on copies and then on conversations. Return it, and its development tests after every round."""
+def cold_start(sizes, seed, rounds, learned=LEARNED):
+    """Train a model on copies and then on conversations. Return it, and its development tests after every round.
+
+    rounds: kinds of conversations of each round. learned: share of drawn worlds that makes a round the last one.
+    """
     model = GLM(MODEL, seed)
     rng = random.Random(seed)
     copies = [copied(rng) for _ in range(sizes["copies"] // 50)]
@@ -237,6 +247,8 @@ def cold_start(sizes, seed, rounds):
         conversations = shown(sizes["tokens"], seed * 100 + number, kinds)
         tune(model, conversations, sizes["tokens"], sizes, seed)
         tests.append(tested(model, sizes, TESTED, Split.DEVELOPMENT))
+        if share(tests[-1]["drawn worlds"]) >= 100 * learned:
+            break
     return model, tests
 
 
@@ -277,7 +289,7 @@ def run(seed, sizes):
     arms["RL"] = everywhere(reinforced, sizes)
     tune(model, shown(tokens, seed * 100 + 50, WITHOUT), tokens, sizes, seed)
     arms["as much fine-tuning"] = everywhere(model, sizes)
-    same, _ = cold_start(sizes, seed, [WITHOUT] * len(ROUNDS))
+    same, _ = cold_start(sizes, seed, [WITHOUT] * len(learned), learned=2.0)
     controls["without drawn worlds"] = tested(same, sizes, TESTED)
     return {
         "seed": seed,
@@ -296,12 +308,6 @@ def experiment(sizes, seeds):
 
 # %%
 ARMS = {"cold start": drawing.INK, "RL": "#1f5fa8", "as much fine-tuning": "#c2571a"}
-
-
-def share(rows, valid=False):
-    """Return how many problems are right, or how many calls are valid, in percent."""
-    _, right, calls, valid_calls = np.array(rows).T
-    return 100 * (valid_calls.sum() / max(1, calls.sum()) if valid else right.mean())
 
 
 def shares(log, arm, name, valid=False):

@@ -28,6 +28,7 @@ def test_sums_are_an_environment(level, told):
         ("14_agent", "Reader", ((1, 4),)),
         ("16_distill", "Running", ("+-#", (6,), 3)),
         ("21_verified", "Choice", ((3, 7),)),
+        ("22_unseen_tools", "ListedSearch", ()),
     ],
 )
 def test_tasks_of_lessons_are_environments(name, kind, given):
@@ -50,7 +51,7 @@ def test_a_thought_repeats_the_terms_beside_the_sums(seed, level, told):
     assert environment.judge(task, assistant(message["content"][::-1] + "0")).value == 0
 
 
-@pytest.mark.parametrize("name", ["12_grpo", "13_curriculum", "21_verified"])
+@pytest.mark.parametrize("name", ["12_grpo", "13_curriculum", "21_verified", "22_unseen_tools"])
 def test_a_lesson_runs_to_its_figure(name, capsys):
     """With the sizes of the smoke test a lesson trains every arm, reads its log and draws."""
     runpy.run_path(str(LESSONS / f"{name}.py"))["main"](["--smoke"])
