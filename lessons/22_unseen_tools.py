@@ -15,6 +15,7 @@
 #     A_i = r_i - mean_j r_j        gain = mean over test problems of (right after - right before)
 
 # %%
+import copy
 import dataclasses
 import random
 import string
@@ -57,8 +58,8 @@ SIZES = {
     "samples": 8,
     "rl_rate": 8e-4,
     "development": 60,
-    "problems": 200,
-    "full": 40,
+    "problems": 150,
+    "full": 20,
 }
 SMOKE = SIZES | {
     "copies": 2_000,
@@ -233,15 +234,20 @@ def everywhere(model, sizes):
 
 
 # %%
-def cold_start(sizes, seed, rounds, learned=LEARNED):
-    """Train a model on copies and then on conversations. Return it, and its development tests after every round.
-
-    rounds: kinds of conversations of each round. learned: share of drawn worlds that makes a round the last one.
-    """
+def learn_to_copy(sizes, seed):
+    """Return a model that was trained on copies."""
     model = GLM(MODEL, seed)
     rng = random.Random(seed)
     copies = [copied(rng) for _ in range(sizes["copies"] // 50)]
     lesson.imitate(model, copies, sizes["copies"], sizes["rate"], seed, batch=sizes["batch"] // 2)
+    return model
+
+
+def cold_start(model, sizes, seed, rounds, learned=LEARNED):
+    """Train a model on conversations. Return its development tests after every round.
+
+    rounds: kinds of conversations of each round. learned: share of drawn worlds that makes a round the last one.
+    """
     tests = []
     for number, kinds in enumerate(rounds):
         conversations = shown(sizes["tokens"], seed * 100 + number, kinds)
@@ -249,7 +255,7 @@ def cold_start(sizes, seed, rounds, learned=LEARNED):
         tests.append(tested(model, sizes, TESTED, Split.DEVELOPMENT))
         if share(tests[-1]["drawn worlds"]) >= 100 * learned:
             break
-    return model, tests
+    return tests
 
 
 def tune(model, conversations, tokens, sizes, seed):
@@ -281,7 +287,9 @@ def reinforce(start, sizes, seed):
 
 def run(seed, sizes):
     """Make all runs of one seed."""
-    model, learned = cold_start(sizes, seed, ROUNDS)
+    model = learn_to_copy(sizes, seed)
+    same = copy.deepcopy(model)
+    learned = cold_start(model, sizes, seed, ROUNDS)
     arms = {"cold start": everywhere(model, sizes)}
     astray = {"airline": Astray(AIRLINE, "airline:short")}
     controls = {"another list": tested(model, sizes, astray)}
@@ -289,7 +297,7 @@ def run(seed, sizes):
     arms["RL"] = everywhere(reinforced, sizes)
     tune(model, shown(tokens, seed * 100 + 50, WITHOUT), tokens, sizes, seed)
     arms["as much fine-tuning"] = everywhere(model, sizes)
-    same, _ = cold_start(sizes, seed, [WITHOUT] * len(learned), learned=2.0)
+    cold_start(same, sizes, seed, [WITHOUT] * len(learned), learned=2.0)
     controls["without drawn worlds"] = tested(same, sizes, TESTED)
     return {
         "seed": seed,
