@@ -58,7 +58,7 @@ SIZES = {
     "samples": 8,
     "rl_rate": 8e-4,
     "development": 60,
-    "problems": 150,
+    "problems": 300,
     "full": 20,
 }
 SMOKE = SIZES | {
@@ -251,16 +251,16 @@ def cold_start(model, sizes, seed, rounds, learned=LEARNED):
     tests = []
     for number, kinds in enumerate(rounds):
         conversations = shown(sizes["tokens"], seed * 100 + number, kinds)
-        tune(model, conversations, sizes["tokens"], sizes, seed)
+        tune(model, conversations, sizes["tokens"], sizes, seed, sizes["rate"])
         tests.append(tested(model, sizes, TESTED, Split.DEVELOPMENT))
         if share(tests[-1]["drawn worlds"]) >= 100 * learned:
             break
     return tests
 
 
-def tune(model, conversations, tokens, sizes, seed):
-    """Fine-tune on conversations."""
-    lesson.imitate(model, conversations, tokens, sizes["rate"], seed, batch=sizes["batch"])
+def tune(model, conversations, tokens, sizes, seed, rate):
+    """Fine-tune on conversations at a rate."""
+    lesson.imitate(model, conversations, tokens, rate, seed, batch=sizes["batch"])
 
 
 def reinforce(start, sizes, seed):
@@ -295,8 +295,11 @@ def run(seed, sizes):
     controls = {"another list": tested(model, sizes, astray)}
     reinforced, rewards, tokens = reinforce(model, sizes, seed)
     arms["RL"] = everywhere(reinforced, sizes)
-    tune(model, shown(tokens, seed * 100 + 50, WITHOUT), tokens, sizes, seed)
-    arms["as much fine-tuning"] = everywhere(model, sizes)
+    conversations = shown(tokens, seed * 100 + 50, WITHOUT)
+    for arm, rate in (("as much fine-tuning", "rate"), ("the same, at RL's rate", "rl_rate")):
+        tuned = copy.deepcopy(model)
+        tune(tuned, conversations, tokens, sizes, seed, sizes[rate])
+        arms[arm] = everywhere(tuned, sizes)
     cold_start(same, sizes, seed, [WITHOUT] * len(learned), learned=2.0)
     controls["without drawn worlds"] = tested(same, sizes, TESTED)
     return {
@@ -315,7 +318,12 @@ def experiment(sizes, seeds):
 
 
 # %%
-ARMS = {"cold start": drawing.INK, "RL": "#1f5fa8", "as much fine-tuning": "#c2571a"}
+ARMS = {
+    "cold start": drawing.INK,
+    "RL": "#1f5fa8",
+    "as much fine-tuning": "#c2571a",
+    "the same, at RL's rate": "#dba26f",
+}
 
 
 def shares(log, arm, name, valid=False):
@@ -335,11 +343,11 @@ def gains(log, arm, name):
 
 def draw_groups_of_bars(axis, log, names, valid):
     """Draw a bar for each arm in each environment at the mean of the seeds, with a tick for each seed."""
-    width = 0.26
+    width = 0.2
     for place, (arm, shade) in enumerate(ARMS.items()):
         for position, name in enumerate(names):
             values = shares(log, arm, name, valid)
-            x = position + (place - 1) * width
+            x = position + (place - 1.5) * width
             label = arm if position == 0 else None
             axis.bar(x, np.mean(values), width, color=shade, alpha=0.7, label=label)
             axis.plot([x] * len(values), values, "_", color=drawing.INK, markersize=8)
@@ -355,7 +363,7 @@ def draw(log):
     for place, arm in enumerate(list(ARMS)[1:]):
         for position, name in enumerate(TESTED):
             for number, found in enumerate(gains(log, arm, name)):
-                x = position + (place - 0.5) * 0.4 + (number - 1) * 0.08
+                x = position + (place - 1) * 0.28 + (number - 1) * 0.07
                 label = arm if position + number == 0 else None
                 gain.plot([x, x], [found.low, found.high], color=ARMS[arm], linewidth=1.4)
                 gain.plot(x, found.mean, "o", color=ARMS[arm], markersize=3.5, label=label)
@@ -404,12 +412,14 @@ def verdicts(log):
             f"RL on search and the shop adds in {name} ({kind}): {listed(found)} (mean, low, high)"
         )
         claims[claim] = all(difference.low > 0 for difference in found)
-    for name in UNSEEN:
-        ahead = np.subtract(shares(log, "RL", name), shares(log, "as much fine-tuning", name))
-        claims[f"RL ends above as much fine-tuning in {name}: {listed(ahead)}"] = ahead.min() > 0
-        found = gains(log, "as much fine-tuning", name)
-        claim = f"as much fine-tuning costs in {name}: {listed(found)} (mean, low, high)"
-        claims[claim] = all(difference.high < 0 for difference in found)
+    for arm in list(ARMS)[2:]:
+        for name in UNSEEN:
+            found = gains(log, arm, name)
+            claim = f"{arm} costs in {name}: {listed(found)} (mean, low, high)"
+            claims[claim] = all(difference.high < 0 for difference in found)
+        for name in ("search", "shop"):
+            ahead = np.subtract(shares(log, arm, name), shares(log, "RL", name))
+            claims[f"{arm} ends above RL in {name}: {listed(ahead)}"] = ahead.min() > 0
     for name, control, test in (
         ("the list of another world", "another list", "airline"),
         ("no drawn world was shown", "without drawn worlds", "airline"),
