@@ -24,9 +24,10 @@ import functools
 import random
 import string
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
-from minglm.chat.messages import Message, Tool
+from minglm.chat.messages import Message
 from minglm.envs.base import Environment, Episode, Task
 from minglm.envs.functions import Functions
 from minglm.envs.worlds.sets import schema
@@ -44,8 +45,8 @@ def short(
     states: str,
     look_up: str,
     actions: Mapping[str, tuple[str, str, str, str]],
-    values: Mapping[str, str] | None = None,
-    pairs: Mapping[str, str] | None = None,
+    values: Mapping[str, str] = MappingProxyType({}),
+    pairs: Mapping[str, str] = MappingProxyType({}),
 ) -> Specification:
     """Return a specification in single characters.
 
@@ -60,13 +61,13 @@ def short(
             called, description, inputs, (), {"s": [required]}, {"s": reached}, letter
         )
     wishes = []
-    for said, letters in (dict(zip(actions, actions, strict=True)) | dict(pairs or {})).items():
+    for said, letters in (dict(zip(actions, actions, strict=True)) | dict(pairs)).items():
         arguments = dict.fromkeys(actions[letter][1] for letter in letters if actions[letter][1])
         text = f"{said} {{record}}" + "".join(f" {{{argument}}}" for argument in arguments)
         wishes.append(Wish(tuple(actions[letter][0] for letter in letters), (text,)))
-    values = {argument: tuple(choices) for argument, choices in (values or {}).items()}
     fields = {"s": tuple(states)}
-    return Specification(name, noun, key, fields, values, rules, tuple(wishes))
+    choices = {argument: tuple(letters) for argument, letters in values.items()}
+    return Specification(name, noun, key, fields, choices, rules, tuple(wishes))
 
 
 SHOP = short(
@@ -140,7 +141,6 @@ def drawn(seed: int) -> "ShortWorld":
     """Return the environment of a world that is drawn from a number."""
     rng = random.Random(f"worlds/{seed}")
     count = rng.randint(2, MOST_ACTIONS)
-    names = [rng.choice(string.ascii_uppercase)]
     while True:
         capitals = rng.sample(string.ascii_uppercase, 2 * (count + 4))
         names = [one + other for one, other in zip(capitals[::2], capitals[1::2], strict=True)]
@@ -242,7 +242,7 @@ class Worlds(Environment):
         """Return the world of a task."""
         return drawn(label["world"])
 
-    def offered(self, label: Any) -> tuple[Tool, ...]:
+    def offered(self, label: Any) -> tuple[dict[str, Any], ...]:
         """Return the schemas of the tools of a task."""
         return self.within(label).tools()
 
