@@ -104,10 +104,26 @@ def _is_alive(pid: str) -> bool:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
-    text = json.dumps(value, indent=1, ensure_ascii=False)
+    """Write `value` as indented JSON, atomically; a list that holds no other is one line."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(_indented(value) + "\n", encoding="utf-8")
+
+
+def _indented(value: Any, depth: int = 0) -> str:
+    """Return `value` as JSON, indented by one space for each of `depth` levels after its first line."""
+    inner = "\n" + " " * (depth + 1)
+    outer = "\n" + " " * depth
+    if isinstance(value, dict) and value:
+        # The key is written as json.dumps writes it, a number too.
+        lines = [
+            json.dumps({key: 0}, ensure_ascii=False)[1:-4] + ": " + _indented(item, depth + 1)
+            for key, item in value.items()
+        ]
+        return "{" + inner + ("," + inner).join(lines) + outer + "}"
+    if isinstance(value, list | tuple) and any(isinstance(v, dict | list | tuple) for v in value):
+        lines = [_indented(item, depth + 1) for item in value]
+        return "[" + inner + ("," + inner).join(lines) + outer + "]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def json_line(value: Any) -> bytes:

@@ -250,8 +250,26 @@ def test_atomic_path_replaces_or_leaves_alone(tmp_path):
         raise KeyError
     assert path.read_bytes() == old
     write_json(path, [1])
-    assert path.read_text(encoding="utf-8") == "[\n 1\n]\n"
+    assert path.read_text(encoding="utf-8") == "[1]\n"
     assert os.listdir(path.parent) == ["file.json"]
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    )
+)
+def test_json_is_read_as_it_was_written(value):
+    """Whatever the values, and no line of a list of lists holds more than one of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file.json"
+        write_json(path, value)
+        assert json.loads(path.read_text(encoding="utf-8")) == value
+        write_json(path, {"rows": [[value], [1, 2]]})
+        text = path.read_text(encoding="utf-8")
+    assert json.loads(text) == {"rows": [[value], [1, 2]]}
+    assert text.endswith("\n  [1, 2]\n ]\n}\n")
 
 
 def test_atomic_path_survives_kill(tmp_path):
