@@ -308,7 +308,7 @@ def test_eval_repeats_the_evaluation_of_the_run(finished, capsys):
     logged = [r for r in records(finished, "evaluation") if r["stage"] == "pathology_rl"]
     tasks = {record["env"] for record in logged}
     repeated = [record for record in found if record.get("env") in tasks]  # averages have none
-    assert len(repeated) == len(logged) == 28  # fourteen tasks, twelve of them of Figure 1
+    assert len(repeated) == len(logged) == 26  # thirteen tasks, twelve of them of Figure 1
     assert all(record | {"kind": "evaluation"} in logged for record in repeated)
     assert {"airline", "functions", "search", "swe"} <= {record.get("env") for record in found}
 
