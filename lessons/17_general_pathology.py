@@ -461,7 +461,7 @@ def draw(log):
         lesson.arms(axis, x, values, SHADES)
         lesson.panel(axis, heading, "step", "%")
     axis = third[0]
-    axis.set_ylim(0, 100)
+    axis.set_ylim(0, 50)
     lesson.arms(axis, TEMPERATURES, {kind: wild(log, kind, "fault") for kind in KINDS}, KIND_SHADES)
     lesson.panel(axis, "Faults in the wild, nothing planted", "temperature", "answers (%)")
     samples = sizes["fault_prompts"] * sizes["fault_samples"] * sizes["fault_every"]

@@ -400,7 +400,7 @@ def arms(
             va="center",
             fontsize=8,
         )
-    axis.set_xlim(0, x[-1])
+    axis.set_xlim(x[0], x[-1])
 
 
 def bars(axis: Any, names: Sequence[str], values: Sequence[Any], shades: Sequence[str]) -> None:
