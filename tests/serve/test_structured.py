@@ -96,9 +96,13 @@ def test_a_budget_of_reasoning(noise, spelling):
     body = {"response_format": form, "return_token_ids": True, "seed": 3}
     switch = {"type": "enabled", "budget_tokens": 4}
     if spelling == "anthropic":
-        found = ask(http, "/v1/messages", thinking=switch, output_config={"format": form})
-        thought = found["content"][0]
-        assert thought["type"] == "thinking" and found["content"][1]["type"] == "text"
+        # These messages have no seed, and noise sometimes closes its thought at once or thinks white space.
+        kinds = []
+        for _ in range(10):
+            found = ask(http, "/v1/messages", thinking=switch, output_config={"format": form})
+            kinds.append([part["type"] for part in found["content"]])
+        assert ["thinking", "text"] in kinds
+        assert all(kind in (["thinking", "text"], ["text"]) for kind in kinds)
         return
     if spelling == "zai":
         found = ask(http, thinking=switch, **body)
