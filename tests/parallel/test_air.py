@@ -42,9 +42,14 @@ LITTLE = {
     "evaluation.problems": 1,
     "evaluation.samples": 1,
     "evaluation.max_new_tokens": 4,
+    "evaluation.provoking_problems": 1,
     "evaluation.heldout_tokens": 500,
     "posttraining.prompts_per_environment": 1,
     "posttraining.responses_per_prompt": 1,
+    # A model that answers nothing right has no problem of moderate difficulty.
+    "posttraining.reasoning.rl.curriculum.pool": 0,
+    "posttraining.pathology_rl.mining.pool": 2,
+    "posttraining.pathology_rl.mining.answers": 1,
 }
 STAGES = ["reasoning.sft", "reasoning.rl", "agent.sft", "agent.rl", "chat.sft", "chat.rl"]
 STAGES += ["unified", "general_rl", "pathology_rl"]
