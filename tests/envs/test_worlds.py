@@ -5,6 +5,7 @@ import hashlib
 import json
 
 import pytest
+from helpers.incurious import Incurious
 from helpers.scripted import ScriptedGenerator, byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,18 +36,14 @@ def test_the_shop_deals_the_tasks_it_always_dealt():
     assert digest.hexdigest()[:16] == "7213b5c2e4012860"
 
 
-class Incurious(TableEnvironment):
+class IncuriousTableEnvironment(Incurious, TableEnvironment):
     """The right words are enough where nothing had to change."""
-
-    def completed(self, task, world):
-        world.looked_up.add(task.label["number"])
-        return super().completed(task, world)
 
 
 def test_the_contract_refuses_a_world_that_pays_for_guesses():
     """The right words without a look-up are found by the contract."""
     with pytest.raises(AssertionError, match="earns"):
-        check_lazy_answers(Incurious(AIRLINE))
+        check_lazy_answers(IncuriousTableEnvironment(AIRLINE))
 
 
 def courses(env, task):
