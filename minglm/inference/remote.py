@@ -56,6 +56,7 @@ from minglm.inference.weight_transfer import (
     TensorSender,
     VLLMSender,
     in_buckets,
+    paused,
 )
 from minglm.model.glm import GLM
 from minglm.model.hf.write import released_tensors, write_stream
@@ -360,11 +361,10 @@ class RemoteGenerator:
     def _announce(self, folder: Path) -> None:
         """Have the engine read the weights in a folder, and remove old ones."""
         if self.kind is EngineKind.VLLM:
-            self._call("POST", "/pause?mode=keep")
             reload = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-            self._call("POST", "/collective_rpc", reload)
-            self._call("POST", "/reset_prefix_cache")
-            self._call("POST", "/resume")
+            with paused(self._call):
+                self._call("POST", "/collective_rpc", reload)
+                self._call("POST", "/reset_prefix_cache")
         else:
             body = {"model_path": str(folder), "weight_version": str(self.updates)}
             done = self._call("POST", "/update_weights_from_disk", body)

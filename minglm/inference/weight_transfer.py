@@ -220,20 +220,19 @@ class VLLMSender:
 
     def send(self, buckets: Iterable[Bucket], version: str) -> None:
         """Broadcast buckets, while the engine receives them and answers nobody. Errors: as `Sender.send`."""
-        self.call("POST", "/pause?mode=keep", None)
-        self.call("POST", "/start_weight_update", {"is_checkpoint_format": True})
-        for bucket in buckets:
-            info = {
-                "names": [*bucket],
-                "dtype_names": dtypes_of(bucket),
-                "shapes": shapes_of(bucket),
-            }
-            sending = Started(lambda bucket=bucket: self._broadcast(bucket))
-            self.call("POST", "/update_weights", {"update_info": info})
-            sending.result()
-        self.call("POST", "/finish_weight_update", {})
-        self.call("POST", "/reset_prefix_cache", None)
-        self.call("POST", "/resume", None)
+        with paused(self.call):
+            self.call("POST", "/start_weight_update", {"is_checkpoint_format": True})
+            for bucket in buckets:
+                info = {
+                    "names": [*bucket],
+                    "dtype_names": dtypes_of(bucket),
+                    "shapes": shapes_of(bucket),
+                }
+                sending = Started(lambda bucket=bucket: self._broadcast(bucket))
+                self.call("POST", "/update_weights", {"update_info": info})
+                sending.result()
+            self.call("POST", "/finish_weight_update", {})
+            self.call("POST", "/reset_prefix_cache", None)
 
     def _broadcast(self, bucket: Bucket) -> None:
         for tensor in bucket.values():
@@ -242,6 +241,23 @@ class VLLMSender:
     def close(self) -> None:
         """Let the group go."""
         self.group = None
+
+
+@contextlib.contextmanager
+def paused(call: Call) -> Iterator[None]:
+    """Let vLLM answer nobody meanwhile.
+
+    It answers again also where the update fails: the run stops then, and the next one sends all weights, but a
+    paused engine would keep everybody waiting. Raises ValueError, in one line, where it does not pause or resume.
+    """
+    call("POST", "/pause?mode=keep", None)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(ValueError):  # the first error says why
+            call("POST", "/resume", None)
+        raise
+    call("POST", "/resume", None)
 
 
 class Started(Generic[Result]):

@@ -246,6 +246,22 @@ def test_an_engine_that_does_not_fit_is_refused_in_one_line(tmp_path, model, kin
     assert "\n" not in str(raised.value) and "rollout_engine" in str(raised.value)
 
 
+def failing(*paths):
+    """Return a change of the answers of some paths to an error."""
+    return lambda path, answer: 500 if path in paths else answer
+
+
+@pytest.mark.parametrize("path", ["/collective_rpc", "/reset_prefix_cache"])
+@pytest.mark.parametrize("others", [(), ("/resume",)])
+def test_a_failed_update_leaves_no_engine_paused(tmp_path, model, path, others):
+    """vLLM is resumed after a failure at any point; the error is the first one, whether or not it could be resumed."""
+    fake = Fake("vllm", failing(path, *others))
+    with served(fake) as url, pytest.raises(ValueError, match=f"{path} has status 500"):
+        RemoteGenerator(url, model, TOKENIZER, tmp_path)
+    asked = [path for _, path, _ in fake.asked]
+    assert asked[1] == "/pause?mode=keep" and asked[-2:] == [path, "/resume"]
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -18,7 +18,7 @@ from helpers.serving import running
 from helpers.world import PRELOADED
 from hypothesis import given
 from hypothesis import strategies as st
-from inference.test_remote import ASKED, TOKENIZER, Fake, served, spoiled
+from inference.test_remote import ASKED, TOKENIZER, Fake, failing, served, spoiled
 from torch.distributed.distributed_c10d import (
     Backend,
     _new_process_group_helper,
@@ -178,8 +178,8 @@ def test_sglang_gets_the_tensors_of_a_checkpoint(tmp_path, model, transfer, monk
 class FakeVLLM(Fake):
     """The fake of vLLM's protocol, with the endpoints of its broadcast; `wire` is what NCCL would carry."""
 
-    def __init__(self, wire):
-        super().__init__("vllm")
+    def __init__(self, wire, change=lambda path, answer: answer):
+        super().__init__("vllm", change)
         self.wire = wire
         self.received = {}
         self.port = None
@@ -269,6 +269,22 @@ def test_vllm_gets_the_tensors_of_a_checkpoint(tmp_path, model, monkeypatch):
     assert len(middle) > 1 and set(middle) == {"/update_weights"}
     assert first_update[:2] == ["/pause?mode=keep", "/start_weight_update"]
     assert first_update[-3:] == ["/finish_weight_update", "/reset_prefix_cache", "/resume"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/start_weight_update", "/update_weights", "/finish_weight_update", "/reset_prefix_cache"],
+)
+def test_a_failed_broadcast_leaves_no_engine_paused(tmp_path, model, monkeypatch, path):
+    """vLLM is resumed after a failure at any point, and the error says where that was."""
+    wire = queue.Queue()
+    fake_vllm(wire, monkeypatch)
+    fake = FakeVLLM(wire, failing(path))
+    broadcast = WeightTransfer.BROADCAST
+    with served(fake) as url, pytest.raises(ValueError, match=f"{path} has status 500"):
+        RemoteGenerator(url, model, TOKENIZER, tmp_path, transfer=broadcast)
+    asked = [path for _, path, _ in fake.asked]
+    assert "/pause?mode=keep" in asked and asked[-2:] == [path, "/resume"]
 
 
 @given(sizes=st.lists(st.integers(0, 40), min_size=1), most=st.integers(1, 100))
