@@ -328,7 +328,7 @@ def verdicts(log):
 
 def main(argv=None):
     """Run the experiment, or only redraw its figure, and print what it shows."""
-    shown = [Buffer.deal, Disaggregated.draw, policy_loss, in_float8]
+    shown = [Buffer.begin, Disaggregated.draw, policy_loss, in_float8]
     lesson.Lesson(
         "15_async_fp8", experiment, draw, verdicts, shown, SIZES, SMOKE, lesson.REASONER, seeds=1
     ).main(argv)

@@ -11,8 +11,9 @@ them in, through the buffer (`minglm.rl.buffer`), while the trainer learns.
     death:     groups of the worker wait again, it is restarted, and gets weights when the trainer next has time
 
 Choices
-- With `max_staleness` = 0 nothing begins before the weights of its step are everywhere, so the run is the synchronous
-  one to the last bit, where an answer does not depend on its batch (`minglm.inference.cpu_decoder`).
+- With `max_staleness` = 0 nothing begins before the weights of its step are everywhere and the trainer asks for it: what is
+  decided between two steps (a temperature, a tier of the curriculum, a rollback) holds for the next one. So the run is the
+  synchronous one to the last bit, where an answer does not depend on its batch (`minglm.inference.cpu_decoder`).
 - The trainer waits until all workers have new weights. That takes as long as a step of the engine, and no version is
   ever in doubt.
 - A worker that dies costs its groups, which are dealt again: every draw follows from seeds. One that dies again and
@@ -76,7 +77,15 @@ class Disaggregated:
         self.grade = grade
         self.trace = Trace(GRADER)
         staleness = trainer.config.asynchronous.max_staleness
-        self.buffer = Buffer(schedule, trainer.informative, trainer.config.steps, staleness)
+        self.buffer = Buffer(
+            schedule,
+            trainer.informative,
+            trainer.config.steps,
+            staleness,
+            temperature=trainer.temperature.value,
+        )
+        self.version = 0
+        """Of the weights that were published last."""
         self.parts: Mapping[str, Stateful] = {"buffer": self.buffer}
 
         # Shared with the thread, guarded by `changed`.
@@ -101,8 +110,9 @@ class Disaggregated:
 
         Raises ValueError, in one line, where the workers cannot go on, RuntimeError for an error of ours in one of them.
         """
+        self._begin()
         while not self.ranks.first(lambda: self._await(step)):
-            self._hand_over(self.buffer.version)
+            self._hand_over(self.version)
         return self.ranks.first(lambda: self._take(step))
 
     def _await(self, step: int) -> bool:
@@ -123,16 +133,24 @@ class Disaggregated:
         with self.changed:
             if self.pool is not None:
                 self.without_weights = set(range(self.pool.workers))
+        self.version = version
         self._hand_over(version)
+        if self.buffer.max_staleness:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Let the steps begin that the published weights are fresh enough for, at the present temperature."""
+        with self.changed:
+            self.buffer.advance(self.version)
+            self.buffer.temperature = self.trainer.temperature.value
+            if self.pool is not None:
+                self.buffer.begin()
+            self._deal()
 
     def _hand_over(self, version: int) -> None:
         """Give weights to the workers that have none, or old ones, until all have them."""
         while self.ranks.first(lambda: bool(self.without_weights)):
             self._send_weights(version)
-        with self.changed:
-            self.buffer.advance(version)
-            self.buffer.temperature = self.trainer.temperature.value
-            self._deal()
 
     def _send_weights(self, version: int) -> None:
         """Try once to give weights to the workers that need some, and wait for their answers."""

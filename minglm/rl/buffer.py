@@ -82,6 +82,7 @@ class Buffer:
         steps: steps of the stage.
         max_staleness: versions that the weights may be behind a step when it begins.
         step: the first step to take, and the version of the weights.
+        temperature: of the steps that begin, until it is changed.
     """
 
     def __init__(
@@ -91,12 +92,13 @@ class Buffer:
         steps: int,
         max_staleness: int = 0,
         step: int = 0,
+        temperature: float = 1.0,
     ) -> None:
         self.schedule = schedule
         self.informative = informative
         self.steps = steps
         self.max_staleness = max_staleness
-        self.temperature = 1.0
+        self.temperature = temperature
         """At which groups are played that begin from now on."""
         self.requeued = 0
         """Groups that were dealt again since they were last counted, because their worker died."""
@@ -118,11 +120,14 @@ class Buffer:
         assert version >= self.version, "versions only grow"
         self.version = version
 
-    def deal(self) -> list[GroupTask]:
-        """Return all groups that may begin now and have not, oldest first; they are pending from now on."""
+    def begin(self) -> None:
+        """Let all steps begin for which the newest weights are fresh enough; their groups wait."""
         while self.opened < min(self.version + self.max_staleness + 1, self.steps):
             self._open(self.opened, 0, range(self.schedule.prompts))
             self.opened += 1
+
+    def deal(self) -> list[GroupTask]:
+        """Return all groups that wait, oldest first; they are pending from now on."""
         tasks = [self.waiting[key] for key in sorted(self.waiting)]
         self.pending |= self.waiting
         self.waiting = {}
@@ -211,9 +216,10 @@ class Buffer:
         for line in state["samples"]:
             key = GroupKey(line["step"], line["refill"], line["place"])
             found.setdefault(key, []).append(line)
-        self.deal()
+        if found:
+            self.begin()
         for key in sorted(found):
-            self.pending |= self.waiting
+            self.deal()  # a round that the group before has opened
             task = self.pending[key].task
             self.add(key, [read_sample(line, task) for line in found[key]])
         self.waiting |= self.pending

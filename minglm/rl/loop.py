@@ -238,6 +238,7 @@ def draw_groups(
 ) -> DrawnGroups:
     """Roll out the tasks of a step, and new ones in place of those that teach nothing, in at most `refill` rounds."""
     buffer = Buffer(schedule, trainer.informative, step + 1, step=step)
+    buffer.begin()
     player = player.at(trainer.temperature.value)
     while not buffer.is_ready(step):
         tasks = buffer.deal()  # a round

@@ -22,7 +22,12 @@ from rl.test_trainer import LETTERS, Letters, logged, muon
 from minglm.common.files import read_jsonl
 from minglm.common.log import Log
 from minglm.config import OptimizerConfig, RewardConfig
-from minglm.config.posttraining import AsynchronousConfig, PolicyLossConfig, WeightTransport
+from minglm.config.posttraining import (
+    AsynchronousConfig,
+    DynamicTemperatureConfig,
+    PolicyLossConfig,
+    WeightTransport,
+)
 from minglm.config.run import Kernels
 from minglm.inference import Engine
 from minglm.inference.client import EngineGenerator
@@ -130,6 +135,26 @@ def test_without_staleness_it_is_the_synchronous_run(
     found = run(tmp_path, asked, make_channel(), make_pool=make_pool)
     assert same(found[0], synchronous[0])
     assert found[1:] == synchronous[1:]
+
+
+def changes_between_steps():
+    """Return settings that decide something between two steps: a temperature other than 1, and one that rises."""
+    rises = DynamicTemperatureConfig(
+        window=2, gain=1.0, drop=1.0, relative=False, problems=30, samples=1, spacing=0.4
+    )
+    return [{"temperature": 0.7}, {"dynamic_temperature": rises}]
+
+
+@pytest.mark.parametrize("changes", changes_between_steps(), ids=["constant", "rising"])
+def test_without_staleness_the_temperature_is_that_of_the_synchronous_run(tmp_path, changes):
+    """A step is played at the temperature that its loss reads, also the first one and the one after a probe."""
+    wanted = run(tmp_path / "synchronous", **changes)
+    asked = AsynchronousConfig(workers=2, max_staleness=0)
+    found = run(tmp_path / "asynchronous", asked, **changes)
+    assert found[1:] == wanted[1:] and same(found[0], wanted[0])
+    if "dynamic_temperature" in changes:
+        temperatures = {record["temperature"] for record in found[1] if "temperature" in record}
+        assert len(temperatures) > 1, "no probe has raised it"
 
 
 EARLY = Item("early", "Is it early?", lambda judged: judged.message["content"][:1] < "N")

@@ -49,6 +49,7 @@ class Workers(RuleBasedStateMachine):
 
     @rule()
     def deal(self):
+        self.buffer.begin()
         for task in self.buffer.deal():
             assert task.key not in self.playing
             assert self.buffer.version >= task.key.step - self.staleness
@@ -102,9 +103,10 @@ class Workers(RuleBasedStateMachine):
         ready = {key for rounds in self.buffer.rounds.values() for r in rounds for key in r.groups}
         self.buffer = self.fresh()
         self.buffer.load_state_dict(state)
-        assert ready == {
-            k for rounds in self.buffer.rounds.values() for r in rounds for k in r.groups
-        }
+        rounds = [r for rounds in self.buffer.rounds.values() for r in rounds]
+        assert ready == {key for r in rounds for key in r.groups}
+        dealt = {task.key for r in rounds for task in r.tasks}
+        assert dealt - ready == self.buffer.waiting.keys(), "what is ready is not dealt again"
         self.playing = {}
 
     @invariant()
@@ -118,6 +120,7 @@ class Workers(RuleBasedStateMachine):
         if not hasattr(self, "taken"):
             return
         while self.buffer.taken < STEPS:
+            self.buffer.begin()
             for task in self.buffer.deal():
                 self.keys[task.task.id] = task.key
                 self.playing[task.key] = (task, self.buffer.version)
@@ -149,6 +152,7 @@ def buffer_of_one(max_staleness=0):
 def test_a_worker_with_the_wrong_weights_is_found(version, refused):
     """Older than the bound, or younger than any weights there are: one line names step, version and bound."""
     buffer = buffer_of_one(1)
+    buffer.begin()
     task = buffer.deal()[0]
     segment = Segment([1, 2], [False, True], [0.0, -1.0], [-1, version])
     buffer.add(task.key, [Trajectory(task.task, True, segments=[segment])])
