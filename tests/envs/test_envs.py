@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import json
 import random
+import re
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -427,11 +428,42 @@ def test_retail_halts_on_a_malformed_call():
         ("482 is cancelled, 482 and 317 are returned", (None, None)),
         ("482 is cancelled and returned, 317 is returned", (None, "returned")),
         ("", (None, None)),
+        # What is denied is not told, and takes no other order's statement.
+        ("482 is not cancelled. 317 is returned.", (None, "returned")),
+        ("482 can't be cancelled or returned, it is on its way. 317 isn't.", ("on its way", None)),
+        ("Neither 482 nor 317 is cancelled.", (None, None)),
     ],
 )
 def test_retail_reading_of_replies(reply, told):
     """Each order gets the statement that follows its number, or none."""
     assert tuple(outcomes_told(reply, [482, 317])[n] for n in ("482", "317")) == told
+
+
+@pytest.mark.parametrize("name", ["retail", "airline"])
+@given(
+    seed=seeds,
+    denial=st.sampled_from(
+        [
+            "not",
+            "was never",
+            "isn't",
+            "isn’t",
+            "cannot be",
+            "could not be",
+            "is not yet",
+            "won't be",
+        ]
+    ),
+)
+def test_an_outcome_that_is_denied_was_not_told(name, denial, seed):
+    """The oracle's talk, whose last words deny what was done, earns nothing, however they deny it."""
+    env = ENVIRONMENTS[name]
+    task = env.task(seed, seed)
+    talk = [m for m in env.demonstrate(task)[1:] if m["role"] == "assistant"]
+    right = talk[-1]["content"]
+    wrong = re.sub(r" is (?!not )", f" {denial} ", right, count=1)
+    said = talk[-1] | {"content": wrong}
+    assert play_messages(env, task, [*talk[:-1], said]).score.value == float(wrong == right)
 
 
 @given(seeds, st.sampled_from([1, 2, 3]))

@@ -19,8 +19,9 @@ Choices
 
 import copy
 import json
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, Self
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Protocol, Self
 
 from minglm.chat.messages import Message
 from minglm.envs.base import Environment, Episode, Score, Task, user, verdict
@@ -118,3 +119,36 @@ class WorldEpisode(Episode):
             raise UserFailed(f"did not stop within {self.max_turns} turns")
         parts = {"state": float(right_state), "told": float(told), "violations": violations}
         return verdict(complete and self.stopped, parts)
+
+
+NEGATION = r"(?:not|cannot|never|neither|nor|no longer|unable|\w+n['’]t)"
+"""A word that denies an outcome named after it, with two words between them at most: "has not yet been moved"."""
+CHAIN = re.compile(r" (?:or|nor)(?: \w+)? ")
+"""Between two outcomes that one negation denies."""
+
+
+class Statement(NamedTuple):
+    """An outcome that a reply names."""
+
+    place: int
+    """Of its first letter in the reply."""
+    done: bool
+    """Whether the reply affirms it."""
+    word: str
+    """In lower case."""
+
+
+def statements(reply: str, words: Iterable[str]) -> list[Statement]:
+    """Return the outcomes that a reply affirms or denies, in their order. words: for the outcomes, in lower case."""
+    reply = reply.lower()
+    longest_first = sorted(map(re.escape, words), key=len, reverse=True)
+    pattern = rf"\b(?:({NEGATION})(?: \w+){{0,2}}? )?({'|'.join(longest_first)})\b"
+    found: list[Statement] = []
+    end = 0
+    for match in re.finditer(pattern, reply):
+        denied = match[1] is not None
+        if found and not found[-1].done and CHAIN.fullmatch(reply, end, match.start()):
+            denied = True
+        found.append(Statement(match.start(2), not denied, match[2]))
+        end = match.end()
+    return found

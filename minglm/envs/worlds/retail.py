@@ -28,7 +28,7 @@ from typing import Any
 
 from minglm.chat.messages import Message
 from minglm.envs.base import Task, assistant, tool, user
-from minglm.envs.worlds.base import WorldEnvironment
+from minglm.envs.worlds.base import WorldEnvironment, statements
 from minglm.envs.worlds.users import STOP
 
 REQUESTS = (
@@ -48,7 +48,6 @@ NUMBERS = ("{}.", "Order {}.", "It is {}.", "The number is {}.")
 ACTION = {"pending": "cancel_order", "delivered": "return_order"}
 AFTER = {"cancel_order": "cancelled", "return_order": "returned"}
 OUTCOME = {"pending": "cancelled", "delivered": "returned", "shipped": "on its way"}
-OUTCOME_PATTERN = re.compile("|".join(OUTCOME.values()))
 
 
 TOOLS = (
@@ -212,13 +211,14 @@ def initial_orders(task: Task) -> dict[int, str]:
 
 
 def outcomes_told(reply: str, wanted: Iterable[int]) -> dict[str, str | None]:
-    """Return what a reply says about each order: {number as text: outcome}, None if missing or contradictory.
+    """Return what a reply says about each order: {number as text: outcome}, None if missing, denied or contradictory.
 
     The text from an order's number to the next number is about that order. Where it says nothing ("482 and
     317 are cancelled") the next statement counts. A reply about one order is read as a whole and need not
     repeat its number.
     """
     reply = reply.lower().replace("canceled", "cancelled")
+    named = statements(reply, OUTCOME.values())
     names = [str(number) for number in wanted]
     mentions = [(match.start(), match.group()) for match in re.finditer(r"[0-9]+", reply)]
     if len(names) == 1 and {number for _, number in mentions} <= {names[0]}:
@@ -231,8 +231,9 @@ def outcomes_told(reply: str, wanted: Iterable[int]) -> dict[str, str | None]:
     ends = [start for start, _ in mentions[1:]] + [len(reply)]
     # From the last mention to the first, so that a mention without a statement takes the one after it.
     for (start, number), end in reversed(list(zip(mentions, ends, strict=True))):
-        outcomes = set(OUTCOME_PATTERN.findall(reply[start:end]))
-        if outcomes:
+        here = [statement for statement in named if start <= statement.place < end]
+        if here:
+            outcomes = {statement.word for statement in here if statement.done}
             following = outcomes.pop() if len(outcomes) == 1 else None
         told[number] = following
     return told

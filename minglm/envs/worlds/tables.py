@@ -18,7 +18,6 @@ what cannot be done. Outcomes are single words ("cancelled", "not cancelled"), w
 """
 
 import copy
-import functools
 import json
 import random
 import re
@@ -28,7 +27,7 @@ from typing import Any, NamedTuple
 from minglm.chat.messages import Message
 from minglm.common.mistakes import shown
 from minglm.envs.base import Score, Task, assistant, run_without_waiting, user
-from minglm.envs.worlds.base import WorldEnvironment
+from minglm.envs.worlds.base import WorldEnvironment, statements
 from minglm.envs.worlds.specification import Rule, Specification, read_world
 from minglm.envs.worlds.users import Fact, ProgramUser
 
@@ -91,13 +90,6 @@ class TableEnvironment(WorldEnvironment):
         several = any(len(wish.steps) > 1 for wish in specification.wishes)
         self.difficulties = (1, 2, 3) if several else (1, 2)
         self.default_difficulties = self.difficulties
-
-    @functools.cached_property
-    def outcomes(self) -> re.Pattern[str]:
-        """Return what finds the outcomes in a reply: a negation, if there is one, and the word."""
-        done = {rule.done for rule in self.specification.rules.values() if rule.done}
-        words = "|".join(sorted(map(re.escape, done), key=len, reverse=True))
-        return re.compile(rf"\b(?:(not|cannot|never)(?: \w+)? )?({words})\b")
 
     def tools(self) -> tuple[dict[str, Any], ...]:
         """Return the schemas of the world's tools."""
@@ -199,7 +191,8 @@ class TableEnvironment(WorldEnvironment):
 
     def outcomes_named(self, reply: str) -> set[tuple[bool, str]]:
         """Return the outcomes that a reply names: (whether done, the word)."""
-        return {(not negation, word) for negation, word in self.outcomes.findall(reply.lower())}
+        words = {rule.done for rule in self.specification.rules.values() if rule.done}
+        return {(done, word) for _, done, word in statements(reply, words)}
 
     def oracle(self, task: Task, conversation: Sequence[Message], rng: random.Random) -> Message:
         """Return what the policy says next, given the conversation so far."""
