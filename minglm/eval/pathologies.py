@@ -51,7 +51,7 @@ class Auditor:
 
     def flags(self, trajectory: Trajectory) -> dict[str, bool]:
         """Return the flags of the last answer of an episode, {name: bool}: those of `FLAGS`."""
-        text = trajectory.messages[-1]["content"]
+        text = trajectory.last_answer()[1]["content"]
         task = trajectory.task
         flags = audit(text, self.characters[task.environment])
         known = self.words.get((task.environment, task.expected_language))

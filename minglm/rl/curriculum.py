@@ -157,8 +157,8 @@ class Curriculum:
         self.seed = seed
         self.fallen = False
         """Whether the hard problems did harm, so that the remaining steps are moderate."""
-        self.baseline: list[float] | None = None
-        """Scores of the held-out problems before the first hard step."""
+        self.baseline: list[float | None] | None = None
+        """Scores of the held-out problems before the first hard step; None where every environment failed so far."""
         self.checked = -1
         """Steps done at the last check."""
         if not any(tiers[tier][name] for tier in (Tier.MODERATE, Tier.EXTREME) for name in names):
@@ -214,21 +214,26 @@ class Curriculum:
         """Return whether only weights with a healthy score may be kept, when so many steps are done."""
         return bool(self.held_out) and not self.fallen and done >= self.switch
 
-    def check(self, scores: Sequence[float], done: int) -> Verdict:
-        """Take the scores of the held-out problems when so many steps are done; remember the first, judge the others."""
+    def check(self, scores: Sequence[float | None], done: int) -> Verdict:
+        """Take the scores of the held-out problems when so many steps are done; remember the first, judge the others.
+
+        A problem whose environment failed (None) is not judged; its first score is remembered later.
+        """
         self.checked = done
         if self.baseline is None:
             self.baseline = list(scores)
             return Verdict.REMEMBERED
-        changes = [now - before for before, now in zip(self.baseline, scores, strict=True)]
+        pairs = list(zip(self.baseline, scores, strict=True))
+        changes = [now - old for old, now in pairs if old is not None and now is not None]
+        self.baseline = [now if old is None else old for old, now in pairs]
         # shown to lie below -drop
         self.fallen = upper_bound(changes, GUARD_RISK) < -self.config.guard_drop
         return Verdict.FALLEN if self.fallen else Verdict.HELD
 
     def baseline_score(self) -> float:
-        """Return the mean score of the held-out problems before the first hard step."""
+        """Return the mean score of the held-out problems before the first hard step, 0 where none has one."""
         assert self.baseline, "nothing was scored yet"
-        return fmean(self.baseline)
+        return mean_known(self.baseline)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, ready for JSON."""
@@ -239,3 +244,9 @@ class Curriculum:
         self.fallen = state["fallen"]
         self.baseline = state["baseline"]
         self.checked = state["checked"]
+
+
+def mean_known(scores: Sequence[float | None]) -> float:
+    """Return the mean of the scores that there are; 0 without any."""
+    known = [score for score in scores if score is not None]
+    return fmean(known) if known else 0.0

@@ -29,6 +29,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from minglm.chat.messages import Message
+from minglm.chat.parser import Piece
 from minglm.envs.base import Environment, ScoreStatus, Task
 from minglm.rewards.pathology import detect
 from minglm.rl.episode import Trajectory
@@ -57,6 +58,8 @@ class Sample:
     """Whether the bound on new tokens cut it off."""
     n_tokens: int = 0
     """Tokens that the teacher produced."""
+    pieces: Sequence[Piece] | None = None
+    """The pieces of `text`, where they are known; None: tags are read from its letters."""
 
 
 Filter = Callable[[Sample], bool]
@@ -94,7 +97,7 @@ def well_formed(min_tokens: int = 1, language: str | None = None) -> Filter:
     def keep(sample: Sample) -> bool:
         if sample.truncated or sample.n_tokens < min_tokens:
             return False
-        return not any(detect(sample.text, language).values())
+        return not any(detect(sample.text, language, pieces=sample.pieces).values())
 
     return keep
 
@@ -176,6 +179,7 @@ def sample_of(trajectory: Trajectory, objective: bool) -> Sample:
     return Sample(
         prompt=trajectory.task.id,
         text=trajectory.texts[-1] if trajectory.texts else "",
+        pieces=None if trajectory.task.spelled_tags_are_noise else trajectory.last_pieces,
         messages=tuple(trajectory.messages),
         score=score if objective else None,
         judgement=None if objective else score,

@@ -199,6 +199,14 @@ class Trajectory:
         """Return whether the environment worked; other samples are left out of all statistics."""
         return self.score.status != ScoreStatus.INFRASTRUCTURE
 
+    def last_answer(self) -> tuple[list[Message], Message]:
+        """Return the conversation before the model's last message, and that message.
+
+        Replies after it, which a bound on the turns left without an answer, are in neither.
+        """
+        place = max(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
+        return self.messages[:place], self.messages[place]
+
     def faults(self) -> dict[str, bool]:
         """Return the pathologies of the last turn, {name: bool}; language only if the task asks for one."""
         return self._faults

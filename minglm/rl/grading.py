@@ -47,7 +47,7 @@ def judged(trajectory: Trajectory, objective: bool, tokenizer: Tokenizer | None 
     tokenizer: for prompt and answer as token ids; None: without them.
     """
     task = trajectory.task
-    *prompt, message = trajectory.messages
+    prompt, message = trajectory.last_answer()
     return Judged(
         prompt,
         message,

@@ -39,7 +39,7 @@ from minglm.report.records import (
 from minglm.rewards.hybrid import PARTS
 from minglm.rewards.pathology import incidence
 from minglm.rl.buffer import Buffer, DrawnGroups
-from minglm.rl.curriculum import Verdict
+from minglm.rl.curriculum import Verdict, mean_known
 from minglm.rl.episode import Player, Trajectory
 from minglm.rl.probe import problem_scores
 from minglm.rl.rollout import rollout
@@ -342,25 +342,22 @@ def check_curriculum(
         [problem.task for problem in curriculum.held_out],
         [problem.thinking for problem in curriculum.held_out],
     )
-    found = problem_scores(
+    scores = problem_scores(
         player.at(trainer.config.temperature),
         schedule.environments,
         prompts,
         curriculum.config.guard_samples,
         schedule.rollout_seed(0),  # the same numbers at every check
     )
-    # A problem whose environment failed is as it was before.
-    before = curriculum.baseline or [0.0] * len(found)
-    scores = [old if new is None else new for old, new in zip(before, found, strict=True)]
     done = trainer.state.step
     verdict = curriculum.check(scores, done)
     record = CurriculumRecord(
         stage=stage,
         step=done,
-        score=round(fmean(scores), 6),
+        score=round(mean_known(scores), 6),
         before=round(curriculum.baseline_score(), 6),
         verdict=verdict,
-        problems=len(scores),
+        problems=sum(score is not None for score in scores),
         seconds=round(time.perf_counter() - began, 3),
     )
     log.write(record)

@@ -67,13 +67,13 @@ class Session:
         self.calls = 0
         """Answers that were asked for."""
         self.fault: str | None = None
-        """Why the model's last turn was malformed."""
+        """Why a turn of the model was malformed, the first one that was."""
 
     @property
     def closed(self) -> str | None:
         """Return why the model may not be asked again; None if it may."""
         if self.fault is not None:
-            return f"the model's last turn was malformed ({self.fault}): the reward is 0"
+            return f"a turn of the model was malformed ({self.fault}): the reward is 0"
         if self.calls >= self.player.settings.max_turns:
             return f"the model has been asked {self.calls} times, as often as it may be"
         if self.trajectory.truncated:
@@ -119,7 +119,8 @@ class Session:
         """Note an answer: its tokens extend the segment that the prompt continues, or begin a new one."""
         trajectory = self.trajectory
         message = take_answer(self.player.tokenizer, trajectory, completion, tools)
-        self.fault = message_fault(message, map(dict, tools))
+        # Another call may have been under way when a turn was malformed.
+        self.fault = self.fault or message_fault(message, map(dict, tools))
         segment = self._segment_of(prompt)
         segment.add_answer(completion)
         trajectory.messages = [*messages, message]
@@ -140,8 +141,13 @@ class Session:
         return segment
 
     def end(self, value: float, parts: Mapping[str, float]) -> Trajectory:
-        """Return the trajectory with the agent's reward; 0 if the model's last turn was malformed."""
+        """Return the trajectory with the agent's reward; 0 if a turn of the model was malformed.
+
+        A reward for which the model said nothing says nothing about it: that is a failure of the agent.
+        """
         told = dict(parts)
+        if not self.branches:
+            return self.fail(RuntimeError("the agent gave a reward and never asked the model"))
         if self.fault is not None:
             score = Score(0.0, ScoreStatus.FORMAT, told, self.fault)
         else:

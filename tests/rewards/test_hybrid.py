@@ -16,7 +16,7 @@ from minglm.rewards.hybrid import PARTS, Grader, weighted
 from minglm.rewards.judge import Item, Judged, JudgeFailed, JudgeStatus, ModelJudge, ProgramJudge
 from minglm.rewards.rubric import judge_by_rubric
 from minglm.rl.episode import Trajectory
-from minglm.rl.grading import grade
+from minglm.rl.grading import grade, judged
 from minglm.testing.strategies import seeds
 
 shares = st.floats(0, 1)
@@ -173,3 +173,14 @@ def test_a_reward_without_parts_is_refused():
         RewardConfig(rules=0).check("chat.reward")
     with pytest.raises(ValueError, match="needs a reward model"):
         Grader(RewardConfig(reward_model=1))
+
+
+def test_what_the_world_said_last_is_not_the_answer():
+    """An episode that a bound on its turns cut off ends with a tool's result: judged is what the model said before it."""
+    call = assistant("", calls=[("f", {})])
+    result = {"role": "tool", "content": "a long and friendly result!"}
+    cut = trajectory(assistant("one two"))
+    cut.messages = [*TASK.messages, call, result, assistant("one two"), result]
+    found = judged(cut, objective=True)
+    assert found.message["content"] == "one two"
+    assert found.prompt == [*TASK.messages, call, result]

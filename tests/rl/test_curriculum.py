@@ -213,6 +213,19 @@ def test_the_guard_remembers_holds_and_falls():
         assert one.baseline_score() == 0.5
 
 
+def test_a_failed_environment_hides_no_fall():
+    """Problems that could not be scored before the hard steps are judged from their first score on, not from 0."""
+    subject = curriculum({"a": 3}, {"a": 3}, steps=12, guard_every=2, guard_drop=0.1)
+    subject.held_out = [problem("held", i) for i in range(200)]
+    assert subject.check([None] * 100 + [0.8] * 100, 6) == Verdict.REMEMBERED
+    assert subject.baseline_score() == 0.8
+    assert subject.check([0.8] * 100 + [None] * 100, 8) == Verdict.HELD
+    assert subject.check([0.5] * 200, 10) == Verdict.FALLEN
+    nothing = curriculum({"a": 3}, {"a": 3}, steps=12)
+    assert nothing.check([None] * 200, 6) == Verdict.REMEMBERED
+    assert nothing.check([0.0] * 200, 8) == Verdict.HELD
+
+
 def test_noise_alone_does_not_roll_back():
     """Over many checks of unchanged weights the score is seldom shown to have fallen; a collapse always is."""
     generator = random.Random(0)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minglm.chat.parser import Tag
 from minglm.envs.base import Score, Task
 from minglm.rl.distill import (
     Sample,
@@ -159,6 +160,16 @@ def played(environment, prompt, text="yes", score=1.0, status="ok", tokens=3, me
 def environments(**objective):
     """Return environments of these names, with or without right answers."""
     return {name: SimpleNamespace(objective=value) for name, value in objective.items()}
+
+
+def test_an_answer_that_speaks_of_a_tag_is_well_formed():
+    """Letters that spell a tag are text in rejection sampling as they are in rewards; the tag itself is a fault."""
+    said = "Use the <tool_call> tag."
+    for pieces, kept in (([said], 1), (["Use the ", Tag("<tool_call>"), " tag."], 0)):
+        drawn = played("sums", "a", text=said)
+        drawn.last_pieces = pieces
+        assert any(drawn.faults().values()) == (not kept)
+        assert accept([drawn], environments(sums=True)).counts["kept"] == kept
 
 
 def test_every_answer_meets_the_four_filters():

@@ -198,3 +198,21 @@ def test_the_trainer_samples():
     first, second = session.ask([1], 10), session.ask([1], 10)
     assert (first.temperature, first.top_p, first.thinking_budget) == (0.7, 0.9, 5)
     assert second == replace(first, seed=1)
+
+
+def test_a_malformed_turn_stays_one_when_another_call_was_under_way():
+    """Two calls at once, in either order, one of them malformed: the session is closed, and the reward is 0."""
+    malformed = assistant("", "look", [("no_such_tool", ORDER)])
+    for answers in ((malformed, ANSWERS[0]), (ANSWERS[0], malformed)):
+        session = opened()
+        for answer in answers:
+            call(session, list(TASK.messages), answer)
+        assert session.closed
+        assert (session.end(1.0, {}).score.value, session.fault) == (0.0, "unknown_tool")
+
+
+def test_a_reward_without_an_answer_leaves_the_statistics():
+    """An agent that never asks the model says nothing about it, whatever reward it gives."""
+    with pytest.warns(UserWarning, match="leaves the statistics"):
+        trajectory = opened().end(1.0, {})
+    assert not trajectory.valid and "never asked the model" in trajectory.score.detail
