@@ -10,9 +10,12 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from minglm.chat.messages import Message
 from minglm.common.files import read_json, write_json
-from minglm.data.dialogues import Conversation
+from minglm.data.dialogues import Conversation, examples
+from minglm.data.tokenizer import Tokenizer
 from minglm.envs.base import Environment, Task, without_reasoning
 from minglm.recipe.context import RunContext
 from minglm.recipe.stages import DISTILLATION_STREAM, Teacher, UnifiedStage
@@ -34,6 +37,39 @@ class Answer(NamedTuple):
     environment: str
     messages: list[Message]
     tools: Sequence[dict[str, Any]]
+
+
+class Examples(NamedTuple):
+    """What fine-tuning trains on, by environment."""
+
+    tokens: dict[str, tuple[np.ndarray, ...]]
+    """int64 ids of each example that fits a row; an environment without any is missing."""
+    masks: dict[str, tuple[np.ndarray, ...]]
+    """bool: where the loss of each is computed."""
+    counts: dict[str, int]
+    """Examples, those that do not fit included."""
+    too_long: dict[str, int]
+    """Those that do not fit, where there are any."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Return the tokens of the examples that fit."""
+        return {environment: sum(map(len, group)) for environment, group in self.tokens.items()}
+
+
+def fitting(tokenizer: Tokenizer, conversations: Conversations, sequence_length: int) -> Examples:
+    """Return the examples of some conversations that fit a row, and count all of them."""
+    fitting = Examples({}, {}, {}, {})
+    for environment, group in conversations.items():
+        found = [example for c in group for example in examples(tokenizer, *c)]
+        short = [each for each in found if len(each.tokens_S) <= sequence_length]
+        fitting.counts[environment] = len(found)
+        if len(short) < len(found):
+            fitting.too_long[environment] = len(found) - len(short)
+        if short:
+            fitting.tokens[environment] = tuple(each.tokens_S for each in short)
+            fitting.masks[environment] = tuple(each.mask_S for each in short)
+    return fitting
 
 
 def shown_conversations(

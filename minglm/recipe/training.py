@@ -30,16 +30,16 @@ from minglm.common.statistics import interval
 from minglm.common.threads import threads_in_use
 from minglm.config import Packing, RolloutPrecision, SFTConfig, Unification
 from minglm.config.posttraining import RolloutScheduler, WeightTransport
-from minglm.data.dialogues import examples
-from minglm.data.mixture import Mixture
+from minglm.data.mixture import POOL_BATCHES, Mixture
 from minglm.inference.client import Generator
 from minglm.inference.scoring import Scorer
 from minglm.model.glm import GLM
 from minglm.optim.muon import Muon
 from minglm.recipe.context import RunContext
 from minglm.recipe.conversations import (
-    Conversations,
+    Examples,
     experts_answers,
+    fitting,
     shown_conversations,
     unified_conversations,
 )
@@ -53,7 +53,6 @@ from minglm.recipe.stages import (
     RLStage,
     Stage,
     UnifiedStage,
-    conversation_tokens,
 )
 from minglm.report.records import (
     ConversationsRecord,
@@ -89,6 +88,12 @@ from minglm.train.checkpoint_files import moments_of
 from minglm.train.loop import LoopOptions, Phase, Trainer
 from minglm.train.state import TrainingState
 
+FIRST_SOLUTIONS = 64
+"""Solutions of each environment that tell how long one is."""
+SPARE = 1.05
+"""Solutions that are drawn, over those that their mean length asks for."""
+DRAWN_AHEAD = POOL_BATCHES + 2
+"""Batches that a mixture may draw beyond those trained on: its pool, the last one's rest, and a document of each source."""
 NOTHING_PROVOKES = "no prompt provoked a fault: all prompts come from the environments"
 
 
@@ -108,8 +113,10 @@ def train_stage(context: RunContext, stage: Stage, model: GLM) -> Trained:
             return pretrain(context, stage, model)
         case ColdStartStage():
             environments = [context.environments[name] for name in stage.environments]
-            conversations = shown_conversations(environments, stage.config.samples, stage.seed)
-            return fine_tune(context, stage.name, stage.config, model, conversations)
+            config = stage.config
+            conversations = shown_conversations(environments, config.samples, stage.seed)
+            solutions = fitting(context.tokenizer, conversations, config.sequence_length)
+            return fine_tune(context, stage.name, config, model, solutions)
         case ControlStage():
             return train_control(context, stage, model)
         case UnifiedStage():
@@ -154,47 +161,35 @@ def fine_tune(
     name: str,
     config: SFTConfig,
     model: GLM,
-    conversations: Conversations,
+    found: Examples,
     budget: int | None = None,
 ) -> Trained:
-    """Fine-tune on conversations, each of them `config.epochs` times; sources are drawn by their tokens (paper 3.1).
+    """Fine-tune on examples, each of them `config.epochs` times; sources are drawn by their tokens (paper 3.1).
 
     budget: tokens to train on, in place of the epochs. Examples longer than a row are left out, counted in the log.
     Raises ValueError where none is left.
     """
-    tokens = {}
-    masks = {}
-    counts = {}
-    too_long = {}
-    for environment, group in conversations.items():
-        found = [example for c in group for example in examples(context.tokenizer, *c)]
-        fitting = [e for e in found if len(e.tokens_S) <= config.sequence_length]
-        counts[environment] = len(found)
-        if len(fitting) < len(found):
-            too_long[environment] = len(found) - len(fitting)
-        if fitting:
-            tokens[environment] = tuple(example.tokens_S for example in fitting)
-            masks[environment] = tuple(example.mask_S for example in fitting)
-    if not tokens:
+    if not found.tokens:
         raise ValueError(f"{name}: no conversation fits sequence_length = {config.sequence_length}")
     if not context.checkpoints.is_interrupted(name):  # a resumed stage has logged it already
-        context.log.write(ConversationsRecord(stage=name, examples=counts, too_long=too_long))
-    for environment, count in too_long.items() if context.world.is_writer else ():
+        record = ConversationsRecord(stage=name, examples=found.counts, too_long=found.too_long)
+        context.log.write(record)
+    for environment, count in found.too_long.items() if context.world.is_writer else ():
         print(
-            f"minglm: {name}: {count:,} of {counts[environment]:,} examples of {environment} are left out, "
+            f"minglm: {name}: {count:,} of {found.counts[environment]:,} examples of {environment} are left out, "
             f"longer than sequence_length = {config.sequence_length:,}",
             file=sys.stderr,
         )
-    weights = {environment: float(sum(map(len, group))) for environment, group in tokens.items()}
-    total = int(config.epochs * sum(weights.values())) if budget is None else budget
+    sizes = found.sizes
+    total = int(config.epochs * sum(sizes.values())) if budget is None else budget
     phase = sft.phase(name, config, context.run, total)
     stream = Mixture(
-        tokens,
-        weights,
+        found.tokens,
+        sizes,
         config.sequence_length,
         Packing.BEST_FIT,
         context.run.seed,
-        masks,
+        found.masks,
         context.tokenizer.pad,
     )
     _run_trainer(context, model, Muon(model, context.run.optimizer), stream, phase)
@@ -204,15 +199,28 @@ def fine_tune(
 def train_control(context: RunContext, stage: ControlStage, model: GLM) -> Trained:
     """Fine-tune the start of a stage of RL on solutions that are new to it, for as many tokens as RL was trained on.
 
-    Where RL was trained on nothing (no group had a signal), neither is its control.
+    It sees no solution twice. Where RL was trained on nothing (no group had a signal), neither is its control.
     """
     budget = context.world.ranks.first(lambda: trained_by_rl(context, stage.compared))
     if not budget:
         return Trained(0)
-    samples = math.ceil(budget / conversation_tokens(stage.environments) / len(stage.environments))
+    config = stage.config
+    step = max(config.batch_tokens, config.sequence_length)
+    solutions = solutions_of(context, stage, budget + DRAWN_AHEAD * step)
+    return fine_tune(context, stage.name, config, model, solutions, budget)
+
+
+def solutions_of(context: RunContext, stage: ControlStage, tokens: int) -> Examples:
+    """Return solutions with at least so many tokens in all; none where none fits a row."""
     environments = [context.environments[name] for name in stage.environments]
-    conversations = shown_conversations(environments, samples, stage.seed)
-    return fine_tune(context, stage.name, stage.config, model, conversations, budget)
+    samples = FIRST_SOLUTIONS
+    while True:
+        conversations = shown_conversations(environments, samples, stage.seed)
+        found = fitting(context.tokenizer, conversations, stage.config.sequence_length)
+        size = sum(found.sizes.values())
+        if size >= tokens or not size:
+            return found
+        samples = math.ceil(SPARE * samples * tokens / size)
 
 
 def unify(context: RunContext, stage: UnifiedStage, model: GLM) -> Trained:
@@ -227,7 +235,8 @@ def unify(context: RunContext, stage: UnifiedStage, model: GLM) -> Trained:
     if not context.checkpoints.is_interrupted(stage.name):  # a resumed stage has logged it already
         context.log.write(RejectionRecord(counts=counts))
     conversations = unified_conversations(context, stage, answers)
-    return fine_tune(context, stage.name, stage.config, model, conversations)
+    found = fitting(context.tokenizer, conversations, stage.config.sequence_length)
+    return fine_tune(context, stage.name, stage.config, model, found)
 
 
 def distill_on_policy(context: RunContext, stage: UnifiedStage, model: GLM) -> Trained:

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 import os
 import random
 import shutil
@@ -30,6 +31,7 @@ from minglm.config import load_config
 from minglm.envs import ENVIRONMENTS
 from minglm.recipe.conversations import (
     experts_answers,
+    fitting,
     shown_conversations,
     unified_conversations,
 )
@@ -474,6 +476,26 @@ def test_a_control_learns_as_much_as_rl(context, monkeypatch):
     assert record.examples.keys() == {"instructions", "constraints"}
 
 
+@pytest.mark.parametrize("name", ["reasoning.control", "agent.control", "chat.control"])
+def test_a_control_sees_no_solution_twice(context, monkeypatch, name):
+    """However long the solutions are: of those that are drawn it is trained on more than half, and on none a second time."""
+    streams = []
+    monkeypatch.setattr(
+        "minglm.recipe.training._run_trainer", lambda *args, **options: streams.append(args[3:5])
+    )
+    monkeypatch.setattr("minglm.recipe.training.Muon", lambda *args: None)
+    shown = dataclasses.replace(small().posttraining, shown=("arithmetic:6", "instructions:1"))
+    context = dataclasses.replace(context, run=dataclasses.replace(small(), posttraining=shown))
+    monkeypatch.setattr("minglm.recipe.training.trained_by_rl", lambda *args: 50_000)
+    stage = planned(name)
+    train_control(context, stage, None)
+    ((stream, phase),) = streams
+    rows = stage.config.batch_tokens // stage.config.sequence_length
+    for _ in range(math.ceil(phase.tokens / stage.config.batch_tokens)):
+        stream.next(rows)
+    assert all(0.5 < epochs <= 1 for epochs in stream.epochs.values())
+
+
 @pytest.mark.parametrize("faults", [0, 1])
 def test_mining_is_logged_and_says_where_nothing_provoked(context, monkeypatch, faults):
     """Prompts asked and kept by environment; where none is kept, a line says what follows. Kinds have their difficulties."""
@@ -505,7 +527,8 @@ def test_conversations_that_do_not_fit_are_left_out(context):
     with pytest.raises(
         ValueError, match=r"reasoning\.sft: no conversation fits sequence_length = 4"
     ):
-        fine_tune(context, "reasoning.sft", short, None, {"arithmetic": [(messages, (), False)]})
+        found = fitting(context.tokenizer, {"arithmetic": [(messages, (), False)]}, 4)
+        fine_tune(context, "reasoning.sft", short, None, found)
 
 
 def test_examples_longer_than_a_row_are_counted(context, monkeypatch, capsys):
@@ -525,7 +548,8 @@ def test_examples_longer_than_a_row_are_counted(context, monkeypatch, capsys):
         "arithmetic": [conversation(1), conversation(100), conversation(2)],
         "code": [conversation(100)],
     }
-    fine_tune(context, "reasoning.sft", config, None, conversations)
+    found = fitting(context.tokenizer, conversations, config.sequence_length)
+    fine_tune(context, "reasoning.sft", config, None, found)
     record = select(read_records(context.log.path), ConversationsRecord)[-1]
     assert record.stage == "reasoning.sft"
     assert record.examples == {"arithmetic": 3, "code": 1}
