@@ -262,6 +262,12 @@ class CurriculumConfig:
     guard_drop: float = share(0.1)
     """Fall of their mean score beyond which the weights are rolled back and the rest of the steps is moderate."""
 
+    def leaves_open(self, right: int, answers: int) -> bool:
+        """Return whether so many right answers of the first draw leave it open that a problem is extremely hard."""
+        if self.extreme_tier == ExtremeTier.UNSOLVED:
+            return right == 0
+        return right / answers <= self.extreme_highest
+
     def check(self, name: str) -> None:
         """Raise ValueError, in one line, for ranges that are none. name: dotted, for the message."""
         for tier in ("moderate", "extreme"):

@@ -5,7 +5,8 @@
 How long a model thinks is its own choice, so a conversation is assumed to have between a tenth and a half of
 the longest answer that the stage allows (`ANSWERS`); further turns are not counted. A token that is sampled
 is assumed to cost as much as one that is trained on, and each token of reinforcement learning is counted
-once, as `minglm.recipe.stages` does. Everything else is the arithmetic of pre-training, with the stage's own
+once, as `minglm.recipe.stages` does; so are the answers before the first step, of mining and of screening
+(`minglm.plan.screening`). Everything else is the arithmetic of pre-training, with the stage's own
 batches: GPUs that get no row of a small one idle.
 
 An engine in the process of a rank answers with a whole copy of the weights, so that what trains may fit and
@@ -22,6 +23,7 @@ from minglm.plan.counts import count_parameters
 from minglm.plan.gpus import GPU, USABLE
 from minglm.plan.layout import layout_for, without_pipeline
 from minglm.plan.memory import GIB, Fit, compute_bytes, fit
+from minglm.plan.screening import screening_answers
 from minglm.plan.speed import EXPECTED, step_time
 
 ANSWERS = (0.1, 0.5)
@@ -97,7 +99,8 @@ def _plan_stage(
     longest = [share * _longest_answer(run, name) for share in ANSWERS]
     if isinstance(stage, RLConfig):
         answers = stage.prompts * stage.samples
-        conversations = float(stage.steps * answers)
+        conversations = stage.steps * answers + screening_answers(stage)
+        conversations += len(stage.mining.kinds) * stage.mining.pool * stage.mining.answers
         length = stage.max_new_tokens
         batch = sum(longest) / 2 * answers / stage.updates_per_rollout
     else:

@@ -121,14 +121,14 @@ def _posttraining_lines(plan: Mapping[str, Any]) -> list[str]:
     shortest, longest = plan["assumed"]["answers"]
     lines = [
         f"post-training, if conversations have {shortest:.0%} to {longest:.0%} of the longest answer",
-        f"{'stage':<18}{'tokens':>16}{'length':>9}{'cp':>4}{'GiB':>7}{'tokens/s/GPU':>24}{'days':>18}{'GPU-hours':>24}",
+        f"{'stage':<18}{'tokens':>16}{'length':>9}{'cp':>4}{'GiB':>7}{'tokens/s/GPU':>24}{'days':>22}{'GPU-hours':>24}",
     ]
     for stage in plan["posttraining"]:
         tokens = " to ".join(size(end) for end in stage["tokens"])
         lines.append(
             f"{stage['name']:<18}{tokens:>16}{stage['sequence_length']:>9,}{stage['cp']:>4}"
             f"{stage['memory'] / GIB:>7.1f}{between(stage['tokens_per_second_per_gpu']):>24}"
-            f"{between(stage['days']):>18}{between(stage['gpu_hours']):>24}"
+            f"{between(stage['days']):>22}{between(stage['gpu_hours']):>24}"
         )
     too_large = [stage["name"] for stage in plan["posttraining"] if not stage["fits"]]
     if too_large:

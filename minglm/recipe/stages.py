@@ -6,7 +6,8 @@ A stage carries everything that its training and its evaluation need, so nothing
 
 Tokens are exact for pre- and mid-training. For the later stages they are an estimate from a few conversations of each
 environment, as if no answer were rejected. A token of a rollout costs as much as one of training: all are sampled, and
-those of groups with a signal are trained on.
+those of groups with a signal are trained on. Answers that are drawn before the first step count too: those that mining asks
+for, and those that screening is expected to draw (`minglm.plan.screening`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ from minglm.envs import ENVIRONMENTS, Environments
 from minglm.envs.base import Environment
 from minglm.envs.twelve import TWELVE
 from minglm.plan.counts import flops_per_token
+from minglm.plan.screening import screening_answers
 from minglm.recipe.solutions import check_environments, environments_of, provoking_kinds
 from minglm.report.records import Moment
 from minglm.train.checkpoint import CheckpointStore
@@ -36,7 +38,7 @@ BYTES_PER_TOKEN = 3  # of conversations, with a tokenizer as small as the toy's
 UTILISATION = {"cpu": 0.6, "cuda": 0.2}
 """FLOPs that a stage is planned to take, over its seconds and the speed of matrix products, by the kind of the device.
 
-CPU: the stages of the three runs in figures/toy reach 0.61, 0.59 and 0.57 of 94 GFLOP/s, a core's speed, for each of their
+CPU: the stages of the three runs in figures/toy reach 0.64, 0.61 and 0.60 of 94 GFLOP/s, a core's speed, for each of their
 threads; the last two shared two cores. After pre-training the plan has twice the tokens that are trained on: groups without
 a signal are left out. GPU: `configs/mini.py` with six layers reached an MFU of 0.20 on an
 H200, in pre-training.
@@ -95,7 +97,7 @@ class Stage:
     base: str | None
     """Name of the stage whose weights it starts from; None: freshly initialised weights."""
     tokens: int
-    """Tokens trained on; an estimate after mid-training."""
+    """Tokens trained on, of RL those sampled; an estimate after mid-training."""
     sequence_length: int
     """Positions of a row; for RL the bound on one answer, in tokens."""
     learning_rate: float
@@ -136,6 +138,8 @@ class RLStage(Stage):
     config: RLConfig
     thinking_share: float
     """Share of the prompts with thinking switched on."""
+    tokens_before: int
+    """Those of `tokens` that are sampled before the first step, to screen problems or to mine prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +217,7 @@ def plan_stages(run: RunConfig) -> list[Stage]:
             name=f"{name}.control",
             teaches=f"for comparison: fine-tuning as long as RL, {', '.join(expert.rl.environments)}",
             base=cold_start.name,
-            tokens=reinforced.tokens,
+            tokens=reinforced.tokens - reinforced.tokens_before,
             sequence_length=expert.sft.sequence_length,
             learning_rate=expert.sft.peak_lr,
             seed=run.seed * 100 + CONTROL_STREAM,
@@ -328,25 +332,30 @@ def _reinforcement(
 ) -> RLStage:
     """Plan a stage of RL. number: among the stages of RL, from 0; each draws tasks of its own."""
     episodes = float(config.steps * config.prompts * config.samples)
+    asking = environments_of(run)
+    screened = dict.fromkeys(config.environments)
+    before = screening_answers(config) * conversation_tokens(screened, asking)
     tokens = 0.0
     kinds = provoking_kinds(run, config)
     if kinds:
         mined = config.mining.mined_share * episodes
-        asked = len(kinds) * config.mining.pool * config.mining.answers
-        tokens += (mined + asked) * conversation_tokens(kinds, kinds)
+        each = conversation_tokens(kinds, kinds)
+        before += len(kinds) * config.mining.pool * config.mining.answers * each
+        tokens += mined * each
         episodes -= mined
-    tokens += episodes * conversation_tokens(config.environments, environments_of(run))
+    tokens += episodes * conversation_tokens(config.environments, asking)
     return RLStage(
         name=name,
         teaches=teaches,
         base=base,
-        tokens=int(tokens),
+        tokens=int(before + tokens),
         sequence_length=config.max_new_tokens,
         learning_rate=config.peak_lr,
         seed=(run.seed * 100 + RL_STREAM) * 10 + number,
         evaluation=evaluation,
         config=config,
         thinking_share=thinking_share,
+        tokens_before=int(before),
     )
 
 

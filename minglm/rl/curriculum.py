@@ -81,13 +81,6 @@ class PassRate(NamedTuple):
         return interval([1.0] * right + [0.0] * (attempts - right))
 
 
-def needs_second_draw(seen: PassRate, config: CurriculumConfig) -> bool:
-    """Return whether a first draw leaves it open that a problem is extreme."""
-    if config.extreme_tier == ExtremeTier.UNSOLVED:
-        return seen.first_right == 0
-    return seen.first_right / seen.first <= config.extreme_highest
-
-
 def tier_of(seen: PassRate, config: CurriculumConfig) -> Tier:
     """Return the tier of a problem."""
     attempts = seen.first + seen.second

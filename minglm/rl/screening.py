@@ -25,7 +25,6 @@ from minglm.rl.curriculum import (
     PassRate,
     Problem,
     Tier,
-    needs_second_draw,
     tier_of,
 )
 from minglm.rl.episode import Player, Trajectory
@@ -131,7 +130,11 @@ def screen(
     more = config.search - config.screen
     again = []
     if more:
-        again = [i for i, rate in enumerate(seen) if rate.first and needs_second_draw(rate, config)]
+        again = [
+            i
+            for i, rate in enumerate(seen)
+            if rate.first and config.leaves_open(rate.first_right, rate.first)
+        ]
     second = screener.draw("second", [pool[i] for i in again], more, SECOND_DRAW_SEED)
     for i, counts in zip(again, second, strict=True):
         seen[i] = seen[i]._replace(second=counts.answers, second_right=counts.counted)

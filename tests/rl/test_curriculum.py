@@ -17,7 +17,6 @@ from minglm.rl.curriculum import (
     Problem,
     Tier,
     Verdict,
-    needs_second_draw,
     tier_of,
 )
 from minglm.testing.rl import check_pass_at_k
@@ -113,8 +112,8 @@ def test_the_second_draw_alone_tells_the_rate():
 )
 def test_who_is_drawn_again(attempts, right, rate, literal):
     """By the paper's rule those without a right answer; by rate all that may lie below a fifth, a fifth among them."""
-    assert needs_second_draw(PassRate(attempts, right), RATE) == rate
-    assert needs_second_draw(PassRate(attempts, right), LITERAL) == literal
+    assert RATE.leaves_open(right, attempts) == rate
+    assert LITERAL.leaves_open(right, attempts) == literal
 
 
 def share_called_extreme(chance, second):
@@ -127,7 +126,7 @@ def share_called_extreme(chance, second):
     found = 0
     for _ in range(1000):
         seen = PassRate(8, right(8))
-        if second and needs_second_draw(seen, RATE):
+        if second and RATE.leaves_open(seen.first_right, seen.first):
             seen = seen._replace(second=second, second_right=right(second))
         found += tier_of(seen, RATE) == Tier.EXTREME
     return found / 1000
