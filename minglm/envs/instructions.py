@@ -138,12 +138,12 @@ class Instructions(SingleTurn):
         return assistant(written(words, constraints), thought(words, constraints["language"]))
 
     def judge(self, task: Task, message: Message) -> Score:
-        """Return 1 if every constraint holds; `parts` has each of them."""
+        """Return 1 if every constraint holds; `parts` has each of them, and none holds of an answer without a word."""
         text = message["content"].strip()
         words = split_words(text)
         parts = {}
         for name, value in task.label["constraints"].items():
-            parts[name] = float(CHECKS[name](words, text, value))
+            parts[name] = float(bool(words) and CHECKS[name](words, text, value))
         return verdict(all(parts.values()), parts)
 
     def hack_probes(self, task: Task) -> list[Message]:

@@ -482,6 +482,16 @@ def test_retail_wrong_outcomes_earn_nothing(seed, difficulty):
 # Instructions
 
 
+@pytest.mark.parametrize("name", ["instructions", "constraints", "unseen_constraints"])
+@given(seed=seeds)
+def test_an_answer_that_says_nothing_obeys_nothing(name, seed):
+    """No constraint holds of an answer without a word, so that no partial credit is paid for silence."""
+    env = ENVIRONMENTS[name]
+    task = env.task(seed, seed)
+    for text in ("", " \n", "!", "()", ", "):
+        assert not any(env.judge(task, assistant(text)).parts.values()), text
+
+
 def changed(kind, value, text, language):
     """Return the answer `text`, changed so that it breaks one kind of constraint."""
     words = split_words(text)

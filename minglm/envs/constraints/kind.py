@@ -60,7 +60,7 @@ class Kind:
 
     def obeyed(self, answer: Answer, value: Any) -> bool:
         """Return whether an answer obeys."""
-        if not answer.words:
+        if not any(answer.words):  # a piece may be all decoration
             return False
         if self.each is not None:
             return all(number and self.each(number, value) for number in answer.numbers)
