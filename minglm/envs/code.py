@@ -226,7 +226,7 @@ class CodeEpisode(SingleTurnEpisode):
 
 def source_of(text: str) -> str:
     """Return the program in an answer: the text inside a code fence, or else the whole answer."""
-    fence = re.search(r"```(?:python)?\n(.*?)```", text, re.DOTALL)
+    fence = re.search(r"```[ \t]*[\w+.-]*[ \t]*\n(.*?)```", text, re.DOTALL)
     return fence[1] if fence else text.strip()
 
 

@@ -73,6 +73,13 @@ def verdict(holds: bool | None) -> Verdict:
     return Verdict.MET if holds else Verdict.NOT_MET
 
 
+def verdict_of_all(results: Sequence[bool | None]) -> Verdict:
+    """Return the verdict on something that must hold for each of several tasks; None: not measured for that task."""
+    if False in results:
+        return Verdict.NOT_MET
+    return verdict(None if None in results or not results else True)
+
+
 def percent(share: float | None, digits: int = 1) -> str:
     """Format 0.425 as '42.5%', and a missing or undefined share as 'n/a'."""
     if share is None or math.isnan(share):
@@ -211,11 +218,16 @@ def claim_control(records: Sequence[Record]) -> Claim:
     results = []
     texts = []
     for gain in gains(records):
-        if gain.is_gain and gain.control is not None and gain.over_control is not None:
+        if not gain.is_gain:
+            continue
+        if gain.control is None or gain.over_control is None:
+            results.append(None)
+            texts.append(f"{gain.env}: no control")
+        else:
             results.append(gain.over_control.low > 0)
             scores = f"{percent(gain.control.avg)} to {percent(gain.expert.avg)}"
             texts.append(f"{gain.env}: {scores}, {points(gain.over_control)}")
-    return Claim(name, "; ".join(texts), verdict(all(results) if results else None))
+    return Claim(name, "; ".join(texts), verdict_of_all(results))
 
 
 def claim_kept(records: Sequence[Record]) -> Claim:
@@ -227,6 +239,7 @@ def claim_kept(records: Sequence[Record]) -> Claim:
         unified = find_score(records, "unified", gain.env)
         kept = paired(gain.base, unified)
         if unified is None or kept is None:
+            results.append(None)
             continue
         scores = [percent(score.avg) for score in (gain.base, gain.expert, unified)]
         text = f"{gain.env}: {scores[0]} (base), {scores[1]} (expert), {scores[2]}"
@@ -236,7 +249,7 @@ def claim_kept(records: Sequence[Record]) -> Claim:
         share = kept.mean / gain.over_base.mean
         results.append(share >= MIN_KEPT)
         texts.append(f"{text}, keeps {percent(share, 0)}")
-    return Claim(name, "; ".join(texts), verdict(all(results) if results else None))
+    return Claim(name, "; ".join(texts), verdict_of_all(results))
 
 
 def last_scores(records: Sequence[Record]) -> list[EvaluationRecord]:

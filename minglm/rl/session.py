@@ -16,7 +16,7 @@ Choices
   reward, and no sampled token is in two of them.
 - The rules of `play` hold: a malformed turn ends the session with reward 0, whatever the agent says later, and so do a
   turn that was cut off and a disobeyed thinking switch. A session has at most `max_turns` calls.
-- An answer is noted when it is complete. A call that fails, or whose client leaves, changes nothing.
+- An answer is noted when it is complete. A call that fails, or whose client leaves, counts as one and changes nothing else.
 """
 
 import json

@@ -627,6 +627,8 @@ def test_code_accepts_any_right_program():
         "def f(x):\n    return 2 * abs(x + 3)": 1,
         "f = lambda x: 2 * max(x + 3, -x - 3)": 1,
         "Here:\n```python\ndef f(x):\n    y = x + 3\n    return y * 2 if y > 0 else -y - y\n```\nDone.": 1,
+        "```py\ndef f(x):\n    return 2 * abs(x + 3)\n```": 1,
+        "``` Python3 \ndef f(x):\n    return 2 * abs(3 + x)\n```": 1,
         "def f(x):\n    return 2 * (x + 3)": 0,
         "def g(x):\n    return 2 * abs(x + 3)": 0,
     }

@@ -82,7 +82,10 @@ def test_edits_are_refused(repo, path, old, why):
 
 def test_the_diff_leaves_protected_files_out(repo):
     """A way around the refusal earns nothing; a new file of the model's own is part of the diff."""
-    for path in ("test_a.py", "conftest.py", "pkg/conftest.py", "tests/t.py", "pyproject.toml"):
+    for path in (
+        *("test_a.py", "testa.py", "pkg/tests.py", "pkg/a_tests.py", "tests/t.py"),
+        *("conftest.py", "pkg/conftest.py", "pyproject.toml", ".pytest.ini", "pytest.toml"),
+    ):
         assert is_protected(path)
         place = repo.folder.path / path
         place.parent.mkdir(exist_ok=True)

@@ -178,6 +178,16 @@ def test_an_expert_without_a_gain_has_nothing_to_keep():
     assert verdicts(nothing)["claim_kept"] == "met"
 
 
+@pytest.mark.parametrize(
+    ("name", "stage", "env"),
+    [("claim_control", "chat.control", "instructions"), ("claim_kept", "unified", "retail")],
+)
+def test_a_claim_about_each_task_needs_each_measurement(name, stage, env):
+    """Where the control of a task, or its score after unification, is missing, the others do not speak for it."""
+    log = [r for r in LOG if (getattr(r, "stage", ""), getattr(r, "env", "")) != (stage, env)]
+    assert verdicts(LOG)[name] == "met" and verdicts(log)[name] == "not measured"
+
+
 def test_scores_that_cannot_be_paired_are_not_compared():
     """A log without scores by problem has no gains, and their claims are not measured."""
     old = changed(EvaluationRecord, by_problem=None)

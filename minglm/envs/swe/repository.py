@@ -29,11 +29,12 @@ from typing import Self
 from minglm.envs.base import Misconfigured
 
 PROTECTED = (
-    *("test_*.py", "*_test.py", "tests/*", "*/tests/*", "test/*", "*/test/*", "conftest.py"),
-    *("*/conftest.py", "pytest.ini", "tox.ini", "setup.cfg", "pyproject.toml", "noxfile.py"),
+    *("test*.py", "*_test.py", "*_tests.py", "tests/*", "*/tests/*", "test/*", "*/test/*"),
+    *("conftest.py", "*/conftest.py", "*pytest.ini", "*pytest.toml", "tox.ini", "setup.cfg"),
+    *("pyproject.toml", "noxfile.py"),
     *("sitecustomize.py", "usercustomize.py", "*.pth", ".git*", "Makefile"),
 )
-"""Patterns of paths that nobody may edit."""
+"""Patterns of paths that nobody may edit; `test*.py` is where unittest looks for tests."""
 VIEW_LINES = 60
 """Lines that one view shows."""
 MOST_HITS = 20
