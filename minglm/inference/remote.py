@@ -26,8 +26,8 @@ engines have not been run. They are started so:
     python -m minglm serve RUN --weights-from RUN/rollout_weights       or --accept-weights, for tensors
 
 Choices
-- An answer whose prompt the engine reports otherwise, or that holds an id without a log-probability, is refused: such an
-  engine has another tokenizer or another idea of the request. With SGLang every answer also names the version of its
+- An answer whose prompt the engine reports otherwise, that holds an id without a log-probability, or that stopped without
+  a stop token, is refused: such an engine has another tokenizer or another idea of the request. With SGLang every answer also names the version of its
   weights, so a second trainer on one engine is noticed at its first update.
 - What the engine cannot be asked for in these words (a grammar, a budget of reasoning, penalties) is refused by name.
 
@@ -153,9 +153,22 @@ class RemoteGenerator:
         refuse_unsupported(request)
         if self.kind is EngineKind.SGLANG:
             answer = await self._post("/generate", self._sglang_body(request))
-            return self._read_sglang(answer)
+            return self._checked_end(self._read_sglang(answer), request)
         answer = await self._post("/v1/completions", self._completions_body(request))
-        return self._read_completions(answer, request)
+        return self._checked_end(self._read_completions(answer, request), request)
+
+    def _checked_end(self, completion: Completion, request: Request) -> Completion:
+        """Return an answer.
+
+        Raises ValueError for one that is said to have stopped, without the token that stops it: all would earn nothing.
+        """
+        last = completion.tokens[-1]
+        if completion.finish_reason == FinishReason.STOP and last not in self._stops(request):
+            raise ValueError(
+                f"rollout_engine = {self.url}: an answer ended with 'stop' at id {last}, which ends none of the run's;"
+                " the engine leaves the stop token out, or stops for a reason of its own"
+            )
+        return completion
 
     async def _post(self, path: str, body: JSONObject) -> JSONObject:
         """Return the answer to a request.

@@ -134,7 +134,7 @@ class Segment:
     proximal_logprobs: list[float] | None = None
     """Those of the trainer before its first update on this rollout; None until it records them."""
     trainer_logprobs: list[float] | None = None
-    """Those of the trainer before its first update; None unless samples are written."""
+    """Those of the trainer before its first update; None unless samples are written, or where nobody computed them."""
     experts_SLK: Tensor | None = None
     """The experts that the engine chose for the first tokens, on each MoE layer; None where it does not keep them."""
 

@@ -244,7 +244,9 @@ class PolicyTrainer:
             for batch in batches[1:]:
                 self.record_proximal(batch)
         reasons = []
-        for batch in batches:
+        keep_logprobs = self.keep_logprobs
+        for number, batch in enumerate(batches):
+            self.keep_logprobs = keep_logprobs and number == 0  # later the policy has moved
             found = self.update(batch, self.learning_rate(step))
             gap = found.pop("gap")._asdict()
             gap["routing"] = found.pop("gap_routing")
@@ -252,6 +254,7 @@ class PolicyTrainer:
                 metrics |= {f"gap_{name}": value for name, value in gap.items()}
             metrics |= found
             reasons.append(metrics["left_out"])
+        self.keep_logprobs = keep_logprobs
         metrics["skipped"] = all(reasons)
         metrics["left_out"] = next(filter(None, reasons), None)
         return metrics
@@ -274,6 +277,8 @@ class PolicyTrainer:
                 for row, logprobs_S in zip(microbatch, logprobs_BS.tolist(), strict=True):
                     whole = before + logprobs_S
                     row.segment.proximal_logprobs = whole[: len(row.segment.tokens)]
+                    if self.keep_logprobs and batch.positions_BS is None:  # whole rows
+                        row.segment.trainer_logprobs = row.segment.proximal_logprobs
             if self.workers.in_step:
                 # The ranks meet in every forward pass.
                 for _ in range(passes - len(share)):

@@ -220,6 +220,8 @@ WRONG = [
     ("vllm", spoiled("/v1/completions", token_ids=[67, -1]), "it serves another model"),
     ("vllm", spoiled("/v1/completions", token_ids=[67, "a"]), "it serves another model"),
     ("vllm", spoiled("/v1/completions", token_ids=[67, 2.0]), "it serves another model"),
+    ("vllm", spoiled("/v1/completions", token_ids=[67, 68]), "leaves the stop token out"),
+    ("sglang", spoiled("/generate", output_token_logprobs=[[-0.5, 67]]), "leaves the stop token"),
     ("vllm", spoiled("/v1/models", max_model_len=-1), "use a newer vllm"),
     ("vllm", spoiled("/v1/models", id=None), "does not say the name"),
     ("vllm", lambda path, answer: [], "answers with no object"),

@@ -512,6 +512,27 @@ def test_later_updates_know_the_policy_before_the_first(seed, threads, size):
     assert 0 <= metrics["capped_share"] <= 1
 
 
+@pytest.mark.parametrize(("cap", "kept"), [(0.0, 1), (2.0, 2)])
+def test_samples_have_the_log_probabilities_before_the_first_update(cap, kept):
+    """What is written beside the engine's is no policy that has moved: a later update has those from before, or none."""
+    model = tiny_model(1)
+    config = with_loss(importance_cap=cap, updates_per_rollout=2)
+    groups = drawn_groups(1, [[0, 1], [1, 0]])
+    before = {}
+    for s in (s for group in groups for t in group for s in t.segments):
+        before[id(s)] = recorded(model, [s])[0].logprobs
+    subject = PolicyTrainer(model, muon(model), config, OptimizerConfig(), 0)
+    subject.keep_logprobs = True
+    subject.learn(groups, 9)
+    for group in groups:
+        for place, trajectory in enumerate(group):
+            for s in trajectory.segments:
+                if place >= kept:  # of the second update
+                    assert s.trainer_logprobs is None
+                else:
+                    assert s.trainer_logprobs == pytest.approx(before[id(s)], abs=1e-4)
+
+
 @settings(max_examples=6)
 @given(seed=seeds, threads=st.integers(1, 2), size=st.sampled_from([1, 30, 8192]))
 def test_the_divergence_is_from_the_reference(seed, threads, size):
