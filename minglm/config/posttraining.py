@@ -338,7 +338,7 @@ class DynamicTemperatureConfig:
 
     def grid(self) -> list[float]:
         """Return the temperatures that a probe tries, in rising order."""
-        count = round((self.highest - self.lowest) / self.spacing) + 1
+        count = int((self.highest - self.lowest) / self.spacing + 1e-9) + 1
         return [round(self.lowest + self.spacing * number, 6) for number in range(count)]
 
     def check(self, name: str, temperature: float) -> None:
@@ -355,6 +355,11 @@ class DynamicTemperatureConfig:
         if (self.highest - self.lowest) / self.spacing > MOST_TEMPERATURES:
             raise ValueError(
                 f"{name}.spacing = {self.spacing:g}: a probe would try more than {MOST_TEMPERATURES} temperatures"
+            )
+        if self.grid()[-1] <= temperature:
+            raise ValueError(
+                f"{name}.spacing = {self.spacing:g}: from lowest = {self.lowest:g} to highest = {self.highest:g} it "
+                f"leads to no temperature above the first, {temperature:g}"
             )
 
 
@@ -430,7 +435,7 @@ class RLConfig:
     """Samples G per prompt."""
     max_new_tokens: int = positive(65536)
     """Most tokens of one assistant turn. The paper trains at the full length from the start."""
-    max_turns: int = positive(1)
+    max_turns: int = positive(1, maximum=100)
     """Most assistant turns of an episode."""
     temperature: float = positive(1.0)
     """Sampling temperature, at first; the loss divides the logits by the same number."""
@@ -470,6 +475,11 @@ class RLConfig:
         if self.samples < 2:
             raise ValueError(
                 f"{name}.samples = {self.samples}: a group of one has no advantage; use 2 or more"
+            )
+        if self.prompts < 2:
+            raise ValueError(
+                f"{name}.prompts = {self.prompts}: an update needs two groups with a signal, so this stage never learns; "
+                "use 2 or more"
             )
         check_answer(name, self.max_new_tokens, longest)
         check_temperature(f"{name}.temperature", self.temperature)

@@ -1,5 +1,6 @@
 """The temperature: raised only on evidence, lowered hardly ever, the same in rollout and loss, restored on resuming."""
 
+import itertools
 import math
 from statistics import fmean
 
@@ -174,3 +175,13 @@ def test_a_reward_that_is_no_number_is_one_line(bad):
     assert not subject.observe(None) and not subject.rewards
     with pytest.raises(ValueError, match=f"reward = {bad}: must be finite"):
         subject.observe(bad)
+
+
+@given(lowest=st.floats(0.1, 1.0), width=st.floats(0.1, 1.0), spacing=st.floats(0.02, 2.0))
+def test_a_probe_stays_within_its_bounds(lowest, width, spacing):
+    """From the lowest temperature on, evenly, and none beyond the highest, whatever the distance of two."""
+    config = DynamicTemperatureConfig(lowest=lowest, highest=lowest + width, spacing=spacing)
+    grid = config.grid()
+    assert grid[0] == pytest.approx(lowest, abs=1e-6)
+    assert grid[-1] <= config.highest + 1e-5 < grid[-1] + spacing + 2e-5
+    assert all(b - a == pytest.approx(spacing, abs=2e-6) for a, b in itertools.pairwise(grid))
