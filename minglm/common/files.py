@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import functools
 import glob
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,30 @@ def remove(path: Path | None) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         path = path.replace(doomed)
     shutil.rmtree(path)
+
+
+def own_prefix(kind: str, parent: Path | None = None) -> str:
+    """Return how the names of this process's temporary folders of a kind begin; remove those that killed processes left.
+
+    The numbers of processes are those of one namespace, so folders of others, as of containers that share the disk, stay.
+
+    kind: a word. parent: where the folders lie; None: where temporary files do.
+    """
+    return _swept(kind, str(parent or tempfile.gettempdir()), os.getpid())
+
+
+@functools.cache
+def _swept(kind: str, parent: str, pid: int) -> str:
+    """Return the prefix of `own_prefix`; the folders of the dead are looked for once a process."""
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:  # not Linux
+        namespace = 0
+    common = f"minglm-{kind}-{namespace}-"
+    for folder in Path(parent).glob(f"{common}*"):
+        if not _is_alive(folder.name.removeprefix(common).split("-")[0]):
+            shutil.rmtree(folder, ignore_errors=True)
+    return f"{common}{pid}-"
 
 
 def _is_alive(pid: str) -> bool:

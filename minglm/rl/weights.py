@@ -32,7 +32,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minglm.common.files import atomic_path
+from minglm.common.files import atomic_path, own_prefix
 from minglm.kernels.fp8 import dequantize, quantize
 
 SCALE = "_scale_inv"
@@ -119,7 +119,7 @@ class FileChannel:
         self.is_temporary = folder is None
         if folder is None:
             memory = MEMORY if MEMORY.is_dir() else None
-            folder = Path(tempfile.mkdtemp(prefix="minglm-weights-", dir=memory))
+            folder = Path(tempfile.mkdtemp(prefix=own_prefix("weights", memory), dir=memory))
         self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
 

@@ -17,7 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.common import device, signals, threads
-from minglm.common.files import atomic_path, check_out, read_jsonl, read_object, write_json
+from minglm.common.files import (
+    atomic_path,
+    check_out,
+    own_prefix,
+    read_jsonl,
+    read_object,
+    write_json,
+)
 from minglm.common.lock import locked
 from minglm.common.log import Log, Record, check_length, forget_stage
 from minglm.common.types import has_type
@@ -285,6 +292,29 @@ def test_atomic_path_survives_kill(tmp_path):
     done = subprocess.run([sys.executable, "-c", program, path], cwd=root)
     assert done.returncode == -9
     assert path.read_bytes() == old
+
+
+def test_folders_of_killed_processes_are_removed(tmp_path):
+    """What a process that was killed left in a temporary folder goes when the next one makes its own; others' stay."""
+    program = (
+        "import os, sys, tempfile\nfrom pathlib import Path\nfrom minglm.common.files import own_prefix\n"
+        "parent = Path(sys.argv[1])\nprint(tempfile.mkdtemp(prefix=own_prefix('test', parent), dir=parent), flush=True)\n"
+        "sys.stdin.read()"
+    )
+    root = Path(__file__).parent.parent.parent
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": root}
+    folders = []
+    processes = []
+    for _ in range(2):
+        processes.append(subprocess.Popen([sys.executable, "-c", program, tmp_path], **pipes))
+        folders.append(Path(processes[-1].stdout.readline().strip()))
+    killed, living = processes
+    killed.kill()
+    killed.wait()
+    assert all(folder.is_dir() for folder in folders)
+    own = tempfile.mkdtemp(prefix=own_prefix("test", tmp_path), dir=tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([folders[1], Path(own)])
+    living.communicate("")
 
 
 def test_a_full_disk_is_one_line(tmp_path):

@@ -23,6 +23,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
+from minglm.common.files import own_prefix
+
 JAIL = Path(__file__).with_name("command_jail.py")
 READY = b"+"
 OUTPUT = 2**18
@@ -58,7 +60,7 @@ def run_command(command: list[str], folder: Path, seconds: float) -> CommandResu
     with (
         tempfile.TemporaryFile() as output,
         open(reader, "rb") as status,
-        tempfile.TemporaryDirectory(prefix="minglm-command-") as temporary,
+        tempfile.TemporaryDirectory(prefix=own_prefix("command")) as temporary,
     ):
         words = [
             sys.executable,

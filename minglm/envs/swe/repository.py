@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Self
 
+from minglm.common.files import own_prefix
 from minglm.envs.base import Misconfigured
 
 PROTECTED = (
@@ -84,7 +85,7 @@ class Folder:
     """A temporary folder that disappears with this object."""
 
     def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="minglm-repository-"))
+        self.path = Path(tempfile.mkdtemp(prefix=own_prefix("repository")))
         self.remove: Callable[[], object] = weakref.finalize(
             self, shutil.rmtree, self.path, ignore_errors=True
         )
