@@ -33,13 +33,14 @@ class Recorded:
 
     def __init__(self, path: Path, head: Mapping[str, Any], schedule: TaskSchedule) -> None:
         self.path = path
+        self.samples = head["samples"]
         self.schedule = schedule
         self.steps: Iterator[Sequence[dict[str, Any]]] = read_steps(path, head)
 
     def draw(self, step: int) -> DrawnGroups:
         """Return the groups of a step.
 
-        Raises ValueError, in one line, where the file has none, or of other tasks.
+        Raises ValueError, in one line, where the file has none, a part of them, or of other tasks.
         """
         lines = next((found for found in self.steps if found[0]["step"] == step), None)
         if lines is None:
@@ -52,6 +53,10 @@ class Recorded:
                 groups.setdefault(key, []).append(read_sample(line, task))
             except ValueError as error:
                 raise ValueError(f"{self.path} is of another config: {error}") from None
+        first = sum(key.refill == 0 for key in groups)
+        wholly = all(len(group) == self.samples for group in groups.values())
+        if first < self.schedule.prompts or not wholly:
+            raise ValueError(f"{self.path} has only a part of step {step}; ask for fewer steps")
         refilled = len(groups) - self.schedule.prompts
         return DrawnGroups(list(groups.values()), refilled, list(groups))
 

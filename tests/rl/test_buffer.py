@@ -14,6 +14,7 @@ from minglm.chat.parser import Tag
 from minglm.envs.base import Score
 from minglm.rl.buffer import Buffer, versions_of
 from minglm.rl.episode import Segment, Trajectory
+from minglm.rl.recorded import Recorded
 from minglm.rl.samples import GroupKey, SampleFile, read_sample, read_steps, write_sample
 from minglm.rl.schedule import TaskSchedule
 
@@ -225,6 +226,26 @@ def test_the_file_of_samples_is_cut_and_checked(tmp_path):
         list(read_steps(path, {"prompts": 2}))
     with pytest.raises(ValueError, match="holds no rollouts; give a file"):
         list(read_steps(tmp_path / "none.jsonl", {}))
+
+
+@pytest.mark.parametrize("lines", [1, 2, 3, 4])
+def test_a_step_that_was_torn_is_not_trained_on(tmp_path, lines):
+    """A file that ends within a step, of two prompts by two samples: one line, before anything is learned from it."""
+    schedule = TaskSchedule({"letters": Letters()}, ("letters",), 2, 1)
+    path = tmp_path / "rl.jsonl"
+    file = SampleFile(path, {"samples": 2})
+    for step in range(2):
+        groups = [[Trajectory(task, True)] * 2 for task in schedule.draw(step).tasks]
+        file.write([GroupKey(step, 0, place) for place in range(2)], groups)
+    whole = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(whole[: 1 + 4 + lines]))
+    recorded = Recorded(path, {"samples": 2}, schedule)
+    assert [len(group) for group in recorded.draw(0).groups] == [2, 2]
+    if lines == 4:
+        assert len(recorded.draw(1).groups) == 2
+    else:
+        with pytest.raises(ValueError, match=r"rl\.jsonl has only a part of step 1; ask for fewer"):
+            recorded.draw(1)
 
 
 @pytest.mark.parametrize("text", ["a\u2028b", "a\x85b", "\ud800", "a\x1cb", "\x00", "猫"])
