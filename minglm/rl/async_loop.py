@@ -86,7 +86,7 @@ class Disaggregated:
         )
         self.version = 0
         """Of the weights that were published last."""
-        self.parts: Mapping[str, Stateful] = {"buffer": self.buffer}
+        self.parts: Mapping[str, Stateful] = {"buffer": self}
 
         # Shared with the thread, guarded by `changed`.
         self.changed = threading.Condition()
@@ -187,6 +187,16 @@ class Disaggregated:
     def spans(self) -> list[Span]:
         """Return what the workers did, of the groups that are finished."""
         return self.trace.take()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the buffer, while no group comes in."""
+        with self.changed:
+            return self.buffer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the state returned by `state_dict`."""
+        with self.changed:
+            self.buffer.load_state_dict(state)
 
     def close(self) -> None:
         """End the workers, and release the channel."""

@@ -225,6 +225,26 @@ def test_workers_run_ahead_and_every_token_knows_its_weights(tmp_path, partial):
         assert sum(record["staleness"]) == LETTERS.prompts * LETTERS.samples
 
 
+def test_a_checkpoint_waits_while_groups_come_in():
+    """Whoever saves the buffer has it alone: a group that came in meanwhile would end the save with an error."""
+    tokenizer = byte_tokenizer()
+    model = GLM(tiny_model(1, vocab_size=292).config, seed=3)
+    trainer = PolicyTrainer(model, muon(model), LETTERS, OptimizerConfig(), tokenizer.pad)
+    schedule = TaskSchedule({"letters": Letters()}, LETTERS.environments, LETTERS.prompts, 5)
+    rollouts = Disaggregated(trainer, schedule, None, None)
+    saved = []
+    saver = threading.Thread(
+        target=lambda: saved.append({n: p.state_dict() for n, p in rollouts.parts.items()}),
+        daemon=True,
+    )
+    with rollouts.changed:  # as the thread that takes groups in
+        saver.start()
+        saver.join(0.2)
+        assert not saved
+    saver.join(60)
+    assert saved == [{"buffer": {"step": 0, "samples": []}}]
+
+
 def test_a_trainer_that_deals_many_tasks_waits_for_no_answer():
     """Tasks and answers far beyond what a pipe holds: all are dealt before an answer is read, and all answers come."""
 
