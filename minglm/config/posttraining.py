@@ -528,7 +528,11 @@ class ExpertConfig:
     rl: RLConfig = RLConfig()
     """The reinforcement learning phase."""
     distilled: float = 1.0
-    """Tokens of this expert's answers in the unified data, relative to the other experts."""
+    """Tokens of answers that are asked for the unified data in each environment of this expert, relative to those of others.
+
+    An expert with two environments is asked for twice as many. Prompts are counted out by the tokens of solutions, before an
+    answer is drawn: an environment whose answers are often wrong, or all alike, ends with a smaller share.
+    """
 
 
 class Unification(StrEnum):

@@ -116,7 +116,7 @@ class Distillation(NamedTuple):
 
     answers: list[Answer]
     counts: dict[str, int]
-    """Prompts, answers, those that each filter rejected, those kept, those of the oracle, by "EXPERT: WHAT"."""
+    """Prompts, answers, those that each filter rejected, those kept, those of the oracle, as in `RejectionRecord`."""
 
 
 def experts_answers(context: RunContext, stage: UnifiedStage) -> Distillation:
@@ -134,23 +134,26 @@ def experts_answers(context: RunContext, stage: UnifiedStage) -> Distillation:
             for task in context.environments[name].tasks(count, stage.seed)
         ]
         hard, trajectories = _sample(context, teacher, tasks)
-        accepted, report = distill.accept(trajectories, context.environments)
-        answers += [Answer(t.environment, messages, list(t.tools)) for t, messages in accepted]
+        for name in teacher.prompts:
+            drawn = [t for t in trajectories if t.task.environment == name]
+            accepted, report = distill.accept(drawn, context.environments)
+            answers += [Answer(t.environment, messages, list(t.tools)) for t, messages in accepted]
 
-        # An environment without one right answer would be missing from the unified model, so the oracle answers for it.
-        answered = {task.environment for task, _ in accepted}
-        shown = [task for task in tasks if task.environment not in answered]
-        for task in shown:
-            messages = context.environments[task.environment].demonstrate(task)
-            answers.append(Answer(task.environment, messages, list(task.tools)))
-        found = {
-            "prompts": len(tasks),
-            "prompts with short answers, left out": len(tasks) - len(hard),
-            **report,
-            ORACLE: len(shown),
-        }
-        for what, count in found.items():
-            counts[f"{teacher.name}: {what}"] = count
+            # Without one right answer the environment would be missing from the unified model, so the oracle answers.
+            asked = [task for task in tasks if task.environment == name]
+            shown = [] if accepted else asked
+            for task in shown:
+                messages = context.environments[name].demonstrate(task)
+                answers.append(Answer(name, messages, list(task.tools)))
+            remaining = sum(task.environment == name for task in hard)
+            found = {
+                "prompts": len(asked),
+                "prompts with short answers, left out": len(asked) - remaining,
+                **report,
+                ORACLE: len(shown),
+            }
+            for what, count in found.items():
+                counts[f"{teacher.name}, {name}: {what}"] = count
     if context.world.is_writer:
         write_json(path, [answers, counts])
     return Distillation(answers, counts)

@@ -374,8 +374,8 @@ def is_done(stage: Stage, stages: Sequence[Stage], checkpoints: CheckpointStore)
 def prompts_for(post: PostTrainingConfig, asking: Environments = ENVIRONMENTS) -> dict[str, int]:
     """Return the prompts of each environment that its expert answers for the unified model.
 
-    They are chosen by tokens, in proportion to `distilled` of each expert. The environment with the shortest
-    conversations gets all of `prompts_per_environment`. Without this rule the long conversations would fill the budget,
+    They are chosen by tokens: each environment gets as many tokens of solutions as `prompts_per_environment` of the shortest
+    conversations have, times `distilled` of its expert. Without this rule the long conversations would fill the budget,
     and the short ones would be repeated until they are memorised. asking: the environments with the difficulties asked.
     """
     weights = {

@@ -172,7 +172,9 @@ def fine_tune(
     if not found.tokens:
         raise ValueError(f"{name}: no conversation fits sequence_length = {config.sequence_length}")
     if not context.checkpoints.is_interrupted(name):  # a resumed stage has logged it already
-        record = ConversationsRecord(stage=name, examples=found.counts, too_long=found.too_long)
+        record = ConversationsRecord(
+            stage=name, examples=found.counts, too_long=found.too_long, tokens=found.sizes
+        )
         context.log.write(record)
     for environment, count in found.too_long.items() if context.world.is_writer else ():
         print(

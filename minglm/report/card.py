@@ -527,10 +527,55 @@ def oracle_text(records: Sequence[Record]) -> str:
     lines = []
     for rejection in select(records, RejectionRecord):
         for what, count in rejection.counts.items():
-            expert, _, reason = what.partition(": ")
+            expert, _, reason = what.rpartition(": ")
             if reason == ORACLE and count:
                 lines.append(f"**{count:,} {ORACLE}: expert `{expert}`.**\n")
     return "\n".join(lines)
+
+
+def rejection_table(records: Sequence[Record]) -> str:
+    """Format what rejection sampling did with the answers, a column for each environment of an expert."""
+    counts: dict[str, dict[str, int]] = {}
+    owners: dict[str, None] = {}
+    for rejection in select(records, RejectionRecord):
+        for name, count in rejection.counts.items():
+            owner, _, what = name.rpartition(": ")
+            owners[owner] = None
+            counts.setdefault(what, {})[owner] = count
+    rows = [
+        (what, *(f"{found.get(owner, 0):,}" for owner in owners)) for what, found in counts.items()
+    ]
+    return table(("answers", *owners), rows)
+
+
+CONVERSATIONS_HEADER = (
+    "stage",
+    "environment",
+    "examples",
+    "tokens",
+    "of all tokens",
+    "longer than a row, left out",
+)
+
+
+def conversations_rows(records: Sequence[Record]) -> list[Row]:
+    """Return what each fine-tuning learned from, by environment."""
+    rows: list[Row] = []
+    for record in select(records, ConversationsRecord):
+        tokens = record.tokens or {}
+        whole = sum(tokens.values())
+        for environment, examples in record.examples.items():
+            own = tokens.get(environment, 0)
+            row = (
+                label(record.stage),
+                environment,
+                f"{examples:,}",
+                thousands(own) if whole else "",
+                percent(own / whole) if whole else "",
+                f"{record.too_long.get(environment, 0):,}",
+            )
+            rows.append(row)
+    return rows
 
 
 def section(title: str, *parts: str) -> str:
@@ -566,14 +611,6 @@ def markdown(records: Sequence[Record], figures: Sequence[str] = ()) -> str:
     for data in select(records, DataRecord):
         for source, tokens in data.tokens.items():
             sources.append((source, thousands(tokens)))
-    rejections: list[Row] = []
-    for rejection in select(records, RejectionRecord):
-        rejections += rejection.counts.items()
-    left_out = [
-        (label(r.stage), environment, f"{count:,}", f"{r.examples[environment]:,}")
-        for r in select(records, ConversationsRecord)
-        for environment, count in r.too_long.items()
-    ]
     bits = [
         (label(r.stage), r.source, f"{r.value:.3f}") for r in select(records, BitsPerByteRecord)
     ]
@@ -593,7 +630,7 @@ def markdown(records: Sequence[Record], figures: Sequence[str] = ()) -> str:
             "Training",
             picture("loss"),
             picture("load"),
-            table(("stage", "environment", "longer than a row, left out", "of"), left_out),
+            table(CONVERSATIONS_HEADER, conversations_rows(records)),
             table(("after", "source", "bits per byte"), bits),
             table(("after", "on", "MTP drafts accepted"), acceptance),
         ),
@@ -620,9 +657,7 @@ def markdown(records: Sequence[Record], figures: Sequence[str] = ()) -> str:
             picture("pathology"),
             table(PATHOLOGY_HEADER, pathology_rows(records)),
         ),
-        section(
-            "Rejection sampling", table(("answers", "count"), rejections), oracle_text(records)
-        ),
+        section("Rejection sampling", rejection_table(records), oracle_text(records)),
         section("On-policy distillation", table(ON_POLICY_HEADER, on_policy_rows(records))),
         section("Samples", sample_text(records)),
         section(

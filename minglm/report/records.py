@@ -556,7 +556,7 @@ class TemperatureRecord(StageRecord):
 
 
 ORACLE = "prompts that the oracle answered, because no answer of the expert was right"
-"""What `RejectionRecord` counts for an expert whose environment would be missing from the unified model."""
+"""What `RejectionRecord` counts for an environment that would be missing from the unified model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -565,7 +565,9 @@ class RejectionRecord(Record):
 
     kind: ClassVar[str] = "rejection"
     counts: dict[str, int]
-    """By "EXPERT: WHAT": prompts, those left out, answers drawn, rejected by each filter, kept, prompts of the oracle."""
+    """By "EXPERT, ENVIRONMENT: WHAT": prompts, those left out, answers drawn, rejected by each filter, kept, prompts of the
+    oracle. Older logs have them by "EXPERT: WHAT".
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -602,6 +604,8 @@ class ConversationsRecord(StageRecord):
     Healthy: empty
     Broken: all examples of an environment: it is not learned; raise `sequence_length`
     """
+    tokens: dict[str, int] | None = None
+    """Tokens of the others; training draws each environment in this proportion. Absent in older logs."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -215,10 +215,18 @@ def posttraining_records(rng):
             )
         yield stage_end(f"{expert}.control", 60.0, 300_000)
     yield RejectionRecord(
-        counts={"drawn": 4000, "wrong": 1300, "format": 60, "repetition": 12, "kept": 2628}
+        counts={
+            "reasoning, code: answers": 4000,
+            "reasoning, code: correct": 1300,
+            "agent, retail: answers": 800,
+            "agent, retail: correct": 12,
+        }
     )
     yield ConversationsRecord(
-        stage="unified", examples={"code": 900, "retail": 800}, too_long={"retail": 35}
+        stage="unified",
+        examples={"code": 900, "retail": 800},
+        too_long={"retail": 35},
+        tokens={"code": 60_000, "retail": 180_000},
     )
     yield from training(rng, "unified", 400_000, 60, 0, 2.2, 0.8, late=True)
     yield stage_end("unified", 60.0, 400_000)

@@ -39,6 +39,7 @@ from minglm.recipe.run import RecipeRunner
 from minglm.recipe.stages import plan_stages
 from minglm.recipe.training import fine_tune, provoking_of, train_control
 from minglm.report.records import (
+    ORACLE,
     ConversationsRecord,
     MiningRecord,
     RLRecord,
@@ -415,7 +416,13 @@ def thoughts(messages):
 def test_the_unified_model_learns_both_modes(context):
     """Half of the answers with their thinking and half without it, from every environment of the experts; nothing else."""
     stage = planned("unified")
-    answers, _ = experts_answers(context, stage)
+    answers, counts = experts_answers(context, stage)
+    for teacher in stage.teachers:
+        for name, prompts in teacher.prompts.items():
+            assert counts[f"{teacher.name}, {name}: prompts"] == prompts
+            ways = ("kept, different", ORACLE)
+            own = sum(counts[f"{teacher.name}, {name}: {way}"] for way in ways)
+            assert own == sum(answer.environment == name for answer in answers)
     conversations = unified_conversations(context, stage, answers)
     assert set(conversations) == {"arithmetic", "code", "retail", "instructions"}
     flat = [c for group in conversations.values() for c in group]
@@ -554,4 +561,5 @@ def test_examples_longer_than_a_row_are_counted(context, monkeypatch, capsys):
     assert record.stage == "reasoning.sft"
     assert record.examples == {"arithmetic": 3, "code": 1}
     assert record.too_long == {"arithmetic": 1, "code": 1}
+    assert record.tokens == found.sizes and record.tokens.keys() == {"arithmetic"}
     assert "1 of 1 examples of code are left out" in capsys.readouterr().err

@@ -24,6 +24,7 @@ from minglm.report import card, claims, curves, drawing
 from minglm.report.records import (
     ORACLE,
     RECORDS,
+    ConversationsRecord,
     CurriculumRecord,
     EvaluationRecord,
     Moment,
@@ -641,9 +642,21 @@ def test_a_curriculum_shows_its_tiers_and_its_checks():
     assert "score of the held-out" not in card.markdown(LOG)
 
 
+def test_the_report_shows_the_share_of_each_environment():
+    """What is left of the answers has a column for each; what is learned has the tokens, where the log knows them."""
+    lines = card.markdown(LOG).splitlines()
+    assert "| answers | reasoning, code | agent, retail |" in lines
+    assert "| correct | 1,300 | 12 |" in lines
+    assert any(line.endswith("| code | 900 | 60 k | 25.0% | 0 |") for line in lines)
+    assert any(line.endswith("| retail | 800 | 180 k | 75.0% | 35 |") for line in lines)
+    old = ConversationsRecord(stage="unified", examples={"code": 9}, too_long={})
+    ((_, *cells),) = card.conversations_rows([old])
+    assert cells == ["code", "9", "", "", "0"]
+
+
 def test_answers_of_the_oracle_are_said():
     """With its count, and with the expert whose answers were all wrong; nothing where the experts answered everything."""
-    counts = {f"agent: {ORACLE}": 12, f"chat: {ORACLE}": 0}
+    counts = {f"agent, gym:x: {ORACLE}": 12, f"chat: {ORACLE}": 0}
     page = card.markdown([*LOG, RejectionRecord(counts=counts)])
-    assert f"**12 {ORACLE}: expert `agent`.**" in page and f"**0 {ORACLE}" not in page
+    assert f"**12 {ORACLE}: expert `agent, gym:x`.**" in page and f"**0 {ORACLE}" not in page
     assert ORACLE not in card.markdown(LOG)
