@@ -41,15 +41,15 @@ def compare(folders: Iterable[str | Path], picture: str | Path) -> Path:
     """
     from minglm.plan.counts import count_parameters
     from minglm.recipe.folder import check_log, stored_run
-    from minglm.report.records import read_records
+    from minglm.report.card import read_run
     from minglm.report.score_map import ScoredRun, draw_score_map
 
     runs = []
     for folder in map(Path, folders):
         check_log(folder)
+        records = read_run(folder)
         parameters = count_parameters(stored_run(folder).config.model)["total"]
-        name = folder.resolve().name
-        runs.append(ScoredRun(name, parameters, read_records(folder / "log.jsonl")))
+        runs.append(ScoredRun(folder.resolve().name, parameters, records))
     if not runs:
         raise ValueError("--scores: name the folders of the runs to compare")
     return draw_score_map(runs, picture)

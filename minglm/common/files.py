@@ -33,7 +33,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         raise ValueError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another --out"
+            f"cannot write {path}: {error.strerror or error}; free space or choose another path"
         ) from error
     finally:
         with contextlib.suppress(OSError):  # already moved, or its folder does not exist

@@ -7,6 +7,7 @@ from helpers.command import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minglm.__main__ import main
 from minglm.cli.figures import redraw
 from minglm.report.records import EvaluationRecord, StageEndRecord, read_records
 from minglm.report.score_map import ScoredRun, draw_score_map, points, shared_tasks
@@ -58,6 +59,26 @@ def test_tasks_that_only_the_finished_model_is_asked_are_left_out():
     assert [point.stage for point in points(grown.records, ["b"])] == ["base", "finished"]
     with pytest.raises(ValueError, match="no task was scored by all of apart"):
         shared_tasks([ScoredRun("apart", 1, scored("base", a=0.1) + scored("finished", b=0.1))])
+
+
+def test_the_command_compares_run_folders_and_refuses_others(tmp_path, capsys):
+    """The figure is where --scores says; what is no run, or no place for a figure, is one line with its remedy."""
+    runs = [str(ROOT / "figures" / "scores" / name) for name in ("width24", "width96")]
+    picture = tmp_path / "new" / "scores.png"
+    assert main(["figures", "--scores", str(picture), *runs]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out == f"{picture}\n"
+    (tmp_path / "file").write_bytes(b"\x00")
+    for folder in ("nowhere", "file", ""):
+        assert main(["figures", "--scores", str(picture), *runs, str(tmp_path / folder)]) == 2
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1 and line.endswith("give the folder of a run\n")
+    assert main(["figures", "--scores", str(tmp_path), *runs]) == 2
+    line = capsys.readouterr().err
+    assert (
+        line
+        == f"minglm: cannot write {tmp_path}: Is a directory; free space or choose another path\n"
+    )
 
 
 def test_the_committed_scores_are_redrawn_from_their_logs(tmp_path):

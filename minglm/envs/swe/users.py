@@ -204,7 +204,8 @@ def read_issue(name: str, path: Path) -> str:
     try:
         text = read_text(path).strip()
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name}: the issue {path} cannot be read: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{name}: the issue {path} cannot be read: {reason}") from None
     if not text:
         raise ValueError(f"{name}: the issue {path} is empty")
     return text

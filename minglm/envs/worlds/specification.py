@@ -132,7 +132,7 @@ def specification(values: Any) -> Specification:
     """Return a specification from plain JSON values. Raises ValueError, in one line that names the field."""
     top = _fields(
         values,
-        "the file",
+        "",
         {"name": str, "noun": str, "key": str, "fields": dict, "tools": list, "requests": list},
         {"arguments": dict},
     )
@@ -168,19 +168,23 @@ def specification(values: Any) -> Specification:
 def _fields(
     values: Any, place: str, required: Mapping[str, type], optional: Mapping[str, type]
 ) -> dict[str, Any]:
-    """Return a JSON object whose fields have these types. Raises ValueError for any other."""
+    """Return a JSON object whose fields have these types. place: in the file, empty for all of it.
+
+    Raises ValueError for any other.
+    """
     if not isinstance(values, dict):
-        raise ValueError(f"{place}: must be an object")
+        raise ValueError(f"{place or 'the file'}: must be an object")
+    prefix = f"{place}." if place else ""
     for name, value in values.items():
         kind = required.get(name) or optional.get(name)
         if kind is None:
             known = ", ".join([*required, *optional])
-            raise ValueError(f"{place}.{shown(name)}: is not supported; there are {known}")
+            raise ValueError(f"{prefix}{shown(name)}: is not supported; there are {known}")
         if not isinstance(value, kind) or (kind is str and not value.strip()):
-            raise ValueError(f"{place}.{name} = {shown(value)}: must be a {_NAMES[kind]}")
+            raise ValueError(f"{prefix}{name} = {shown(value)}: must be a {_NAMES[kind]}")
     for name in required:
         if name not in values:
-            raise ValueError(f"{place}.{name}: is missing")
+            raise ValueError(f"{prefix}{name}: is missing")
     return values
 
 
