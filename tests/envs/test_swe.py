@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minglm.config import Split
@@ -42,6 +42,26 @@ def test_a_repository_is_real_and_fresh(repo):
     assert other.read("a.py") == repo.read("a.py") == "x = 1\ny = 2\n"
     other.close()
     assert not other.folder.path.exists()
+
+
+@settings(max_examples=8)
+@given(
+    text=st.text(
+        st.sampled_from("a\n\r\0\t \x0c\ufeff猫") | st.characters(codec="utf-8"), max_size=9
+    )
+)
+@example(text="\0")
+def test_whatever_was_written_reaches_the_grader(text):
+    """The diff of any text, of what git takes for binary too, makes the same files in a fresh copy."""
+    ours, theirs = Repository.create(FILES), Repository.create(FILES)
+    ours.edit("a.py", "y = 1", text)
+    ours.edit("new.py", "", text)
+    theirs.apply(ours.diff())
+    for name in ("a.py", "new.py"):
+        files = [(each.folder.path / name).read_bytes() for each in (ours, theirs)]
+        assert files[0] == files[1]
+    for each in (ours, theirs):
+        each.close()
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,8 @@ class Repository:
         git(self.folder.path, "add", "--all", "--intent-to-add")
         excluded = [f":(exclude,glob,icase){_anywhere(pattern)}" for pattern in PROTECTED]
         return git(
-            self.folder.path, "diff", "--no-ext-diff", "--no-renames", "HEAD", "--", ".", *excluded
+            self.folder.path,
+            *("diff", "--binary", "--no-ext-diff", "--no-renames", "HEAD", "--", ".", *excluded),
         )
 
     def apply(self, patch: str) -> None:
