@@ -100,8 +100,6 @@ class Buffer:
         self.max_staleness = max_staleness
         self.temperature = temperature
         """At which groups are played that begin from now on."""
-        self.requeued = 0
-        """Groups that were dealt again since they were last counted, because their worker died."""
         self._start(step)
 
     def _start(self, step: int) -> None:
@@ -169,7 +167,6 @@ class Buffer:
         """Let groups wait again that will not be finished, because their worker died."""
         for key in keys:
             self.waiting[key] = self.pending.pop(key)
-        self.requeued += len(keys)
 
     def is_ready(self, step: int) -> bool:
         """Return whether all groups of a step are ready."""

@@ -77,6 +77,36 @@ def test_a_repair_is_found_by_the_users_tests(tmp_path):
         env.demonstrate(task)
 
 
+ESCAPES = """
+import pathlib
+git = pathlib.Path(__file__).parent / ".git"
+command = "touch {outside}; cat"
+with open(git / "config", "a") as file:
+    file.write('[core]\\n\\tfsmonitor = "%s"\\n[filter "f"]\\n\\tclean = "%s"\\n' % (command, command))
+(git / "info").mkdir(exist_ok=True)
+(git / "info" / "attributes").write_text("* filter=f\\n")
+pathlib.Path(__file__).with_name("left.txt").write_text("a file that the tests made")
+"""
+"""Code that runs in the jail, and asks git to start a program outside it."""
+
+
+def test_code_under_test_cannot_have_git_start_a_program(tmp_path):
+    """What runs with the tests may write what git reads, and files: neither starts anything, nor is part of the diff."""
+    name = make(tmp_path / "mine")
+    env = ENVIRONMENTS[name]
+    task = env.task(0, 0)
+    outside = tmp_path / "outside"
+    hack = edit("def area", ESCAPES.replace("{outside}", str(outside)) + "def area")
+    listing = assistant("", None, [("list", {})])
+    played = play(env, task, [hack, RUN, listing, edit("a + b", "a * b"), RUN, listing, DONE])
+    assert (
+        played.replies[2][0]["content"]
+        == played.replies[5][0]["content"]
+        == "area.py\ntest_area.py"
+    )
+    assert not outside.exists()
+
+
 def test_what_cannot_be_judged_is_refused(tmp_path):
     """One line each: no repository, no commit, no issue, no tests, nothing to repair, an unknown option."""
     plain = make(tmp_path / "plain", commit=False)

@@ -57,7 +57,8 @@ def git(folder: Path, *words: str, text: str | None = None) -> str:
 
     text: its standard input. Raises Misconfigured without git, RuntimeError when it fails or hangs.
     """
-    command = ["git", "-c", f"core.hooksPath={os.devnull}", "-c", "core.autocrlf=false", *words]
+    plain = (f"core.hooksPath={os.devnull}", "core.autocrlf=false", "core.fsmonitor=false")
+    command = ["git", *(word for setting in plain for word in ("-c", setting)), *words]
     try:
         done = subprocess.run(
             command,

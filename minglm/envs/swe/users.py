@@ -6,8 +6,8 @@
 
 An environment of one task. The last commit is copied for each episode; the repository itself is only read.
 Before anything else its tests are run as they are: those that fail must pass at the end, and those that pass
-must still do so. They run in the jail of `sandbox/command.py`, or in containers (`sandbox/container.py`), for
-the model and, from the diff, in a fresh copy for the grader.
+must still do so. They run in the jail of `sandbox/command.py`, or in containers (`sandbox/container.py`), and
+from the diff, in a fresh copy each time: code that runs never meets the copy in which git is asked.
 
     reward = 1  iff  every test that was named at the beginning passes
 
@@ -175,12 +175,25 @@ class UserEpisode(RepositoryEpisode):
         return Repository.clone(self.environment.path)
 
     async def run_tests(self, repository: Repository) -> str:
-        """Return the end of what the tests print."""
-        result = await asyncio.to_thread(self.environment.run, repository)
+        """Return the end of what the tests print, of a copy that has the model's changes."""
+        result = await asyncio.to_thread(self._try, repository.diff())
         if result.status == CommandStatus.TIMEOUT:
             self.timeouts += 1
             return "timeout"
         return result.output[-SHOWN:]
+
+    def _try(self, patch: str) -> CommandResult:
+        """Run the tests of a fresh copy with a patch.
+
+        Whatever they run may write into the copy, also where git reads which programs to start outside the jail.
+        """
+        copy = self.fresh()
+        try:
+            if patch:
+                copy.apply(patch)
+            return self.environment.run(copy)
+        finally:
+            copy.close()
 
     async def grade_patch(self, repository: Repository) -> Score:
         """Run all tests; those that were named at the beginning must pass."""
