@@ -15,7 +15,8 @@ like words. There are thousands of different requests, so that following them is
 The oracle thinks by numbering its words: a count that is written down need not be kept in mind. Constraints
 on the letters of a word are left to difficulty 4, because a tokenizer hides letters.
 
-Simplification: the paper has 151 kinds of constraints; here are 19, and 99 in `minglm.envs.constraints`.
+Simplification: the paper has 151 kinds of constraints; here are 19, and 99 in `minglm.envs.constraints`, 17 of them
+the same.
 """
 
 import random
