@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -166,6 +167,28 @@ def test_the_jail_takes_away(name, tmp_path):
     result = run_command([sys.executable, "-S", "-c", work], inside, 30)
     assert (result.status, result.exit_code, result.output) == ("ended", 0, "fine\n")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["inside", "x"]
+
+
+@pytest.mark.parametrize("family", ["AF_UNIX", "AF_VSOCK"])
+def test_no_daemon_of_the_machine_can_be_spoken_to(tmp_path, family):
+    """A socket in the file system, as Docker's, is refused in the jail, and so is one of the host; pairs are not."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as daemon:
+        place = f"{folder}/daemon"
+        daemon.bind(place)
+        daemon.listen()
+        address = repr(place) if family == "AF_UNIX" else "(2, 1)"
+        speak = f"import socket; socket.socket(socket.{family}).connect({address})"
+        result = run_command([sys.executable, "-S", "-c", speak], tmp_path, 30)
+        assert (result.status, result.exit_code) == ("ended", 1)
+        assert "Operation not permitted" in result.output
+        daemon.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            daemon.accept()
+    work = (
+        "import socket; a, b = socket.socketpair(); a.send(b'1'); socket.socket(); print(b.recv(1))"
+    )
+    result = run_command([sys.executable, "-S", "-c", work], tmp_path, 30)
+    assert (result.exit_code, result.output) == (0, "b'1'\n")
 
 
 def test_a_command_that_hangs_is_cut_off_with_its_children(tmp_path):

@@ -5,6 +5,9 @@ enters new namespaces, in which nothing can be written but the two folders, ther
 but its own, and /proc is empty; it forks, sets limits, and the child becomes the command. That child is
 process 1 of its namespace: when it ends, or its parent dies, all that it started dies with it.
 
+A socket in the file system, as that of Docker's daemon, belongs to no network, and neither does one of the host of
+a virtual machine. So a filter of system calls lets the command make internet sockets alone, and pairs.
+
 The capabilities that the namespaces bring are lost when the command starts, because its user has no name in
 them; with `no_new_privs` none come back. No counterpart in the paper, which names its sandbox but does not
 describe it.
@@ -25,6 +28,10 @@ MEMORY = 4 * 2**30
 FILE = 64 * 2**20
 """Size of a file that it may write, bytes."""
 BIND = 4096  # MS_BIND
+FAMILIES = (2, 10, 16)  # AF_INET, AF_INET6, AF_NETLINK: those that a network namespace confines
+SOCKET = {"x86_64": 41, "aarch64": 198}  # number of the system call, linux/unistd.h
+IO_URING_SETUP = 425  # it could make sockets without the call
+X32 = 0x40000000  # bit of a second set of numbers on x86_64
 WRITABLE = (ctypes.c_uint64 * 4)(0, 1, 0, 0)  # struct mount_attr with attr_clr = MOUNT_ATTR_RDONLY
 
 
@@ -56,6 +63,35 @@ def enter(folders: list[str]) -> None:
     jail.libc_call("mount", b"nothing", b"/proc", b"tmpfs", 1, None)  # 1: MS_RDONLY
 
 
+def socket_filter(machine: str) -> ctypes.Structure:
+    """Return the filter by which sockets of other families, and ways around it, fail with EPERM."""
+    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06  # opcodes: load a word, jump, jump, return
+    kill, refuse, allow = 0x80000000, 0x00050001, 0x7FFF0000  # verdicts
+    families = [(equal, len(FAMILIES) - i, 0, family) for i, family in enumerate(FAMILIES)]
+    program = [
+        (load, 0, 0, 4),  # the architecture
+        (equal, 1, 0, jail.ALLOWED[machine].audit_architecture),
+        (give, 0, 0, kill),
+        (load, 0, 0, 0),  # the number of the system call
+        (at_least, len(families) + 3, 0, X32),
+        (equal, len(families) + 2, 0, IO_URING_SETUP),
+        (equal, 0, len(families) + 2, SOCKET[machine]),
+        (load, 0, 0, 16),  # its first argument, the family
+        *families,
+        (give, 0, 0, refuse),
+        (give, 0, 0, allow),
+    ]
+    return jail.Program(len(program), (jail.Instruction * len(program))(*program))
+
+
+def filter_sockets() -> None:
+    """Enter the filter. Raises OSError where the system has none."""
+    if jail.MACHINE not in SOCKET:
+        raise OSError(f"no numbers of system calls for {jail.MACHINE}")
+    program = socket_filter(jail.MACHINE)
+    jail.libc_call("prctl", jail.PR_SET_SECCOMP, 2, ctypes.byref(program), 0, 0)
+
+
 def become(command: list[str], folder: str, temporary: str, seconds: float, status: int) -> None:
     """Set limits and become the command, in its folder."""
     jail.die_with_parent()
@@ -73,6 +109,7 @@ def become(command: list[str], folder: str, temporary: str, seconds: float, stat
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONHASHSEED": "0",
     }
+    filter_sockets()
     os.write(status, READY)
     os.set_inheritable(status, False)
     os.execvpe(command[0], command, variables)
