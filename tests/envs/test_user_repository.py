@@ -148,6 +148,7 @@ HOSTILE = {
     "makes a folder": "import os; os.mkdir('{outside}/d')",
     "opens a connection": "import socket; socket.create_connection(('127.0.0.1', {port}), 2)",
     "sees processes": "import os; os.kill({pid}, 0)",
+    "opens a device": "open('/dev/ptmx', 'rb')",
     "mounts": "import ctypes; assert ctypes.CDLL(None).mount(b'x', b'/tmp', b'tmpfs', 0, None) == 0",
 }
 
@@ -163,7 +164,8 @@ def test_the_jail_takes_away(name, tmp_path):
         result = run_command([sys.executable, "-S", "-c", source], inside, 30)
     assert (result.status, result.exit_code) == ("ended", 1), result
     assert "Error" in result.output
-    work = "import os; open('x', 'w').write('1'); open(os.environ['TMPDIR'] + '/y', 'w'); print('fine')"
+    work = "import os; open('/dev/null', 'w'); open('/dev/urandom', 'rb').read(1)\n"
+    work += "open('x', 'w').write('1'); open(os.environ['TMPDIR'] + '/y', 'w'); print('fine')"
     result = run_command([sys.executable, "-S", "-c", work], inside, 30)
     assert (result.status, result.exit_code, result.output) == ("ended", 0, "fine\n")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["inside", "x"]

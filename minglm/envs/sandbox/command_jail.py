@@ -1,9 +1,10 @@
 """Close a jail around one command, then become it: the inside of `command.py` (paper 3.3).
 
 `command.py` starts this file as `python -I -S command_jail.py STATUS FOLDER TEMPORARY SECONDS COMMAND...`. It
-enters new namespaces, in which nothing can be written but the two folders, there is no network and no process
-but its own, and /proc is empty; it forks, sets limits, and the child becomes the command. That child is
-process 1 of its namespace: when it ends, or its parent dies, all that it started dies with it.
+enters new namespaces, in which nothing can be written but the two folders, no device can be opened but those
+that hold nothing, there is no network and no process but its own, and /proc is empty; it forks, sets limits,
+and the child becomes the command. That child is process 1 of its namespace: when it ends, or its parent dies,
+all that it started dies with it.
 
 A socket in the file system, as that of Docker's daemon, belongs to no network, and neither does one of the host of
 a virtual machine. So a filter of system calls lets the command make internet sockets alone, and pairs.
@@ -33,6 +34,10 @@ SOCKET = {"x86_64": 41, "aarch64": 198}  # number of the system call, linux/unis
 IO_URING_SETUP = 425  # it could make sockets without the call
 X32 = 0x40000000  # bit of a second set of numbers on x86_64
 WRITABLE = (ctypes.c_uint64 * 4)(0, 1, 0, 0)  # struct mount_attr with attr_clr = MOUNT_ATTR_RDONLY
+WITHOUT_DEVICES = (ctypes.c_uint64 * 4)(4, 0, 0, 0)  # attr_set = MOUNT_ATTR_NODEV
+WITH_DEVICES = (ctypes.c_uint64 * 4)(0, 4, 0, 0)
+DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+"""The only ones that the command can open; a disk could be written through its device, read-only mount or not."""
 
 
 def load_jail() -> types.ModuleType:
@@ -48,18 +53,35 @@ def load_jail() -> types.ModuleType:
 jail = load_jail()
 
 
+def bind(path: str) -> None:
+    """Make a mount of a file or a folder, at its own place."""
+    place = os.fsencode(path)
+    jail.libc_call("mount", place, place, None, BIND, None)
+
+
+def change_mount(path: str, attributes: ctypes.Array, recursive: bool = False) -> None:
+    """Change what a mount allows, and with `recursive` all mounts below it."""
+    here = -100  # AT_FDCWD
+    flags = 0x8000 if recursive else 0  # AT_RECURSIVE
+    size = ctypes.sizeof(attributes)
+    number = jail.MOUNT_SETATTR
+    jail.libc_call("syscall", number, here, os.fsencode(path), flags, attributes, size)
+
+
 def enter(folders: list[str]) -> None:
-    """Enter new namespaces in which only these folders can be written.
+    """Enter new namespaces in which only these folders can be written, and no device.
 
     Raises OSError where the system refuses.
     """
     jail.enter_namespaces()
-    size = ctypes.sizeof(WRITABLE)
-    here = -100  # AT_FDCWD
-    for folder in map(os.fsencode, folders):
-        # A mount of its own, made here, is one that may be writable again.
-        jail.libc_call("mount", folder, folder, None, BIND, None)
-        jail.libc_call("syscall", jail.MOUNT_SETATTR, here, folder, 0, WRITABLE, size)
+    change_mount("/", WITHOUT_DEVICES, recursive=True)
+    # A mount of its own, made here, is one that may be changed back.
+    for device in filter(os.path.exists, DEVICES):
+        bind(device)
+        change_mount(device, WITH_DEVICES)
+    for folder in folders:
+        bind(folder)
+        change_mount(folder, WRITABLE)
     jail.libc_call("mount", b"nothing", b"/proc", b"tmpfs", 1, None)  # 1: MS_RDONLY
 
 
