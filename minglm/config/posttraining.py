@@ -528,11 +528,8 @@ class ExpertConfig:
     rl: RLConfig = RLConfig()
     """The reinforcement learning phase."""
     distilled: float = 1.0
-    """Tokens of answers that are asked for the unified data in each environment of this expert, relative to those of others.
-
-    An expert with two environments is asked for twice as many. Prompts are counted out by the tokens of solutions, before an
-    answer is drawn: an environment whose answers are often wrong, or all alike, ends with a smaller share.
-    """
+    """Tokens of answers that each environment of this expert is asked for, for the unified data, relative to those of others.
+    Right and different answers are kept, so what is learned may have other shares (`tokens` of the log's "conversations")."""
 
 
 class Unification(StrEnum):
