@@ -45,7 +45,7 @@ def toy() -> RunConfig:
             warmup_tokens=40_000,
             batch_tokens_start=1024,
             batch_tokens_end=2048,
-            batch_ramp_tokens=250_000,  # all of the first stage
+            batch_ramp_tokens=350_000,  # all of the first stage
             microbatch_tokens=4096,
         ),
         posttraining=PostTrainingConfig(
@@ -59,7 +59,8 @@ def toy() -> RunConfig:
                 sequence_length=512,
                 peak_lr=4e-3,
             ),
-            asked=("arithmetic:4,5x3",),  # what a cold start can nearly do, and what it seldom can
+            # What a cold start can nearly do, and what it seldom can.
+            asked=("arithmetic:4,5x3", "search:1-2"),
             shown=("arithmetic:1-4x8,5x4",),  # five steps in one sum of nine
             prompts_per_environment=1500,
             responses_per_prompt=1,
@@ -79,15 +80,15 @@ def toy() -> RunConfig:
 
 
 def model() -> ModelConfig:
-    """Configure 1 dense and 3 MoE layers, 8 heads of 24, 16 experts of which 4 and a shared one process each token."""
+    """Configure 1 dense and 3 MoE layers, 4 heads of 48, 16 experts of which 4 and a shared one process each token."""
     return ModelConfig(
         vocab_size=2048,
         hidden_size=96,
         num_hidden_layers=4,
         first_k_dense_replace=1,
-        num_attention_heads=8,
+        num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=24,
+        head_dim=48,  # QK-Norm bounds a score by the root of it, and narrower heads learn to copy later
         rope_theta=LONG_ROPE_THETA,
         intermediate_size=288,
         moe_intermediate_size=48,
@@ -103,15 +104,17 @@ def stages() -> StagesConfig:
     return StagesConfig(
         general=StageConfig(
             teaches="prose, code, facts",
-            tokens=250_000,
+            tokens=350_000,
             sequence_length=128,
-            mixture={"prose": 3, "code": 3, "qa": 2, "science": 1, "math": 1},
+            mixture={"prose": 3, "code": 3, "qa": 2, "science": 1, "math": 1, "digit_copies": 5},
+            packing=Packing.BEST_FIT,  # what a row of digits copies must not be in another document
         ),
         code_reasoning=StageConfig(
             teaches="code and mathematics",
-            tokens=120_000,
+            tokens=200_000,
             sequence_length=128,
-            mixture={"code": 4, "math": 4, "qa": 1, "science": 1},
+            mixture={"code": 4, "math": 4, "qa": 1, "science": 1, "copies": 8},
+            packing=Packing.BEST_FIT,
         ),
         repository=StageConfig(
             teaches="code across files",
@@ -123,13 +126,14 @@ def stages() -> StagesConfig:
         ),
         reasoning=StageConfig(
             teaches="worked solutions",
-            tokens=2_000_000,
+            tokens=1_600_000,
             sequence_length=1024,
             mixture={
                 "tasks:arithmetic": 4,
-                "tasks:instructions": 6,
+                "tasks:instructions": 5,
                 "tasks:code": 3,
-                "tasks:retail": 8,
+                "tasks:search": 7,
+                "tasks:retail": 4,
                 "tasks:provocation": 1,
                 "qa": 1,
                 "prose": 1,
@@ -143,7 +147,8 @@ def stages() -> StagesConfig:
             tokens=300_000,
             sequence_length=4096,
             mixture={
-                "tasks:retail": 4,
+                "tasks:search": 3,
+                "tasks:retail": 2,
                 "long": 1,
                 "tasks:arithmetic": 3,
                 "tasks:instructions": 4,
@@ -194,7 +199,7 @@ def reasoning_expert() -> ExpertConfig:
 def agent_expert() -> ExpertConfig:
     """Configure the expert for tool calls in several turns."""
     return ExpertConfig(
-        environments=("retail",),
+        environments=("search", "retail"),
         sft=SFTConfig(
             samples=100,
             epochs=2.0,
@@ -203,9 +208,9 @@ def agent_expert() -> ExpertConfig:
             peak_lr=2e-3,
         ),
         rl=RLConfig(
-            environments=("retail",),
-            steps=20,
-            prompts=8,
+            environments=("search",) * 3 + ("retail",),
+            steps=30,
+            prompts=12,
             samples=8,
             max_new_tokens=48,
             max_turns=8,
@@ -244,7 +249,7 @@ def chat_expert() -> ExpertConfig:
 def general_rl() -> RLConfig:
     """Configure RL of the unified model on all tasks."""
     return RLConfig(
-        environments=("arithmetic", "retail", "instructions"),
+        environments=("arithmetic", "search", "retail", "instructions"),
         steps=12,
         prompts=12,
         samples=8,

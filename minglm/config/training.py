@@ -46,8 +46,8 @@ class StageConfig:
     sequence_length: int
     """Positions S of a training sequence."""
     mixture: dict[str, float]
-    """Relative weight, in tokens, of each source: prose, code, math, science, qa, long, repository,
-    tasks:ENVIRONMENT (solved tasks), user:NAME (your own files)."""
+    """Relative weight, in tokens, of each source: prose, code, math, science, qa, long, copies,
+    digit_copies, repository, tasks:ENVIRONMENT (solved tasks), user:NAME (your own files)."""
     packing: Packing = Packing.TRUNCATE
     """truncate: concatenate and cut (pre-training); best_fit: keep documents whole (mid-training)."""
     rope_theta: float = 10_000.0

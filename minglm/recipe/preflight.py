@@ -37,6 +37,7 @@ from minglm.config import (
 )
 from minglm.config.parallel import NVLINK_RANKS, deepep_lacks_neighbours
 from minglm.config.posttraining import Judge
+from minglm.data.sources.files import BUILT_IN_SOURCES
 from minglm.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from minglm.envs import ENVIRONMENTS
 from minglm.kernels.dispatch import has_c_library
@@ -47,7 +48,6 @@ from minglm.recipe.stages import RLStage, Stage, StageKind, is_done
 from minglm.rl.samples import read_lines
 from minglm.train.checkpoint import CheckpointStore
 
-BUILT_IN_SOURCES = ("prose", "code", "math", "science", "qa", "long", "repository")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # a token for each byte, and the special ones
 GIB = 2**30
 INFINIBAND = Path("/sys/class/infiniband")

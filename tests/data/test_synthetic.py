@@ -126,6 +126,21 @@ def test_every_answer_is_right(index, seed):
             assert KNOWN[question] == answer
 
 
+@given(st.sampled_from(["copies", "digit_copies"]), indices, seeds)
+def test_a_row_comes_again_from_another_place(kind, index, seed):
+    """All lines are rotations of the first, no two entries of it are the same, and no line begins where it does."""
+    row, *others = document(kind, index, seed)[0].splitlines()
+    width = 2 if kind == "copies" else 1
+    entries = [row[place : place + width] for place in range(0, len(row), width)]
+    assert len({entry[0] for entry in entries}) == len(entries) >= 4
+    assert len(others) == 2
+    for other in others:
+        assert other != row
+        assert len(other) == len(row)
+        assert other in row + row
+        assert other[:width] in entries
+
+
 def test_both_languages_come_equally_often():
     """Of 400 question documents 160 to 240 are Chinese: four standard deviations about one half."""
     languages = Counter(document("qa", index, 0)[1] for index in range(400))

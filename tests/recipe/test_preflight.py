@@ -142,7 +142,7 @@ def with_source(source):
 def test_a_source_that_cannot_be_is_named_with_those_that_can(source):
     """The stage, the source, and all sources."""
     with pytest.raises(
-        ValueError, match=rf"stages\.general\.mixture names the source '{source}'; there are prose"
+        ValueError, match=rf"stages\.general\.mixture names the source '{source}'; there are code"
     ):
         preflight.check_sources(with_source(source))
 

@@ -1,14 +1,14 @@
 """List every document of a corpus: where text comes from, its name, and what is held out (paper 2.2, 2.3).
 
 The toy needs no download. Its code is the standard library of the Python that runs it; its prose is the
-docstrings of that library; its mathematics, science, questions and long ledgers are written by `synthetic`;
+docstrings of that library; its mathematics, science, questions, long ledgers and copies are written by `synthetic`;
 its repositories are the packages of the library, joined by `repository`. Your own files, read by `files`,
 join these or replace them.
 
     source      what                                                            language
     code        Python files                                                    python
     prose       docstrings of modules, classes, functions; your text files      en
-    math, science, qa, long        procedural text                              en, zh
+    math, ...   procedural text, in the sources of `synthetic`                  en, zh
     repository  one document per package                                        python
 
 A hash of the document's name decides what is held out, so the held-out set does not change with the seed or
@@ -159,7 +159,7 @@ def docstrings(files: Iterable[Document]) -> Iterator[Document]:
 
 
 def generated(source: str, count: int, seed: int, heldout: float = 0.0) -> Iterator[Document]:
-    """Yield `count` documents of a source of synthetic text: math, science, qa or long."""
+    """Yield `count` documents of a source of synthetic text."""
     for index in range(count):
         text, language = synthetic.document(source, index, seed)
         name = f"{source}/{index}"

@@ -51,7 +51,7 @@ ROW_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET = ".parquet"
 PACKABLE_SUFFIXES = (*CODE_SUFFIXES, *TEXT_SUFFIXES, *ROW_SUFFIXES)
 
-SYNTHETIC_SOURCES = ("math", "science", "qa", "long")
+SYNTHETIC_SOURCES = ("math", "science", "qa", "long", "copies", "digit_copies")
 BUILT_IN_SOURCES = ("code", "prose", "repository", *SYNTHETIC_SOURCES)
 
 PIECE_CHARACTERS = 4 * 2**20

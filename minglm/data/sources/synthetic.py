@@ -8,12 +8,19 @@ Chinese:
     science   sentences about the tables of elements, planets, units and countries (`facts.py`)
     qa        short questions and answers about the same tables and about arithmetic, in English or Chinese
     long      a long ledger with one question at the end, whose answer is far above: a needle to remember
+    copies, digit_copies
+              a row of letters with digits, or of digits alone, and twice the same row from another place on
+
+Whoever calls a tool copies names and numbers. A large model learns this from text; a small one learns it much sooner from
+rows in which nothing else can be learned, and from ten digits sooner than from all letters. Documents with copies must
+not see each other (best-fit packing), or the same digit stands before other digits there.
 
 Document n of a source depends on (seed, source, n) alone, so any document can be made without those before
 it. Simplified: a few dozen templates; real pages are far more varied.
 """
 
 import random
+import string
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -39,7 +46,7 @@ def document(source: str, index: int, seed: int, entries: int | None = None) -> 
     """Write one document.
 
     Args:
-        source: math, science, qa or long.
+        source: one of `WRITERS`.
         entries: the length of the ledger of `long`; None: drawn.
     """
     rng = random.Random(f"{seed}/{source}/{index}")
@@ -260,6 +267,30 @@ def _questions(rng: random.Random) -> Page:
     return Page("".join(lines), "en")
 
 
+# Copies
+
+MIN_ROW = 4
+MAX_ROW = 12
+
+
+def _digit_copies(rng: random.Random) -> Page:
+    return _copied(rng, rng.sample(string.digits, rng.randint(MIN_ROW, 9)))
+
+
+def _copies(rng: random.Random) -> Page:
+    letters = rng.sample(string.ascii_letters, rng.randint(MIN_ROW, MAX_ROW))
+    # No tokenizer makes one token of a letter and a digit.
+    return _copied(rng, [letter + rng.choice(string.digits) for letter in letters])
+
+
+def _copied(rng: random.Random, row: list[str]) -> Page:
+    lines = ["".join(row)]
+    for _ in range(2):
+        place = rng.randrange(1, len(row))
+        lines.append("".join(row[place:] + row[:place]))
+    return Page("\n".join(lines) + "\n", "en")
+
+
 # Long documents
 
 PEOPLE = """
@@ -294,5 +325,7 @@ WRITERS: dict[str, Callable[[random.Random], Page]] = {
     "science": _science,
     "qa": _questions,
     "long": _ledger,
+    "digit_copies": _digit_copies,
+    "copies": _copies,
 }
 """The function that writes each source."""

@@ -24,7 +24,7 @@ class Document:
 
     text: str
     source: str
-    """Name in a mixture: code, prose, math, science, qa, long, repository, or user:NAME."""
+    """Name in a mixture: a built-in one (`sources/files.py`), or user:NAME."""
     language: str
     """en, zh, python and so on; "web" for pages, "diff" for the history of a repository."""
     quality: float | None
