@@ -22,8 +22,9 @@ Choices
 - A name follows a line break, an arrow or a tag, never a space, so that a small vocabulary has one word for it, not two.
   Articles are a line of plain text, and schemas are as short as JSON allows, because every prompt carries them.
 - A title that does not exist is answered with a message, as on the web; the conversation goes on.
-- `search:short` asks the same in single characters, with eight relations in place of three. Models of 0.2 million parameters
-  did not learn to copy words of a vocabulary, and two of three learned this (lesson 14).
+- `search:short` asks the same in single characters, with eight relations in place of three. What a relation leads to stands right
+  after it there, as induction needs it; in English three tokens lie between, and small models take one of the other names
+  (lesson 14; the agentic task of the toy besides the shop).
 
     e v.20  ->  search("e v.")  ->  U, I, G     open("U")  ->  e v.0nr1I2P3D4S5L6M7T8F     U2P0  ->  open("P")     P0rn
 

@@ -1,4 +1,4 @@
-"""Run a small shop with a rule-based customer, the agentic task of the toy (paper 3.3 agentic RL, 3.4 function calling).
+"""Run a small shop with a rule-based customer, an agentic task of the toy (paper 3.3 agentic RL, 3.4 function calling).
 
     customer: I do not want order 482.      get_order(482) -> {"status": "pending"}
                                             cancel_order(482) -> {"ok": true}
