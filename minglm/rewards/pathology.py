@@ -37,6 +37,12 @@ FAULTS = ("language_mixing", "repetition", "format")
 
 MAX_PIECE = 256  # characters of a piece whose copies count as a run
 NO_CHARACTER = 0xFFFFFFFF
+GRAM = 8
+GRAM_FACTORS = {
+    1: np.uint64(0x9E3779B97F4A7C15),
+    2: np.uint64(0xBF58476D1CE4E5B9),
+    4: np.uint64(0x94D049BB133111EB),
+}
 RUN_BLOCK = 1 << 16  # comparisons of characters at once
 MIN_RUN = 40  # characters of a run from which on it may be a fault
 MAX_RUN_SHARE = 0.2
@@ -155,23 +161,40 @@ def longest_run(text: str) -> LongestRun:
     # Row p - 1: the text, p characters later, with something else in the place of what is missing.
     before = np.concatenate((np.full(most, NO_CHARACTER, dtype=np.uint32), codes))
     shifted = np.lib.stride_tricks.sliding_window_view(before, length)[:most][::-1]
-    index = np.arange(length, dtype=np.int32)
+    pieces = _pieces_that_return(before, most)
     longest = 0
     rows = max(1, RUN_BLOCK // length)  # pieces that are looked for at once
-    for first in range(0, most, rows):
-        differs = shifted[first : first + rows] != codes
-        piece = np.arange(first + 1, first + 1 + len(differs))
-        # Most pieces have too few equal characters in all.
-        (possible,) = np.nonzero(length - np.count_nonzero(differs, axis=1) >= 2 * piece)
-        if not len(possible):
-            continue
-        piece = piece[possible]
-        # The longest stretch of characters that equal the one `piece` before them is a run, less its first copy.
-        last_difference = np.maximum.accumulate(np.where(differs[possible], index, 0), axis=1)
-        equal = (index - last_difference).max(1)
-        runs = np.where(equal >= 2 * piece, equal + piece, 0)
-        longest = max(longest, int(runs.max()))
+    for first in range(0, len(pieces), rows):
+        piece = pieces[first : first + rows]
+        differs = shifted[piece - 1] != codes
+        # A stretch of characters that equal the one `piece` before them is a run, less its first copy. Each row begins
+        # with a character that differs, so no stretch goes on from one row to the next.
+        places = np.flatnonzero(differs)
+        equal = np.diff(places, append=differs.size) - 1
+        (few,) = np.nonzero(equal >= 2)
+        piece = piece[places[few] // length]
+        runs = equal[few] + piece
+        longest = max(longest, int(runs[equal[few] >= 2 * piece].max(initial=0)))
     return LongestRun(longest, length)
+
+
+def _pieces_that_return(before: np.ndarray, most: int) -> np.ndarray:
+    """Return the lengths up to `most` of pieces that may be repeated in a text, int (pieces,).
+
+    before: the characters, after `most` that are none. Two copies after the first hold GRAM characters that begin at a
+    multiple of GRAM, if the piece is no shorter, and they equal those one piece before.
+    """
+    if most < GRAM:
+        return np.arange(1, most + 1)
+    grams = before.astype(
+        np.uint64
+    )  # of the characters from each place on, a sum that wraps around
+    for step in (1, 2, 4):
+        grams = grams[:-step] * GRAM_FACTORS[step] + grams[step:]
+    windows = np.lib.stride_tricks.sliding_window_view(grams, len(grams) - most)
+    returns = (windows[:most, ::GRAM][::-1] == grams[most::GRAM]).any(axis=1)
+    returns[: GRAM - 1] = True
+    return np.flatnonzero(returns) + 1
 
 
 def distinctness(text: str, n: int = 4) -> Distinctness:
