@@ -37,12 +37,7 @@ FAULTS = ("language_mixing", "repetition", "format")
 
 MAX_PIECE = 256  # characters of a piece whose copies count as a run
 NO_CHARACTER = 0xFFFFFFFF
-GRAM = 8
-GRAM_FACTORS = {
-    1: np.uint64(0x9E3779B97F4A7C15),
-    2: np.uint64(0xBF58476D1CE4E5B9),
-    4: np.uint64(0x94D049BB133111EB),
-}
+GRAM_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 RUN_BLOCK = 1 << 16  # comparisons of characters at once
 MIN_RUN = 40  # characters of a run from which on it may be a fault
 MAX_RUN_SHARE = 0.2
@@ -158,43 +153,44 @@ def longest_run(text: str) -> LongestRun:
     most = min(MAX_PIECE, length // 3)
     if not most:
         return LongestRun(0, length)
-    # Row p - 1: the text, p characters later, with something else in the place of what is missing.
     before = np.concatenate((np.full(most, NO_CHARACTER, dtype=np.uint32), codes))
-    shifted = np.lib.stride_tricks.sliding_window_view(before, length)[:most][::-1]
-    pieces = _pieces_that_return(before, most)
+    place = np.arange(most, most + length)
+    pieces = _possible_pieces(before, most)
     longest = 0
     rows = max(1, RUN_BLOCK // length)  # pieces that are looked for at once
     for first in range(0, len(pieces), rows):
         piece = pieces[first : first + rows]
-        differs = shifted[piece - 1] != codes
-        # A stretch of characters that equal the one `piece` before them is a run, less its first copy. Each row begins
-        # with a character that differs, so no stretch goes on from one row to the next.
+        # A stretch of characters that equal the one `piece` before them is a run, less its first copy.
+        # Each row begins with a character that differs, so no stretch goes on from one row to the next.
+        differs = before[place - piece[:, None]] != codes
         places = np.flatnonzero(differs)
         equal = np.diff(places, append=differs.size) - 1
         (few,) = np.nonzero(equal >= 2)
+        equal = equal[few]
         piece = piece[places[few] // length]
-        runs = equal[few] + piece
-        longest = max(longest, int(runs[equal[few] >= 2 * piece].max(initial=0)))
+        runs = equal + piece
+        longest = max(longest, int(runs[equal >= 2 * piece].max(initial=0)))
     return LongestRun(longest, length)
 
 
-def _pieces_that_return(before: np.ndarray, most: int) -> np.ndarray:
-    """Return the lengths up to `most` of pieces that may be repeated in a text, int (pieces,).
+def _possible_pieces(before: np.ndarray, most: int) -> np.ndarray:
+    """Return the lengths of pieces that may be repeated in a text, from 1 to at most `most`, int (pieces,).
 
-    before: the characters, after `most` that are none. Two copies after the first hold GRAM characters that begin at a
-    multiple of GRAM, if the piece is no shorter, and they equal those one piece before.
+    before: the characters of the text, after `most` that are none. All but the first copy of a piece equal what is one
+    piece before. Wherever they are, two copies of `size` characters or more hold `size` characters that begin at a
+    multiple of `size`: only these are compared, for pieces shorter than twice that.
     """
-    if most < GRAM:
-        return np.arange(1, most + 1)
-    grams = before.astype(
-        np.uint64
-    )  # of the characters from each place on, a sum that wraps around
-    for step in (1, 2, 4):
-        grams = grams[:-step] * GRAM_FACTORS[step] + grams[step:]
-    windows = np.lib.stride_tricks.sliding_window_view(grams, len(grams) - most)
-    returns = (windows[:most, ::GRAM][::-1] == grams[most::GRAM]).any(axis=1)
-    returns[: GRAM - 1] = True
-    return np.flatnonzero(returns) + 1
+    possible: list[np.ndarray] = []
+    grams = before.astype(np.uint64)  # a number for the `size` characters from each place on
+    size = 1
+    while size <= most:
+        piece = np.arange(size, min(2 * size, most + 1))
+        place = np.arange(most, len(grams), size)
+        returns = (grams[place - piece[:, None]] == grams[place]).any(axis=1)
+        possible.append(piece[returns])
+        grams = grams[:-size] * GRAM_FACTOR + grams[size:]  # wraps around
+        size *= 2
+    return np.concatenate(possible)
 
 
 def distinctness(text: str, n: int = 4) -> Distinctness:
