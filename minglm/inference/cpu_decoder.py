@@ -27,6 +27,7 @@ from minglm.model.attention import Attention
 from minglm.model.decoder import DecoderLayer
 from minglm.model.layers import RMSNorm
 from minglm.model.moe import MoE
+from minglm.model.rope import Rotation
 
 CHUNK = 64
 """Rows of a product together, as in decoder.c."""
@@ -147,6 +148,8 @@ class CpuDecoder(PagedCache):
     def read_weights(self) -> None:
         """Pack the weights as they are now."""
         model = self.model
+        none = torch.empty(1, 0, 1, 0)
+        self.rotation = Rotation(none, none)  # until the first pass
         layers = cast(list[DecoderLayer], list(model.model.layers))
         trunk = layers[: model.config.num_hidden_layers]  # without the MTP layer
         self.packed = Packed(trunk, model.model.norm, model.lm_head.weight)
@@ -180,6 +183,13 @@ class CpuDecoder(PagedCache):
         states_TD, _ = self._run(self.packed_mtp, [self.mtp_layer], rows, tokens_T, x_TD, [])
         return states_TD
 
+    def _rotation(self, positions: int) -> Rotation:
+        """Return the rotation of at least the first `positions` positions, kept from pass to pass."""
+        if positions > self.rotation.cos.shape[1]:
+            positions_S = torch.arange(2 * positions, device=self.device)
+            self.rotation = self.model.rotation(positions_S[None], positions_S[None])
+        return self.rotation
+
     def _run(
         self,
         packed: Packed,
@@ -202,18 +212,22 @@ class CpuDecoder(PagedCache):
         positions: list[int] = []
         table_rows: list[int] = []
         tables: list[int] = []
-        blocks = (max(row.stop for row in rows) - 1) // size + 1
+        longest = max(row.stop for row in rows)
+        blocks = (longest - 1) // size + 1
         for index, row in enumerate(rows):
-            positions += range(row.start, row.stop)
-            table_rows += [index] * (row.stop - row.start)
-            used = row.table.blocks[:blocks]
-            tables += used + [0] * (blocks - len(used))
+            start = row.start
+            stop = row.stop
+            positions += range(start, stop)
+            table_rows += [index] * (stop - start)
+            used = row.table.blocks
+            tables += used[:blocks]
+            tables += [0] * (blocks - len(used))
         # One tensor for all four: a small tensor costs as much as a large one.
         numbers = integers([*positions, *table_rows, *wanted, *tables], self.device)
         positions_T, table_rows_T, wanted_R, tables_RB = numbers.split(
             (T, T, len(wanted), len(tables))
         )
-        cosine, sine = self.model.rotation(tokens_T[None], positions_T[None])
+        cosine, sine = self._rotation(longest)
         logits_RV = x_TD.new_empty(len(wanted), c.vocab_size)
 
         # Scratch memory: for each token the parts of its layer, for each thread its scores or its hidden rows, and a

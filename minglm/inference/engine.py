@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 from itertools import count
+from operator import attrgetter
 from typing import NamedTuple, Protocol
 
 import torch
@@ -52,6 +53,8 @@ from minglm.model.glm import GLM
 __all__ = ["Completion", "Engine", "Event", "ExpertPrecision", "Request"]
 
 Listener = Callable[[Event], None]
+
+_VERSION = attrgetter("_version")
 
 NOT_FINITE = "the model's numbers are not finite"
 NO_TOKEN = "the request's grammar and rules allow no further token"
@@ -355,7 +358,7 @@ class Engine:
         if (
             self._pages is not None
             and versions is not None
-            and [parameter._version for parameter in self._parameters] == versions
+            and list(map(_VERSION, self._parameters)) == versions
         ):
             return self._pages
         self._weight_versions = None
@@ -364,7 +367,7 @@ class Engine:
         if not _all_finite(self._parameters):
             self.scheduler.restart()
             raise AnswerFailed(f"{NOT_FINITE}: a weight is NaN or infinite")
-        self._weight_versions = [parameter._version for parameter in self._parameters]
+        self._weight_versions = list(map(_VERSION, self._parameters))
         self.scheduler.restart()
         decoder = decoder_for(self.model, self.fp8_experts)
         pages = self._pages

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minglm.inference.pages import integers
 from minglm.inference.request import PromptLogprob, TopLogprobs
 from minglm.inference.scheduler import Sequence
 from minglm.kernels.dispatch import Operation, select
@@ -89,7 +90,7 @@ class SamplerSettings:
     def next_index(self, sequences: list[Sequence]) -> Tensor:
         """Return the index of each sequence's next token, int64 (B,)."""
         counts = [len(sequence.completion.tokens) for sequence in sequences]
-        return torch.tensor(counts, device=self.device)
+        return integers(counts, self.device)
 
 
 def _unsigned_shift(x: Tensor, bits: int) -> Tensor:

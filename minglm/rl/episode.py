@@ -152,14 +152,16 @@ class Segment:
         Its experts are those of the whole text, also of earlier turns.
         """
         self.experts_SLK = completion.experts_SLK
-        forced = set(completion.forced)
-        versions = completion.versions or [-1] * len(completion.tokens)
-        for place, token in enumerate(completion.tokens):
-            sampled = place not in forced
-            self.tokens.append(token)
-            self.mask.append(sampled)
-            self.logprobs.append(completion.logprobs[place] if sampled else 0.0)
-            self.versions.append(versions[place] if sampled else -1)
+        count = len(completion.tokens)
+        first = len(self.tokens)
+        self.tokens += completion.tokens
+        self.mask += [True] * count
+        self.logprobs += completion.logprobs
+        self.versions += completion.versions or [-1] * count
+        for place in completion.forced:
+            self.mask[first + place] = False
+            self.logprobs[first + place] = 0.0
+            self.versions[first + place] = -1
 
     def add_context(self, tokens: list[int]) -> None:
         """Append tokens that came from the environment."""

@@ -25,7 +25,7 @@ typedef struct { /* matrices are packed: (outputs / LANES, inputs, LANES), zeros
 typedef struct {
     const Layer *layers;
     float *x;                                          /* (T, D): first the embeddings, at the end the states */
-    const float *cosine, *sine;                        /* (T, half) */
+    const float *cosine, *sine;                        /* (positions, half) */
     const int64_t *positions, *rows, *tables;          /* (T,); (T,) each token's row of the tables (rows, blocks) */
     const float *norm, *head;                          /* of the output */
     const int64_t *wanted;                             /* (logit_rows,) the tokens whose logits (logit_rows, V) are */
@@ -130,8 +130,8 @@ static void norm_and_rotate(float *x, const float *weight, const float *cosine, 
 static void store_keys_values(const Pass *p, const Layer *l, float *qkv, long first, long T) {
     long A = p->A, W = whole(p->size);
     for (long t = first; t < first + T; t++) {
-        const float *cosine = p->cosine + t * p->half, *sine = p->sine + t * p->half;
         long position = p->positions[t], slot = position % p->size;
+        const float *cosine = p->cosine + position * p->half, *sine = p->sine + position * p->half;
         float *to = l->store + p->tables[p->rows[t] * p->blocks + position / p->size] * p->M * A * (p->size + W);
         for (long n = 0; n < p->N; n++, qkv += A) norm_and_rotate(qkv, l->q_norm, cosine, sine, A, p->half, p->eps);
         for (long m = 0; m < p->M; m++, qkv += A, to += A * (p->size + W)) {
