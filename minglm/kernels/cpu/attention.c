@@ -1,129 +1,156 @@
 /* Causal attention over whole rows, with its backward pass, in memory linear in their length.
 
-   The twin of minglm/kernels/attention/chunked.py, where the equations are; minglm/kernels/cpu/attention.py calls it.
-   POSITIONS of a row are computed together, with the G query heads that share a key head: their scores stay in a core's
-   cache. The forward pass keeps a number for each query, the logarithm of the sum of its softmax, from which the backward
-   pass computes the softmax again. All arrays are contiguous. */
+   The twin of minglm/kernels/attention/chunked.py, where the equations are; minglm/kernels/cpu/attention.py calls it. Some
+   positions of a row are computed together, with the G query heads that share a key head: these queries are the lanes of
+   three vectors, and a key is a row of scores. So keys and values are read where they are, maxima and sums over keys are
+   those of vectors, and no part of a vector is empty. The forward pass keeps a number for each query, the logarithm of the
+   sum of its softmax, from which the backward pass computes the softmax again. All arrays are contiguous. */
 
 #include "product.h"
 #include <stdlib.h>
 
-enum { POSITIONS = 16 };
-
 typedef struct {
-    long begin, n, first, keys; /* positions begin to begin + n see `keys` keys from `first` on, a whole vector */
+    long begin, n, first, keys; /* positions begin to begin + n see `keys` keys from `first` on */
 } Stretch;
 
-static Stretch stretch(const int64_t *starts, long begin, long S) {
-    long n = S - begin < POSITIONS ? S - begin : POSITIONS, first = (starts ? starts[begin] : 0) / LANES * LANES;
+static long positions_together(long G) { return 3 * LANES > G ? 3 * LANES / G : 1; }
+
+static Stretch stretch(const int64_t *starts, long begin, long S, long positions) {
+    long n = S - begin < positions ? S - begin : positions, first = starts ? starts[begin] : 0;
     return (Stretch){begin, n, first, begin + n - first};
 }
 
-/* Copy the G heads of a stretch, x (S, heads, A) from the first of them on, times a factor, to rows of whole(A) floats */
+/* Copy the G heads of a stretch, x (S, heads, A) from the first of them on, times a factor, to rows of whole(A) floats, with
+   zeros at the end of each */
 static void gather(const float *x, Stretch s, long heads, long G, long A, float factor, float *to) {
-    for (long i = 0; i < s.n * G; i++, to += whole(A))
-        for (long a = 0; a < A; a++) to[a] = factor * x[((s.begin + i / G) * heads + i % G) * A + a];
+    x += s.begin * heads * A;
+    for (long i = 0; i < s.n; i++, x += heads * A)
+        for (long g = 0; g < G; g++, to += whole(A))
+            for (long a = 0; a < A; a += LANES) *(lanes *)(to + a) = factor * some(x + g * A + a, A - a);
 }
 
 static void scatter(const float *from, Stretch s, long heads, long G, long A, float factor, float *x) {
-    for (long i = 0; i < s.n * G; i++, from += whole(A))
-        for (long a = 0; a < A; a++) x[((s.begin + i / G) * heads + i % G) * A + a] = factor * from[a];
+    x += s.begin * heads * A;
+    for (long i = 0; i < s.n; i++, x += heads * A)
+        for (long g = 0; g < G; g++, from += whole(A))
+            for (long a = 0; a < A; a += LANES) put(factor * *(const lanes *)(from + a), x + g * A + a, A - a);
 }
 
-static Columns from_row(Columns b, long k) { return (Columns){b.at + k * b.next, b.next, b.apart}; }
-
-static Columns from_column(Columns b, long c) { return (Columns){b.at + c / LANES * b.apart, b.next, b.apart}; }
-
-/* Whether each of the keys from j on is seen by position p: -1 or 0 */
-INLINE ints seen(const int64_t *starts, long p, Stretch s, long j) {
-    int low = (starts ? starts[p] : 0) - s.first - j, high = p - s.first - j;
-    return (lane() >= low) & (lane() <= high);
+/* Transpose rows of queries (R, whole(A)) to (whole(A), R), or back */
+static void to_lanes(const float *rows, long R, long A, float *columns) {
+    for (long r = 0; r < R; r += LANES) transpose(rows + r * whole(A), whole(A), A, columns + r, R);
 }
+
+static void to_rows(const float *columns, long R, long A, float *rows) {
+    for (long a = 0; a < A; a += LANES) transpose(columns + a * R, R, R, rows + a, whole(A));
+}
+
+/* The keys that each of a vector of queries sees, counted from the first of the stretch */
+typedef struct {
+    ints low, high;
+} Window;
+
+static Window window(const int64_t *starts, Stretch s, long G, long query) {
+    Window w;
+    for (long i = 0; i < LANES; i++) {
+        long place = (query + i) / G, p = s.begin + (place < s.n ? place : s.n - 1);
+        w.low[i] = (starts ? starts[p] : 0) - s.first, w.high[i] = p - s.first;
+    }
+    return w;
+}
+
+INLINE ints seen(Window w, long key) { return (w.low <= (int)key) & (w.high >= (int)key); }
 
 /* starts (B, S): the first key that each position sees, null: the first of the row. sums (B, M, S, G) are kept */
 void attention_forward(const float *q, const float *k, const float *v, const int64_t *starts, float *out, float *sums, long B,
                        long S, long N, long M, long A) {
-    long G = N / M, rows = POSITIONS * G, W = whole(A), C = whole(S) + LANES;
-    float *queries = room(rows * (2 * W + C) + A * C + S * W), *mixed = queries + rows * W, *scores = mixed + rows * W;
-    float *key_room = scores + rows * C, *value_room = key_room + A * C, root = 1 / sqrtf(A);
+    long G = N / M, positions = positions_together(G), most = whole(positions * G), W = whole(A);
+    float *rows = room(most * (3 * W + S)), *queries = rows + most * W, *mixed = queries + most * W, *scores = mixed + most * W;
+    float root = 1 / sqrtf(A);
     for (long b = 0; b < B; b++, q += S * N * A, k += S * M * A, v += S * M * A, out += S * N * A, starts += starts ? S : 0)
-        for (long m = 0; m < M; m++, sums += S * G) {
-            Columns keys = columns_of(k + m * A, 1, M * A, A, S, key_room);
-            Columns values = columns_of(v + m * A, M * A, 1, S, A, value_room);
-            for (long p = 0; p < S; p += POSITIONS) {
-                Stretch s = stretch(starts, p, S);
-                long width = whole(s.keys);
-                gather(q + m * G * A, s, N, G, A, root, queries);
-                multiply(queries, W, 1, from_column(keys, s.first), scores, width, s.n * G, width, A, 0);
-                for (long i = 0; i < s.n * G; i++) {
-                    float *row = scores + i * width;
-                    lanes most = all(-1e30f), total = {0};
+        for (long m = 0; m < M; m++, sums += S * G)
+            for (long p = 0; p < S; p += positions) {
+                Stretch s = stretch(starts, p, S, positions);
+                long R = whole(s.n * G);
+                const float *keys = k + (s.first * M + m) * A, *values = v + (s.first * M + m) * A;
+                gather(q + m * G * A, s, N, G, A, root, rows);
+                to_lanes(rows, R, A, queries);
+                multiply(keys, M * A, 1, (Columns){queries, R, LANES}, scores, R, s.keys, R, A, 0);
+                float log_sums[R];
+                lanes shares[R / LANES];
+                for (long i = 0; i < R; i += LANES) {
+                    Window w = window(starts, s, G, i);
+                    lanes largest = all(-1e30f), sum = {0};
                     ints wrong = {0};
-                    for (long j = 0; j < width; j += LANES) {
-                        lanes score = either(seen(starts, p + i / G, s, j), *(lanes *)(row + j), all(-1e30f));
-                        *(lanes *)(row + j) = score;
-                        most = larger(most, score);
-                        wrong |= unsound(score);
+                    for (long j = 0; j < s.keys; j++) {
+                        lanes *score = (lanes *)(scores + j * R + i);
+                        *score = either(seen(w, j), *score, all(-1e30f));
+                        largest = larger(largest, *score);
+                        wrong |= unsound(*score);
                     }
-                    float largest = largest_of(most);
-                    for (long j = 0; j < width; j += LANES)
-                        total += *(lanes *)(row + j) = exponential(*(lanes *)(row + j) - largest);
-                    float sum = some_true(wrong) ? not_a_number() : sum_of(total);
-                    for (long j = 0; j < width; j += LANES) *(lanes *)(row + j) *= 1 / sum;
-                    sums[p * G + i] = largest + logf(sum);
+                    for (long j = 0; j < s.keys; j++) {
+                        lanes *score = (lanes *)(scores + j * R + i);
+                        sum += *score = exponential(*score - largest);
+                    }
+                    sum = either(wrong, all(not_a_number()), sum);
+                    shares[i / LANES] = 1 / sum;
+                    for (long l = 0; l < LANES; l++) log_sums[i + l] = largest[l] + logf(sum[l]);
                 }
-                multiply(scores, width, 1, from_row(values, s.first), mixed, W, s.n * G, W, s.keys, 0);
-                scatter(mixed, s, N, G, A, 1, out + m * G * A);
+                memcpy(sums + p * G, log_sums, s.n * G * sizeof *sums);
+                multiply(values, 1, M * A, (Columns){scores, R, LANES}, mixed, R, A, R, s.keys, 0);
+                for (long a = 0; a < A; a++)
+                    for (long i = 0; i < R; i += LANES) *(lanes *)(mixed + a * R + i) *= shares[i / LANES];
+                to_rows(mixed, R, A, rows);
+                scatter(rows, s, N, G, A, 1, out + m * G * A);
             }
-        }
-    free(queries);
+    free(rows);
 }
 
 /* The gradients of q, k and v from dout (B, S, N, A) */
 void attention_backward(const float *q, const float *k, const float *v, const int64_t *starts, const float *sums,
                         const float *dout, float *dq, float *dk, float *dv, long B, long S, long N, long M, long A) {
-    long G = N / M, rows = POSITIONS * G, W = whole(A), C = whole(S) + LANES;
-    float *queries = room(rows * (3 * W + 2 * C) + 2 * A * C + 3 * S * W), *grad = queries + rows * W, *mixed = grad + rows * W;
-    float *scores = mixed + rows * W, *dscores = scores + rows * C, *key_room = dscores + rows * C;
-    float *value_room = key_room + A * C, *row_room = value_room + A * C, *dkeys = row_room + S * W, *dvalues = dkeys + S * W;
-    float root = 1 / sqrtf(A);
-    memset(queries, 0, 2 * rows * W * sizeof *queries); /* what lies beyond A stays zero */
+    long G = N / M, positions = positions_together(G), most = whole(positions * G), W = whole(A);
+    float *rows = room(most * (5 * W + 2 * S) + 2 * S * W), *grad_rows = rows + most * W, *queries = grad_rows + most * W;
+    float *grad = queries + most * W, *mixed = grad + most * W, *scores = mixed + most * W, *dscores = scores + most * S;
+    float *dkeys = dscores + most * S, *dvalues = dkeys + S * W, root = 1 / sqrtf(A);
     for (long b = 0; b < B; b++, starts += starts ? S : 0) {
         long at = b * S * N * A, kv = b * S * M * A;
         for (long m = 0; m < M; m++, sums += S * G) {
-            Columns keys = columns_of(k + kv + m * A, 1, M * A, A, S, key_room);
-            Columns values = columns_of(v + kv + m * A, 1, M * A, A, S, value_room);
-            Columns key_rows = columns_of(k + kv + m * A, M * A, 1, S, A, row_room);
             memset(dkeys, 0, 2 * S * W * sizeof *dkeys);
-            for (long p = 0; p < S; p += POSITIONS) {
-                Stretch s = stretch(starts, p, S);
-                long width = whole(s.keys);
-                gather(q + at + m * G * A, s, N, G, A, root, queries);
-                gather(dout + at + m * G * A, s, N, G, A, 1, grad);
-                multiply(queries, W, 1, from_column(keys, s.first), scores, width, s.n * G, width, A, 0);
-                multiply(grad, W, 1, from_column(values, s.first), dscores, width, s.n * G, width, A, 0);
-                for (long i = 0; i < s.n * G; i++) {
-                    float *row = scores + i * width, *drow = dscores + i * width;
-                    lanes dot = {0};
-                    for (long j = 0; j < width; j += LANES) {
-                        lanes score = *(lanes *)(row + j) - sums[p * G + i];
-                        lanes weight = exponential(either(seen(starts, p + i / G, s, j), score, all(-1e30f)));
-                        *(lanes *)(row + j) = weight;
-                        dot += weight * *(lanes *)(drow + j);
+            for (long p = 0; p < S; p += positions) {
+                Stretch s = stretch(starts, p, S, positions);
+                long R = whole(s.n * G), first = kv + (s.first * M + m) * A;
+                gather(q + at + m * G * A, s, N, G, A, root, rows);
+                gather(dout + at + m * G * A, s, N, G, A, 1, grad_rows);
+                to_lanes(rows, R, A, queries);
+                to_lanes(grad_rows, R, A, grad);
+                float log_sums[R];
+                for (long i = 0; i < R; i++) log_sums[i] = sums[p * G + (i < s.n * G ? i : 0)];
+                multiply(k + first, M * A, 1, (Columns){queries, R, LANES}, scores, R, s.keys, R, A, 0);
+                multiply(v + first, M * A, 1, (Columns){grad, R, LANES}, dscores, R, s.keys, R, A, 0);
+                for (long i = 0; i < R; i += LANES) {
+                    Window w = window(starts, s, G, i);
+                    lanes log_sum = *(lanes *)(log_sums + i), dot = {0};
+                    for (long j = 0; j < s.keys; j++) {
+                        lanes *score = (lanes *)(scores + j * R + i);
+                        *score = exponential(either(seen(w, j), *score - log_sum, all(-1e30f)));
+                        dot += *score * *(lanes *)(dscores + j * R + i);
                     }
-                    float mean = sum_of(dot);
-                    for (long j = 0; j < width; j += LANES)
-                        *(lanes *)(drow + j) = *(lanes *)(row + j) * (*(lanes *)(drow + j) - mean);
+                    for (long j = 0; j < s.keys; j++) {
+                        lanes *dscore = (lanes *)(dscores + j * R + i);
+                        *dscore = *(lanes *)(scores + j * R + i) * (*dscore - dot);
+                    }
                 }
-                multiply(scores, 1, width, (Columns){grad, W, LANES}, dvalues + s.first * W, W, s.keys, W, s.n * G, 1);
-                multiply(dscores, 1, width, (Columns){queries, W, LANES}, dkeys + s.first * W, W, s.keys, W, s.n * G, 1);
-                multiply(dscores, width, 1, from_row(key_rows, s.first), mixed, W, s.n * G, W, s.keys, 0);
-                scatter(mixed, s, N, G, A, root, dq + at + m * G * A);
+                multiply(scores, R, 1, (Columns){grad_rows, W, LANES}, dvalues + s.first * W, W, s.keys, W, s.n * G, 1);
+                multiply(dscores, R, 1, (Columns){rows, W, LANES}, dkeys + s.first * W, W, s.keys, W, s.n * G, 1);
+                multiply(k + first, 1, M * A, (Columns){dscores, R, LANES}, mixed, R, A, R, s.keys, 0);
+                to_rows(mixed, R, A, queries);
+                scatter(queries, s, N, G, A, root, dq + at + m * G * A);
             }
             Stretch whole_row = {0, S, 0, S};
             scatter(dkeys, whole_row, M, 1, A, 1, dk + kv + m * A);
             scatter(dvalues, whole_row, M, 1, A, 1, dv + kv + m * A);
         }
     }
-    free(queries);
+    free(rows);
 }

@@ -40,15 +40,23 @@ INLINE lanes larger(lanes a, lanes b) {
 }
 
 INLINE lanes some(const float *x, long n) { /* the next n numbers, where n is less than LANES, and zeros */
-    lanes y = {0};
     if (n >= LANES) return *(const lanes *)x;
+#ifdef __AVX512F__
+    return (lanes)_mm512_maskz_loadu_ps((1 << n) - 1, x);
+#else
+    lanes y = {0};
     memcpy(&y, x, n * sizeof *x);
     return y;
+#endif
 }
 
 INLINE void put(lanes y, float *x, long n) {
     if (n >= LANES) *(lanes *)x = y;
+#ifdef __AVX512F__
+    else _mm512_mask_storeu_ps(x, (1 << n) - 1, (__m512)y);
+#else
     else memcpy(x, &y, n * sizeof *x);
+#endif
 }
 
 INLINE lanes apart(lanes x, int d) { /* x[i ^ d] */
@@ -87,6 +95,27 @@ INLINE float largest_of(lanes x) {
 #pragma GCC unroll 4
     for (int d = LANES / 2; d; d /= 2) x = larger(x, apart(x, d));
     return x[0];
+}
+
+/* Transpose `columns` columns of as many numbers as LANES rows: from and to are rows of these widths, in whole vectors */
+INLINE void transpose(const float *from, long width, long columns, float *to, long to_width) {
+    for (long c = 0; c < columns; c += LANES) {
+        lanes x[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) x[i] = *(const lanes *)(from + i * width + c);
+#pragma GCC unroll 4
+        for (int d = 1; d < LANES; d *= 2) /* numbers change places with those whose row and column differ in this bit */
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++)
+                if (!(i & d)) {
+                    ints odd = (lane() & d) != 0;
+                    lanes above = x[i], below = x[i + d];
+                    x[i] = either(odd, apart(below, d), above);
+                    x[i + d] = either(odd, below, apart(above, d));
+                }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) *(lanes *)(to + (c + i) * to_width) = x[i];
+    }
 }
 
 /* e^x = 2^n 2^f with f within half of zero: 2^f is its series in f ln 2, and 2^n has the exponent n + 127. Relative error

@@ -20,8 +20,10 @@ Columns columns_of(const float *b, long down, long across, long depth, long colu
     for (long c = 0; c < columns; c += LANES) {
         long n = columns - c < LANES ? columns - c : LANES;
         float *to = packed + c * depth;
+        long k = 0;
         if (n < LANES) memset(to, 0, depth * LANES * sizeof *to);
-        for (long k = 0; k < depth; k++)
+        else if (down == 1) k = depth / LANES * LANES, transpose(b + c * across, across, k, to, LANES);
+        for (; k < depth; k++)
             for (long i = 0; i < n; i++) to[k * LANES + i] = b[k * down + (c + i) * across];
     }
     return (Columns){packed, LANES, depth * LANES};
