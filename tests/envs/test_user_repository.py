@@ -1,5 +1,6 @@
 """A user's own repository: its tests decide, they run in a jail, and what cannot be judged is refused in one line."""
 
+import copy
 import os
 import socket
 import subprocess
@@ -106,6 +107,19 @@ def test_code_under_test_cannot_have_git_start_a_program(tmp_path):
         == "area.py\ntest_area.py"
     )
     assert not outside.exists()
+
+
+def test_code_that_hangs_is_no_failure_of_the_machine(tmp_path):
+    """However often a turn asks for tests, it ends soon: the sample is wrong, and does not leave the statistics."""
+    env = copy.copy(ENVIRONMENTS[make(tmp_path / "mine")])
+    env.seconds = 2.0
+    hang = edit("def area", "while True:\n    pass\ndef area")
+    often = assistant("", None, [("run_tests", {})] * 20)
+    played = play(env, env.task(0, 0), [hang, often, DONE])
+    said = [reply["content"] for reply in played.replies[1]]
+    assert said[0] == "timeout" and len(said) == 20
+    assert all("used up the time of this turn" in content for content in said[1:])
+    assert (played.score.value, played.score.status) == (0, "wrong")
 
 
 def test_what_cannot_be_judged_is_refused(tmp_path):

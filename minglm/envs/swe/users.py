@@ -24,6 +24,7 @@ import random
 import re
 import shlex
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from minglm.envs.base import Environment, Misconfigured, Score, Task, fingerprin
 from minglm.envs.sandbox.command import CommandResult, CommandStatus, run_command
 from minglm.envs.sandbox.container import Container
 from minglm.envs.swe.episode import TOOLS, RepositoryEpisode
-from minglm.envs.swe.repository import Repository
+from minglm.envs.swe.repository import Refused, Repository
 
 PREFIX = "swe:"
 FORM = "swe:REPOSITORY?issue=FILE"
@@ -169,13 +170,22 @@ class UserEpisode(RepositoryEpisode):
     def __init__(self, environment: UserRepository, task: Task) -> None:
         super().__init__(task, environment.max_turns)
         self.environment = environment
+        self.deadline = 0.0
+        """`time.monotonic` after which a turn starts no more tests: one without end would count as a failed machine."""
+
+    async def respond(self, message: Message) -> list[Message]:
+        """Answer every call, and run tests for as long as one run may take."""
+        self.deadline = time.monotonic() + self.environment.seconds
+        return await super().respond(message)
 
     def fresh(self) -> Repository:
         """Return a copy of the last commit."""
         return Repository.clone(self.environment.path)
 
     async def run_tests(self, repository: Repository) -> str:
-        """Return the end of what the tests print, of a copy that has the model's changes."""
+        """Return the end of what the tests print, of a copy that has the model's changes. Raises Refused."""
+        if time.monotonic() > self.deadline:
+            raise Refused("the tests have used up the time of this turn; run them in another one")
         result = await asyncio.to_thread(self._try, repository.diff())
         if result.status == CommandStatus.TIMEOUT:
             self.timeouts += 1
