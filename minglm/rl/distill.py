@@ -46,6 +46,8 @@ class Sample:
     """Id of the prompt; several answers share it."""
     text: str
     """The final assistant turn, raw, with special tokens spelled out."""
+    earlier: tuple[str, ...] = ()
+    """The assistant turns before it, raw."""
     messages: tuple[Message, ...] = ()
     """The whole conversation."""
     score: float | None = None
@@ -179,6 +181,7 @@ def sample_of(trajectory: Trajectory, objective: bool) -> Sample:
     return Sample(
         prompt=trajectory.task.id,
         text=trajectory.texts[-1] if trajectory.texts else "",
+        earlier=tuple(trajectory.texts[:-1]),
         pieces=None if trajectory.task.spelled_tags_are_noise else trajectory.last_pieces,
         messages=tuple(trajectory.messages),
         score=score if objective else None,
@@ -197,8 +200,8 @@ def accept(trajectories: Sequence[Trajectory], environments: Mapping[str, Enviro
         samples.append(sample_of(trajectory, objective))
     kept, report = reject(samples, FILTERS)
 
-    # Equal answers to a prompt count once: the last of them, at the place of the first.
-    distinct = {(sample.prompt, sample.text): sample for sample in kept}
+    # Answers to a prompt that are equal in every turn count once: the last of them, at the place of the first.
+    distinct = {(sample.prompt, sample.earlier, sample.text): sample for sample in kept}
     tasks = {trajectory.task.id: trajectory.task for trajectory in trajectories}
     conversations = [(tasks[sample.prompt], list(sample.messages)) for sample in distinct.values()]
     counts = {"answers": report.samples, **report.rejected, "kept": report.kept}

@@ -196,6 +196,15 @@ def test_every_answer_meets_the_four_filters():
     }
 
 
+def test_conversations_that_end_alike_are_different_answers():
+    """All that the model said is compared, not its last words alone."""
+    drawn = [played("sums", "a") for _ in range(3)]
+    for trajectory, first in zip(drawn, ("search x", "search y", "search x"), strict=True):
+        trajectory.texts.insert(0, first)
+    counts = accept(drawn, environments(sums=True)).counts
+    assert (counts["kept"], counts["kept, different"]) == (3, 2)
+
+
 @given(
     lengths=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=8), min_size=1, max_size=3),
     percent=st.integers(0, 90),
