@@ -53,9 +53,8 @@ class Recorded:
                 groups.setdefault(key, []).append(read_sample(line, task))
             except ValueError as error:
                 raise ValueError(f"{self.path} is of another config: {error}") from None
-        first = sum(key.refill == 0 for key in groups)
         wholly = all(len(group) == self.samples for group in groups.values())
-        if first < self.schedule.prompts or not wholly:
+        if len(groups) < lines[0]["groups"] or not wholly:
             raise ValueError(f"{self.path} has only a part of step {step}; ask for fewer steps")
         refilled = len(groups) - self.schedule.prompts
         return DrawnGroups(list(groups.values()), refilled, list(groups))

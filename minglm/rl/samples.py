@@ -1,11 +1,12 @@
 """Keep every sample of reinforcement learning as a line of JSON, and read it back to the last bit (paper 3.5).
 
     RUN/samples/STAGE.jsonl      {"head": {"stage": ..., "prompts": ..., ...}}
-                                 {"step": 0, "refill": 0, "place": 3, "sample": 1, "messages": [...], "segments": [...], ...}
+                                 {"step": 0, "groups": 4, "refill": 0, "place": 3, "sample": 1, "messages": [...], "segments": [...], ...}
 
 A line holds all that training needs of a trajectory but its task, which the schedule deals again: the file of
 a stage is what `run --from-rollouts` trains on. Lines of one step stand together, and the steps in order, so
-that a resumed run cuts the file back to its checkpoint.
+that a resumed run cuts the file back to its checkpoint. Each names the number of groups of its step, so that a
+file that lost its end is noticed.
 
     segments[i]: tokens      ids, prompt and tool results included
                  logprobs    of the engine, nats; null where the model did not sample the token
@@ -35,7 +36,9 @@ from minglm.rl.episode import Segment, Trajectory
 
 Line = dict[str, Any]
 
-FIELDS = frozenset({"step", "refill", "place", "task", "thinking", "messages", "segments"})
+FIELDS = frozenset(
+    {"step", "groups", "refill", "place", "task", "thinking", "messages", "segments"}
+)
 """A line without these is no sample."""
 
 
@@ -175,7 +178,8 @@ class SampleFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines: list[Line] = []
         for key, group in zip(keys, groups, strict=True):
-            lines += [write_sample(key, g, trajectory) for g, trajectory in enumerate(group)]
+            for g, trajectory in enumerate(group):
+                lines.append({"groups": len(groups), **write_sample(key, g, trajectory)})
         with open(self.path, "ab") as file:
             if not file.tell():
                 file.write(json_line({"head": self.head}))

@@ -228,21 +228,22 @@ def test_the_file_of_samples_is_cut_and_checked(tmp_path):
         list(read_steps(tmp_path / "none.jsonl", {}))
 
 
-@pytest.mark.parametrize("lines", [1, 2, 3, 4])
+@pytest.mark.parametrize("lines", range(1, 9))
 def test_a_step_that_was_torn_is_not_trained_on(tmp_path, lines):
-    """A file that ends within a step, of two prompts by two samples: one line, before anything is learned from it."""
+    """A file that ends within a step, of two prompts and two refills by two samples: one line, before anything is learned."""
     schedule = TaskSchedule({"letters": Letters()}, ("letters",), 2, 1)
     path = tmp_path / "rl.jsonl"
     file = SampleFile(path, {"samples": 2})
     for step in range(2):
-        groups = [[Trajectory(task, True)] * 2 for task in schedule.draw(step).tasks]
-        file.write([GroupKey(step, 0, place) for place in range(2)], groups)
+        keys = [GroupKey(step, refill, place) for refill in range(2) for place in range(2)]
+        tasks = [schedule.draw(key.step, key.refill, [key.place]).tasks[0] for key in keys]
+        file.write(keys, [[Trajectory(task, True)] * 2 for task in tasks])
     whole = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(whole[: 1 + 4 + lines]))
+    path.write_bytes(b"".join(whole[: 1 + 8 + lines]))
     recorded = Recorded(path, {"samples": 2}, schedule)
-    assert [len(group) for group in recorded.draw(0).groups] == [2, 2]
-    if lines == 4:
-        assert len(recorded.draw(1).groups) == 2
+    assert [len(group) for group in recorded.draw(0).groups] == [2] * 4
+    if lines == 8:
+        assert len(recorded.draw(1).groups) == 4
     else:
         with pytest.raises(ValueError, match=r"rl\.jsonl has only a part of step 1; ask for fewer"):
             recorded.draw(1)
