@@ -116,14 +116,21 @@ def document_pages(folder: str) -> tuple[dict[str, str], dict[str, dict[str, str
     if not path.is_dir():
         raise ValueError(f"{PREFIX}{shown(folder)}: there is no such folder")
     texts: dict[str, str] = {}
+    taken = {""}
     for file in sorted(path.rglob("*")):
         if file.suffix.lower() in SUFFIXES and file.is_file():
             text = file.read_text(encoding="utf-8", errors="replace").strip()
+            if not text:
+                continue
             title = re.sub(r"[_\s-]+", " ", file.stem)
-            if title in texts:  # of a file in another folder
-                title = str(file.relative_to(path).with_suffix(""))
-            if text:
-                texts[title] = text
+            place = file.relative_to(path)
+            # The score ignores capitals, so a title that differs in them alone would be two documents.
+            for name in (title, str(place.with_suffix("")), str(place)):
+                title = name.strip()
+                if title.casefold() not in taken:
+                    break
+            taken.add(title.casefold())
+            texts[title] = text
     if not texts:
         kinds = ", ".join(SUFFIXES)
         raise ValueError(f"{PREFIX}{shown(folder)}: no {kinds} file with text in it")

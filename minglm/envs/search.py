@@ -175,7 +175,8 @@ def walk(
     Return (titles and answer, relations), or None if no way of this length was found.
 
     last: the relation of the last step; None: any. again: whether a relation may be followed twice. No
-    article is visited twice, so that no shorter way is right by luck.
+    article is visited twice, and the answer is no title on the way but for capitals, which the score ignores, so
+    that no shorter way is right by luck.
     """
     starts = list(library.descriptions)
     for _ in range(TRIES if starts else 0):
@@ -184,7 +185,12 @@ def walk(
         while len(path) <= hops:
             links = library.links[path[-1]]
             if len(path) == hops:
-                choices = [r for r in links if r == last or (last is None and links[r] not in path)]
+                passed = {title.casefold() for title in path}
+                choices = [
+                    r
+                    for r in links
+                    if r == last or (last is None and links[r].casefold() not in passed)
+                ]
             else:
                 choices = [
                     r
@@ -289,7 +295,7 @@ class Search(Environment):
         values = [value for links in library.links.values() for value in links.values()]
         first = next(iter(library.articles))
         everything = " ".join([*values[:MOST_LISTED], task.label["path"][-1]])
-        texts = [everything, ", ".join(library.articles), task.label["path"][0]]
+        texts = [everything, ", ".join(library.articles), *task.label["path"][:-1]]
         calls = [("search", {"query": ""}), ("open", {"title": first})]
         lazy = [assistant(text) for text in texts]
         lazy += [assistant("", None, [call]) for call in calls]

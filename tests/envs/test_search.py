@@ -2,6 +2,7 @@
 
 import collections
 import math
+import random
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from minglm.envs import ENVIRONMENTS
 from minglm.envs.base import assistant, user
 from minglm.envs.library import FREQUENCY_LIMIT, LENGTH_SHARE, Library, words
 from minglm.envs.pages import PageSearch
-from minglm.envs.search import ENGLISH, PEOPLE, RESULTS, SHORT, Search, people
+from minglm.envs.search import ENGLISH, PEOPLE, RESULTS, SHORT, Search, people, walk
 from minglm.testing.envs import check_chance, check_lazy_answers, play
 from minglm.testing.strategies import seeds
 
@@ -205,6 +206,11 @@ def write(folder, **texts):
     return f"search:{folder}"
 
 
+def drawn(env, hops):
+    """Return a task of any split: which has the few questions of a small folder depends on the folder's name."""
+    return env.made(*env.draw(random.Random(0), hops), hops)
+
+
 def test_documents_are_linked_by_the_titles_they_mention(tmp_path):
     """In the order of the first mention, as whole words in any case, never to themselves."""
     name = write(
@@ -222,10 +228,37 @@ def test_documents_are_linked_by_the_titles_they_mention(tmp_path):
     assert links["bronze"] == {} and links["the wheel"] == {"first link": "iron age"}
     assert env.difficulties == (1, 2)
     for hops in env.difficulties:
-        task = env.task(0, 0, difficulties=(hops,))
+        task = drawn(env, hops)
         conversation = env.demonstrate(task)
         assert play(env, task, conversation[1::2]).score.value == 1
         assert len(conversation[1::2]) == hops + 2
+
+
+def test_no_way_ends_at_a_title_that_it_passed_but_for_capitals():
+    """Or the title that a search finds would be paid: a module abc, whose class has the base ABC."""
+    links = {"abc": {"first class": "X"}, "X": {"base": "ABC", "module": "Abc"}}
+    library = Library({"abc": "letters", "X": "one"}, links, {"abc": "letters"})
+    assert walk(random.Random(0), library, 2, None) is None
+    links["X"]["base"] = "ABCD"
+    assert walk(random.Random(0), library, 2, None) == (
+        ["abc", "X", "ABCD"],
+        ["first class", "base"],
+    )
+
+
+def test_titles_of_documents_differ_by_more_than_capitals_and_spaces_around_them(tmp_path):
+    """The score ignores these, so two documents would be one answer; a title with a space before it could not be said."""
+    (tmp_path / "more").mkdir()
+    write(tmp_path, __iron__="Before Bronze.", bronze="Before iron.")
+    name = write(tmp_path / "more", Bronze="Another page, of the iron age.").removesuffix("/more")
+    (tmp_path / "bronze.txt").write_text("A third page.", encoding="utf-8")
+    env = PageSearch(name)
+    titles = env.library(None).articles
+    assert len({title.strip().casefold() for title in titles}) == len(titles) == 4
+    for hops in env.difficulties:
+        task = drawn(env, hops)
+        conversation = env.demonstrate(task)
+        assert play(env, task, conversation[1::2]).score.value == 1
 
 
 @pytest.mark.parametrize(
