@@ -127,7 +127,7 @@ def stages() -> StagesConfig:
         ),
         reasoning=StageConfig(
             teaches="worked solutions",
-            tokens=1_600_000,
+            tokens=1_500_000,
             sequence_length=1024,
             mixture={
                 "tasks:arithmetic": 4,
@@ -236,7 +236,7 @@ def chat_expert() -> ExpertConfig:
         rl=RLConfig(
             environments=("instructions",),
             reward=RewardConfig(critic=0.5),  # half of the constraints earn something
-            steps=140,
+            steps=120,
             prompts=24,
             samples=8,
             max_new_tokens=40,
