@@ -7,7 +7,8 @@ A task is drawn by its own seed, and its label is the generator's entry: answer 
 verifier reads. The verifier is the generator's, made strict: an answer earns 1 if it equals the entry's or
 the verifier gives full marks, else 0. Its partial credit (0.01 for any text, or the share of an answer that
 is the right one, in half of the generators) would pay for nonsense and for listing candidates; it is logged
-as the part "credit".
+as the part "credit". It runs in a process of its own (`gym_verifier.py`): text on which it computes without end
+is a failure of the environment, named after the generator, and text that it cannot read is wrong.
 
 A generator is audited before it is used, on three entries, and refused in one line if
 - its verifier runs the answer as Python code (`eval`, sympy's `parse_expr`): a policy would run code in the trainer;
@@ -22,7 +23,7 @@ package brings no reasoning, so a demonstration only says the answer twice; what
 shown by another environment.
 """
 
-import copy
+import asyncio
 import functools
 import inspect
 import json
@@ -35,7 +36,17 @@ from urllib.parse import parse_qsl
 
 from minglm.chat.messages import Message
 from minglm.common.mistakes import shown
-from minglm.envs.base import Score, SingleTurn, Task, assistant, user, verdict
+from minglm.envs.base import (
+    Score,
+    SingleTurn,
+    SingleTurnEpisode,
+    Task,
+    assistant,
+    no_answer,
+    user,
+    verdict,
+)
+from minglm.envs.gym_verifier import VERIFIER
 
 PREFIX = "gym:"
 FORM = "gym:GENERATOR of reasoning-gym"
@@ -65,7 +76,6 @@ class ReasoningGym(SingleTurn):
         self.options = _options(options)
         self.exact = self.options.pop("exact", False) is True
         """Whether only the entry's own answer is right."""
-        self.verifier = self.dataset(seed=0)
         mistake = self.audit()
         if mistake is not None:
             raise ValueError(f"{name} cannot be used: {mistake}")
@@ -84,7 +94,7 @@ class ReasoningGym(SingleTurn):
 
     def audit(self) -> str | None:
         """Return why the generator is no good, None if the entries of a few seeds show nothing."""
-        source = inspect.getsource(sys.modules[type(self.verifier).__module__])
+        source = inspect.getsource(sys.modules[type(self.dataset(seed=0)).__module__])
         if not self.exact and RUNS_ANSWERS.search(source):
             return f"its verifier runs the answer as Python code{REMEDY}"
         for seed in range(AUDITED):
@@ -98,21 +108,22 @@ class ReasoningGym(SingleTurn):
             if not isinstance(entry["answer"], str) or not self.full_marks(entry["answer"], entry):
                 return "its own answer does not earn full marks"
             for probe in _lazy_answers(entry):
-                if self.full_marks(probe, entry):
+                try:
+                    pays = self.full_marks(probe, entry)
+                except RuntimeError as error:
+                    return f"{error}, {shown(probe, quoted=True)}{REMEDY}"
+                if pays:
                     return f"the answer {shown(probe, quoted=True)} earns full marks{REMEDY}"
         return None
 
     def credit(self, text: str, entry: Mapping[str, Any]) -> float:
         """Return what the generator's verifier gives for an answer, 0 to 1; 0 for text that it cannot read.
 
-        With `exact` the verifier is not asked.
+        With `exact` the verifier is not asked. Raises RuntimeError where it did not come to an end.
         """
         if self.exact:
             return float(text == entry["answer"].strip())
-        try:
-            return float(self.verifier.score_answer(text, copy.deepcopy(dict(entry))))
-        except Exception:  # it meets model-written text, and was sound on its own answer
-            return 0.0
+        return VERIFIER.credit([self.generator, self.options, text, dict(entry)])
 
     def full_marks(self, text: str, entry: Mapping[str, Any]) -> bool:
         """Return whether an answer is right: the entry's own, or one that the verifier finds as good."""
@@ -142,6 +153,10 @@ class ReasoningGym(SingleTurn):
         answer = task.label["answer"]
         return assistant(answer, f"The answer is {answer}.")
 
+    def episode(self, task: Task) -> "GymEpisode":
+        """Return a fresh episode of `task`."""
+        return GymEpisode(self, task)
+
     def judge(self, task: Task, message: Message) -> Score:
         """Return 1 for a right answer, else 0."""
         text = message["content"]
@@ -152,6 +167,16 @@ class ReasoningGym(SingleTurn):
         """Return the lazy answers of the audit, and an answer that is thought but never said."""
         probes = [assistant(text) for text in _lazy_answers(task.label)]
         return [*probes, assistant("", task.label["answer"])]
+
+
+class GymEpisode(SingleTurnEpisode):
+    """An episode that waits for its verifier without holding up the others."""
+
+    async def grade(self) -> Score:
+        """Return the verifier's judgement of the answer."""
+        if self.message is None:
+            return no_answer()
+        return await asyncio.to_thread(self.environment.judge, self.task, self.message)
 
 
 def _lazy_answers(entry: Mapping[str, Any]) -> list[str]:

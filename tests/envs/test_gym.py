@@ -1,6 +1,9 @@
 """Environments of reasoning-gym: the contract holds for its generators, and what would pay for nonsense is refused."""
 
+import subprocess
 import sys
+import time
+import warnings
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +13,7 @@ from minglm.config import load_config
 from minglm.envs import ENVIRONMENTS
 from minglm.envs.base import Environment, assistant
 from minglm.envs.gym import ReasoningGym
+from minglm.envs.gym_verifier import MEMORY
 from minglm.recipe.solutions import check_environments, evaluation_texts
 from minglm.testing.envs import check_environment, check_lazy_answers, play
 
@@ -49,6 +53,43 @@ def test_a_verifier_that_raises_finds_text_wrong():
     task = env.task(0, 0)
     score = play(env, task, [assistant("two times three")]).score
     assert (score.value, score.status) == (0, "wrong")
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [("1e999999999", "infrastructure"), ("2/0", "wrong"), ("\ud800\n", "wrong")],
+)
+def test_no_answer_keeps_a_verifier_busy_for_ever(answer, status):
+    """A number without end leaves the statistics under its generator's name, what is no number is wrong; the next is judged."""
+    env = ENVIRONMENTS["gym:coin_flip"]
+    task = env.task(0, 0)
+    begin = time.monotonic()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        score = play(env, task, [assistant(answer)]).score
+    assert time.monotonic() - begin < 60
+    assert (score.value, score.status) == (0, status)
+    if status == "infrastructure":
+        line = "gym:coin_flip: RuntimeError: the verifier of coin_flip took more than 5 seconds"
+        assert score.detail.startswith(line) and warned
+    assert play(env, task, [assistant(task.label["answer"])]).score.value == 1
+
+
+def test_no_answer_takes_the_memory_of_the_machine():
+    """What a verifier cannot have room for raises in its process, and is text that it cannot read."""
+    asks = f"bytes({2 * MEMORY})"
+    words = f"from minglm.envs.gym_verifier import bound_memory; {asks}; bound_memory(); {asks}"
+    said = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True).stderr
+    assert said.endswith("MemoryError\n") and said.count("File") == 1
+
+
+def test_a_verifier_that_hangs_on_a_lazy_answer_is_refused(monkeypatch):
+    """In one line, when its generator is asked for."""
+    monkeypatch.setattr("minglm.envs.gym._lazy_answers", lambda entry: ["1e999999999"])
+    with pytest.raises(
+        ValueError, match=r"used: the verifier of coin_flip took more than 5 sec.*, '1e9"
+    ):
+        ReasoningGym("gym:coin_flip")
 
 
 REFUSED = {
