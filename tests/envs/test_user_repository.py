@@ -1,18 +1,22 @@
 """A user's own repository: its tests decide, they run in a jail, and what cannot be judged is refused in one line."""
 
 import copy
+import errno
 import os
+import re
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
 from minglm.envs import ENVIRONMENTS
 from minglm.envs.base import Misconfigured, assistant
 from minglm.envs.sandbox.command import run_command
+from minglm.envs.sandbox.command_jail import KERNEL, OWN_NUMBERS
 from minglm.envs.swe.repository import PLAIN_GIT
 from minglm.envs.swe.users import outcomes
 from minglm.testing.envs import play
@@ -205,6 +209,33 @@ def test_no_daemon_of_the_machine_can_be_spoken_to(tmp_path, family):
     )
     result = run_command([sys.executable, "-S", "-c", work], tmp_path, 30)
     assert (result.exit_code, result.output) == (0, "b'1'\n")
+
+
+ROOT_IS_BOUND = tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) >= OWN_NUMBERS
+BOMB = """
+import os, time
+made = 0
+try:
+    while made < 5000:
+        if os.fork() == 0:
+            time.sleep(60)
+            os._exit(0)
+        made += 1
+except OSError as error:
+    print(made < 1024, error.strerror)
+"""
+
+
+@pytest.mark.skipif(
+    os.getuid() == 0 and not (ROOT_IS_BOUND and os.access(f"{KERNEL}/pid_max", os.W_OK)),
+    reason="this system cannot bound the processes of root",
+)
+def test_a_fork_bomb_ends_at_a_number_of_processes(tmp_path):
+    """Also where the command is root's; the machine's own bound stays as it was."""
+    machine = Path(f"{KERNEL}/pid_max").read_text()
+    result = run_command([sys.executable, "-S", "-c", BOMB], tmp_path, 60)
+    assert (result.status, result.output) == ("ended", f"True {os.strerror(errno.EAGAIN)}\n")
+    assert Path(f"{KERNEL}/pid_max").read_text() == machine
 
 
 def test_a_command_that_hangs_is_cut_off_with_its_children(tmp_path):

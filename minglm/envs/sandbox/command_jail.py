@@ -9,15 +9,22 @@ all that it started dies with it.
 A socket in the file system, as that of Docker's daemon, belongs to no network, and neither does one of the host of
 a virtual machine. So a filter of system calls lets the command make internet sockets alone, and pairs.
 
+Bounded are the memory and the size of files of each process, its processor time, and the number of processes. Root,
+whom RLIMIT_NPROC does not bind, is bound by the largest process number of the jail's namespace, which needs Linux
+6.14 and a /proc/sys that may be written; a container may have none. Otherwise root's processes are not bounded,
+and never the memory of all processes together and the bytes of all files together: a disk can be filled.
+
 The capabilities that the namespaces bring are lost when the command starts, because its user has no name in
 them; with `no_new_privs` none come back. No counterpart in the paper, which names its sandbox but does not
 describe it.
 """
 
+import contextlib
 import ctypes
 import importlib.util
 import os
 import pathlib
+import re
 import resource
 import sys
 import types
@@ -28,6 +35,10 @@ MEMORY = 4 * 2**30
 """Address space of each process of the command, bytes."""
 FILE = 64 * 2**20
 """Size of a file that it may write, bytes."""
+PROCESSES = 1024
+"""Processes and threads of the command at a time."""
+OWN_NUMBERS = (6, 14)
+"""Version of Linux from which a namespace has a largest process number of its own; before, it was the machine's."""
 BIND = 4096  # MS_BIND
 FAMILIES = (2, 10, 16)  # AF_INET, AF_INET6, AF_NETLINK: those that a network namespace confines
 SOCKET = {"x86_64": 41, "aarch64": 198}  # number of the system call, linux/unistd.h
@@ -36,6 +47,7 @@ X32 = 0x40000000  # bit of a second set of numbers on x86_64
 WRITABLE = (ctypes.c_uint64 * 4)(0, 1, 0, 0)  # struct mount_attr with attr_clr = MOUNT_ATTR_RDONLY
 WITHOUT_DEVICES = (ctypes.c_uint64 * 4)(4, 0, 0, 0)  # attr_set = MOUNT_ATTR_NODEV
 WITH_DEVICES = (ctypes.c_uint64 * 4)(0, 4, 0, 0)
+KERNEL = "/proc/sys/kernel"
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 """The only ones that the command can open; a disk could be written through its device, read-only mount or not."""
 
@@ -68,10 +80,10 @@ def change_mount(path: str, attributes: ctypes.Array, recursive: bool = False) -
     jail.libc_call("syscall", number, here, os.fsencode(path), flags, attributes, size)
 
 
-def enter(folders: list[str]) -> None:
+def enter(folders: list[str]) -> int | None:
     """Enter new namespaces in which only these folders can be written, and no device.
 
-    Raises OSError where the system refuses.
+    Return a descriptor for `bound_processes`. Raises OSError where the system refuses.
     """
     jail.enter_namespaces()
     change_mount("/", WITHOUT_DEVICES, recursive=True)
@@ -82,7 +94,31 @@ def enter(folders: list[str]) -> None:
     for folder in folders:
         bind(folder)
         change_mount(folder, WRITABLE)
+    numbers = kernel_numbers()
     jail.libc_call("mount", b"nothing", b"/proc", b"tmpfs", 1, None)  # 1: MS_RDONLY
+    return numbers
+
+
+def kernel_numbers() -> int | None:
+    """Open the folder of the kernel's numbers, to write; None where a process number is the whole machine's, or refused."""
+    version = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
+    if version < OWN_NUMBERS:
+        return None
+    try:
+        bind(KERNEL)
+        change_mount(KERNEL, WRITABLE)
+        return os.open(KERNEL, os.O_RDONLY)
+    except OSError:
+        return None
+
+
+def bound_processes(numbers: int) -> None:
+    """Allow this namespace no more than PROCESSES. numbers: of `kernel_numbers`, which is closed."""
+    with contextlib.suppress(OSError):
+        file = os.open("pid_max", os.O_WRONLY, dir_fd=numbers)
+        os.write(file, str(PROCESSES).encode())
+        os.close(file)
+    os.close(numbers)
 
 
 def socket_filter(machine: str) -> ctypes.Structure:
@@ -119,6 +155,7 @@ def become(command: list[str], folder: str, temporary: str, seconds: float, stat
     jail.die_with_parent()
     os.setsid()
     limits = {"RLIMIT_AS": MEMORY, "RLIMIT_FSIZE": FILE, "RLIMIT_CORE": 0}
+    limits["RLIMIT_NPROC"] = PROCESSES
     limits["RLIMIT_CPU"] = int(seconds) + 1
     for name, value in limits.items():
         resource.setrlimit(getattr(resource, name), (value, value))
@@ -143,9 +180,11 @@ def main() -> None:
     status = int(descriptor)
     try:
         jail.die_with_parent()
-        enter([folder, temporary])
+        numbers = enter([folder, temporary])
         pid = os.fork()
         if pid == 0:
+            if numbers is not None:
+                bound_processes(numbers)
             become(command, folder, temporary, float(seconds), status)
     except (OSError, AttributeError) as error:
         os.write(status, str(error).encode())
