@@ -143,15 +143,15 @@ static void store_keys_values(const Pass *p, const Layer *l, float *qkv, long fi
     }
 }
 
-/* Compute the scores (4, C) of four query heads, one vector of slots after the other, over blocks of keys (A, W), and the
+/* Compute the scores (H, C) of up to four query heads, one vector of slots after the other, over blocks of keys (A, W), and the
    largest score of each head, which is no number where a score is none or infinite */
-static void score(const Pass *p, const float *store, const float *const *q, const int64_t *table, long position, long C,
+INLINE void score(int H, const Pass *p, const float *store, const float *const *q, const int64_t *table, long position, long C,
                   float *scores, float *largest) {
     long A = p->A, size = p->size, W = whole(size), stop = (position / size + 1) * W;
     float root = 1 / sqrtf(A);
     lanes most[4];
     ints wrong[4] = {{0}};
-    for (int i = 0; i < 4; i++) most[i] = all(-1e30f);
+    for (int i = 0; i < H; i++) most[i] = all(-1e30f);
     for (long at = 0; at < stop; at += 2 * LANES) { /* two vectors of slots together: eight sums, none waits for another */
         long here[2] = {at, at + LANES < stop ? at + LANES : at};
         const float *key[2];
@@ -161,14 +161,14 @@ static void score(const Pass *p, const float *store, const float *const *q, cons
         for (long a = 0; a < A; a++) {
             lanes column[2] = {*(const lanes *)(key[0] + a * W), *(const lanes *)(key[1] + a * W)};
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; i++)
+            for (int i = 0; i < H; i++)
 #pragma GCC unroll 2
                 for (int j = 0; j < 2; j++) sum[j][i] += q[i][a] * column[j];
         }
         for (int j = 0; j < 2; j++) {
             ints inside = lane() + (int)(here[j] % W), slot = inside + (int)(here[j] / W * size);
             ints seen = (inside < (int)size) & (slot <= (int)position) & (slot >= (int)p->first);
-            for (int i = 0; i < 4; i++) {
+            for (int i = 0; i < H; i++) {
                 lanes s = either(seen, sum[j][i] * root, all(-1e30f));
                 most[i] = larger(most[i], s);
                 wrong[i] |= unsound(s);
@@ -176,11 +176,11 @@ static void score(const Pass *p, const float *store, const float *const *q, cons
             }
         }
     }
-    for (int i = 0; i < 4; i++) largest[i] = some_true(wrong[i]) ? not_a_number() : largest_of(most[i]);
+    for (int i = 0; i < H; i++) largest[i] = some_true(wrong[i]) ? not_a_number() : largest_of(most[i]);
 }
 
 /* out[i] = share[i] * sum over slots of scores[i] times the values (size, A) of each block; a null out[i] is not wanted */
-static void add_values(const Pass *p, const float *store, const int64_t *table, long position, long C, const float *scores,
+INLINE void add_values(int H, const Pass *p, const float *store, const int64_t *table, long position, long C, const float *scores,
                        const float *share, float *const *out) {
     long A = p->A, size = p->size, W = whole(size);
     for (long v = 0; v < A; v += 2 * LANES) { /* two vectors of a value; what lies beyond A belongs to others */
@@ -192,12 +192,12 @@ static void add_values(const Pass *p, const float *store, const int64_t *table, 
             for (long c = 0; c < slots; c++, value += A) {
                 lanes part[2] = {*(const lanes *)value, *(const lanes *)(value + other)};
 #pragma GCC unroll 4
-                for (int i = 0; i < 4; i++)
+                for (int i = 0; i < H; i++)
 #pragma GCC unroll 2
                     for (int j = 0; j < 2; j++) sum[j][i] += s[i * C + c] * part[j];
             }
         }
-        for (int i = 0; i < 4 && out[i]; i++)
+        for (int i = 0; i < H && out[i]; i++)
             for (long j = 0, n; j < 2 && (n = A - v - j * LANES) > 0; j++) {
                 lanes y = sum[j][i] * share[i];
                 memcpy(out[i] + v + j * LANES, &y, (n < LANES ? n : LANES) * sizeof(float));
@@ -205,27 +205,35 @@ static void add_values(const Pass *p, const float *store, const int64_t *table, 
     }
 }
 
-/* Attend for one token, q and out (N, A); heads that share keys go in fours. scores: 4 * (blocks * W + LANES) floats */
+/* Attend with the query heads g to g + H of a token, of the G that share a key head. scores: H * C floats */
+INLINE void attend_together(int H, const Pass *p, const float *store, const float *q, const int64_t *table, long position,
+                            long g, float *out, float *scores) {
+    long A = p->A, G = p->N / p->M, slots = (position / p->size + 1) * whole(p->size), C = slots + LANES;
+    const float *head[4];
+    float *to[4], largest[4], share[4];
+    for (long i = 0; i < H; i++) {
+        head[i] = q + (g + i < G ? g + i : g) * A;
+        to[i] = g + i < G ? out + (g + i) * A : 0;
+    }
+    score(H, p, store, head, table, position, C, scores, largest);
+    for (int i = 0; i < H; i++) {
+        lanes total = {0};
+        for (lanes *s = (lanes *)(scores + i * C); (float *)s < scores + i * C + slots; s++)
+            total += *s = exponential(*s - largest[i]);
+        share[i] = 1 / (unsound(all(largest[i]))[0] ? not_a_number() : sum_of(total));
+    }
+    add_values(H, p, store, table, position, C, scores, share, to);
+}
+
+/* Attend for one token, q and out (N, A); heads that share keys go in fours, or in twos. scores: 4 * (blocks * W + LANES)
+   floats */
 static void attend(const Pass *p, const float *store, const float *q, const int64_t *table, long position, float *out,
                    float *scores) {
-    long A = p->A, G = p->N / p->M, W = whole(p->size), slots = (position / p->size + 1) * W, C = slots + LANES;
-    for (long m = 0; m < p->M; m++, store += A * (p->size + W))
-        for (long g = 0; g < G; g += 4) {
-            const float *head[4];
-            float *to[4], largest[4], share[4];
-            for (long i = 0; i < 4; i++) {
-                head[i] = q + (m * G + (g + i < G ? g + i : g)) * A;
-                to[i] = g + i < G ? out + (m * G + g + i) * A : 0;
-            }
-            score(p, store, head, table, position, C, scores, largest);
-            for (int i = 0; i < 4; i++) {
-                lanes total = {0};
-                for (lanes *s = (lanes *)(scores + i * C); (float *)s < scores + i * C + slots; s++)
-                    total += *s = exponential(*s - largest[i]);
-                share[i] = 1 / (unsound(all(largest[i]))[0] ? not_a_number() : sum_of(total));
-            }
-            add_values(p, store, table, position, C, scores, share, to);
-        }
+    long A = p->A, G = p->N / p->M;
+    for (long m = 0; m < p->M; m++, store += A * (p->size + whole(p->size)), q += G * A, out += G * A)
+        for (long g = 0; g < G; g += 4)
+            if (G - g > 2) attend_together(4, p, store, q, table, position, g, out, scores);
+            else attend_together(2, p, store, q, table, position, g, out, scores);
 }
 
 /* Replace the logits of a token by their sigmoids, and select its experts with their weights; logits: E in whole vectors */
