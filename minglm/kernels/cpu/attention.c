@@ -2,8 +2,8 @@
 
    The twin of minglm/kernels/attention/chunked.py, where the equations are; minglm/kernels/cpu/attention.py calls it. Some
    positions of a row are computed together, with the G query heads that share a key head: these queries are the lanes of
-   three vectors, and a key is a row of scores. So keys and values are read where they are, maxima and sums over keys are
-   those of vectors, and no part of a vector is empty. The forward pass keeps a number for each query, the logarithm of the
+   two vectors, and a key is a row of scores. So keys and values are read where they are, and maxima and sums over keys are
+   those of vectors. More queries together would see more keys that only the last of them may see. The forward pass keeps a number for each query, the logarithm of the
    sum of its softmax, from which the backward pass computes the softmax again. All arrays are contiguous. */
 
 #include "product.h"
@@ -13,7 +13,7 @@ typedef struct {
     long begin, n, first, keys; /* positions begin to begin + n see `keys` keys from `first` on */
 } Stretch;
 
-static long positions_together(long G) { return 3 * LANES > G ? 3 * LANES / G : 1; }
+static long positions_together(long G) { return 2 * LANES > G ? 2 * LANES / G : 1; }
 
 static Stretch stretch(const int64_t *starts, long begin, long S, long positions) {
     long n = S - begin < positions ? S - begin : positions, first = starts ? starts[begin] : 0;
