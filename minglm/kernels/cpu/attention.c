@@ -3,8 +3,9 @@
    The twin of minglm/kernels/attention/chunked.py, where the equations are; minglm/kernels/cpu/attention.py calls it. Some
    positions of a row are computed together, with the G query heads that share a key head: these queries are the lanes of
    two vectors, and a key is a row of scores. So keys and values are read where they are, and maxima and sums over keys are
-   those of vectors. More queries together would see more keys that only the last of them may see. The forward pass keeps a number for each query, the logarithm of the
-   sum of its softmax, from which the backward pass computes the softmax again. All arrays are contiguous. */
+   those of vectors. With more queries together, more keys would be computed that only the last of them see. The forward
+   pass keeps a number for each query, the logarithm of the sum of its softmax, from which the backward pass computes the
+   softmax again. All arrays are contiguous. */
 
 #include "product.h"
 #include <stdlib.h>
