@@ -9,7 +9,7 @@ p(r) is what pass rates of Beta(1/2, 1/2) give, the U of a model that solves mos
 
 Choices
 - The shares depend on the model, which nobody has measured before the run, so this is an expectation. A pool that is harder
-  for the model is searched more: 23 to 37% of the toy's had none of 8 right (`figures/toy`). Where every problem is
+  for the model is searched more: 20 to 26% of the toy's had none of 8 right (`figures/toy`). Where every problem is
   searched there are `search` answers to each, and more cannot be.
 
 Simplified: what guards and probes of the temperature draw during the stage is left out; it depends on the run.

@@ -35,12 +35,12 @@ from minglm.train.loop import Phase
 from minglm.train.stages import phases
 
 BYTES_PER_TOKEN = 3  # of conversations, with a tokenizer as small as the toy's
-UTILISATION = {"cpu": 0.6, "cuda": 0.2}
+UTILISATION = {"cpu": 0.75, "cuda": 0.2}
 """FLOPs that a stage is planned to take, over its seconds and the speed of matrix products, by the kind of the device.
 
-CPU: the stages of the three runs in figures/toy reach 0.64, 0.61 and 0.60 of 94 GFLOP/s, a core's speed, for each of their
-threads; the last two shared two cores. After pre-training the plan has twice the tokens that are trained on: groups without
-a signal are left out. GPU: `configs/mini.py` with six layers reached an MFU of 0.20 on an
+CPU: the stages of the three runs in figures/toy reach 0.77, 0.95 and 0.99 of 94 GFLOP/s, a core's speed, for each of their
+threads; the first had two, the others one. After pre-training the plan has two to three times the tokens that are trained
+on: groups without a signal are left out. GPU: `configs/mini.py` with six layers reached an MFU of 0.20 on an
 H200, in pre-training.
 """
 PACKED_LENGTH = (

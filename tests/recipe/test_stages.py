@@ -145,9 +145,10 @@ def test_experts_answer_in_proportion_to_tokens(weight):
     prompts = planning.prompts_for(post)
     tokens = {name: count * planning.conversation_tokens([name]) for name, count in prompts.items()}
     assert max(prompts.values()) == 10_000
-    assert set(prompts) == {"arithmetic", "code", "retail", "instructions"}
+    assert set(prompts) == {"arithmetic", "code", "search:short", "retail", "instructions"}
     whole = tokens["arithmetic"]
-    assert tokens["retail"] == pytest.approx(weight * whole, rel=0.02)  # prompts are whole numbers
+    for name in ("search:short", "retail"):
+        assert tokens[name] == pytest.approx(weight * whole, rel=0.02)  # prompts are whole numbers
     assert all(tokens[name] == pytest.approx(whole, rel=0.02) for name in ("code", "instructions"))
 
 
