@@ -295,6 +295,11 @@ class MiningConfig:
     mined_share: float = share(0.75)
     """Share of the stage's prompts that are drawn from those kept; the others come from its environments."""
 
+    @property
+    def drawn(self) -> int:
+        """Return how many answers are drawn before the stage."""
+        return len(self.kinds) * self.pool * self.answers
+
     def difficulties(self, name: str) -> dict[str, tuple[int, ...]]:
         """Return the difficulties of each kind by environment, none where it names none. name: of the section.
 

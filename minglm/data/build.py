@@ -3,8 +3,9 @@
     sources -> documents -> held-out split -> cleaning -> repeats -> tokenizer -> shards;
     solved tasks beside them, which differ from the test tasks by a hash of their content
 
-The sources of the shards are those of the corpus (`sources.files.BUILT_IN_SOURCES` and user:NAME) and `tasks:ENVIRONMENT`, the oracle's trajectories for mid-training. The data is built once and
-kept in the run's folder; the same config finds it again. A build that was stopped continues where it was:
+The sources of the shards are those of the corpus (`sources.files.BUILT_IN_SOURCES` and user:NAME) and
+`tasks:ENVIRONMENT`, the oracle's trajectories for mid-training. The data is built once and kept in the run's
+folder; the same config finds it again. A build that was stopped continues where it was:
 
     FOLDER/documents/00000.documents ...   the corpus, then `repeats.npy` and `done.json`, which says it is complete,
                                            with the checksums of these and of the tokenizer

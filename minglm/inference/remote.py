@@ -27,8 +27,8 @@ engines have not been run. They are started so:
 
 Choices
 - An answer whose prompt the engine reports otherwise, that holds an id without a log-probability, or that stopped without
-  a stop token, is refused: such an engine has another tokenizer or another idea of the request. With SGLang every answer also names the version of its
-  weights, so a second trainer on one engine is noticed at its first update.
+  a stop token, is refused: such an engine has another tokenizer or another idea of the request. With SGLang every answer
+  also names the version of its weights, so a second trainer on one engine is noticed at its first update.
 - What the engine cannot be asked for in these words (a grammar, a budget of reasoning, penalties) is refused by name.
 
 A sharded trainer never has its weights whole: it writes them rank by rank, or gathers and sends them bucket

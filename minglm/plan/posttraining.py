@@ -99,8 +99,7 @@ def _plan_stage(
     longest = [share * _longest_answer(run, name) for share in ANSWERS]
     if isinstance(stage, RLConfig):
         answers = stage.prompts * stage.samples
-        conversations = stage.steps * answers + screening_answers(stage)
-        conversations += len(stage.mining.kinds) * stage.mining.pool * stage.mining.answers
+        conversations = stage.steps * answers + screening_answers(stage) + stage.mining.drawn
         length = stage.max_new_tokens
         batch = sum(longest) / 2 * answers / stage.updates_per_rollout
     else:

@@ -59,17 +59,17 @@ class Examples(NamedTuple):
 
 def fitting(tokenizer: Tokenizer, conversations: Conversations, sequence_length: int) -> Examples:
     """Return the examples of some conversations that fit a row, and count all of them."""
-    fitting = Examples({}, {}, {}, {})
+    kept = Examples({}, {}, {}, {})
     for environment, group in conversations.items():
         found = [example for c in group for example in examples(tokenizer, *c)]
         short = [each for each in found if len(each.tokens_S) <= sequence_length]
-        fitting.counts[environment] = len(found)
+        kept.counts[environment] = len(found)
         if len(short) < len(found):
-            fitting.too_long[environment] = len(found) - len(short)
+            kept.too_long[environment] = len(found) - len(short)
         if short:
-            fitting.tokens[environment] = tuple(each.tokens_S for each in short)
-            fitting.masks[environment] = tuple(each.mask_S for each in short)
-    return fitting
+            kept.tokens[environment] = tuple(each.tokens_S for each in short)
+            kept.masks[environment] = tuple(each.mask_S for each in short)
+    return kept
 
 
 def shown_conversations(

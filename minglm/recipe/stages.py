@@ -340,7 +340,7 @@ def _reinforcement(
     if kinds:
         mined = config.mining.mined_share * episodes
         each = conversation_tokens(kinds, kinds)
-        before += len(kinds) * config.mining.pool * config.mining.answers * each
+        before += config.mining.drawn * each
         tokens += mined * each
         episodes -= mined
     tokens += episodes * conversation_tokens(config.environments, asking)

@@ -44,6 +44,7 @@ from minglm.data.sources.rows import (
     parquet,
     read_unpacked,
 )
+from minglm.data.sources.synthetic import WRITERS
 from minglm.data.store.documents import Document
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
@@ -51,7 +52,7 @@ ROW_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET = ".parquet"
 PACKABLE_SUFFIXES = (*CODE_SUFFIXES, *TEXT_SUFFIXES, *ROW_SUFFIXES)
 
-SYNTHETIC_SOURCES = ("math", "science", "qa", "long", "copies", "digit_copies")
+SYNTHETIC_SOURCES = tuple(WRITERS)
 BUILT_IN_SOURCES = ("code", "prose", "repository", *SYNTHETIC_SOURCES)
 
 PIECE_CHARACTERS = 4 * 2**20

@@ -325,7 +325,7 @@ WRITERS: dict[str, Callable[[random.Random], Page]] = {
     "science": _science,
     "qa": _questions,
     "long": _ledger,
-    "digit_copies": _digit_copies,
     "copies": _copies,
+    "digit_copies": _digit_copies,
 }
 """The function that writes each source."""
