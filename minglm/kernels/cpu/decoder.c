@@ -45,7 +45,7 @@ INLINE void tile(int R, int C, const float *const *x, float *const *out, const f
     for (long d = 0; d < inputs; d++, w += LANES) {
         lanes column[3];
 #pragma GCC unroll 3
-        for (int c = 0; c < C; c++) column[c] = *(const lanes *)(w + c * inputs * LANES);
+        for (int c = 0; c < C; c++) column[c] = loaded(w + c * inputs * LANES);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 3
@@ -159,7 +159,7 @@ INLINE void score(int H, const Pass *p, const float *store, const float *const *
         for (int j = 0; j < 2; j++)
             key[j] = store + table[here[j] / W] * p->M * A * (size + W) + size * A + here[j] % W;
         for (long a = 0; a < A; a++) {
-            lanes column[2] = {*(const lanes *)(key[0] + a * W), *(const lanes *)(key[1] + a * W)};
+            lanes column[2] = {loaded(key[0] + a * W), loaded(key[1] + a * W)};
 #pragma GCC unroll 4
             for (int i = 0; i < H; i++)
 #pragma GCC unroll 2
@@ -190,7 +190,7 @@ INLINE void add_values(int H, const Pass *p, const float *store, const int64_t *
             const float *value = store + table[b] * p->M * A * (size + W) + v, *s = scores + b * W;
             long slots = position + 1 - b * size < size ? position + 1 - b * size : size;
             for (long c = 0; c < slots; c++, value += A) {
-                lanes part[2] = {*(const lanes *)value, *(const lanes *)(value + other)};
+                lanes part[2] = {loaded(value), loaded(value + other)};
 #pragma GCC unroll 4
                 for (int i = 0; i < H; i++)
 #pragma GCC unroll 2

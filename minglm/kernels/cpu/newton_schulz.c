@@ -15,9 +15,12 @@ static float dot(const float *a, const float *b, long n) {
 INLINE void tile(int R, int C, const float *a, long down, long along, const float *b, const float *z, float *out, long width,
                  long depth, float factor, float z_factor) {
     lanes sum[6][2] = {{{0}}};
-    for (long k = 0; k < depth; k++, a += along, b += width)
+    for (long k = 0; k < depth; k++, a += along, b += width) {
+        lanes column[2];
+        for (int j = 0; j < C; j++) column[j] = loaded(b + j * LANES);
         for (int i = 0; i < R; i++)
-            for (int j = 0; j < C; j++) sum[i][j] += a[i * down] * ((const lanes *)b)[j];
+            for (int j = 0; j < C; j++) sum[i][j] += a[i * down] * column[j];
+    }
     for (int i = 0; i < R; i++)
         for (int j = 0; j < C; j++) {
             lanes s = factor * sum[i][j];

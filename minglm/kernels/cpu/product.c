@@ -6,6 +6,8 @@
 #include "product.h"
 #include <stdlib.h>
 
+enum { DEPTH = 256 }; /* of the factors at once: three vectors of so many rows stay in a core's first cache */
+
 /* Return room for some floats, at a whole cache line */
 float *room(long floats) {
     void *memory = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64 + 64);
@@ -36,7 +38,7 @@ INLINE void tile(int R, int C, const float *a, long down, long along, Columns b,
     for (long k = 0; k < depth; k++, a += along, b.at += b.next) {
         lanes column[3];
 #pragma GCC unroll 3
-        for (int c = 0; c < C; c++) column[c] = *(const lanes *)(b.at + c * b.apart);
+        for (int c = 0; c < C; c++) column[c] = loaded(b.at + c * b.apart);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 3
@@ -86,6 +88,10 @@ void product(const float *a, long down, long along, const float *b, long b_down,
              long rows, long columns, long depth) {
     float *packed = room(depth * whole(columns));
     for (long i = 0; i < rows && bias; i++) memcpy(out + i * columns, bias, columns * sizeof *out);
-    multiply(a, down, along, columns_of(b, b_down, across, depth, columns, packed), out, columns, rows, columns, depth, !!bias);
+    Columns here = columns_of(b, b_down, across, depth, columns, packed);
+    for (long k = 0, n; k < depth; k += n, here.at += n * here.next) {
+        n = depth - k < DEPTH ? depth - k : DEPTH;
+        multiply(a + k * along, down, along, here, out, columns, rows, columns, n, k || bias);
+    }
     free(packed);
 }
