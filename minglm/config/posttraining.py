@@ -220,6 +220,8 @@ class AsynchronousConfig:
     """Hand weights over through memory (shared_memory), a file in the run's folder (file), or broadcast."""
     scheduler: RolloutScheduler = RolloutScheduler.LOCAL
     """Start the workers on this machine (local), or let Ray do it (ray, `pip install 'minglm[ray]'`)."""
+    idle_seconds: float = option(600.0, positive=True, maximum=10**6, runtime=True)
+    """Silence after which a worker is killed and started again; it speaks between two steps of its engine."""
 
 
 class ExtremeTier(StrEnum):

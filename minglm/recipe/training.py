@@ -431,9 +431,9 @@ def disaggregated(
     pool: LocalPool | RayPool
     if asked.scheduler == RolloutScheduler.RAY:
         gpus = int(context.device.type == "cuda")
-        pool = RayPool(setup, asked.workers, asked.transport, gpus)
+        pool = RayPool(setup, asked.workers, asked.transport, gpus, asked.idle_seconds)
     else:
-        pool = LocalPool(setup, asked.workers)
+        pool = LocalPool(setup, asked.workers, asked.idle_seconds)
     channel: Channel
     match asked.transport:
         case WeightTransport.BROADCAST:

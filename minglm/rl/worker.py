@@ -5,6 +5,7 @@
     worker -> trainer    played, Played       a whole group
                          updated, version     the weights have been checked and are in use
                          stale, reason        they could not be fetched: hand them over again
+                         alive, None          every `BEAT_SECONDS`, between two steps of the engine
                          failed, reason       an error of ours, or of the config: the run stops
 
 A worker ends when the trainer closes the connection, which a killed trainer does too. `minglm.rl.pool` starts workers.
@@ -38,6 +39,9 @@ from minglm.rl.buffer import Group, GroupTask
 from minglm.rl.episode import Player, SamplingSettings
 from minglm.rl.rollout import play_group
 from minglm.rl.weights import Notice, decoded, fetch
+
+
+BEAT_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,10 @@ class RolloutWorker:
         group = await play_group(self.player, setup.environments, task, setup.samples)
         return Played(group, self.trace.take())
 
+    async def alive(self) -> None:
+        """Return a moment later, which a worker that hangs does not."""
+        await asyncio.sleep(BEAT_SECONDS)
+
     def update(self, notice: Notice) -> None:
         """Use new weights from now on. Raises ValueError or RuntimeError where they cannot be fetched."""
         self.generator.update_weights(decoded(fetch(notice)), notice.version)
@@ -135,6 +143,11 @@ async def serve(connection: Connection, worker: RolloutWorker) -> None:
         except Exception as error:
             reply("failed", reason_of(error))
 
+    async def beat() -> None:
+        while True:
+            reply("alive", None)
+            await asyncio.sleep(BEAT_SECONDS)
+
     def take() -> None:
         try:
             kind, value = pickle.loads(connection.recv_bytes())
@@ -157,7 +170,9 @@ async def serve(connection: Connection, worker: RolloutWorker) -> None:
 
     loop = asyncio.get_running_loop()
     loop.add_reader(connection.fileno(), take)
+    beating = asyncio.ensure_future(beat())
     await ended.wait()
+    beating.cancel()
     for episode in list(playing):
         episode.cancel()
     await asyncio.gather(*playing, return_exceptions=True)

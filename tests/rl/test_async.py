@@ -204,6 +204,30 @@ def test_kills_change_nothing(tmp_path, synchronous, kills, monkeypatch):
     assert found[1:] == synchronous[1:]
 
 
+def stop_one(pool):
+    """Stop a worker that has begun, as one that hangs, and let silence count."""
+    begun = time.monotonic()
+    while pool.last_heard.get(0, 0) < begun:
+        time.sleep(0.01)
+    if isinstance(pool, LocalPool):
+        pid = pool.processes[0].pid
+    else:
+        pid = pool.ray.get(pool.actors[0].__ray_call__.remote(lambda _: os.getpid()))
+    os.kill(pid, signal.SIGSTOP)
+    pool.idle_seconds = 4.0
+
+
+@pytest.mark.parametrize("make_pool", [LocalPool, pytest.param(ray_pool, marks=pytest.mark.ci)])
+def test_a_worker_that_hangs_is_replaced(tmp_path, synchronous, capfd, make_pool):
+    """A worker that is stopped, and lives, is killed after so much silence: the run is the one without, and says so."""
+    asked = AsynchronousConfig(workers=2, max_staleness=0)
+    found = run(tmp_path, asked, during=stop_one, make_pool=make_pool)
+    assert same(found[0], synchronous[0]) and found[1:] == synchronous[1:]
+    assert (
+        "minglm: rollout worker 0 was silent for 4 s: it is started again" in capfd.readouterr().err
+    )
+
+
 @pytest.mark.parametrize("partial", ["continue", "resume"])
 def test_workers_run_ahead_and_every_token_knows_its_weights(tmp_path, partial):
     """With a bound of 2 tokens are up to 2 versions old, never more, and every step learns from its own tasks."""
@@ -265,8 +289,12 @@ def test_a_trainer_that_deals_many_tasks_waits_for_no_answer():
     dealer.start()
     dealer.join(120)
     assert not dealer.is_alive()
-    answers = [pickle.loads(ours.recv_bytes()) for _ in tasks]
-    assert sorted(key for _, (key, _) in answers) == list(range(200))
+    played = []
+    while len(played) < len(tasks):
+        kind, value = pickle.loads(ours.recv_bytes())
+        if kind == "played":
+            played.append(value[0])
+    assert sorted(played) == list(range(200))
     ours.close()
     worker.join(120)
     assert not worker.is_alive()
