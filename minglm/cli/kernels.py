@@ -94,6 +94,7 @@ def _applies(operation: Operation, use: Use) -> bool:
 
     engine_only = (Op.PAGED_ATTENTION, Op.FP8_QUANTIZE, Op.FP8_PRODUCT, Op.SAMPLING, Op.DECODER)
     training_only = (
+        Op.ATTENTION_TO_PROMPTS,
         Op.CROSS_ENTROPY,
         Op.NEWTON_SCHULZ,
         Op.SYMMETRIC_PRODUCT,

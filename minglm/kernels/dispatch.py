@@ -43,6 +43,8 @@ class Operation(StrEnum):
 
     ATTENTION = "attention"
     """Causal attention over whole sequences: training, scoring."""
+    ATTENTION_TO_PROMPTS = "attention to prompts"
+    """The same where texts that share prompts lie in one row: updates of reinforcement learning."""
     ATTENTION_FORWARD = "attention forward on a GPU"
     """The kernel of the forward pass inside the Triton form of attention."""
     PAGED_ATTENTION = "paged attention"
@@ -345,6 +347,10 @@ FORMS: dict[Operation, tuple[Form, ...]] = {
         Form("c", "minglm.kernels.cpu.attention:attention_c", (gradients, c_library)),
         Form("chunked", "minglm.kernels.attention.chunked:chunked_attention"),
     ),
+    Operation.ATTENTION_TO_PROMPTS: (
+        Form("c", "minglm.kernels.cpu.attention:attention_to_prompts_c", (gradients, c_library)),
+        Form("expanded", "minglm.kernels.attention.shared:expanded"),
+    ),
     Operation.ATTENTION_FORWARD: (
         Form(
             "gluon",
@@ -483,6 +489,7 @@ FORMS: dict[Operation, tuple[Form, ...]] = {
 
 REFERENCES: dict[Operation, str] = {
     Operation.ATTENTION: "minglm.kernels.attention.eager:attention",
+    Operation.ATTENTION_TO_PROMPTS: "minglm.kernels.attention.eager:attention_to_prompts",
     Operation.PAGED_ATTENTION: "minglm.kernels.attention.eager:attend_slots",
     Operation.LINEAR: "minglm.kernels.linear.eager:linear",
     Operation.SWIGLU: "minglm.kernels.swiglu.eager:swiglu",

@@ -15,13 +15,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from minglm.config import ModelConfig
-from minglm.kernels.attention import flash_attention
+from minglm.kernels.attention import Documents, flash_attention
 from minglm.kernels.qk_norm_rope import qk_norm_rope
 from minglm.model.layers import Linear, RMSNorm
 from minglm.model.rope import Rotation
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""Causal attention like `flash_attention`: q (B, S, N, A), k and v (B, S, M, A), documents (B, S) or None, to q's shape."""
+Attend = Callable[[Tensor, Tensor, Tensor, Documents | None], Tensor]
+"""Causal attention like `flash_attention`: q (B, S, N, A), k and v (B, S, M, A), documents or None, to q's shape."""
 
 
 class LayerCache(Protocol):
@@ -71,13 +71,13 @@ class Attention(nn.Module):
         self,
         x_BSD: Tensor,
         rotation: Rotation,
-        documents_BS: Tensor | None = None,
+        documents_BS: Documents | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """Map x (B, S, D) to (B, S, D).
 
         rotation: that of the positions, see `minglm.model.rope.angles`. documents int (B, S): ids that
-        attention must not cross. cache: the layer's cache when generating.
+        attention must not cross, or `SharedPrompts`. cache: the layer's cache when generating.
         """
         q_BSNA, k_BSMA = self.queries_keys(x_BSD, rotation)
         v_BSMA = rearrange(self.v_proj(x_BSD), "b s (m a) -> b s m a", m=self.kv_heads)

@@ -8,6 +8,7 @@ The FFN is dense in the first layers and a MoE after them.
 from torch import Tensor, nn
 
 from minglm.config import ModelConfig
+from minglm.kernels.attention import Documents
 from minglm.model.attention import Attention, LayerCache
 from minglm.model.layers import MLP, RMSNorm
 from minglm.model.mla import LatentAttention
@@ -31,7 +32,7 @@ class DecoderLayer(nn.Module):
         self,
         x_BSD: Tensor,
         rotation: Rotation,
-        documents_BS: Tensor | None = None,
+        documents_BS: Documents | None = None,
         cache: LayerCache | None = None,
         imposed_BSK: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
@@ -44,6 +45,6 @@ class DecoderLayer(nn.Module):
         normed_BSD, x_BSD = self.post_attention_layernorm(x_BSD, change_BSD)
         if not isinstance(self.mlp, MoE):
             return x_BSD + self.mlp(normed_BSD), None
-        valid_BS = None if documents_BS is None else documents_BS >= 0
+        valid_BS = documents_BS >= 0 if isinstance(documents_BS, Tensor) else None
         change_BSD, routing = self.mlp(normed_BSD, valid_BS, imposed_BSK)
         return x_BSD + change_BSD, routing

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minglm.config import ModelConfig
+from minglm.kernels.attention import Documents
 from minglm.model.attention import LayerCache
 from minglm.model.decoder import DecoderLayer
 from minglm.model.embedding import Embedding, LMHead
@@ -134,7 +135,7 @@ class GLM(nn.Module):
         self,
         tokens_BS: Tensor,
         positions_BS: Tensor | None = None,
-        documents_BS: Tensor | None = None,
+        documents_BS: Documents | None = None,
         cache: Sequence[LayerCache] | None = None,
         mtp: bool = False,
         next_BS: Tensor | None = None,
@@ -142,7 +143,7 @@ class GLM(nn.Module):
     ) -> Output:
         """Run the trunk, and with `mtp` the MTP layer after it.
 
-        tokens int64 (B, S); positions int64 (B, S); documents int (B, S), -1 for padding. cache: one layer
+        tokens int64 (B, S); positions int64 (B, S); documents int (B, S), -1 for padding, or `SharedPrompts`. cache: one layer
         cache for each decoder layer. next int64 (B, S): the token after each position, for the MTP layer;
         None: that of the row. imposed int (B, S, L, K): experts for each MoE layer of the trunk to take, see
         `Router.impose`.

@@ -24,7 +24,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from minglm.config import ModelConfig
-from minglm.kernels.attention import flash_attention
+from minglm.kernels.attention import Documents, flash_attention
 from minglm.model.attention import Attend, LayerCache
 from minglm.model.layers import Linear, RMSNorm
 from minglm.model.rope import Rotation, rotate_pairs
@@ -37,7 +37,7 @@ def attend_any_width(
     q_BSNA: Tensor,
     k_BSNA: Tensor,
     v: Tensor,
-    documents_BS: Tensor | None = None,
+    documents_BS: Documents | None = None,
 ) -> Tensor:
     """Call `attend` with values (B, S, N, W) that are wider or narrower than keys, by adding zeros.
 
@@ -101,7 +101,7 @@ class LatentAttention(nn.Module):
         self,
         x_BSD: Tensor,
         rotation: Rotation,
-        documents_BS: Tensor | None = None,
+        documents_BS: Documents | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """Map x (B, S, D) to (B, S, D); arguments as those of `minglm.model.attention.Attention.forward`."""
@@ -119,7 +119,7 @@ class LatentAttention(nn.Module):
         rope_BSNR: Tensor,
         latent: Tensor,
         key: Tensor,
-        documents_BS: Tensor | None,
+        documents_BS: Documents | None,
     ) -> Tensor:
         # k_n = [Uk_n c ; r],  v_n = Uv_n c  for every position
         keys_values = rearrange(

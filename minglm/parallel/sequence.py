@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from minglm.data.packing import Batch
-from minglm.kernels.attention import flash_attention
+from minglm.kernels.attention import Documents, SharedPrompts, flash_attention
 from minglm.model.attention import Attend, Attention
 from minglm.model.balance import whole_row
 from minglm.model.mla import LatentAttention
@@ -97,12 +97,17 @@ class HeadExchange:
         self.documents_BS: Tensor | None = None
 
     def __call__(
-        self, q_BSNA: Tensor, k_BSMA: Tensor, v_BSMA: Tensor, documents_BS: Tensor | None = None
+        self,
+        q_BSNA: Tensor,
+        k_BSMA: Tensor,
+        v_BSMA: Tensor,
+        documents_BS: Documents | None = None,
     ) -> Tensor:
         """Attend q (B, S, N, A) over k and v (B, S, M, A), where S are this rank's positions; return q's shape.
 
         N is a multiple of the ranks; M is one, or divides their number.
         """
+        assert not isinstance(documents_BS, SharedPrompts), "a row of several texts is not cut"
         # More ranks than key/value heads: copies of a head go to ranks that are next to each other.
         copies = max(1, self.ranks // k_BSMA.shape[2])
         k_BSMA = repeat(k_BSMA, "b s m a -> b s (m copies) a", copies=copies)

@@ -80,8 +80,9 @@ def mtp_loss(model: GLM, out: Output, batch: SegmentBatch, targets: int) -> Tens
     if positions_BS is not None:
         positions_BS = positions_BS[:, :S]
     rotation = model.rotation(batch.tokens_BS[:, :S], positions_BS)
+    trunk_BSD = out.hidden_BSD if batch.shared is None else batch.shared.unpack(out.hidden_BSD)
     states_BSD, _ = model.apply_layer(
-        model.mtp, out.hidden_BSD.detach(), next_BSD, rotation, batch.documents_BS[:, :S]
+        model.mtp, trunk_BSD.detach(), next_BSD, rotation, batch.documents_BS[:, :S]
     )
     wanted = next_token_targets(batch.tokens_BS, batch.mask_BS, batch.documents_BS, AFTER_NEXT)
     weights_T = wanted.counts_BS[:, :S].flatten().float() / max(1, targets)

@@ -2,19 +2,25 @@
 
     trajectories -> rows, a segment each, shortest first -> micro-batches -> padded tensors -> log-probabilities
 
+The answers to a prompt pass through the model with one copy of it, and without padding (`share_prompts`): most
+tokens of an update are those of prompts, where prompts hold tools. What the routers of the experts saw is then
+no longer that of whole texts, so an update that balances them pads its rows in place of that.
+
 A row carries what the loss needs to know of the whole trajectory: its advantage, and whom it votes with.
 
 Where ranks share a row, each computes some of its positions (`SegmentBatch.cut`) and the log-probabilities of the tokens
 after them. Every sampled token then belongs to one rank, and sums over ranks are those over whole rows.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minglm.config import Aggregation
+from minglm.kernels.attention import Documents, SharedPrompts
+from minglm.kernels.attention.shared import Text
 from minglm.model.glm import GLM, Output
 from minglm.model.mtp import shift
 from minglm.parallel.sequence import RowPart
@@ -43,6 +49,15 @@ class Row(NamedTuple):
     """float32, the log-probability of each sampled token by the engine's own decoder; None unless they are exact."""
 
 
+class ModelInput(NamedTuple):
+    """What passes through the model for a batch: arguments of `GLM.hidden`."""
+
+    tokens_BS: Tensor
+    positions_BS: Tensor | None
+    documents_BS: Documents
+    imposed_BSLK: Tensor | None
+
+
 class SegmentBatch(NamedTuple):
     """Segments as tensors, padded on the right."""
 
@@ -64,6 +79,8 @@ class SegmentBatch(NamedTuple):
     """int64, places in the whole rows; None: the rows are whole."""
     ahead: int = 0
     """Positions at the end that another rank computes; their tokens are targets here."""
+    shared: SharedPrompts | None = None
+    """How the segments lie in the row that passes through the model; None: they pass as they are."""
 
     @property
     def begin(self) -> int:
@@ -83,9 +100,31 @@ class SegmentBatch(NamedTuple):
         predicted_BS[:, self.computed + 1 :] = False
         return predicted_BS
 
+    def model_input(self) -> ModelInput:
+        """Return what passes through the model."""
+        if self.shared is not None:
+            imposed_BSLK = self.imposed_BSLK
+            return ModelInput(
+                self.shared.pack(self.tokens_BS),
+                self.shared.positions_T[None],
+                self.shared,
+                None if imposed_BSLK is None else self.shared.pack(imposed_BSLK),
+            )
+
+        def computed(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[:, : self.computed]
+
+        return ModelInput(
+            self.tokens_BS[:, : self.computed],
+            computed(self.positions_BS),
+            self.documents_BS[:, : self.computed],
+            computed(self.imposed_BSLK),
+        )
+
     def to(self, device: torch.device) -> "SegmentBatch":
         """Return the batch on a device."""
-        return self._map(lambda x: x.to(device))
+        shared = self.shared and self.shared.to(device)
+        return self._map(lambda x: x.to(device))._replace(shared=shared)
 
     def cut(self, part: RowPart) -> "SegmentBatch":
         """Return the positions of each row that belong to a rank, and up to `AHEAD` after them.
@@ -142,6 +181,32 @@ def collate(segments: Sequence[Segment], pad: int, multiple: int = 1) -> Segment
     )
 
 
+def _prompt_length(segment: Segment) -> int:
+    """Return the number of tokens before the first one that the model sampled."""
+    return segment.mask.index(True) if True in segment.mask else len(segment.tokens)
+
+
+def _prompt(segment: Segment) -> Hashable:
+    """Return what two segments with one prompt have in common: its tokens, and the experts imposed on it."""
+    length = _prompt_length(segment)
+    experts_SLK = segment.experts_SLK
+    imposed = None if experts_SLK is None else experts_SLK[:length].numpy().tobytes()
+    return tuple(segment.tokens[:length]), imposed
+
+
+def share_prompts(batch: SegmentBatch, segments: Sequence[Segment]) -> SegmentBatch:
+    """Return the batch of these segments so that they pass through the model in one row, with each prompt once.
+
+    The last token of a segment predicts nothing, and is left out.
+    """
+    texts = []
+    for segment in segments:
+        length = _prompt_length(segment)
+        answer = max(0, len(segment.tokens) - 1 - length)
+        texts.append(Text(_prompt(segment), length, answer))
+    return batch._replace(shared=SharedPrompts.of(texts, batch.tokens_BS.shape[1]))
+
+
 def _imposed(experts: Sequence[Tensor | None], length: int) -> Tensor | None:
     """Return the experts of some segments (S, L, K) as int16 (B, length, L, K), -1 where none is known; None without any."""
     known = [experts_SLK for experts_SLK in experts if experts_SLK is not None]
@@ -161,20 +226,20 @@ def sampled_log_probabilities(
 
     temperature: the logits are divided by it, as in the rollout.
     """
-    S = batch.computed
-
-    def computed(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x[:, :S]
-
+    given = batch.model_input()
     out = model.hidden(
-        batch.tokens_BS[:, :S],
-        computed(batch.positions_BS),
-        batch.documents_BS[:, :S],
-        imposed_BSLK=computed(batch.imposed_BSLK),
+        given.tokens_BS,
+        given.positions_BS,
+        given.documents_BS,
+        imposed_BSLK=given.imposed_BSLK,
     )
     predicted_BS = batch.predicted_BS
-    follows_BS = shift(predicted_BS, 1, False)[:, :S]  # position s predicts token s + 1
-    hidden_TD = out.hidden_BSD[follows_BS]
+    # position s predicts token s + 1
+    follows_BS = shift(predicted_BS, 1, False)[:, : batch.computed]
+    if batch.shared is None:
+        hidden_TD = out.hidden_BSD[follows_BS]
+    else:
+        hidden_TD = out.hidden_BSD[0].index_select(0, batch.shared.places_BS[follows_BS])
     targets_T = batch.tokens_BS[predicted_BS]
     logprobs_T, entropy_T = model.lm_head.token_log_probabilities(hidden_TD, targets_T, temperature)
     zeros_BS = torch.zeros(predicted_BS.shape, dtype=torch.float32, device=predicted_BS.device)
@@ -195,6 +260,35 @@ def rows_of(samples: Sequence[Sample], aggregation: Aggregation) -> list[Row]:
         for segment in sample.segments:
             rows.append(Row(segment, sample.advantage, owner, tokens[owner]))
     return sorted(rows, key=lambda row: len(row.segment.tokens))
+
+
+def by_prompt(rows: Sequence[Row]) -> list[list[Row]]:
+    """Return the rows of each prompt together, in the order of the first of each."""
+    groups: dict[Hashable, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(_prompt(row.segment), []).append(row)
+    return list(groups.values())
+
+
+def sharing_microbatches(groups: Sequence[Sequence[Row]], most_tokens: int) -> Iterator[list[Row]]:
+    """Cut the rows of each prompt, so that none of more than one row computes more than `most_tokens`."""
+    microbatch: list[Row] = []
+    tokens = 0
+    for group in groups:
+        prompt = _prompt_length(group[0].segment)
+        added = prompt
+        for row in group:
+            added += len(row.segment.tokens) - prompt
+            if microbatch and tokens + added > most_tokens:
+                yield microbatch
+                microbatch = []
+                tokens = 0
+                added = len(row.segment.tokens)
+            microbatch.append(row)
+            tokens += added
+            added = 0
+    if microbatch:
+        yield microbatch
 
 
 def microbatches(rows: Sequence[Row], most_tokens: int) -> Iterator[list[Row]]:

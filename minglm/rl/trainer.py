@@ -48,11 +48,14 @@ from minglm.rl.batch import (
     Sample,
     SampledLogProbabilities,
     SegmentBatch,
+    by_prompt,
     collate,
     microbatches,
     padded,
     rows_of,
     sampled_log_probabilities,
+    share_prompts,
+    sharing_microbatches,
 )
 from minglm.rl.episode import Trajectory
 from minglm.rl.exact import with_values
@@ -134,16 +137,26 @@ def reward(trajectory: Trajectory, fault_penalty: float) -> float:
 
 
 def divide(
-    rows: Sequence[Row], workers: Workers, device: torch.device
+    rows: Sequence[Row], workers: Workers, device: torch.device, share_prompts: bool = False
 ) -> tuple[list[list[list[Row]]], int]:
-    """Return the micro-batches of each worker, and how many the busiest has. device: where they are computed."""
-    # Every k-th row for each worker, so that each gets short and long ones.
+    """Return the micro-batches of each worker, and how many the busiest has.
+
+    device: where they are computed. share_prompts: the rows of a prompt stay together, if there is one for each
+    worker.
+    """
     count = min(len(workers), len(rows))
     most_tokens = MICROBATCH_TOKENS
     if device.type == "cpu":
         most_tokens = min(most_tokens, CPU_MICROBATCH_TOKENS)
     most_tokens *= workers.row_part.ranks
-    shares = [list(microbatches(rows[i::count], most_tokens)) for i in range(count)]
+    # Every k-th row or prompt for each worker, so that each gets short and long ones.
+    if share_prompts:
+        groups = by_prompt(rows)
+        if len(groups) < count:
+            groups = [[row] for row in rows]
+        shares = [list(sharing_microbatches(groups[i::count], most_tokens)) for i in range(count)]
+    else:
+        shares = [list(microbatches(rows[i::count], most_tokens)) for i in range(count)]
     return shares, max(len(share) for share in shares)
 
 
@@ -265,7 +278,7 @@ class PolicyTrainer:
 
     def record_proximal(self, samples: Sequence[Sample]) -> None:
         """Give the segments of an update the log-probabilities under the present policy."""
-        shares, passes = divide(self.rows_of(samples), self.workers, self.model.device)
+        shares, passes = self.divide(self.rows_of(samples))
 
         @torch.no_grad()
         def work(model: GLM, share: Sequence[Sequence[Row]] | None) -> None:
@@ -286,6 +299,16 @@ class PolicyTrainer:
 
         # The update divides the same rows in the same way, so every worker finds what it recorded.
         self.workers.run(work, shares)
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether the answers to a prompt pass through the model with one copy of it."""
+        balances = self.auxiliary.balance or self.auxiliary.bias_rate
+        return self.workers.row_part.ranks == 1 and not balances
+
+    def divide(self, rows: Sequence[Row]) -> tuple[list[list[list[Row]]], int]:
+        """Return the micro-batches of each worker, and how many the busiest has."""
+        return divide(rows, self.workers, self.model.device, self.shares_prompts)
 
     def rows_of(self, samples: Sequence[Sample]) -> list[Row]:
         """Return the segments of samples as `rows_of` does, with exact log-probabilities where there is a scorer."""
@@ -311,7 +334,7 @@ class PolicyTrainer:
             len(rows),
         )
         tokens = int(mask_BS.sum())
-        shares, passes = divide(rows, self.workers, self.model.device)
+        shares, passes = self.divide(rows)
 
         def work(model: GLM, share: Sequence[Sequence[Row]] | None) -> WorkerMetrics:
             share = share or []
@@ -409,6 +432,8 @@ class PolicyTrainer:
             values_BS = torch.zeros_like(batch.sampling_logprobs_BS)
             values_BS = values_BS.masked_scatter(batch.mask_BS, torch.cat(exact))
             batch = batch._replace(exact_BS=values_BS)
+        if self.shares_prompts:
+            batch = share_prompts(batch, [row.segment for row in microbatch])
         return batch.cut(part).to(self.model.device)
 
     def log_probabilities(self, model: GLM, batch: SegmentBatch) -> SampledLogProbabilities:
@@ -427,9 +452,9 @@ class PolicyTrainer:
         tokens_B = torch.tensor([row.tokens for row in microbatch], device=device)
         logprobs_BS, entropy_sum, out = self.log_probabilities(model, batch)
         choices = Choices(0, 0)
-        if batch.imposed_BSLK is not None:
+        imposed_BSLK = batch.model_input().imposed_BSLK
+        if imposed_BSLK is not None:
             replaced = sum(int(r.replaced) for r in out.routing if r.replaced is not None)
-            imposed_BSLK = batch.imposed_BSLK[:, : batch.computed]
             choices = Choices(int((imposed_BSLK >= 0).sum()), replaced)
         predicted_BS = batch.predicted_BS
         proximal_BS = None

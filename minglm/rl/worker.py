@@ -40,7 +40,6 @@ from minglm.rl.episode import Player, SamplingSettings
 from minglm.rl.rollout import play_group
 from minglm.rl.weights import Notice, decoded, fetch
 
-
 BEAT_SECONDS = 0.5
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.kernels import dispatch
+from minglm.kernels.attention.shared import SharedPrompts, Text, expanded
 from minglm.kernels.cpu import build
 from minglm.kernels.cpu.linear import product_c
 from minglm.kernels.dispatch import FORMS, REFERENCES, Operation
@@ -186,6 +187,39 @@ def test_attention(seed, rows, length, kv_heads, group, width, documents):
         ids_BS = begins.int().cumsum(1, dtype=torch.int32) - 1
     forms = [f(Operation.ATTENTION) for f in (c_form, reference)]
     assert error(*forms, leaves, ids_BS) < FLOAT32
+
+
+@given(
+    seed=seeds,
+    prompts=st.lists(st.integers(0, 30), min_size=1, max_size=3),
+    answers=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 30)), min_size=1, max_size=6),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 5),
+    width=st.integers(1, 40),
+)
+def test_attention_to_prompts(seed, prompts, answers, kv_heads, group, width):
+    """Texts that share prompts attend in one row as each does alone, gradients too: in C, by whole texts, by the mask."""
+    texts = []
+    for number, length in answers:
+        number %= len(prompts)
+        texts.append(Text(number, prompts[number], max(1, length)))
+    lengths = [text.prompt_length + text.answer_length for text in texts]
+    shared = SharedPrompts.of(texts, max(lengths))
+    shapes = [(kv_heads * group, width), (kv_heads, width), (kv_heads, width)]
+    count = len(shared.packed_T)
+    leaves = [normal(seed + i, 1, count, *shape) for i, shape in enumerate(shapes)]
+
+    def alone(q, k, v):
+        whole = [shared.unpack(x) for x in (q, k, v)]
+        attend = reference(Operation.ATTENTION)
+        out = [attend(*(x[None, b, :length] for x in whole)) for b, length in enumerate(lengths)]
+        longest = max(lengths)
+        padded = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, longest - x.shape[1])) for x in out]
+        return shared.pack(torch.cat(padded))
+
+    mask = reference(Operation.ATTENTION_TO_PROMPTS)
+    for form in (mask, expanded, c_form(Operation.ATTENTION_TO_PROMPTS)):
+        assert error(lambda q, k, v, form=form: form(q, k, v, shared), alone, leaves) < FLOAT32
 
 
 @given(

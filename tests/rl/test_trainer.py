@@ -1239,3 +1239,72 @@ def test_a_model_that_is_always_right_is_not_touched(tmp_path):
     assert [(r["reward"], r["skipped"], r["live_groups"]) for r in logged(tmp_path)] == [
         (1.0, True, 0.0)
     ] * 3
+
+
+@settings(max_examples=15)
+@given(
+    seed=seeds,
+    prompts=st.integers(1, 3),
+    size=st.sampled_from([1, 13, 30, 60]),
+    threads=st.integers(1, 5),
+    replay=st.booleans(),
+    mtp=st.sampled_from([0.0, 0.5]),
+)
+def test_a_shared_prompt_changes_no_gradient(seed, prompts, size, threads, replay, mtp):
+    """Once for all its answers, or once for each: the same gradient and metrics, and fewer tokens in the passes."""
+    model = tiny_model(seed)
+    config = dataclasses.replace(CONFIG, mtp_loss_weight=mtp)
+    pairs = []
+    for i in range(7):
+        prompt = drawn_segment(seed + i % prompts).tokens
+        answer = drawn_segment(seed + 10 * (i + 1))
+        answer.mask[0] = True
+        masks = [False] * len(prompt) + answer.mask
+        logprobs = [0.0] * len(prompt) + answer.logprobs
+        segment = Segment(prompt + answer.tokens, masks, logprobs)
+        if replay:
+            count = len(segment.tokens)
+            segment.experts_SLK = drawn_experts(model, segment.tokens)[: count - 1]
+        pairs.append((segment, [1.0, -0.5, 2.0][i % 3]))
+    computed = []
+    hidden = GLM.hidden
+
+    def counting(self, tokens_BS, *arguments, **options):
+        computed.append(tokens_BS.numel())
+        return hidden(self, tokens_BS, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GLM, "hidden", counting)
+        patch.setattr(PolicyTrainer, "shares_prompts", False)
+        apart, expected = gradients(model, pairs, config)
+    padded = sum(computed)
+    computed.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GLM, "hidden", counting)
+        together, metrics = gradients(model, pairs, config)
+    assert sum(computed) < padded
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "MICROBATCH_TOKENS", size)
+        cut, _ = gradients(model, pairs, config, threads=threads)
+    for name, x in apart.items():  # as above
+        bound = 1e-4 * max(1, x.abs().max())
+        torch.testing.assert_close(together[name], x, atol=bound, rtol=1e-3)
+        torch.testing.assert_close(cut[name], x, atol=bound, rtol=1e-3)
+    metrics.pop("gap"), expected.pop("gap")
+    routing = metrics.pop("gap_routing"), expected.pop("gap_routing")
+    assert (routing[0] is None) == (routing[1] is None)
+    for name, value in expected.items():
+        assert metrics[name] == (
+            value if value is None else pytest.approx(value, rel=1e-3, abs=1e-4)
+        )
+
+
+def drawn_experts(model, tokens):
+    """Return other experts than a model would choose for some tokens, which depend on the tokens alone: int16 (S, L, K)."""
+    config = model.config
+    layers = config.num_hidden_layers - config.first_k_dense_replace
+    rows = []
+    for token in tokens:
+        scores_LE = torch.rand(layers, config.n_routed_experts, generator=numbers(token))
+        rows.append(scores_LE.topk(config.num_experts_per_tok).indices)
+    return torch.stack(rows).to(torch.int16)

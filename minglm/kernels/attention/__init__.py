@@ -6,23 +6,32 @@
 import torch
 
 from minglm.kernels.attention.paged import PagedRows
+from minglm.kernels.attention.shared import SharedPrompts
 from minglm.kernels.dispatch import Operation, select
 
-__all__ = ["PagedRows", "flash_attention", "paged_attention"]
+__all__ = ["Documents", "PagedRows", "SharedPrompts", "flash_attention", "paged_attention"]
+
+
+Documents = torch.Tensor | SharedPrompts
+"""What says which text a position belongs to: ids (B, S), or how texts that share prompts lie in a row."""
 
 
 def flash_attention(
     q_BSNA: torch.Tensor,
     k_BSMA: torch.Tensor,
     v_BSMA: torch.Tensor,
-    documents_BS: torch.Tensor | None = None,
+    documents_BS: Documents | None = None,
 ) -> torch.Tensor:
     """Attend q (B, S, N, A) over k and v (B, S, M, A), N a multiple of M; return (B, S, N, A) in q's dtype.
 
     The memory is linear in S. documents_BS: optional integer ids (B, S), of which equal ones are next to each other; a
-    position sees only earlier positions of its own document. Differentiable in q, k and v.
+    position sees only earlier positions of its own document. `SharedPrompts` in their place: B is 1, and texts that
+    share prompts lie in the row. Differentiable in q, k and v.
     """
-    attend = select(Operation.ATTENTION, q_BSNA, head_dim=q_BSNA.shape[3])
+    if isinstance(documents_BS, SharedPrompts):
+        attend = select(Operation.ATTENTION_TO_PROMPTS, q_BSNA, head_dim=q_BSNA.shape[3])
+    else:
+        attend = select(Operation.ATTENTION, q_BSNA, head_dim=q_BSNA.shape[3])
     return attend(q_BSNA, k_BSMA, v_BSMA, documents_BS)
 
 

@@ -2,12 +2,14 @@
 
     P_i = softmax over j of (q_i . k_j * A^-1/2),  j <= i and document_j = document_i;   out_i = sum_j P_ij v_j
 
-`attention` sees whole sequences. `attend_slots` sees queries at given positions and keys in the slots of a cache: the
+`attention` sees whole sequences; `attention_to_prompts` those that share prompts in one row. `attend_slots` sees queries at given positions and keys in the slots of a cache: the
 same equation, with "slot <= position" in place of "j <= i".
 """
 
 import torch
 from einops import rearrange
+
+from minglm.kernels.attention.shared import SharedPrompts
 
 MASKED_SCORE = -1e4
 """Score of a pair that must not see each other; finite, because exp(-inf) takes a slow path on CPUs."""
@@ -23,16 +25,34 @@ def attention(
 
     documents_BS: optional integer ids; a position sees only earlier positions of its own document.
     """
-    S, A = q_BSNA.shape[1], q_BSNA.shape[3]
+    S = q_BSNA.shape[1]
+    allowed_BSC = torch.ones(1, S, S, dtype=torch.bool, device=q_BSNA.device).tril()
+    if documents_BS is not None:
+        same_document = documents_BS[:, :, None] == documents_BS[:, None, :]
+        allowed_BSC = allowed_BSC & same_document
+    return _attend(q_BSNA, k_BSMA, v_BSMA, allowed_BSC)
+
+
+def attention_to_prompts(
+    q_TNA: torch.Tensor, k_TMA: torch.Tensor, v_TMA: torch.Tensor, shared: SharedPrompts
+) -> torch.Tensor:
+    """Attend q (1, T, N, A) over k and v (1, T, M, A): its own text up to it, and its prompt; return q's shape."""
+    place_T = torch.arange(q_TNA.shape[1], device=q_TNA.device)
+    own_TC = (place_T >= shared.starts_T[:, None]) & (place_T <= place_T[:, None])
+    begin_T, end_T = shared.prompt_ranges.unbind(1)
+    prompt_TC = (place_T >= begin_T[:, None]) & (place_T < end_T[:, None])
+    return _attend(q_TNA, k_TMA, v_TMA, (own_TC | prompt_TC)[None])
+
+
+def _attend(
+    q_BSNA: torch.Tensor, k_BSMA: torch.Tensor, v_BSMA: torch.Tensor, allowed_BSC: torch.Tensor
+) -> torch.Tensor:
+    """Attend q over the positions of k and v that each query is allowed to see."""
+    A = q_BSNA.shape[3]
     M = k_BSMA.shape[2]
     q = rearrange(q_BSNA, "b s (m g) a -> b s m g a", m=M)  # G query heads share a key/value head
     scores = torch.einsum("bsmga,bcma->bmgsc", q, k_BSMA) * A**-0.5
-
-    allowed = torch.ones(S, S, dtype=torch.bool, device=q.device).tril()[None]
-    if documents_BS is not None:
-        same_document = documents_BS[:, :, None] == documents_BS[:, None, :]
-        allowed = allowed & same_document
-    scores = scores.float().masked_fill(~allowed[:, None, None], float("-inf"))
+    scores = scores.float().masked_fill(~allowed_BSC[:, None, None], float("-inf"))
 
     weights = scores.softmax(-1).to(q.dtype)  # P
     out = torch.einsum("bmgsc,bcma->bsmga", weights, v_BSMA)

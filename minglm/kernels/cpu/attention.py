@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from minglm.kernels.attention.chunked import document_starts
+from minglm.kernels.attention.shared import SharedPrompts
 from minglm.kernels.cpu.build import address, loaded_library
 
 
@@ -20,16 +21,16 @@ class _Attention(torch.autograd.Function):
         q_BSNA: torch.Tensor,
         k_BSMA: torch.Tensor,
         v_BSMA: torch.Tensor,
-        documents_BS: torch.Tensor | None,
+        starts_BS: torch.Tensor | None,
+        prompt_ranges: torch.Tensor | None,
     ) -> torch.Tensor:
         B, S, N, A = q_BSNA.shape
         M = k_BSMA.shape[2]
-        starts_BS = None if documents_BS is None else document_starts(documents_BS)
         out_BSNA = torch.empty_like(q_BSNA)
         sums_BMSG = q_BSNA.new_empty(B, M, S, N // M)
         ctx.sizes = (B, S, N, M, A)
-        ctx.save_for_backward(q_BSNA, k_BSMA, v_BSMA, starts_BS, sums_BMSG)
-        tensors = (q_BSNA, k_BSMA, v_BSMA, starts_BS, out_BSNA, sums_BMSG)
+        ctx.save_for_backward(q_BSNA, k_BSMA, v_BSMA, starts_BS, prompt_ranges, sums_BMSG)
+        tensors = (q_BSNA, k_BSMA, v_BSMA, starts_BS, prompt_ranges, out_BSNA, sums_BMSG)
         loaded_library().attention_forward(*map(address, tensors), *ctx.sizes)
         return out_BSNA
 
@@ -41,7 +42,7 @@ class _Attention(torch.autograd.Function):
         gradients = [torch.empty_like(x) for x in saved[:3]]
         tensors = (*saved, grad_BSNA.contiguous(), *gradients)
         loaded_library().attention_backward(*map(address, tensors), *ctx.sizes)
-        return *gradients, None
+        return *gradients, None, None
 
 
 # The compiler cannot trace addresses of tensors.
@@ -58,4 +59,14 @@ def attention_c(
 
     documents_BS: integer ids (B, S), of which equal ones are next to each other.
     """
-    return _attention(q_BSNA.contiguous(), k_BSMA.contiguous(), v_BSMA.contiguous(), documents_BS)
+    starts_BS = None if documents_BS is None else document_starts(documents_BS)
+    tensors = (x.contiguous() for x in (q_BSNA, k_BSMA, v_BSMA))
+    return _attention(*tensors, starts_BS, None)
+
+
+def attention_to_prompts_c(
+    q_TNA: torch.Tensor, k_TMA: torch.Tensor, v_TMA: torch.Tensor, shared: SharedPrompts
+) -> torch.Tensor:
+    """Compute `attention_to_prompts` of `attention/eager.py`: q and the result (1, T, N, A), all float32."""
+    tensors = (x.contiguous() for x in (q_TNA, k_TMA, v_TMA))
+    return _attention(*tensors, shared.starts_T, shared.prompt_ranges)

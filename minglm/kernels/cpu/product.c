@@ -89,9 +89,11 @@ void product(const float *a, long down, long along, const float *b, long b_down,
     float *packed = room(depth * whole(columns));
     for (long i = 0; i < rows && bias; i++) memcpy(out + i * columns, bias, columns * sizeof *out);
     Columns here = columns_of(b, b_down, across, depth, columns, packed);
-    for (long k = 0, n; k < depth; k += n, here.at += n * here.next) {
+    long k = 0, n;
+    do { /* also without any terms: then the sums are zero */
         n = depth - k < DEPTH ? depth - k : DEPTH;
         multiply(a + k * along, down, along, here, out, columns, rows, columns, n, k || bias);
-    }
+        k += n, here.at += n * here.next;
+    } while (k < depth);
     free(packed);
 }
