@@ -80,10 +80,11 @@ def draw_rl(record: Mapping[str, Any], axis: Axes) -> None:
         rollout = row["rollout_seconds"]
         axis.barh(height, rollout, color=color, alpha=0.45, height=0.6)
         axis.barh(height, row["update_seconds"], left=rollout, color=color, alpha=0.9, height=0.6)
+        axis.plot([row["floor_seconds"]] * 2, [height - 0.4, height + 0.4], color="black")
         threads = f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
         names.append(f"{row['side']}, {threads}")
     axis.set_yticks(range(len(results)), names, fontsize=7)
-    label = "seconds of a step: rollout (pale), update\nof the CPU for one thread, of the clock for more"
+    label = "seconds of a step: rollout (pale), update; line: its products at full speed\nof the CPU for one thread, of the clock for more"
     axis.set(xlabel=label)
     axis.grid(axis="y", visible=False)
     sizes = f"{record['prompts']} prompts x {record['samples']} samples x {record['tokens']} tokens"

@@ -14,6 +14,10 @@ trl pads its batch and cuts it into micro-batches as it is told to; each of `MIC
 fastest counts. Several threads share the operations of trl, and the batch of ours, as in a run. Seconds are
 CPU-seconds of the process for one thread, and seconds of the clock for more; the best of the turns counts.
 The weights begin untrained.
+
+The floor of a row is the time that the step's products in float32 take at the best speed that these cores reach in
+any product, if each token of a prompt is computed once for all its answers. The ratio of trl's seconds to it is what
+a step would reach that did nothing else, and nothing slower.
 """
 
 import dataclasses
@@ -31,7 +35,9 @@ from minglm.bench.options import BenchOptions
 from minglm.chat import render
 from minglm.chat.messages import Message
 from minglm.common.allocator import keep_freed_memory
+from minglm.common.device import measured_flops
 from minglm.common.threads import use_threads
+from minglm.config.model import ModelConfig
 from minglm.config.posttraining import RLConfig
 from minglm.config.run import RunConfig
 from minglm.data.tokenizer import Tokenizer
@@ -39,9 +45,11 @@ from minglm.envs.arithmetic import Arithmetic
 from minglm.envs.base import Episode, Score, ScoreStatus, Task
 from minglm.inference import Engine
 from minglm.inference.client import EngineGenerator
+from minglm.kernels.linear import linear
 from minglm.model.glm import GLM
 from minglm.optim.muon import Muon
 from minglm.parallel import Replicas
+from minglm.plan.counts import count_parameters
 from minglm.rl.episode import Player, SamplingSettings, Trajectory
 from minglm.rl.loop import Synchronous, reinforce_step
 from minglm.rl.schedule import TaskSchedule
@@ -75,6 +83,8 @@ class Row(TypedDict):
     """Of the step with the best time."""
     update_seconds: float
     """Of the same step."""
+    floor_seconds: float
+    """Those of the products of a step at the full speed of these cores."""
 
 
 class Ratio(TypedDict):
@@ -83,6 +93,8 @@ class Ratio(TypedDict):
     step: float
     rollout: float
     update: float
+    floor: float
+    """That of a step that takes no longer than its products."""
     microbatch: int
     """Answers of a micro-batch in the faster form of trl."""
 
@@ -220,6 +232,46 @@ def prompt_texts(rl: RLConfig) -> list[str]:
     return [task.messages[-1]["content"] for task in tasks]
 
 
+def prompt_tokens(config: RunConfig, rl: RLConfig) -> int:
+    """Count the tokens of the prompts of the first step."""
+    tokenizer = Tokenizer.train(prompt_texts(rl), config.model.vocab_size)
+    total = 0
+    for task in Noise().tasks(rl.prompts, 0):
+        total += len(render(tokenizer, task.messages, generation_prompt=True).ids)
+    return total
+
+
+def product_speed(threads: int) -> float:
+    """Measure the FLOP/s of so many cores in float32: the best of a large product and of one as training computes it."""
+    rows, inputs, outputs = 2048, 96, 288
+    x_TD = torch.ones(rows, inputs)
+    weight_FD = torch.ones(outputs, inputs, requires_grad=True)
+    best = float("inf")
+    for _ in range(50):
+        began = time.thread_time()
+        linear(x_TD, weight_FD)
+        best = min(best, time.thread_time() - began)
+    own = 2 * rows * inputs * outputs / best * threads
+    return max(own, measured_flops(torch.device("cpu"), torch.float32, threads))
+
+
+def step_flops(model: ModelConfig, rl: RLConfig, prompts: int) -> int:
+    """Count the operations of a step's products: the rollout's pass, and the update's with its gradients.
+
+    prompts: tokens of all prompts; each passes once in the rollout and once in the update.
+    """
+    count = count_parameters(model)
+    sampled = rl.prompts * rl.samples * rl.max_new_tokens
+    length = prompts / rl.prompts
+    # On average a token sees half of its own text, and an answer all of its prompt.
+    seen = prompts * length / 2 + sampled * (length + rl.max_new_tokens / 2)
+    body = 2 * count["active_body"] * (prompts + sampled)
+    head = 2 * count["embedding"] * sampled
+    width = model.num_attention_heads * model.head_dim
+    attention = 4 * model.num_hidden_layers * width * seen  # q k' and P v
+    return int(4 * (body + head + attention))  # a gradient takes as much as two passes
+
+
 def run_trl(
     folder: Path,
     tokenizer: Tokenizer,
@@ -332,8 +384,10 @@ def rl(config: RunConfig, options: BenchOptions) -> dict[str, Any]:
     phase = dataclasses.replace(config.posttraining.reasoning.rl, refill=0, updates_per_rollout=1)
     keep_freed_memory()  # as a run does
     rows: list[Row] = []
+    flops = step_flops(config.model, phase, prompt_tokens(config, phase))
     for threads in THREADS:
         use_threads(threads)
+        speed = product_speed(threads)
         best: dict[str, Row] = {}
         for microbatch in MICROBATCHES:
             turns = take_turns(config, phase, threads, microbatch, options.repeats)
@@ -346,6 +400,7 @@ def rl(config: RunConfig, options: BenchOptions) -> dict[str, Any]:
                     "seconds": round(fastest.step, 4),
                     "rollout_seconds": round(fastest.rollout, 4),
                     "update_seconds": round(fastest.step - fastest.rollout, 4),
+                    "floor_seconds": round(flops / speed, 4),
                 }
                 print(*(f"{k} {v}" for k, v in row.items()), flush=True)
                 if side not in best or row["seconds"] < best[side]["seconds"]:
@@ -355,6 +410,7 @@ def rl(config: RunConfig, options: BenchOptions) -> dict[str, Any]:
         "prompts": phase.prompts,
         "samples": phase.samples,
         "tokens": phase.max_new_tokens,
+        "flops": flops,
         "results": rows,
         "ratios": ratios(rows),
         "baseline": BASELINE,
@@ -373,6 +429,7 @@ def ratios(rows: Sequence[Row]) -> dict[str, Ratio]:
             "step": round(other["seconds"] / mine["seconds"], 3),
             "rollout": round(other["rollout_seconds"] / mine["rollout_seconds"], 3),
             "update": round(other["update_seconds"] / mine["update_seconds"], 3),
+            "floor": round(other["seconds"] / mine["floor_seconds"], 3),
             "microbatch": other["microbatch"] or 0,
         }
     return compared

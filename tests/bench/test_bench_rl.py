@@ -6,6 +6,8 @@ import json
 import statistics
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minglm import load_config
 from minglm.bench import rl, rl_async
@@ -13,6 +15,7 @@ from minglm.bench.options import BenchOptions
 from minglm.bench.plots import redraw
 from minglm.bench.run import run
 from minglm.config.posttraining import RLConfig
+from minglm.plan.counts import flops_per_token
 
 PHASE = RLConfig(environments=("arithmetic",), prompts=2, samples=2, max_new_tokens=3)
 
@@ -41,6 +44,7 @@ def test_record_of_a_small_run(monkeypatch, tmp_path):
         ("trl", 1),
     ]
     for row in record["results"]:
+        assert 0 < row["floor_seconds"] < row["seconds"]
         assert 0 < row["rollout_seconds"] < row["seconds"]
     assert record["ratios"]["1 thread"]["step"] > 0
 
@@ -70,6 +74,7 @@ def test_ratios_are_of_the_same_threads():
             "seconds": rollout + update,
             "rollout_seconds": rollout,
             "update_seconds": update,
+            "floor_seconds": 0.5,
         }
 
     rows = [
@@ -79,9 +84,26 @@ def test_ratios_are_of_the_same_threads():
         row("trl", 2, 1, 3),
     ]
     assert rl.ratios(rows) == {
-        "1 thread": {"step": 3.0, "rollout": 4.0, "update": 2.0, "microbatch": 32},
-        "2 threads": {"step": 2.0, "rollout": 1.0, "update": 3.0, "microbatch": 32},
+        "1 thread": {"step": 3.0, "rollout": 4.0, "update": 2.0, "floor": 12.0, "microbatch": 32},
+        "2 threads": {"step": 2.0, "rollout": 1.0, "update": 3.0, "floor": 8.0, "microbatch": 32},
     }
+
+
+@given(prompt=st.integers(1, 50), answer=st.integers(1, 50), samples=st.integers(1, 5))
+def test_the_floor_counts_a_pass_more_than_training(prompt, answer, samples):
+    """One answer: four passes where training has three, without a head on the prompt; others add their own tokens."""
+    model = dataclasses.replace(small().model, num_nextn_predict_layers=0)
+    phase = dataclasses.replace(PHASE, prompts=1, samples=samples, max_new_tokens=answer)
+    one = dataclasses.replace(phase, samples=1)
+    length = prompt + answer
+    trained = flops_per_token(model, length).total * length
+    head = 8 * model.vocab_size * model.hidden_size
+    assert rl.step_flops(model, one, prompt) == pytest.approx(
+        trained * 4 / 3 - head * prompt, abs=1
+    )
+    alone = rl.step_flops(model, dataclasses.replace(one, samples=0), prompt)
+    each = rl.step_flops(model, one, prompt) - alone
+    assert rl.step_flops(model, phase, prompt) == pytest.approx(alone + samples * each, abs=samples)
 
 
 def test_record_of_a_small_asynchronous_run(monkeypatch, tmp_path):
