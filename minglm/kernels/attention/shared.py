@@ -1,15 +1,15 @@
-"""Attention over texts that share prompts and lie in one row without padding (no section in the paper).
+"""Attention over texts that share prompts and lie in one row, without padding (no section in the paper).
 
-    row:  prompt 1 | answer | answer | ... | prompt 2 | answer | ...        P_i as in `eager.py`, over
-    j in [prompt begin_i, prompt end_i)  or  j in [start_i, i]
+    row    prompt 1 | answer | answer | ... | prompt 2 | answer | ...
+    out_i = sum_j P_ij v_j  as in `eager.py`, over   j in [prompt begin_i, prompt end_i)   and   j in [start_i, i]
 
-The answers of a group have one prompt (paper 3.2), and everything in a layer but attention knows nothing of
-other positions: so the prompt passes through the model once, and each answer sees it. Its gradient is the sum
-over the answers, as if each had its own copy.
+The answers of a group have one prompt (paper 3.2), and a layer lets positions see each other in attention alone. So
+the prompt passes through the model once, and each of its answers sees it. Its gradient is the sum over them, as if
+each had a copy of its own.
 
-The C form walks both ranges. `expanded` is for every other form: it copies queries, keys and values to whole
-texts, attends there, and takes each position back once. A reader of the prompt alone then costs what it did,
-and the linear maps and the experts, which are most of a model, are still computed once.
+The C form walks both ranges. `expanded` serves every other form: it copies queries, keys and values to whole texts,
+attends there, and takes each position back once. Attention then costs what it did without sharing; the linear maps
+and the experts, which are most of a model, are still computed once.
 """
 
 from collections.abc import Hashable, Sequence
