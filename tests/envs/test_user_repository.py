@@ -1,9 +1,11 @@
 """A user's own repository: its tests decide, they run in a jail, and what cannot be judged is refused in one line."""
 
+import contextlib
 import copy
 import errno
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,8 +17,9 @@ import pytest
 
 from minglm.envs import ENVIRONMENTS
 from minglm.envs.base import Misconfigured, assistant
+from minglm.envs.sandbox import command
 from minglm.envs.sandbox.command import run_command
-from minglm.envs.sandbox.command_jail import KERNEL, OWN_NUMBERS
+from minglm.envs.sandbox.command_jail import KERNEL, OWN_NUMBERS, may_have_a_name
 from minglm.envs.swe.repository import PLAIN_GIT
 from minglm.envs.swe.users import outcomes
 from minglm.testing.envs import play
@@ -186,7 +189,7 @@ def test_the_jail_takes_away(name, tmp_path):
     work += "open('x', 'w').write('1'); open(os.environ['TMPDIR'] + '/y', 'w'); print('fine')"
     result = run_command([sys.executable, "-S", "-c", work], inside, 30)
     assert (result.status, result.exit_code, result.output) == ("ended", 0, "fine\n")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["inside", "x"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["inside"]
 
 
 @pytest.mark.parametrize("family", ["AF_UNIX", "AF_VSOCK"])
@@ -240,11 +243,63 @@ def test_a_fork_bomb_ends_at_a_number_of_processes(tmp_path):
 
 def test_a_command_that_hangs_is_cut_off_with_its_children(tmp_path):
     """The deadline has a name, and nothing that the command started goes on."""
-    beat = tmp_path / "beat"
-    child = f"import time\nwhile True:\n    open('{beat}', 'a').write('.')\n    time.sleep(0.05)"
+    child = f"import time; print('{tmp_path}', flush=True); time.sleep(60)"
     source = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-S', '-c', {child!r}]); time.sleep(60)"
     result = run_command([sys.executable, "-S", "-c", source], tmp_path, 6)
-    assert result.status == "timeout"
-    size = beat.stat().st_size
-    time.sleep(0.3)
-    assert 0 < size == beat.stat().st_size
+    assert (result.status, result.output) == ("timeout", f"{tmp_path}\n")
+    deadline = time.monotonic() + 20  # the child sleeps longer
+    while str(tmp_path) in command_lines() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert str(tmp_path) not in command_lines()
+
+
+def command_lines():
+    """Return the command lines of all processes of the machine, in one text."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(file.read_text(encoding="utf-8", errors="replace"))
+    return "\n".join(found)
+
+
+FILL = """
+import os, sys
+os.chdir(sys.argv[1] or os.environ['TMPDIR'])
+print(open('a').read() if sys.argv[1] else '', end='')
+try:
+    for number in range(100):
+        with open(str(number), 'wb') as file:
+            file.write(bytes(2**20))
+except OSError as error:
+    print(number < 50, error.strerror)
+"""
+
+
+@pytest.mark.skipif(
+    not may_have_a_name(), reason="this root has no CAP_SETFCAP: nothing bounds its files"
+)
+@pytest.mark.parametrize("place", [".", ""], ids=["folder", "temporary"])
+def test_files_end_at_a_number_of_bytes(place, tmp_path, monkeypatch):
+    """A command reads the files of its folder, and what it writes there, or in a temporary one, fills no disk."""
+    jail = tmp_path / "jail"
+    shutil.copytree(command.JAIL.parent, jail)
+    source = (jail / command.JAIL.name).read_text(encoding="utf-8")
+    smaller = source.replace("FOLDER = 2 * 2**30", "FOLDER = 2**25")
+    (jail / command.JAIL.name).write_text(smaller, encoding="utf-8")
+    monkeypatch.setattr(command, "JAIL", jail / command.JAIL.name)
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / "a").write_text("read ", encoding="utf-8")
+    result = run_command([sys.executable, "-S", "-c", FILL, place], inside, 60)
+    said = "read " if place else ""
+    assert (result.status, result.output) == ("ended", f"{said}True {os.strerror(errno.ENOSPC)}\n")
+    assert [path.name for path in inside.iterdir()] == ["a"]
+
+
+def test_memory_of_all_processes_together_is_bounded(tmp_path, monkeypatch):
+    """Processes that are small alone and large together die, before their time, and the output says why."""
+    monkeypatch.setattr(command, "MEMORY", 2**28)
+    source = "import os, time; os.fork(); os.fork(); kept = b'1' * (100 * 2**20); time.sleep(60)"
+    result = run_command([sys.executable, "-S", "-c", source], tmp_path, 60)
+    assert (result.status, result.exit_code) == ("ended", -9)
+    assert "killed: all processes together held more than 0.25 GiB of memory" in result.output

@@ -1,7 +1,8 @@
 """Close a jail around one command, then become it: the inside of `command.py` (paper 3.3).
 
 `command.py` starts this file as `python -I -S command_jail.py STATUS FOLDER TEMPORARY SECONDS COMMAND...`. It
-enters new namespaces, in which nothing can be written but the two folders, no device can be opened but those
+puts both folders in memory, the first with a copy of its files, so what is written there is gone at the end. It
+enters new namespaces, in which nothing can be written but these two, no device can be opened but those
 that hold nothing, there is no network and no process but its own, and /proc is empty; it forks, sets limits,
 and the child becomes the command. That child is process 1 of its namespace: when it ends, or its parent dies,
 all that it started dies with it.
@@ -9,10 +10,11 @@ all that it started dies with it.
 A socket in the file system, as that of Docker's daemon, belongs to no network, and neither does one of the host of
 a virtual machine. So a filter of system calls lets the command make internet sockets alone, and pairs.
 
-Bounded are the memory and the size of files of each process, its processor time, and the number of processes. Root,
-whom RLIMIT_NPROC does not bind, is bound by the largest process number of the jail's namespace, which needs Linux
-6.14 and a /proc/sys that may be written; a container may have none. Otherwise root's processes are not bounded,
-and never the memory of all processes together and the bytes of all files together: a disk can be filled.
+Bounded are the memory and the size of files of each process, its processor time, the bytes and the number of files in each
+folder, and the number of processes. Root, whom RLIMIT_NPROC does not bind, is bound by the largest process number
+of the jail's namespace, which needs Linux 6.14 and a /proc/sys that may be written; a container may have none.
+Otherwise root's processes are not bounded; nor are the folders, which then stay where they are, for a root without
+CAP_SETFCAP, which that of a container has. The memory of all processes together is `command.py`'s to watch.
 
 The capabilities that the namespaces bring are lost when the command starts, because its user has no name in
 them; with `no_new_privs` none come back. No counterpart in the paper, which names its sandbox but does not
@@ -26,6 +28,7 @@ import os
 import pathlib
 import re
 import resource
+import shutil
 import sys
 import types
 
@@ -35,6 +38,10 @@ MEMORY = 4 * 2**30
 """Address space of each process of the command, bytes."""
 FILE = 64 * 2**20
 """Size of a file that it may write, bytes."""
+FOLDER = 2 * 2**30
+"""Bytes of all files in each of the two folders."""
+FILES = 2**18
+"""Files in each of them."""
 PROCESSES = 1024
 """Processes and threads of the command at a time."""
 OWN_NUMBERS = (6, 14)
@@ -78,6 +85,35 @@ def change_mount(path: str, attributes: ctypes.Array, recursive: bool = False) -
     size = ctypes.sizeof(attributes)
     number = jail.MOUNT_SETATTR
     jail.libc_call("syscall", number, here, os.fsencode(path), flags, attributes, size)
+
+
+def may_have_a_name() -> bool:
+    """Return whether this user can be known by a name in a namespace of its own: root needs CAP_SETFCAP for it."""
+    if os.geteuid():
+        return True
+    status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
+    capabilities = int(status.partition("CapEff:")[2].split()[0], 16)
+    return bool(capabilities >> 31 & 1)
+
+
+def put_in_memory(folder: str, temporary: str) -> None:
+    """Lay a file system of bounded size over both folders, over the first with a copy of its files.
+
+    Files there need a user who has a name, so this is done in namespaces of its own, from which `enter` leads on.
+    """
+    user, group = os.geteuid(), os.getegid()
+    jail.libc_call("unshare", 0x10000000 | 0x00020000)  # CLONE_NEWUSER, CLONE_NEWNS
+    names = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
+    for file, text in names.items():
+        pathlib.Path("/proc/self", file).write_text(text, encoding="utf-8")
+    size = f"size={FOLDER},nr_inodes={FILES},mode=700".encode()
+    jail.libc_call("mount", b"memory", os.fsencode(temporary), b"tmpfs", 0, size)
+    try:
+        shutil.copytree(folder, temporary, symlinks=True, dirs_exist_ok=True)
+    except shutil.Error as error:
+        raise OSError(f"{FOLDER >> 30} GiB of memory for {folder}: {error.args[0][0][2]}") from None
+    jail.libc_call("mount", os.fsencode(temporary), os.fsencode(folder), None, BIND, None)
+    jail.libc_call("mount", b"memory", os.fsencode(temporary), b"tmpfs", 0, size)
 
 
 def enter(folders: list[str]) -> int | None:
@@ -180,6 +216,8 @@ def main() -> None:
     status = int(descriptor)
     try:
         jail.die_with_parent()
+        if may_have_a_name():
+            put_in_memory(folder, temporary)
         numbers = enter([folder, temporary])
         pid = os.fork()
         if pid == 0:
