@@ -82,22 +82,21 @@ def cross_entropy(
     head = head_VD.to(hidden_TD.dtype)
     chunks = max(1, math.ceil(T * len(head) * head.itemsize / GPU_CHUNK_BYTES))
     head.new_empty(math.ceil(T / chunks), len(head))  # the logits of a chunk
-    loss = hidden_TD.new_empty((), dtype=torch.float32)
-    return _Loss.apply(loss, hidden_TD, head_VD)
+    return _Loss.apply(hidden_TD, head_VD)
 
 
 class _Loss(torch.autograd.Function):
     """Return the loss; save a gradient for the states and one for the head."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, hidden_TD: Tensor, head_VD: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor) -> Tensor:
         ctx.save_for_backward(torch.empty_like(hidden_TD), torch.empty_like(head_VD))
-        return loss
+        return hidden_TD.new_empty((), dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride] -- autograd passes one gradient for each output
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride] -- autograd passes one gradient for each output
         hidden, head = ctx.saved_tensors
-        return None, hidden, head
+        return hidden, head
 
 
 def norm(

@@ -1,5 +1,6 @@
 """The rehearsal against the truth: the same model, sharded over real ranks, with the same step."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -183,6 +184,13 @@ def test_peak_is_that_of_torchs_tracker(recompute):
             accumulate(model, batch, phase, 0.0)
             (found,) = tracker.get_tracker_snapshot("peak").values()
     assert watch.peak == found["Total"]
+
+
+def test_a_rehearsal_warns_of_nothing():
+    """What a real run does not warn of, such as a loss that is a view, no rehearsal does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rehearse(small_run(), Layout(1, 1, 4, 2, 1), "general")
 
 
 def test_numbers_of_a_tensor_that_is_no_dtensor():
