@@ -8,6 +8,7 @@ a verb does anything.
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from typing import NoReturn
@@ -64,11 +65,25 @@ def number(minimum: float, maximum: float, above: bool = False) -> Callable[[str
 
 
 def path(word: str) -> str:
-    """Return a path; the type of files and folders. Raises ArgumentTypeError for one that cannot be."""
+    """Return a path; the type of what may be a file or a folder. Raises ArgumentTypeError for one that cannot be."""
     if not word or "\0" in word:
         raise argparse.ArgumentTypeError(
             f"{shown(word, quoted=True)}: must be the path of a file or folder"
         )
+    return word
+
+
+def folder(word: str) -> str:
+    """Return the path of a folder, which need not be there. Raises ArgumentTypeError for a file."""
+    if os.path.exists(path(word)) and not os.path.isdir(word):
+        raise argparse.ArgumentTypeError(f"{shown(word, quoted=True)}: is a file; give a folder")
+    return word
+
+
+def file(word: str) -> str:
+    """Return the path of a file, which need not be there. Raises ArgumentTypeError for a folder."""
+    if os.path.isdir(path(word)):
+        raise argparse.ArgumentTypeError(f"{shown(word, quoted=True)}: is a folder; give a file")
     return word
 
 
@@ -113,7 +128,7 @@ def add_drafts(parser: argparse.ArgumentParser, default: int | None = 0) -> None
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Add the positional argument RUN and the option --stage."""
-    parser.add_argument("run", type=path, help="folder of a run, or of a released checkpoint")
+    parser.add_argument("run", type=folder, help="folder of a run, or of a released checkpoint")
     parser.add_argument(
         "--stage", help="use the model as this stage left it (default: the last complete one)"
     )

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from minglm.bench.options import BenchOptions
-from minglm.cli.arguments import number, path, whole
+from minglm.cli.arguments import file, folder, number, whole
 
 WHAT = ("generate", "train", "rl", "rl_async", "kernels", "compile", "scale", "collectives")
 
@@ -81,7 +81,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         help="turns of each side; the best counts",
     )
     parser.add_argument(
-        "--out", type=path, default="figures", help="folder of the record and the figure"
+        "--out", type=folder, default="figures", help="folder of the record and the figure"
     )
 
 
@@ -107,7 +107,7 @@ def _add_kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--smoke", action="store_true", help="toy sizes: shows only that the benchmark runs"
     )
-    parser.add_argument("--out", type=path, default="figures/bench_kernels.json", help="the record")
+    parser.add_argument("--out", type=file, default="figures/bench_kernels.json", help="the record")
 
 
 def _add_scale(parser: argparse.ArgumentParser) -> None:
@@ -128,7 +128,7 @@ def _add_scale(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also without a GPU, which shows only that the script runs",
     )
-    parser.add_argument("--out", type=path, default="figures/bench_scale.json", help="the record")
+    parser.add_argument("--out", type=file, default="figures/bench_scale.json", help="the record")
 
 
 def _add_collectives(parser: argparse.ArgumentParser) -> None:
@@ -144,7 +144,7 @@ def _add_collectives(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds", type=whole(1, 10**6), default=10, help="rounds of each; the median counts"
     )
-    parser.add_argument("--out", type=path, metavar="FILE", help="write the record here, as JSON")
+    parser.add_argument("--out", type=file, metavar="FILE", help="write the record here, as JSON")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minglm.cli.arguments import add_config, path, refuse_idle, whole
+from minglm.cli.arguments import add_config, folder, refuse_idle, whole
 
 if TYPE_CHECKING:
     from minglm.data.store.shards import Shard
@@ -148,7 +148,7 @@ def samples(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `data`."""
     add_config(parser)
-    parser.add_argument("--out", type=path, help="folder of the run (default: runs/NAME)")
+    parser.add_argument("--out", type=folder, help="folder of the run (default: runs/NAME)")
     parser.add_argument(
         "--executor",
         default="local",

@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from minglm.cli.arguments import add_drafts, add_run, path, refuse_idle, whole
+from minglm.cli.arguments import add_drafts, add_run, file, folder, refuse_idle, whole
 from minglm.config.posttraining import MOST_PROBLEMS, MOST_SAMPLES
 
 if TYPE_CHECKING:
@@ -47,11 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="score with thoughts of at most so many tokens, in place of thinking on and off",
     )
     parser.add_argument(
-        "--figure", type=path, help="with --thinking-budget: draw scores over budgets to this PNG"
+        "--figure", type=file, help="with --thinking-budget: draw scores over budgets to this PNG"
     )
     parser.add_argument(
         "--user",
-        type=path,
+        type=folder,
         help="run or released checkpoint whose model plays the user in tasks that have one, in place of a program",
     )
     parser.add_argument(

@@ -2,13 +2,13 @@
 
 import argparse
 
-from minglm.cli.arguments import add_run, number, path
+from minglm.cli.arguments import add_run, folder, number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `export`."""
     add_run(parser)
-    parser.add_argument("folder", type=path, help="a new folder")
+    parser.add_argument("folder", type=folder, help="a new folder")
     parser.add_argument(
         "--dtype",
         help="float32, bfloat16, float16, float64 or fp8 (float8 in blocks); default: that of the source, bfloat16 "

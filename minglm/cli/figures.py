@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scores",
         metavar="FILE",
-        type=arguments.path,
+        type=arguments.file,
         help="draw the scores of these run folders over parameters and seconds to this PNG, and nothing else",
     )
 

@@ -4,14 +4,14 @@ import argparse
 import shlex
 from pathlib import Path
 
-from minglm.cli.arguments import add_config, path
+from minglm.cli.arguments import add_config, folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `import`."""
     add_config(parser, example="configs/air_106b.py")
-    parser.add_argument("folder", type=path, help="folder with config.json and safetensors")
-    parser.add_argument("--out", type=path, required=True, help="folder of the new run")
+    parser.add_argument("folder", type=folder, help="folder with config.json and safetensors")
+    parser.add_argument("--out", type=folder, required=True, help="folder of the new run")
     parser.add_argument(
         "--dry-run", action="store_true", help="check model, files and tokenizer, write nothing"
     )

@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from minglm.cli.arguments import add_config, number, path, refuse_idle, whole, word
+from minglm.cli.arguments import add_config, file, folder, number, refuse_idle, whole, word
 
 if TYPE_CHECKING:
     from minglm.config import RunConfig
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpus-per-node", type=whole(1, 10**4), help="GPUs of a node, if other than usual"
     )
-    parser.add_argument("--out", type=path, help="folder of the run (default: runs/NAME)")
+    parser.add_argument("--out", type=folder, help="folder of the run (default: runs/NAME)")
     parser.add_argument(
         "--until", metavar="STAGE", help="stop after this stage of pre- or mid-training"
     )
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="--dry-run: rehearse this stage only (default: one for each length of rows)",
     )
     parser.add_argument(
-        "--script", type=path, metavar="FILE", help="write the script here (default: print it)"
+        "--script", type=file, metavar="FILE", help="write the script here (default: print it)"
     )
     parser.add_argument(
         "--hours",

@@ -4,7 +4,7 @@ import argparse
 import json
 from dataclasses import replace
 
-from minglm.cli.arguments import add_config, number, path, refuse_idle, whole
+from minglm.cli.arguments import add_config, file, number, refuse_idle, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search", action="store_true", help="compare every layout of these GPUs that fits"
     )
-    parser.add_argument("--figure", type=path, metavar="FILE", help="draw the plan as a PNG file")
+    parser.add_argument("--figure", type=file, metavar="FILE", help="draw the plan as a PNG file")
     parser.add_argument(
         "--beside",
         action="append",

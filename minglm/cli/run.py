@@ -7,13 +7,13 @@ import shlex
 import sys
 from pathlib import Path
 
-from minglm.cli.arguments import add_config, path, refuse_idle
+from minglm.cli.arguments import add_config, folder, refuse_idle
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `run`."""
     add_config(parser)
-    parser.add_argument("--out", type=path, help="folder of the run (default: runs/NAME)")
+    parser.add_argument("--out", type=folder, help="folder of the run (default: runs/NAME)")
     parser.add_argument(
         "--only", metavar="STAGE", help="run this stage only; the stage before must be complete"
     )

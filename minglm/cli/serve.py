@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minglm.cli.arguments import add_drafts, path, whole
+from minglm.cli.arguments import add_drafts, folder, whole
 
 if TYPE_CHECKING:  # imported late, as `main` does
     from torch import Tensor
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `serve`."""
     parser.add_argument(
         "model",
-        type=path,
+        type=folder,
         help="folder of a run, or of a Hugging Face checkpoint with its tokenizer.json",
     )
     parser.add_argument(
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--weights-from",
-        type=path,
+        type=folder,
         metavar="FOLDER",
         help="read new weights from checkpoints in this folder when asked to: the server answers for a run with"
         " --rollout_engine",

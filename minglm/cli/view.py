@@ -3,15 +3,15 @@
 import argparse
 from pathlib import Path
 
-from minglm.cli.arguments import path, whole
+from minglm.cli.arguments import file, folder, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `view`."""
-    parser.add_argument("run", type=path, help="folder of a run, finished or under way")
+    parser.add_argument("run", type=folder, help="folder of a run, finished or under way")
     parser.add_argument(
         "--html",
-        type=path,
+        type=file,
         metavar="FILE",
         help="write the page into one file, with the last samples of each stage, and serve nothing",
     )

@@ -170,7 +170,7 @@ MISTAKES = {
     "temperature": (["chat", "{tmp}", "--temperature", "-1"], "--temperature"),
     "nucleus": (["chat", "{tmp}", "--top-p", "0"], "--top-p"),
     "no tokens": (["chat", "{tmp}", "--max-new-tokens", "0"], "--max-new-tokens"),
-    "no name of a figure": (["plan", CONFIG, "--figure", "/"], "cannot write /: it names no file"),
+    "no name of a figure": (["plan", CONFIG, "--figure", "/"], "'/': is a folder; give a file"),
     "a partition of two lines": (
         ["launch", CONFIG, "--slurm", "--partition", "a\n#SBATCH"],
         "one word",

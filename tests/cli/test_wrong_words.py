@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.__main__ import main
-from minglm.cli.arguments import Parser, number, path, whole, word
+from minglm.cli.arguments import Parser, file, folder, number, path, whole, word
 from minglm.cli.registry import VERBS
 from minglm.common.files import write_json
 from minglm.config import load_config
@@ -90,7 +90,7 @@ def table():
                     cases[f"{name}: {option} without a value"] = [*given, option]
                 if action.choices:
                     cases[f"{name}: {option} of another kind"] = [*given, f"{option}=sideways"]
-                if action.type is path:
+                if action.type in (path, folder, file):
                     cases[f"{name}: {option} empty"] = [*given, f"{option}="]
                     cases[f"{name}: {option} with a null"] = [*given, f"{option}=a\0b"]
                 elif action.type is not None:
@@ -137,6 +137,47 @@ def test_a_wrong_word_is_one_line_with_its_option_and_nothing_is_written(
         if option.startswith("--"):
             assert option in line, name
         assert not os.listdir(tmp_path), name
+
+
+OTHER = {
+    folder: ("a_file", "is a file; give a folder"),
+    file: ("a_folder", "is a folder; give a file"),
+}
+"""{type: what is of the other kind, and the remedy}"""
+
+
+def misplaced():
+    """Return {argument: (words, remedy)} for every folder where a file is meant, and the other way round."""
+    cases = {}
+    for verb in VERBS:
+        for subcommand, parser in commands(verb):
+            for action in parser._actions:
+                if action.type not in OTHER:
+                    continue
+                place, remedy = OTHER[action.type]
+                given = positionals(parser)
+                if action.option_strings:
+                    given += [action.option_strings[0], place]
+                else:
+                    names = [a.dest for a in parser._actions if not a.option_strings]
+                    given[names.index(action.dest)] = place
+                name = " ".join((verb, *subcommand, action.dest))
+                cases[name] = ([verb, *subcommand, *given], remedy)
+    return cases
+
+
+def test_a_file_in_the_place_of_a_folder_is_one_line_and_a_folder_in_that_of_a_file(
+    capsys, tmp_path, monkeypatch
+):
+    """For every argument of every verb, with the remedy, before anything is loaded."""
+    monkeypatch.chdir(tmp_path)
+    Path("a_file").write_text("", encoding="utf-8")
+    Path("a_folder").mkdir()
+    cases = misplaced()
+    assert {"serve weights_from", "launch script", "bench kernels out", "chat run"} <= cases.keys()
+    for name, (words, remedy) in cases.items():
+        assert remedy in refusal(capsys, words), name
+        assert sorted(os.listdir(tmp_path)) == ["a_file", "a_folder"], name
 
 
 def test_an_option_without_a_type_is_a_text(capsys):
