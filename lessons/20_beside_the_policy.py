@@ -38,8 +38,8 @@ from minglm.eval import tasks
 from minglm.eval.text import mtp_acceptance, mtp_acceptance_on_answers
 from minglm.model.balance import update_expert_bias
 from minglm.model.glm import GLM
+from minglm.recipe.inputs import environments_of
 from minglm.recipe.load import load_run
-from minglm.recipe.solutions import environments_of
 from minglm.report import drawing
 from minglm.rl.auxiliary import auxiliary_terms, mtp_loss
 from minglm.rl.batch import collate

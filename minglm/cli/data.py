@@ -181,7 +181,7 @@ def main(args: argparse.Namespace) -> None:
     from minglm.data.build import prepare
     from minglm.data.store import shards
     from minglm.data.workers import Executor
-    from minglm.recipe import preflight
+    from minglm.recipe.inputs import check_data
     from minglm.recipe.solutions import task_data
 
     shows = {"--samples": args.samples, "--skipped": args.skipped}
@@ -192,7 +192,7 @@ def main(args: argparse.Namespace) -> None:
     run = load_config(args.config, args.overrides)
     out = Path(args.out or f"runs/{run.name}")
     check_out(out)
-    preflight.check_data(run)
+    check_data(run)
     folder = out / "data"
     splits = [folder / "train", folder / "heldout"]
     if args.dry_run:

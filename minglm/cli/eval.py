@@ -70,8 +70,8 @@ def main(args: argparse.Namespace) -> None:
     from minglm.eval import harness, tasks
     from minglm.inference import Engine
     from minglm.inference.client import EngineGenerator
+    from minglm.recipe.inputs import environments_of
     from minglm.recipe.load import load_run
-    from minglm.recipe.solutions import environments_of
     from minglm.report.thinking_budget import draw_thinking_budgets
 
     if args.thinking_budget is None:

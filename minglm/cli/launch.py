@@ -119,9 +119,9 @@ def _rehearse(run: "RunConfig", gpu: "GPU", job: "Job", only: str | None) -> Non
     from minglm.launch.rehearsal import rehearse, render
     from minglm.plan.gpus import USABLE
     from minglm.plan.memory import GIB
-    from minglm.recipe import preflight
+    from minglm.recipe.inputs import check_data
 
-    preflight.check_data(run)
+    check_data(run)
     usable = USABLE * gpu.memory_gib * GIB
     names = [stage for stage, _ in job.stages]
     if only is not None and only not in names:

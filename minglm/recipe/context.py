@@ -29,7 +29,7 @@ from minglm.parallel.world import World
 from minglm.plan.counts import count_parameters
 from minglm.plan.layout import without_pipeline
 from minglm.plan.memory import GIB, compute_bytes
-from minglm.recipe.solutions import environments_of
+from minglm.recipe.inputs import environments_of
 from minglm.train.checkpoint import CheckpointStore
 from minglm.train.checkpoint_files import weights_of
 

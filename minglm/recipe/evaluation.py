@@ -16,7 +16,7 @@ from minglm.inference.client import Generator
 from minglm.model.glm import GLM
 from minglm.parallel.reading import Reader
 from minglm.recipe.context import RunContext
-from minglm.recipe.solutions import provoking_kinds
+from minglm.recipe.inputs import provoking_kinds
 from minglm.recipe.stages import Stage
 from minglm.report.records import (
     BitsPerByteRecord,

@@ -1,7 +1,6 @@
 """Check everything that can be checked before anything is written, without a GPU and without data (no section).
 
-    sources      every source of every mixture is built in, drawn from an environment, or can come from data.files
-    files        data.files, data.tokenizer and data.web_labels exist; the tokenizer fits the vocabulary
+    inputs       environments, sources, files and tokenizer exist (`minglm.recipe.inputs`)
     kernels      Triton has a GPU to run on
     deepep       its package, GPUs, NVLink and RDMA cards are there
     exact        log-probabilities with the engine's bits have a CPU, a C compiler and one process
@@ -37,18 +36,14 @@ from minglm.config import (
 )
 from minglm.config.parallel import NVLINK_RANKS, deepep_lacks_neighbours
 from minglm.config.posttraining import Judge
-from minglm.data.sources.files import BUILT_IN_SOURCES
-from minglm.data.tokenizer import SPECIAL_TOKENS, Tokenizer
-from minglm.envs import ENVIRONMENTS
 from minglm.kernels.dispatch import has_c_library
 from minglm.plan.counts import count_parameters
 from minglm.plan.memory import optimizer_split
-from minglm.recipe.solutions import TASKS, check_environments
+from minglm.recipe.inputs import check_data
 from minglm.recipe.stages import RLStage, Stage, StageKind, is_done
 from minglm.rl.samples import read_lines
 from minglm.train.checkpoint import CheckpointStore
 
-SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)  # a token for each byte, and the special ones
 GIB = 2**30
 INFINIBAND = Path("/sys/class/infiniband")
 
@@ -79,71 +74,6 @@ def check_run(run: RunConfig) -> None:
     check_tracker(run)
     check_outside(run)
     check_rollout_engine(run)
-
-
-def check_data(run: RunConfig) -> None:
-    """Raise ValueError, in one line, for sources, files or a tokenizer from which no data can be made."""
-    check_environments(run)
-    check_sources(run)
-    check_files(run)
-    check_vocabulary(run)
-
-
-def check_sources(run: RunConfig) -> None:
-    """Refuse a mixture with a source that neither the corpus nor the environments nor data.files can provide."""
-    for name, stage in run.stages.items():
-        for source in stage.mixture if stage.tokens else ():
-            if source.startswith("user:") and not run.data.files:
-                raise ValueError(
-                    f"stages.{name}.mixture names the source {source!r}, but there are no data.files to read it from"
-                )
-            if not (source.startswith("user:") or source in BUILT_IN_SOURCES or has_tasks(source)):
-                tasks = [TASKS + name for name in ENVIRONMENTS]
-                known = ", ".join([*BUILT_IN_SOURCES, *tasks])
-                raise ValueError(
-                    f"stages.{name}.mixture names the source {source!r}; there are {known}, and user:NAME"
-                )
-
-
-def has_tasks(source: str) -> bool:
-    """Return whether a source is the solved tasks of an environment."""
-    if not source.startswith(TASKS):
-        return False
-    try:
-        ENVIRONMENTS[source.removeprefix(TASKS)]
-    except ValueError:
-        return False
-    return True
-
-
-def check_files(run: RunConfig) -> None:
-    """Refuse data that is not there. A data set of a hub (hf:NAME) is looked up only when it is read."""
-    for given in run.data.files:
-        path = given
-        if given.startswith("hf:"):
-            continue
-        if given.startswith("git:"):
-            path = given.removeprefix("git:").partition(":")[0]
-        if not (Path(path).is_file() or Path(path).is_dir()):
-            raise ValueError(f"data.files: there is no file or folder {path}")
-    for option in ("tokenizer", "web_labels"):
-        path = getattr(run.data, option)
-        if path and not Path(path).is_file():
-            raise ValueError(f"data.{option} = {path!r}: there is no such file")
-
-
-def check_vocabulary(run: RunConfig) -> None:
-    """Refuse a tokenizer with more ids than the model, or a model with too few ids for any tokenizer."""
-    size = run.model.vocab_size
-    if run.data.tokenizer:
-        ids = Tokenizer.load(run.data.tokenizer).vocab_size
-        if ids > size:
-            raise ValueError(f"model.vocab_size = {size}: the tokenizer has {ids} ids")
-    elif size < SMALLEST_VOCABULARY:
-        raise ValueError(
-            f"model.vocab_size = {size}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens "
-            f"need at least {SMALLEST_VOCABULARY}"
-        )
 
 
 def check_halves(

@@ -1,64 +1,18 @@
 """Draw solved tasks for mid-training, and the texts that training data must not contain (paper 2.3)."""
 
-from minglm.config import RLConfig, RunConfig
+from minglm.config import RunConfig
 from minglm.data.build import TaskData
 from minglm.data.dialogues import Conversation
-from minglm.envs import ENVIRONMENTS, Environments
-from minglm.envs.base import Environment
+from minglm.envs import ENVIRONMENTS
 from minglm.eval.tasks import TEST_SEED
+from minglm.recipe.inputs import TASKS, environments_of, named_environments, provoking_kinds
 
-TASKS = "tasks:"
 TASK_STREAM = 1  # the stages after mid-training have others (`minglm.recipe.stages`)
-
-
-def check_environments(run: RunConfig) -> None:
-    """Raise ValueError for a stage of post-training without tasks, or with tasks that do not exist."""
-    try:
-        environments_of(run)
-    except ValueError as error:
-        raise ValueError(f"posttraining.asked or posttraining.shown: {error}") from None
-    for name, config in run.posttraining.reinforcements().items():
-        try:
-            provoking_kinds(run, config)
-        except ValueError as error:
-            raise ValueError(f"posttraining.{name}.mining.kinds: {error}") from None
-    for name, environments in _named_environments(run).items():
-        field = f"posttraining.{name}.environments"
-        if not environments:
-            raise ValueError(f"{field} = nothing: must be some of {', '.join(ENVIRONMENTS)}")
-        for environment in environments:
-            try:
-                ENVIRONMENTS[environment]
-            except ValueError as error:
-                raise ValueError(f"{field}: {error}") from None
-
-
-def environments_of(run: RunConfig) -> Environments:
-    """Return every environment as post-training has it: it asks and shows the difficulties that the run names."""
-    post = run.posttraining
-    return ENVIRONMENTS.asking(post.asked_difficulties(), post.shown_difficulties())
-
-
-def provoking_kinds(run: RunConfig, config: RLConfig) -> dict[str, Environment]:
-    """Return the kinds of prompts that a stage of RL mines, by environment, with the difficulties that it names.
-
-    Raises ValueError for an environment or a difficulty that does not exist.
-    """
-    difficulties = config.mining.difficulties("mining")
-    asking = environments_of(run).asking({k: v for k, v in difficulties.items() if v})
-    return {name: asking[name] for name in difficulties}
-
-
-def _named_environments(run: RunConfig) -> dict[str, tuple[str, ...]]:
-    """Return the environments of each phase of post-training, {dotted name of the phase: environments}."""
-    post = run.posttraining
-    named = {name: expert.environments for name, expert in post.experts()}
-    return named | {name: config.environments for name, config in post.reinforcements().items()}
 
 
 def evaluation_texts(run: RunConfig) -> dict[str, list[str]]:
     """Return the prompts of the test tasks, {"tasks:ENVIRONMENT": texts}, of ours and of all that the run names."""
-    named = [name for names in _named_environments(run).values() for name in names]
+    named = [name for names in named_environments(run).values() for name in names]
     environments = environments_of(run)
     asked = {name: [environments[name]] for name in dict.fromkeys([*environments, *named])}
     for config in run.posttraining.reinforcements().values():

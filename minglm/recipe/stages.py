@@ -28,7 +28,7 @@ from minglm.envs.base import Environment
 from minglm.envs.twelve import TWELVE
 from minglm.plan.counts import flops_per_token
 from minglm.plan.screening import screening_answers
-from minglm.recipe.solutions import check_environments, environments_of, provoking_kinds
+from minglm.recipe.inputs import check_environments, environments_of, provoking_kinds
 from minglm.report.records import Moment
 from minglm.train.checkpoint import CheckpointStore
 from minglm.train.loop import Phase

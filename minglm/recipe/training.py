@@ -44,8 +44,8 @@ from minglm.recipe.conversations import (
     unified_conversations,
 )
 from minglm.recipe.evaluation import measure_bits_during
+from minglm.recipe.inputs import provoking_kinds
 from minglm.recipe.preferences import grader_of
-from minglm.recipe.solutions import provoking_kinds
 from minglm.recipe.stages import (
     ColdStartStage,
     ControlStage,

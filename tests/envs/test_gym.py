@@ -14,7 +14,8 @@ from minglm.envs import ENVIRONMENTS
 from minglm.envs.base import Environment, assistant
 from minglm.envs.gym import ReasoningGym
 from minglm.envs.gym_verifier import MEMORY
-from minglm.recipe.solutions import check_environments, evaluation_texts
+from minglm.recipe.inputs import check_environments
+from minglm.recipe.solutions import evaluation_texts
 from minglm.testing.envs import check_environment, check_lazy_answers, play
 
 SUMS = "gym:chain_sum?max_terms=3&max_digits=1"

@@ -626,7 +626,7 @@ def count(frame, event, argument):
 sys.setprofile(count)
 from minglm.__main__ import main
 main(["plan", "configs/glm45_355b.py", "--gpus", "512", "--json"])
-assert "torch" not in sys.modules and "numpy" not in sys.modules
+assert "torch" not in sys.modules
 assert calls < 1_000_000, calls
 """
 
@@ -634,7 +634,7 @@ assert calls < 1_000_000, calls
 def test_plan_is_quick_and_imports_no_torch():
     """The arithmetic of 355B parameters on 512 GPUs, with the search of its layout, is 0.2 million calls of functions.
 
-    They take a tenth of a second; they are counted, because a busy machine makes a clock no judge.
+    Looking for its environments and data is as many. They take half a second; they are counted, because a busy machine makes a clock no judge.
     """
     done = subprocess.run([sys.executable, "-c", PLAN], cwd=CONFIGS.parent, capture_output=True)
     assert done.returncode == 0, done.stderr

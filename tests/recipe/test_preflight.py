@@ -8,7 +8,7 @@ import pytest
 from minglm.__main__ import main
 from minglm.config import load_config
 from minglm.model.glm import GLM
-from minglm.recipe import preflight
+from minglm.recipe import inputs, preflight
 from minglm.recipe.stages import plan_stages
 from minglm.train.checkpoint import CheckpointStore
 from minglm.train.checkpoint_files import weights_of
@@ -131,6 +131,19 @@ def test_a_mistake_is_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+OF_INPUTS = ("a source of nobody", "a file", "a checkout", "a tokenizer", "labels", "vocabulary")
+
+
+@pytest.mark.parametrize("mistake", [*OF_INPUTS, "an environment"])
+def test_a_plan_is_refused_as_the_run_is(mistake, capsys):
+    """What a run would read and cannot: the same line, and no plan."""
+    words, message = MISTAKES[mistake]
+    assert main(["run", NANO, *words, "--dry-run"]) == 2
+    refused = capsys.readouterr()
+    assert main(["plan", NANO, *words]) == 2
+    assert capsys.readouterr() == refused and message in refused.err
+
+
 def with_source(source):
     """Return nano with one more source in the mixture of its first stage."""
     run = load_config(NANO)
@@ -144,22 +157,20 @@ def test_a_source_that_cannot_be_is_named_with_those_that_can(source):
     with pytest.raises(
         ValueError, match=rf"stages\.general\.mixture names the source '{source}'; there are code"
     ):
-        preflight.check_sources(with_source(source))
+        inputs.check_sources(with_source(source))
 
 
-@pytest.mark.parametrize(
-    "source", [*preflight.BUILT_IN_SOURCES, "tasks:retail", "tasks:provocation"]
-)
+@pytest.mark.parametrize("source", [*inputs.BUILT_IN_SOURCES, "tasks:retail", "tasks:provocation"])
 def test_every_source_of_the_corpus_and_the_environments_is_accepted(source):
     """Also those that this rung does not use."""
-    preflight.check_sources(with_source(source))
+    inputs.check_sources(with_source(source))
 
 
 def test_a_source_of_ones_own_needs_files(tmp_path):
     """user:NAME is accepted with data.files: which names they hold is known when they are read."""
     run = with_source("user:mail")
     data = dataclasses.replace(run.data, files=(str(tmp_path),))
-    preflight.check_sources(dataclasses.replace(run, data=data))
+    inputs.check_sources(dataclasses.replace(run, data=data))
 
 
 def test_the_built_in_sources_are_those_that_the_corpus_makes(tmp_path):
@@ -169,7 +180,7 @@ def test_the_built_in_sources_are_those_that_the_corpus_makes(tmp_path):
 
     run = load_config(NANO, ["--data.corpus_megabytes", "0.2", "--data.synthetic_documents", "40"])
     documents = corpus.documents(run.data, run.seed, Skipped(tmp_path / "skipped.log"))
-    assert {document.source for document in documents} == set(preflight.BUILT_IN_SOURCES)
+    assert {document.source for document in documents} == set(inputs.BUILT_IN_SOURCES)
 
 
 def test_the_disk_must_hold_the_checkpoints_that_are_missing(tmp_path):

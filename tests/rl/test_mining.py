@@ -10,7 +10,7 @@ from minglm.config import MiningConfig, load_config
 from minglm.config.posttraining import Split
 from minglm.envs import ENVIRONMENTS
 from minglm.envs.base import Environment, SingleTurn, assistant, user, verdict
-from minglm.recipe.solutions import check_environments
+from minglm.recipe.inputs import check_environments
 from minglm.rl import screening
 from minglm.rl.episode import Player, SamplingSettings
 from minglm.rl.mining import has_fault, mine
