@@ -32,6 +32,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from minglm.chat.messages import in_order_of_calls
 from minglm.common.mistakes import one_line
 from minglm.config import OutsideConfig
 from minglm.data.tokenizer import Tokenizer
@@ -288,7 +289,7 @@ class Endpoint:
         if session.closed is not None:
             raise APIError(session.closed, status=409, code="session_closed")
         job, (asked,) = answer_format.job, answer_format.job.requests
-        messages = answer_format.chat["messages"]
+        messages = in_order_of_calls(answer_format.chat["messages"])
         tools = [tool["function"] for tool in job.tools or ()]
         prompt = session.known_prompt(messages, tools) or asked.prompt
         if len(prompt) >= self.served.max_model_len:

@@ -14,6 +14,7 @@ Choices
   tools follow. Then the template would keep the reasoning, too. After a user's message it drops it, and a branch, a
   summary or a second agent has another beginning: these are new prompts, hence new segments. All segments share the
   reward, and no sampled token is in two of them.
+- Results of several calls stand in the order of the calls, by their ids (`minglm.chat.messages`), however the agent sends them.
 - The rules of `play` hold: a malformed turn ends the session with reward 0, whatever the agent says later, and so do a
   turn that was cut off and a disobeyed thinking switch. A session has at most `max_turns` calls.
 - An answer is noted when it is complete. A call that fails, or whose client leaves, counts as one and changes nothing else.

@@ -134,7 +134,8 @@ def _user(content: Any, where: str) -> list[JSONObject]:
         if block["type"] == "tool_result":
             output = block.get("content")
             text = _text(output, where) if output else ""
-            results.append({"role": "tool", "content": text})
+            call = block.get("tool_use_id")
+            results.append({"role": "tool", "tool_call_id": call, "content": text})
         else:
             texts.append(block)
     if texts:
@@ -157,7 +158,8 @@ def _assistant(content: Any, where: str) -> JSONObject:
                 message_ = f"{where}: a tool_use needs a name and an object as input"
                 raise APIError(message_, "messages")
             function = {"name": name, "arguments": arguments}
-            message["tool_calls"].append({"type": "function", "function": function})
+            call = {"id": block.get("id"), "type": "function", "function": function}
+            message["tool_calls"].append(call)
         else:
             message["content"] += _text([block], where)
     return message

@@ -247,7 +247,9 @@ def _items(items: Any) -> list[JSONObject]:
         if kind == "message":
             messages.append({"role": role, "content": _text(item.get("content"), where)})
         elif kind == "function_call_output":
-            messages.append({"role": "tool", "content": _text(item.get("output"), where)})
+            text = _text(item.get("output"), where)
+            call = item.get("call_id")
+            messages.append({"role": "tool", "tool_call_id": call, "content": text})
         else:
             raise APIError(f"{where}: items of type {kind!r:.40} are not supported", "input")
     return messages
@@ -257,7 +259,8 @@ def _add_to_turn(turn: JSONObject, item: JSONObject, kind: Any, where: str) -> N
     """Add an item of the assistant to its message."""
     if kind == "function_call":
         function = {"name": item.get("name"), "arguments": item.get("arguments") or "{}"}
-        turn["tool_calls"].append({"type": "function", "function": function})
+        call = {"id": item.get("call_id"), "type": "function", "function": function}
+        turn["tool_calls"].append(call)
     elif kind == "reasoning":
         text = _text(item.get("content") or [], where)
         turn["reasoning_content"] = turn.get("reasoning_content", "") + text

@@ -30,6 +30,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
+from minglm.chat.messages import in_order_of_calls
 from minglm.chat.schema import schema_mistake
 from minglm.chat.template import dialect_of, render, segments
 from minglm.config.posttraining import LEAST_TEMPERATURE
@@ -634,7 +635,7 @@ def _check_tool(tool: Any, where: str) -> None:
 
 
 def _messages(body: JSONObject) -> list[JSONObject]:
-    """Return the messages in the template's words: the role developer is system."""
+    """Return the messages in the template's words: the role developer is system, and results are in the order of the calls."""
     messages: list[Any] = _typed(body, "messages", list, [])
     if not messages:
         raise APIError("messages must be a list of at least one message", "messages")
@@ -642,12 +643,13 @@ def _messages(body: JSONObject) -> list[JSONObject]:
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             raise APIError(f"messages[{i}] must be an object", "messages")
-        if not isinstance(message.get("tool_calls") or [], list):
-            raise APIError(f"messages[{i}].tool_calls must be a list", "messages")
+        calls = message.get("tool_calls") or []
+        if not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+            raise APIError(f"messages[{i}].tool_calls must be a list of objects", "messages")
         if message.get("role") == "developer":
             message = {**message, "role": "system"}
         checked.append(message)
-    return checked
+    return in_order_of_calls(checked)
 
 
 def _prompts(body: JSONObject, served: ServedModel) -> list[list[int]]:

@@ -9,11 +9,11 @@ from pathlib import Path
 import httpx
 import pytest
 from helpers import shop_agent
-from helpers.scripted import ScriptedGenerator, byte_tokenizer, oracle
+from helpers.scripted import ScriptedGenerator, byte_tokenizer, oracle, said
 
 from minglm.config import OutsideConfig
 from minglm.envs import ENVIRONMENTS
-from minglm.envs.base import Misconfigured
+from minglm.envs.base import Misconfigured, assistant
 from minglm.rl.endpoint import Endpoint
 from minglm.rl.episode import Player, SamplingSettings
 from minglm.rl.rollout import rollout
@@ -24,12 +24,12 @@ LIMIT = 100_000
 AGENT = Path(shop_agent.__file__)
 
 
-def player(tasks, outside=None, thinking=True, **values):
-    """Return a player whose model plays these tasks of the shop perfectly."""
+def player(tasks, outside=None, thinking=True, script=None, **values):
+    """Return a player whose model plays these tasks of the shop perfectly, or by a script."""
     known = {}
     for task in tasks:
         known |= oracle(TOKENIZER, RETAIL, [task], thinking).__self__
-    generator = ScriptedGenerator(TOKENIZER, known.__getitem__, LIMIT)
+    generator = ScriptedGenerator(TOKENIZER, script or known.__getitem__, LIMIT)
     bounds = SamplingSettings(**{"max_new_tokens": 400, "max_turns": 8, **values})
     return Player(generator, TOKENIZER, bounds, outside=outside)
 
@@ -209,6 +209,36 @@ def test_agents_that_fall_silent(tmp_path):
     (trajectory,) = played
     assert (trajectory.score.status, trajectory.valid) == ("infrastructure", False)
     assert "silent for 2 s after 1 calls" in trajectory.score.detail and trajectory.length > 0
+
+
+def test_results_in_any_order_make_one_trajectory(tmp_path):
+    """Two calls whose results come the wrong way round: the model reads them, and trains on them, in the order of its calls."""
+    (task,) = RETAIL.tasks(1, 1)
+    both = assistant("", "both", [("get_order", {"order_id": number}) for number in (1, 2)])
+
+    def script(prompt):
+        return said(TOKENIZER, assistant("done", "so") if "result" in prompt else both)
+
+    trained = []
+    for order in ((0, 1), (1, 0)):
+        with (
+            endpoint(tmp_path, port=0) as made,
+            rolling_out([task], made, script=script) as (http, played),
+        ):
+            session = claimed(http)
+            messages = session["task"]["messages"]
+            body = {"model": "policy", "tools": shop_agent.OPENAI_TOOLS}
+            message = by_http(http)(session, body | {"messages": messages})
+            results = [
+                {"role": "tool", "tool_call_id": call["id"], "content": f"result {number}"}
+                for number, call in enumerate(message["tool_calls"])
+            ]
+            told = [*messages, message, *[results[number] for number in order]]
+            by_http(http)(session, body | {"messages": told})
+            rewarded(http, session, reward=1)
+        trained.append(what_was_trained(played[0]))
+    assert trained[0] == trained[1] and len(trained[0][0]) == 1
+    assert "result 0" in TOKENIZER.decode(trained[0][0][0][0])
 
 
 def test_an_agent_that_fails_says_so(tmp_path):

@@ -4,8 +4,11 @@ import json
 
 import anthropic
 import pytest
-from helpers.serving import Script, running
+from helpers.serving import TOKENIZER, Script, running
 from helpers.shop import CALL, SHOP, script
+
+from minglm.serve.app import format_of
+from minglm.serve.requests import ServedModel
 
 ORDER_TOOL = {
     "name": "get_order",
@@ -167,3 +170,49 @@ def test_responses_switches_ends_and_mistakes(shop):
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, field), answer.text
     answer = http.post("/v1/responses", json={"input": "crash", "stream": True})
     assert "response.failed" in answer.text and "engine failed" in answer.text
+
+
+def in_chat(ids):
+    """Return two calls and their results, which arrive by these ids, as OpenAI's chat has them."""
+    calls = [
+        {"id": id, "type": "function", "function": {"name": "get_order", "arguments": "{}"}}
+        for id in "ab"
+    ]
+    results = [{"role": "tool", "tool_call_id": id, "content": f"result {id}"} for id in ids]
+    return {"messages": [QUESTION, {"role": "assistant", "tool_calls": calls}, *results]}
+
+
+def in_responses(ids):
+    """Return the same as items of OpenAI's Responses."""
+    calls = [{"type": "function_call", "call_id": id, "name": "get_order"} for id in "ab"]
+    results = [
+        {"type": "function_call_output", "call_id": id, "output": f"result {id}"} for id in ids
+    ]
+    return {"input": [QUESTION, *calls, *results]}
+
+
+def in_messages(ids):
+    """Return the same as blocks of Anthropic's Messages."""
+    calls = [{"type": "tool_use", "id": id, "name": "get_order", "input": {}} for id in "ab"]
+    results = [{"type": "tool_result", "tool_use_id": id, "content": f"result {id}"} for id in ids]
+    turns = [{"role": "assistant", "content": calls}, {"role": "user", "content": results}]
+    return {"max_tokens": 9, "messages": [QUESTION, *turns]}
+
+
+APIS = {"chat/completions": in_chat, "responses": in_responses, "messages": in_messages}
+
+
+@pytest.mark.parametrize("path", APIS)
+def test_results_stand_in_the_order_of_their_calls(path):
+    """A client sends them as they come, told apart by ids, which the prompt has none of; without ids they stay."""
+    served = ServedModel(TOKENIZER, "tiny", 100_000)
+
+    def prompt(ids):
+        job = format_of(APIS[path](ids), f"/v1/{path}", served).job
+        return TOKENIZER.decode(job.requests[0].prompt)
+
+    assert prompt("ba") == prompt("ab")
+    for ids in ("ab", "a", "xa"):  # all, one of them, one of no call
+        shown = prompt(ids)
+        places = [shown.index(f"result {id}") for id in ids]
+        assert places == sorted(places)
