@@ -48,12 +48,13 @@ def main(args: argparse.Namespace) -> None:
     from minglm.plan.gpus import GPUS
     from minglm.plan.summary import plan, search
     from minglm.plan.text import render, render_search
-    from minglm.recipe.inputs import check_data
+    from minglm.recipe.inputs import check_environments, check_sources
 
     if not args.figure:
         refuse_idle({"--beside": args.beside or None}, "without --figure")
     run = load_config(args.config, args.overrides)
-    check_data(run)
+    check_environments(run)
+    check_sources(run)
     gpu = GPUS[args.gpu]
     if args.gpu_memory_gib:
         gpu = replace(gpu, memory_gib=args.gpu_memory_gib)

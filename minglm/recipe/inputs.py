@@ -4,7 +4,8 @@
     sources      every source of every mixture is built in, drawn from an environment, or can come from data.files
     files        data.files, data.tokenizer and data.web_labels exist; the tokenizer fits the vocabulary
 
-`minglm.recipe.preflight` checks the rest. This part does without PyTorch, so that `plan` answers at once.
+`minglm.recipe.preflight` checks the rest. This part does without PyTorch, so that `plan` answers at once. A plan asks
+for the first two: the files of a run may lie on another machine.
 """
 
 from pathlib import Path
