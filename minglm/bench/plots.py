@@ -84,7 +84,8 @@ def draw_rl(record: Mapping[str, Any], axis: Axes) -> None:
         threads = f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
         names.append(f"{row['side']}, {threads}")
     axis.set_yticks(range(len(results)), names, fontsize=7)
-    label = "seconds of a step: rollout (pale), update; line: its products at full speed\nof the CPU for one thread, of the clock for more"
+    label = "seconds of a step: rollout (pale), update; line: its products at full speed"
+    label += "\nof the CPU for one thread, of the clock for more"
     axis.set(xlabel=label)
     axis.grid(axis="y", visible=False)
     sizes = f"{record['prompts']} prompts x {record['samples']} samples x {record['tokens']} tokens"

@@ -2,8 +2,8 @@
 
     P_i = softmax over j of (q_i . k_j * A^-1/2),  j <= i and document_j = document_i;   out_i = sum_j P_ij v_j
 
-`attention` sees whole sequences; `attention_to_prompts` those that share prompts in one row. `attend_slots` sees queries at given positions and keys in the slots of a cache: the
-same equation, with "slot <= position" in place of "j <= i".
+`attention` sees whole sequences, `attention_to_prompts` those that share prompts in one row. `attend_slots` sees queries
+at given positions and keys in the slots of a cache: the same equation, with "slot <= position" in place of "j <= i".
 """
 
 import torch
