@@ -30,6 +30,8 @@ from minglm.rl.worker import WorkerSetup, run_worker
 
 SECONDS_TO_END = 5.0
 """Most seconds that a worker gets to end by itself."""
+LOOK_SECONDS = 1.0
+"""Most seconds between two looks for silence."""
 
 
 class Message(NamedTuple):
@@ -74,6 +76,19 @@ def say_silent(worker: int, seconds: float) -> None:
         file=sys.stderr,
         flush=True,
     )
+
+
+def forgive(last_heard: dict[int, float], looked: float) -> float:
+    """Leave out of every silence the time since the last look, at `looked`, that this process did not run. Return the time.
+
+    Ctrl-Z stops the workers with their trainer: whoever looks first when all go on must not take them for hanging.
+    """
+    now = time.monotonic()
+    stopped = max(0.0, now - looked - LOOK_SECONDS)
+    for worker, heard in list(last_heard.items()):
+        if heard < now:
+            last_heard[worker] = min(heard + stopped, now)
+    return now
 
 
 class LocalPool:
@@ -144,9 +159,11 @@ class LocalPool:
 
     def _watch(self) -> None:
         """Kill workers that have gone silent, until the end; `receive` tells of their death."""
-        while not self.closing.wait(min(1.0, self.idle_seconds / 4)):
+        looked = time.monotonic()
+        while not self.closing.wait(min(LOOK_SECONDS, self.idle_seconds / 4)):
+            looked = forgive(self.last_heard, looked)
             for worker, process in list(self.processes.items()):
-                silent = time.monotonic() - self.last_heard[worker] > self.idle_seconds
+                silent = looked - self.last_heard[worker] > self.idle_seconds
                 if silent and not self._has_spoken(worker):
                     say_silent(worker, self.idle_seconds)
                     self.last_heard[worker] = math.inf

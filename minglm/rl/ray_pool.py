@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from minglm.config.posttraining import AsynchronousConfig, WeightTransport
-from minglm.rl.pool import Message, say_silent
+from minglm.rl.pool import Message, forgive, say_silent
 from minglm.rl.worker import RolloutWorker, WorkerSetup, reason_of
 
 POLL_SECONDS = 0.05
@@ -60,6 +60,8 @@ class RayPool:
         """{reference: (worker, kind, value)} of what has not been answered."""
         self.last_heard: dict[int, float] = {}
         """`time.monotonic` of the last answer of each worker that Ray has found room for."""
+        self.looked = time.monotonic()
+        """The last look for silence."""
         self.sending = threading.Lock()
         self.woken = threading.Event()
         for worker in range(workers):
@@ -110,8 +112,9 @@ class RayPool:
 
     def _end_silent(self) -> None:
         """Kill workers that have gone silent, whose calls then tell of their death."""
+        self.looked = forgive(self.last_heard, self.looked)
         for worker, heard in list(self.last_heard.items()):
-            if time.monotonic() - heard <= self.idle_seconds:
+            if self.looked - heard <= self.idle_seconds:
                 continue
             with self.sending:
                 calls = [reference for reference, call in self.calls.items() if call[0] == worker]

@@ -228,6 +228,28 @@ def test_a_worker_that_hangs_is_replaced(tmp_path, synchronous, capfd, make_pool
     )
 
 
+@pytest.mark.parametrize("make_pool", [LocalPool, pytest.param(ray_pool, marks=pytest.mark.ci)])
+def test_workers_that_stood_still_with_the_trainer_live_on(
+    tmp_path, synchronous, capfd, monkeypatch, make_pool
+):
+    """Ctrl-Z stops everything, longer than silence may last, again and again: no worker is taken for one that hangs."""
+    stops = []
+
+    def hour_after_hour(_):
+        for _ in range(500):
+            time.sleep(0.01)
+            stops.append(3600.0)
+
+    stopped = SimpleNamespace(monotonic=lambda: time.monotonic() + sum(stops))
+    for module in ("pool", "ray_pool"):
+        monkeypatch.setattr(f"minglm.rl.{module}.time", stopped)
+    asked = AsynchronousConfig(workers=2, max_staleness=0)
+    found = run(tmp_path, asked, during=hour_after_hour, make_pool=make_pool)
+    assert len(stops) > 3
+    assert same(found[0], synchronous[0])
+    assert "silent" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("partial", ["continue", "resume"])
 def test_workers_run_ahead_and_every_token_knows_its_weights(tmp_path, partial):
     """With a bound of 2 tokens are up to 2 versions old, never more, and every step learns from its own tasks."""
