@@ -241,6 +241,16 @@ def test_a_fork_bomb_ends_at_a_number_of_processes(tmp_path):
     assert Path(f"{KERNEL}/pid_max").read_text() == machine
 
 
+@pytest.mark.parametrize("word", ["no-such-program", "./text"])
+def test_a_command_that_cannot_be_run_says_why(word, tmp_path):
+    """A program that is not there, or is no program: its name and the reason are what it prints."""
+    (tmp_path / "text").write_text("text", encoding="utf-8")
+    result = run_command([word], tmp_path, 30)
+    reason = os.strerror(errno.ENOENT if word == "no-such-program" else errno.EACCES)
+    assert (result.status, result.exit_code) == ("ended", 127)
+    assert result.output == f"{word}: {reason}\n"
+
+
 def test_a_command_that_hangs_is_cut_off_with_its_children(tmp_path):
     """The deadline has a name, and nothing that the command started goes on."""
     child = f"import time; print('{tmp_path}', flush=True); time.sleep(60)"

@@ -207,7 +207,11 @@ def become(command: list[str], folder: str, temporary: str, seconds: float, stat
     filter_sockets()
     os.write(status, READY)
     os.set_inheritable(status, False)
-    os.execvpe(command[0], command, variables)
+    try:
+        os.execvpe(command[0], command, variables)
+    except OSError as error:  # said and ended as a shell does
+        os.write(2, f"{command[0]}: {error.strerror}\n".encode())
+        os._exit(127)
 
 
 def main() -> None:
