@@ -26,6 +26,12 @@ from minglm.model.mtp import shift
 from minglm.parallel.sequence import RowPart
 from minglm.rl.episode import Segment
 
+MOST_COPIES = 8
+"""Bound on the positions of whole texts, padded, where prompts are shared: so many times those of the pass.
+
+The MTP layer, and attention but in C, copy prompts to each of their answers (`SharedPrompts.unpack`).
+"""
+
 
 class Sample(NamedTuple):
     """A trajectory to learn from."""
@@ -271,19 +277,27 @@ def by_prompt(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def sharing_microbatches(groups: Sequence[Sequence[Row]], most_tokens: int) -> Iterator[list[Row]]:
-    """Cut the rows of each prompt, so that none of more than one row computes more than `most_tokens`."""
+    """Cut the rows of each prompt, so that no micro-batch of more than one row exceeds a bound.
+
+    It computes at most `most_tokens`, and its whole texts, padded, are at most `MOST_COPIES` times as many.
+    """
     microbatch: list[Row] = []
     tokens = 0
+    longest = 0
     for group in groups:
         prompt = _prompt_length(group[0].segment)
         added = prompt
         for row in group:
-            added += len(row.segment.tokens) - prompt
-            if microbatch and tokens + added > most_tokens:
+            length = len(row.segment.tokens)
+            added += length - prompt
+            longest = max(longest, length)
+            padded = longest * (len(microbatch) + 1)
+            too_large = tokens + added > most_tokens or padded > MOST_COPIES * most_tokens
+            if microbatch and too_large:
                 yield microbatch
                 microbatch = []
                 tokens = 0
-                added = len(row.segment.tokens)
+                added = longest = length
             microbatch.append(row)
             tokens += added
             added = 0

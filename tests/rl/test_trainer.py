@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import shutil
@@ -12,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.scripted import ScriptedGenerator, byte_tokenizer, said
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from minglm.common.files import read_jsonl
@@ -36,7 +37,15 @@ from minglm.optim.muon import Muon
 from minglm.parallel import Replicas
 from minglm.report.records import RLRecord, parse
 from minglm.rl import loop, trainer
-from minglm.rl.batch import Sample, collate, sampled_log_probabilities
+from minglm.rl.batch import (
+    MOST_COPIES,
+    Row,
+    Sample,
+    by_prompt,
+    collate,
+    sampled_log_probabilities,
+    sharing_microbatches,
+)
 from minglm.rl.curriculum import Curriculum, Problem, Tier
 from minglm.rl.episode import Player, SamplingSettings, Segment, Trajectory
 from minglm.rl.gap import Gap
@@ -1297,6 +1306,29 @@ def test_a_shared_prompt_changes_no_gradient(seed, prompts, size, threads, repla
         assert metrics[name] == (
             value if value is None else pytest.approx(value, rel=1e-3, abs=1e-4)
         )
+
+
+@pytest.mark.parametrize(
+    "lengths", [[(300, 1)], [(1, 1)] * 40 + [(300, 1)], [(1, 1)]], ids=["long", "uneven", "one"]
+)
+@given(answers=st.integers(1, 20), most_tokens=st.integers(1, 800))
+@example(answers=20, most_tokens=400)
+def test_shared_prompts_fill_no_memory_with_their_copies(lengths, answers, most_tokens):
+    """However short the answers to a long prompt are, and however uneven the texts: both bounds hold, and each row is there."""
+    rows = []
+    for prompt, answer in lengths:
+        mask = [False] * prompt + [True] * answer
+        segment = Segment([prompt] * len(mask), mask, [0.0] * len(mask))
+        rows += [Row(segment, 1.0, 0, 1)] * answers
+    found = list(sharing_microbatches(by_prompt(rows), most_tokens))
+    assert Counter(map(id, itertools.chain(*found))) == Counter(map(id, rows))
+    for microbatch in found:
+        texts = [row.segment for row in microbatch]
+        longest = max(len(text.tokens) for text in texts)
+        passed = sum({text.mask.index(True) for text in texts}) + sum(sum(t.mask) for t in texts)
+        if len(microbatch) > 1:
+            assert passed <= most_tokens
+            assert longest * len(microbatch) <= MOST_COPIES * most_tokens
 
 
 def drawn_experts(model, tokens):
