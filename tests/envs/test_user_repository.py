@@ -3,9 +3,11 @@
 import contextlib
 import copy
 import errno
+import inspect
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -261,6 +263,30 @@ def test_a_command_that_hangs_is_cut_off_with_its_children(tmp_path):
     while str(tmp_path) in command_lines() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert str(tmp_path) not in command_lines()
+
+
+def test_an_interrupt_ends_the_command_too(tmp_path, monkeypatch):
+    """Ctrl-C while a command runs: nothing that it started goes on."""
+    monkeypatch.setattr(command, "memory_of", lambda _: signal.raise_signal(signal.SIGINT))
+    source = f"import time; '{tmp_path}'; time.sleep(60)"
+    with pytest.raises(KeyboardInterrupt):
+        run_command([sys.executable, "-S", "-c", source], tmp_path, 60)
+    assert f"'{tmp_path}'; time" not in command_lines()
+
+
+def test_a_long_chain_of_processes_is_watched(tmp_path):
+    """Each the child of the one before, more than Python may nest calls: the command runs to its end."""
+    source = (
+        "import os, time\nfor _ in range(100):\n    if os.fork():\n        os.wait(); os._exit(0)\n"
+    )
+    source += "print('deep', flush=True); time.sleep(1)"
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 90)
+    try:
+        result = run_command([sys.executable, "-S", "-c", source], tmp_path, 60)
+    finally:
+        sys.setrecursionlimit(limit)
+    assert (result.status, result.exit_code, result.output) == ("ended", 0, "deep\n")
 
 
 def command_lines():

@@ -61,16 +61,20 @@ class CommandResult(NamedTuple):
 
 def memory_of(pid: int) -> int:
     """Return the bytes of memory, swapped ones too, that a process and all that it started hold beside mapped files."""
-    process = Path("/proc", str(pid))
-    try:
-        status = (process / "status").read_text(encoding="utf-8")
-        children = " ".join(
-            file.read_text(encoding="utf-8") for file in process.glob("task/*/children")
-        )
-    except OSError:  # it has ended
-        return 0
-    kilobytes = sum(map(int, re.findall(r"(?:RssAnon|RssShmem|VmSwap):\s*(\d+) kB", status)))
-    return 1024 * kilobytes + sum(memory_of(int(child)) for child in children.split())
+    held = 0
+    pids = [pid]
+    while pids:
+        process = Path("/proc", str(pids.pop()))
+        try:
+            status = (process / "status").read_text(encoding="utf-8")
+            children = " ".join(
+                file.read_text(encoding="utf-8") for file in process.glob("task/*/children")
+            )
+        except OSError:  # it has ended
+            continue
+        pids += map(int, children.split())
+        held += sum(map(int, re.findall(r"(?:RssAnon|RssShmem|VmSwap):\s*(\d+) kB", status)))
+    return 1024 * held
 
 
 def run_command(command: list[str], folder: Path, seconds: float) -> CommandResult:
@@ -107,14 +111,15 @@ def run_command(command: list[str], folder: Path, seconds: float) -> CommandResu
             os.close(writer)
         late, large = False, False
         deadline = time.monotonic() + seconds
-        while process.poll() is None and not (late or large):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(min(LOOK_SECONDS, max(0.0, deadline - time.monotonic())))
-            late = time.monotonic() >= deadline
-            large = memory_of(process.pid) > MEMORY
-        with contextlib.suppress(ProcessLookupError):
+        try:
+            while process.poll() is None and not (late or large):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(min(LOOK_SECONDS, max(0.0, deadline - time.monotonic())))
+                late = time.monotonic() >= deadline
+                large = memory_of(process.pid) > MEMORY
+        finally:
             process.kill()  # and with it, by the jail, everything that it started
-        process.wait()
+            process.wait()
         said = status.read()
         size = output.seek(0, os.SEEK_END)
         output.seek(max(0, size - OUTPUT))
