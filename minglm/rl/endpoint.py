@@ -372,10 +372,15 @@ class Endpoint:
 
     async def _watch(self, server: Any) -> None:
         """Look after sessions that went silent and agents that ended, until the endpoint closes."""
+        looked = time.monotonic()
         while not self.closing.is_set():
             await asyncio.sleep(min(0.1, self.config.idle_seconds / 4))
             now = time.monotonic()
+            stood_still = now - looked > self.config.idle_seconds / 2  # Ctrl-Z: nothing was read
+            looked = now
             for ticket in list(self.tickets.values()):
+                if ticket.last_heard and stood_still:
+                    ticket.last_heard = now
                 silent = now - ticket.last_heard > self.config.idle_seconds
                 if ticket.last_heard and silent and not ticket.open_calls:
                     self._give_up(ticket)

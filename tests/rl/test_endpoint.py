@@ -4,7 +4,9 @@ import contextlib
 import itertools
 import sys
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -209,6 +211,26 @@ def test_agents_that_fall_silent(tmp_path):
     (trajectory,) = played
     assert (trajectory.score.status, trajectory.valid) == ("infrastructure", False)
     assert "silent for 2 s after 1 calls" in trajectory.score.detail and trajectory.length > 0
+
+
+def test_an_endpoint_that_stood_still_takes_no_session_away(tmp_path, monkeypatch):
+    """Ctrl-Z stops it for longer than an agent may be silent: the agent goes on, and its reward counts."""
+    task = RETAIL.task(0, 3, difficulties=(1,))
+    stops = []
+    stopped = SimpleNamespace(monotonic=lambda: time.monotonic() + sum(stops))
+    monkeypatch.setattr("minglm.rl.endpoint.time", stopped)
+    with endpoint(tmp_path, port=0) as made, rolling_out([task], made) as (http, played):
+        session = claimed(http)
+        body = {
+            "model": "policy",
+            "messages": session["task"]["messages"],
+            "tools": shop_agent.OPENAI_TOOLS,
+        }
+        http.post(session["url"] + "/chat/completions", json=body)
+        stops.append(3600.0)
+        time.sleep(1)
+        assert rewarded(http, session, reward=1).status_code == 200
+    assert [trajectory.score.value for trajectory in played] == [1.0]
 
 
 def test_results_in_any_order_make_one_trajectory(tmp_path):
