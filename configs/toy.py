@@ -54,7 +54,7 @@ def toy() -> RunConfig:
             chat=chat_expert(),
             unified=SFTConfig(
                 samples=10_000,
-                epochs=3.0,
+                epochs=2.0,
                 batch_tokens=4096,
                 sequence_length=512,
                 peak_lr=4e-3,
@@ -65,7 +65,6 @@ def toy() -> RunConfig:
             shown=("arithmetic:1-4x8,5x4", "search:short:1x2,2x3,3x2"),
             prompts_per_environment=1500,
             responses_per_prompt=1,
-            thinking_share=0.75,  # a thought is what carries a search from one article to the next
             drop_shortest=0.0,  # the gain was measured on large models, and prompts are few here
             general_rl=general_rl(),
             pathology_rl=pathology_rl(),
@@ -219,7 +218,7 @@ def agent_expert() -> ExpertConfig:
             peak_lr=8e-4,
             normalize_std=False,
         ),
-        distilled=6.0,  # its conversations are long, so prompts chosen by tokens are few
+        distilled=2.0,
     )
 
 
