@@ -137,12 +137,11 @@ def reward(trajectory: Trajectory, fault_penalty: float) -> float:
 
 
 def divide(
-    rows: Sequence[Row], workers: Workers, device: torch.device, share_prompts: bool = False
+    rows: Sequence[Row], workers: Workers, device: torch.device, sharing: bool = False
 ) -> tuple[list[list[list[Row]]], int]:
     """Return the micro-batches of each worker, and how many the busiest has.
 
-    device: where they are computed. share_prompts: the rows of a prompt stay together, if there is one for each
-    worker.
+    device: where they are computed. sharing: rows with one prompt stay together, if there is a prompt for each worker.
     """
     count = min(len(workers), len(rows))
     most_tokens = MICROBATCH_TOKENS
@@ -150,7 +149,7 @@ def divide(
         most_tokens = min(most_tokens, CPU_MICROBATCH_TOKENS)
     most_tokens *= workers.row_part.ranks
     # Every k-th row or prompt for each worker, so that each gets short and long ones.
-    if share_prompts:
+    if sharing:
         groups = by_prompt(rows)
         if len(groups) < count:
             groups = [[row] for row in rows]
