@@ -163,6 +163,7 @@ def test_restarts_that_cannot_work_are_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_a_rank_that_others_wait_for_ends_the_run(tmp_path):
     """The rank that waits says where, within the configured time; what was saved is there to go on from."""
     status, errors = run_with_a_wrong_rank(tmp_path, "stuck", 0, "--parallel.timeout_seconds=20")

@@ -198,6 +198,7 @@ def test_recomputing_keeps_less():
     assert held[1] < held[0] / 4
 
 
+@pytest.mark.ci
 def test_compiled_layers_compute_the_same():
     """The switch changes neither names of parameters nor logits nor gradients. Traced only: no compiler is needed."""
     model = tiny_model(0, num_hidden_layers=2)  # a dense layer and a MoE layer
