@@ -1,8 +1,8 @@
 """Check what a run reads, before anything is planned or started: environments and data (no section in the paper).
 
-    environments what post-training and its difficulties name exists
-    sources      every source of every mixture is built in, drawn from an environment, or can come from data.files
-    files        data.files, data.tokenizer and data.web_labels exist; the tokenizer fits the vocabulary
+    environments  what post-training and its difficulties name exists
+    sources       every source of every mixture is built in, drawn from an environment, or can come from data.files
+    files         data.files, data.tokenizer and data.web_labels exist; the tokenizer fits the vocabulary
 
 `minglm.recipe.preflight` checks the rest. This part does without PyTorch, so that `plan` answers at once. A plan asks
 for the first two: the files of a run may lie on another machine.

@@ -106,26 +106,27 @@ class SegmentBatch(NamedTuple):
         predicted_BS[:, self.computed + 1 :] = False
         return predicted_BS
 
+    @property
+    def passing_BSLK(self) -> Tensor | None:
+        """The imposed experts of the positions that pass through the model; None without routing replay."""
+        if self.imposed_BSLK is None:
+            return None
+        if self.shared is not None:
+            return self.shared.pack(self.imposed_BSLK)
+        return self.imposed_BSLK[:, : self.computed]
+
     def model_input(self) -> ModelInput:
         """Return what passes through the model."""
-        if self.shared is not None:
-            imposed_BSLK = self.imposed_BSLK
-            return ModelInput(
-                self.shared.pack(self.tokens_BS),
-                self.shared.positions_T[None],
-                self.shared,
-                None if imposed_BSLK is None else self.shared.pack(imposed_BSLK),
-            )
-
-        def computed(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[:, : self.computed]
-
-        return ModelInput(
-            self.tokens_BS[:, : self.computed],
-            computed(self.positions_BS),
-            self.documents_BS[:, : self.computed],
-            computed(self.imposed_BSLK),
-        )
+        shared = self.shared
+        if shared is not None:
+            tokens_BS = shared.pack(self.tokens_BS)
+            return ModelInput(tokens_BS, shared.positions_T[None], shared, self.passing_BSLK)
+        positions_BS = self.positions_BS
+        if positions_BS is not None:
+            positions_BS = positions_BS[:, : self.computed]
+        tokens_BS = self.tokens_BS[:, : self.computed]
+        documents_BS = self.documents_BS[:, : self.computed]
+        return ModelInput(tokens_BS, positions_BS, documents_BS, self.passing_BSLK)
 
     def to(self, device: torch.device) -> "SegmentBatch":
         """Return the batch on a device."""

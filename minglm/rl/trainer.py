@@ -451,7 +451,7 @@ class PolicyTrainer:
         tokens_B = torch.tensor([row.tokens for row in microbatch], device=device)
         logprobs_BS, entropy_sum, out = self.log_probabilities(model, batch)
         choices = Choices(0, 0)
-        imposed_BSLK = batch.model_input().imposed_BSLK
+        imposed_BSLK = batch.passing_BSLK
         if imposed_BSLK is not None:
             replaced = sum(int(r.replaced) for r in out.routing if r.replaced is not None)
             choices = Choices(int((imposed_BSLK >= 0).sum()), replaced)
